@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up .venv on first use; CPT_BUILD_CUDA=0/1 skips or forces the CUDA extension.
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/cpt demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel pybind11
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-build-isolation \
+		--constraint constraints.txt --editable '.[dev,peers]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info cpt_kernels/_C*.so

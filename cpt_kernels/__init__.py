@@ -1,0 +1,59 @@
+"""Contrastive post-training of language models, made fast: packed prompt groups, a head that never recomputes, a cached
+reference.
+
+The names below are imported when they are first used, so that kernels and losses need torch alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import ContrastiveConfig
+    from .losses import Loss, PairLogps, build_loss, user_loss
+    from .model import PackedModel
+    from .ops.attention import shared_prompt_attention
+    from .ops.linear_preference import linear_logprobs, linear_preference_loss
+    from .ops.vocab_score import vocab_score
+    from .trainer import ContrastiveTrainer
+
+    DPOConfig, DPOTrainer = ContrastiveConfig, ContrastiveTrainer
+
+_MODULES = {
+    "ContrastiveConfig": "config",
+    "ContrastiveTrainer": "trainer",
+    "Loss": "losses",
+    "PackedModel": "model",
+    "PairLogps": "losses",
+    "build_loss": "losses",
+    "linear_logprobs": "ops.linear_preference",
+    "linear_preference_loss": "ops.linear_preference",
+    "shared_prompt_attention": "ops.attention",
+    "user_loss": "losses",
+    "vocab_score": "ops.vocab_score",
+}
+# For scripts written for TRL: change the import and nothing else.
+_ALIASES = {"DPOConfig": "ContrastiveConfig", "DPOTrainer": "ContrastiveTrainer"}
+
+__all__ = [
+    "ContrastiveConfig",
+    "ContrastiveTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "Loss",
+    "PackedModel",
+    "PairLogps",
+    "build_loss",
+    "linear_logprobs",
+    "linear_preference_loss",
+    "shared_prompt_attention",
+    "user_loss",
+    "vocab_score",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    target = _ALIASES.get(name, name)
+    if target not in _MODULES:
+        raise AttributeError(f"module 'cpt_kernels' has no attribute '{name}'")
+    return getattr(import_module(f".{_MODULES[target]}", __name__), target)

@@ -1,0 +1,160 @@
+"""Tokenised rows -> a packed batch of prompt groups.
+
+Rows of a micro-batch that have the same prompt become one group, and equal completions of a group become one: a
+response is run once however many pairs it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .packing import GroupLengths, pack, scatter_levels, unit_boundaries
+from .truncation import truncate
+
+# (prompt ids, completion ids) -> (completion,) log-probs, or None where they are not known yet
+ReferenceLookup = Callable[[Sequence[int], Sequence[int]], "NDArray[np.float32] | None"]
+
+
+class PackedBatch(TypedDict):
+    """T tokens, N predicted tokens, S completions, P pairs, G attention segments. Lists stay on the host."""
+
+    input_ids: Tensor  # (1, T) int64
+    position_ids: Tensor  # (1, T) int64
+    cu_seqlens_q: Tensor  # (G+1,) int32
+    cu_seqlens_k: Tensor  # (G+1,) int32
+    kv_index: Tensor  # (K,) int64
+    kv_levels: list[tuple[Tensor, Tensor]]  # see packing.scatter_levels
+    segment_lengths: list[tuple[int, int]]  # (queries, keys) of every segment
+    predictor_index: Tensor  # (N,) int64
+    predictor_levels: list[tuple[Tensor, Tensor]]
+    targets: Tensor  # (N,) int64
+    cu_completions: Tensor  # (S+1,) int64
+    completion_lengths: list[int]  # S
+    chosen: Tensor  # (P,) int64, index of a completion
+    rejected: Tensor | None  # (P,) int64; None for supervised rows
+    sft_targets: Tensor  # (P,) int64, the completion of the regulariser
+    units: list[
+        tuple[int, int]
+    ]  # (completions, pairs) of every unit: a smallest run of completions that no pair leaves
+    ref_token_logps: Tensor | None  # (N,) fp32; NaN where missing
+    ref_missing: list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # (completion, prompt ids, completion ids)
+    num_pairs: int
+    num_chosen_tokens: int  # with multiplicity: once per pair
+    num_sequence_tokens: int  # of prompts and completions, once per side of every pair
+    shared: bool  # some group runs its prompt once for several completions
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Collate function of a DataLoader: rows (see ``data/tokenize.py``) -> :class:`PackedBatch`.
+
+    Attributes:
+        max_length, truncation_mode: applied to each prompt + completion, as TRL's.
+        share_prompts: run a prompt once for all its completions.
+        share_limit: sequences longer than this do not share their prompt (RoPE that depends on the sequence's length).
+        reference: per-token reference log-probs of a completion, fp32; ``None`` if no loss needs them.
+        pad_token_id: the one token of the batch that a rank without rows runs.
+    """
+
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    share_prompts: bool = True
+    share_limit: int | None = None
+    reference: ReferenceLookup | None = None
+    pad_token_id: int = 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
+        groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # prompt -> its completions, in order
+        edges: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []  # pairs (chosen, target[, rejected]) by content
+        for row in rows:
+            sequences = [
+                tuple(map(tuple, truncate(row["prompt_ids"], completion, self.max_length, self.truncation_mode)))
+                for completion in row["completion_ids"]
+            ]
+            for chosen, target, *rejected in zip(
+                row["chosen"], row["targets"], *([row["rejected"]] * bool(row["rejected"]))
+            ):
+                edges.append([sequences[i] for i in (chosen, target, *rejected)])
+            for prompt, completion in sequences:
+                groups.setdefault(prompt, {})[completion] = None
+        if not rows:  # a rank whose last micro-batch is empty still takes part in every collective
+            groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
+        return self._pack(groups, edges)
+
+    def _pack(self, groups: dict, edges: list) -> PackedBatch:
+        lengths = [
+            GroupLengths(len(prompt), [len(c) for c in completions], self._shares(prompt, completions))
+            for prompt, completions in groups.items()
+        ]
+        layout = pack(lengths)
+        tokens = [(prompt, list(completions)) for prompt, completions in groups.items()]
+        number = {(p, c): s for s, (p, c) in enumerate((p, c) for p, cs in tokens for c in cs)}
+        pairs = [tuple(number[sequence] for sequence in edge) for edge in edges]
+        boundaries = unit_boundaries(len(number), pairs)
+        pairs.sort(key=min)  # a unit's pairs are consecutive too; the sort is stable
+        pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
+        chosen, sft_targets, *rejected = (
+            np.array(pairs, dtype=np.int64).reshape(len(pairs), -1).T if pairs else [[], []]
+        )
+        has_rejected = bool(len(rejected)) or not pairs
+        row_count = len(layout.position_ids)
+        sequence_lengths = [len(prompt) + len(completion) for prompt, completion in number]
+        completion_lengths = np.diff(layout.cu_completions)
+
+        return PackedBatch(
+            input_ids=_ints(_concatenate(tokens[g][0] if i < 0 else tokens[g][1][i] for g, i in layout.pieces))[None],
+            position_ids=_ints(layout.position_ids)[None],
+            cu_seqlens_q=torch.from_numpy(layout.cu_seqlens_q),
+            cu_seqlens_k=torch.from_numpy(layout.cu_seqlens_k),
+            kv_index=_ints(layout.kv_index),
+            kv_levels=_levels(layout.kv_index, row_count),
+            segment_lengths=list(zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist())),
+            predictor_index=_ints(layout.predictor_index),
+            predictor_levels=_levels(layout.predictor_index, row_count),
+            targets=_ints(_concatenate(c for _, completions in tokens for c in completions)),
+            cu_completions=_ints(layout.cu_completions),
+            completion_lengths=completion_lengths.tolist(),
+            chosen=_ints(chosen),
+            rejected=_ints(rejected[0] if len(rejected) else []) if has_rejected else None,
+            sft_targets=_ints(sft_targets),
+            units=list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist())),
+            **self._reference_logps(number),
+            num_pairs=len(pairs),
+            num_chosen_tokens=int(completion_lengths[np.asarray(chosen, dtype=np.int64)].sum()),
+            num_sequence_tokens=sum(sequence_lengths[s] for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
+            shared=any(g.share and len(g.completions) > 1 for g in lengths),
+        )
+
+    def _shares(self, prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]]) -> bool:
+        longest = len(prompt) + max(map(len, completions))
+        return self.share_prompts and (self.share_limit is None or longest <= self.share_limit)
+
+    def _reference_logps(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Any]:
+        if self.reference is None:
+            return {"ref_token_logps": None, "ref_missing": []}
+        known = [self.reference(prompt, completion) for prompt, completion in sequences]
+        values = [
+            np.full(len(completion), np.nan, dtype=np.float32) if logps is None else logps
+            for logps, (_, completion) in zip(known, sequences)
+        ]
+        missing = [(s, *sequence) for s, (logps, sequence) in enumerate(zip(known, sequences)) if logps is None]
+        return {"ref_token_logps": torch.from_numpy(np.concatenate(values)), "ref_missing": missing}
+
+
+def _ints(values: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64))
+
+
+def _concatenate(pieces: Any) -> list[int]:
+    return [token for piece in pieces for token in piece]
+
+
+def _levels(index: NDArray[np.int64], rows: int) -> list[tuple[Tensor, Tensor]]:
+    return [(_ints(to), _ints(source)) for to, source in scatter_levels(index, rows)]

@@ -1,0 +1,262 @@
+"""Every accepted dataset form -> one prompt with its completions, still as text or chat messages.
+
+The form is a property of the columns (`detect_form`), text or conversation a property of the row (`parse_row`). Pure
+Python: no tokenizer and no dataset here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, get_args
+
+Text = str | list  # plain text, or chat messages: a list of {"role": ..., "content": ...}
+RankedPairs = Literal["all", "adjacent", "extremes"]
+
+# Why a row is dropped. These are keys of the preparation report.
+PROMPT_FILLS = "prompt fills max_length"
+EMPTY = "empty completion"
+IDENTICAL = "identical sides"
+TIED = "tied scores"
+NO_ASSISTANT = "no assistant turn"
+MALFORMED = "malformed row"
+
+# The renderer is called with these by us; from the data they would change what is tokenised.
+_RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on: `reason` is one of this module's constants, `detail` names the field."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+class Form(str, Enum):
+    """What a dataset's columns say about its rows."""
+
+    GROUP = "prompt groups"  # our own output
+    TOKENS = "tokenised pairs"  # TRL's output
+    PREFERENCE = "preference"
+    RANKED = "ranked"
+    SUPERVISED = "prompt and completion"
+    MESSAGES = "messages"
+
+
+# In this order: a preference dataset often has a `messages` column too, our own output has `chosen` and `rejected`.
+_REQUIRED = {
+    Form.GROUP: ("prompt_ids", "completion_ids", "chosen", "rejected", "targets"),
+    Form.TOKENS: ("prompt_ids", "chosen_ids", "rejected_ids"),
+    Form.PREFERENCE: ("chosen", "rejected"),
+    Form.RANKED: ("prompt", "completions"),
+    Form.SUPERVISED: ("prompt", "completion"),
+    Form.MESSAGES: ("messages",),
+}
+
+READ_COLUMNS = {"prompt", "scores", "tools", "chat_template_kwargs", "row"}.union(*_REQUIRED.values())
+
+
+def detect_form(columns: Iterable[str]) -> Form:
+    """The form that these column names have.
+
+    Raises:
+        ValueError: images, unpaired preferences, or no known form; the message says what was found and expected.
+    """
+    columns = set(columns)
+    if images := columns & {"image", "images"}:
+        raise ValueError(f"the dataset has the column {_names(images)}: images are not supported; remove the column")
+    form = next((form for form, required in _REQUIRED.items() if columns.issuperset(required)), None)
+    if form is None:
+        expected = "; ".join(_names(required) for required in _REQUIRED.values())
+        raise ValueError(f"the dataset has the columns {_names(sorted(columns))}; expected one of: {expected}")
+    if form is Form.SUPERVISED and "label" in columns:
+        raise ValueError(
+            "the dataset has the columns `prompt`, `completion`, `label`: unpaired preferences would be trained on as "
+            "if every completion were good; build pairs (`chosen`, `rejected`), or remove `label` if it is no verdict"
+        )
+    return form
+
+
+@dataclass(frozen=True)
+class Example:
+    """One parsed row. `completions` are the ranked ones, best first, then the target (y_ref) if there is one."""
+
+    prompt: Text
+    completions: list[Text]
+    scores: list[float]  # one for each ranked completion, descending; equal scores make no pair
+    has_target: bool = False
+    tools: list | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+
+def parse_row(row: Mapping[str, Any], form: Form, target_column: str | None = None) -> Example:
+    """Text or messages of one row of form PREFERENCE, RANKED, SUPERVISED or MESSAGES.
+
+    Empty completions (null, no text, no messages) leave a ranked row; any other row needs all of its own.
+
+    Raises:
+        RowError: the row cannot be used; the error says why.
+    """
+    names, sides, scores = _read_sides(row, form)
+    filled = [i for i, side in enumerate(sides) if not _is_empty(side)]
+    needed = 2 if form in (Form.PREFERENCE, Form.RANKED) else 1
+    if len(sides) < needed:
+        raise RowError(MALFORMED, f"`completions` holds {len(sides)}, but a pair needs two")
+    if len(filled) < needed:
+        empty = [f"`{names[i]}`" for i in range(len(sides)) if i not in filled]
+        raise RowError(EMPTY, f"{', '.join(empty)} without text")
+    names, sides, scores = ([values[i] for i in filled] for values in (names, sides, scores))
+    if target_column is not None:
+        names.append(target_column)
+        sides.append(_read_text(target_column, row.get(target_column)))
+        if _is_empty(sides[-1]):
+            raise RowError(EMPTY, f"`{target_column}` without text")
+    if len({isinstance(side, str) for side in sides}) > 1:
+        raise RowError(MALFORMED, f"{_names(names)} mix text and messages")
+    prompt = None if form is Form.MESSAGES else _read_text("prompt", row.get("prompt"))
+    if prompt is None and form in (Form.RANKED, Form.SUPERVISED):
+        raise RowError(MALFORMED, "`prompt` is null")
+    prompt, sides = _split_prompt(prompt, names, sides, ranked=len(scores))
+    for name, side in zip(names, sides):
+        if _is_empty(side):  # a conversation whose last turn says nothing
+            raise RowError(EMPTY, f"`{name}` without text after the prompt")
+    return Example(prompt, sides, scores, target_column is not None, _read_tools(row), _read_template_kwargs(row))
+
+
+def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, int]]:
+    """(better, worse) positions in `scores`, which are descending. `all`: every two; `adjacent`: each with the next;
+    `extremes`: the first with the last. Two with equal scores are no pair."""
+    last = len(scores) - 1
+    if mode == "all":
+        candidates = [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
+    elif mode == "adjacent":
+        candidates = [(i, i + 1) for i in range(last)]
+    elif mode == "extremes":
+        candidates = [(0, last)] if last > 0 else []
+    else:
+        raise ValueError(f"ranked_pairs={mode!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
+    return [(i, j) for i, j in candidates if scores[i] > scores[j]]
+
+
+def _read_sides(row: Mapping[str, Any], form: Form) -> tuple[list[str], list[Text | None], list[float]]:
+    """Names, values and scores of the row's ranked completions, best first."""
+    if form is Form.PREFERENCE:
+        names = ["chosen", "rejected"]
+        return names, [_read_text(name, row.get(name)) for name in names], [1.0, 0.0]
+    if form is Form.SUPERVISED:
+        return ["completion"], [_read_text("completion", row.get("completion"))], [0.0]
+    if form is Form.MESSAGES:
+        messages = _read_text("messages", row.get("messages"))
+        if isinstance(messages, str):
+            raise RowError(MALFORMED, "`messages` is str; expected a list of {role, content} messages")
+        if not messages or messages[-1]["role"] != "assistant":
+            raise RowError(NO_ASSISTANT, "`messages` does not end with an assistant turn")
+        return ["messages"], [messages], [0.0]  # a lone conversation's implicit prompt is all but its last turn
+    return _read_ranking(row)
+
+
+def _read_ranking(row: Mapping[str, Any]) -> tuple[list[str], list[Text | None], list[float]]:
+    completions, scores = row.get("completions"), row.get("scores")
+    if not isinstance(completions, list):
+        raise RowError(MALFORMED, f"`completions` is {type(completions).__name__}; expected a list of completions")
+    names = [f"completions[{i}]" for i in range(len(completions))]
+    sides = [_read_text(name, side) for name, side in zip(names, completions)]
+    if scores is None:
+        return names, sides, [float(-i) for i in range(len(sides))]
+    if not isinstance(scores, list) or len(scores) != len(sides):
+        raise RowError(MALFORMED, f"`scores` is not a list of {len(sides)} numbers, one for each of `completions`")
+    if not all(isinstance(score, (int, float)) and not math.isnan(score) for score in scores):
+        raise RowError(MALFORMED, f"`scores` holds a value that is no number: {scores}")
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep the row's order
+    return [names[i] for i in order], [sides[i] for i in order], [float(scores[i]) for i in order]
+
+
+def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], ranked: int) -> tuple[Text, list[Text]]:
+    """The explicit prompt, or the common start of the ranked sides, with what each side adds to it.
+
+    A text prompt next to sides that are whole conversations only repeats their first turn, so these are split too.
+    """
+    is_chat = not isinstance(sides[0], str)
+    if prompt is not None and is_chat == isinstance(prompt, list):
+        if is_chat and not prompt:
+            raise RowError(MALFORMED, "`prompt` holds no message")
+        return prompt, sides
+    if isinstance(prompt, list):
+        raise RowError(MALFORMED, f"`prompt` is a list of messages, but `{names[0]}` is text")
+    cut = _shared_length(sides[:ranked])
+    if is_chat and cut == 0:
+        raise RowError(MALFORMED, f"no turn comes before the completion in {_names(names[:ranked])}: no prompt")
+    prompt = sides[0][:cut]
+    if any(side[:cut] != prompt for side in sides[ranked:]):
+        raise RowError(MALFORMED, f"`{names[-1]}` does not start with the prompt that the other sides share")
+    return prompt, [side[cut:] for side in sides]
+
+
+def _shared_length(sides: Sequence[Text]) -> int:
+    """Length of the common start of `sides`, in characters or turns, as TRL counts it: one that is wholly contained
+    keeps its last item as completion, and a space before the place where texts part belongs to the completion."""
+    shortest = min(len(side) for side in sides)
+    for cut in range(shortest):
+        if any(side[cut] != sides[0][cut] for side in sides):
+            # TRL also looks one back from position 0, at the text's *end*: an oversight that we do not repeat.
+            return cut if cut > 0 and sides[0][cut - 1] == " " else cut
+    return shortest - 1
+
+
+def _read_text(field: str, value: Any) -> Text | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        raise RowError(
+            MALFORMED, f"`{field}` is {_describe(value)}; expected text or a list of {{role, content}} messages"
+        )
+    parts = (part for m in value if isinstance(m.get("content"), list) for part in m["content"])
+    if any(isinstance(part, dict) and part.get("type") in ("image", "image_url", "video", "audio") for part in parts):
+        raise RowError(MALFORMED, f"`{field}` holds a part that is not text")
+    return value
+
+
+def _read_tools(row: Mapping[str, Any]) -> list | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise RowError(MALFORMED, f"`tools` is text that is no JSON: {error}") from error
+    if tools is not None and not isinstance(tools, list):
+        raise RowError(MALFORMED, f"`tools` is {_describe(tools)}; expected a list or its JSON")
+    return tools
+
+
+def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = row.get("chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RowError(MALFORMED, f"`chat_template_kwargs` is {_describe(kwargs)}; expected a dict")
+    if kwargs and (reserved := _RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
+        raise RowError(MALFORMED, f"`chat_template_kwargs` may not set {_names(sorted(reserved))}")
+    return kwargs or {}
+
+
+def _is_empty(side: Text | None) -> bool:
+    """No text at all (white space is text). A message counts by anything besides its role: content, tool calls, ..."""
+    if side is None or isinstance(side, str):
+        return not side
+    return not any(value for message in side for key, value in message.items() if key != "role")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {'/'.join(sorted({type(item).__name__ for item in value}))}"
+    return type(value).__name__
+
+
+def _names(fields: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in fields)

@@ -1,0 +1,301 @@
+"""A dataset of any accepted form -> the prompt groups that can be trained on, with an account of what was dropped."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+
+from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, Form, RankedPairs, detect_form
+from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
+from .truncation import TruncationMode, check_truncation, truncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's, for one pair a row
+_EDGES = ("chosen", "rejected", "targets")
+_VERDICT_FEATURES = Features(
+    {
+        **{name: List(Value("int32")) for name in _EDGES},
+        **REMARK_FEATURES,
+        "row": Value("int64"),
+        "truncated": Value("int32"),
+        "promptless": Value("int32"),
+        "max_token_id": Value("int64"),
+    }
+)
+_EXAMPLE_ROWS = 5
+
+
+@dataclass
+class Drop:
+    """Rows dropped for one reason: how many, the first few row numbers, and what was wrong with the first."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+    detail: str = ""
+
+    def __str__(self) -> str:
+        rows = ", ".join(map(str, self.rows)) + (", ..." if self.count > len(self.rows) else "")
+        return f"{self.count} (rows {rows}{f'; the first: {self.detail}' if self.detail else ''})"
+
+
+@dataclass
+class PreparationReport:
+    """What became of a dataset's rows: rows_in == kept + every drop's count, always.
+
+    For a stream the numbers grow as it is read, in the process that reads it, and count its first pass.
+    """
+
+    name: str = "train"
+    max_length: int | None = None
+    rows_in: int = 0
+    kept: int = 0
+    dropped: dict[str, Drop] = field(default_factory=dict)  # reason -> rows
+    pairs: int = 0  # in kept rows
+    pairs_dropped: int = 0  # of kept rows: equal sides, a side without tokens, a repeated pair
+    truncated: int = 0  # sequences (prompt + completion) of kept rows that max_length cuts
+    promptless: int = 0  # sequences of kept rows whose first completion token serves as prompt
+    merged: int = 0  # kept rows whose prompt ends with other tokens once a completion follows
+    merged_example: str = ""
+    max_token_id: int = -1  # in kept rows
+    _next_index: int = field(default=0, repr=False)
+
+    def add_once(self, index: int, verdict: Mapping[str, Any]) -> None:
+        """`add`, for the row at `index` of a stream, unless an earlier pass over the stream counted it."""
+        if index >= self._next_index:
+            self._next_index = index + 1
+            self.add(verdict)
+
+    def add(self, verdict: Mapping[str, Any]) -> None:
+        """Count one row, given as a row of the filter's output."""
+        self.rows_in += 1
+        if reason := verdict["reason"]:
+            drop = self.dropped.setdefault(reason, Drop(detail=verdict["detail"]))
+            drop.count += 1
+            drop.rows += [verdict["row"]] if len(drop.rows) < _EXAMPLE_ROWS else []
+            return
+        self.kept += 1
+        self.pairs += len(verdict["rejected"])
+        self.pairs_dropped += verdict["pairs_given"] - len(verdict["rejected"])
+        self.truncated += verdict["truncated"]
+        self.promptless += verdict["promptless"]
+        self.max_token_id = max(self.max_token_id, verdict["max_token_id"])
+        if verdict["seam"]:
+            self.merged += 1
+            if self.merged == 1:
+                self.merged_example = f"row {verdict['row']}: {verdict['seam']}"
+                logger.warning(
+                    "%s data: the end of a prompt is tokenised differently once a completion follows (%s). The "
+                    "completion starts there, so the model is not trained on the prompt as inference gives it. End "
+                    "prompts on a token boundary, or use a chat template that renders them alike. Shown once.",
+                    self.name,
+                    self.merged_example,
+                )
+
+    def summary(self) -> list[str]:
+        """The report as lines of text; what did not happen is left out."""
+        lines = [f"{self.name} data: {self.kept} of {self.rows_in} rows kept, {self.pairs} pairs"]
+        lines += [f"dropped, {reason}: {drop}" for reason, drop in self.dropped.items()]
+        if self.pairs_dropped:
+            lines.append(f"{self.pairs_dropped} pairs of kept rows dropped: equal sides, or a side without tokens")
+        if self.truncated:
+            lines.append(f"{self.truncated} sequences truncated to max_length={self.max_length}")
+        if self.promptless:
+            lines.append(f"{self.promptless} sequences without a prompt: their first token is not scored")
+        if self.merged:
+            lines.append(f"{self.merged} prompts end differently once a completion follows ({self.merged_example})")
+        return lines
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Batched `datasets.map` function: tokenised groups -> the pairs that remain and, in `reason`, why none does."""
+
+    max_length: int | None
+    truncation_mode: TruncationMode
+    version: int = 1  # part of the cache key, see `Tokenization`
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
+        verdicts = [self._judge(row) for row in _rows(batch, [*GROUP_FEATURES, *REMARK_FEATURES])]
+        return {name: [verdict[name] for verdict in verdicts] for name in _VERDICT_FEATURES}
+
+    def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
+        prompt_ids, completions = row["prompt_ids"], row["completion_ids"]
+        lengths = [len(prompt_ids) + len(ids) for ids in completions]
+        verdict = {
+            **{name: row[name] for name in (*_EDGES, *REMARK_FEATURES, "row")},
+            "truncated": sum(self.max_length is not None and length > self.max_length for length in lengths),
+            "promptless": sum(self._loses_prompt(prompt_ids, ids) for ids in completions),
+            "max_token_id": max((max(ids) for ids in (prompt_ids, *completions) if ids), default=-1),
+        }
+        if row["reason"] or (prompt_ids and not verdict["truncated"]):
+            return verdict
+        if self.max_length is not None and self.truncation_mode == "keep_start" and len(prompt_ids) >= self.max_length:
+            return verdict | {"reason": PROMPT_FILLS, "detail": f"{len(prompt_ids)} tokens"}
+        cut = [truncate(prompt_ids, ids, self.max_length, self.truncation_mode) for ids in completions]
+        edges = list(zip(row["chosen"], row["targets"], *([row["rejected"]] if row["rejected"] else [])))
+        scored = [edge for edge in edges if all(cut[i][1] for i in edge)]
+        different = [edge for edge in scored if len(edge) < 3 or cut[edge[0]] != cut[edge[2]]]
+        if not different:
+            reason = IDENTICAL if scored else EMPTY
+            detail = f"when cut to max_length={self.max_length}" if verdict["truncated"] else "a token without a prompt"
+            return verdict | {"reason": reason, "detail": detail}
+        chosen, targets, *rejected = map(list, zip(*different))
+        return verdict | {"chosen": chosen, "targets": targets, "rejected": rejected[0] if rejected else []}
+
+    def _loses_prompt(self, prompt_ids: list[int], completion_ids: list[int]) -> bool:
+        cut_away = self.truncation_mode == "keep_end" and len(completion_ids) >= (self.max_length or math.inf)
+        return bool(completion_ids) and (not prompt_ids or cut_away)
+
+
+@dataclass(frozen=True)
+class _StreamFilter:
+    """`Filter` for a stream: drops the rows itself and counts them as they pass."""
+
+    filter: Filter
+    report: PreparationReport
+    columns: tuple[str, ...]
+
+    def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        verdicts = self.filter(batch)
+        for index, verdict in zip(indices, _rows(verdicts)):
+            self.report.add_once(index, verdict)
+        kept = [i for i, reason in enumerate(verdicts["reason"]) if not reason]
+        columns = {name: batch[name] for name in self.columns} | {name: verdicts[name] for name in _EDGES}
+        return {name: [values[i] for i in kept] for name, values in columns.items()}
+
+
+def prepare(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+    target_column: str | None = None,
+    ranked_pairs: RankedPairs = "all",
+    keep_columns: Sequence[str] = (),
+    num_proc: int | None = None,
+    batch_size: int = 1000,
+    name: str = "train",
+) -> tuple[Dataset | IterableDataset, PreparationReport]:
+    """Tokenise a dataset of any accepted form and drop what cannot be trained on. Nothing is truncated here.
+
+    Args:
+        dataset: rows of one of these forms:
+            `prompt, chosen, rejected`, text or messages; without `prompt`, the common start is the prompt;
+            `prompt, completions` (best first, or with `scores`); `prompt, completion`; `messages`;
+            `prompt_ids, chosen_ids, rejected_ids`; or the output of this function. The text forms may have `tools` (a
+            list or its JSON) and `chat_template_kwargs`.
+        tokenizer: gets its eos token as pad token if it has none.
+        max_length, truncation_mode: how the collator will truncate; they decide which rows are dropped.
+        target_column: a third completion of each row, y_ref of SLiC's regulariser.
+        ranked_pairs: which pairs a ranked row gives: all, each with the next, or best and worst.
+        keep_columns: columns to keep as they are.
+        num_proc: processes that tokenise a map-style dataset; a stream is tokenised where it is read.
+        batch_size: rows that are tokenised together.
+        name: what log, progress bar and report call the dataset.
+
+    Returns:
+        The dataset, columns as in `tokenize.GROUP_FEATURES` plus `keep_columns`, and the report. After truncation a
+        ranked row may hold a completion that no pair refers to any more. A stream is filtered as it is read.
+
+    Raises:
+        ValueError: unknown form or option, unusable tokenizer, or no row is left (the message counts the reasons).
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        hint = f"; choose one of its splits: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
+        raise ValueError(f"the {name} data is {type(dataset).__name__}, expected a datasets.Dataset or stream{hint}")
+    check_truncation(max_length, truncation_mode)
+    if ranked_pairs not in get_args(RankedPairs):
+        raise ValueError(f"ranked_pairs={ranked_pairs!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
+    check_tokenizer(tokenizer)
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"the {name} data has no rows")
+    form = detect_form(columns)
+    keep = _kept_columns(columns, form, target_column, keep_columns)
+    features = None
+    if dataset.features is not None:
+        features = Features(GROUP_FEATURES | REMARK_FEATURES | {column: dataset.features[column] for column in keep})
+    progress = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": f"Tokenising {name} data"}
+    tokenised = dataset.with_format(None).map(
+        Tokenization(tokenizer, form, target_column, ranked_pairs, keep),
+        with_indices=True,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=columns,
+        features=features,
+        **progress,
+    )
+    report = PreparationReport(name, max_length)
+    filtration = Filter(max_length, truncation_mode)
+    columns = (*GROUP_FEATURES, *keep)
+    if isinstance(dataset, IterableDataset):
+        return _filter_stream(tokenised, filtration, report, columns, batch_size), report
+    # The verdicts are a small table beside the tokens, which are not written again.
+    verdicts = tokenised.map(
+        filtration,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=tokenised.column_names,
+        features=_VERDICT_FEATURES,
+        num_proc=num_proc,
+        desc=f"Filtering {name} data",
+    )
+    for batch in verdicts.iter(batch_size):
+        for verdict in _rows(batch):
+            report.add(verdict)
+    if not report.kept:
+        raise ValueError("\n  ".join(["no row can be trained on", *report.summary()]))
+    kept = [index for index, reason in enumerate(verdicts["reason"]) if not reason]
+    tokens = tokenised.remove_columns([*_EDGES, *REMARK_FEATURES])
+    groups = concatenate_datasets([tokens, verdicts.select_columns(list(_EDGES))], axis=1)
+    return groups.select_columns(list(columns)).select(kept), report
+
+
+def _filter_stream(
+    tokenised: IterableDataset,
+    filtration: Filter,
+    report: PreparationReport,
+    columns: tuple[str, ...],
+    batch_size: int,
+) -> IterableDataset:
+    features = tokenised.features
+    return tokenised.map(
+        _StreamFilter(filtration, report, columns),
+        with_indices=True,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=[*columns, *REMARK_FEATURES],
+        features=features and Features({column: features[column] for column in columns}),
+    )
+
+
+def _rows(batch: Mapping[str, list], names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a batch of columns."""
+    columns = {name: batch[name] for name in names or batch}
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _kept_columns(
+    columns: Sequence[str], form: Form, target_column: str | None, keep_columns: Sequence[str]
+) -> tuple[str, ...]:
+    """`keep_columns`, and TRL's reference log-probs, once it is certain that all named columns are there."""
+    named = {"target_column": [target_column] if target_column else [], "keep_columns": keep_columns}
+    for option, names in named.items():
+        if missing := [name for name in names if name not in columns]:
+            raise ValueError(f"{option} names {missing}, but the dataset has the columns {sorted(columns)}")
+    if target_column and form in (Form.GROUP, Form.SUPERVISED, Form.MESSAGES):
+        raise ValueError(f"target_column={target_column!r} belongs to pairs; the dataset's form is {form.value}")
+    if taken := set(keep_columns) & {*GROUP_FEATURES, *REMARK_FEATURES}:
+        raise ValueError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself; rename them")
+    references = _REFERENCE_COLUMNS if form is Form.TOKENS else ()
+    return tuple(dict.fromkeys([*keep_columns, *(name for name in references if name in columns)]))

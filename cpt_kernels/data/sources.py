@@ -1,0 +1,177 @@
+"""Where datasets come from: a local file, a folder, or the hub."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+# File suffix -> the loader of `datasets`.
+_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+) -> Dataset | IterableDataset:
+    """Load one split of a dataset.
+
+    Args:
+        name_or_path: a .json (a list of objects, or one object per line), .jsonl, .parquet or .csv file; a folder of
+            such files, or one that `save_to_disk` wrote; or the name of a dataset on the hub.
+        config: configuration of a hub dataset.
+        split: a file has only `train`. With None: `train` if there is one, else the only split there is.
+        streaming: read rows as they are needed, as an `IterableDataset`.
+        columns: keep only these; a mapping {name in the data: name here} renames them too.
+
+    Raises:
+        ValueError: nothing is there, or it is empty or malformed (for JSON, with the line); an unknown split or column.
+            Of a stream only the start is checked here; what is malformed further on raises datasets' own error there.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and _looks_like_path(str(name_or_path)):
+        raise ValueError(f"{name_or_path} does not exist (looked for {path.absolute()})")
+    if path.is_file():
+        dataset = _load_file(path, config, split, streaming)
+    elif path.is_dir():
+        dataset = _load_folder(path, config, split, streaming)
+    else:
+        dataset = _load_hub(str(name_or_path), config, split, streaming)
+    dataset = _choose_split(dataset, split, name_or_path)
+    return dataset if columns is None else _choose_columns(dataset, columns, name_or_path)
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        Path(name).suffix in _LOADERS
+        or name.startswith((".", "/", "~"))
+        or ("/" in name and Path(name).parent.exists())
+    )
+
+
+def _load_file(path: Path, config: str | None, split: str | None, streaming: bool):
+    if path.suffix not in _LOADERS:
+        raise ValueError(f"{path} is no {', '.join(_LOADERS)} file")
+    if config is not None:
+        raise ValueError(f"config={config!r} chooses a configuration of a hub dataset, but {path} is a file")
+    if split is not None and split.split("[")[0] != "train":
+        raise ValueError(f"{path} is one file and has only the split 'train', not {split!r}")
+    return _read([path], _LOADERS[path.suffix], streaming, data_files=str(path), split=split)
+
+
+def _load_folder(path: Path, config: str | None, split: str | None, streaming: bool):
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _load_saved(path, split, streaming)
+    files = sorted(file for file in path.rglob("*") if file.suffix in _LOADERS and file.name != "dataset_info.json")
+    if not files:
+        raise ValueError(f"the folder {path} holds no {', '.join(_LOADERS)} file and is not from `save_to_disk`")
+    # With a README, the folder is a copy of a hub dataset, which says itself which files count.
+    loaders = {_LOADERS[file.suffix] for file in files}
+    if len(loaders) > 1 and not (path / "README.md").exists():
+        raise ValueError(f"the folder {path} mixes {' and '.join(sorted(loaders))} files: choose one file")
+    return _read(files, str(path), streaming, name=config, split=split)
+
+
+def _load_saved(path: Path, split: str | None, streaming: bool):
+    saved = load_from_disk(str(path))
+    if isinstance(saved, Dataset):
+        own = str(saved.split or "train")
+        if split not in (None, own):
+            raise ValueError(f"{path} was saved as one dataset and has only the split {own!r}, not {split!r}")
+        return saved.to_iterable_dataset() if streaming else saved
+    chosen = _choose_split(saved, split, path)
+    return chosen.to_iterable_dataset() if streaming else chosen
+
+
+def _load_hub(name: str, config: str | None, split: str | None, streaming: bool):
+    try:
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"{name!r} is no local file or folder, and the hub did not give a dataset of this name: {error}"
+        ) from error
+
+
+def _read(files: list[Path], loader: str, streaming: bool, **arguments):
+    if empty := [str(file) for file in files if file.stat().st_size == 0]:
+        raise ValueError(f"{empty[0]} is an empty file")
+    try:
+        dataset = load_dataset(loader, streaming=streaming, **arguments)
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            if streaming:  # nothing has been read yet: meet a malformed start here, where it can be explained
+                has_rows = next(iter(part), None) is not None
+            else:
+                has_rows = len(part) > 0
+                part.data.validate(full=True)  # the JSON loader lets text through that is not UTF-8
+            if not has_rows:
+                raise ValueError("no rows")
+    except (DatasetGenerationError, ValueError) as error:
+        # What datasets and pyarrow say names no line, and often neither the file nor the fault.
+        for file in files:
+            if _LOADERS[file.suffix] == "json" and (fault := find_json_fault(file)):
+                raise ValueError(f"{file}: {fault}") from error
+        raise ValueError(f"{arguments.get('data_files', loader)} cannot be read: {error.__cause__ or error}") from error
+    return dataset
+
+
+def find_json_fault(path: Path) -> str | None:
+    """The first place where the file is neither a JSON list of objects nor one object per line, in words, or None."""
+    rows = 0
+    with path.open("rb") as file:
+        is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        file.seek(0)
+        for number, chunk in enumerate([file.read()] if is_list else file, start=1):
+            chunk = chunk.removeprefix(codecs.BOM_UTF8)
+            if not chunk.strip():
+                continue
+            try:
+                value = json.loads(chunk.decode().rstrip("\n"))
+            except UnicodeDecodeError as error:
+                line = number + chunk[: error.start].count(b"\n")
+                return f"line {line}: not UTF-8, at the byte {chunk[error.start]:#04x}"
+            except json.JSONDecodeError as error:
+                return f"line {number + error.lineno - 1}, column {error.colno}: {error.msg}"
+            for index, row in enumerate(value if is_list else [value]):
+                if fault := _find_row_fault(row):
+                    return f"{f'item {index}' if is_list else f'line {number}'}: {fault}"
+                rows += 1
+    return None if rows else "no rows"
+
+
+def _find_row_fault(row: object) -> str | None:
+    if not isinstance(row, dict):
+        return f"{type(row).__name__}, expected an object that names the columns"
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair, {error.object[error.start]!r}, is no text"
+    return None
+
+
+def _choose_split(dataset, split: str | None, name: str | Path):
+    if not isinstance(dataset, dict):
+        return dataset
+    wanted = split or ("train" if len(dataset) > 1 else next(iter(dataset)))
+    if wanted not in dataset:
+        raise ValueError(f"{name} has the splits {', '.join(map(repr, dataset))}, not {wanted!r}: choose one of them")
+    return dataset[wanted]
+
+
+def _choose_columns(
+    dataset: Dataset | IterableDataset, columns: Sequence[str] | Mapping[str, str], name: str | Path
+) -> Dataset | IterableDataset:
+    present = dataset.column_names or list(next(iter(dataset)))
+    if missing := [column for column in columns if column not in present]:
+        raise ValueError(f"columns names {missing}, but {name} has the columns {present}")
+    dataset = dataset.select_columns(list(columns))
+    if isinstance(columns, Mapping):
+        dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
+    return dataset

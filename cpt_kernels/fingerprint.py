@@ -1,0 +1,215 @@
+"""What identifies a reference model: a digest of everything that its log-probs depend on, and of nothing else.
+
+That is the tensors in memory (not the files they came from: an overwritten checkpoint is another model, a copied one is
+not), the parts of the config that change numbers, active adapters, and how the forward computes. Where in doubt a part
+counts: a needless difference costs one scoring pass, a missed one would serve the log-probs of another model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OP_VERSION = 1  # to be raised when log-probs change by more than rounding
+
+_CHUNK = 1 << 23  # elements that one thread digests at a time; part of the definition of a tensor's digest
+_TRANSPARENT = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # wrappers within a model
+_WRAPPED = {"base_layer", "original_module", "token_adapter"}  # PEFT's names on the way to what an adapter wraps
+
+# Config entries that do not change log-probs. Dropout is off when a reference is scored.
+_IRRELEVANT = {
+    # origin
+    "_name_or_path", "name_or_path", "base_model_name_or_path", "revision", "_commit_hash", "architectures", "auto_map",
+    "auto_mapping", "transformers_version", "peft_version",
+    # told by the tensors themselves
+    "dtype", "torch_dtype", "tie_word_embeddings",
+    # outputs and switches; the attention is an argument here
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "torchscript",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "inference_mode", "task_type",
+    # initialisation, other heads and losses
+    "initializer_range", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "id2label", "label2id",
+    "problem_type", "router_aux_loss_coef", "router_z_loss_coef",
+    # trainers align these with the tokenizer
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+
+def fingerprint(
+    model: nn.Module,
+    *,
+    compute_dtype: torch.dtype | str,
+    attention: str,
+    op_version: int = OP_VERSION,
+    adapters: bool = True,
+) -> str:
+    """32 hex digits that identify a reference model by its numbers.
+
+    Take it before the model is sharded, and before a checkpoint of the run is loaded into it.
+
+    Args:
+        model: a transformers model or a PEFT model around one, also compiled or under DDP, on any device.
+        compute_dtype: of the forward, which under autocast is not the weights'.
+        attention: family of the attention operator, such as "sdpa": each rounds in its own way.
+        op_version: of the operators between hidden states and log-probs.
+        adapters: whether active adapters take part. With False the result is that of the model without adapters; so it
+            is while adapters are disabled.
+
+    Raises:
+        ValueError: a tensor that is not whole on this process, or is of no plain type; prompt-learning adapters; merged
+            adapters where adapters take no part; a model without a config, or with one that is no plain data.
+    """
+    base, configs = _unwrap(model)
+    active = _active_adapters(base, configs) if adapters else []
+    if not active and any(getattr(layer, "merged", False) is True for layer in base.modules()):
+        raise ValueError("an adapter is merged into the base weights, which therefore cannot be told: unmerge it first")
+    facts = {
+        "op_version": op_version,
+        "compute_dtype": _dtype_name(compute_dtype),
+        "attention": attention,
+        "config": _plain(base.config.to_dict()),
+        "adapters": [_plain(configs[name].to_dict()) for name in active],
+        "tensors": _digests(_named_tensors(base, configs, active)),
+    }
+    return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def describe(
+    model: nn.Module, *, compute_dtype: torch.dtype | str, attention: str, adapters: bool = True
+) -> dict[str, Any]:
+    """What `reference.json` tells people about a reference; arguments as for `fingerprint`."""
+    base, configs = _unwrap(model)
+    active = _active_adapters(base, configs) if adapters else []
+    tensors = _named_tensors(base, configs, active)
+    return {
+        "model": base.config._name_or_path,
+        "model_type": base.config.model_type,
+        "adapters": active,
+        "parameters": sum(tensor.numel() for tensor in {id(t): t for t in tensors.values()}.values()),
+        "weights_dtype": sorted({_dtype_name(tensor.dtype) for tensor in tensors.values()}),
+        "compute_dtype": _dtype_name(compute_dtype),
+        "attention": attention,
+        "op_version": OP_VERSION,
+    }
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The transformers model within wrappers (torch.compile, DDP, PEFT), and its PEFT configs by adapter name."""
+    configs: Mapping[str, Any] = {}
+    inner: nn.Module | None = model
+    while inner is not None:
+        model = inner
+        configs = getattr(model, "peft_config", None) or configs
+        if hasattr(model, "get_base_model"):  # PEFT
+            inner = model.get_base_model()
+        else:
+            wrapped = (getattr(model, name, None) for name in ("_orig_mod", "module"))
+            inner = next((m for m in wrapped if isinstance(m, nn.Module)), None)
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise ValueError(f"{type(model).__name__} has no config; a reference must be a transformers model")
+    return model, configs
+
+
+def _active_adapters(base: nn.Module, configs: Mapping[str, Any]) -> list[str]:
+    if any(config.is_prompt_learning for config in configs.values()):
+        raise ValueError("prompt-learning adapters add tokens of their own, which packed rows do not support")
+    layers = [m for m in base.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
+
+
+def _named_tensors(base: nn.Module, configs: Mapping[str, Any], active: Sequence[str]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the names that they have in the model without wrappers and adapters.
+
+    Tied tensors stand under each of their names, so that it does not matter whether a tie survived. The tensors of an
+    active adapter are named after its place among the active ones, as the name that a user gave it changes no number.
+    """
+    state = base.state_dict(keep_vars=True)
+    paths = {name: [part for part in name.split(".") if part not in _TRANSPARENT] for name in state}
+    wrappers = {tuple(path[:i]) for path in paths.values() for i, part in enumerate(path) if part in _WRAPPED}
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        path = paths[name]
+        canonical = ".".join(part for part in path if not (configs and part in _WRAPPED))
+        # An adapter's tensor is below a wrapper's child that does not lead to what is wrapped.
+        below = [i for i, part in enumerate(path) if part not in _WRAPPED and tuple(path[:i]) in wrappers]
+        if configs and below:
+            if not active or any(part in configs and part not in active for part in path[below[0] :]):
+                continue
+            place = [str(active.index(part)) if part in active else part for part in path[below[0] :]]
+            canonical = "/".join([".".join(path[: below[0]]), "adapter", *place])
+        if named.setdefault(canonical, tensor) is not tensor:
+            raise ValueError(f"two tensors of the model have the name {canonical}")
+        _check_whole(canonical, tensor)
+    return named
+
+
+def _check_whole(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, not a tensor, and cannot be fingerprinted")
+    sharded = hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") or "_flat_param" in name
+    if sharded or tensor.is_meta:
+        raise ValueError(
+            f"{name} is not whole on this process (sharded, offloaded or not loaded): take a reference's fingerprint"
+            " before the model is sharded"
+        )
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, which cannot be fingerprinted")
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int], str]]:
+    """Name -> (dtype, shape, digest of the bytes in row-major order). Shared tensors are read once."""
+    unique = {id(tensor): tensor for tensor in tensors.values()}
+    tasks: list[tuple[Tensor, range]] = []
+    for tensor in unique.values():
+        chunks = range(0, tensor.numel(), _CHUNK)
+        # Reading a chunk of what is not contiguous copies all of it, so that is one task.
+        tasks += [(tensor, range(i, i + 1)) for i in chunks] if tensor.is_contiguous() else [(tensor, chunks)]
+    digests = {key: blake2b(digest_size=16) for key in unique}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashlib releases the GIL
+        for (tensor, _), digest in zip(tasks, pool.map(_chunk_digests, tasks)):
+            digests[id(tensor)].update(digest)
+    return {
+        name: (_dtype_name(tensor.dtype), list(tensor.shape), digests[id(tensor)].hexdigest())
+        for name, tensor in tensors.items()
+    }
+
+
+def _chunk_digests(task: tuple[Tensor, range]) -> bytes:
+    tensor, starts = task
+    flat = tensor.detach().reshape(-1)
+    chunks = (flat[start : start + _CHUNK].cpu().view(torch.uint8).numpy() for start in starts)
+    return b"".join(blake2b(chunk, digest_size=16).digest() for chunk in chunks)
+
+
+def _plain(value: Any) -> Any:
+    """A config as JSON would have it, without what is irrelevant or None (a field that an older version lacks)."""
+    if isinstance(value, Mapping):
+        kept = {str(key): _plain(item) for key, item in value.items() if _is_relevant(str(key))}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, torch.dtype):
+        return _dtype_name(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    # Its text may hold an address, which would make every process a reference of its own.
+    raise ValueError(f"the model's config holds a {type(value).__name__}, which cannot be fingerprinted")
+
+
+def _is_relevant(key: str) -> bool:
+    return key not in _IRRELEVANT and "dropout" not in key and not key.endswith("pdrop")
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,139 @@
+"""What a transformers model must do differently on a packed row: its attention, and RoPE that depends on lengths.
+
+An attention implementation of ours is registered *over* the model's own: it takes part only where a packed layout
+arrives as a keyword argument, so generation and plain forwards of the same model go on as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .ops.attention import AttentionLayout, shared_prompt_attention
+
+_PREFIX = "shared_prompt_over_"
+_packed = ContextVar("packed", default=False)  # masks are built by the model, outside of what checkpointing recomputes
+
+
+def attention_over(implementation: str) -> str:
+    """Name of the packed attention over ``implementation`` ("sdpa", "eager", ...), registered on first use."""
+    if implementation.startswith(_PREFIX):
+        return implementation
+    name = _PREFIX + implementation
+    if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return name
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,  # (B, Hq, T, D)
+        key: Tensor,  # (B, Hk, T, D)
+        value: Tensor,
+        attention_mask: Tensor | None,
+        layout: AttentionLayout | None = None,
+        **kwargs,
+    ):
+        if layout is None:
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+            return own(module, query, key, value, attention_mask, **kwargs)
+        out = shared_prompt_attention(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            layout,
+            scale=kwargs.get("scaling"),
+            window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            dropout=kwargs.get("dropout") or 0.0,
+        )
+        return out[None], None
+
+    def mask(*args, **kwargs):
+        return None if _packed.get() else ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    return name
+
+
+@contextlib.contextmanager
+def packed_forward() -> Iterator[None]:
+    """The forward inside runs a packed row, whose masking is the attention's own business."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def length_dependent_rotaries(model: nn.Module) -> list[nn.Module]:
+    """Rotary embeddings that choose frequencies by the longest position of a *batch*: LongRoPE and dynamic NTK."""
+
+    def depends(rope_type: str | dict | None) -> bool:
+        kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+        return any(kind is not None and ("dynamic" in kind or kind == "longrope") for kind in kinds)
+
+    return [module for module in model.modules() if depends(getattr(module, "rope_type", None))]
+
+
+def rope_length_limit(rotaries: list[nn.Module]) -> int | None:
+    """Longest sequence for which frequencies are the same as for any shorter one; ``None`` without such rotaries."""
+    limits = []
+    for rotary in rotaries:
+        parameters = rotary.config.rope_parameters
+        for kind in parameters.values() if isinstance(rotary.rope_type, dict) else [parameters]:
+            original = kind.get("original_max_position_embeddings")
+            limits.append(original or rotary.config.max_position_embeddings)
+    return min(limits, default=None)
+
+
+@contextlib.contextmanager
+def rope_per_sequence(rotaries: list[nn.Module], limit: int | None, segments: list[tuple[int, int]]) -> Iterator[None]:
+    """Let every sequence longer than ``limit`` take its frequencies by its own length, as if it were run alone.
+
+    ``segments`` are the (queries, keys) of the row; a longer sequence shares nothing, so it is one segment. All shorter
+    ones have the same frequencies and are done together.
+    """
+    if not rotaries:
+        yield
+        return
+    spans: list[int] = []
+    in_short_span = False
+    for queries, keys in segments:
+        short = keys <= limit
+        if short and in_short_span:
+            spans[-1] += queries
+        else:
+            spans.append(queries)
+        in_short_span = short
+
+    def patched(rotary: nn.Module, forward):
+        def per_sequence(x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            parts = []
+            for positions in position_ids.split(spans, dim=1):
+                _reset(rotary, x.device)
+                parts.append(forward(x, positions, *args, **kwargs))
+            return tuple(torch.cat(part, dim=1) for part in zip(*parts))
+
+        return per_sequence
+
+    for rotary in rotaries:
+        rotary.forward = patched(rotary, rotary.forward)
+    try:
+        yield
+    finally:
+        for rotary in rotaries:
+            del rotary.forward
+
+
+def _reset(rotary: nn.Module, device: torch.device) -> None:
+    """Dynamic NTK remembers the longest sequence that it ever saw; forget it."""
+    if isinstance(rotary.rope_type, str) and "dynamic" in rotary.rope_type:
+        rotary.register_buffer("inv_freq", rotary.original_inv_freq.to(device), persistent=False)
+        rotary.max_seq_len_cached = rotary.original_max_seq_len

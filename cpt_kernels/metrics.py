@@ -1,0 +1,114 @@
+"""Metrics under TRL's names: sums kept on the device, brought to the host only when they are logged."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .data.collate import PackedBatch
+from .model import Scores
+from .ops.gather import segment_sum
+
+# Metric -> the count that it is a mean over.
+_MEAN_OVER = {
+    "rewards/chosen": "pairs",
+    "rewards/rejected": "pairs",
+    "rewards/accuracies": "pairs",
+    "rewards/margins": "pairs",
+    "logps/chosen": "pairs",
+    "logps/rejected": "pairs",
+    "logits/chosen": "chosen_tokens",
+    "logits/rejected": "rejected_tokens",
+    "entropy": "all_tokens",
+    "mean_token_accuracy": "chosen_tokens",
+    "aux_loss": "micro_batches",
+}
+_COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "all_tokens", "micro_batches")
+_NAMES = (*_MEAN_OVER, *_COUNTS, "losses")
+
+
+def completion_rewards(batch: PackedBatch, scores: Scores, beta: float) -> Tensor:
+    """Implicit rewards ``beta (logp - reference logp)``, without a reference ``beta logp``; (S,), no gradient."""
+    logps = scores.completion_logps.detach().float()
+    if batch["ref_token_logps"] is None:
+        return beta * logps
+    return beta * (logps - segment_sum(batch["ref_token_logps"], batch["cu_completions"]))
+
+
+def pair_rewards(batch: PackedBatch, scores: Scores, beta: float) -> Tensor:
+    """Implicit rewards of chosen and rejected, (P, 2); without a rejected side (P, 1)."""
+    values = completion_rewards(batch, scores, beta)
+    sides = [batch["chosen"]] + ([] if batch["rejected"] is None else [batch["rejected"]])
+    return torch.stack([values[side] for side in sides], dim=1)
+
+
+class Metrics:
+    """Running sums of one mode, training or evaluation.
+
+    A pair weighs 1, a token 1 in each pair that its completion is in: exact means however the pairs were batched.
+    """
+
+    def __init__(self, accelerator: Accelerator, beta: float) -> None:
+        self.accelerator, self.beta = accelerator, beta
+        self.total: Tensor | None = None  # (len(_NAMES),) on the device
+        self.reset()
+
+    @torch.no_grad()
+    def add(self, batch: PackedBatch, scores: Scores) -> None:
+        """Add a micro-batch that was scored with statistics."""
+        offsets, chosen, rejected = batch["cu_completions"], batch["chosen"], batch["rejected"]
+        lengths = offsets.diff().float()
+        logps = scores.completion_logps.detach().float()
+        per_completion = {
+            "entropy": segment_sum(scores.tokens.entropy, offsets),
+            "logits": segment_sum(scores.tokens.mean_logit, offsets),
+            "correct": segment_sum(scores.tokens.correct.float(), offsets),
+            "rewards": completion_rewards(batch, scores, self.beta),
+        }
+        sums = {
+            "pairs": torch.full((), float(batch["num_pairs"]), device=logps.device),
+            "micro_batches": torch.ones((), device=logps.device),
+            "chosen_tokens": lengths[chosen].sum(),
+            "logps/chosen": logps[chosen].sum(),
+            "rewards/chosen": per_completion["rewards"][chosen].sum(),
+            "logits/chosen": per_completion["logits"][chosen].sum(),
+            "mean_token_accuracy": per_completion["correct"][chosen].sum(),
+        }
+        sides = [chosen]
+        if scores.losses is not None:
+            sums["losses"] = scores.losses.sum()
+        if scores.aux_loss is not None:
+            sums["aux_loss"] = scores.aux_loss.detach()
+        if rejected is not None:
+            margins = per_completion["rewards"][chosen] - per_completion["rewards"][rejected]
+            sums |= {
+                "rejected_tokens": lengths[rejected].sum(),
+                "logps/rejected": logps[rejected].sum(),
+                "rewards/rejected": per_completion["rewards"][rejected].sum(),
+                "logits/rejected": per_completion["logits"][rejected].sum(),
+                "rewards/margins": margins.sum(),
+                "rewards/accuracies": (margins > 0).sum(),
+            }
+            sides.append(rejected)
+        both = torch.cat(sides)
+        sums |= {"all_tokens": lengths[both].sum(), "entropy": per_completion["entropy"][both].sum()}
+        zero = logps.new_zeros(())
+        vector = torch.stack([sums.get(name, zero).float() for name in _NAMES])
+        self.total = vector if self.total is None else self.total + vector
+        self.seen |= sums.keys()
+
+    def reset(self) -> None:
+        """Forget all sums."""
+        self.total, self.seen = None, set()
+
+    def compute(self) -> dict[str, float]:
+        """Means over all ranks since the last call, ``loss`` (mean over pairs) among them; the sums start again."""
+        if self.total is None:
+            return {}
+        total = dict(zip(_NAMES, self.accelerator.reduce(self.total, "sum").tolist()))
+        means = {name: total[name] / max(total[count], 1.0) for name, count in _MEAN_OVER.items() if name in self.seen}
+        if "losses" in self.seen:
+            means["loss"] = total["losses"] / max(total["pairs"], 1.0)
+        self.reset()
+        return means

@@ -1,0 +1,254 @@
+"""A transformers causal language model on packed batches: completion log-probs or a preference loss, in one forward.
+
+The head runs *as* the model's ``lm_head`` forward, inside the forward of the wrapped model, so that the hooks of DDP,
+FSDP and DeepSpeed see every module run. What the model's forward returns as logits is then one number: 0, with the
+gradient of the loss. Scales and caps that the model applies to its logits map 0 to 0, with a known derivative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .data.collate import PackedBatch
+from .hooks import attention_over, length_dependent_rotaries, packed_forward, rope_length_limit, rope_per_sequence
+from .losses import Loss
+from .ops.attention import AttentionLayout
+from .ops.gather import gather_rows, segment_sum
+from .ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
+from .ops.vocab_score import VocabScore, vocab_score
+
+
+class Scores(NamedTuple):
+    """Result of :meth:`PackedModel.__call__`; N tokens, S completions, P pairs as in the batch."""
+
+    tokens: VocabScore  # (N,) each
+    completion_logps: Tensor  # (S,)
+    loss: Tensor | None  # () sum over the pairs, through the forward's output
+    losses: Tensor | None  # (P,) without gradient
+    aux_loss: Tensor | None  # () load-balancing loss of a mixture of experts, over the row's tokens
+
+
+@dataclass
+class PackedModel:
+    """A causal LM prepared for packed batches.
+
+    Args:
+        model: a transformers model or a PEFT model around one, not wrapped for distribution.
+        head_memory_mb: budget for a tile of logits, see :class:`HeadOptions`.
+
+    Raises:
+        ValueError: an architecture whose attention, state, positions or logits cannot be packed exactly.
+    """
+
+    model: nn.Module
+    head_memory_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        base = base_model(self.model)
+        _check_architecture(base)
+        base.set_attn_implementation(attention_over(base.config._attn_implementation))
+        self.rotaries = length_dependent_rotaries(base)
+        self.share_limit = rope_length_limit(self.rotaries)
+        self.options = _head_options(base, self.head_memory_mb)
+        _check_head(base, self.options)
+
+    def __call__(
+        self,
+        batch: PackedBatch,
+        loss: Loss | None = None,
+        *,
+        wrapped: nn.Module | None = None,
+        general: bool = False,
+        statistics: bool = False,
+        tokens_per_pair: Tensor | float = 1.0,
+        aux_loss: bool = False,
+    ) -> Scores:
+        """Run a packed batch.
+
+        Args:
+            loss: to take over the batch's pairs; without one, log-probs are scored (differentiable where grad is on).
+            wrapped: the model as DDP, FSDP or DeepSpeed wrapped it; default the model itself.
+            general: keep token and completion log-probs differentiable beside the loss.
+            statistics: entropy, mean logit, top-1 and log sum p^2 of every token.
+            tokens_per_pair: see :class:`PairLogps`.
+            aux_loss: ask a mixture of experts for its load-balancing loss.
+        """
+        scores: list[Scores] = []
+
+        def head_forward(hidden: Tensor, *_, **__) -> Tensor:
+            rows = gather_rows(hidden[0], batch["predictor_index"], batch["predictor_levels"])
+            options = dataclasses.replace(self.options, statistics=statistics, compute_dtype=_autocast_dtype(rows))
+            rows, weight, bias = _head_operands(head, rows)
+            if loss is None:
+                tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
+                scores.append(Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]), None, None, None))
+                return tokens.logps.new_zeros(1, 1, 1)
+            out = linear_preference_loss(
+                rows, weight, batch["targets"], _pairs(batch, tokens_per_pair), loss, bias, options, general
+            )
+            scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None))
+            return ((out.loss - out.loss.detach()) / options.logit_scale).reshape(1, 1, 1)
+
+        head = base_model(self.model).get_output_embeddings()
+        layout = AttentionLayout(**{field.name: batch[field.name] for field in dataclasses.fields(AttentionLayout)})
+        with (
+            packed_forward(),
+            rope_per_sequence(self.rotaries, self.share_limit, batch["segment_lengths"]),
+            _replaced_forward(head, head_forward),
+        ):
+            outputs = (self.model if wrapped is None else wrapped)(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+                layout=layout,
+                **({"output_router_logits": True} if aux_loss else {}),
+            )
+        (result,) = scores
+        if loss is not None:
+            result = result._replace(loss=result.loss.detach() + outputs.logits.sum())
+        return result._replace(aux_loss=outputs.aux_loss if aux_loss else None)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
+    ref = batch["ref_token_logps"]
+    return Pairs(
+        batch["cu_completions"],
+        batch["completion_lengths"],
+        batch["chosen"],
+        batch["rejected"],
+        batch["sft_targets"],
+        batch["units"],
+        None if ref is None else segment_sum(ref, batch["cu_completions"]),
+        tokens_per_pair,
+    )
+
+
+def _autocast_dtype(rows: Tensor) -> torch.dtype | None:
+    device = rows.device.type
+    if not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, forward) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # set on the instance, e.g. by accelerate's hooks
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(rows, weight, bias) whose ``rows @ weight.T + bias`` is what ``head`` computes, PEFT's wrappers included."""
+    if hasattr(head, "modules_to_save"):
+        trained = not head.disable_adapters and head.active_adapters
+        head = head.modules_to_save[head.active_adapters[0]] if trained else head.original_module
+    base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    weight, bias = base.weight, base.bias
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the output head is quantised ({weight.dtype}): load the model with the head left unquantised"
+            " (llm_int8_skip_modules=['lm_head'])"
+        )
+    if base is head or head.disable_adapters or head.merged:
+        return rows, weight, bias
+    # X W^T + s (X A^T) B^T = [X, X A^T] [W, s B]^T: an adapter is columns more.
+    hidden_columns, weight_columns = [rows], [weight]
+    for name in head.active_adapters:
+        if name not in getattr(head, "lora_A", {}) or head.use_dora.get(name) or head.lora_dropout[name].p > 0:
+            raise ValueError(
+                "an adapter on the output head must be plain LoRA without dropout or DoRA: leave the head out of"
+                " target_modules, or set lora_dropout=0 and use_dora=False"
+            )
+        a, b = head.lora_A[name].weight, head.lora_B[name].weight
+        hidden_columns.append(rows.to(a.dtype) @ a.t())
+        weight_columns.append(b * head.scaling[name])
+    dtype = rows.dtype
+    return (
+        torch.cat([c.to(dtype) for c in hidden_columns], 1),
+        torch.cat([c.to(dtype) for c in weight_columns], 1),
+        bias,
+    )
+
+
+def _head_options(model: PreTrainedModel, memory_mb: float | None) -> HeadOptions:
+    """Scale and cap between the head's product and the softmax, from the names under which configs keep them."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (value := getattr(config, name, None)) is not None:
+            scale = float(value)
+            break
+    else:
+        if (value := getattr(config, "logits_scaling", None)) is not None:
+            scale = float(value) if config.model_type == "hyperclovax" else 1 / float(value)
+    return HeadOptions(scale, getattr(config, "final_logit_softcapping", None), memory_mb=memory_mb)
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "mamba", "recurrent"}:
+        raise ValueError(
+            f"{name} has layers that carry a state along the row (recurrent or linear attention); packed completions"
+            " would leak into each other. Such models are not supported"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; only causal language models are supported")
+    if "chunked_attention" in kinds or getattr(config, "use_bidirectional_attention", None):
+        raise ValueError(f"{name} uses chunked or bidirectional attention, which packed rows do not support")
+    if not model._can_set_attn_implementation() or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name} does not let its attention be replaced (transformers' AttentionInterface) or has no output head"
+        )
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
+    """Compare the model's own logits of three tokens with what the head will make of the same hidden rows.
+
+    An unknown transform of the logits would otherwise train on a wrong softmax without a word.
+    """
+    head = model.get_output_embeddings()
+    if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters()):
+        return  # sharded already (ZeRO-3): the weight is there only in the wrapped model's forward
+    seen: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _, args, output: seen.append(output.detach().clone()))
+    training, device = model.training, head.weight.device if hasattr(head, "weight") else model.device
+    try:
+        logits = model.eval()(input_ids=torch.arange(3, device=device)[None], use_cache=False).logits[0]
+    finally:
+        hook.remove()
+        model.train(training)
+    (raw,) = seen
+    targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
+    expected = vocab_score(logits.float(), targets).logps
+    found = vocab_score(
+        raw[0].float(), targets, logit_scale=options.logit_scale, softcap=options.softcap, vocab_size=options.vocab_size
+    ).logps
+    eps = max(torch.finfo(raw.dtype).eps, torch.finfo(torch.float32).eps)
+    bound = 20 * eps * (1 + logits.float().abs().max())
+    if not (difference := (expected - found).abs().max()) <= bound:
+        raise ValueError(
+            f"{type(model).__name__} transforms its logits in a way that the head does not know (log-probs differ by"
+            f" {difference:.3g}); scale {options.logit_scale} and soft-cap {options.softcap} were read from its config"
+        )

@@ -1,0 +1,102 @@
+"""The definition of ``vocab_score`` in PyTorch, and its implementation on any device without a kernel of ours.
+
+For a row ``x`` of a tile of logits with target ``y``:
+
+    z = softcap(logit_scale * (x + bias)),   softcap(u) = c tanh(u / c) or u
+    lse = log sum_v exp z_v,   log p = z_y - lse,   p = softmax(z)
+
+over the columns below ``vocab_size``; those above are padding: probability 0, no gradient. Statistics:
+entropy ``lse - sum p z``, mean logit ``mean_v z``, ``z_y == max z`` and ``log sum p^2``. The score, written over the
+tile, is ``d log p / d x = (onehot(y) - p) dz/dx`` with ``dz/dx = logit_scale * (1 - (z/c)^2)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows are worked on in blocks whose fp32 temporaries stay in a core's cache: about 2 MiB each.
+_BLOCK_ELEMENTS = 1 << 19
+
+
+class VocabScore(NamedTuple):
+    """Statistics of R rows, fp32 (fp64 for an fp64 tile); the last four are ``None`` unless asked for."""
+
+    logps: Tensor  # (R,) log-prob of the target
+    lse: Tensor  # (R,) log-sum-exp
+    entropy: Tensor | None = None  # (R,) nats
+    mean_logit: Tensor | None = None  # (R,)
+    correct: Tensor | None = None  # (R,) bool, no logit is larger than the target's
+    log_sum_sq: Tensor | None = None  # (R,) log sum_v p_v^2
+
+
+def vocab_score_reference(
+    logits: Tensor,  # (R, V) fp64, fp32, bf16 or fp16; last dimension contiguous
+    targets: Tensor,  # (R,) int64 in [0, vocab_size)
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    statistics: bool = False,
+    score: bool = False,
+) -> VocabScore:
+    """Score a tile; with ``score=True`` its contents are replaced by ``d log p / d logits`` in the tile's dtype."""
+    rows, columns = logits.shape
+    vocab = columns if vocab_size is None else vocab_size
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    out = VocabScore(
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        *(logits.new_empty(rows, dtype=d) if statistics else None for d in (dtype, dtype, torch.bool, dtype)),
+    )
+    step = max(1, _BLOCK_ELEMENTS // max(columns, 1)) if logits.device.type == "cpu" else max(rows, 1)
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        out_block = VocabScore(*(None if tensor is None else tensor[block] for tensor in out))
+        _score_block(logits[block], targets[block], bias, logit_scale, softcap, vocab, out_block, score)
+    return out
+
+
+def _score_block(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    vocab: int,
+    out: VocabScore,
+    score: bool,
+) -> None:
+    x = logits[:, :vocab]
+    z = x.to(out.lse.dtype)
+    if bias is not None:
+        z = z + bias[:vocab]
+    if logit_scale != 1.0:
+        z = z * logit_scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+
+    target = targets[:, None]
+    torch.logsumexp(z, dim=-1, out=out.lse)
+    target_logit = z.gather(1, target)[:, 0]
+    torch.sub(target_logit, out.lse, out=out.logps)
+    if not (score or out.entropy is not None):
+        return
+
+    p = torch.sub(z, out.lse[:, None]).exp_()
+    if out.entropy is not None:
+        torch.mean(z, dim=-1, out=out.mean_logit)
+        torch.eq(z.amax(dim=-1), target_logit, out=out.correct)
+        # A logit of -inf has p = 0 and adds nothing, but 0 * -inf would be NaN.
+        torch.sub(out.lse, torch.linalg.vecdot(p, z.clamp(min=torch.finfo(z.dtype).min)), out=out.entropy)
+        torch.log(torch.linalg.vecdot(p, p), out=out.log_sum_sq)
+    if score:
+        p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=p.dtype))
+        if softcap is not None:
+            p *= 1 - (z / softcap) ** 2
+        if logit_scale != 1.0:
+            p *= logit_scale
+        x.copy_(p)
+        logits[:, vocab:] = 0

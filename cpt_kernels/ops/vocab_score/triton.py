@@ -1,0 +1,183 @@
+"""``vocab_score`` in Triton: a program per row, an online softmax over its tiles, then the score in place.
+
+A tile of a row has shape (LANES, WIDTH): WIDTH columns are one 16-byte access, and each of the LANES keeps statistics
+of its own, so that the loop over tiles needs no exchange between threads and one rescale per 16 bytes; the lanes are
+combined once, after it. The score's read of the row mostly finds it in L2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import VocabScore
+
+_TILE = 8192  # columns: 32 to 64 KiB of loads in flight per program
+_COLUMNS_PER_THREAD = 16
+
+# Running maxima stay finite, so that differences of two of them never are inf - inf. An infinite logit then shows as
+# an infinite sum, a NaN as a NaN sum, and every statistic comes out as eager PyTorch has it, with no case distinction.
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+def vocab_score_triton(
+    logits: Tensor,  # (R, V) bf16, fp16 or fp32
+    targets: Tensor,  # (R,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+    vocab_size: int,
+    statistics: bool,
+    score: bool,
+) -> VocabScore:
+    """Score a tile; arguments as ``vocab_score_reference``. A target outside the vocabulary makes its row NaN."""
+    rows, columns = logits.shape
+    out = VocabScore(
+        *(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2)),
+        *(
+            torch.empty(rows, dtype=dtype, device=logits.device) if statistics else None
+            for dtype in (torch.float32, torch.float32, torch.bool, torch.float32)
+        ),
+    )
+    if rows == 0:
+        return out
+    width = 16 // logits.element_size()
+    tile = min(_TILE, max(256, triton.next_power_of_2(columns)))
+    _vocab_score_kernel[(rows,)](
+        logits,
+        logits.stride(0),
+        targets.contiguous(),
+        None if bias is None else bias.contiguous(),
+        logit_scale,
+        softcap,
+        columns,
+        vocab_size,
+        *out,
+        SCORE=score,
+        LANES=tile // width,
+        WIDTH=width,
+        num_warps=max(1, tile // (32 * _COLUMNS_PER_THREAD)),
+    )
+    return out
+
+
+@triton.jit
+def _vocab_score_kernel(
+    logits,  # (R, columns)
+    logits_stride,
+    targets,  # (R,)
+    bias,  # (columns,) or None
+    logit_scale,
+    softcap,  # or None
+    columns,
+    vocab_size,
+    logps,  # (R,)
+    lses,  # (R,)
+    entropies,  # (R,) or None, as the next three
+    mean_logits,  # (R,)
+    corrects,  # (R,)
+    log_sum_sqs,  # (R,)
+    SCORE: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    STATISTICS: tl.constexpr = entropies is not None
+    TILE: tl.constexpr = LANES * WIDTH
+    row = tl.program_id(0).to(tl.int64)
+    x = logits + row * logits_stride
+    tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+    # Before the score overwrites it. Masked, so that no target makes us read outside the row.
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < vocab_size)
+    target_logit = _logits(x, bias, target, known, float("nan"), logit_scale, softcap)
+
+    # Per lane, with m the largest logit so far: sum e^(z-m), sum (z-m) e^(z-m), sum e^(2(z-m)), sum z.
+    m = tl.full([LANES], -_LARGEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    w = tl.zeros([LANES], tl.float32)
+    q = tl.zeros([LANES], tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+
+    # Whole tiles without a mask: with one that is not a multiple of 16 bytes Triton would load element by element.
+    whole = vocab_size // TILE * TILE
+    for start in range(0, whole, TILE):
+        z = _logits(x, bias, start + tile, None, None, logit_scale, softcap)
+        m, s, w, q = _add_tile(m, s, w, q, z, STATISTICS)
+        if STATISTICS:
+            total += tl.sum(z, axis=1)
+    if whole < vocab_size:
+        inside = whole + tile < vocab_size
+        z = _logits(x, bias, whole + tile, inside, float("-inf"), logit_scale, softcap)
+        z = tl.where(inside, z, float("-inf"))
+        m, s, w, q = _add_tile(m, s, w, q, z, STATISTICS)
+        if STATISTICS:
+            total += tl.sum(tl.where(inside, z, 0.0), axis=1)
+
+    largest = tl.max(m, axis=0)
+    rescale = tl.exp(m - largest)
+    row_s = tl.sum(s * rescale, axis=0)
+    lse = largest + tl.log(row_s)
+    tl.store(logps + row, target_logit - lse)
+    tl.store(lses + row, lse)
+    if STATISTICS:
+        row_w = tl.sum((w + s * tl.maximum(m - largest, -_LARGEST)) * rescale, axis=0)
+        row_q = tl.sum(q * rescale * rescale, axis=0)
+        tl.store(entropies + row, tl.log(row_s) - row_w / row_s)
+        tl.store(mean_logits + row, tl.sum(total, axis=0) / vocab_size)
+        tl.store(corrects + row, (tl.maximum(target_logit, -_LARGEST) >= largest) & known & (lse == lse))
+        tl.store(log_sum_sqs + row, tl.log(row_q) - 2 * tl.log(row_s))
+
+    if SCORE:
+        lse = tl.where(known, lse, float("nan"))
+        for start in range(0, columns, TILE):
+            column = start + tile
+            inside = column < vocab_size
+            z = _logits(x, bias, column, inside, 0.0, logit_scale, softcap)
+            gradient = tl.where(column == target, 1.0, 0.0) - tl.exp(z - lse)
+            if softcap is not None:
+                gradient *= 1 - (z / softcap) * (z / softcap)
+            gradient = tl.where(inside, gradient * logit_scale, 0.0)
+            tl.store(x + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def _logits(x, bias, column, mask, other, logit_scale, softcap):
+    """fp32 logits of some columns, scaled and capped."""
+    z = tl.load(x + column, mask=mask, other=other).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + column, mask=mask, other=other).to(tl.float32)
+    z *= logit_scale
+    if softcap is not None:
+        z = _tanh(z / softcap) * softcap
+    return z
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to a few ulp: 1 - 2 / (e^2x + 1) cancels near 0, where an odd polynomial takes over."""
+    square = x * x
+    small = 1.64374650e-2
+    small = small * square - 5.26717548e-2
+    small = small * square + 1.33207242e-1
+    small = small * square - 3.33329466e-1
+    small = small * square * x + x
+    large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return tl.where(tl.abs(x) < 0.55, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _add_tile(m, s, w, q, z, STATISTICS: tl.constexpr):
+    """Lane statistics with a tile (LANES, WIDTH) of logits added, rescaled to the new maxima."""
+    new_m = tl.minimum(tl.maximum(m, tl.max(z, axis=1)), _LARGEST)
+    d = z - new_m[:, None]
+    e = tl.exp(d)
+    rescale = tl.exp(m - new_m)
+    if STATISTICS:
+        d = tl.where(d < -_LARGEST, 0.0, d)  # a logit of -inf adds nothing, but 0 * -inf would be NaN
+        w = (w + s * tl.maximum(m - new_m, -_LARGEST)) * rescale + tl.sum(e * d, axis=1)
+        q = q * rescale * rescale + tl.sum(e * e, axis=1)
+    s = s * rescale + tl.sum(e, axis=1)
+    return new_m, s, w, q
