@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -123,17 +123,32 @@ def rope_per_sequence(rotaries: list[nn.Module], limit: int | None, segments: li
 
         return per_sequence
 
-    for rotary in rotaries:
-        rotary.forward = patched(rotary, rotary.forward)
+    with contextlib.ExitStack() as stack:
+        for rotary in rotaries:
+            stack.enter_context(replaced_forward(rotary, patched(rotary, rotary.forward)))
+        yield
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let a module run ``forward`` instead of its own, behind its hooks."""
+    own = module.__dict__.get("forward")  # set on the instance, e.g. by accelerate's hooks
+    module.forward = forward
     try:
         yield
     finally:
-        for rotary in rotaries:
-            del rotary.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _reset(rotary: nn.Module, device: torch.device) -> None:
     """Dynamic NTK remembers the longest sequence that it ever saw; forget it."""
-    if isinstance(rotary.rope_type, str) and "dynamic" in rotary.rope_type:
-        rotary.register_buffer("inv_freq", rotary.original_inv_freq.to(device), persistent=False)
-        rotary.max_seq_len_cached = rotary.original_max_seq_len
+    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+    for layer_type, kind in kinds.items():
+        if "dynamic" in kind:
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            original = getattr(rotary, f"{prefix}original_inv_freq").to(device)
+            rotary.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+            setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)

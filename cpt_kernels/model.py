@@ -7,9 +7,7 @@ gradient of the loss. Scales and caps that the model applies to its logits map 0
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data.collate import PackedBatch
-from .hooks import attention_over, length_dependent_rotaries, packed_forward, rope_length_limit, rope_per_sequence
+from .hooks import (
+    attention_over,
+    length_dependent_rotaries,
+    packed_forward,
+    replaced_forward,
+    rope_length_limit,
+    rope_per_sequence,
+)
 from .losses import Loss
 from .ops.attention import AttentionLayout
 from .ops.gather import gather_rows, segment_sum
@@ -102,7 +107,7 @@ class PackedModel:
         with (
             packed_forward(),
             rope_per_sequence(self.rotaries, self.share_limit, batch["segment_lengths"]),
-            _replaced_forward(head, head_forward),
+            replaced_forward(head, head_forward),
         ):
             outputs = (self.model if wrapped is None else wrapped)(
                 input_ids=batch["input_ids"],
@@ -141,19 +146,6 @@ def _autocast_dtype(rows: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
-
-
-@contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # set on the instance, e.g. by accelerate's hooks
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

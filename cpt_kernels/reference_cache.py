@@ -273,12 +273,13 @@ class _Shard:
             if not reader.schema.equals(_SCHEMA) or reader.num_record_batches != 1:
                 raise ValueError("unexpected columns")
             batch = reader.get_batch(0)
+        batch.validate()  # lengths and buffer sizes, which may be anything in a damaged file
         keys, logps = batch.columns
         shard = cls(
             path,
-            _array(keys.buffers()[1], np.dtype(f"V{_KEY_BYTES}"), len(keys)),
-            _array(logps.buffers()[1], np.dtype("<i8"), len(logps) + 1),
-            _array(logps.values.buffers()[1], np.dtype("<f4"), len(logps.values)),
+            np.frombuffer(keys.buffers()[1], f"V{_KEY_BYTES}", len(keys)),
+            np.frombuffer(logps.buffers()[1], "<i8", len(logps) + 1),
+            np.frombuffer(logps.values.buffers()[1], "<f4", len(logps.values)),
             metadata.get(b"values_digest", b""),
         )
         if _digest(shard.keys, shard.offsets) != metadata.get(b"index_digest"):
@@ -343,13 +344,6 @@ def _token_bytes(ids: Tokens) -> bytes:
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"token ids must be a flat sequence of integers, not {array.dtype} of shape {array.shape}")
     return array.astype("<i8").tobytes()
-
-
-def _array(buffer: pa.Buffer | None, dtype: np.dtype, count: int) -> NDArray:
-    """The first `count` items of a buffer, whose size is checked: the lengths in a damaged file may be anything."""
-    if buffer is None or buffer.size < count * dtype.itemsize:
-        raise ValueError("a column is cut short")
-    return np.frombuffer(buffer, dtype, count)
 
 
 def _digest(*arrays: NDArray) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -159,21 +161,21 @@ class ContrastiveTrainer(Trainer):
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: ContrastiveConfig, name: str
     ) -> Dataset | IterableDataset:
-        dataset, report = prepare(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            target_column=args.target_column,
-            ranked_pairs=args.ranked_pairs,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
+        with args.main_process_first(desc=f"tokenising the {name} data"):  # the others find it in datasets' cache
+            dataset, report = prepare(
+                dataset,
+                tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                target_column=args.target_column,
+                ranked_pairs=args.ranked_pairs,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
         self.reports[name] = report
         vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]
         if isinstance(dataset, Dataset):
-            for line in report.summary():
-                logger.warning(line)
+            _say(report)
             check_tokenizer(tokenizer, vocab_size, report.max_token_id)
             if self.loss.needs_rejected and not report.pairs:
                 raise ValueError(
@@ -317,11 +319,17 @@ class ContrastiveTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        if self.reference is None:
-            return super().train(*args, **kwargs)
-        self.reference.start_training()
-        with self.reference.cache:  # what a stream had scored is written however the training ends
-            return super().train(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            if self.reference is not None:
+                self.reference.start_training()
+                stack.enter_context(self.reference.cache)  # writes what a stream had scored, however training ends
+            output = super().train(*args, **kwargs)
+        report = self.reports["train"]
+        if isinstance(self.train_dataset, IterableDataset):  # counted while it was read
+            if not report.kept:
+                raise ValueError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
+            _say(report)
+        return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint, self.packed.model)
@@ -375,3 +383,9 @@ class ContrastiveTrainer(Trainer):
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """6 x parameters x tokens of the row, as transformers estimates it."""
         return 6 * inputs["input_ids"].shape[1] * self.model.num_parameters(exclude_embeddings=True)
+
+
+def _say(report: PreparationReport) -> None:
+    if PartialState().is_main_process:
+        for line in report.summary():
+            logger.warning(line)

@@ -41,8 +41,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "phi3": _config("Phi3"),
     "phi": _config("Phi"),  # its head has a bias
     "gpt2": lambda: tf.GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "gpt_neox": _config("GPTNeoX", num_key_value_heads=None),
     "olmo2": _config("Olmo2"),
@@ -50,7 +58,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "cohere": _config("Cohere", logit_scale=0.25),
     "mixtral": _config("Mixtral", **_MOE, output_router_logits=False),
     "qwen3_moe": _config("Qwen3Moe", **_MOE, head_dim=8),
-    "gpt_oss": _config("GptOss", **_MOE, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "gpt_oss": _config(
+        "GptOss", **_MOE, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
     "phi3-longrope": _config(
         "Phi3",
         original_max_position_embeddings=16,

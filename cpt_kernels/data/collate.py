@@ -6,7 +6,7 @@ response is run once however many pairs it is in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -20,6 +20,9 @@ from .truncation import truncate
 
 # (prompt ids, completion ids) -> (completion,) log-probs, or None where they are not known yet
 ReferenceLookup = Callable[[Sequence[int], Sequence[int]], "NDArray[np.float32] | None"]
+
+
+_NO_LOGPS = np.zeros(1, dtype=np.float32)  # of the one token that a rank without rows runs
 
 
 class PackedBatch(TypedDict):
@@ -125,7 +128,7 @@ class PackedCollator:
             rejected=_ints(rejected[0] if len(rejected) else []) if has_rejected else None,
             sft_targets=_ints(sft_targets),
             units=list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist())),
-            **self._reference_logps(number),
+            **self._reference_logps(number, scored=bool(edges)),
             num_pairs=len(pairs),
             num_chosen_tokens=int(completion_lengths[np.asarray(chosen, dtype=np.int64)].sum()),
             num_sequence_tokens=sum(sequence_lengths[s] for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
@@ -136,10 +139,10 @@ class PackedCollator:
         longest = len(prompt) + max(map(len, completions))
         return self.share_prompts and (self.share_limit is None or longest <= self.share_limit)
 
-    def _reference_logps(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Any]:
+    def _reference_logps(self, sequences: Iterable[tuple[tuple, tuple]], scored: bool) -> dict[str, Any]:
         if self.reference is None:
             return {"ref_token_logps": None, "ref_missing": []}
-        known = [self.reference(prompt, completion) for prompt, completion in sequences]
+        known = [self.reference(prompt, completion) if scored else _NO_LOGPS for prompt, completion in sequences]
         values = [
             np.full(len(completion), np.nan, dtype=np.float32) if logps is None else logps
             for logps, (_, completion) in zip(known, sequences)

@@ -207,7 +207,7 @@ def _shared_length(sides: Sequence[Text]) -> int:
     for cut in range(shortest):
         if any(side[cut] != sides[0][cut] for side in sides):
             # TRL also looks one back from position 0, at the text's *end*: an oversight that we do not repeat.
-            return cut if cut > 0 and sides[0][cut - 1] == " " else cut
+            return cut - 1 if cut > 0 and sides[0][cut - 1] == " " else cut
     return shortest - 1
 
 

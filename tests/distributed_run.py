@@ -1,0 +1,46 @@
+"""One rank of test_distributed.py: trains and writes what rank 0 logged, and every rank's gradients of the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from architectures import tiny_model
+from toy import config, losses, preference_data, word_tokenizer
+
+from cpt_kernels import ContrastiveTrainer
+
+
+class Recording(ContrastiveTrainer):
+    gradients: dict[str, torch.Tensor] | None = None
+
+    def _clip_grad_norm(self, model):
+        if self.gradients is None:
+            unwrapped = self.accelerator.unwrap_model(model)
+            self.gradients = {n: p.grad.clone() for n, p in unwrapped.named_parameters() if p.grad is not None}
+        return super()._clip_grad_norm(model)
+
+
+def main(folder: Path, name: str, rows: int, options: dict) -> None:
+    torch.set_num_threads(1)
+    trainer = Recording(
+        tiny_model(options.pop("model", "llama")),
+        args=config(folder / name, **options),
+        train_dataset=preference_data(rows),
+        eval_dataset=preference_data(5, seed=1),
+        processing_class=word_tokenizer(),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    rank = int(os.environ.get("RANK", 0))
+    torch.save(trainer.gradients, folder / f"{name}-{rank}.pt")
+    if rank == 0:
+        logged = {"losses": losses(trainer), "metrics": metrics, "history": trainer.state.log_history}
+        (folder / f"{name}.json").write_text(json.dumps(logged))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))

@@ -1,0 +1,75 @@
+"""Two processes take the steps of one: the mean over a step's pairs, uneven ranks, gradients, one shared cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run(folder: Path, name: str, processes: int, rows: int, **options) -> dict:
+    arguments = [str(HERE / "distributed_run.py"), str(folder), name, str(rows), json.dumps(options)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [] if processes == 1 else [
+        "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"
+    ]  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("rows", "one", "two"),
+    [
+        # 13 rows over 2 x 2: in the last step one rank has a single pair and the other none.
+        pytest.param(13, {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}, id="by rows, uneven"),
+        pytest.param(
+            12,
+            {"per_device_train_batch_size": 6, "model": "llama-tied"},
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "model": "llama-tied"},
+            id="accumulated, tied head",
+        ),
+    ],
+)
+def test_two_ranks_take_the_steps_of_one(tmp_path, rows, one, two):
+    common = {"num_train_epochs": 2, "train_sampling_strategy": "sequential"}
+    alone = run(tmp_path, "one", 1, rows, **common, **one)
+    both = run(tmp_path, "two", 2, rows, **common, **two)
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
+        assert both["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-3), key
+    for ours, theirs in zip(both["history"], alone["history"]):
+        for key in set(theirs) & {"rewards/chosen", "rewards/accuracies", "entropy", "num_tokens", "mean_token_accuracy"}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-3), key
+    reference = torch.load(tmp_path / "one-0.pt")
+    for rank in (0, 1):
+        gradients = torch.load(tmp_path / f"two-{rank}.pt")
+        assert gradients.keys() == reference.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, reference[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ranks_fill_one_cache_and_a_token_budget_evens_them(tmp_path):
+    options = {"num_train_epochs": 1, "max_tokens_per_batch": 100}
+    two = run(tmp_path, "two", 2, 40, **options)
+    assert len(two["losses"]) > 3
+    cached = run(tmp_path, "two", 2, 40, **options)
+    assert cached["losses"] == two["losses"]
+    assert len(list((tmp_path / "two/ref").rglob("*.arrow"))) <= 4  # two ranks, two datasets, and only once
