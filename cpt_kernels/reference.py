@@ -20,7 +20,7 @@ from .data.batches import pack_rows
 from .data.collate import PackedBatch, PackedCollator
 from .data.loader import row_tokens
 from .data.truncation import truncate
-from .fingerprint import fingerprint
+from .fingerprint import describe, fingerprint
 from .model import PackedModel, base_model
 from .reference_cache import ReferenceCache
 
@@ -67,20 +67,14 @@ class Reference:
             self.packed = PackedModel(ref_model, head_memory_mb)
         else:
             self.packed = policy
-        dtype = (
-            torch.get_autocast_dtype(accelerator.device.type)
-            if accelerator.mixed_precision in ("fp16", "bf16")
-            else None
-        )
-        self.cache = ReferenceCache(
-            cache_dir,
-            fingerprint(
-                self.packed.model,
-                compute_dtype=str(dtype or base_model(self.packed.model).dtype),
-                attention="shared_prompt",
-                adapters=not self.adapters_off,
-            ),
-        )
+        model = self.packed.model
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        identity = {
+            "compute_dtype": mixed or base_model(model).dtype,
+            "attention": "shared_prompt",
+            "adapters": not self.adapters_off,
+        }
+        self.cache = ReferenceCache(cache_dir, fingerprint(model, **identity), description=describe(model, **identity))
 
     def start_training(self) -> None:
         """The policy's weights are about to change: a reference without a model of its own is the cache alone now."""
