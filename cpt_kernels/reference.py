@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -109,6 +109,8 @@ class Reference:
                 total.add((prompt, completion))
                 if self.lookup(prompt, completion) is None:
                     missing.setdefault(prompt, {})[completion] = None
+        # Another run may have written between two ranks' look-ups; they must agree on what is to be done.
+        (missing,) = broadcast_object_list([missing])
         if missing:
             self._fill(missing, collator, max_tokens, name)
         self.accelerator.wait_for_everyone()

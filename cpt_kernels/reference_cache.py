@@ -242,7 +242,9 @@ class ReferenceCache:
                 self._warn_ignored(shard.path, reason)
 
     def _warn_ignored(self, path: Path, reason: str) -> None:
-        logger.warning("%s is damaged and ignored (%s); its rows will be scored again, delete it", path, reason)
+        logger.warning(
+            "%s is damaged or not for this program, and ignored: %s. Its rows are scored again", path, reason
+        )
 
 
 @dataclass(eq=False)
