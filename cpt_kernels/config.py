@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from .losses import LOSSES, Loss, build_loss, loss_options
+from .ops.attention_backends import BACKENDS
 
 
 def _option(default: Any, help: str) -> Any:
@@ -61,6 +62,11 @@ class ContrastiveConfig(TrainingArguments):
     head_memory_mb: float | None = _option(None, "Budget of a tile of logits. Default: 1024 on a GPU, 64 on a CPU.")
     head_mode: str = _option("auto", "auto, or general: token log-probs stay differentiable (one more matrix product).")
 
+    # Attention
+    attention_backend: str = _option(
+        "auto", "Attention of packed rows: auto, flash_attn or varlen (CUDA, one call for all), sdpa or eager."
+    )
+
     # Reference
     precompute_ref_log_probs: bool | None = _option(
         None, "Score all data by the reference before training. Default: yes, except for streams."
@@ -87,6 +93,7 @@ class ContrastiveConfig(TrainingArguments):
         self.share_prompts = str(self.share_prompts).lower()  # YAML reads true and false as booleans
         _one_of("share_prompts", self.share_prompts, ("auto", "true", "false"))
         _one_of("head_mode", self.head_mode, ("auto", "general"))
+        _one_of("attention_backend", self.attention_backend, BACKENDS)
         for name in ("max_length", "max_tokens_per_batch", "head_memory_mb"):
             value = getattr(self, name)
             if value is not None and value <= 0:

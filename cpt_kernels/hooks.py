@@ -37,6 +37,7 @@ def attention_over(implementation: str) -> str:
         value: Tensor,
         attention_mask: Tensor | None,
         layout: AttentionLayout | None = None,
+        attention_backend: str = "auto",
         **kwargs,
     ):
         if layout is None:
@@ -51,6 +52,7 @@ def attention_over(implementation: str) -> str:
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
             dropout=kwargs.get("dropout") or 0.0,
+            backend=attention_backend,
         )
         return out[None], None
 

@@ -48,6 +48,7 @@ class PackedModel:
     Args:
         model: a transformers model or a PEFT model around one, not wrapped for distribution.
         head_memory_mb: budget for a tile of logits, see :class:`HeadOptions`.
+        attention_backend: of packed rows, see :func:`cpt_kernels.ops.attention.shared_prompt_attention`.
 
     Raises:
         ValueError: an architecture whose attention, state, positions or logits cannot be packed exactly.
@@ -55,6 +56,7 @@ class PackedModel:
 
     model: nn.Module
     head_memory_mb: float | None = None
+    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
@@ -114,6 +116,7 @@ class PackedModel:
                 position_ids=batch["position_ids"],
                 use_cache=False,
                 layout=layout,
+                attention_backend=self.attention_backend,
                 **({"output_router_logits": True} if aux_loss else {}),
             )
         (result,) = scores
@@ -165,7 +168,7 @@ def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tenso
     # X W^T + s (X A^T) B^T = [X, X A^T] [W, s B]^T: an adapter is columns more.
     hidden_columns, weight_columns = [rows], [weight]
     for name in head.active_adapters:
-        if name not in getattr(head, "lora_A", {}) or head.use_dora.get(name) or head.lora_dropout[name].p > 0:
+        if name not in getattr(head, "lora_A", {}) or head.use_dora.get(name) or _drops(head.lora_dropout[name]):
             raise ValueError(
                 "an adapter on the output head must be plain LoRA without dropout or DoRA: leave the head out of"
                 " target_modules, or set lora_dropout=0 and use_dora=False"
@@ -179,6 +182,10 @@ def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tenso
         torch.cat([c.to(dtype) for c in weight_columns], 1),
         bias,
     )
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return getattr(dropout, "p", 0.0) > 0  # PEFT has an Identity where there is none
 
 
 def _head_options(model: PreTrainedModel, memory_mb: float | None) -> HeadOptions:
@@ -225,12 +232,14 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
         return  # sharded already (ZeRO-3): the weight is there only in the wrapped model's forward
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda _, args, output: seen.append(output.detach().clone()))
-    training, device = model.training, head.weight.device if hasattr(head, "weight") else model.device
+    training = {module: module.training for module in model.modules()}
+    device = head.weight.device if hasattr(head, "weight") else model.device
     try:
         logits = model.eval()(input_ids=torch.arange(3, device=device)[None], use_cache=False).logits[0]
     finally:
         hook.remove()
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     (raw,) = seen
     targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
     expected = vocab_score(logits.float(), targets).logps

@@ -64,7 +64,7 @@ class Reference:
             self.owned = True
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()
-            self.packed = PackedModel(ref_model, head_memory_mb)
+            self.packed = PackedModel(ref_model, head_memory_mb, policy.attention_backend)
         else:
             self.packed = policy
         model = self.packed.model
@@ -106,6 +106,8 @@ class Reference:
             for ids in row["completion_ids"]:
                 sequence = truncate(row["prompt_ids"], ids, collator.max_length, collator.truncation_mode)
                 prompt, completion = map(tuple, sequence)
+                if not completion:  # cut away, and in no pair: the collator leaves it out too
+                    continue
                 total.add((prompt, completion))
                 if self.lookup(prompt, completion) is None:
                     missing.setdefault(prompt, {})[completion] = None

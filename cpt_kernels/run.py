@@ -77,12 +77,12 @@ def train(options: Options) -> ContrastiveTrainer:
     if trainer.is_world_process_zero():
         (output / CONFIG_FILE).write_text(options.to_yaml(), encoding="utf-8")
     trainer.train(resume_from_checkpoint=checkpoint)
-    if eval_data is not None and (args.load_best_model_at_end or not _is_evaluated(trainer, report)):
+    if eval_data is not None and not _is_evaluated(trainer, report):
         trainer.evaluate()
+        report.on_train_end(args, trainer.state, trainer.control)  # with what came after its end
     trainer.save_model(str(output))
     tokens = trainer.accelerator.reduce(torch.tensor(trainer.num_tokens, device=args.device), "sum").item()
     if trainer.is_world_process_zero():
-        report.draw()
         _print_closing(trainer, report, tokens)
     return trainer
 
@@ -134,7 +134,9 @@ def _find_checkpoint(args: ContrastiveConfig) -> str | None:
 
 
 def _is_evaluated(trainer: ContrastiveTrainer, report: RunReport) -> bool:
-    return any(record["step"] == trainer.state.global_step for record in eval_records(report.records))
+    """Whether there is an evaluation of the model as it is now; the best one was chosen by its own."""
+    chosen = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    return chosen or any(record["step"] == trainer.state.global_step for record in eval_records(report.records))
 
 
 # --- Data ---
@@ -169,9 +171,15 @@ def _from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
         raise ValueError(f"{option}={name}: there is no such folder")
     try:
         return cls.from_pretrained(str(path) if path.exists() else name, **kwargs)
-    except OSError as error:
-        hint = "" if path.is_dir() or "/" in name else "; it is no folder here either"
-        raise ValueError(f"{option}={name} cannot be loaded: {str(error).splitlines()[0]}{hint}") from error
+    except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
+        message = str(error).splitlines()[0].rstrip(".:")
+        if cls is AutoTokenizer and path.exists():
+            message += "; name the tokenizer by tokenizer_name"
+        elif cls is AutoModelForCausalLM and (path / "config.json").exists():
+            message += "; to start from random weights set from_scratch=true"
+        elif not path.exists():
+            message += f"; nor is there a folder {path.absolute()}"
+        raise ValueError(f"{option}={name} cannot be loaded: {message}") from error
 
 
 def _load_tokenizer(
@@ -258,12 +266,18 @@ def _lora(model: ModelArguments) -> Any:
 def _print_closing(trainer: ContrastiveTrainer, report: RunReport, tokens: int) -> None:
     console = Console(soft_wrap=True)
     console.print(metrics_table(report.records, report.title))
+    if not trainer.loss.needs_reference:
+        console.print("Without a reference a reward is beta times the log-prob.", highlight=False)
+    elif (note := report.note()) is not None:
+        console.print(note, highlight=False)
     if (speed := report.tokens_per_second(tokens)) is not None:
         console.print(f"{tokens:,} tokens, {speed:,.0f} a second", highlight=False)
     for preparation in trainer.reports.values():
         for line in preparation.summary():
             console.print(line, markup=False, highlight=False)
     output = Path(trainer.args.output_dir)
+    if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
+        console.print(f"the model is that of {Path(best).name}, the best so far", markup=False, highlight=False)
     weights = "adapter" if hasattr(trainer.model, "peft_config") else "model"
     files = ", ".join([CONFIG_FILE, *(file.name for file in [report.metrics_file, *report.files])])
     console.print(f"written to {output}: {weights}, tokenizer, {files}", markup=False, highlight=False)

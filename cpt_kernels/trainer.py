@@ -38,6 +38,7 @@ from .loading import (
 from .losses import Loss, user_loss
 from .metrics import Metrics, pair_rewards
 from .model import PackedModel, Scores, base_model
+from .ops.attention_backends import describe
 from .reference import Reference
 from .reference_cache import default_cache_dir
 
@@ -122,7 +123,7 @@ class ContrastiveTrainer(Trainer):
                 " disable_dropout=true, or share_prompts=false"
             )
         share = args.share_prompts == "true" or (args.share_prompts == "auto" and not dropout(model))
-        self.packed = PackedModel(model, args.head_memory_mb)
+        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
         self.reports: dict[str, PreparationReport] = {}
         self.collator = PackedCollator(args.max_length, args.truncation_mode, share, self.packed.share_limit)
         self._tokenizer = tokenizer
@@ -151,6 +152,9 @@ class ContrastiveTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, and DataParallel is not supported: start with"
                 " accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
             )
+        attention = describe(args.attention_backend, args.device.type)
+        if PartialState().is_main_process:
+            logger.warning(attention)
         self.model_accepts_loss_kwargs = True  # our loss is over the whole step; transformers need not divide it
         self.metrics = {mode: Metrics(self.accelerator, args.beta) for mode in ("train", "eval")}
         self.num_tokens = 0

@@ -56,14 +56,22 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, rows, one, two):
     for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
         assert both["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-3), key
     for ours, theirs in zip(both["history"], alone["history"]):
-        for key in set(theirs) & {"rewards/chosen", "rewards/accuracies", "entropy", "num_tokens", "mean_token_accuracy"}:
+        for key in set(theirs) & {
+            "rewards/chosen",
+            "rewards/accuracies",
+            "entropy",
+            "num_tokens",
+            "mean_token_accuracy",
+        }:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-3), key
     reference = torch.load(tmp_path / "one-0.pt")
     for rank in (0, 1):
         gradients = torch.load(tmp_path / f"two-{rank}.pt")
         assert gradients.keys() == reference.keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, reference[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                gradient, reference[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_ranks_fill_one_cache_and_a_token_budget_evens_them(tmp_path):

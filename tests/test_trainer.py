@@ -52,7 +52,12 @@ def test_micro_batches_do_not_change_a_step(tmp_path):
         found = {}
         for name, options in runs.items():
             trainer = make_trainer(
-                tmp_path, rows=8, num_train_epochs=3, loss_type=loss_type, train_sampling_strategy="sequential", **options
+                tmp_path,
+                rows=8,
+                num_train_epochs=3,
+                loss_type=loss_type,
+                train_sampling_strategy="sequential",
+                **options,
             )
             trainer.train()
             found[name] = losses(trainer)
@@ -61,7 +66,9 @@ def test_micro_batches_do_not_change_a_step(tmp_path):
 
 
 def test_token_budget_packs_whole_rows_and_weighs_pairs_alike(tmp_path):
-    trainer = make_trainer(tmp_path, rows=24, num_train_epochs=1, max_tokens_per_batch=120, gradient_accumulation_steps=2)
+    trainer = make_trainer(
+        tmp_path, rows=24, num_train_epochs=1, max_tokens_per_batch=120, gradient_accumulation_steps=2
+    )
     batches = list(trainer.get_train_dataloader())
     assert sum(batch["num_pairs"] for batch in batches) == 24
     assert max(batch["input_ids"].numel() for batch in batches) <= 120

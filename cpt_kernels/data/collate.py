@@ -86,7 +86,8 @@ class PackedCollator:
             ):
                 edges.append([sequences[i] for i in (chosen, target, *rejected)])
             for prompt, completion in sequences:
-                groups.setdefault(prompt, {})[completion] = None
+                if completion:  # else nothing of it is left to score; no pair refers to it
+                    groups.setdefault(prompt, {})[completion] = None
         if not rows:  # a rank whose last micro-batch is empty still takes part in every collective
             groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
         return self._pack(groups, edges)

@@ -1,7 +1,7 @@
 """Attention over a packed row whose completions share their prompt.
 
 Keys and values are gathered so that each segment holds all that its queries see; then any bottom-right causal attention
-over segments of different lengths will do.
+over segments of different lengths will do: one call of a variable-length kernel on CUDA, or segment by segment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_backends import choose
 from .gather import Levels, gather_rows
+from .varlen import Call, Need, varlen_attention
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def shared_prompt_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,  # (Hq,)
     dropout: float = 0.0,
+    backend: str = "auto",
+    deterministic: bool = True,
 ) -> Tensor:
     """Causal attention of every completion to its prompt and itself, (T, Hq, Dv).
 
@@ -48,13 +52,26 @@ def shared_prompt_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: one more logit per head that takes part in the softmax and adds nothing.
         dropout: probability, on the attention weights.
+        backend: ``auto``, ``flash_attn``, ``varlen`` (PyTorch's kernel), ``sdpa`` or ``eager``; or one generation:
+            ``flash_attn_2``. What each can do is ``attention_backends.capabilities()``.
+        deterministic: variable-length kernels sum the queries' gradients in a fixed order, which takes time.
+
+    Raises:
+        ValueError: a backend asked for by name lacks what this call needs.
+        RuntimeError: it is not available here.
     """
     if layout.shared:
         key = gather_rows(key, layout.kv_index, layout.kv_levels)
         value = gather_rows(value, layout.kv_index, layout.kv_levels)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    kernel = choose(backend, Need.of(query, key, value, window, softcap, sinks, dropout))
+    if not isinstance(kernel, str):
+        longest = [max(lengths) for lengths in zip(*layout.segment_lengths)]
+        cumulative = layout.cu_seqlens_q, layout.cu_seqlens_k
+        call = Call(*cumulative, *longest, scale, window, softcap, dropout, deterministic)
+        return varlen_attention(kernel, query, key, value, call, sinks)
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     queries = [q for q, _ in layout.segment_lengths]
     keys = [k for _, k in layout.segment_lengths]
     outputs = []
@@ -62,7 +79,7 @@ def shared_prompt_attention(
     for q, k, v in zip(
         *(x.transpose(0, 1)[None].split(n, dim=2) for x, n in ((query, queries), (key, keys), (value, keys)))
     ):
-        if softcap is None and sinks is None:
+        if kernel == "sdpa":
             causal = q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
             mask = None if causal else _mask(q, k, window)
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scale)

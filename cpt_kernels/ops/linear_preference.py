@@ -204,7 +204,7 @@ class _LinearLogprobs(torch.autograd.Function):
         x, w = _cast(ctx.options, hidden, weight)
         score_weight = torch.empty_like(x) if needs_hidden else None
         grad_weight, grad_bias = _empty_gradients(weight if needs_weight else None, bias if needs_bias else None)
-        for rows, logits in _logits(x, w, ctx.options):
+        for rows, logits in _logits(x, w, _tile_buffer(x, w, ctx.options)):
             ctx.options.score(logits, targets[rows], bias, score=True)
             _add_gradients(logits, x[rows], w, grad[rows], score_weight, rows, grad_weight, grad_bias)
         return (
@@ -229,18 +229,16 @@ class _LinearPreference(torch.autograd.Function):
         g = torch.empty_like(tokens.logps)
         score_weight = torch.empty_like(x) if needs_hidden else None
         grad_weight, grad_bias = _empty_gradients(weight if needs_weight else None, bias if needs_bias else None)
-        budget = options.tile_rows(x, w)
-        for tile in _unit_tiles(pairs, budget):
-            whole = tile.rows.stop - tile.rows.start <= budget
-            for rows, logits in _logits(x, w, options, tile.rows):
+        buffer = _tile_buffer(x, w, options)
+        for tile in _unit_tiles(pairs, len(buffer)):
+            whole = tile.rows.stop - tile.rows.start <= len(buffer)
+            for rows, logits in _logits(x, w, buffer, tile.rows):
                 _store(tokens, rows, options.score(logits, targets[rows], bias, score=whole))
             _tile_loss(tile, tokens.logps, completion_logps, losses, g, pairs, loss)
             if whole:
                 _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
                 continue
-            for rows, logits in _logits(
-                x, w, options, tile.rows
-            ):  # one unit beyond the budget: its tiles a second time
+            for rows, logits in _logits(x, w, buffer, tile.rows):  # a unit beyond the budget: its tiles a second time
                 options.score(logits, targets[rows], bias, score=True)
                 _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
         ctx.save_for_backward(g, score_weight, grad_weight, grad_bias)
@@ -278,20 +276,23 @@ def _score_rows(
 ) -> VocabScore:
     x, w = _cast(options, hidden, weight)
     out = _empty_score(x, options)
-    for rows, logits in _logits(x, w, options):
+    for rows, logits in _logits(x, w, _tile_buffer(x, w, options)):
         _store(out, rows, options.score(logits, targets[rows], bias, score=score_weight is not None))
         if score_weight is not None:
             torch.mm(logits, w, out=score_weight[rows])
     return out
 
 
-def _logits(x: Tensor, w: Tensor, options: HeadOptions, rows: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of logits in one buffer: each is overwritten by the next."""
+def _tile_buffer(x: Tensor, w: Tensor, options: HeadOptions) -> Tensor:
+    """Room for the largest tile. One for the whole call: on a CPU a new one would be faulted in page by page."""
+    return x.new_empty(max(1, min(options.tile_rows(x, w), x.shape[0])), w.shape[0])
+
+
+def _logits(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of logits in the buffer: each is overwritten by the next."""
     start, stop = (0, x.shape[0]) if rows is None else (rows.start, rows.stop)
-    step = min(options.tile_rows(x, w), max(stop - start, 1))
-    buffer = x.new_empty(step, w.shape[0])
-    for first in range(start, stop, step):
-        rows = slice(first, min(first + step, stop))
+    for first in range(start, stop, len(buffer)):
+        rows = slice(first, min(first + len(buffer), stop))
         yield rows, torch.mm(x[rows], w.t(), out=buffer[: rows.stop - rows.start])
 
 

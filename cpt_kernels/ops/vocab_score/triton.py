@@ -2,7 +2,8 @@
 
 A tile of a row has shape (LANES, WIDTH): WIDTH columns are one 16-byte access, and each of the LANES keeps statistics
 of its own, so that the loop over tiles needs no exchange between threads and one rescale per 16 bytes; the lanes are
-combined once, after it. The score's read of the row mostly finds it in L2.
+combined once, after it. The score reads the row a second time: from L2 where the rows in flight fit there (short
+ones), from device memory where they do not; the CUDA kernel is for those.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .reference import VocabScore
 
-_TILE = 8192  # columns: 32 to 64 KiB of loads in flight per program
+_TILE = 4096  # columns
 _COLUMNS_PER_THREAD = 16
 
 # Running maxima stay finite, so that differences of two of them never are inf - inf. An infinite logit then shows as
@@ -117,13 +118,14 @@ def _vocab_score_kernel(
             total += tl.sum(tl.where(inside, z, 0.0), axis=1)
 
     largest = tl.max(m, axis=0)
-    rescale = tl.exp(m - largest)
+    shift = tl.maximum(m - largest, -1e4)
+    rescale = tl.exp(shift)
     row_s = tl.sum(s * rescale, axis=0)
     lse = largest + tl.log(row_s)
     tl.store(logps + row, target_logit - lse)
     tl.store(lses + row, lse)
     if STATISTICS:
-        row_w = tl.sum((w + s * tl.maximum(m - largest, -_LARGEST)) * rescale, axis=0)
+        row_w = tl.sum((w + s * shift) * rescale, axis=0)
         row_q = tl.sum(q * rescale * rescale, axis=0)
         tl.store(entropies + row, tl.log(row_s) - row_w / row_s)
         tl.store(mean_logits + row, tl.sum(total, axis=0) / vocab_size)
@@ -174,10 +176,11 @@ def _add_tile(m, s, w, q, z, STATISTICS: tl.constexpr):
     new_m = tl.minimum(tl.maximum(m, tl.max(z, axis=1)), _LARGEST)
     d = z - new_m[:, None]
     e = tl.exp(d)
-    rescale = tl.exp(m - new_m)
+    shift = tl.maximum(m - new_m, -1e4)  # e^-10000 is 0 too, and s * shift stays finite
+    rescale = tl.exp(shift)
     if STATISTICS:
-        d = tl.where(d < -_LARGEST, 0.0, d)  # a logit of -inf adds nothing, but 0 * -inf would be NaN
-        w = (w + s * tl.maximum(m - new_m, -_LARGEST)) * rescale + tl.sum(e * d, axis=1)
+        d = tl.maximum(d, -_LARGEST)  # -inf * 0 would be NaN
+        w = (w + s * shift) * rescale + tl.sum(e * d, axis=1)
         q = q * rescale * rescale + tl.sum(e * e, axis=1)
     s = s * rescale + tl.sum(e, axis=1)
     return new_m, s, w, q

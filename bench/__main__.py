@@ -1,0 +1,27 @@
+"""``python -m bench SUBJECT [options]``; ``python -m bench SUBJECT --help`` lists a subject's options."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+SUBJECTS = {
+    "step": "a training step against TRL's: time, memory, equality of the losses",
+    "head": "memory and time of the head against tokens at a large vocabulary",
+    "packing": "pads, fill and balance of packed micro-batches over a file of responses",
+    "plot": "pictures of recorded results",
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in SUBJECTS:
+        lines = (f"  {name:<10}{text}" for name, text in SUBJECTS.items())
+        print("usage: python -m bench SUBJECT [options]", *lines, sep="\n")
+        return 0 if arguments in ([], ["-h"], ["--help"]) else 2
+    subject, *rest = arguments
+    importlib.import_module(f"bench.{subject}").main(rest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

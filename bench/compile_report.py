@@ -1,0 +1,229 @@
+"""What the compilers make of the kernels: registers, shared memory, spills. Needs no GPU.
+
+    python -m bench.compile_report [--quick] [--only triton|cuda]
+
+Triton kernels are compiled ahead of time by their own launchers, so with the tile sizes and the specialisation that
+production uses, at several vocabulary sizes; CUDA sources by nvcc. The report fails (exit code 1) if any kernel spills
+registers or has a stack frame. The last line is the report as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).parents[1] / "csrc"
+TRITON_ARCHITECTURES = (80, 90, 100)
+CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
+VOCABULARIES = (32000, 128256, 256000)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Resources of one compiled kernel, in bytes but for registers and threads.
+
+    ``shared`` is what is known at compile time: CUDA kernels are given more at launch. Spilled registers of a Triton
+    kernel show as its stack frame.
+    """
+
+    compiler: str
+    architecture: str
+    kernel: str
+    case: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    threads: int | None = None
+
+    @property
+    def clean(self) -> bool:
+        return self.stack == 0 and self.spills == 0
+
+
+def cuobjdump() -> str:
+    """The ``cuobjdump`` that ships with Triton."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def resource_usage(cubin: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    """(mangled name, resources) of each kernel in a cubin."""
+    report = subprocess.run([cuobjdump(), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", report.stdout + report.stderr):
+        yield name, {key: int(value) for key, value in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}
+
+
+def triton_usages(quick: bool) -> Iterator[Usage]:
+    """Every Triton kernel as its launcher specialises it, for each architecture."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class NoDevice:
+        """Stands in for a GPU's driver: a target to compile for, and nothing to launch on."""
+
+        def __init__(self, architecture: int):
+            self.architecture = architecture
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", self.architecture, 32)
+
+        def get_current_device(self) -> int:
+            return self.architecture  # compiled kernels are cached by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    compiled = []
+    # `kernel[grid](...)` compiles, as a launch would, and does not launch.
+    JITFunction.__getitem__ = lambda kernel, grid: (
+        lambda *args, **kwargs: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
+    )
+    for architecture in TRITON_ARCHITECTURES:
+        driver.set_active(NoDevice(architecture))
+        for case, launch in triton_cases(torch, quick):
+            launch()
+            for name, kernel in compiled:
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(kernel.asm["cubin"])
+                    file.flush()
+                    ((_, used),) = resource_usage(Path(file.name))
+                yield Usage(
+                    compiler="triton",
+                    architecture=f"sm_{architecture}",
+                    kernel=name.strip("_"),
+                    case=case,
+                    registers=used["REG"],
+                    shared=kernel.metadata.shared,
+                    stack=used["STACK"],
+                    spills=used["LOCAL"],
+                    threads=32 * kernel.metadata.num_warps,
+                )
+            compiled.clear()
+
+
+def triton_cases(torch, quick: bool):
+    """(description, function that launches) for everything to be compiled."""
+    from cpt_kernels.losses import LOSSES
+    from cpt_kernels.ops.pair_loss import _OPTIONS
+    from cpt_kernels.ops.pair_loss.triton import pair_loss_triton
+    from cpt_kernels.ops.vocab_score.triton import vocab_score_triton
+
+    def vocab_score(vocab, dtype, softcap=None, bias=False, statistics=True):
+        logits = torch.empty(2, vocab, dtype=dtype)
+        targets = torch.zeros(2, dtype=torch.int64)
+        bias = torch.empty(vocab, dtype=dtype) if bias else None
+        return lambda: vocab_score_triton(logits, targets, bias, 1.0, softcap, vocab, statistics, True)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for vocab in VOCABULARIES:
+        yield f"V={vocab} bf16, statistics", vocab_score(vocab, bf16)
+    yield "V=256000 bf16, statistics, bias, softcap", vocab_score(256000, bf16, 30.0, True)
+    if not quick:
+        yield "V=128256 bf16", vocab_score(128256, bf16, statistics=False)
+        yield "V=128256 fp16, statistics", vocab_score(128256, fp16)
+        yield "V=128256 fp32, statistics", vocab_score(128256, fp32)
+        yield "V=50257 bf16, statistics, unaligned", vocab_score(50257, bf16)
+
+    def pair_loss(loss, completions):
+        index = torch.zeros(4, dtype=torch.int64)
+        offsets = torch.zeros(completions + 1, dtype=torch.int64)
+        tokens, reference = torch.empty(64), torch.empty(completions)
+        return lambda: pair_loss_triton(tokens, offsets, index, index, index, reference, loss, 1.0, **_OPTIONS)
+
+    for loss in ("sigmoid",) if quick else LOSSES:
+        yield f"{loss}, one launch", pair_loss(loss, 8)
+        yield f"{loss}, two launches", pair_loss(loss, 4096)
+
+
+def cuda_usages(quick: bool) -> Iterator[Usage]:
+    """Every kernel in ``csrc``, compiled by nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise SystemExit("nvcc is not on the PATH: nothing to report on CUDA sources; see --only triton")
+    for architecture in CUDA_ARCHITECTURES[-1:] if quick else CUDA_ARCHITECTURES:
+        for source in sorted(CSRC.glob("*.cu")):
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder, "kernels.cubin")
+                code = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+                flags = ["-std=c++17", "-O3", "-cubin", f"-gencode={code}", "-Xptxas", "-v"]
+                build = subprocess.run(
+                    [nvcc, *flags, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
+                )
+                spills = spilled_bytes(build.stdout + build.stderr)
+                for name, used in resource_usage(cubin):
+                    yield Usage(
+                        compiler="nvcc",
+                        architecture=architecture,
+                        kernel=source.stem,
+                        case=template_arguments(name),
+                        registers=used["REG"],
+                        shared=used["SHARED"],
+                        stack=used["STACK"],
+                        spills=used["LOCAL"] + spills[name],
+                    )
+
+
+def spilled_bytes(ptxas: str) -> dict[str, int]:
+    """Bytes of spill stores and loads of each kernel, from ``ptxas -v``."""
+    found = re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
+    return {name: int(stores) + int(loads) for name, stores, loads in found}
+
+
+def template_arguments(mangled: str) -> str:
+    """A readable case from a mangled kernel name: its dtype and its flags."""
+    match = re.search(r"_kernelI(f|6__half|13__nv_bfloat16)Lb([01])ELb([01])E", mangled)
+    if not match:
+        return ""
+    dtype = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}[match[1]]
+    return f"{dtype}, {'resident' if match[2] == '1' else 'streaming'}{', statistics' if match[3] == '1' else ''}"
+
+
+def table(usages: list[Usage]) -> str:
+    rows = [("compiler", "arch", "kernel", "case", "threads", "registers", "shared", "stack", "spills")]
+    rows += [
+        (u.compiler, u.architecture, u.kernel, u.case, u.threads or "", u.registers, u.shared, u.stack, u.spills)
+        for u in usages
+    ]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(str(x).rjust(w) if i > 3 else str(x).ljust(w) for i, (x, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases, and CUDA sources for one architecture")
+    parser.add_argument("--only", choices=("triton", "cuda"), help="one of the two compilers")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled")
+
+    usages = []
+    if options.only != "cuda":
+        usages += triton_usages(options.quick)
+    if options.only != "triton":
+        usages += cuda_usages(options.quick)
+    dirty = [usage for usage in usages if not usage.clean]
+    print(table(usages))
+    for usage in dirty:
+        print(f"SPILLS: {usage}", file=sys.stderr)
+    print(json.dumps({"ok": not dirty, "kernels": [asdict(usage) for usage in usages]}))
+    return 1 if dirty or not usages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

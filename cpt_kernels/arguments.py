@@ -1,0 +1,203 @@
+"""The options that ``cpt-train`` has: three dataclasses, the groups they are shown in, and which go together.
+
+How a YAML file and flags fill them is :mod:`cpt_kernels.parsing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from .config import ContrastiveConfig
+from .losses import LOSSES, loss_options
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ScriptArguments:
+    """Which data."""
+
+    dataset_name: str | None = _option(
+        None, "Training data: a .json, .jsonl, .parquet or .csv file, a folder, or a hub name."
+    )
+    dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = _option("train", "Split to train on.")
+    dataset_test_split: str = _option("test", "Split to evaluate on.")
+    dataset_streaming: bool = _option(False, "Read rows as they are needed; needs max_steps.")
+    eval_dataset_name: str | None = _option(None, "Evaluation data of its own: a file, a folder, or a hub name.")
+    columns: list[str] | None = _option(None, "Columns to read: name, or 'name in the data=name here'.")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, which reference, which adapter."""
+
+    model_name_or_path: str | None = _option(None, "Model to train: a folder, or a name on the hub.")
+    model_revision: str = _option("main", "Branch, tag or commit of a hub model.")
+    tokenizer_name: str | None = _option(None, "Folder or name of the tokenizer. Default: the model's.")
+    from_scratch: bool = _option(False, "Start from random weights; of the model only its config.json is read.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _option("float32", "Type of the weights.")
+    attn_implementation: str | None = _option(None, "The model's attention where rows are not packed: sdpa, eager, ...")
+    ref_model_name_or_path: str | None = _option(None, "Reference model. Default: the model as training starts.")
+    use_peft: bool = _option(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = _option(16, "Rank of the adapter.")
+    lora_alpha: int = _option(32, "The adapter is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = _option(0.05, "Dropout in the adapter, where disable_dropout is false.")
+    lora_target_modules: list[str] | None = _option(None, "Modules to adapt, or all-linear. Default: by architecture.")
+    lora_modules_to_save: list[str] | None = _option(None, "Modules to train whole beside the adapter.")
+    use_rslora: bool = _option(False, "Multiply by lora_alpha / sqrt(lora_r) instead.")
+    use_dora: bool = _option(False, "Weight-decomposed LoRA.")
+    load_in_4bit: bool = _option(False, "Load the base model in 4 bits (bitsandbytes); needs use_peft.")
+    load_in_8bit: bool = _option(False, "Load the base model in 8 bits (bitsandbytes); needs use_peft.")
+
+
+CLASSES = (ScriptArguments, ModelArguments, ContrastiveConfig)
+NAMES = {cls: tuple(f.name for f in fields(cls) if f.init) for cls in CLASSES}
+_LAST_GROUP = "More of transformers' TrainingArguments"
+# What --help shows, in this order. An option in no group goes to the last one.
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "Script": NAMES[ScriptArguments],
+    "Model": (
+        *(name for name in NAMES[ModelArguments] if name != "ref_model_name_or_path"),
+        *("trust_remote_code", "model_init_kwargs", "disable_dropout", "router_aux_loss_coef", "attention_backend"),
+    ),
+    "Loss": ("loss_type", "beta", "label_smoothing", "slic_delta", "slic_lambda", "slic_length_normalize"),
+    "Data": ("max_length", "truncation_mode", "target_column", "ranked_pairs", "dataset_num_proc"),
+    "Batches": (
+        *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps", "share_prompts"),
+        "per_device_eval_batch_size",
+    ),
+    "Head": ("head_memory_mb", "head_mode"),
+    "Reference": ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir"),
+    "Training": (
+        *("output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+        *("weight_decay", "max_grad_norm", "gradient_checkpointing", "bf16", "fp16", "use_cpu", "seed"),
+        *("logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps"),
+        *("save_total_limit", "resume_from_checkpoint", "report_to", "disable_tqdm"),
+    ),
+    _LAST_GROUP: (),
+}
+# In place of what transformers says of its own options at length.
+HELP = {
+    "per_device_train_batch_size": "Rows of a micro-batch.",
+    "per_device_eval_batch_size": "Rows of a micro-batch in evaluation.",
+    "gradient_accumulation_steps": "Micro-batches of an optimizer step.",
+    "output_dir": "Folder for all that is written. Default: <model>-CPT.",
+    "num_train_epochs": "Passes over the data.",
+    "max_steps": "Optimizer steps, in place of num_train_epochs.",
+    "lr_scheduler_type": "Course of the learning rate: linear, cosine, constant, ...",
+    "warmup_steps": "Steps until the learning rate is reached; below 1, a share of all steps.",
+    "weight_decay": "Weight decay of matrices.",
+    "max_grad_norm": "Gradients are clipped to this norm; 0: not at all.",
+    "fp16": "Mixed precision in fp16.",
+    "use_cpu": "Leave a GPU alone.",
+    "seed": "Seed of initialisation and order.",
+    "eval_strategy": "When to evaluate: no, steps or epoch. With eval_dataset_name always at the end.",
+    "eval_steps": "Steps between evaluations; below 1, a share of all steps. Default: logging_steps.",
+    "eval_on_start": "Evaluate before the first step, too.",
+    "save_strategy": "When to save checkpoints: no, steps, epoch or best.",
+    "save_steps": "Steps between checkpoints; below 1, a share of all steps.",
+    "save_total_limit": "Keep only so many checkpoints.",
+    "resume_from_checkpoint": "Folder of a checkpoint, or last: the last one in output_dir.",
+    "report_to": "Trackers to report to: wandb, tensorboard, ...",
+    "disable_tqdm": "No progress bars.",
+}
+# Of TrainingArguments, what this trainer never looks at: better refused than ignored.
+_WITHOUT_EFFECT = {
+    "accelerate does the sharding": ("parallelism_config", "local_rank"),
+    "cpt-train trains, and evaluates where it has data for it": ("do_train", "do_eval", "do_predict"),
+    "evaluation keeps sums, not predictions": (
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        *("include_for_metrics", "batch_eval_metrics"),
+    ),
+    "evaluation runs in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
+    "only the columns of the data's form are read": ("remove_unused_columns", "label_names", "length_column_name"),
+    "a step always averages over its pairs": ("average_tokens_across_devices",),
+    "the option here is label_smoothing": ("label_smoothing_factor",),
+    "the option here is max_tokens_per_batch": ("auto_find_batch_size",),
+    "the head has kernels of its own": ("use_liger_kernel", "liger_kernel_config"),
+    "training keeps no key-value cache": ("use_cache",),
+    "loading of data is not configured further": ("dataloader_multiprocessing_context", "dataloader_in_order"),
+}
+WITHOUT_EFFECT = {name: reason for reason, names in _WITHOUT_EFFECT.items() for name in names}
+_NOT_SAVED = ("hub_token", "resume_from_checkpoint")  # a secret; a matter of one invocation
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run as asked for. ``values`` holds every option under its name, as given or else the default."""
+
+    script: ScriptArguments
+    model: ModelArguments
+    training: ContrastiveConfig
+    values: dict[str, Any]
+
+    def to_yaml(self) -> str:
+        """All options as a file that ``--config`` reads."""
+        parts = []
+        for title, names in groups().items():
+            values = {name: self.values[name] for name in names if name not in _NOT_SAVED}
+            parts.append(f"# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
+        return "\n".join(parts)
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Every option that has an effect, and its default."""
+    values = {}
+    for cls in CLASSES:
+        for f in fields(cls):
+            if f.init and f.name not in WITHOUT_EFFECT:
+                default = f.default if f.default is not MISSING else f.default_factory()
+                values[f.name] = default.value if isinstance(default, Enum) else default
+    return values
+
+
+@cache
+def type_hints() -> dict[str, Any]:
+    """Option -> its type."""
+    return {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items() if name in NAMES[cls]}
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Group -> its options; every option is in one group."""
+    placed = {name for names in _GROUPS.values() for name in names}
+    rest = tuple(name for name in defaults() if name not in placed)
+    return {title: (*names, *(rest if title == _LAST_GROUP else ())) for title, names in _GROUPS.items()}
+
+
+def check_together(values: dict[str, Any]) -> None:
+    """Raise ValueError for an option that would be ignored, or that another one excludes."""
+    given = {name for name, value in values.items() if value != defaults()[name]}
+    adapter = sorted(name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
+    quantised = sorted(given & {"load_in_4bit", "load_in_8bit"})
+    if adapter and not values["use_peft"]:
+        raise ValueError(f"{adapter[0]} has no effect without an adapter: set use_peft=true, or leave it out")
+    if len(quantised) == 2:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+    if quantised and not values["use_peft"]:
+        raise ValueError(f"{quantised[0]} needs use_peft=true: quantised weights cannot be trained themselves")
+    if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantised):
+        raise ValueError(f"{loading[0]} is for weights that are loaded, and from_scratch=true loads none")
+    if values["dataset_streaming"] and values["max_steps"] <= 0:
+        raise ValueError("dataset_streaming=true needs max_steps: a stream does not say how long it is")
+    if values["loss_type"] in LOSSES:  # else ContrastiveConfig complains
+        _check_loss(values["loss_type"], given)
+
+
+def _check_loss(loss: str, given: set[str]) -> None:
+    of_slic = {"slic_delta", "slic_lambda", "slic_length_normalize", "target_column"} & given
+    if of_slic and "slic_delta" not in loss_options(loss):
+        raise ValueError(f"{min(of_slic)} has no effect with loss_type={loss}: leave it out, or set loss_type=slic")
+    of_reference = {"ref_model_name_or_path", "precompute_ref_log_probs"} & given
+    if of_reference and not LOSSES[loss].needs_reference:
+        raise ValueError(
+            f"{min(of_reference)} has no effect with loss_type={loss}, which has no reference: leave it out"
+        )

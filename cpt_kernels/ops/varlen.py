@@ -1,0 +1,267 @@
+"""Attention of all segments in one variable-length call on CUDA: what a kernel is, what it can do, and PyTorch's own.
+
+Causal masks are aligned at the ends of queries and keys (bottom-right), as all flash kernels since 2.1 do. Their window
+(left, right) lets the query that is aligned with key i see keys i - left to i + right, so "the last W keys, itself
+included" is (W - 1, 0); PyTorch documents (W, 0) for the same thing, but hands it to the same kernels.
+
+PyTorch's kernel is called beneath ``torch.nn.attention.varlen.varlen_attn``, by the two operators that it is made of.
+Those have had scale, window and grouped heads since before torch 2.10; ``varlen_attn`` got them one by one until 2.12.
+And only so can the backward be made deterministic, and sinks be done (:class:`_FlashAttention`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+HALF = (torch.float16, torch.bfloat16)
+_ALIGNMENT = 8  # head sizes of flash kernels are multiples of 16 bytes
+
+
+@dataclass(frozen=True)
+class Call:
+    """Segments and what happens to their scores."""
+
+    cu_seqlens_q: Tensor  # (G+1,) int32
+    cu_seqlens_k: Tensor  # (G+1,) int32
+    max_q: int
+    max_k: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    deterministic: bool = True
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a call asks of a kernel."""
+
+    device: str
+    architecture: tuple[int, int]  # compute capability; (0, 0) without CUDA
+    dtype: torch.dtype
+    head_size: int  # the larger of the keys' and the values'
+    gqa: bool = False
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,  # (T, Hq, D)
+        key: Tensor,  # (K, Hk, D)
+        value: Tensor,  # (K, Hk, Dv)
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        dropout: float,
+    ) -> Need:
+        return cls(
+            query.device.type,
+            torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0),
+            compute_dtype(query),
+            max(query.shape[-1], value.shape[-1]),
+            query.shape[1] != key.shape[1],
+            window is not None,
+            softcap is not None,
+            sinks is not None,
+            dropout > 0,
+        )
+
+
+_WORDS = {"gqa": "grouped heads", "window": "windows", "softcap": "soft-cap", "sinks": "sinks", "dropout": "dropout"}
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """A row of the capability table. The defaults are those of plain PyTorch: everything."""
+
+    gqa: bool = True
+    window: bool = True
+    softcap: bool = True
+    sinks: bool = True
+    dropout: bool = True
+    dropout_alone: bool = False  # dropout goes with neither soft-cap nor sinks
+    head_size: int | None = None  # the largest; different sizes of keys and values are padded to the same
+    dtypes: tuple[torch.dtype, ...] | None = None
+    device: str | None = None
+    architectures: tuple[int, ...] | None = None  # major compute capabilities
+
+    def lacks(self, need: Need) -> list[str]:
+        """What of ``need`` there is not, in words; empty if all is there."""
+        if self.device not in (None, need.device):
+            return [f"tensors on {need.device}"]
+        missing = []
+        if self.architectures is not None and need.architecture[0] not in self.architectures:
+            missing.append("compute capability {}.{}".format(*need.architecture))
+        if self.dtypes is not None and need.dtype not in self.dtypes:
+            missing.append(str(need.dtype).removeprefix("torch."))
+        if self.head_size is not None and need.head_size > self.head_size:
+            missing.append(f"head size {need.head_size}")
+        for name, word in _WORDS.items():
+            if getattr(need, name) and not getattr(self, name):
+                missing.append(word)
+        if need.dropout and self.dropout and self.dropout_alone and (need.softcap or need.sinks):
+            missing.append("dropout together with soft-cap or sinks")
+        return missing
+
+
+class Kernel(Protocol):
+    """A variable-length attention. Tensors are (tokens, heads, head size), log-sum-exps (Hq, tokens) fp32."""
+
+    name: str
+    version: str
+    abilities: Abilities
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Differentiable attention without sinks."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """(output, log-sum-exp of each query's scores)."""
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v, given what the forward put out."""
+
+
+# --- The call ---
+
+
+def varlen_attention(
+    kernel: Kernel,
+    query: Tensor,  # (T, Hq, D)
+    key: Tensor,  # (K, Hk, D)
+    value: Tensor,  # (K, Hk, Dv)
+    call: Call,
+    sinks: Tensor | None = None,  # (Hq,)
+) -> Tensor:
+    """One call of ``kernel`` for all segments, (T, Hq, Dv), in autocast's dtype where that is on."""
+    dtype, size = compute_dtype(query), value.shape[-1]
+    padded = -(-max(query.shape[-1], size) // _ALIGNMENT) * _ALIGNMENT
+    q, k, v = (_pad(x.to(dtype), padded) for x in (query, key, value))
+    if sinks is None:
+        out = kernel.attend(q, k, v, call)
+    else:
+        out = _FlashAttention.apply(q, k, v, sinks, kernel, call)
+    return out[..., :size]
+
+
+def _pad(x: Tensor, size: int) -> Tensor:
+    """Zeros behind each head: those of queries and keys change no score, those of values are cut off again."""
+    return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Flash kernels are not among autocast's operators: what it would do for them is done here."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class _FlashAttention(torch.autograd.Function):
+    r"""A kernel's own forward and backward, and sinks around them.
+
+    A sink s is one more key with score s and value 0. With z the log-sum-exp over the real keys and P their softmax,
+
+        z' = logaddexp(z, s),   P' = P exp(z - z') = P sigmoid(z - s),   O' = P' V = O sigmoid(z - s).
+
+    A flash backward rebuilds everything from the z and O that it is given: P = exp(S - z), D = rowsum(dO * O),
+    dV = P^T dO, dS = P * (dO V^T - D). The gradient of any softmax has that form, so with z' and O' in the place of z
+    and O it is the gradient of the softmax with the sink, for the real keys. The sink's own column of it is
+
+        ds = sum_t p_t (dO_t . 0 - D'_t) = - sum_t p_t (dO_t . O'_t),   p = exp(s - z') = sigmoid(s - z).
+
+    Multiplying O by sigmoid(z - s) outside of a flash attention would need the gradient of z, which flash backwards
+    drop without a word.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, kernel: Kernel, call: Call) -> Tensor:
+        out, lse = kernel.forward(q, k, v, call)
+        if sinks is not None:
+            column = sinks.to(lse.dtype)[:, None]  # (Hq, 1)
+            out = (out * torch.sigmoid(lse - column).t()[..., None]).to(out.dtype)
+            lse = torch.logaddexp(lse, column)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.kernel, ctx.call = kernel, call
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        grads = ctx.kernel.backward(grad.contiguous(), q, k, v, out, lse, ctx.call)
+        grad_sinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # (Hq, T)
+            products = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
+            grad_sinks = -(weights * products).sum(1).to(sinks.dtype)
+        return *grads, grad_sinks, None, None
+
+
+# --- PyTorch's kernel ---
+
+
+@dataclass(frozen=True)
+class TorchKernel:
+    """PyTorch's own flash attention, through its operators."""
+
+    operators: Any = torch.ops.aten
+    abilities: Abilities = Abilities(
+        softcap=False,
+        dropout=False,
+        head_size=256,
+        dtypes=HALF,
+        device="cuda",
+        architectures=(8, 9, 10, 11, 12),
+    )
+    name: str = "varlen"
+    version: str = torch.__version__
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        return _FlashAttention.apply(q, k, v, None, self, call)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = self.operators._flash_attention_forward(
+            q, k, v, *self._segments(call), return_debug_mask=False, **self._scores(call)
+        )
+        return out, lse
+
+    def backward(self, grad, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        with _deterministic() if call.deterministic else contextlib.nullcontext():
+            return self.operators._flash_attention_backward(
+                grad, q, k, v, out, lse, *self._segments(call), *no_dropout, **self._scores(call)
+            )
+
+    def _segments(self, call: Call) -> tuple:
+        causal = call.window is None  # a window says it by itself, and the operators take one of the two
+        return call.cu_seqlens_q, call.cu_seqlens_k, call.max_q, call.max_k, call.dropout, causal
+
+    def _scores(self, call: Call) -> dict[str, Any]:
+        left = -1 if call.window is None else call.window - 1
+        return {"scale": call.scale, "window_size_left": left, "window_size_right": 0}
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's flash backward sums dq without atomics only where the process asks for deterministic algorithms."""
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write over every gradient once more
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

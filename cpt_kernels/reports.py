@@ -1,0 +1,204 @@
+"""What a run leaves to look at: metrics.jsonl, curves, a line per log, a closing table."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+Record = dict[str, Any]  # one log: "step" and numbers; of evaluations the names start with "eval_"
+
+# Title -> metrics drawn in one panel. The last two share a place: rewards of pairs, or tokens where there are none.
+_PANELS = {
+    "loss": ("loss",),
+    "rewards": ("rewards/chosen", "rewards/rejected"),
+    "reward margin": ("rewards/margins",),
+    "reward accuracy": ("rewards/accuracies",),
+    "token accuracy": ("mean_token_accuracy",),
+}
+_TABLE = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "aux_loss"),
+)
+_IN_LINE = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "learning_rate": "lr"}
+
+
+class RunReport(TrainerCallback):
+    """Writes ``metrics.jsonl`` as the run goes, and ``curves.png`` and ``curves.svg`` when it ends.
+
+    One JSON object per log and line. A resumed run continues the file from its checkpoint: what the earlier run logged
+    beyond it is dropped, and no step is there twice. Only the first process of all writes.
+
+    Args:
+        folder: where the files go; it is made if need be.
+        title: heading of the curves.
+
+    Attributes:
+        records: all that was logged, as in the file.
+    """
+
+    def __init__(self, folder: str | Path, title: str = "") -> None:
+        self.folder, self.title = Path(folder), title
+        self.records: list[Record] = []
+        self.files: list[Path] = []
+        self._session = 0  # the first record of this training
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        # The state of a checkpoint holds every log up to it; before a fresh run there may have been an evaluation.
+        self.records = [_order(record) for record in state.log_history] or self.records
+        self._session = len(self.records)
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.metrics_file.write_text("".join(map(_line, self.records)), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        record = _order(state.log_history[-1])
+        same = (old for old in self.records if old["step"] == record["step"] and old.keys() == record.keys())
+        if next(same, None) is not None:  # eval_on_start of a resumed run repeats the checkpoint's evaluation
+            return
+        self.records.append(record)
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        if state.is_world_process_zero:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the curves of what was logged so far."""
+        self.files = draw_curves(self.records, self.folder, self.title)
+
+    def note(self) -> str | None:
+        """What must be known to read the first evaluation, if anything."""
+        for record in eval_records(self.records)[:1]:
+            if record["step"] == 0 and abs(record.get("rewards/margins", math.inf)) < 1e-3:
+                return "At step 0 the policy is its own reference: rewards are 0, and who wins a pair is rounding."
+        return None
+
+    def tokens_per_second(self, tokens: float) -> float | None:
+        """``tokens`` over the time that this training took without its evaluations; ``None`` before its end."""
+        session = self.records[self._session :]
+        end = next((index for index, record in enumerate(session) if "train_loss" in record), None)
+        if end is None:
+            return None
+        evaluating = sum(record.get("eval_runtime", 0.0) for record in session[:end])
+        return tokens / max(session[end]["train_runtime"] - evaluating, 1e-9)
+
+
+class ProgressLines(ProgressCallback):
+    """transformers' progress bar, in a terminal, with one short line per log instead of the whole dictionary."""
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)  # None: where no terminal
+        self.current_step = 0
+
+    def on_prediction_step(self, args, state: TrainerState, control, **kwargs) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args, state: TrainerState, control, logs: dict | None = None, **kwargs) -> None:
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+        parts = [f"{word} {logs[prefix + key]:.4g}" for key, word in _IN_LINE.items() if prefix + key in logs]
+        if parts:
+            kind = "held out" if prefix else f"step {state.global_step}"
+            self.training_bar.write(f"{kind:>10}  {'  '.join(parts)}")
+
+
+def _order(record: Record) -> Record:
+    return {"step": record["step"], **{key: value for key, value in record.items() if key != "step"}}
+
+
+def _line(record: Record) -> str:
+    """JSON has no NaN and no infinity."""
+    broken = {key: None for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(record | broken) + "\n"
+
+
+def train_records(records: Iterable[Record]) -> list[Record]:
+    """The logs of training steps."""
+    return [record for record in records if "loss" in record]
+
+
+def eval_records(records: Iterable[Record]) -> list[Record]:
+    """The evaluations, their names without the prefix ``eval_``."""
+    return [
+        {key.removeprefix("eval_"): value for key, value in record.items()}
+        for record in records
+        if "eval_loss" in record
+    ]
+
+
+def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") -> list[Path]:
+    """Draw loss, rewards, margins and accuracy over steps, evaluations as marked points; return the files written."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    train, held_out = train_records(records), eval_records(records)
+    known = {key for record in (*train, *held_out) for key in record}
+    panels = {name: metrics for name, metrics in _PANELS.items() if known.intersection(metrics)}
+    if "reward accuracy" in panels:
+        panels.pop("token accuracy", None)
+    if not panels:
+        return []
+    figure = Figure(figsize=(5 * min(len(panels), 2), 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flat
+    for axis, (name, metrics) in zip(axes, panels.items()):
+        for number, metric in enumerate(metrics):
+            label = metric.split("/")[-1] if len(metrics) > 1 else "train"
+            axis.plot(*_curve(train, metric), color=f"C{number}", label=label, linewidth=1.2)
+            held_label = f"{label}, held out" if len(metrics) > 1 else "held out"
+            axis.plot(*_curve(held_out, metric), color=f"C{number}", label=held_label, marker="o", linestyle="--")
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    for axis in list(axes):
+        axis.set_visible(False)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "curves.png", folder / "curves.svg"]
+    for file in files:
+        figure.savefig(file, dpi=120)
+    return files
+
+
+def _curve(records: Iterable[Record], metric: str) -> tuple[list[int], list[float]]:
+    points = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def metrics_table(records: Sequence[Record], title: str = "") -> Table:
+    """First and last value of every metric, in training and where it was held out."""
+    train, held_out = train_records(records), eval_records(records)
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    columns = []
+    for kind, logs in (("training", train), ("held out", held_out)):
+        for record in dict.fromkeys([0, len(logs) - 1]) if logs else ():  # the first and the last, perhaps the same
+            table.add_column(f"{kind}\nstep {logs[record]['step']}", justify="right")
+            columns.append(logs[record])
+    for metric in _TABLE:
+        if any(metric in column for column in columns):
+            table.add_row(metric, *(_number(column.get(metric)) for column in columns))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

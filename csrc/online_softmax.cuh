@@ -1,0 +1,136 @@
+// Statistics of a softmax, gathered in one pass by threads, warps, blocks and thread-block clusters.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "common.cuh"
+
+namespace {
+
+// e^x in two instructions. __expf takes five: it also serves results below the smallest normal number, 0 here.
+__device__ inline float exponential(float x) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+    return result;
+#else
+    return expf(x);
+#endif
+}
+
+// Sums over some logits, relative to their maximum m. m stays finite, so that a difference of two never is inf - inf:
+// an infinite logit then shows as an infinite sum and a NaN as a NaN, and every statistic comes out as in eager PyTorch.
+template <bool kStatistics>
+struct Online {
+    float m = -FLT_MAX;
+    float s = 0;      // sum e^(z-m)
+    float w = 0;      // sum (z-m) e^(z-m)
+    float q = 0;      // sum e^2(z-m)
+    float total = 0;  // sum z
+
+    __device__ void rescale(float new_m) {
+        const float d = fmaxf(m - new_m, -1e4f);  // e^-10000 is 0 too, and s * d stays finite
+        const float factor = exponential(d);
+        if (kStatistics) {
+            w = (w + s * d) * factor;
+            q *= factor * factor;
+        }
+        s *= factor;
+        m = new_m;
+    }
+
+    // All but `total`, which a -inf that stands for no column must not enter.
+    template <int kWidth>
+    __device__ void add(const float (&z)[kWidth]) {
+        float largest = z[0];
+#pragma unroll
+        for (int i = 1; i < kWidth; ++i) largest = fmaxf(largest, z[i]);
+        rescale(fminf(fmaxf(m, largest), FLT_MAX));
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+            const float d = z[i] - m;
+            const float e = exponential(d);
+            s += e;
+            if (kStatistics) {
+                w += fmaxf(d, -FLT_MAX) * e;  // -inf * 0 would be NaN
+                q += e * e;
+            }
+        }
+    }
+
+    __device__ void merge(Online other) {
+        const float new_m = fmaxf(m, other.m);
+        rescale(new_m);
+        other.rescale(new_m);
+        s += other.s, w += other.w, q += other.q, total += other.total;
+    }
+
+    // The merger of a warp's lanes, right in lane 0: a fixed tree, and what other lanes get may differ in rounding.
+    __device__ void merge_warp() {
+#pragma unroll
+        for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+            Online other;
+            other.m = __shfl_xor_sync(kAllLanes, m, distance);
+            other.s = __shfl_xor_sync(kAllLanes, s, distance);
+            if (kStatistics) {
+                other.w = __shfl_xor_sync(kAllLanes, w, distance);
+                other.q = __shfl_xor_sync(kAllLanes, q, distance);
+                other.total = __shfl_xor_sync(kAllLanes, total, distance);
+            }
+            merge(other);
+        }
+    }
+};
+
+// The cluster that a row is split over.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+struct Cluster {
+    __device__ static int rank() { return cg::this_cluster().block_rank(); }
+    __device__ static int size() { return cg::this_cluster().num_blocks(); }
+    __device__ static void sync() { cg::this_cluster().sync(); }
+    template <typename V>
+    __device__ static V read(V* shared, int of_rank) {
+        return *cg::this_cluster().map_shared_rank(shared, of_rank);
+    }
+};
+#else  // before Hopper a block is alone
+struct Cluster {
+    __device__ static int rank() { return 0; }
+    __device__ static int size() { return 1; }
+    __device__ static void sync() { __syncthreads(); }
+    template <typename V>
+    __device__ static V read(V* shared, int) {
+        return *shared;
+    }
+};
+#endif
+
+template <bool kStatistics>
+struct SharedStatistics {
+    Online<kStatistics> warps[kWarp];
+    Online<kStatistics> block;
+};
+
+// The statistics of a whole row, the same in every thread.
+template <bool kSplit, bool kStatistics>
+__device__ Online<kStatistics> merge_row(Online<kStatistics> mine, SharedStatistics<kStatistics>* shared) {
+    const int lane = threadIdx.x % kWarp;
+    mine.merge_warp();
+    if (lane == 0) shared->warps[threadIdx.x / kWarp] = mine;
+    __syncthreads();  // the warps' statistics are there
+    mine = lane < blockDim.x / kWarp ? shared->warps[lane] : Online<kStatistics>();
+    mine.merge_warp();
+    if (kSplit) {
+        if (threadIdx.x == 0) shared->block = mine;
+        Cluster::sync();  // the blocks' statistics are there
+        mine = lane < Cluster::size() ? Cluster::read(&shared->block, lane) : Online<kStatistics>();
+        mine.merge_warp();
+    }
+    mine.m = __shfl_sync(kAllLanes, mine.m, 0);
+    mine.s = __shfl_sync(kAllLanes, mine.s, 0);
+    return mine;  // w, q and total are right in lane 0 only
+}
+
+}  // namespace

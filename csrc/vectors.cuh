@@ -1,0 +1,75 @@
+// A row of bf16, fp16 or fp32 numbers in 16-byte accesses, wherever it starts.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace {
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Two at a time: one conversion instruction for a pair.
+__device__ inline void store_pair(float* out, float a, float b) { out[0] = a, out[1] = b; }
+__device__ inline void store_pair(__half* out, float a, float b) {
+    *reinterpret_cast<__half2*>(out) = __floats2half2_rn(a, b);
+}
+__device__ inline void store_pair(__nv_bfloat16* out, float a, float b) {
+    *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(a, b);
+}
+
+template <typename T>
+union alignas(16) Vector {
+    static constexpr int kWidth = 16 / sizeof(T);
+    uint4 bits;
+    T values[kWidth];
+};
+
+__device__ inline bool inside(int column, int columns) { return column >= 0 && column < columns; }
+
+// A row seen as aligned vectors: column c is element `c + shift` of the vectors from `base`, which starts at or up to
+// 15 bytes before the row. Vectors that stick out of the row at either end are accessed element by element.
+template <typename T>
+struct Row {
+    static constexpr int kWidth = Vector<T>::kWidth;
+    T* base;
+    int shift;
+
+    __device__ explicit Row(T* row) {
+        const auto address = reinterpret_cast<uintptr_t>(row);
+        shift = static_cast<int>((address & 15) / sizeof(T));
+        base = row - shift;  // not from the integer: the compiler must see that this is global memory
+    }
+    __device__ int vectors(int columns) const { return (shift + columns + kWidth - 1) / kWidth; }
+    __device__ int first_column(int vector) const { return vector * kWidth - shift; }
+    __device__ bool whole(int vector, int columns) const {
+        return first_column(vector) >= 0 && first_column(vector) + kWidth <= columns;
+    }
+    __device__ T* at(int vector) const { return base + static_cast<int64_t>(vector) * kWidth; }
+    __device__ Vector<T> load(int vector, int columns) const {
+        Vector<T> x;
+        if (whole(vector, columns)) {
+            x.bits = *reinterpret_cast<const uint4*>(at(vector));
+            return x;
+        }
+        x.bits = uint4{0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i)
+            if (inside(first_column(vector) + i, columns)) x.values[i] = at(vector)[i];
+        return x;
+    }
+    __device__ void store(int vector, int columns, const Vector<T>& x) const {
+        if (whole(vector, columns)) {
+            *reinterpret_cast<uint4*>(at(vector)) = x.bits;
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i)
+            if (inside(first_column(vector) + i, columns)) at(vector)[i] = x.values[i];
+    }
+};
+
+}  // namespace

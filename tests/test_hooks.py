@@ -1,0 +1,115 @@
+"""A model prepared for packed rows goes on as before in plain forwards and in generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import LENGTH_DEPENDENT, VOCAB, tiny_model
+from exactness import LOSSES, make_batch, make_rows
+
+from cpt_kernels.hooks import attention_over, length_dependent_rotaries, packed_forward, replaced_forward
+from cpt_kernels.model import PackedModel
+
+_ARCHITECTURES = [
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "mixtral",
+    "gpt_oss",
+    "llama-dynamic",
+    "phi3-longrope",
+]
+
+
+def _padded() -> dict[str, torch.Tensor]:
+    """Two rows, the second padded on its left as for generation."""
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[1, :4], mask[1, :4] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", _ARCHITECTURES)
+@torch.no_grad()
+def test_plain_forwards_and_generation_stay_as_they_were(name):
+    inputs, real = _padded(), _padded()["attention_mask"].bool()
+    plain, model = tiny_model(name), tiny_model(name)
+    packed = PackedModel(model)
+    packed(make_batch(make_rows("slic"), packed), LOSSES["slic"])
+    expected, found = plain(**inputs).logits, model(**inputs).logits
+    assert torch.equal(found[real], expected[real])
+    assert not torch.allclose(model(inputs["input_ids"]).logits[real], expected[real])  # the mask matters
+    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6, "pad_token_id": 0}
+    assert torch.equal(model.generate(**inputs, **options), plain.generate(**inputs, **options))
+
+
+def test_training_without_packing_stays_as_it_was():
+    inputs, plain, model = _padded(), tiny_model("gemma2"), tiny_model("gemma2")
+    PackedModel(model)
+    for one in (plain, model):
+        one(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters()))
+
+
+def test_the_attention_is_registered_once_under_one_name():
+    name = attention_over("sdpa")
+    assert attention_over("sdpa") == name and attention_over(name) == name and name != attention_over("eager")
+    model = tiny_model("llama")
+    PackedModel(model)
+    PackedModel(model)
+    assert model.config._attn_implementation == name
+
+
+def test_an_exception_in_a_packed_forward_leaves_nothing_behind():
+    model, inputs = tiny_model("llama-dynamic"), _padded()
+    packed, (rotary,) = PackedModel(model), length_dependent_rotaries(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        batch = make_batch(make_rows("slic"), packed)
+        with pytest.raises(ValueError, match="reference"):
+            packed({**batch, "ref_token_logps": None}, LOSSES["sigmoid"])
+        assert torch.equal(model(**inputs).logits, expected)
+    assert "forward" not in vars(rotary) and "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize("name", LENGTH_DEPENDENT)
+def test_hooks_on_a_rotary_embedding_survive(name):
+    """accelerate's hooks replace the forward on the instance; ours stands in front of it and goes away again."""
+    model = tiny_model(name)
+    packed = PackedModel(model)
+    (rotary,) = packed.rotaries
+    own, calls = rotary.forward, []
+
+    def hooked(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    rotary.forward = hooked
+    for _ in range(2):
+        packed(make_batch(make_rows("slic", long=True), packed), LOSSES["slic"])
+        assert rotary.forward is hooked
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+def test_rope_that_does_not_depend_on_lengths_is_left_alone(name):
+    packed = PackedModel(tiny_model(name))
+    assert packed.rotaries == [] and packed.share_limit is None
+
+
+def test_replaced_forwards_and_packed_forwards_nest():
+    linear = torch.nn.Linear(2, 2)
+    with replaced_forward(linear, lambda x: x + 1):
+        with replaced_forward(linear, lambda x: x + 2):
+            assert linear(torch.zeros(2)).tolist() == [2, 2]
+        assert linear(torch.zeros(2)).tolist() == [1, 1]
+    assert "forward" not in vars(linear)
+    model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5, 6]])
+    PackedModel(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with packed_forward():
+            pass
+        assert torch.equal(model(ids).logits, expected)

@@ -1,0 +1,190 @@
+"""The rules of DESIGN.md §3: who may import whom, what must stay lazy, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cpt_kernels"
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+# Imports run downward, or stay within a level. A new module must be put where it belongs.
+LEVELS = [
+    {"losses", "ops"},
+    {"data", "reference_cache", "fingerprint", "hooks", "model"},
+    {"config", "loading", "metrics", "reference", "trainer"},
+    {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo"},
+    {"cli"},
+]
+USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
+USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
+NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}
+
+
+class Import(NamedTuple):
+    name: str  # absolute
+    lazy: bool  # inside of a function, or for type checkers only
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """All imports of a file of the package, relative ones made absolute."""
+    package = ["cpt_kernels", *path.parent.parts]
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                for alias in child.names:  # `from . import x` may name a module
+                    yield Import(f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module, lazy)
+            checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            deferred = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from walk(child, lazy or checking or deferred)
+
+    yield from walk(ast.parse((PACKAGE / path).read_text()), False)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return name.startswith("cpt_kernels.") and (path.is_dir() or path.with_suffix(".py").is_file())
+
+
+def third_party(path: Path, lazy: bool = False) -> set[str]:
+    """Packages that a file needs when it is imported, or with ``lazy`` ever."""
+    roots = {found.name.split(".")[0] for found in imports_of(path) if lazy or not found.lazy}
+    return roots - set(sys.stdlib_module_names) - {"cpt_kernels"}
+
+
+def level_of(module: str) -> int:
+    (found,) = [i for i, level in enumerate(LEVELS) if module in level] or [None]
+    assert found is not None, f"cpt_kernels.{module} has no level: add it to LEVELS of {Path(__file__).name}"
+    return found
+
+
+def component(name: str) -> str:
+    """The part of the package that a module belongs to: ``ops`` for ``cpt_kernels.ops.gather``."""
+    return name.split(".")[1]
+
+
+def module_name(path: Path) -> str:
+    parts = ["cpt_kernels", *path.with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_run_downward(path):
+    if path.parts == ("__init__.py",):
+        return
+    own = component(module_name(path))
+    for found in imports_of(path):
+        if found.name.startswith("cpt_kernels."):
+            other = component(found.name)
+            assert level_of(other) <= level_of(own), f"{path} imports {found.name}, which is above it"
+            assert own != "ops" or other in ("ops", "losses"), f"{path}: ops see tensors only, not {found.name}"
+
+
+def test_imports_have_no_cycle():
+    names = {module_name(path): path for path in FILES}
+    graph = {
+        name: {found.name for found in imports_of(path) if not found.lazy and found.name in names} - {name}
+        for name, path in names.items()
+    }
+    while leaves := [name for name, others in graph.items() if not others]:
+        for leaf in leaves:
+            del graph[leaf]
+        graph = {name: others - set(leaves) for name, others in graph.items()}
+    assert not graph, f"modules that import each other: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_what_a_file_needs_to_be_imported(path):
+    needs = third_party(path)
+    if path.parts == ("__init__.py",):
+        assert not needs
+    elif path.as_posix() in NUMPY_ALONE:
+        assert needs <= {"numpy"}
+        assert not [found for found in imports_of(path) if component(found.name + ".") in ("ops", "losses", "model")]
+    elif path.parts[0] in ("ops", "losses.py"):
+        assert needs <= ({"torch", "triton"} if path.name == "triton.py" else {"torch"})
+    if "transformers" in needs:
+        assert path.parts[0].removesuffix(".py") in USES_TRANSFORMERS
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_kernels_are_imported_lazily(path):
+    for found in imports_of(path):
+        last = found.name.rsplit(".", 1)[-1]
+        if found.name.startswith("cpt_kernels.") and last in ("triton", "cuda", "_C"):
+            assert found.lazy, f"{path} imports {found.name} when it is imported itself"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_imports_bench_or_tests(path):
+    assert not third_party(path, lazy=True) & {"bench", "tests", "conftest", "numerics"}
+
+
+@pytest.mark.parametrize("folder", ["cpt_kernels", "bench", "tests"])
+def test_files_are_short_or_say_why_not(folder):
+    """A file of more than 400 lines starts with a comment: "# More than 400 lines: " and the reason."""
+    for path in (ROOT / folder).rglob("*.py"):
+        lines = path.read_text().splitlines()
+        if len(lines) > 400:
+            assert lines[0].startswith("# More than 400 lines: "), f"{path.relative_to(ROOT)} has {len(lines)} lines"
+
+
+_HIDE = """
+import importlib.machinery as machinery
+found = machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in {hidden!r} else found(name, path, target)
+machinery.PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
+def _run_without(hidden: set[str], code: str) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", _HIDE.format(hidden=hidden) + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_losses_and_operators_work_with_torch_alone():
+    _run_without(
+        {"triton", "transformers", "datasets", "accelerate", "peft", "pyarrow", "tokenizers", "huggingface_hub"},
+        """
+import torch
+import cpt_kernels.losses, cpt_kernels.ops, cpt_kernels.ops.attention, cpt_kernels.ops.linear_preference
+from cpt_kernels import build_loss, linear_logprobs
+weight = torch.randn(7, 4, requires_grad=True)
+out = linear_logprobs(torch.randn(3, 4), weight, torch.tensor([0, 6, 2]))
+out.logps.sum().backward()
+assert weight.grad.shape == (7, 4) and build_loss("sigmoid").needs_reference
+try:
+    cpt_kernels.ops.vocab_score.vocab_score(torch.zeros(1, 4), torch.tensor([0]), backend="triton")
+except RuntimeError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise AssertionError("no error without triton")
+""",
+    )
+
+
+def test_layouts_work_with_numpy_alone():
+    modules = [path.removesuffix(".py").replace("/", ".") for path in sorted(NUMPY_ALONE) if (PACKAGE / path).exists()]
+    assert len(modules) >= 3
+    _run_without(
+        {"torch", "triton", "transformers", "datasets"}, "\n".join(f"import cpt_kernels.{module}" for module in modules)
+    )

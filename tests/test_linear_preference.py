@@ -1,0 +1,392 @@
+"""The head against autograd through all logits: values, gradients, work and memory of every mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from heads import UNITS, CountProducts, Head, peak_memory
+from numerics import assert_close
+
+from cpt_kernels.losses import PairLogps, build_loss, user_loss
+from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
+from cpt_kernels.ops.vocab_score import vocab_score
+
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+FROZEN, FUSED, GENERAL = "frozen", "fused", "general"
+MODES = [FROZEN, FUSED, GENERAL]
+
+
+def _ids(value) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _in_mode(head: Head, mode: str) -> Head:
+    return replace(head, trained=("hidden",)) if mode == FROZEN else head
+
+
+def _check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False) -> None:
+    """Over several draws: a pair's rounded weight is a factor of all its gradients, and a few pairs are mere luck."""
+    kinds: list[dict[str, list]] = [{}, {}, {}]
+    for seed in range(1 if dtype == FP64 else 6):
+        drawn = _in_mode(replace(head, seed=seed), mode)
+        results = (
+            drawn.run(dtype, general=mode == GENERAL),
+            drawn.eager(dtype, autocast=autocast),
+            drawn.eager(FP64, rounded=dtype),
+        )
+        for kind, result in zip(kinds, results):
+            for name, tensor in result.items():
+                kind.setdefault(name, []).append(tensor.flatten())
+    eps = 1e-13 if dtype == FP64 else torch.finfo(BF16 if autocast else dtype).eps  # fp64: sums in another order
+    for name in kinds[0]:
+        assert_close(*(torch.cat(kind[name]) for kind in kinds), f"{mode} {name}", eps)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10_000], ids="tile{}".format)
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_tile_size(mode, dtype, rows):
+    """At one row and at seven most units are larger than the tile."""
+    _check(Head().tile(rows, dtype.itemsize), mode, dtype)
+
+
+@pytest.mark.parametrize("rows", [22, 23, 24, 30])
+def test_tiles_that_just_hold_the_largest_units(rows):
+    _check(Head().tile(rows, 4), FUSED, FP32)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "slic", "sft"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_loss(mode, loss):
+    options = {"slic": {"slic_delta": 20.0}, "hinge": {"beta": 0.05}}.get(loss, {})
+    _check(Head(build_loss(loss, **options)).tile(25, 4), mode, FP32)
+
+
+_VARIANTS = {
+    "bias": {"bias": True},
+    "scale": {"options": HeadOptions(logit_scale=0.25)},
+    "softcap": {"options": HeadOptions(softcap=2.0)},
+    "padded-vocabulary": {"options": HeadOptions(vocab_size=290)},
+    "all": {"bias": True, "options": HeadOptions(logit_scale=1.5, softcap=3.0, vocab_size=290)},
+}
+
+
+@pytest.mark.parametrize("variant", _VARIANTS)
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_between_product_and_softmax(mode, dtype, variant):
+    _check(Head(**_VARIANTS[variant]).tile(25, dtype.itemsize), mode, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode):
+    """fp32 weights, bf16 products: gradients come back in fp32."""
+    head = Head(bias=True).with_options(compute_dtype=BF16)
+    _check(head.tile(25, 2), mode, FP32, autocast=True)
+    assert _in_mode(head, mode).run(FP32)["grad hidden"].dtype == FP32
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_peaked_rows(mode, dtype):
+    _check(Head(scale=100.0).tile(25, dtype.itemsize), mode, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_weights_of_the_pairs_do_not_underflow(mode):
+    """In fp16, g (G W) is below the smallest number before the loss scale is on it."""
+    tiny = user_loss(lambda numbers: 5e-5 * (numbers.rejected - numbers.chosen), needs_reference=False, separable=True)
+    _check(Head(tiny, upstream=2.0**12), mode, FP16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_columns_that_are_masked_with_minus_infinity(mode):
+    head = Head(bias=True)
+    unused = torch.ones(head.columns, dtype=torch.bool)
+    unused[head.targets] = False
+    head.tensors["bias"][unused.nonzero()[::3, 0]] = -torch.inf
+    trained = ("hidden", "weight")  # the reference of a bias of -inf is its gradient alone
+    found = replace_tensors(head, trained, mode).run(FP32, general=mode == GENERAL)
+    eager, reference = (replace_tensors(head, trained, mode).eager(dtype, FP32) for dtype in (FP32, FP64))
+    for name in eager:
+        assert_close(found[name], eager[name], reference[name], name)
+
+
+def replace_tensors(head: Head, trained: tuple[str, ...], mode: str) -> Head:
+    """The same problem with other leaves trained; ``replace`` would draw its tensors again."""
+    other = replace(head, trained=("hidden",) if mode == FROZEN else trained)
+    other.tensors = head.tensors
+    return other
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_is_not_hidden(mode):
+    head = _in_mode(Head(), mode)
+    head.tensors["hidden"][3, 5] = torch.nan
+    found = head.run(FP32, general=mode == GENERAL)
+    assert found["loss"].isnan() and found["logps"][3].isnan() and found["grad hidden"][3].isnan().all()
+    assert not found["logps"][4:].isnan().any()
+    if mode != FROZEN:
+        assert found["grad weight"].isnan().any()
+
+
+# -- which leaves are trained ---
+
+
+@pytest.mark.parametrize("general", [False, True], ids=[FUSED, GENERAL])
+@pytest.mark.parametrize(
+    "trained", [("weight",), ("bias",), ("weight", "bias"), ("hidden", "bias"), ("hidden", "weight")], ids="+".join
+)
+def test_only_some_leaves_are_trained(trained, general):
+    head = Head(bias=True, trained=trained).tile(25, 8)
+    found, reference = head.run(FP64, general=general), head.eager(FP64)
+    assert found.keys() == reference.keys()
+    for name in found:
+        assert_close(found[name], reference[name], reference[name], name, 1e-13)
+
+
+def test_without_gradients_nothing_is_saved():
+    head = Head(trained=())
+    with torch.no_grad():
+        leaves = replace(head, trained=("hidden", "weight")).leaves(FP32)
+        out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+    assert out.loss.grad_fn is None and out.tokens.logps.grad_fn is None
+    leaves = head.leaves(FP32)
+    out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+    assert out.loss.grad_fn is None
+
+
+# -- work ---
+
+
+def _products(head: Head, mode: str, no_grad: bool = False, trained: tuple[str, ...] | None = None) -> float:
+    """Matrix products in units of the logits' (N V H multiplications)."""
+    head = replace(_in_mode(head, mode), **({"trained": trained} if trained else {}))
+    with CountProducts() as products:
+        if no_grad:
+            with torch.no_grad():
+                leaves = head.leaves(FP32)
+                linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+        else:
+            head.run(FP32, general=mode == GENERAL)
+    return products.count / (sum(head.lengths) * head.columns * head.width)
+
+
+@pytest.mark.parametrize("rows", [25, 10_000], ids="tile{}".format)
+def test_number_of_products(rows):
+    head = Head().tile(rows, 4)
+    assert _products(head, FROZEN) == 2
+    assert _products(head, FUSED) == 3
+    assert _products(head, GENERAL) == 4
+    for mode in MODES:
+        assert _products(head, mode, no_grad=True) == 1
+    assert _products(head, FUSED, trained=("weight",)) == 2
+
+
+def test_only_units_beyond_the_budget_are_computed_twice():
+    """Tiles of 22 rows: the unit of 23 rows needs its logits again."""
+    head = Head().tile(22, 4)
+    assert max(sum(lengths) for lengths, _ in UNITS) == 23
+    oversize = [sum(lengths) for lengths, _ in UNITS if sum(lengths) > 22]
+    assert _products(head, FUSED) == pytest.approx(3 + sum(oversize) / sum(head.lengths))
+    assert _products(head, FROZEN) == 2
+
+
+def test_losses_that_are_not_separable_take_the_general_route():
+    loss = user_loss(lambda numbers: torch.relu(1 - numbers.chosen + numbers.chosen.mean()), needs_reference=False)
+    assert _products(Head(loss), FUSED) == 4
+    assert _products(Head(loss), FROZEN) == 2
+    for mode in MODES:
+        _check(Head(loss).tile(25, 8), mode, FP64)
+
+
+def test_user_losses_that_are_separable_are_fused():
+    def loss(numbers: PairLogps) -> torch.Tensor:
+        return torch.exp(-0.1 * numbers.log_ratio_difference() / numbers.chosen_length)
+
+    head = Head(user_loss(loss, separable=True))
+    assert _products(head, FUSED) == 3
+    _check(head, FUSED, FP32)
+
+
+# -- memory ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_beside_the_tile(mode):
+    """Tile, (N, H) twice (G W and the gradient), dW in fp32 and as the gradient; 5 %, and what scoring a tile takes."""
+    columns, width, rows = 4096, 128, 64
+    head = Head(units=[([40, 24], [(0, 0, 1)])] * 32, columns=columns, width=width).tile(rows, 4)
+    tile = torch.zeros(rows, columns)
+    vocab_score(tile, torch.zeros(rows, dtype=torch.int64), score=True)
+    with peak_memory() as scoring:
+        vocab_score(tile, torch.zeros(rows, dtype=torch.int64), score=True)
+    head = _in_mode(head, mode)
+    leaves, pairs = head.leaves(FP32), head.pairs()
+    with peak_memory() as peak:
+        linear_preference_loss(
+            leaves["hidden"], leaves["weight"], head.targets, pairs, head.loss, None, head.options, mode == GENERAL
+        ).loss.backward()
+    tokens = sum(head.lengths)
+    allowed = 4 * (rows * columns + 2 * tokens * width + (0 if mode == FROZEN else 2 * columns * width))
+    assert peak[0] <= 1.05 * allowed + scoring[0] + 2**16
+    assert 4 * tokens * columns > 2 * allowed  # all logits would not fit
+
+
+# -- one differentiable output ---
+
+
+@pytest.mark.parametrize("output", ["completion_logps", "tokens"])
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_a_gradient_through_the_log_probs_of_the_fused_mode_raises(output, with_loss):
+    head = Head()
+    leaves = head.leaves(FP32)
+    out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+    logps = out.tokens.logps if output == "tokens" else out.completion_logps
+    with pytest.raises(RuntimeError, match="general=True"):
+        (logps.sum() + out.loss * with_loss).backward()
+
+
+@pytest.mark.parametrize("mode", [FROZEN, GENERAL])
+def test_a_gradient_through_loss_and_log_probs(mode):
+    head = _in_mode(Head().tile(25, 8), mode)
+    leaves = head.leaves(FP64)
+    out = linear_preference_loss(
+        leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, head.options, general=True
+    )
+    (2 * out.loss + out.completion_logps[3] ** 2 + (out.tokens.logps[5:9] * 0.5).sum()).backward()
+    found = {name: leaves[name].grad for name in leaves if leaves[name].requires_grad}
+
+    leaves = head.leaves(FP64)
+    logps = (leaves["hidden"] @ leaves["weight"].t()).log_softmax(-1).gather(1, head.targets[:, None])[:, 0]
+    sums = torch.stack([part.sum() for part in logps.split(head.lengths)])
+    loss = head.loss(head.pairs().numbers(sums)).sum()
+    (2 * loss + sums[3] ** 2 + (logps[5:9] * 0.5).sum()).backward()
+    for name, grad in found.items():
+        assert_close(grad, leaves[name].grad, leaves[name].grad, name, 1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_twice(mode):
+    head = _in_mode(Head(), mode)
+    leaves = head.leaves(BF16)
+    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    out = linear_preference_loss(
+        leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, None, mode == GENERAL
+    )
+    first = torch.autograd.grad(out.loss, trained, retain_graph=True)
+    second = torch.autograd.grad(out.loss, trained)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second))
+    if mode == FUSED:
+        with pytest.raises(RuntimeError, match=r"does not require grad|differentiate twice"):
+            out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+            (grad,) = torch.autograd.grad(out.loss, leaves["hidden"], create_graph=True)
+            grad.sum().backward()
+
+
+# -- linear_logprobs ---
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", FROZEN])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=_ids)
+def test_linear_logprobs_with_any_upstream_gradient(dtype, frozen):
+    head = Head(
+        bias=True, options=HeadOptions(statistics=True), trained=("hidden",) if frozen else ("hidden", "weight")
+    )
+    upstream = torch.randn(len(head.targets), generator=torch.Generator().manual_seed(1))
+    results = []
+    for kind in (dtype, dtype, FP64):
+        leaves = head.leaves(kind, dtype)
+        if not results:
+            options = head.tile(25, dtype.itemsize).options
+            out = linear_logprobs(leaves["hidden"], leaves["weight"], head.targets, leaves["bias"], options)
+            logps = out.logps
+            assert not any(field.requires_grad for field in out[1:])
+        else:
+            logits = torch.nn.functional.linear(leaves["hidden"], leaves["weight"], leaves["bias"])
+            log_softmax = logits.to(logps.dtype if kind != FP64 else FP64).log_softmax(-1)
+            logps = log_softmax.gather(1, head.targets[:, None])[:, 0]
+            if kind == FP64:
+                p = log_softmax.exp()
+                entropy, log_sum_sq = -(p * log_softmax).sum(-1), p.square().sum(-1).log()
+        (logps * upstream).sum().backward()
+        results.append({"logps": logps.detach()} | {n: leaves[n].grad for n in head.trained})
+    found, eager, reference = results
+    for name in found:
+        assert_close(found[name], eager[name], reference[name], name, torch.finfo(dtype).eps)
+    tolerance = 100 * torch.finfo(dtype).eps
+    assert (out.entropy - entropy).abs().max() < tolerance and (out.log_sum_sq - log_sum_sq).abs().max() < tolerance
+
+
+def test_no_rows():
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    out = linear_logprobs(hidden, torch.ones(7, 4, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+    out.logps.sum().backward()
+    assert out.logps.shape == (0,) and hidden.grad.shape == (0, 4)
+
+
+# -- nothing that was not written is read ---
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty and its kin give NaN (and the largest integer)."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_was_not_written_is_not_read(mode, dtype):
+    _check(Head(**_VARIANTS["all"]).tile(25, dtype.itemsize), mode, dtype)
+    _check(Head().tile(7, dtype.itemsize), mode, dtype)
+
+
+# -- errors ---
+
+
+def test_shapes_that_do_not_fit():
+    hidden, weight, targets = torch.zeros(5, 4), torch.zeros(7, 4), torch.zeros(5, dtype=torch.int64)
+    for arguments in ((hidden, weight[:, :3], targets), (hidden[0], weight, targets), (hidden, weight, targets[:4])):
+        with pytest.raises(ValueError, match=r"do not fit|must have shape"):
+            linear_logprobs(*arguments)
+    with pytest.raises(ValueError, match="bias"):
+        linear_logprobs(hidden, weight, targets, torch.zeros(6))
+    with pytest.raises(ValueError, match="targets must lie"):
+        linear_logprobs(hidden, weight, targets + 7)
+
+
+def test_what_a_loss_needs():
+    head = Head()
+    leaves = head.leaves(FP32)
+    without_reference = replace(head.pairs(), ref_logps=None)
+    with pytest.raises(ValueError, match="'sigmoid' needs reference"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_reference, head.loss)
+    without_rejected = replace(head.pairs(), rejected=None)
+    with pytest.raises(ValueError, match="'slic' needs pairs with a rejected"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_rejected, build_loss("slic"))
+    linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_rejected, build_loss("sft"))
+
+
+def test_a_loss_that_is_declared_separable_but_is_not():
+    with pytest.raises(ValueError, match="separable"):
+        user_loss(lambda numbers: numbers.chosen - numbers.chosen.mean(), separable=True)
+
+
+def test_pairs_numbers_of_a_part():
+    """What a loss sees of the pairs of one tile is what it sees of them in the whole."""
+    head = Head()
+    pairs, sums = head.pairs(), torch.arange(len(head.lengths), dtype=FP64)
+    whole, completion, pair = pairs.numbers(sums), 0, 0
+    for completions, unit_pairs in pairs.units:
+        last = (completion + completions, pair + unit_pairs)
+        part = pairs.numbers(sums[completion : last[0]], (completion, pair), last)
+        for name in ("chosen", "rejected", "target", "chosen_length", "rejected_length", "ref_chosen", "ref_rejected"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]])
+        completion, pair = last
+    assert isinstance(pairs, Pairs) and (completion, pair) == (len(head.lengths), len(head.chosen))
