@@ -56,6 +56,8 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
     parser.add_argument("--quick", action="store_true", help="a much shorter run, too short to learn the tasks")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # for matrices this small more threads gain nothing, and lose much on a busy machine
+    logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # of data made here there is nothing to report
+    datasets.disable_progress_bars()
     run_demo(options.output_dir, options.seed, QUICK if options.quick else FULL)
 
 
@@ -159,8 +161,6 @@ def run_demo(output: Path, seed: int, size: Size, console: Console | None = None
     """Train, measure, print. Returns stage -> what was measured there."""
     console = console or Console(soft_wrap=True)
     started = time.perf_counter()
-    logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # of data made here there is nothing to say
-    datasets.disable_progress_bars()
     output.mkdir(parents=True, exist_ok=True)
     rows = make_rows(size.train_rows + size.held_out_rows, seed)
     held_out, train = rows[: size.held_out_rows], rows[size.held_out_rows :]

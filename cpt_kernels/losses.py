@@ -102,6 +102,7 @@ class Loss:
         needs_reference: ``ref_chosen`` and ``ref_rejected`` are read.
         needs_rejected: pairs must have a rejected side.
         separable: the loss of a subset of pairs is the subset of the losses, so gradients may be taken tile by tile.
+        options: those of a built-in loss, whose closed form the kernels have; ``None`` for a user's function.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Loss:
     needs_reference: bool
     needs_rejected: bool = True
     separable: bool = True
+    options: dict[str, float] | None = None
 
     def __call__(self, logps: PairLogps) -> Tensor:
         return self.function(logps)
@@ -171,7 +173,7 @@ def build_loss(name: str, **options) -> Loss:
     def function(logps: PairLogps) -> Tensor:
         return builtin.function(logps, **options)
 
-    return Loss(name, function, builtin.needs_reference, builtin.needs_rejected)
+    return Loss(name, function, builtin.needs_reference, builtin.needs_rejected, options=options)
 
 
 def user_loss(

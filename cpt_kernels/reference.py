@@ -6,28 +6,31 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data.batches import pack_rows
 from .data.collate import PackedBatch, PackedCollator
-from .data.loader import row_tokens
-from .data.truncation import truncate
 from .fingerprint import describe, fingerprint
+from .loading import dropout
 from .model import PackedModel, base_model
+from .ops.gather import segment_sum
 from .reference_cache import ReferenceCache
+from .scoring import Missing, find_missing, scoring_batches, scoring_rows
 
 logger = logging.getLogger(__name__)
 
 _TOKENS_PER_BATCH = {"cpu": 4096}  # of a scoring pass, unless the user set a budget
 _DEFAULT_TOKENS_PER_BATCH = 16384
+# Log-probs of equal weights in another packing differ by rounding: nats per token, in the mean over a batch.
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_ROUNDING = 0.1
 
 
 class Reference:
@@ -57,6 +60,7 @@ class Reference:
     ) -> None:
         self.accelerator = accelerator
         self.adapters_off = ref_model is None and new_adapter
+        self.same_as_policy = ref_model is None
         self.owned = ref_model is not None
         self.live = self.owned or self.adapters_off or keep
         if ref_model is None and keep and not self.adapters_off:
@@ -67,10 +71,12 @@ class Reference:
             self.packed = PackedModel(ref_model, head_memory_mb, policy.attention_backend)
         else:
             self.packed = policy
+        self.policy = policy
         model = self.packed.model
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        self.compute_dtype = mixed or base_model(model).dtype
         identity = {
-            "compute_dtype": mixed or base_model(model).dtype,
+            "compute_dtype": self.compute_dtype,
             "attention": "shared_prompt",
             "adapters": not self.adapters_off,
         }
@@ -83,67 +89,106 @@ class Reference:
         elif self.owned:
             self.packed.model.to("cpu")  # until something is missing
 
-    def lookup(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> np.ndarray | None:
-        """A completion's log-probs from the cache, (tokens,) fp32, or ``None``."""
-        return self.cache.get_or_none(prompt_ids, completion_ids)
+    def lookup(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray | None]:
+        """Log-probs from the cache of every (prompt ids, completion ids), (tokens,) fp32, or ``None``."""
+        return self.cache.get_many(sequences)
 
     def complete(self, batch: PackedBatch) -> None:
         """Score what a batch lacks, put it in the batch and in the cache."""
         scored = self._score(batch)
-        for s, prompt, completion in batch["ref_missing"]:
-            self.cache.add(prompt, completion, scored[s])
+        missing = batch["ref_missing"]
+        self.cache.add_many([ids for _, *ids in missing], [scored[s] for s, *_ in missing])
         batch["ref_token_logps"] = torch.from_numpy(np.concatenate(scored)).to(batch["ref_token_logps"].device)
         batch["ref_missing"] = []
 
-    def fill(
-        self, rows: Iterable[Mapping[str, Any]], collator: PackedCollator, max_tokens: int | None, name: str
-    ) -> None:
-        """Score what the cache lacks of a prepared dataset, on all ranks, longest groups first."""
+    def fill(self, dataset: Dataset, collator: PackedCollator, max_tokens: int | None, name: str) -> None:
+        """Score what the cache lacks of a prepared dataset, on all ranks, longest groups first.
+
+        Raises:
+            ValueError: the cache's folder is not the same one on every rank.
+            OSError: it cannot be written to.
+        """
         started = time.perf_counter()
-        missing: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # prompt -> its completions
-        total = set()
-        for row in rows:
-            for ids in row["completion_ids"]:
-                sequence = truncate(row["prompt_ids"], ids, collator.max_length, collator.truncation_mode)
-                prompt, completion = map(tuple, sequence)
-                if not completion:  # cut away, and in no pair: the collator leaves it out too
-                    continue
-                total.add((prompt, completion))
-                if self.lookup(prompt, completion) is None:
-                    missing.setdefault(prompt, {})[completion] = None
+        missing = find_missing(dataset, self.cache, collator.max_length, collator.truncation_mode)
+        looking = time.perf_counter() - started
         # Another run may have written between two ranks' look-ups; they must agree on what is to be done.
         (missing,) = broadcast_object_list([missing])
-        if missing:
-            self._fill(missing, collator, max_tokens, name)
+        written = self.cache.bytes_written
+        if len(missing):
+            self._fill(dataset, missing, collator, max_tokens, name)
         self.accelerator.wait_for_everyone()
         self.cache.refresh()
+        self._check_shared(missing)
+        written = sum(gather_object([self.cache.bytes_written - written]))
         if self.accelerator.is_main_process:
-            scored = sum(map(len, missing.values()))
             logger.warning(
-                f"{name} data: reference log-probs of {len(total)} completions, {len(total) - scored} from"
-                f" {self.cache.folder}, {scored} scored in {time.perf_counter() - started:.1f} s"
+                f"{name} data: reference log-probs of {missing.completions} completions: {missing.found} from"
+                f" {self.cache.folder} in {looking:.1f} s, {missing.completions - missing.found} missing, of which"
+                f" {len(missing)} different ones were scored in {time.perf_counter() - started - looking:.1f} s"
+                f" ({written / 1e6:.1f} MB written)"
             )
 
-    def _fill(self, missing: dict, collator: PackedCollator, max_tokens: int | None, name: str) -> None:
-        edges = {"chosen": [], "rejected": [], "targets": []}
-        rows = [{"prompt_ids": prompt, "completion_ids": list(ids), **edges} for prompt, ids in missing.items()]
-        tokens = row_tokens(rows, None, "keep_start", collator.share_prompts)
+    def _fill(
+        self, dataset: Dataset, missing: Missing, collator: PackedCollator, max_tokens: int | None, name: str
+    ) -> None:
         device, world = self.accelerator.device, self.accelerator.num_processes
-        budget = max(max_tokens or _TOKENS_PER_BATCH.get(device.type, _DEFAULT_TOKENS_PER_BATCH), int(tokens.max()))
-        batches = pack_rows(np.argsort(-tokens, kind="stable"), tokens, budget, world)
+        budget = max_tokens or _TOKENS_PER_BATCH.get(device.type, _DEFAULT_TOKENS_PER_BATCH)
+        batches = scoring_batches(missing, collator, budget, world)
         collate = PackedCollator(share_prompts=collator.share_prompts, share_limit=collator.share_limit)
         progress = tqdm(
             batches[self.accelerator.process_index :: world],
             desc=f"Reference log-probs of the {name} data",
             disable=not self.accelerator.is_main_process,
         )
-        for batch in progress:
-            members = [rows[i] for i in batch]
-            scored = self._score(send_to_device(collate(members), device))  # also without rows: ranks run together
-            sequences = [(row["prompt_ids"], completion) for row in members for completion in row["completion_ids"]]
-            for (prompt, completion), logps in zip(sequences, scored):
-                self.cache.add(prompt, completion, logps)
-        self.cache.flush()
+        with self.cache:  # written also where a batch fails: what was scored is right
+            for groups in progress:
+                rows = scoring_rows(dataset, missing, groups, collator)
+                scored = self._score(send_to_device(collate(rows), device))  # also without rows: ranks run together
+                sequences = [(row["prompt_ids"], completion) for row in rows for completion in row["completion_ids"]]
+                self.cache.add_many(sequences, scored[: len(sequences)])
+
+    def _check_shared(self, missing: Missing) -> None:
+        """Whether this rank sees what the others wrote."""
+        keys = [key.tobytes() for key in missing.keys]
+        unseen = sum(values is None for values in self.cache.find(keys, missing.lengths.tolist()))
+        if sum(gather_object([unseen])):
+            raise ValueError(
+                f"rank {self.accelerator.process_index} does not find {unseen} of {len(keys)} completions that were"
+                f" scored just now in {self.cache.folder}: set ref_cache_dir to a folder that all nodes share"
+            )
+
+    @torch.no_grad()
+    def starting_gap(self, batch: PackedBatch, completion_logps: torch.Tensor) -> str | None:
+        """What to say where policy and reference should have the same log-probs, and do not; else ``None``.
+
+        Args:
+            completion_logps: (S,) the policy's, before the first step.
+        """
+        if not self.same_as_policy:
+            return None
+        lengths = torch.tensor(batch["completion_lengths"], device=completion_logps.device)
+        reference = segment_sum(batch["ref_token_logps"], batch["cu_completions"])
+        gap = ((completion_logps.float() - reference) / lengths).abs().mean().item()
+        if gap <= _ROUNDING.get(self.compute_dtype, _HALF_ROUNDING):
+            return None
+        return (
+            f"the policy starts from the reference, and yet its log-probs differ by {gap:.2g} nats per token in the"
+            f" first step, so rewards do not start at 0. Likely: {self._likely_cause()}"
+        )
+
+    def _likely_cause(self) -> str:
+        if dropout(self.policy.model):
+            return "dropout is on while training; set disable_dropout=true"
+        if self.adapters_off:
+            return "the adapter does not start at zero (init_lora_weights)"
+        if any(shard.kind == "sums" for shard in self.cache.shards):
+            return (
+                "reference log-probs were imported that another model, dtype or truncation gave; see cpt cache verify"
+            )
+        return (
+            f"the cache holds values that another kernel or program version gave; see cpt cache verify, or remove"
+            f" {self.cache.folder}"
+        )
 
     @torch.no_grad()
     def _score(self, batch: PackedBatch) -> list[np.ndarray]:

@@ -135,7 +135,7 @@ class ReferenceCache:
 
     def get_by_keys(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[NDArray[np.float32] | None]:
         """As `get_many`, for keys that were computed before; `lengths` are the completions' in tokens."""
-        values = self._find(keys, lengths)
+        values = self.find(keys, lengths)
         misses = sum(found is None for found in values)
         self.misses += misses
         self.hits += len(values) - misses
@@ -162,7 +162,7 @@ class ReferenceCache:
 
     def __contains__(self, sequence: tuple[Tokens, Tokens]) -> bool:
         """Whether `(prompt_ids, completion_ids)` is there. Not counted in `hits` and `misses`."""
-        return self._find([self.key(*sequence)], [len(sequence[1])])[0] is not None
+        return self.find([self.key(*sequence)], [len(sequence[1])])[0] is not None
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -206,7 +206,7 @@ class ReferenceCache:
         together.flags.writeable = False
         keys = self.keys(sequences)
         with self._lock:
-            there = self._find(keys, lengths)
+            there = self.find(keys, lengths)
             for key, stop, length, found in zip(keys, stops.tolist(), lengths, there):
                 if found is None and key not in self._pending:
                     if not self._pending:
@@ -325,8 +325,8 @@ class ReferenceCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
-    def _find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[NDArray[np.float32] | None]:
-        """Values of keys, to be read only; shards that prove damaged on the way are dropped."""
+    def find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[NDArray[np.float32] | None]:
+        """As `get_by_keys`, without counting hits and misses."""
         pending = self._pending  # before the index: see flush
         values = [pending.get(key) for key in keys] if pending else [None] * len(keys)
         if not keys:
@@ -339,7 +339,7 @@ class ReferenceCache:
                     try:
                         values[item] = shard.read(row, low[item], lengths[item])
                     except DamagedShardError as error:
-                        self._distrust(shard, str(error))
+                        self._distrust(shard, str(error))  # its rows are not there any more
         return values
 
     def _distrust(self, shard: Shard, reason: str) -> None:

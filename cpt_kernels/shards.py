@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from xxhash import xxh3_128_hexdigest, xxh3_64_digest
+from xxhash import xxh3_64_digest, xxh3_128_hexdigest
 
 KEY_BYTES = 16
 VERSION = b"2"

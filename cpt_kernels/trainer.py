@@ -158,6 +158,7 @@ class ContrastiveTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss is over the whole step; transformers need not divide it
         self.metrics = {mode: Metrics(self.accelerator, args.beta) for mode in ("train", "eval")}
         self.num_tokens = 0
+        self._start_is_checked = False
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
 
     # --- Data ---
@@ -292,7 +293,17 @@ class ContrastiveTrainer(Trainer):
         if scores.aux_loss is not None:
             loss = loss + self._aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * world / pairs)
         self.metrics["train" if model.training else "eval"].add(inputs, scores)
+        if model.training and not self._start_is_checked:
+            self._check_start(inputs, scores)
         return (loss, scores) if return_outputs else loss
+
+    def _check_start(self, inputs: PackedBatch, scores: Scores) -> None:
+        """Warn where the first step's rewards are not 0 and should be."""
+        self._start_is_checked = True
+        if self.reference is not None and self.state.global_step == 0 and inputs["num_pairs"]:
+            gap = self.reference.starting_gap(inputs, scores.completion_logps)
+            if gap is not None:
+                logger.warning(gap)
 
     def score(self, model: nn.Module, inputs: PackedBatch, tokens_per_pair: Tensor | float = 1.0) -> Scores:
         """Log-probs, statistics and the summed loss of a batch; reference log-probs that it lacks are scored now."""

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
     const Online<kStatistics> all = merge_row<kResident>(mine, shared);
     const float lse = all.m + logf(all.s);
     if (rank == 0 && threadIdx.x == 0) {
-        p.logps[row_index] = target_logit - lse;
+        p.logps[row_index] = target_logit - all.m - logf(all.s);
         p.lse[row_index] = lse;
         if (kStatistics) {
             p.entropy[row_index] = logf(all.s) - all.w / all.s;
@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
     }
 
     if (p.score) {
-        const float normaliser = known ? lse : NAN;
+        // e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
+        const float normaliser = known ? 1 / all.s : NAN;
         const int target_vector = known ? static_cast<int>((target + row.shift) / kWidth) : -1;
         const int target_element = known ? static_cast<int>((target + row.shift) % kWidth) : -1;
         for (int v0 = first; v0 < end; v0 += kBatch * step) {
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
                 float z[kWidth], gradient[kWidth];
                 unpack(p, row, v, x[b], z);
 #pragma unroll
-                for (int i = 0; i < kWidth; ++i) gradient[i] = -exponential(z[i] - normaliser);
+                for (int i = 0; i < kWidth; ++i) gradient[i] = -exponential(z[i] - all.m) * normaliser;
                 if (v == target_vector) {
 #pragma unroll
                     for (int i = 0; i < kWidth; ++i)

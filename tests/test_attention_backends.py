@@ -9,11 +9,14 @@ import logging
 import dense_flash
 import pytest
 import torch
+from architectures import tiny_model
+from toy import config, preference_data, word_tokenizer
 
 from cpt_kernels.ops import attention_backends
 from cpt_kernels.ops.attention_backends import capabilities, choose, describe, kernels
 from cpt_kernels.ops.flash import flash_kernel
 from cpt_kernels.ops.varlen import Abilities, Need, TorchKernel
+from cpt_kernels.trainer import ContrastiveTrainer
 
 BF16, FP64 = torch.bfloat16, torch.float64
 HERE = Abilities(device="cpu", head_size=256)
@@ -199,3 +202,30 @@ def test_packages_that_are_absent_or_broken(monkeypatch):
 
 def test_the_capability_table_names_all():
     assert list(capabilities()) == [*ALL, "sdpa", "eager"]
+
+
+# --- The trainer's option ---
+
+
+def test_the_trainer_says_what_attention_runs_on(tmp_path, caplog):
+    ContrastiveTrainer(
+        tiny_model("llama"),
+        args=config(tmp_path, attention_backend="eager"),
+        train_dataset=preference_data(4),
+        processing_class=word_tokenizer(),
+    )
+    assert "attention: segment by segment, eager" in caplog.messages
+
+
+def test_the_trainer_refuses_a_backend_that_cannot_run_before_any_work(tmp_path, install):
+    install(flash_attn_2="not installed", varlen=on_cuda("varlen"))
+    for name, error in (("varlen", ValueError), ("flash_attn", RuntimeError)):
+        with pytest.raises(error, match=f"attention backend '{name}'"):
+            ContrastiveTrainer(
+                tiny_model("llama"),
+                args=config(tmp_path, attention_backend=name),
+                train_dataset=preference_data(4),
+                processing_class=word_tokenizer(),
+            )
+    with pytest.raises(ValueError, match="attention_backend='flex' is unknown"):
+        config(tmp_path, attention_backend="flex")

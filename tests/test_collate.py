@@ -133,7 +133,7 @@ def test_a_completion_in_no_pair_is_a_unit_without_pairs():
 
 def test_no_rows():
     """A rank without rows runs one token, and has no pair."""
-    batch = PackedCollator(pad_token_id=7, reference=lambda prompt, completion: pytest.fail("nothing to look up"))([])
+    batch = PackedCollator(pad_token_id=7, reference=lambda sequences: pytest.fail("nothing to look up"))([])
     assert batch["input_ids"].tolist() == [[7, 7]] and batch["position_ids"].tolist() == [[0, 1]]
     assert batch["num_pairs"] == batch["num_chosen_tokens"] == 0 and batch["units"] == [(1, 0)]
     for name in ("chosen", "rejected", "sft_targets"):
@@ -191,20 +191,20 @@ def test_long_groups_do_not_share():
 
 
 def test_reference_log_probs_lie_where_their_tokens_do():
-    def reference(prompt, completion):
-        assert isinstance(prompt, tuple) and isinstance(completion, tuple)
-        return np.array([-sum(prompt) - token / 64 for token in completion], dtype=np.float32)
+    def reference(sequences):
+        assert all(isinstance(ids, tuple) for sequence in sequences for ids in sequence)
+        return [np.array([-sum(p) - token / 64 for token in c], dtype=np.float32) for p, c in sequences]
 
     batch = PackedCollator(reference=reference)(random_rows(3))
     assert batch["ref_token_logps"].dtype == torch.float32
-    expected = [reference(*sequence) for sequence in sequences(batch)]
+    expected = reference(sequences(batch))
     assert batch["ref_token_logps"].tolist() == np.concatenate(expected).tolist()
     assert PackedCollator()(random_rows(3))["ref_token_logps"] is None
 
 
 def test_missing_reference_log_probs_are_named_and_cannot_be_mistaken_for_numbers():
-    def reference(prompt, completion):
-        return None if completion == (3, 3) else np.zeros(len(completion), dtype=np.float32)
+    def reference(sequences):
+        return [None if c == (3, 3) else np.zeros(len(c), dtype=np.float32) for _, c in sequences]
 
     batch = PackedCollator(reference=reference)([row([1], [[2], [3, 3], [4]], [(0, 1), (0, 2)])])
     assert batch["ref_missing"] == [(1, (1,), (3, 3))]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from io import StringIO
 
+import datasets
 import pytest
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,6 +75,18 @@ def test_quick_demo(tmp_path):
     assert "40 held-out prompts" in printed and "400 pairs to train on" in printed
 
 
+@pytest.fixture
+def _process_settings():
+    """What the command sets for its process, put back."""
+    logger, threads = logging.getLogger("cpt_kernels"), torch.get_num_threads()
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+    datasets.enable_progress_bars()
+
+
+@pytest.mark.usefixtures("_process_settings")
 def test_the_command(monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(demo, "run_demo", lambda *args: called.append(args))

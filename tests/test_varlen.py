@@ -8,10 +8,13 @@ import inspect
 import dense_flash
 import pytest
 import torch
+from architectures import tiny_model
+from exactness import FLOOR, FLOORS, LOSSES, assert_equal, make_rows, run_packed
 from numerics import assert_close
 from test_attention import BF16, CASES, FP64, Case, dense_attention, dense_mask, make_inputs, make_layout, run
 from torch import Tensor
 
+from cpt_kernels.model import PackedModel
 from cpt_kernels.ops import attention_backends, varlen
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 from cpt_kernels.ops.attention_backends import choose, kernels
@@ -45,7 +48,7 @@ def install(monkeypatch):
 
 
 def hold(found: Tensor, eager: Tensor, exact: Tensor, what: str, eps: float) -> None:
-    """To the rule; where the exact gradient vanishes (a query that sees itself alone), to rounding of terms of order 1."""
+    """To the rule; where the exact gradient vanishes (a query that sees itself alone), to rounding of order 1."""
     if exact.any():
         assert_close(found, eager, exact, what, eps)
     else:
@@ -204,6 +207,20 @@ def test_older_releases(install, kernel):
     found, expected = (run(attention_of(case, layout, name), inputs, case, FP64) for name in (kernel.name, "eager"))
     for key in found:
         torch.testing.assert_close(found[key], expected[key])
+
+
+# --- Whole models ---
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt_oss", "gpt2"])
+def test_a_model_runs_on_the_backend_that_it_was_given(install, name):
+    rows, loss = make_rows("sigmoid"), LOSSES["sigmoid"]
+    expected = run_packed(PackedModel(tiny_model(name, FP64)), rows, loss)
+    kernel = STAND_INS["flash_attn_2"]()
+    install(flash_attn_2=kernel)
+    packed = PackedModel(tiny_model(name, FP64), attention_backend="flash_attn")
+    assert_equal(run_packed(packed, rows, loss), expected, FLOORS.get(name, FLOOR))
+    assert len(dense_flash.backwards) == packed.model.config.num_hidden_layers
 
 
 # --- The real ones ---

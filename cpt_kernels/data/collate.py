@@ -18,8 +18,8 @@ from torch import Tensor
 from .packing import GroupLengths, pack, scatter_levels, unit_boundaries
 from .truncation import truncate
 
-# (prompt ids, completion ids) -> (completion,) log-probs, or None where they are not known yet
-ReferenceLookup = Callable[[Sequence[int], Sequence[int]], "NDArray[np.float32] | None"]
+# [(prompt ids, completion ids)] -> (completion,) log-probs of each, or None where they are not known yet
+ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], Sequence["NDArray[np.float32] | None"]]
 
 
 _NO_LOGPS = np.zeros(1, dtype=np.float32)  # of the one token that a rank without rows runs
@@ -62,7 +62,7 @@ class PackedCollator:
         max_length, truncation_mode: applied to each prompt + completion, as TRL's.
         share_prompts: run a prompt once for all its completions.
         share_limit: sequences longer than this do not share their prompt (RoPE that depends on the sequence's length).
-        reference: per-token reference log-probs of a completion, fp32; ``None`` if no loss needs them.
+        reference: per-token reference log-probs of completions, fp32; ``None`` if no loss needs them.
         pad_token_id: the one token of the batch that a rank without rows runs.
     """
 
@@ -143,7 +143,8 @@ class PackedCollator:
     def _reference_logps(self, sequences: Iterable[tuple[tuple, tuple]], scored: bool) -> dict[str, Any]:
         if self.reference is None:
             return {"ref_token_logps": None, "ref_missing": []}
-        known = [self.reference(prompt, completion) if scored else _NO_LOGPS for prompt, completion in sequences]
+        sequences = list(sequences)
+        known = self.reference(sequences) if scored else [_NO_LOGPS] * len(sequences)
         values = [
             np.full(len(completion), np.nan, dtype=np.float32) if logps is None else logps
             for logps, (_, completion) in zip(known, sequences)

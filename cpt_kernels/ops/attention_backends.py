@@ -84,10 +84,10 @@ def choose(backend: str, need: Need) -> Kernel | str:
         if lacking := SEGMENTWISE[backend].lacks(need):
             raise ValueError(f"attention backend '{backend}' lacks {', '.join(lacking)}: take eager or auto")
         return backend
-    candidates = kernels_of(backend)
+    candidates = {} if backend == "auto" and need.device == "cpu" else kernels_of(backend)
     lacking = {}
     for name, kernel in candidates.items():
-        if isinstance(kernel, str) or (backend == "auto" and need.device == "cpu"):
+        if isinstance(kernel, str):
             continue
         if not (missing := kernel.abilities.lacks(need)):
             if lacking and backend == "auto":
@@ -111,7 +111,8 @@ def describe(backend: str, device: str) -> str:
     """
     if backend in SEGMENTWISE:
         return f"attention: segment by segment, {backend}"
-    found = {f"{k.name} {k.version}": k for k in kernels_of(backend).values() if not isinstance(k, str)}
+    candidates = {} if backend == "auto" and device == "cpu" else kernels_of(backend)
+    found = {f"{k.name} {k.version}": k for k in candidates.values() if not isinstance(k, str)}
     usable = [name for name, kernel in found.items() if kernel.abilities.device in (None, device)]
     if backend == "auto":
         usable.append("segment by segment (sdpa or eager)")

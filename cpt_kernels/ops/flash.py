@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ class FlashKernel:
         return tuple(found[:3]) if isinstance(found, tuple) and len(found) >= 3 else (dq, dk, dv)
 
 
+@functools.cache
 def _parameters(function: Callable) -> dict[str, bool]:
     """Names of a function's parameters, and whether each may be left out."""
     operator = getattr(function, "_opoverload", None)  # a torch.library.custom_op hides its signature

@@ -33,7 +33,7 @@ def gather_rows(
     index: Tensor,  # (M,) int64
     levels: Levels,  # of (rows, sources), see data.packing.scatter_levels
 ) -> Tensor:
-    """``x[index]``, (M, ...); rows that occur several times receive the fp32 sum of their gradients, in a fixed order."""
+    """``x[index]``, (M, ...); a row that occurs several times gets the fp32 sum of its gradients, in a fixed order."""
     return _GatherRows.apply(x, index, levels)
 
 

@@ -16,88 +16,20 @@ With ``G = onehot(y) - softmax(X W^T)`` and a loss that sees the batch only thro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..losses import Loss, PairLogps
+from ..losses import Loss
+from . import backends
 from .gather import segment_sum
-from .vocab_score import VocabScore, vocab_score
+from .pair_loss import PairLossOutput, pair_loss
+from .tiles import HeadOptions, Pairs, Tile, logits_tiles, tile_buffer, unit_tiles
+from .vocab_score import VocabScore
 
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """What lies between ``hidden @ weight.T`` and the softmax, and how the work is cut.
-
-    Attributes:
-        logit_scale, softcap, vocab_size: see :func:`cpt_kernels.ops.vocab_score.vocab_score`.
-        statistics: also return entropy, mean logit, top-1 and log sum p^2 of every token.
-        memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator and 64 on a CPU.
-        compute_dtype: dtype of the GEMMs, as autocast would choose; default the dtype of ``hidden``.
-    """
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    vocab_size: int | None = None
-    statistics: bool = False
-    memory_mb: float | None = None
-    compute_dtype: torch.dtype | None = None
-
-    def tile_rows(self, hidden: Tensor, weight: Tensor) -> int:
-        """Rows of a tile of logits within the budget, at least 1."""
-        budget = self.memory_mb or (64 if hidden.device.type == "cpu" else 1024)
-        itemsize = (self.compute_dtype or hidden.dtype).itemsize
-        return max(1, int(budget * 2**20) // (weight.shape[0] * itemsize))
-
-    def score(self, logits: Tensor, targets: Tensor, bias: Tensor | None, score: bool) -> VocabScore:
-        return vocab_score(
-            logits,
-            targets,
-            bias=bias,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            vocab_size=self.vocab_size,
-            statistics=self.statistics,
-            score=score,
-        )
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Which completions the N rows form, and which of them are paired; fields as in ``data.collate.PackedBatch``."""
-
-    cu_completions: Tensor  # (S+1,) int64
-    completion_lengths: Sequence[int]  # S, the same on the host
-    chosen: Tensor  # (P,) int64
-    rejected: Tensor | None  # (P,)
-    sft_targets: Tensor  # (P,)
-    units: Sequence[tuple[int, int]]  # (completions, pairs) of every unit
-    ref_logps: Tensor | None = None  # (S,) reference log-probs
-    tokens_per_pair: Tensor | float = 1.0
-
-    def numbers(self, logps: Tensor, first: tuple[int, int] = (0, 0), last: tuple[int, int] | None = None) -> PairLogps:
-        """What a loss sees of the pairs from ``first`` to ``last`` (completion, pair), given those completions' logps."""
-        last = last or (len(self.completion_lengths), len(self.chosen))
-        lengths = self.cu_completions.diff().to(logps.dtype)
-
-        def select(index: Tensor | None) -> tuple[Tensor | None, ...]:
-            if index is None:
-                return None, None, None
-            index = index[first[1] : last[1]]
-            ref = None if self.ref_logps is None else self.ref_logps[index]
-            return logps[index - first[0]], lengths[index], ref
-
-        chosen, chosen_length, ref_chosen = select(self.chosen)
-        rejected, rejected_length, ref_rejected = select(self.rejected)
-        target, target_length, _ = select(self.sft_targets)
-        return PairLogps(
-            chosen, rejected, target, chosen_length, rejected_length, target_length, ref_chosen, ref_rejected,
-            self.tokens_per_pair,
-        )  # fmt: skip
+__all__ = ["HeadOptions", "Pairs", "PreferenceOutput", "linear_logprobs", "linear_preference_loss"]
 
 
 class PreferenceOutput(NamedTuple):
@@ -109,12 +41,6 @@ class PreferenceOutput(NamedTuple):
     tokens: VocabScore  # (N,) log-probs and statistics
 
 
-class _Tile(NamedTuple):
-    rows: slice
-    first: tuple[int, int]  # (completion, pair) where it starts
-    last: tuple[int, int]  # and ends
-
-
 def linear_logprobs(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -124,8 +50,8 @@ def linear_logprobs(
 ) -> VocabScore:
     """Log-probs of ``targets`` under ``softmax(hidden @ weight.T + bias)`` and statistics, (N,) each, fp32.
 
-    ``logps`` is differentiable in hidden, weight and bias, with any upstream gradient; the rest is not. Memory beside the
-    inputs: one tile of logits, and (N, H) where the head is frozen. Example::
+    ``logps`` is differentiable in hidden, weight and bias, with any upstream gradient; the rest is not. Memory beside
+    the inputs: one tile of logits, and (N, H) where the head is frozen. Example::
 
         score = linear_logprobs(hidden, model.lm_head.weight, targets)
         score.logps.sum().backward()
@@ -204,7 +130,7 @@ class _LinearLogprobs(torch.autograd.Function):
         x, w = _cast(ctx.options, hidden, weight)
         score_weight = torch.empty_like(x) if needs_hidden else None
         grad_weight, grad_bias = _empty_gradients(weight if needs_weight else None, bias if needs_bias else None)
-        for rows, logits in _logits(x, w, _tile_buffer(x, w, ctx.options)):
+        for rows, logits in logits_tiles(x, w, tile_buffer(x, w, ctx.options)):
             ctx.options.score(logits, targets[rows], bias, score=True)
             _add_gradients(logits, x[rows], w, grad[rows], score_weight, rows, grad_weight, grad_bias)
         return (
@@ -217,7 +143,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _LinearPreference(torch.autograd.Function):
-    """Trained head, separable loss: a tile holds whole units of pairs, so its gradients are finished while it is there."""
+    """Trained head, separable loss: a tile holds whole units, so its gradients are finished while it is there."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, pairs: Pairs, loss: Loss, options: HeadOptions):
@@ -229,16 +155,18 @@ class _LinearPreference(torch.autograd.Function):
         g = torch.empty_like(tokens.logps)
         score_weight = torch.empty_like(x) if needs_hidden else None
         grad_weight, grad_bias = _empty_gradients(weight if needs_weight else None, bias if needs_bias else None)
-        buffer = _tile_buffer(x, w, options)
-        for tile in _unit_tiles(pairs, len(buffer)):
+        buffer = tile_buffer(x, w, options)
+        for tile in unit_tiles(pairs, len(buffer)):
             whole = tile.rows.stop - tile.rows.start <= len(buffer)
-            for rows, logits in _logits(x, w, buffer, tile.rows):
+            for rows, logits in logits_tiles(x, w, buffer, tile.rows):
                 _store(tokens, rows, options.score(logits, targets[rows], bias, score=whole))
-            _tile_loss(tile, tokens.logps, completion_logps, losses, g, pairs, loss)
+            _tile_loss(tile, tokens.logps, completion_logps, losses, g, pairs, loss, options.backend)
             if whole:
                 _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
                 continue
-            for rows, logits in _logits(x, w, buffer, tile.rows):  # a unit beyond the budget: its tiles a second time
+            for rows, logits in logits_tiles(
+                x, w, buffer, tile.rows
+            ):  # a unit beyond the budget: its tiles a second time
                 options.score(logits, targets[rows], bias, score=True)
                 _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
         ctx.save_for_backward(g, score_weight, grad_weight, grad_bias)
@@ -276,59 +204,53 @@ def _score_rows(
 ) -> VocabScore:
     x, w = _cast(options, hidden, weight)
     out = _empty_score(x, options)
-    for rows, logits in _logits(x, w, _tile_buffer(x, w, options)):
+    for rows, logits in logits_tiles(x, w, tile_buffer(x, w, options)):
         _store(out, rows, options.score(logits, targets[rows], bias, score=score_weight is not None))
         if score_weight is not None:
             torch.mm(logits, w, out=score_weight[rows])
     return out
 
 
-def _tile_buffer(x: Tensor, w: Tensor, options: HeadOptions) -> Tensor:
-    """Room for the largest tile. One for the whole call: on a CPU a new one would be faulted in page by page."""
-    return x.new_empty(max(1, min(options.tile_rows(x, w), x.shape[0])), w.shape[0])
-
-
-def _logits(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of logits in the buffer: each is overwritten by the next."""
-    start, stop = (0, x.shape[0]) if rows is None else (rows.start, rows.stop)
-    for first in range(start, stop, len(buffer)):
-        rows = slice(first, min(first + len(buffer), stop))
-        yield rows, torch.mm(x[rows], w.t(), out=buffer[: rows.stop - rows.start])
-
-
-def _unit_tiles(pairs: Pairs, budget: int) -> Iterator[_Tile]:
-    """Runs of whole units with at most ``budget`` rows; a unit that is larger is a tile of its own."""
-    row, completion, pair = 0, 0, 0
-    start = (0, (0, 0))
-    for completions, unit_pairs in pairs.units:
-        rows = sum(pairs.completion_lengths[completion : completion + completions])
-        if row > start[0] and row + rows - start[0] > budget:
-            yield _Tile(slice(start[0], row), start[1], (completion, pair))
-            start = (row, (completion, pair))
-        row, completion, pair = row + rows, completion + completions, pair + unit_pairs
-    if row > start[0]:
-        yield _Tile(slice(start[0], row), start[1], (completion, pair))
-
-
 def _tile_loss(
-    tile: _Tile,
+    tile: Tile,
     logps: Tensor,  # (N,)
     completion_logps: Tensor,  # (S,) written
     losses: Tensor,  # (P,) written
     g: Tensor,  # (N,) written: d(sum of losses)/dlogp of each row's completion
     pairs: Pairs,
     loss: Loss,
+    backend: str,
 ) -> None:
     completions = slice(tile.first[0], tile.last[0])
     offsets = pairs.cu_completions[completions.start : completions.stop + 1] - tile.rows.start
-    sums = segment_sum(logps[tile.rows], offsets)
+    # A normaliser that is still on the device would have to be waited for to become a kernel's argument.
+    closed_form = loss.options is not None and not (loss.name == "sft" and isinstance(pairs.tokens_per_pair, Tensor))
+    if closed_form and backends.resolve(backend, logps, (torch.float32,)) != "eager":
+        sums, tile_losses, weights = _pair_loss(tile, logps, offsets, pairs, loss, backend)
+    else:
+        sums = segment_sum(logps[tile.rows], offsets)
+        with torch.enable_grad():
+            leaf = sums.detach().requires_grad_()
+            tile_losses = loss(pairs.numbers(leaf, tile.first, tile.last))
+            (weights,) = torch.autograd.grad(tile_losses.sum(), leaf)
     completion_logps[completions] = sums
-    with torch.enable_grad():
-        sums = sums.detach().requires_grad_()
-        tile_losses = loss(pairs.numbers(sums, tile.first, tile.last))
-        (weights,) = torch.autograd.grad(tile_losses.sum(), sums)
     losses[tile.first[1] : tile.last[1]] = tile_losses.detach()
     g[tile.rows] = weights.repeat_interleave(offsets.diff(), output_size=tile.rows.stop - tile.rows.start)
+
+
+def _pair_loss(tile: Tile, logps: Tensor, offsets: Tensor, pairs: Pairs, loss: Loss, backend: str) -> PairLossOutput:
+    some = slice(tile.first[1], tile.last[1])
+    indices = (pairs.chosen, pairs.rejected, pairs.sft_targets)
+    return pair_loss(
+        logps[tile.rows],
+        offsets,
+        *(None if index is None else index[some] - tile.first[0] for index in indices),
+        None if pairs.ref_logps is None else pairs.ref_logps[tile.first[0] : tile.last[0]],
+        loss=loss.name,
+        tokens_per_pair=1.0 if isinstance(pairs.tokens_per_pair, Tensor) else pairs.tokens_per_pair,
+        backend=backend,
+        **loss.options,
+    )
 
 
 def _add_gradients(

@@ -79,16 +79,22 @@ def _score_block(
         z = torch.tanh(z / softcap) * softcap
 
     target = targets[:, None]
-    torch.logsumexp(z, dim=-1, out=out.lse)
+    # The normaliser stays in two parts: e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
+    largest = z.amax(dim=-1)
+    shift = largest.masked_fill(largest.isinf(), 0)
+    p = torch.sub(z, shift[:, None]).exp_()
+    total = p.sum(dim=-1)
+    log_total = total.log()
+    torch.add(shift, log_total, out=out.lse)
     target_logit = z.gather(1, target)[:, 0]
-    torch.sub(target_logit, out.lse, out=out.logps)
+    torch.sub(target_logit - shift, log_total, out=out.logps)
     if not (score or out.entropy is not None):
         return
 
-    p = torch.sub(z, out.lse[:, None]).exp_()
+    p /= total[:, None]
     if out.entropy is not None:
         torch.mean(z, dim=-1, out=out.mean_logit)
-        torch.eq(z.amax(dim=-1), target_logit, out=out.correct)
+        torch.eq(largest, target_logit, out=out.correct)
         # A logit of -inf has p = 0 and adds nothing, but 0 * -inf would be NaN.
         torch.sub(out.lse, torch.linalg.vecdot(p, z.clamp(min=torch.finfo(z.dtype).min)), out=out.entropy)
         torch.log(torch.linalg.vecdot(p, p), out=out.log_sum_sq)

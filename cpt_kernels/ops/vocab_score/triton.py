@@ -122,7 +122,7 @@ def _vocab_score_kernel(
     rescale = tl.exp(shift)
     row_s = tl.sum(s * rescale, axis=0)
     lse = largest + tl.log(row_s)
-    tl.store(logps + row, target_logit - lse)
+    tl.store(logps + row, target_logit - largest - tl.log(row_s))
     tl.store(lses + row, lse)
     if STATISTICS:
         row_w = tl.sum((w + s * shift) * rescale, axis=0)
@@ -133,12 +133,13 @@ def _vocab_score_kernel(
         tl.store(log_sum_sqs + row, tl.log(row_q) - 2 * tl.log(row_s))
 
     if SCORE:
-        lse = tl.where(known, lse, float("nan"))
+        # e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
+        normaliser = tl.where(known, 1 / row_s, float("nan"))
         for start in range(0, columns, TILE):
             column = start + tile
             inside = column < vocab_size
             z = _logits(x, bias, column, inside, 0.0, logit_scale, softcap)
-            gradient = tl.where(column == target, 1.0, 0.0) - tl.exp(z - lse)
+            gradient = tl.where(column == target, 1.0, 0.0) - tl.exp(z - largest) * normaliser
             if softcap is not None:
                 gradient *= 1 - (z / softcap) * (z / softcap)
             gradient = tl.where(inside, gradient * logit_scale, 0.0)

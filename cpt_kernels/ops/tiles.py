@@ -1,0 +1,122 @@
+"""What the head is asked for, and how its rows are cut into tiles that hold whole units of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..losses import PairLogps
+from .vocab_score import VocabScore, vocab_score
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What lies between ``hidden @ weight.T`` and the softmax, and how the work is cut.
+
+    Attributes:
+        logit_scale, softcap, vocab_size: see :func:`cpt_kernels.ops.vocab_score.vocab_score`.
+        statistics: also return entropy, mean logit, top-1 and log sum p^2 of every token.
+        memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator and 64 on a CPU.
+        compute_dtype: dtype of the GEMMs, as autocast would choose; default the dtype of ``hidden``.
+        backend: of the kernels between the GEMMs, see ``ops.backends``.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+    statistics: bool = False
+    memory_mb: float | None = None
+    compute_dtype: torch.dtype | None = None
+    backend: str = "auto"
+
+    def tile_rows(self, hidden: Tensor, weight: Tensor) -> int:
+        """Rows of a tile of logits within the budget, at least 1."""
+        budget = self.memory_mb or (64 if hidden.device.type == "cpu" else 1024)
+        itemsize = (self.compute_dtype or hidden.dtype).itemsize
+        return max(1, int(budget * 2**20) // (weight.shape[0] * itemsize))
+
+    def score(self, logits: Tensor, targets: Tensor, bias: Tensor | None, score: bool) -> VocabScore:
+        return vocab_score(
+            logits,
+            targets,
+            bias=bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            vocab_size=self.vocab_size,
+            statistics=self.statistics,
+            score=score,
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which completions the N rows form, and which of them are paired; fields as in ``data.collate.PackedBatch``."""
+
+    cu_completions: Tensor  # (S+1,) int64
+    completion_lengths: Sequence[int]  # S, the same on the host
+    chosen: Tensor  # (P,) int64
+    rejected: Tensor | None  # (P,)
+    sft_targets: Tensor  # (P,)
+    units: Sequence[tuple[int, int]]  # (completions, pairs) of every unit
+    ref_logps: Tensor | None = None  # (S,) reference log-probs
+    tokens_per_pair: Tensor | float = 1.0
+
+    def numbers(self, logps: Tensor, first: tuple[int, int] = (0, 0), last: tuple[int, int] | None = None) -> PairLogps:
+        """What a loss sees of the pairs from ``first`` to ``last`` (completion, pair), given these (S,) log-probs."""
+        last = last or (len(self.completion_lengths), len(self.chosen))
+        lengths = self.cu_completions.diff().to(logps.dtype)
+
+        def select(index: Tensor | None) -> tuple[Tensor | None, ...]:
+            if index is None:
+                return None, None, None
+            index = index[first[1] : last[1]]
+            ref = None if self.ref_logps is None else self.ref_logps[index]
+            return logps[index - first[0]], lengths[index], ref
+
+        chosen, chosen_length, ref_chosen = select(self.chosen)
+        rejected, rejected_length, ref_rejected = select(self.rejected)
+        target, target_length, _ = select(self.sft_targets)
+        return PairLogps(
+            chosen, rejected, target, chosen_length, rejected_length, target_length, ref_chosen, ref_rejected,
+            self.tokens_per_pair,
+        )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """A run of whole units."""
+
+    rows: slice
+    first: tuple[int, int]  # (completion, pair) where it starts
+    last: tuple[int, int]  # and ends
+
+
+def tile_buffer(x: Tensor, w: Tensor, options: HeadOptions) -> Tensor:
+    """Room for the largest tile. One for the whole call: on a CPU a new one would be faulted in page by page."""
+    return x.new_empty(max(1, min(options.tile_rows(x, w), x.shape[0])), w.shape[0])
+
+
+def logits_tiles(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of logits in the buffer: each is overwritten by the next."""
+    start, stop = (0, x.shape[0]) if rows is None else (rows.start, rows.stop)
+    for first in range(start, stop, len(buffer)):
+        rows = slice(first, min(first + len(buffer), stop))
+        yield rows, torch.mm(x[rows], w.t(), out=buffer[: rows.stop - rows.start])
+
+
+def unit_tiles(pairs: Pairs, budget: int) -> Iterator[Tile]:
+    """Runs of whole units with at most ``budget`` rows; a unit that is larger is a tile of its own."""
+    row, completion, pair = 0, 0, 0
+    start = (0, (0, 0))
+    for completions, unit_pairs in pairs.units:
+        rows = sum(pairs.completion_lengths[completion : completion + completions])
+        if row > start[0] and row + rows - start[0] > budget:
+            yield Tile(slice(start[0], row), start[1], (completion, pair))
+            start = (row, (completion, pair))
+        row, completion, pair = row + rows, completion + completions, pair + unit_pairs
+    if row > start[0]:
+        yield Tile(slice(start[0], row), start[1], (completion, pair))
