@@ -9,6 +9,8 @@ SUBJECTS = {
     "step": "a training step against TRL's: time, memory, equality of the losses",
     "head": "memory and time of the head against tokens at a large vocabulary",
     "packing": "pads, fill and balance of packed micro-batches over a file of responses",
+    "cache": "the reference cache: filling, opening, look-ups, beside SQLite, LMDB and Arrow columns",
+    "crash": "builds of the reference cache, killed at random: nothing lost, nothing wrong",
     "plot": "pictures of recorded results",
 }
 

@@ -50,13 +50,16 @@ def values(row: int, tokens: int) -> np.ndarray:
 
 class Ours:
     name = "reference cache"
+    flush_seconds = 0.0
 
     def fill(self, folder: Path, rows: range, tokens: int) -> None:
         cache = ReferenceCache(folder, FINGERPRINT, flush_seconds=1e9)
         for start in range(rows.start, rows.stop, _CHUNK):
             chunk = range(start, min(start + _CHUNK, rows.stop))
             cache.add_many([sequence(row, tokens) for row in chunk], [values(row, tokens) for row in chunk])
+            started = time.perf_counter()
             cache.flush()
+            self.flush_seconds += time.perf_counter() - started
 
     def open(self, folder: Path) -> None:
         self.cache = ReferenceCache(folder, FINGERPRINT)
@@ -192,8 +195,10 @@ STORES = {store.__name__: store for store in (Ours, OursByTokens, SQLite, LMDB, 
 
 def fill(store: str, folder: Path, rows: int, tokens: int) -> dict[str, float]:
     started, busy = time.perf_counter(), time.process_time()
-    STORES[store]().fill(folder, range(rows), tokens)
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
+    filled = STORES[store]()
+    filled.fill(folder, range(rows), tokens)
+    result = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
+    return result | ({"flush_seconds": filled.flush_seconds} if isinstance(filled, Ours) else {})
 
 
 def read(store: str, folder: Path, rows: int, tokens: int, batches: int = 200) -> dict[str, float]:
@@ -282,7 +287,9 @@ def _run(folder: Path, rows: int, valued: int, tokens: int) -> dict:
         speed = megabytes / filled["seconds"] if filled else None
         found = _measure("read", name, place, valued, tokens)
         _print_line(store.name, speed, found)
-        result[name] = {**found, "fill_mb_per_s": speed}
+        result[name] = {**found, "fill_mb_per_s": speed, "fill": filled}
+        if "flush_seconds" in filled:
+            print(f"  of which flush, synced: {megabytes / filled['flush_seconds']:.0f} MB/s")
         if store not in (Ours, OursByTokens):
             shutil.rmtree(place)
     cache = ReferenceCache(folder / "Ours", FINGERPRINT, flush_seconds=1e9)

@@ -32,20 +32,26 @@ class Context:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def attempt(self, what: str, work: Callable[[], Row | None], seconds: float = 2.0) -> Iterator[Row]:
-        """One row: what ``work`` returns, or that it failed and how, or that there was no time for it."""
+    def attempt(
+        self, what: str, work: Callable[[], Row | None], seconds: float = 2.0, peer: bool = False
+    ) -> Iterator[Row]:
+        """One row: what ``work`` returns, or that it failed and how, or that there was no time for it.
+
+        A ``peer`` may be missing here, or need more memory than there is: no failure of ours.
+        """
         if self.left < (0 if self.tiny else seconds):
             yield {"what": what, "skipped": f"no time left ({max(self.left, 0):.0f} s)"}
             return
         try:
             found = work() or {}
-        except torch.cuda.OutOfMemoryError as error:
-            free_memory()
-            found = {"result": "out of memory", "out_of_memory": str(error).splitlines()[0]}
-        except ModuleNotFoundError as error:
-            found = {"result": f"not installed: {error.name}"}
-        except Exception:  # recorded whole, and the next row is tried
-            found = {"failed": traceback.format_exc()}
+        except Exception as error:  # recorded whole, and the next row is tried
+            if peer and isinstance(error, ModuleNotFoundError):
+                found = {"result": f"not installed: {error.name}"}
+            elif peer and isinstance(error, torch.cuda.OutOfMemoryError):
+                found = {"result": "out of memory"}
+            else:
+                found = {"failed": traceback.format_exc()}
+            del error  # with it the frames that hold its tensors
             free_memory()
         yield {"what": what, **found}
 

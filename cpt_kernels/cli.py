@@ -15,6 +15,7 @@ from importlib import import_module
 # Command -> module with a function main(argv, prog), imported on use (transformers takes seconds), and what it does.
 COMMANDS = {
     "train": (".run", "train a model on preference pairs or on their chosen side"),
+    "cache": (".cache_tool", "build, look into, check, prune, export and import reference log-probs"),
     "demo": (".demo", "train a small model by SFT and then DPO, on data made here; no network needed"),
 }
 # Those who call a user's mistake ValueError. The same from torch or numpy is a mistake of ours.

@@ -59,7 +59,9 @@ class ContrastiveConfig(TrainingArguments):
     )
 
     # Head
-    head_memory_mb: float | None = _option(None, "Budget of a tile of logits. Default: 1024 on a GPU, 64 on a CPU.")
+    head_memory_mb: float | None = _option(
+        None, "Budget of a tile of logits, in MiB. Default: 1024 on a GPU, 512 rows on a CPU."
+    )
     head_mode: str = _option("auto", "auto, or general: token log-probs stay differentiable (one more matrix product).")
 
     # Attention

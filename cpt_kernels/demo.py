@@ -175,20 +175,21 @@ def run_demo(output: Path, seed: int, size: Size, console: Console | None = None
     for row in held_out[:3]:
         console.print(f"  {row['prompt']}[green]{row['chosen']}[/]  not  [red]{row['rejected']}[/]", highlight=False)
 
-    stages = {"start": measure(model, tokenizer, held_out, output)}
+    start, _ = measure(model, tokenizer, held_out, output)
+    stages, right = {"start": start}, {}
     for name, loss_type, options in (
         ("SFT", "sft", {"max_steps": size.sft_steps, "learning_rate": 2e-3}),
-        ("DPO", "sigmoid", {"max_steps": size.dpo_steps, "learning_rate": 5e-5}),
+        ("DPO", "sigmoid", {"max_steps": size.dpo_steps, "learning_rate": 2e-5}),
     ):
         console.print(f"\n[bold]{name}[/] on {'the chosen answers' if name == 'SFT' else 'the pairs'}")
         report = train_stage(model, tokenizer, train, held_out, output / name.lower(), loss_type, seed, **options)
-        stages[f"after {name}"] = measure(model, tokenizer, held_out, output)
+        stages[f"after {name}"], right[name] = measure(model, tokenizer, held_out, output)
         last = eval_records(report.records)[-1]
     stages["after DPO"] |= {"reward accuracy": last["rewards/accuracies"], "reward margin": last["rewards/margins"]}
     (output / "results.json").write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
     console.print()
     console.print(_table(stages, held_out))
-    for line in verdict(stages, len(held_out)):
+    for line in verdict(stages, right["SFT"], right["DPO"]):
         console.print(line, highlight=False)
     console.print(f"\n{time.perf_counter() - started:.0f} s. Written to {output}:", highlight=False)
     for file, what in _WRITTEN.items():
@@ -254,8 +255,9 @@ def train_stage(
 
 def measure(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict], output: Path
-) -> dict[str, float]:
-    """Loss on the chosen answers, how often they are the likelier side, and exact answers by greedy generation."""
+) -> tuple[dict[str, float], list[bool]]:
+    """Loss on the chosen answers, how often they are the likelier side, exact answers by greedy generation; and which
+    answers are exact."""
     args = ContrastiveConfig(
         output_dir=str(output),
         loss_type="sft",
@@ -276,7 +278,7 @@ def measure(
     for task in TASKS:
         of_task = [right for right, row in zip(exact, rows) if row["task"] == task]
         result[f"exact answers: {task}"] = sum(of_task) / max(len(of_task), 1)
-    return result
+    return result, exact
 
 
 @torch.no_grad()
@@ -312,21 +314,18 @@ def _table(stages: dict[str, dict[str, float]], held_out: list[dict]) -> Table:
     return table
 
 
-def verdict(stages: dict[str, dict[str, float]], count: int) -> list[str]:
-    """What these numbers show, and what they do not."""
+def verdict(stages: dict[str, dict[str, float]], before: list[bool], after: list[bool]) -> list[str]:
+    """What these numbers show, and what they do not; ``before`` and ``after`` DPO say which answers are exact."""
     sft, dpo = stages["after SFT"], stages["after DPO"]
-    before, after = sft["exact answers"], dpo["exact answers"]
-    # An upper bound: the same prompts are answered twice.
-    error = math.sqrt((before * (1 - before) + after * (1 - after)) / count)
-    change = f"Exact answers went from {before:.0%} after SFT to {after:.0%} after DPO"
-    if abs(after - before) < 2 * error:
-        change += f": with a standard error of {error:.0%} on {count} prompts, no evidence of a change."
-    else:
-        change += f", {abs(after - before) / error:.1f} standard errors {'up' if after > before else 'down'}."
+    mended = sum(now and not then for then, now in zip(before, after))
+    broken = sum(then and not now for then, now in zip(before, after))
+    # Were each change as likely to mend as to break, their difference would have this standard deviation.
+    by_chance = abs(mended - broken) < 2 * math.sqrt(max(mended + broken, 1))
     lines = [
         f"DPO ranks {dpo['reward accuracy']:.0%} of the unseen pairs rightly against its reference; the chosen side is"
         f" the likelier one in {dpo['chosen is likelier']:.0%}, after SFT in {sft['chosen is likelier']:.0%}.",
-        change,
+        f"Of {len(after)} answers DPO mended {mended} and broke {broken}:"
+        f" {'chance alone could do that.' if by_chance else 'more than chance.'}",
     ]
     if dpo["loss on the chosen"] > sft["loss on the chosen"]:
         lines.append("The chosen answers themselves became less likely, as DPO often has it: it widens the gap.")

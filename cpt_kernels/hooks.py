@@ -45,7 +45,7 @@ def attention_over(implementation: str) -> str:
             own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
             return own(module, query, key, value, attention_mask, **kwargs)
         out = shared_prompt_attention(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             layout,
             scale=kwargs.get("scaling"),
             window=kwargs.get("sliding_window"),

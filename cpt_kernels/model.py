@@ -91,7 +91,7 @@ class PackedModel:
         scores: list[Scores] = []
 
         def head_forward(hidden: Tensor, *_, **__) -> Tensor:
-            rows = gather_rows(hidden[0], batch["predictor_index"], batch["predictor_levels"])
+            rows = gather_rows(hidden.squeeze(0), batch["predictor_index"], batch["predictor_levels"])
             options = dataclasses.replace(self.options, statistics=statistics, compute_dtype=_autocast_dtype(rows))
             rows, weight, bias = _head_operands(head, rows)
             if loss is None:

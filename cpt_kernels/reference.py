@@ -60,7 +60,7 @@ class Reference:
     ) -> None:
         self.accelerator = accelerator
         self.adapters_off = ref_model is None and new_adapter
-        self.same_as_policy = ref_model is None
+        self._start_is_checked = ref_model is not None  # else policy and reference are the same at the start
         self.owned = ref_model is not None
         self.live = self.owned or self.adapters_off or keep
         if ref_model is None and keep and not self.adapters_off:
@@ -158,23 +158,23 @@ class Reference:
             )
 
     @torch.no_grad()
-    def starting_gap(self, batch: PackedBatch, completion_logps: torch.Tensor) -> str | None:
-        """What to say where policy and reference should have the same log-probs, and do not; else ``None``.
+    def check_start(self, batch: PackedBatch, completion_logps: torch.Tensor) -> None:
+        """Warn, once, where policy and reference should have the same log-probs before the first step, and do not.
 
         Args:
-            completion_logps: (S,) the policy's, before the first step.
+            completion_logps: (S,) the policy's.
         """
-        if not self.same_as_policy:
-            return None
+        if self._start_is_checked or not batch["num_pairs"]:
+            return
+        self._start_is_checked = True
         lengths = torch.tensor(batch["completion_lengths"], device=completion_logps.device)
         reference = segment_sum(batch["ref_token_logps"], batch["cu_completions"])
         gap = ((completion_logps.float() - reference) / lengths).abs().mean().item()
-        if gap <= _ROUNDING.get(self.compute_dtype, _HALF_ROUNDING):
-            return None
-        return (
-            f"the policy starts from the reference, and yet its log-probs differ by {gap:.2g} nats per token in the"
-            f" first step, so rewards do not start at 0. Likely: {self._likely_cause()}"
-        )
+        if not gap <= _ROUNDING.get(self.compute_dtype, _HALF_ROUNDING):
+            logger.warning(
+                f"the policy starts from the reference, and yet its log-probs differ by {gap:.2g} nats per token in"
+                f" the first step, so rewards do not start at 0. Likely: {self._likely_cause()}"
+            )
 
     def _likely_cause(self) -> str:
         if dropout(self.policy.model):

@@ -35,8 +35,9 @@ _IN_LINE = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "
 class RunReport(TrainerCallback):
     """Writes ``metrics.jsonl`` as the run goes, and ``curves.png`` and ``curves.svg`` when it ends.
 
-    One JSON object per log and line. A resumed run continues the file from its checkpoint: what the earlier run logged
-    beyond it is dropped, and no step is there twice. Only the first process of all writes.
+    One JSON object per log and line, the last step always among them. A resumed run continues the file from its
+    checkpoint: what the earlier run logged beyond it is dropped, and no step is there twice. Only the first process of
+    all writes.
 
     Args:
         folder: where the files go; it is made if need be.
@@ -63,6 +64,10 @@ class RunReport(TrainerCallback):
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.metrics_file.write_text("".join(map(_line, self.records)), encoding="utf-8")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # also a last step that is no multiple of logging_steps
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         record = _order(state.log_history[-1])

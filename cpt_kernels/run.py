@@ -56,28 +56,13 @@ def train(options: Options) -> ContrastiveTrainer:
     _quieten(args)
     _check_output(output, options.model)
     checkpoint = _find_checkpoint(args)
-    train_data, eval_data = _load_data(options.script, args)
-    tokenizer = _load_tokenizer(options.model.tokenizer_name, "tokenizer_name", options.model, args)
-    ref_tokenizer = _load_ref_tokenizer(options.model, args)
-    model, ref_model = _load_model(options.model, args), _load_reference(options.model, args)
-    args.model_init_kwargs = None  # used by now; the trainer refuses them for a model that is loaded already
     report = RunReport(output, f"{output.name}: {args.loss_type}")
-    trainer = ContrastiveTrainer(
-        model,
-        ref_model,
-        args,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        callbacks=[report],
-        peft_config=_lora(options.model) if options.model.use_peft else None,
-        ref_tokenizer=ref_tokenizer,
-    )
+    trainer = make_trainer(options, callbacks=[report])
     use_progress_lines(trainer)
     if trainer.is_world_process_zero():
         (output / CONFIG_FILE).write_text(options.to_yaml(), encoding="utf-8")
     trainer.train(resume_from_checkpoint=checkpoint)
-    if eval_data is not None and not _is_evaluated(trainer, report):
+    if trainer.eval_dataset is not None and not _is_evaluated(trainer, report):
         trainer.evaluate()
         report.on_train_end(args, trainer.state, trainer.control)  # with what came after its end
     trainer.save_model(str(output))
@@ -85,6 +70,33 @@ def train(options: Options) -> ContrastiveTrainer:
     if trainer.is_world_process_zero():
         _print_closing(trainer, report, tokens)
     return trainer
+
+
+def make_trainer(
+    options: Options, cls: type[ContrastiveTrainer] = ContrastiveTrainer, callbacks: Sequence[Any] = ()
+) -> ContrastiveTrainer:
+    """A trainer with data, models and tokenizer as asked for.
+
+    Raises:
+        ValueError: one of them cannot be trained with.
+    """
+    args = options.training
+    train_data, eval_data = _load_data(options.script, args)
+    tokenizer = _load_tokenizer(options.model.tokenizer_name, "tokenizer_name", options.model, args)
+    ref_tokenizer = _load_ref_tokenizer(options.model, args)
+    model, ref_model = _load_model(options.model, args), _load_reference(options.model, args)
+    args.model_init_kwargs = None  # used by now; the trainer refuses them for a model that is loaded already
+    return cls(
+        model,
+        ref_model,
+        args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        peft_config=_lora(options.model) if options.model.use_peft else None,
+        ref_tokenizer=ref_tokenizer,
+    )
 
 
 def use_progress_lines(trainer: ContrastiveTrainer) -> None:
@@ -265,7 +277,9 @@ def _lora(model: ModelArguments) -> Any:
 
 def _print_closing(trainer: ContrastiveTrainer, report: RunReport, tokens: int) -> None:
     console = Console(soft_wrap=True)
-    console.print(metrics_table(report.records, report.title))
+    table = metrics_table(report.records, report.title)
+    if table.row_count:
+        console.print(table)
     if not trainer.loss.needs_reference:
         console.print("Without a reference a reward is beta times the log-prob.", highlight=False)
     elif (note := report.note()) is not None:

@@ -158,7 +158,6 @@ class ContrastiveTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss is over the whole step; transformers need not divide it
         self.metrics = {mode: Metrics(self.accelerator, args.beta) for mode in ("train", "eval")}
         self.num_tokens = 0
-        self._start_is_checked = False
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
 
     # --- Data ---
@@ -207,9 +206,12 @@ class ContrastiveTrainer(Trainer):
             cache_dir=self.args.ref_cache_dir or default_cache_dir(),
             head_memory_mb=self.args.head_memory_mb,
         )
-        for name, dataset in stored.items() if ahead else ():
-            reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
+        self._fill(reference, stored if ahead else {})
         return reference
+
+    def _fill(self, reference: Reference, datasets: dict[str, Dataset]) -> None:
+        for name, dataset in datasets.items():
+            reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
 
     def _loader(self, dataset: Dataset | IterableDataset, training: bool) -> DataLoader:
         """Micro-batches of this rank. accelerate would repeat rows to make ranks even; the sampler does not."""
@@ -293,17 +295,9 @@ class ContrastiveTrainer(Trainer):
         if scores.aux_loss is not None:
             loss = loss + self._aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * world / pairs)
         self.metrics["train" if model.training else "eval"].add(inputs, scores)
-        if model.training and not self._start_is_checked:
-            self._check_start(inputs, scores)
+        if model.training and self.reference is not None and self.state.global_step == 0:
+            self.reference.check_start(inputs, scores.completion_logps)
         return (loss, scores) if return_outputs else loss
-
-    def _check_start(self, inputs: PackedBatch, scores: Scores) -> None:
-        """Warn where the first step's rewards are not 0 and should be."""
-        self._start_is_checked = True
-        if self.reference is not None and self.state.global_step == 0 and inputs["num_pairs"]:
-            gap = self.reference.starting_gap(inputs, scores.completion_logps)
-            if gap is not None:
-                logger.warning(gap)
 
     def score(self, model: nn.Module, inputs: PackedBatch, tokens_per_pair: Tensor | float = 1.0) -> Scores:
         """Log-probs, statistics and the summed loss of a batch; reference log-probs that it lacks are scored now."""

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from cpt_kernels.cli import train_main
 
+NEEDED = ("--model_name_or_path", "m", "--dataset_name", "d.jsonl")
 WORDS = ["the", "sky", "is", "blue", "and", "sun", "so", "bright", "today", "or", "grey", "with", "rain", "over"]
 
 
@@ -61,3 +62,10 @@ def run(*argv) -> int:
 
 def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def one_error(capsys) -> str:
+    """The one line on stderr that is no progress bar."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cpt-train: ")]
+    assert len(lines) == 1 and lines[0].startswith("cpt-train: error: ")
+    return lines[0]

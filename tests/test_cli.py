@@ -1,4 +1,4 @@
-"""``cpt-train``: options from YAML and flags, what a user may get wrong, and whole runs."""
+"""``cpt-train``: data, models and folders that a user may get wrong, and whole runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from command import bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_options, write_rows
-from rows import REAL_DATA, nasty_pairs, real_pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from command import (
+    NEEDED,
+    bpe_tokenizer,
+    one_error,
+    read_metrics,
+    run,
+    word_pairs,
+    write_model,
+    write_options,
+    write_rows,
+)
+from rows import nasty_pairs, real_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_kernels import arguments, cli
+from cpt_kernels import cli
 from cpt_kernels import run as run_module
-from cpt_kernels.config import ContrastiveConfig
-from cpt_kernels.parsing import convert, parse
-
-NEEDED = ("--model_name_or_path", "m", "--dataset_name", "d.jsonl")
 
 
 @pytest.fixture(autouse=True)
@@ -64,150 +70,6 @@ def home(tmp_path_factory) -> Path:
         **common | {"model_name_or_path": str(home / "sft"), "output_dir": str(home / "dpo"), "learning_rate": 1e-3},
     )
     return home
-
-
-# --- Options ---
-
-
-def test_flags_override_the_file(tmp_path):
-    file = write_options(tmp_path / "run.yaml", beta=0.3, max_steps=7, model_name_or_path="from/file")
-    options = parse(["--config", str(file), "--beta", "0.5", "--dataset-name=d.jsonl", "--no_disable_dropout"])
-    assert (options.training.beta, options.training.max_steps) == (0.5, 7)
-    assert options.model.model_name_or_path == "from/file" and options.script.dataset_name == "d.jsonl"
-    assert options.training.disable_dropout is False and options.training.output_dir == "file-CPT"
-
-
-@pytest.mark.parametrize(
-    ("name", "written", "read"),
-    [
-        ("learning_rate", "1e-5", 1e-5),  # text, says YAML
-        ("learning_rate", "1", 1.0),
-        ("max_length", "null", None),
-        ("bf16", "false", False),
-        ("eval_strategy", "no", "no"),  # false, says YAML
-        ("share_prompts", "true", "true"),
-        ("lora_target_modules", "all-linear", ["all-linear"]),
-        ("lora_target_modules", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
-        ("report_to", "none", "none"),
-        ("gradient_checkpointing_kwargs", "{use_reentrant: false}", {"use_reentrant": False}),
-        ("model_init_kwargs", "'{\"x\": 1}'", {"x": 1}),
-        ("columns", "{question: prompt, chosen: chosen}", ["question=prompt", "chosen=chosen"]),
-        ("resume_from_checkpoint", "true", "true"),
-        ("lr_scheduler_type", "cosine", "cosine"),
-        ("run_name", "2024", "2024"),
-    ],
-)
-def test_yaml_values(tmp_path, name, written, read):
-    (tmp_path / "run.yaml").write_text(f"{name}: {written}\nuse_peft: true\n")
-    assert parse([*NEEDED, "--config", str(tmp_path / "run.yaml")]).values[name] == read
-
-
-@pytest.mark.parametrize(
-    ("flags", "name", "read"),
-    [
-        (["--max_length", "none"], "max_length", None),
-        (["--eval_on_start"], "eval_on_start", True),
-        (["--eval-on-start", "false"], "eval_on_start", False),
-        (["--columns", "question=prompt", "chosen"], "columns", ["question=prompt", "chosen"]),
-        (["--max_steps", "-1"], "max_steps", -1),
-        (["--report_to", "none"], "report_to", "none"),
-        (["--model_init_kwargs", '{"x": 1}'], "model_init_kwargs", {"x": 1}),
-    ],
-)
-def test_flag_values(flags, name, read):
-    assert parse([*NEEDED, *flags]).values[name] == read
-
-
-def test_the_saved_options_are_the_options(tmp_path):
-    options = parse([*NEEDED, "--beta", "0.7", "--max_length", "none", "--columns", "a=b", "--hub_token", "secret"])
-    (tmp_path / "saved.yaml").write_text(options.to_yaml())
-    assert "secret" not in options.to_yaml()
-    again = parse(["--config", str(tmp_path / "saved.yaml")])
-    assert again.values == options.values | {"hub_token": None}
-
-
-def test_every_option_is_shown_in_one_group_and_ours_come_first(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        run("--help")
-    out = capsys.readouterr().out
-    first = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
-    assert len(first) == len(set(first)) and set(first) == {"--config", *(f"--{name}" for name in arguments.defaults())}
-    titles = list(arguments.groups())
-    places = [out.index(f"\n{title}:") for title in titles]
-    assert places == sorted(places) and titles[-1].endswith("TrainingArguments")
-    ours = set(arguments.NAMES[ContrastiveConfig]) - set(TrainingArguments.__dataclass_fields__)
-    assert not ours.intersection(arguments.groups()[titles[-1]])
-    assert max(map(len, out.splitlines())) <= 120
-
-
-def test_convert_says_what_it_expected():
-    with pytest.raises(ValueError, match="a whole number or text"):
-        convert([1], int | str | None)
-
-
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        ("betta: 1", "run.yaml: unknown option betta; did you mean beta?"),
-        ("beta: high", "run.yaml: beta: 'high' is not a number"),
-        ("beta: .nan", "beta: nan is not a number"),
-        ("beta: null", "beta: None is not a number"),
-        ("beta: [0.1, 0.2]", "beta: [0.1, 0.2] is not a number"),
-        ("max_steps: ten", "max_steps: 'ten' is not a whole number"),
-        ("max_steps: 10.5", "max_steps: 10.5 is not a whole number"),
-        ("max_steps: true", "max_steps: True is not a whole number"),
-        ("bf16: maybe", "bf16: 'maybe' is not true or false"),
-        ("loss_type: sigmod", "loss_type='sigmod' is unknown: choose one of sigmoid, hinge"),
-        ("dtype: bf16", "dtype: 'bf16' is not one of auto, bfloat16, float16, float32; did you mean bfloat16?"),
-        ("eval_strategy: step", "did you mean steps?"),
-        ("remove_unused_columns: false", "remove_unused_columns has no effect here"),
-        ("label_smoothing_factor: 0.1", "the option here is label_smoothing"),
-        ("slic_delta: 2", "slic_delta has no effect with loss_type=sigmoid"),
-        ("loss_type: sft\nref_model_name_or_path: x", "ref_model_name_or_path has no effect with loss_type=sft"),
-        ("lora_r: 4", "set use_peft=true"),
-        ("load_in_4bit: true", "load_in_4bit needs use_peft=true"),
-        ("dataset_streaming: true", "needs max_steps"),
-        ("from_scratch: true\nmodel_init_kwargs: {x: 1}", "from_scratch=true loads none"),
-        ("beta: 0.1\n  max_steps: 3", "run.yaml, line 2: mapping values are not allowed here"),
-        ("- beta", "expected lines of 'option: value', found list"),
-        ("model_init_kwargs: '{x}'", "is not a JSON object"),
-    ],
-)
-def test_wrong_options_in_the_file(tmp_path, capsys, written, message):
-    (tmp_path / "run.yaml").write_text(written + "\n")
-    assert run(*NEEDED, "--config", tmp_path / "run.yaml") == 2
-    assert message in one_error(capsys)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--betta", "1"], "unknown option --betta; did you mean --beta?"),
-        (["--learning-rat=1"], "did you mean --learning_rate?"),
-        (["--beta", "high"], "--beta: 'high' is not a number"),
-        (["--beta"], "--beta: expected one argument"),
-        (["run.yaml"], "did you mean --config run.yaml?"),
-        (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read (No such file or directory)"),
-        (["--label_smoothing", "0.9"], "flip probability"),
-        (["--bf16", "--fp16", "--use_cpu"], "fp16 and bf16"),
-    ],
-)
-def test_wrong_flags(capsys, flags, message):
-    assert run(*NEEDED, *flags) == 2
-    assert message in one_error(capsys)
-
-
-@pytest.mark.parametrize("missing", [0, 2])
-def test_model_and_data_are_needed(capsys, missing):
-    assert run(*NEEDED[missing : missing + 2]) == 2
-    assert "is missing: give --" in one_error(capsys)
-
-
-def one_error(capsys) -> str:
-    """The one line on stderr that is no progress bar."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cpt-train: ")]
-    assert len(lines) == 1 and lines[0].startswith("cpt-train: error: ")
-    return lines[0]
 
 
 # --- Input ---
@@ -454,11 +316,9 @@ def test_nasty_rows(tmp_path, capsys):
     empty = sum(not row["chosen"] or not row["rejected"] for row in rows)
     assert identical > 30 and empty > 3
     assert f"dropped, identical sides: {identical} (" in printed and f"dropped, empty completion: {empty} (" in printed
+    assert [
+        record["step"] for record in read_metrics(tmp_path / "out") if "loss" in record
+    ]  # the last, though no tenth
     kept = int(printed.split("train data: ")[1].split(" of ")[0])
     fills = printed.split("prompt fills max_length: ")[1].split(" ")[0] if "prompt fills" in printed else 0
     assert kept + int(fills) + identical + empty == len(rows) and kept > 20
-
-
-def test_data_folder_is_named_in_tests_only():
-    package = Path(cli.__file__).parent
-    assert not any(str(REAL_DATA.parent.name) + "/data" in path.read_text() for path in package.rglob("*.py"))

@@ -53,7 +53,7 @@ SCORE_BUGS = {
     "target read after the score is written": (
         (
             "vocab_score.cu",
-            "p.logps[row_index] = target_logit - lse;",
+            "p.logps[row_index] = target_logit - all.m - logf(all.s);",
             "p.logps[row_index] = to_float(logits[target]) - lse;",
         ),
         STREAM,

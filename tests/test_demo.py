@@ -42,20 +42,22 @@ def test_the_tokenizer_gives_every_text_back(tmp_path):
         assert len(tokenizer(text)["input_ids"]) == len(text) and tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def numbers(exact, loss, likelier=0.9):
-    return {"exact answers": exact, "loss on the chosen": loss, "chosen is likelier": likelier}
+def numbers(loss):
+    return {"loss on the chosen": loss, "chosen is likelier": 0.9, "reward accuracy": 0.8, "reward margin": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [(0.5, 0.52, "no evidence of a change"), (0.5, 0.9, "standard errors up"), (0.9, 0.5, "standard errors down")],
+    ("mended", "broken", "said"),
+    [(0, 0, "chance alone"), (5, 8, "chance alone"), (20, 2, "more than chance"), (1, 12, "more than chance")],
 )
-def test_the_verdict_follows_from_the_numbers(before, after, said):
-    rewards = {"reward accuracy": 0.9, "reward margin": 1.0}
-    stages = {"after SFT": numbers(before, 0.1), "after DPO": numbers(after, 0.2) | rewards}
-    text = " ".join(demo.verdict(stages, 200))
-    assert said in text and "became less likely" in text and "says nothing of large models" in text
-    assert "less likely" not in " ".join(demo.verdict(stages | {"after SFT": numbers(before, 0.3)}, 200))
+def test_the_verdict_follows_from_the_numbers(mended, broken, said):
+    before = [False] * mended + [True] * broken + [True, False]
+    after = [True] * mended + [False] * broken + [True, False]
+    text = " ".join(demo.verdict({"after SFT": numbers(0.1), "after DPO": numbers(0.2)}, before, after))
+    assert f"mended {mended} and broke {broken}" in text and said in text
+    assert "became less likely" in text and "says nothing of large models" in text
+    text = " ".join(demo.verdict({"after SFT": numbers(0.3), "after DPO": numbers(0.2)}, before, after))
+    assert "less likely" not in text
 
 
 def test_quick_demo(tmp_path):

@@ -26,10 +26,10 @@ def _in_mode(head: Head, mode: str) -> Head:
     return replace(head, trained=("hidden",)) if mode == FROZEN else head
 
 
-def _check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False) -> None:
+def _check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False, draws: int = 6) -> None:
     """Over several draws: a pair's rounded weight is a factor of all its gradients, and a few pairs are mere luck."""
     kinds: list[dict[str, list]] = [{}, {}, {}]
-    for seed in range(1 if dtype == FP64 else 6):
+    for seed in range(1 if dtype == FP64 else draws):
         drawn = _in_mode(replace(head, seed=seed), mode)
         results = (
             drawn.run(dtype, general=mode == GENERAL),
@@ -62,6 +62,14 @@ def test_tiles_that_just_hold_the_largest_units(rows):
 def test_every_loss(mode, loss):
     options = {"slic": {"slic_delta": 20.0}, "hinge": {"beta": 0.05}}.get(loss, {})
     _check(Head(build_loss(loss, **options)).tile(25, 4), mode, FP32)
+
+
+@pytest.mark.parametrize(("loss", "rows"), [("slic", 7), ("sigmoid", 25)])
+def test_kernels_between_the_products(loss, rows):
+    """The Triton kernels (interpreted without a GPU) on uneven units: several pairs, none, larger than the tile."""
+    options = {"slic": {"slic_delta": 20.0, "slic_lambda": 0.3}, "sigmoid": {"beta": 0.3}}[loss]
+    head = Head(build_loss(loss, **options), columns=61).with_options(backend="triton")
+    _check(head.tile(rows, 4), FUSED, FP32, draws=2)
 
 
 _VARIANTS = {

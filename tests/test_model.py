@@ -118,6 +118,22 @@ def test_rows_that_do_not_share_their_prompts_give_the_same(name):
     assert_equal(run_packed(packed, rows, LOSSES[loss], batch=batch), expected, _floor(name))
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "slic"])
+def test_rows_with_one_prompt_are_one_group(loss):
+    """A row for each pair: prompts and completions that recur are run once, and every pair counts."""
+    rows, split = make_rows(loss), []
+    for row in rows:
+        for w, y, x in zip(row["chosen"], row["targets"], row["rejected"]):
+            completions = [row["completion_ids"][i] for i in (w, y, x)]
+            split.append(row | {"completion_ids": completions, "chosen": [0], "targets": [1], "rejected": [2]})
+    split += [row for row in rows if not row["chosen"]]
+    expected = run_alone(tiny_model("llama", torch.float64), rows, LOSSES[loss])
+    packed, batch = PackedModel(tiny_model("llama", torch.float64)), make_batch(split)
+    result = run_packed(packed, split, LOSSES[loss], batch=batch)
+    assert batch["input_ids"].numel() < make_batch(rows)["input_ids"].numel() + sum(len(c) for c in rows[1]["completion_ids"])
+    assert_equal(result, expected, FLOOR)
+
+
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
 def test_rope_that_depends_on_lengths_meets_both_kinds(name):
     packed = PackedModel(tiny_model(name))

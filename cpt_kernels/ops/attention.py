@@ -86,7 +86,7 @@ def shared_prompt_attention(
         else:
             out = _eager(q, k, v, _mask(q, k, window), scale, softcap, sinks, dropout)
         outputs.append(out)
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
 
 def _mask(q: Tensor, k: Tensor, window: int | None) -> Tensor:

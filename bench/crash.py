@@ -1,0 +1,247 @@
+"""``python -m bench crash``: builds of a reference cache on two ranks, killed at random; nothing lost, nothing wrong.
+
+A build is the trainer's own: ``Reference.fill`` with a small model, two ranks over gloo, one folder. Both ranks are
+forked from this process, so that starting over takes a second. After a random time one is killed with SIGKILL, and soon
+after the other, as a launcher would. When a build comes to its end, the next one starts in a new folder, until as many
+runs as asked for have been killed. Shown is, for every build:
+
+- every value is that of an undisturbed build, but for rounding (a resumed build packs what is left in another way);
+- what was scored twice had been scored within one flush interval and one batch of its rank's death;
+- no damaged file was met: a reader warns of each, and none did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, disable_progress_bars
+
+import cpt_kernels.reference as reference_module
+from cpt_kernels.data.collate import PackedCollator
+from cpt_kernels.model import PackedModel
+from cpt_kernels.reference import Reference
+from cpt_kernels.reference_cache import ReferenceCache
+
+from .trainers import build_model
+from .work import Shape
+
+RANKS = 2
+TOKENS_PER_BATCH = 256
+TOLERANCE = 1e-5  # nats, the one rule for fp32
+_SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=512)
+
+
+def make_rows(prompts: int, completions: int = 4) -> Dataset:
+    """Prepared rows: a prompt and its completions, random tokens."""
+    draw = np.random.default_rng(0)
+
+    def ids(longest: int) -> list[int]:
+        return draw.integers(3, _SHAPE.vocab, draw.integers(1, longest)).tolist()
+
+    return Dataset.from_list(
+        [{"prompt_ids": [row % 500 + 3, *ids(30)], "completion_ids": [ids(40) for _ in range(completions)]}
+         for row in range(prompts)]
+    )  # fmt: skip
+
+
+class LoggedCache(ReferenceCache):
+    """Notes every completion that was scored, and when, in a file that outlives its process."""
+
+    log: Path
+
+    def add_many(self, sequences, logps) -> None:
+        lines = "".join(f"{time.time()} {os.getpid()} {key.hex()}\n" for key in self.keys(sequences))
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(descriptor, lines.encode())
+        os.close(descriptor)
+        super().add_many(sequences, logps)
+
+
+def build(model: torch.nn.Module, rows: Dataset, folder: Path, flush_seconds: float) -> None:
+    """One rank of a build; its place in the world is in the environment."""
+    LoggedCache.log = folder.with_suffix(".log")
+    reference_module.ReferenceCache = LoggedCache
+    accelerator = Accelerator(cpu=True)
+    reference = Reference(
+        PackedModel(model), None, new_adapter=False, keep=False, accelerator=accelerator, cache_dir=str(folder)
+    )
+    reference.cache.flush_seconds = flush_seconds
+    reference.fill(rows, PackedCollator(), TOKENS_PER_BATCH, "crash")
+    broadcast_object_list([None])  # rank 0 keeps the group's store, so it leaves last
+
+
+@dataclass
+class Build:
+    """Runs of one folder until it is full."""
+
+    model: torch.nn.Module
+    rows: Dataset
+    folder: Path
+    flush_seconds: float
+    kills: int = 0  # runs that were killed
+    deaths: dict[int, float] = field(default_factory=dict)  # process -> when it was killed
+    problems: list[str] = field(default_factory=list)
+
+    def run(self, kill_after: float | None = None, victim: int = 0, grace: float = 0.0) -> bool:
+        """One run. A rank is killed after some seconds, the other after some more. Whether it came to its end."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes = [self._fork(rank, port) for rank in range(RANKS)]
+        deadline = time.time() + 600 if kill_after is None else time.time() + kill_after
+        done: dict[int, int] = {}
+        while len(done) < RANKS and time.time() < deadline:
+            for process in set(processes) - set(done):
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    done[process] = status
+            time.sleep(0.005)
+        if len(done) == RANKS:
+            if any(done.values()):
+                self.problems.append(f"a rank failed: {done}")
+            return True
+        if kill_after is None:
+            self.problems.append("an undisturbed run did not end within 10 minutes")
+        self.kills += 1
+        for process in (processes[victim], processes[1 - victim]):
+            if process not in done:
+                os.kill(process, signal.SIGKILL)
+                self.deaths[process] = time.time()
+                done[process] = os.waitpid(process, 0)[1]
+                time.sleep(grace)
+        return False
+
+    def _fork(self, rank: int, port: int) -> int:
+        process = os.fork()
+        if process:
+            return process
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in world.items()})
+        code = 1
+        try:
+            with open(self.folder.with_suffix(".err"), "a") as errors:
+                os.dup2(errors.fileno(), 2)
+            build(self.model, self.rows, self.folder, self.flush_seconds)
+            code = 0
+        except BaseException:
+            logging.exception("rank %d", rank)
+        finally:
+            os._exit(code)
+
+    def warnings(self) -> int:
+        """Damaged files that readers met."""
+        return self.folder.with_suffix(".err").read_text().count("is damaged")
+
+    def scorings(self) -> list[tuple[float, int, str]]:
+        lines = self.folder.with_suffix(".log").read_text().splitlines()
+        return [(float(at), int(process), key) for at, process, key in map(str.split, lines)]
+
+    def oldest_repeated(self) -> tuple[int, float, float]:
+        """Scorings repeated; how long before a death the oldest of them was; and what a batch and a flush may take."""
+        by_process: dict[int, list[float]] = {}
+        last: dict[str, tuple[float, int]] = {}
+        repeated, oldest, slack = 0, 0.0, 0.0
+        for at, process, key in sorted(self.scorings()):
+            times = by_process.setdefault(process, [at])
+            slack = max(slack, at - times[-1])
+            times.append(at)
+            if key in last:
+                before, scorer = last[key]
+                repeated += 1
+                oldest = max(oldest, self.deaths.get(scorer, float("inf")) - before)
+            last[key] = at, process
+        for process, died in self.deaths.items():
+            slack = max(slack, died - by_process.get(process, [died])[-1])
+        return repeated, oldest, slack
+
+
+def stored(folder: Path) -> dict[bytes, np.ndarray]:
+    """All rows of the one reference in a cache folder, by key."""
+    (place,) = [path for path in folder.iterdir() if path.is_dir()]
+    cache = ReferenceCache(folder, place.name)
+    rows: dict[bytes, np.ndarray] = {}
+    for shard in cache.shards:
+        keys = np.stack([shard.high, shard.low], axis=1).tobytes()
+        rows |= {keys[16 * i : 16 * i + 16]: values for i, values in enumerate(shard.rows())}
+    return rows
+
+
+def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: int) -> dict:
+    """Kill so many runs, and compare what they left with an undisturbed build."""
+    # accelerate sets two threads per process where nothing is said: with two ranks on few cores they wait for each other.
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    draw = random.Random(seed)
+    model, rows = build_model(_SHAPE).eval(), make_rows(prompts)
+    undisturbed = Build(model, rows, folder / "undisturbed", flush_seconds)
+    started = time.time()
+    undisturbed.run()
+    longest = time.time() - started
+    expected = stored(undisturbed.folder)
+    result = {"kills": 0, "builds": 0, "repeated": 0, "scored": 0, "largest_difference": 0.0, "temporary_files": 0}
+    result |= {"oldest_repeated_s": 0.0, "slack_s": 0.0, "flush_s": flush_seconds, "completions": len(expected)}
+    problems = [*undisturbed.problems]
+    while result["kills"] < kills:
+        one = Build(model, rows, folder / f"build{result['builds']}", flush_seconds)
+        ended = False
+        while not ended and result["kills"] + one.kills < kills:
+            ended = one.run(draw.uniform(0, longest), draw.randrange(RANKS), draw.uniform(0, 0.3))
+        if not ended:
+            one.run()
+        found = stored(one.folder)
+        problems += one.problems
+        if found.keys() != expected.keys():
+            problems.append(f"build {result['builds']}: {len(found.keys() ^ expected.keys())} rows lost or made up")
+        differences = [float(np.abs(found[key] - expected[key]).max()) for key in found.keys() & expected.keys()]
+        repeated, oldest, slack = one.oldest_repeated()
+        if max(differences) > TOLERANCE:
+            problems.append(f"build {result['builds']}: values differ by {max(differences)}")
+        if oldest > flush_seconds + 2 * slack:
+            problems.append(f"build {result['builds']}: a row scored {oldest:.2f} s before a death was scored again")
+        if one.warnings():
+            problems.append(f"build {result['builds']}: {one.warnings()} damaged files")
+        result["kills"] += one.kills
+        result["builds"] += 1
+        result["repeated"] += repeated
+        result["scored"] += len(one.scorings())
+        result["temporary_files"] += len(list(one.folder.rglob(".*.tmp")))
+        result["largest_difference"] = max(result["largest_difference"], *differences)
+        result["oldest_repeated_s"] = max(result["oldest_repeated_s"], oldest)
+        result["slack_s"] = max(result["slack_s"], slack)
+        print(f"build {result['builds']}: {one.kills} kills, {repeated} completions scored again", flush=True)
+        shutil.rmtree(one.folder)
+    return result | {"problems": problems, "seconds": time.time() - started}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench crash", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=200, help="runs to kill")
+    parser.add_argument("--prompts", type=int, default=400, help="of the data; each has four completions")
+    parser.add_argument("--flush_seconds", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="bench-crash-") as folder:
+        result = crash(args.kills, args.prompts, args.flush_seconds, Path(folder), args.seed)
+    print(json.dumps(result))
+    if result["problems"]:
+        raise SystemExit("\n".join(result["problems"]))
+
+
+if __name__ == "__main__":
+    main()
