@@ -11,6 +11,7 @@ SUBJECTS = {
     "packing": "pads, fill and balance of packed micro-batches over a file of responses",
     "cache": "the reference cache: filling, opening, look-ups, beside SQLite, LMDB and Arrow columns",
     "crash": "builds of the reference cache, killed at random: nothing lost, nothing wrong",
+    "reference_pass": "the reference pass over all pairs of a file of responses, against TRL's",
     "plot": "pictures of recorded results",
 }
 

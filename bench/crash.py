@@ -183,7 +183,7 @@ def stored(folder: Path) -> dict[bytes, np.ndarray]:
 
 def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: int) -> dict:
     """Kill so many runs, and compare what they left with an undisturbed build."""
-    # accelerate sets two threads per process where nothing is said: with two ranks on few cores they wait for each other.
+    # Where nothing is said accelerate takes two threads per process: on few cores, two ranks wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     disable_progress_bars()

@@ -20,7 +20,7 @@ LEVELS = [
     {"losses", "ops"},
     {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
     {"config", "loading", "metrics", "reference", "trainer"},
-    {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo"},
+    {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo", "cache_tool", "cache_data"},
     {"cli"},
 ]
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}

@@ -1,0 +1,185 @@
+"""What packing wastes on real lengths: pads, unfilled budget, and ranks that wait for each other.
+
+    python -m bench packing --data FILE.jsonl --better gpt4 --worse text_davinci_003
+
+FILE has rows ``{"prompt", "model", "response"}``; a pair is what two models said to one prompt. A byte-level BPE
+tokenizer is trained on the file's own text. Rows go the trainer's way: preparation, sampler, collator, for several
+epochs and for 1, 2 and 4 ranks.
+
+    pads       positions of the packed rows that belong to no prompt and no completion
+    fill       tokens / (micro-batches x budget), over an epoch
+    imbalance  of a step: (most - fewest tokens of a rank) / most; mean over the steps, and the worst step
+    padded     for comparison: share of pad tokens in right-padded batches of so many pairs, chosen above rejected
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from cpt_kernels.data.batches import BatchSampler
+from cpt_kernels.data.collate import PackedCollator
+from cpt_kernels.data.loader import row_tokens
+from cpt_kernels.data.preparation import prepare
+
+from .timing import add_output_options, finish, table
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bench packing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines with prompt, model, response")
+    parser.add_argument("--better", default="gpt4", help="model of the chosen responses")
+    parser.add_argument("--worse", default="text_davinci_003", help="model of the rejected responses")
+    parser.add_argument("--budget", default="2048,4096,8192", help="max_tokens_per_batch, comma-separated")
+    parser.add_argument("--ranks", default="1,2,4", help="comma-separated")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=8000)
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of a padded batch")
+    parser.add_argument("--quick", action="store_true", help="one budget, one epoch")
+    add_output_options(parser)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.budget, options.epochs = options.budget.split(",")[0], 1
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    responses = [json.loads(line) for line in options.data.read_text().splitlines() if line.strip()]
+    tokenizer = train_tokenizer([row[name] for row in responses for name in ("prompt", "response")], options.vocab)
+    pairs = pair(responses, options.better, options.worse)
+    if not len(pairs):
+        found = sorted({row["model"] for row in responses})
+        raise SystemExit(f"no prompt was answered by both {options.better} and {options.worse}; models: {found}")
+    rows, prepared = prepare(pairs, tokenizer, max_length=options.max_length, name="benchmark")
+    results = [
+        measure(rows, int(budget), int(ranks), options.epochs, options.max_length)
+        for budget in options.budget.split(",")
+        for ranks in options.ranks.split(",")
+    ]
+    padded = padded_share(rows, options.pairs, options.max_length)
+    print("\n".join(prepared.summary()))
+    print(report(results, padded, options))
+    summary = {
+        "pads": sum(result["pads"] for result in results),
+        "fill": round(min(result["fill"] for result in results), 4),
+        "imbalance_mean": round(max(result["imbalance_mean"] for result in results), 4),
+        "imbalance_worst": round(max(result["imbalance_worst"] for result in results), 4),
+        "padded_share": round(padded, 4),
+    }
+    finish("packing", {"results": results, "data": options.data.name, "rows": len(rows)}, summary, options)
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the texts themselves."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def pair(responses: Sequence[dict[str, Any]], better: str, worse: str) -> Dataset:
+    """Preference rows from every prompt that both models answered."""
+    answers: dict[str, dict[str, str]] = {}
+    for row in responses:
+        answers.setdefault(row["prompt"], {})[row["model"]] = row["response"]
+    return Dataset.from_list(
+        [
+            {"prompt": prompt + "\n\n", "chosen": said[better], "rejected": said[worse]}
+            for prompt, said in answers.items()
+            if better in said and worse in said
+        ]
+    )
+
+
+def measure(rows: Dataset, budget: int, ranks: int, epochs: int, max_length: int) -> dict[str, Any]:
+    """Pads, fill and imbalance of a budget and a number of ranks; fill and means over epochs, the worst of all steps."""
+    tokens = row_tokens(rows, max_length, "keep_start", True)
+    collate = PackedCollator(max_length)
+    samplers = [
+        BatchSampler(tokens, max_tokens=budget, shuffle=True, seed=0, world_size=ranks, rank=rank)
+        for rank in range(ranks)
+    ]
+    pads, seen, batches, imbalances = 0, 0, 0, []
+    for epoch in range(epochs):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        for step in zip(*samplers, strict=True):
+            packed = []
+            for members in step:
+                members = [rows[i] for i in members]
+                positions = collate(members)["input_ids"].shape[1] if members else 0
+                pads += positions - needed_tokens(members, max_length)
+                packed.append(positions)
+            imbalances.append((max(packed) - min(packed)) / max(packed))
+            seen, batches = seen + sum(packed), batches + ranks
+    return {
+        "budget": budget,
+        "ranks": ranks,
+        "steps": len(imbalances),
+        "pads": pads,
+        "fill": seen / (batches * budget),
+        "imbalance_mean": float(np.mean(imbalances)),
+        "imbalance_worst": float(np.max(imbalances)),
+    }
+
+
+def needed_tokens(rows: Sequence[dict[str, Any]], max_length: int) -> int:
+    """Tokens that these rows cannot do without: every prompt once, and every different completion of it."""
+    groups: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for row in rows:
+        prompt = tuple(row["prompt_ids"])
+        room = max_length - len(prompt)
+        groups.setdefault(prompt, set()).update(tuple(completion[:room]) for completion in row["completion_ids"])
+    return sum(len(prompt) + sum(map(len, completions)) for prompt, completions in groups.items())
+
+
+def padded_share(rows: Dataset, pairs: int, max_length: int) -> float:
+    """Pad tokens / all tokens of right-padded batches in the file's order."""
+    real = total = 0
+    sides = [
+        [min(len(row["prompt_ids"]) + len(completion), max_length) for completion in row["completion_ids"]]
+        for row in rows
+    ]
+    for start in range(0, len(sides), pairs):
+        lengths = [length for row in sides[start : start + pairs] for length in row]
+        real, total = real + sum(lengths), total + len(lengths) * max(lengths)
+    return 1 - real / total
+
+
+def report(results: Sequence[dict[str, Any]], padded: float, options: argparse.Namespace) -> str:
+    header = ["budget", "ranks", "steps", "pads", "fill %", "imbalance mean %", "worst step %"]
+    lines = [
+        [r["budget"], r["ranks"], r["steps"], r["pads"]]
+        + [f"{100 * r[name]:.2f}" for name in ("fill", "imbalance_mean", "imbalance_worst")]
+        for r in results
+    ]
+    return "\n".join(
+        [
+            f"pairs {options.better} > {options.worse} of {options.data.name}, {options.vocab} tokens trained on the text,"
+            f" max_length {options.max_length}, {options.epochs} epochs",
+            "",
+            table(header, lines),
+            "",
+            f"right-padded, {options.pairs} pairs a batch: {100 * padded:.1f} % of all tokens are pads",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The README: its examples run, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cpt_kernels.losses import LOSSES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[0][:40] for block in BLOCKS])
+def test_examples(block):
+    if "..." in block or "dataset," in block:  # needs a model and data of the reader's
+        compile(block, "README.md", "exec")
+        block = "\n".join(line for line in block.splitlines() if line.startswith(("from cpt_kernels", "import")))
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_every_loss_is_in_the_table():
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    assert rows == set(LOSSES)
+
+
+def test_files_named_in_the_map_exist():
+    tree = README[README.index("## Files") :]
+    package = tree[tree.index("cpt_kernels/") : tree.index("csrc/")]
+    for name in re.findall(r"\b[\w/]+\.py\b", package):
+        assert (ROOT / "cpt_kernels" / name).is_file(), name
+    for folder in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
+
+
+def test_commands_name_modules_and_files_that_exist():
+    for module in re.findall(r"python -m (bench[\w.]*)(?: (\w+))?", README):
+        parts = [part for part in (*module[0].split("."), module[1]) if part]
+        assert (ROOT / Path(*parts)).with_suffix(".py").is_file() or (ROOT / Path(*parts)).is_dir(), module
+    for recipe in re.findall(r"recipes/\w+\.yaml", README):
+        assert (ROOT / recipe).is_file(), recipe

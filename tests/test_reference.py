@@ -1,0 +1,248 @@
+"""Reference log-probs of a run: which changes score rows again, and that cached and live references train alike."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from architectures import tiny_model
+from datasets import Dataset
+from peft import LoraConfig
+from test_reference_cache import FINGERPRINT, found, make_row
+from toy import config, losses, preference_rows, word_tokenizer
+
+from cpt_kernels import ContrastiveTrainer
+from cpt_kernels.data.collate import PackedCollator
+from cpt_kernels.reference_cache import ReferenceCache
+from cpt_kernels.scoring import find_missing, scoring_batches, scoring_rows
+
+ROWS = preference_rows(10)
+
+
+def train(folder, rows=ROWS, model=None, tokenizer=None, **options) -> tuple[ContrastiveTrainer, int]:
+    """A trainer over the cache in a folder, and how many completions it had to score."""
+    data = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    arguments = {key: options.pop(key) for key in ("peft_config", "ref_model") if key in options}
+    before = stored(folder)
+    trainer = ContrastiveTrainer(
+        tiny_model("llama") if model is None else model,
+        args=config(folder, **{"max_steps": 1, **options}),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer or word_tokenizer(),
+        **arguments,
+    )
+    return trainer, stored(folder) - before
+
+
+def stored(folder) -> int:
+    references = (folder / "ref").iterdir() if (folder / "ref").exists() else []
+    return sum(ReferenceCache(folder / "ref", path.name).num_rows for path in references)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A folder in which the ten rows were scored."""
+    assert train(tmp_path)[1] == 20
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 1e-5},
+        {"beta": 0.7},
+        {"loss_type": "ipo"},
+        {"seed": 5, "train_sampling_strategy": "sequential"},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        {"max_tokens_per_batch": 100},
+        {"share_prompts": "false"},
+        {"max_length": 64},
+        {"rows": ROWS[3:6]},
+        {"rows": ROWS[::-1]},
+        {"rows": [*ROWS, *ROWS[:4]]},
+    ],
+    ids=str,
+)
+def test_changes_that_score_nothing_again(scored, options):
+    assert train(scored, **options)[1] == 0
+
+
+def test_added_rows_are_all_that_is_scored(scored):
+    assert train(scored, rows=[*ROWS, *preference_rows(3, seed=9)])[1] == 6
+    pairs = [ROWS[0] | {"rejected": ROWS[1]["chosen"]}]
+    assert train(scored, rows=pairs)[1] == 1
+
+
+def test_truncation_scores_the_rows_that_it_cuts(scored):
+    trainer, again = train(scored, max_length=18)
+    cut = {
+        (tuple(row["prompt_ids"]), tuple(ids))
+        for row in trainer.train_dataset
+        for ids in row["completion_ids"]
+        if len(row["prompt_ids"]) + len(ids) > 18
+    }
+    assert 0 < len(cut) < 20 and again == len(cut)
+
+
+def changed_weight():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+    return model
+
+
+def changed_rope():
+    model = tiny_model("llama")
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    return type(model)(model.config)
+
+
+@pytest.mark.parametrize("model", [changed_weight, changed_rope, lambda: tiny_model("llama").to(torch.bfloat16)])
+def test_another_reference_scores_everything_and_leaves_the_first_alone(scored, model):
+    assert train(scored, model=model())[1] == 20
+    assert train(scored)[1] == 0
+
+
+def test_chat_template(tmp_path):
+    def chat(template: str):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = template
+        return tokenizer
+
+    def as_messages(text: str, role: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": as_messages(row["prompt"], "user"),
+            "chosen": as_messages(row["chosen"], "assistant"),
+            "rejected": as_messages(row["rejected"], "assistant"),
+        }
+        for row in ROWS
+    ]
+    template = "{% for m in messages %}START{{ m['content'] }} {% endfor %}"
+    first, second = (template.replace("START", word) for word in ("w1 ", "w2 "))
+    assert train(tmp_path, rows, tokenizer=chat(first))[1] == 20
+    assert train(tmp_path, rows, tokenizer=chat(first))[1] == 0
+    assert train(tmp_path, rows, tokenizer=chat(second))[1] == 20
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_cached_reference_trains_like_a_live_one(tmp_path, lora):
+    common = {"max_steps": 20, "learning_rate": 1e-3}
+    if lora:
+        common["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
+    cached, _ = train(tmp_path / "cached", **copy.deepcopy(common))
+    cached.train()
+    own = {} if lora else {"ref_model": tiny_model("llama")}
+    live, ahead = train(tmp_path / "live", precompute_ref_log_probs=False, **own, **copy.deepcopy(common))
+    assert ahead == 0
+    live.reference.cache.get_many = lambda sequences: [None] * len(sequences)  # so that every batch is scored
+    live.train()
+    assert len(losses(live)) == 20
+    assert losses(live) == pytest.approx(losses(cached), abs=1e-5)
+    assert losses(live)[-1] != pytest.approx(np.log(2), abs=1e-3)
+
+
+# --- The first step ---
+
+
+def test_silence_where_rewards_start_at_zero(tmp_path, caplog):
+    train(tmp_path)[0].train()
+    assert "nats per token" not in caplog.text
+
+
+def test_dropout_is_named_where_rewards_do_not_start_at_zero(tmp_path, caplog):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    train(tmp_path, model=model, disable_dropout=False)[0].train()
+    assert "differ by" in caplog.text and "dropout is on" in caplog.text
+
+
+def test_an_adapter_that_does_not_start_at_zero_is_named(tmp_path, caplog):
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    train(tmp_path, peft_config=adapter)[0].train()
+    assert "does not start at zero" in caplog.text
+
+
+def test_wrong_values_in_the_cache_are_noticed(tmp_path, caplog):
+    trainer, _ = train(tmp_path)
+    lookup = trainer.reference.cache.get_many
+    trainer.reference.cache.get_many = lambda sequences: [values - 0.5 for values in lookup(sequences)]
+    trainer.train()
+    assert "differ by 0.5 nats per token" in caplog.text and "another kernel or program version" in caplog.text
+
+
+def test_the_start_reports_hits_misses_seconds_and_bytes(tmp_path, caplog):
+    train(tmp_path, rows=ROWS[:4])
+    train(tmp_path)
+    messages = [record.getMessage() for record in caplog.records if "reference log-probs of" in record.getMessage()]
+    assert "of 8 completions: 0 from" in messages[0] and "8 missing" in messages[0]
+    assert "of 20 completions: 8 from" in messages[1] and "12 different ones were scored" in messages[1]
+    assert all("MB written" in message and " s, " in message for message in messages)
+
+
+# --- Batches of a fill ---
+
+
+def test_a_prompt_is_run_once_and_a_completion_scored_once(tmp_path):
+    """All pairs of four completions: each of them is in three."""
+    prepared = [
+        {"prompt_ids": [7, prompt], "completion_ids": [[prompt, 1, a], [prompt, 1, b]]}
+        for prompt in range(5)
+        for a in range(4)
+        for b in range(a)
+    ]
+    dataset, collator = Dataset.from_list(prepared), PackedCollator()
+    missing = find_missing(dataset, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
+    assert (missing.completions, missing.found, len(missing)) == (60, 0, 20)
+    batches = scoring_batches(missing, collator, 28, 2)
+    assert len(batches) % 2 == 0
+    rows = [row for batch in batches for row in scoring_rows(dataset, missing, batch, collator)]
+    assert len(rows) == 5 and all(len(row["completion_ids"]) == 4 for row in rows)
+    assert {tuple(c) for row in rows for c in row["completion_ids"]} == {(p, 1, a) for p in range(5) for a in range(4)}
+
+
+def test_a_group_beyond_the_budget_is_split(tmp_path):
+    dataset = Dataset.from_list([{"prompt_ids": [5] * 10, "completion_ids": [[i] * 10 for i in range(20)]}])
+    missing = find_missing(dataset, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
+    batches = scoring_batches(missing, PackedCollator(), 64, 1)
+    sizes = [sum(10 + 10 * len(group) for group in batch) for batch in batches]
+    assert max(sizes) <= 64 and sum(len(group) for batch in batches for group in batch) == 20
+
+
+# --- Merging ---
+
+
+def test_a_writer_merges_its_flushes(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpt_kernels.reference_cache._MERGED_FLUSHES", 8)
+    cache = ReferenceCache(tmp_path, FINGERPRINT, flush_seconds=0)
+    reader = ReferenceCache(tmp_path, FINGERPRINT)
+    for seed in range(30):
+        cache.add(*make_row(seed))
+        if seed == 20:
+            reader.refresh()
+    assert len(list((tmp_path / FINGERPRINT).glob("*.arrow"))) == 3 + 30 % 8
+    assert found(reader, range(30)) == list(range(21)), "its mappings outlive the files"
+    reader.refresh()
+    for one in (cache, reader, ReferenceCache(tmp_path, FINGERPRINT)):
+        assert found(one, range(30)) == list(range(30))
+
+
+def test_a_damaged_shard_is_not_merged(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    cache = ReferenceCache(tmp_path, FINGERPRINT)
+    for seed in range(3):
+        cache.add(*make_row(seed))
+        cache.flush()
+    path = next(shard.path for shard in cache.shards if make_row(1)[2].tobytes() in shard.path.read_bytes())
+    content = path.read_bytes()
+    at = content.index(make_row(1)[2].tobytes())
+    path.unlink()
+    path.write_bytes(content[:at] + b"\xa5\xa5" + content[at + 2 :])
+    fresh = ReferenceCache(tmp_path, FINGERPRINT)
+    fresh.merge(fresh.shards)
+    assert found(fresh, range(3)) == [0, 2] and path.exists() and "is damaged" in caplog.text
