@@ -1,1 +1,1 @@
-"""Benchmarks: what this package gains, on this machine, over what one would use instead. ``python -m bench SUBJECT``."""
+"""Benchmarks: what this package gains over what one would use instead, on this machine. ``python -m bench SUBJECT``."""
