@@ -3,10 +3,10 @@
     python -m bench head --tokens 256,512,1024,2048 --vocab 131072
 
 Every mode takes the same rows from hidden states to a DPO loss over pairs and back, in a process of its own; modes are
-interleaved in every round. Losses and gradient norms are compared first. Memory is the peak of resident memory during
-forward and backward beyond what was resident before (weights and hidden states), so gradients are in it; on CUDA the
-same of the device's allocator. ``growth`` is memory added by the last doubling of tokens over logits added by it: 0
-where memory does not grow with tokens x vocabulary, 1 where one matrix of logits is kept.
+interleaved in every round, and none takes statistics beside. Losses and gradient norms are compared first. Memory is
+the peak of resident memory during forward and backward beyond what was resident before (weights and hidden states), so
+gradients are in it; on CUDA the same of the device's allocator. ``growth`` is memory added by the last doubling of
+tokens over logits added by it: 0 where memory does not grow with tokens x vocabulary, 1 where logits are kept once.
 
     eager      log_softmax and gather, autograd             eager-score   the same without gradients
     trl        TRL's chunked head, completion rows          frozen        ours, the head's weight frozen: 2 products
@@ -30,10 +30,21 @@ from torch import Tensor
 
 from cpt_kernels import build_loss, linear_logprobs, linear_preference_loss
 from cpt_kernels.ops.gather import segment_sum
-from cpt_kernels.ops.linear_preference import HeadOptions, Pairs
+from cpt_kernels.ops.linear_preference import Pairs
 
-from .timing import MIB, Channel, Contestant, add_output_options, finish, interleave, summarise, table
-from .timing import peak_mib, reset_peak, resident_mib
+from .timing import (
+    MIB,
+    Channel,
+    Contestant,
+    add_output_options,
+    finish,
+    interleave,
+    peak_mib,
+    reset_peak,
+    resident_mib,
+    summarise,
+    table,
+)
 
 _COMPLETION = 64  # tokens; a pair is two completions
 _LOSS = build_loss("sigmoid", beta=0.1)
@@ -57,14 +68,12 @@ def _eager(hidden: Tensor, weight: Tensor, targets: Tensor, pairs: Pairs) -> Ten
 def _trl(hidden: Tensor, weight: Tensor, targets: Tensor, pairs: Pairs) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
 
-    statistics = ("log_probs", "entropy", "mean_logits", "is_top1")  # as DPOTrainer asks for
-    logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, statistics)
+    logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs",))
     return _loss_of(logps, pairs)
 
 
 def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, pairs: Pairs, general: bool = False) -> Tensor:
-    options = HeadOptions(statistics=True)
-    return linear_preference_loss(hidden, weight, targets, pairs, _LOSS, options=options, general=general).loss
+    return linear_preference_loss(hidden, weight, targets, pairs, _LOSS, general=general).loss
 
 
 def _general(hidden: Tensor, weight: Tensor, targets: Tensor, pairs: Pairs) -> Tensor:
@@ -135,7 +144,9 @@ def work(spec: dict[str, Any]) -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() / MIB if cuda else peak_mib()
-        norms = {name: t.grad.double().norm().item() for name, t in (("dX", hidden), ("dW", weight)) if t.grad is not None}
+        norms = {
+            name: t.grad.double().norm().item() for name, t in (("dX", hidden), ("dW", weight)) if t.grad is not None
+        }
         channel.reply(seconds=seconds, mib=peak - before, results={"loss": loss.item(), **norms})
 
 

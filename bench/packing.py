@@ -32,9 +32,13 @@ from cpt_kernels.data.preparation import prepare
 
 from .timing import add_output_options, finish, table
 
+_ANSWER = "<answer>"  # ends a prompt: no token crosses the seam
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench packing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "bench packing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with prompt, model, response")
     parser.add_argument("--better", default="gpt4", help="model of the chosen responses")
     parser.add_argument("--worse", default="text_davinci_003", help="model of the rejected responses")
@@ -84,7 +88,7 @@ def train_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>"]
+    special = ["<pad>", "<eos>", _ANSWER]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -100,7 +104,7 @@ def pair(responses: Sequence[dict[str, Any]], better: str, worse: str) -> Datase
         answers.setdefault(row["prompt"], {})[row["model"]] = row["response"]
     return Dataset.from_list(
         [
-            {"prompt": prompt + "\n\n", "chosen": said[better], "rejected": said[worse]}
+            {"prompt": prompt + _ANSWER, "chosen": said[better], "rejected": said[worse]}
             for prompt, said in answers.items()
             if better in said and worse in said
         ]
@@ -108,13 +112,15 @@ def pair(responses: Sequence[dict[str, Any]], better: str, worse: str) -> Datase
 
 
 def measure(rows: Dataset, budget: int, ranks: int, epochs: int, max_length: int) -> dict[str, Any]:
-    """Pads, fill and imbalance of a budget and a number of ranks; fill and means over epochs, the worst of all steps."""
+    """Pads, fill and imbalance of one budget and number of ranks, over all epochs."""
     tokens = row_tokens(rows, max_length, "keep_start", True)
     collate = PackedCollator(max_length)
     samplers = [
         BatchSampler(tokens, max_tokens=budget, shuffle=True, seed=0, world_size=ranks, rank=rank)
         for rank in range(ranks)
     ]
+    for sampler in samplers:
+        sampler.plan_epochs(epochs)
     pads, seen, batches, imbalances = 0, 0, 0, []
     for epoch in range(epochs):
         for sampler in samplers:
@@ -171,8 +177,8 @@ def report(results: Sequence[dict[str, Any]], padded: float, options: argparse.N
     ]
     return "\n".join(
         [
-            f"pairs {options.better} > {options.worse} of {options.data.name}, {options.vocab} tokens trained on the text,"
-            f" max_length {options.max_length}, {options.epochs} epochs",
+            f"pairs {options.better} > {options.worse} of {options.data.name}; tokenizer of {options.vocab} trained on"
+            f" the text, max_length {options.max_length}, {options.epochs} epochs",
             "",
             table(header, lines),
             "",

@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(options.results.read_text())
     folder = options.out or options.results.parent
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [path for subject, draw in DRAWINGS.items() if subject in results for path in draw(results[subject], folder)]
+    drawn = [
+        path for subject, draw in DRAWINGS.items() if subject in results for path in draw(results[subject], folder)
+    ]
     print("\n".join(map(str, drawn)) or f"nothing to draw in {options.results}: it has {sorted(results)}")
 
 
@@ -86,7 +88,9 @@ def _colour(name: str, index: int) -> str:
 
 def _title(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "trl") if name in result["versions"])
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}" for name in ("torch", "trl") if name in result["versions"]
+    )
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     return f"{where}; {versions}; commit {result['commit']}, {result['date'][:10]}"
 

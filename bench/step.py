@@ -219,8 +219,8 @@ def report(names, options, shape, measured, predicted, agreement) -> str:
     lines = [
         f"Qwen2-shaped {dataclasses.asdict(shape)}, {options.lengths} lengths, {options.pairs} pairs a step,"
         f" {options.loss}, {precision} on {options.device}, gradient checkpointing {checkpointing}",
-        f"{options.steps} steps, the last {options.rounds} timed, one a round, rounds interleaved; predicted = GFLOP / ours,"
-        " GFLOP = 6 p tokens + 14 L Hq D attended + 2 H V rows x GEMMs of the head (4; ours 3), see bench/work.py",
+        f"{options.steps} steps, the last {options.rounds} timed, one a round, rounds interleaved; predicted = GFLOP /"
+        " ours; GFLOP = 6 p tokens + 14 L Hq D attended + 2 H V rows x GEMMs of the head (4; ours 3), bench/work.py",
         "",
         table(header, rows),
         "",

@@ -8,6 +8,7 @@ belong to a process. The parent sends it one line, the worker does that much and
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -56,10 +57,15 @@ class Contestant:
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
         )
-        self.hello = self._answer()
+
+    @functools.cached_property
+    def hello(self) -> dict[str, Any]:
+        """What the worker says once it is ready. Contestants that were made one after another get ready together."""
+        return self._answer()
 
     def ask(self, message: str) -> dict[str, Any]:
         """Send one line, wait for the answer."""
+        assert self.hello  # it is ready
         self.process.stdin.write(message + "\n")
         self.process.stdin.flush()
         return self._answer()
@@ -129,7 +135,7 @@ def resident_mib() -> float:
 
 
 def reset_peak() -> bool:
-    """Forget the peak so far. False where the kernel does not offer that: the peak is then the process's whole life's."""
+    """Forget the peak so far. False where the kernel does not offer that: the peak is the whole process's then."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -252,7 +258,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        )
         for row in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,7 +1,7 @@
 """Arithmetic of a training step, counted from lengths and the model's shape: what a ratio of times should be.
 
-Floating-point operations of forward and backward; p parameters of the layers' matrices, T tokens run, L layers, heads of
-size D, A attended (query, key) pairs, R rows of the head:
+Floating-point operations of forward and backward; p parameters of the layers' matrices, T tokens run, L layers, Hq
+heads of size D, A attended (query, key) pairs, R rows of the head, H x V its weight:
 
     layers      6 p T          (8 p T with gradient checkpointing)
     attention   14 L Hq D A    (18 with): 2 products forward, 5 backward
@@ -68,7 +68,9 @@ class Work:
     def flops(self, shape: Shape, gradient_checkpointing: bool = False) -> dict[str, float]:
         """Floating-point operations by part, and their ``total``."""
         layers = (8 if gradient_checkpointing else 6) * shape.layer_parameters * self.tokens
-        attention = (18 if gradient_checkpointing else 14) * shape.layers * shape.heads * shape.head_size * self.attended
+        attention = (
+            (18 if gradient_checkpointing else 14) * shape.layers * shape.heads * shape.head_size * self.attended
+        )
         head = 2 * self.head_rows * shape.hidden * shape.vocab * self.head_gemms
         return {"layers": layers, "attention": attention, "head": head, "total": layers + attention + head}
 

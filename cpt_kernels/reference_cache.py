@@ -41,7 +41,6 @@ Tokens = Sequence[int] | NDArray[np.integer]
 Sequences = Sequence[tuple[Tokens, Tokens]]  # (prompt ids, completion ids) of each
 
 _PENDING_BYTES = 1 << 28  # of unwritten values: a flush comes then at the latest
-_MERGED_FLUSHES = 64  # of one writer, into one shard
 _SMALL = 1 << 26  # bytes of a shard that is still merged with others
 _LARGEST = 1 << 28  # bytes of what they are merged into
 
@@ -100,7 +99,6 @@ class ReferenceCache:
         self._pending_since = 0.0
         self._pending_bytes = 0
         self._seen: set[str] = set()  # shards that were opened, or found damaged: neither is opened again
-        self._own: list[Shard] = []  # small shards of this writer
         self._index = Index()
         self.refresh()
 
@@ -230,13 +228,9 @@ class ReferenceCache:
             self._index = self._index.with_shards([shard])
             self._pending = {}  # only now, and not cleared: a reader looks here first, in the index next
             self._pending_bytes = 0
-            self._own.append(shard)
-            if len(self._own) >= _MERGED_FLUSHES:
-                self.merge(self._own)
-                self._own = []
 
     def merge(self, shards: Sequence[Shard]) -> None:
-        """Put the rows of small shards into few, then delete those; a long build would leave a file every 30 seconds.
+        """Put the rows of small shards into few, then delete those: a long build leaves a file every 30 seconds.
 
         A reader that holds one of them keeps its mapping of it (on a network file system only on the same machine: see
         that no other reads what is merged). Of two who merge the same, both keep all rows. A death on the way leaves

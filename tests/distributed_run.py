@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: trains and writes what rank 0 logged, and every rank's gradients of the first step."""
+"""One rank of test_distributed.py: trains, writes what rank 0 logged and each rank's gradients of the first step."""
 
 from __future__ import annotations
 

@@ -217,16 +217,14 @@ def test_a_group_beyond_the_budget_is_split(tmp_path):
 # --- Merging ---
 
 
-def test_a_writer_merges_its_flushes(tmp_path, monkeypatch):
-    monkeypatch.setattr("cpt_kernels.reference_cache._MERGED_FLUSHES", 8)
+def test_merging_keeps_every_row_and_the_mappings_of_readers(tmp_path):
     cache = ReferenceCache(tmp_path, FINGERPRINT, flush_seconds=0)
-    reader = ReferenceCache(tmp_path, FINGERPRINT)
     for seed in range(30):
         cache.add(*make_row(seed))
-        if seed == 20:
-            reader.refresh()
-    assert len(list((tmp_path / FINGERPRINT).glob("*.arrow"))) == 3 + 30 % 8
-    assert found(reader, range(30)) == list(range(21)), "its mappings outlive the files"
+    reader = ReferenceCache(tmp_path, FINGERPRINT)
+    cache.merge(cache.shards)
+    assert len(list((tmp_path / FINGERPRINT).glob("*.arrow"))) == 1
+    assert found(reader, range(30)) == list(range(30)), "its mappings outlive the files"
     reader.refresh()
     for one in (cache, reader, ReferenceCache(tmp_path, FINGERPRINT)):
         assert found(one, range(30)) == list(range(30))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from architectures import VOCAB, tiny_model
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from architectures import VOCAB, tiny_model
 from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
 
 STEPS = 20

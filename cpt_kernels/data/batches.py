@@ -98,7 +98,7 @@ def pack_rows(
     """Pack whole rows into micro-batches of at most ``budget`` tokens; their number is a multiple of ``multiple``.
 
     Windows of rows are packed by best fit, longest first. What is less than 97 % full goes back into the next window,
-    so only the end of the epoch has to live with gaps: there, rows are spread evenly over the last ``multiple``.
+    so only the end of the epoch has to live with gaps, which all ranks share.
     """
     window = max(1, int(_WINDOW_BATCHES * budget / max(1.0, tokens[rows].mean()))) if len(rows) else 1
     full: list[list[int]] = []
@@ -111,13 +111,31 @@ def pack_rows(
         if random is not None:
             random.shuffle(done)  # best fit leaves the longest rows in the first
         full += done
-    last = _best_fit(rest, tokens, budget)
-    # Ranks step together: the last step's micro-batches share its rows evenly instead of leaving the gaps to one rank.
-    loose = (len(full) + len(last)) % multiple
-    while loose:
-        last.append([])
-        loose = (len(full) + len(last)) % multiple
-    return full + _even(last, tokens, budget)
+    return _with_even_end(full, _best_fit(rest, tokens, budget), tokens, budget, multiple)
+
+
+def _with_even_end(
+    full: list[list[int]], last: list[list[int]], tokens: NDArray[np.int64], budget: int, multiple: int
+) -> list[list[int]]:
+    """``full + last`` and empty ones up to a multiple, the last steps' rows spread evenly over their micro-batches.
+
+    Ranks step together, and all gaps are at the end. Where what is left is too little to share, the full steps before
+    it are taken along, two at most.
+    """
+    best: list[list[int]] = []
+    smallest_gap = np.inf
+    for steps_back in range(3):
+        whole = max(len(full) // multiple - steps_back, 0) * multiple
+        end = full[whole:] + last
+        end = _even(end + [[]] * (-len(end) % multiple), tokens, budget)
+        end.sort(key=lambda batch: -tokens[batch].sum())  # a step's micro-batches are neighbours
+        loads = np.array([tokens[batch].sum() for batch in end]).reshape(-1, multiple)
+        gap = np.max((loads.max(axis=1) - loads.min(axis=1)) / loads.max(axis=1), initial=0.0)
+        if gap < smallest_gap:
+            best, smallest_gap = full[:whole] + end, gap
+        if smallest_gap <= 1 - _FULL:
+            break
+    return best
 
 
 def split_to(batches: list[list[int]], count: int) -> list[list[int]]:

@@ -1,0 +1,142 @@
+"""Every benchmark runs at toy size, prints its table, and ends with one line of JSON that has what it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import timing
+from bench.work import Shape, packed, padded
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def bench(*arguments: str) -> tuple[str, dict]:
+    """The text and the last line's JSON of ``python -m bench ...``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # toy sizes; the tests run beside each other
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *text, last = done.stdout.rstrip().splitlines()
+    result = json.loads(last)
+    assert {"machine", "versions", "commit"} <= set(result)
+    return "\n".join(text), result
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="the peer is not installed: pip install trl==1.16.0"
+)
+def test_step(tmp_path) -> None:
+    out = tmp_path / "result.json"
+    text, result = bench("step", "--quick", "--peers", "trl", "--json", out)
+    for word in ("ours", "trl", "s/step", "quartiles", "peak MiB", "predicted"):
+        assert word in text
+    assert result["ratio_trl"] > 0 and result["memory_ratio_trl"] > 0 and result["predicted_ratio_trl"] > 1
+    assert result["max_loss_difference"] < 1e-4 and result["max_margin_difference"] < 1e-3
+    saved = json.loads(out.read_text())["step"]
+    assert len(saved["measured"]["trl"]["metrics"]) == saved["options"]["steps"]
+    assert plotted(out, tmp_path) == ["step.png", "step.svg"]
+
+
+def test_head(tmp_path) -> None:
+    out = tmp_path / "result.json"
+    text, result = bench("head", "--quick", "--modes", "trained,eager", "--json", out)
+    assert "one matrix of logits" in text
+    assert set(result["growth"]) == {"trained", "eager"}
+    assert result["growth"]["trained"] < 0.5 < result["growth"]["eager"]
+    assert plotted(out, tmp_path) == ["head.png", "head.svg"]
+
+
+def test_packing(tmp_path) -> None:
+    words = random.Random(0)
+
+    def text(longest: int) -> str:
+        return " ".join(words.choice(["alpha", "beta", "gamma", "delta"]) for _ in range(words.randint(1, longest)))
+
+    data = tmp_path / "responses.jsonl"
+    rows = [
+        {"prompt": prompt, "model": model, "response": text(80)}
+        for prompt in [f"{number} {text(20)}" for number in range(60)]
+        for model in ("strong", "weak")
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    table, result = bench(
+        "packing",
+        "--data",
+        data,
+        "--better",
+        "strong",
+        "--worse",
+        "weak",
+        "--quick",
+        "--budget",
+        "512",
+        "--vocab",
+        "400",
+    )
+    assert "imbalance" in table
+    assert result["pads"] == 0 and 0.5 < result["fill"] <= 1
+    assert 0 <= result["imbalance_mean"] <= result["imbalance_worst"] < 1
+
+
+def plotted(result: Path, folder: Path) -> list[str]:
+    from bench import plot
+
+    plot.main([str(result), "--out", str(folder / "pictures")])
+    return sorted(path.name for path in (folder / "pictures").iterdir())
+
+
+def test_usage_and_unknown_subject() -> None:
+    for arguments, code in (([], 0), (["nothing"], 2)):
+        done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and "usage" in done.stdout
+
+
+def test_a_worker_that_fails_says_why() -> None:
+    contestant = timing.Contestant("nobody", "bench.trainers", {"device": "cpu", "side": "nobody"})
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        contestant.ask("step")
+    contestant.close()
+
+
+def test_results_of_subjects_share_a_file(tmp_path) -> None:
+    path = tmp_path / "machine" / "day.json"
+    for subject, value in (("step", 1), ("head", 2), ("step", 3)):
+        timing.write_result(subject, {"value": value}, path)
+    assert json.loads(path.read_text()) == {"step": {"value": 3}, "head": {"value": 2}}
+    assert timing.result_path().parent.parent == timing.RESULTS
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    assert timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert timing.summarise([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+
+
+def test_work_of_a_step_counted_by_hand() -> None:
+    pairs = [(3, 2, 1), (1, 1, 4)]  # prompt, chosen, rejected
+    ours = packed(pairs)
+    assert ours.tokens == (3 + 2 + 1) + (1 + 1 + 4)
+    assert ours.attended == (5 * 6 // 2 + 1 * 3 + 1) + (2 * 3 // 2 + 4 * 1 + 4 * 5 // 2)
+    assert (ours.head_rows, ours.head_gemms) == (8, 3)
+    assert packed(pairs, share_prompts=False).tokens == ours.tokens + 3 + 1
+    trl = padded(pairs, completion_rows_only=False)
+    assert (trl.tokens, trl.attended, trl.head_rows, trl.head_gemms) == (4 * 5, 4 * 15, 4 * 4, 4)
+    assert padded(pairs, completion_rows_only=True).head_rows == 8
+    shape = Shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10)
+    assert shape.layer_parameters == 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    flops = ours.flops(shape)
+    assert flops["layers"] == 6 * shape.layer_parameters * ours.tokens
+    assert flops["attention"] == 14 * 2 * 8 * ours.attended
+    assert flops["head"] == 2 * 8 * 8 * 10 * 3
+    assert flops["total"] == flops["layers"] + flops["attention"] + flops["head"]
