@@ -28,6 +28,8 @@ from cpt_kernels.data.collate import PackedBatch, PackedCollator
 from cpt_kernels.losses import Loss, PairLogps, build_loss
 from cpt_kernels.model import PackedModel, Scores
 
+torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
+
 Row = dict[str, Any]
 Key = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt, completion)
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpt_kernels.losses import Loss, PairLogps, build_loss
 from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_preference_loss
 
+torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
+
 # Units: completion lengths, and pairs (chosen, target, rejected) among them. One-token completions, one without a pair.
 UNITS: list[tuple[list[int], list[tuple[int, int, int]]]] = [
     ([1, 4], [(0, 0, 1)]),

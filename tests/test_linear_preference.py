@@ -10,7 +10,7 @@ from heads import UNITS, CountProducts, Head, peak_memory
 from numerics import assert_close
 
 from cpt_kernels.losses import PairLogps, build_loss, user_loss
-from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
+from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
 from cpt_kernels.ops.vocab_score import vocab_score
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -115,16 +115,16 @@ def test_columns_that_are_masked_with_minus_infinity(mode):
     unused = torch.ones(head.columns, dtype=torch.bool)
     unused[head.targets] = False
     head.tensors["bias"][unused.nonzero()[::3, 0]] = -torch.inf
-    trained = ("hidden", "weight")  # the reference of a bias of -inf is its gradient alone
-    found = replace_tensors(head, trained, mode).run(FP32, general=mode == GENERAL)
-    eager, reference = (replace_tensors(head, trained, mode).eager(dtype, FP32) for dtype in (FP32, FP64))
+    head = _trained(head, ("hidden",) if mode == FROZEN else ("hidden", "weight"))
+    found = head.run(FP32, general=mode == GENERAL)
+    eager, reference = (head.eager(dtype, rounded=FP32) for dtype in (FP32, FP64))
     for name in eager:
         assert_close(found[name], eager[name], reference[name], name)
 
 
-def replace_tensors(head: Head, trained: tuple[str, ...], mode: str) -> Head:
+def _trained(head: Head, trained: tuple[str, ...]) -> Head:
     """The same problem with other leaves trained; ``replace`` would draw its tensors again."""
-    other = replace(head, trained=("hidden",) if mode == FROZEN else trained)
+    other = replace(head, trained=trained)
     other.tensors = head.tensors
     return other
 
@@ -355,9 +355,6 @@ def test_memory_that_was_not_written_is_not_read(mode, dtype):
     _check(Head().tile(7, dtype.itemsize), mode, dtype)
 
 
-# -- errors ---
-
-
 def test_shapes_that_do_not_fit():
     hidden, weight, targets = torch.zeros(5, 4), torch.zeros(7, 4), torch.zeros(5, dtype=torch.int64)
     for arguments in ((hidden, weight[:, :3], targets), (hidden[0], weight, targets), (hidden, weight, targets[:4])):
@@ -397,4 +394,4 @@ def test_pairs_numbers_of_a_part():
         for name in ("chosen", "rejected", "target", "chosen_length", "rejected_length", "ref_chosen", "ref_rejected"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]])
         completion, pair = last
-    assert isinstance(pairs, Pairs) and (completion, pair) == (len(head.lengths), len(head.chosen))
+    assert (completion, pair) == (len(head.lengths), len(head.chosen))
