@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,9 @@ def _run(folder: Path, rows: int, valued: int, tokens: int) -> dict:
     print(f"{'':38}{'fill MB/s':>10}{'open s':>9}{'MB':>7}{'look-ups/s':>13}{'per CPU s':>13}")
     result: dict = {"rows": rows, "valued": valued, "tokens": tokens, "cpus": os.cpu_count()}
     for name, store in STORES.items():
+        if store is LMDB and find_spec("lmdb") is None:
+            print(f"{store.name:38}not installed")
+            continue
         place = folder / ("Ours" if store is OursByTokens else name)
         place.mkdir(exist_ok=True)
         filled = {} if store is OursByTokens else _measure("fill", name, place, valued, tokens)
