@@ -16,6 +16,7 @@ from importlib import import_module
 COMMANDS = {
     "train": (".run", "train a model on preference pairs or on their chosen side"),
     "cache": (".cache_tool", "build, look into, check, prune, export and import reference log-probs"),
+    "generate": (".generate_tool", "responses of a model, local or behind an endpoint, to a set of prompts"),
     "demo": (".demo", "train a small model by SFT and then DPO, on data made here; no network needed"),
 }
 # Those who call a user's mistake ValueError. The same from torch or numpy is a mistake of ours.
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: cpt COMMAND [...]\n")
         for name, (_, help) in COMMANDS.items():
-            print(f"  cpt {name:8}{help}")
+            print(f"  cpt {name:10}{help}")
         print("\n  cpt COMMAND --help shows its options")
         return 0 if argv else 2
     command, *rest = argv

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: Samplin
         ids = tokenizer(prompt.content, verbose=False)["input_ids"]
         # Some tokenizers end every text with eos, after which there is nothing to say.
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in prompt.template_kwargs:
+    template_kwargs = {**sampling.template_kwargs, **prompt.template_kwargs}
+    if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in template_kwargs:
         return Failure("no chat template", "the prompt is a conversation, but the tokenizer has no chat template")
     try:
         return tokenizer.apply_chat_template(
@@ -80,36 +82,35 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: Samplin
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            **prompt.template_kwargs,
+            **template_kwargs,
         )["input_ids"]
     except (TemplateError, TypeError) as error:
         return Failure("not for the chat template", f"{type(error).__name__}: {error}")
 
 
-class _Encoded:
-    """Tokens of the requests' prompts, each prompt once; those that cannot be answered are recorded as failures."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        context: int | None,
-        record: Record,
-    ) -> None:
-        by_prompt: dict[str, list[int] | Failure] = {}
-        self.ids: dict[int, list[int]] = {}
-        failed = []
-        for index, (prompt, _) in enumerate(requests):
-            if prompt.key not in by_prompt:
-                by_prompt[prompt.key] = _check_length(encode(tokenizer, prompt, sampling), sampling, context)
-            ids = by_prompt[prompt.key]
-            if isinstance(ids, Failure):
-                failed.append((index, ids))
-            else:
-                self.ids[index] = ids
-        if failed:
-            record(failed)
+def _encode_all(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    context: int | None,
+    record: Record,
+    answered: Container[int],
+) -> dict[int, list[int]]:
+    """Tokens of every request's prompt, answered or not; what cannot be answered is recorded as a failure."""
+    by_prompt: dict[str, list[int] | Failure] = {}
+    encoded: dict[int, list[int]] = {}
+    failed = []
+    for index, (prompt, _) in enumerate(requests):
+        if prompt.key not in by_prompt:
+            by_prompt[prompt.key] = _check_length(encode(tokenizer, prompt, sampling), sampling, context)
+        ids = by_prompt[prompt.key]
+        if not isinstance(ids, Failure):
+            encoded[index] = ids
+        elif index not in answered:
+            failed.append((index, ids))
+    if failed:
+        record(failed)
+    return encoded
 
 
 def _check_length(ids: list[int] | Failure, sampling: Sampling, context: int | None) -> list[int] | Failure:
@@ -163,7 +164,7 @@ class LocalModel:
             ValueError: a batch does not fit into memory. What was recorded stands.
         """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        encoded = _Encoded(self.tokenizer, requests, self.sampling, context, record).ids
+        encoded = _encode_all(self.tokenizer, requests, self.sampling, context, record, answered)
         order = sorted(encoded, key=lambda index: -len(encoded[index]))
         with _generating(self.model, self._generation_config()):
             for start in range(0, len(order), self.batch_size):
@@ -262,3 +263,59 @@ def _generating(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     finally:
         model.generation_config = own
         model.train(was_training)
+
+
+# --- vLLM ---
+
+
+class VllmModel:
+    """vLLM's engine on prompts that are tokenised as for a transformers model.
+
+    Args:
+        name: folder or hub name of the model.
+        batch_size: responses between two writes of the file; the engine itself runs as many at a time as it can.
+        options: for ``vllm.LLM``.
+
+    Raises:
+        ValueError: the vllm package is missing.
+    """
+
+    def __init__(
+        self, name: str, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 1024, **options: Any
+    ) -> None:
+        if find_spec("vllm") is None:
+            raise ValueError("--backend vllm needs the vllm package: pip install vllm")
+        from vllm import LLM
+
+        self.llm = LLM(model=name, **options)
+        self.tokenizer, self.sampling, self.batch_size = tokenizer, sampling, batch_size
+
+    def answer(self, requests: Sequence[Request], record: Record, answered: Container[int] = ()) -> None:
+        """Answer the requests that are not ``answered``."""
+        context = self.llm.llm_engine.model_config.max_model_len
+        encoded = _encode_all(self.tokenizer, requests, self.sampling, context, record, answered)
+        order = [index for index in encoded if index not in answered]
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            prompts = [{"prompt_token_ids": encoded[index]} for index in batch]
+            outputs = self.llm.generate(prompts, [self._params(requests[index]) for index in batch], use_tqdm=False)
+            record([(index, self._read(output)) for index, output in zip(batch, outputs)])
+
+    def _params(self, request: Request) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k or -1,
+            stop=list(self.sampling.stop),
+            seed=request.seed(self.sampling),
+        )
+
+    @staticmethod
+    def _read(output: Any) -> Answer:
+        (completion,) = output.outputs
+        return Answer(
+            completion.text, completion.finish_reason, len(output.prompt_token_ids), len(completion.token_ids)
+        )

@@ -1,4 +1,4 @@
-"""What is asked of a model: prompts, how to sample, and what makes two requests the same.
+"""What is asked of a model: the prompts of a dataset, how to sample, and what makes two requests the same.
 
 No tokenizer and no model here, so that an endpoint can be asked without them.
 """
@@ -6,14 +6,18 @@ No tokenizer and no model here, so that an endpoint can be asked without them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
-Text = str | list  # plain text, or chat messages: a list of {"role": ..., "content": ...}
+from .data.formats import READ_COLUMNS, Form, RowError, Text, parse_prompt, parse_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Sampling:
     seed: int | None = 0  # None leaves the seed to an endpoint
     chat: bool = False  # a text prompt is a user's turn in the chat template; messages always go through it
     system_prompt: str | None = None  # for conversations that do not start with one of their own
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for the chat template; a row's own come first
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
@@ -61,14 +66,20 @@ class Prompt:
     @cached_property
     def key(self) -> str:
         """32 hex digits: the same for the same prompt, wherever it comes from."""
-        parts = [self.content, self.tools, dict(self.template_kwargs)]
-        return xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
+        content = self.content if isinstance(self.content, str) else [without_nulls(turn) for turn in self.content]
+        parts = [content, self.tools, dict(self.template_kwargs)]
+        return xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
     def messages(self, system_prompt: str | None = None) -> list[dict]:
         """The prompt as a conversation; text is a user's turn."""
         turns = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else list(self.content)
         has_own = turns and turns[0]["role"] in ("system", "developer")
         return turns if system_prompt is None or has_own else [{"role": "system", "content": system_prompt}, *turns]
+
+
+def without_nulls(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as its author wrote it: Arrow gives every message of a column the keys of all."""
+    return {name: value for name, value in turn.items() if value is not None}
 
 
 class Request(NamedTuple):
@@ -102,3 +113,63 @@ class Failure(NamedTuple):
 
 # Called with finished requests, by their position among those asked, as they come.
 Record = Callable[[Sequence[tuple[int, Answer | Failure]]], None]
+
+
+# --- Prompts of a dataset ---
+
+# The completions of these forms tell what the prompt is: it may be their common start.
+_WITH_COMPLETIONS = {
+    Form.PREFERENCE: ("chosen", "rejected"),
+    Form.RANKED: ("prompt", "completions"),
+    Form.SUPERVISED: ("prompt", "completion"),
+}
+_ALONE = ("prompt", "instruction", "messages")
+
+
+def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prompt | None], Counter[str]]:
+    """The prompt of every row, as training reads it; and how many rows have none, by reason.
+
+    Args:
+        dataset: rows with a column of text or messages, or with completions as for training.
+        column: where the prompts are. None: what comes before the completions; else ``prompt``, ``instruction`` or
+            ``messages``.
+
+    Raises:
+        ValueError: no such column, or none in which prompts are to be expected.
+    """
+    names = set(dataset.column_names)
+    form = None if column else next((form for form, has in _WITH_COMPLETIONS.items() if names.issuperset(has)), None)
+    if form is None:
+        column = _find_column(names, column)
+    prompts: list[Prompt | None] = []
+    dropped: Counter[str] = Counter()
+    for row in dataset.select_columns(sorted(names & {*READ_COLUMNS, column, "input"})):
+        if column == "instruction" and row.get("input"):
+            raise ValueError("the column `input` adds to `instruction`: join them into a column `prompt` first")
+        try:
+            example = parse_row(row, form) if form else parse_prompt(row, column)
+            prompts.append(Prompt(example.prompt, example.tools, example.template_kwargs))
+        except RowError as error:
+            prompts.append(None)
+            dropped[error.reason] += 1
+    return prompts, dropped
+
+
+def _find_column(names: Iterable[str], column: str | None) -> str:
+    found = next((name for name in ([column] if column else _ALONE) if name in names), None)
+    if found is None:
+        wanted = f"`{column}`" if column else "`chosen` and `rejected`, `prompt`, `instruction` or `messages`"
+        raise ValueError(f"the dataset has the columns {', '.join(sorted(names))}; prompts are expected in {wanted}")
+    return found
+
+
+def as_completion(row: Mapping[str, Any], prompt: Prompt, text: str) -> Text:
+    """A response in the form of the row's completions, so that it can stand in a column beside them."""
+    sides = [row.get("chosen"), row.get("completion"), *(row.get("completions") or ())]
+    side = next((side for side in sides if side is not None), None)
+    is_chat = not isinstance(prompt.content if side is None else side, str)
+    own: Text = [{"role": "assistant", "content": text}] if is_chat else text
+    given = row.get("prompt")
+    # Completions without a prompt beside them, or beside one that only repeats their start, hold the whole of it.
+    is_whole = side is not None and (given is None or isinstance(given, str) == is_chat)
+    return prompt.content + own if is_whole else own

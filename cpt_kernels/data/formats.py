@@ -23,6 +23,7 @@ IDENTICAL = "identical sides"
 TIED = "tied scores"
 NO_ASSISTANT = "no assistant turn"
 MALFORMED = "malformed row"
+NO_PROMPT = "no prompt"
 
 # The renderer is called with these by us; from the data they would change what is tokenised.
 _RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
@@ -129,6 +130,20 @@ def parse_row(row: Mapping[str, Any], form: Form, target_column: str | None = No
         if _is_empty(side):  # a conversation whose last turn says nothing
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
     return Example(prompt, sides, scores, target_column is not None, _read_tools(row), _read_template_kwargs(row))
+
+
+def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
+    """A prompt without completions; of a whole conversation all but the assistant's last turn.
+
+    Raises:
+        RowError: there is none, or it cannot be used; the error says why.
+    """
+    prompt = _read_text(column, row.get(column))
+    if column == "messages" and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    if _is_empty(prompt):
+        raise RowError(NO_PROMPT, f"`{column}` without text")
+    return Example(prompt, [], [], tools=_read_tools(row), template_kwargs=_read_template_kwargs(row))
 
 
 def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, int]]:

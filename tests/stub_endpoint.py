@@ -1,0 +1,131 @@
+"""An OpenAI-compatible endpoint on 127.0.0.1 that misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+# What it does to the n-th try (from 0) for a prompt: one of the names in _Handler._FAULTS, or None to answer.
+Plan = Callable[[str, int], str | None]
+
+
+class StubEndpoint:
+    """A context manager. `asked` lists the bodies of all requests, `tries` counts them and `delivered` the good replies
+    by (prompt, seed)."""
+
+    def __init__(self, plan: Plan = lambda prompt, attempt: None, headers: dict[str, str] | None = None) -> None:
+        self.plan, self.headers = plan, headers or {}
+        self.lock = threading.Lock()
+        self.asked: list[dict] = []
+        self.keys: set[str | None] = set()
+        self.tries: Counter = Counter()
+        self.delivered: Counter = Counter()
+        self.running = self.most_running = 0
+        self.stopping = threading.Event()
+
+    def __enter__(self) -> StubEndpoint:
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self.server.daemon_threads, self.server.stub = True, self
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stopping.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def prompts(self) -> list[str]:
+        return [prompt_of(body) for body in self.asked]
+
+
+def prompt_of(body: dict) -> str:
+    return body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+
+
+def answer_to(prompt: str, seed: int | None) -> str:
+    return f"an answer to {prompt} ({seed})"
+
+
+def faults(kinds: Sequence[str | None]) -> Plan:
+    """The n-th try of every prompt meets the n-th of these; later ones are answered."""
+    return lambda prompt, attempt: kinds[attempt] if attempt < len(kinds) else None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        stub: StubEndpoint = self.server.stub
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        identity = (prompt_of(body), body.get("seed"))
+        with stub.lock:
+            stub.asked.append(body)
+            stub.keys.add(self.headers["authorization"])
+            attempt = stub.tries[identity]
+            stub.tries[identity] += 1
+            stub.running += 1
+            stub.most_running = max(stub.most_running, stub.running)
+        try:
+            fault = stub.plan(identity[0], attempt)
+            if fault is not None:
+                self._FAULTS[fault](self)
+                return
+            self._send(200, self._reply(body, *identity))
+            with stub.lock:
+                stub.delivered[identity] += 1
+        finally:
+            with stub.lock:
+                stub.running -= 1
+
+    def _reply(self, body: dict, prompt: str, seed: int | None) -> dict:
+        text = answer_to(prompt, seed)
+        content = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split()), "total_tokens": 0}
+        return {"id": "x", "choices": [{"index": 0, "finish_reason": "stop", **content}], "usage": usage}
+
+    def _send(self, status: int, body: dict | str, kind: str = "application/json", cut: int = 0, **headers) -> None:
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        for name, value in {"content-type": kind, "content-length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data[: len(data) - cut])
+        if cut:
+            self._drop()
+
+    def _drop(self) -> None:
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.close()
+
+    def _error(self, status: int, message: str, code: str | None = None, **headers) -> None:
+        error = {"message": message, "type": "x", "code": code}
+        self._send(status, {"error": error}, **headers, **(self.server.stub.headers if status == 429 else {}))
+
+    _FAULTS = {
+        "429": lambda self: self._error(429, "slow down"),
+        "quota": lambda self: self._error(429, "no money left", "insufficient_quota"),
+        "500": lambda self: self._error(500, "oh"),
+        "503": lambda self: self._send(503, "<html>down</html>", "text/html"),
+        "400": lambda self: self._error(400, "the prompt is too long"),
+        "401": lambda self: self._error(401, f"wrong key {self.headers['authorization']}"),
+        "404": lambda self: self._error(404, "no such model"),
+        "drop": lambda self: self._drop(),
+        "cut": lambda self: self._send(200, {"choices": [{"message": {"content": "half"}}]}, cut=10),
+        "malformed": lambda self: self._send(200, '{"choices": [{"mess'),
+        "no JSON": lambda self: self._send(200, "<html>hello</html>", "text/html"),
+        "no choices": lambda self: self._send(200, {"error": {"message": "overloaded"}, "choices": None}),
+        "odd choices": lambda self: self._send(200, {"choices": [{"message": None}]}),
+        "filtered": lambda self: self._send(
+            200, {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
+        ),
+        "hang": lambda self: self.server.stub.stopping.wait(30),
+    }
