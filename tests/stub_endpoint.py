@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# What it does to the n-th try (from 0) for a prompt: one of the names in _Handler._FAULTS, or None to answer.
+# What it does to the n-th try (from 0) for a prompt: one of the names in _FAULTS, or None to answer.
 Plan = Callable[[str, int], str | None]
 
 
@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             fault = stub.plan(identity[0], attempt)
             if fault is not None:
-                self._FAULTS[fault](self)
+                _FAULTS[fault](self)
                 return
             self._send(200, self._reply(body, *identity))
             with stub.lock:
@@ -110,22 +110,23 @@ class _Handler(BaseHTTPRequestHandler):
         error = {"message": message, "type": "x", "code": code}
         self._send(status, {"error": error}, **headers, **(self.server.stub.headers if status == 429 else {}))
 
-    _FAULTS = {
-        "429": lambda self: self._error(429, "slow down"),
-        "quota": lambda self: self._error(429, "no money left", "insufficient_quota"),
-        "500": lambda self: self._error(500, "oh"),
-        "503": lambda self: self._send(503, "<html>down</html>", "text/html"),
-        "400": lambda self: self._error(400, "the prompt is too long"),
-        "401": lambda self: self._error(401, f"wrong key {self.headers['authorization']}"),
-        "404": lambda self: self._error(404, "no such model"),
-        "drop": lambda self: self._drop(),
-        "cut": lambda self: self._send(200, {"choices": [{"message": {"content": "half"}}]}, cut=10),
-        "malformed": lambda self: self._send(200, '{"choices": [{"mess'),
-        "no JSON": lambda self: self._send(200, "<html>hello</html>", "text/html"),
-        "no choices": lambda self: self._send(200, {"error": {"message": "overloaded"}, "choices": None}),
-        "odd choices": lambda self: self._send(200, {"choices": [{"message": None}]}),
-        "filtered": lambda self: self._send(
-            200, {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
-        ),
-        "hang": lambda self: self.server.stub.stopping.wait(30),
-    }
+
+_FAULTS: dict[str, Callable[[_Handler], object]] = {
+    "429": lambda http: http._error(429, "slow down"),
+    "quota": lambda http: http._error(429, "no money left", "insufficient_quota"),
+    "500": lambda http: http._error(500, "oh"),
+    "503": lambda http: http._send(503, "<html>down</html>", "text/html"),
+    "400": lambda http: http._error(400, "the prompt is too long"),
+    "401": lambda http: http._error(401, f"wrong key {http.headers['authorization']}"),
+    "404": lambda http: http._error(404, "no such model"),
+    "drop": lambda http: http._drop(),
+    "cut": lambda http: http._send(200, {"choices": [{"message": {"content": "half"}}]}, cut=10),
+    "malformed": lambda http: http._send(200, '{"choices": [{"mess'),
+    "no JSON": lambda http: http._send(200, "<html>hello</html>", "text/html"),
+    "no choices": lambda http: http._send(200, {"error": {"message": "overloaded"}, "choices": None}),
+    "odd choices": lambda http: http._send(200, {"choices": [{"message": None}]}),
+    "filtered": lambda http: http._send(
+        200, {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
+    ),
+    "hang": lambda http: http.server.stub.stopping.wait(30),
+}
