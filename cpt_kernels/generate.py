@@ -218,7 +218,7 @@ class LocalModel:
         end = next((i for i, token in enumerate(row) if token in self.ends), None)
         if end is not None:
             return row[: end + 1]
-        while row and row[-1] == self.pad:
+        while self.sampling.stop and row and row[-1] == self.pad:
             row = row[:-1]
         return row
 
@@ -227,7 +227,7 @@ class LocalModel:
         is_text = isinstance(prompt.content, str) and not self.sampling.chat
         text = _decode(self.tokenizer, prompt_ids, ids[:-1] if has_ended else ids, is_text)
         stops = [text.index(stop) for stop in self.sampling.stop if stop in text]
-        reason = "stop" if has_ended or stops else "length"
+        reason = "stop" if has_ended or stops or len(ids) < self.sampling.max_new_tokens else "length"
         return Answer(text[: min(stops)] if stops else text, reason, len(prompt_ids), len(ids))
 
 
