@@ -7,7 +7,7 @@ over all requests, answered or not, so that a run which was killed repeats the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -165,15 +165,25 @@ class LocalModel:
         """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         encoded = _encode_all(self.tokenizer, requests, self.sampling, context, record, answered)
-        order = sorted(encoded, key=lambda index: -len(encoded[index]))
         with _generating(self.model, self._generation_config()):
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                wanted = [index for index in batch if index not in answered]
-                if wanted:  # the whole batch, even for one: the same shapes give the same numbers
-                    seeds = [requests[index].seed(self.sampling) for index in batch]
-                    rows = dict(zip(batch, self._generate([encoded[index] for index in batch], seeds)))
-                    record([(i, self._read(requests[i].prompt, encoded[i], rows[i])) for i in wanted])
+            for batch in self._plan(encoded, answered):
+                seeds = [requests[index].seed(self.sampling) for index in batch]
+                rows = zip(batch, self._generate([encoded[index] for index in batch], seeds))
+                record([(i, self._read(requests[i].prompt, encoded[i], row)) for i, row in rows if i not in answered])
+
+    def _plan(self, encoded: Mapping[int, list[int]], answered: Container[int]) -> list[list[int]]:
+        """Batches of requests, longest first: those of an undisturbed run that are not done, since the same shapes give
+        the same numbers. A killed run leaves one of them half done, which is repeated as a whole. Where more are half
+        done, other prompts were asked then, and only what is missing is planned."""
+        order = sorted(encoded, key=lambda index: -len(encoded[index]))
+        batches = self._split(order)
+        done = [sum(index in answered for index in batch) for batch in batches]
+        if sum(0 < count < len(batch) for count, batch in zip(done, batches)) > 1:
+            return self._split([index for index in order if index not in answered])
+        return [batch for count, batch in zip(done, batches) if count < len(batch)]
+
+    def _split(self, order: list[int]) -> list[list[int]]:
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
     def _generation_config(self) -> GenerationConfig:
         return GenerationConfig(

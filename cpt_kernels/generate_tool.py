@@ -95,7 +95,7 @@ class _Run:
             started = time.perf_counter()
             try:
                 # disable=None: no bar where there is no terminal.
-                with tqdm(total=len(self.requests), initial=self.skipped, unit="response", disable=None) as bar:
+                with tqdm(total=len(self.requests), initial=self.skipped, unit=" responses", disable=None) as bar:
                     backend.answer(self.requests, lambda results: self._record(results, file, bar), answered)
             finally:
                 self.seconds = time.perf_counter() - started
@@ -279,6 +279,8 @@ def _parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
             raise ValueError(
                 f"--{given[0]} has no effect with --backend {args.backend}, only with {' or '.join(backends)}"
             )
+    if args.n > 1 and args.temperature == 0:
+        raise ValueError(f"--n {args.n} with --temperature 0 would give the same response {args.n} times")
     if args.device is not None and "device_map" in args.model_kwargs:
         raise ValueError("--device and the device_map of --model_kwargs are two ways to say the same: leave one out")
     return args

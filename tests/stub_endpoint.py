@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,8 +28,8 @@ class StubEndpoint:
         self.stopping = threading.Event()
 
     def __enter__(self) -> StubEndpoint:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self.server.daemon_threads, self.server.stub = True, self
+        self.server = _Server(("127.0.0.1", 0), _Handler)
+        self.server.stub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
@@ -53,6 +54,14 @@ def answer_to(prompt: str, seed: int | None) -> str:
 def faults(kinds: Sequence[str | None]) -> Plan:
     """The n-th try of every prompt meets the n-th of these; later ones are answered."""
     return lambda prompt, attempt: kinds[attempt] if attempt < len(kinds) else None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # who asked has been killed meanwhile, or we hung up
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -41,6 +41,14 @@ def test_greedy_is_the_models_own(model, tokenizer):
         assert text.startswith(" w"), "a continued text keeps its space"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "qwen3", "gpt_neox", "phi"])
+def test_padding_does_not_count(tokenizer, name):
+    """Windows and learned positions, with pads on the left."""
+    other = tiny_model(name)
+    alone = generate_local(other, tokenizer, PROMPTS, DRAWN, batch_size=1)
+    assert generate_local(other, tokenizer, PROMPTS, DRAWN, batch_size=6) == alone
+
+
 @pytest.mark.parametrize("sampling", [DRAWN, Sampling(max_new_tokens=12, top_k=5, top_p=0.8)])
 def test_a_response_depends_on_nothing_beside_it(model, tokenizer, sampling):
     alone = {prompt: generate_local(model, tokenizer, [prompt], sampling, n=3, batch_size=1) for prompt in PROMPTS}
@@ -179,13 +187,26 @@ def test_a_killed_run_repeats_its_batches(model, tokenizer, monkeypatch):
     monkeypatch.setattr(LocalModel, "_generate", generate)
     requests = [Request(Prompt(prompt), sample) for prompt in PROMPTS for sample in range(2)]
     results = []
-    for answered in ((), {0, 1, 2, 3, 5}):
+    answered = {4, 5, 8, 9, 0}  # the first batch, and of the second what the file held when it was cut
+    for done in (set(), answered):
         shapes.append([])
         results.append({})
-        LocalModel(model, tokenizer, DRAWN, batch_size=4).answer(requests, results[-1].update, answered)
-    assert set(results[1]) == set(range(12)) - {0, 1, 2, 3, 5}
-    assert all(results[1][index] == results[0][index] for index in results[1])
-    assert set(shapes[1]) <= set(shapes[0]) and len(shapes[1]) <= len(shapes[0])
+        LocalModel(model, tokenizer, DRAWN, batch_size=4).answer(requests, results[-1].update, done)
+    assert results[1] == {index: answer for index, answer in results[0].items() if index not in answered}
+    assert len(results[1]) == 7 and shapes[1] == shapes[0][1:]
+
+
+def test_added_prompts_do_not_repeat_what_is_answered(model, tokenizer, monkeypatch):
+    sizes = []
+    inner = LocalModel._generate
+    monkeypatch.setattr(
+        LocalModel, "_generate", lambda self, ids, seeds: sizes.append(len(ids)) or inner(self, ids, seeds)
+    )
+    results: dict = {}
+    requests = [Request(Prompt(prompt), sample) for prompt in PROMPTS for sample in range(3)]
+    answered = {index for index in range(18) if index % 3 < 2}
+    LocalModel(model, tokenizer, DRAWN, batch_size=4).answer(requests, results.update, answered)
+    assert set(results) == set(range(18)) - answered and sizes == [4, 2]
 
 
 def test_too_large_a_batch_is_one_clear_error(model, tokenizer, monkeypatch):
