@@ -71,7 +71,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: Samplin
     if isinstance(prompt.content, str) and not sampling.chat:
         ids = tokenizer(prompt.content, verbose=False)["input_ids"]
         # Some tokenizers end every text with eos, after which there is nothing to say.
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        has_eos_added = ids[-1:] == [tokenizer.eos_token_id] and not prompt.content.endswith(tokenizer.eos_token)
+        return ids[:-1] if has_eos_added else ids
     template_kwargs = {**sampling.template_kwargs, **prompt.template_kwargs}
     if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in template_kwargs:
         return Failure("no chat template", "the prompt is a conversation, but the tokenizer has no chat template")

@@ -14,7 +14,7 @@ from toy import word_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from cpt_kernels import generate as module
-from cpt_kernels.generate import LocalModel, VllmModel, _Draw, encode, generate_local
+from cpt_kernels.generate import LocalModel, VllmModel, _decode, _Draw, encode, generate_local
 from cpt_kernels.prompts import Answer, Failure, Prompt, Request, Sampling
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w12 w13", "w1 w14 w15 w16 w17", "w3 w3"]
@@ -173,6 +173,15 @@ def test_an_end_that_the_tokenizer_adds_is_left_out(tokenizer):
 
     ends = Ends(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     assert encode(ends, Prompt("w1 w2"), GREEDY) == encode(tokenizer, Prompt("w1 w2"), GREEDY)
+    assert encode(tokenizer, Prompt("w1 </s>"), GREEDY)[-1] == tokenizer.eos_token_id
+
+
+def test_a_character_that_prompt_and_response_share():
+    tokenizer = make_tokenizer()
+    first, second = tokenizer("é")["input_ids"]
+    assert _decode(tokenizer, [first], [second], continues=True) == "\ufffd"
+    sky = tokenizer(" sky")["input_ids"]
+    assert _decode(tokenizer, tokenizer("the")["input_ids"], sky, continues=True) == " sky"
 
 
 def test_a_killed_run_repeats_its_batches(model, tokenizer, monkeypatch):

@@ -149,7 +149,7 @@ def test_failures_are_said_and_asked_again(home, tmp_path, capsys):
         assert cli.main(remote(home, output, stub, data="pairs.jsonl")) == 2
         out, error = capsys.readouterr()
         assert "2 answered; 0 skipped (answered before); 3 failed (3 by HTTP 400)" in out
-        assert "3 of 5 responses are missing, one by HTTP 400: the prompt is too long; start again" in error
+        assert "3 of 5 responses are missing, one by HTTP 400: the prompt is too long; the same command asks" in error
         assert cli.main(remote(home, output, stub, data="pairs.jsonl")) == 0
     assert "3 answered; 2 skipped" in capsys.readouterr().out
     assert len(rows_of(output)) == 5 and set(stub.delivered.values()) == {1}
