@@ -217,7 +217,7 @@ class LocalModel:
         if sampling.is_greedy:
             return
         if sampling.temperature != 1:
-            yield TemperatureLogitsWarper(sampling.temperature)
+            yield TemperatureLogitsWarper(float(sampling.temperature))
         if sampling.top_k:
             yield TopKLogitsWarper(sampling.top_k)
         if sampling.top_p < 1:

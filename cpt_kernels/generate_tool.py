@@ -54,8 +54,8 @@ def main(argv: Sequence[str], prog: str = "cpt generate") -> None:
     if run.failures:
         reason, detail = run.example
         raise ValueError(
-            f"{sum(run.failures.values())} of {len(requests)} responses are missing, one by {reason}: {detail}; the same"
-            " command asks for them again"
+            f"{sum(run.failures.values())} of {len(requests)} responses are missing, one by {reason}: {detail};"
+            " the same command asks for them again"
         )
 
 

@@ -26,6 +26,8 @@ def check_exports(args: argparse.Namespace, model: str, dataset: Dataset, prompt
         raise ValueError("add_column needs dataset_output, a .jsonl or .parquet file")
     if args.dataset_output is not None and not args.add_column:
         raise ValueError("dataset_output needs add_column, the name of the column")
+    if args.dataset_output is not None and args.dataset_output.resolve() == Path(args.dataset_name).resolve():
+        raise ValueError(f"dataset_output={args.dataset_output} is the dataset itself: choose another file")
     if args.add_column in dataset.column_names:
         raise ValueError(f"add_column={args.add_column}: the dataset has that column already")
     if args.n > 1 and (args.add_column or args.format == "alpaca_eval"):
@@ -51,6 +53,8 @@ def _check_generator(path: Path, model: str) -> None:
 def write_exports(
     args: argparse.Namespace, file: ResponseFile, dataset: Dataset, prompts: Sequence[Prompt | None]
 ) -> list[Path]:
+    """Write what the options ask for, whole or not at all, and return the files. Rows whose prompt has no response get
+    null in the new column, and are left out of the outputs for alpaca_eval."""
     if not args.add_column and args.format == "responses":
         return []
     first = {prompt_of(row).key: row["response"] for row in file.rows() if row.get("sample", 0) == 0}

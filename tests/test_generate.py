@@ -19,7 +19,7 @@ from cpt_kernels.prompts import Answer, Failure, Prompt, Request, Sampling
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w12 w13", "w1 w14 w15 w16 w17", "w3 w3"]
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
-DRAWN = Sampling(temperature=1.3, max_new_tokens=12, seed=5)
+DRAWN = Sampling(temperature=2, max_new_tokens=12, seed=5)
 
 
 @pytest.fixture(scope="module")

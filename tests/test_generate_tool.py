@@ -301,6 +301,7 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
         ({"output": tmp_path / "responses.json"}, "responses go to a .jsonl file"),
         ({"add_column": "y_ref"}, "add_column needs dataset_output"),
         ({"dataset_output": "x.jsonl"}, "dataset_output needs add_column"),
+        ({"add_column": "y_ref", "dataset_output": pairs}, "is the dataset itself"),
         ({"add_column": "chosen", "dataset_output": "x.jsonl"}, "has that column already"),
         ({"n": 2, **column}, "add_column takes one response"),
         ({"n": 2, "format": "alpaca_eval"}, "alpaca_eval takes one response"),
