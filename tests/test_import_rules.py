@@ -27,7 +27,14 @@ LEVELS[1] |= {"prompts", "responses", "response_exports", "endpoint"}
 LEVELS[3] |= {"generate_tool"}
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
-NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}
+NUMPY_ALONE = {
+    "data/pairs.py",
+    "data/strength.py",
+    "data/curriculum.py",
+    "data/packing.py",
+    "data/batches.py",
+    "data/truncation.py",
+}
 
 
 class Import(NamedTuple):

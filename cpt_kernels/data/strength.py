@@ -1,0 +1,95 @@
+"""Which model is stronger, and which pairs of models are asked for, as people write it. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+Kind = Literal["all", "adjacent", "base", "named"]
+
+
+@dataclass(frozen=True)
+class Which:
+    """Which pairs are asked for.
+
+    `all`: every two responses to a prompt. `adjacent`: two with nothing between them: models that follow each other in
+    strength, or with ratings, the prompt's responses that do. `base`: those with a response of the model `base` on
+    either side. `named`: those whose (chosen, rejected) models are in `named`.
+    """
+
+    kind: Kind = "all"
+    base: str = ""
+    named: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in (kinds := get_args(Kind)):
+            raise ValueError(f"{self.kind!r} pairs are unknown; the pairs are one of {', '.join(kinds)}")
+        if (self.kind == "base") != bool(self.base) or (self.kind == "named") != bool(self.named):
+            raise ValueError(f"`base` goes with the kind 'base' and `named` with 'named', not with {self.kind!r}")
+
+
+def parse_order(text: str) -> dict[str, float]:
+    """`"gpt4 > chatgpt = claude > td003"` -> strengths: the number of ranks below each model.
+
+    Several chains may be given, separated by commas; together they must rank every model.
+
+    Raises:
+        ValueError: a chain of one model, a cycle, or two models that the chains do not compare.
+    """
+    chains = [[_split(tie, "=", text) for tie in _split(chain, ">", text)] for chain in _split(text, ",", text)]
+    models = dict.fromkeys(name for chain in chains for tie in chain for name in tie)
+    alike = {name: name for name in models}  # model -> the first of those that are as strong
+    for tie in (tie for chain in chains for tie in chain):
+        merged = {alike[name] for name in tie}
+        first = next(name for name in models if name in merged)
+        alike = {name: first if other in merged else other for name, other in alike.items()}
+    if len(models) < 2:
+        raise ValueError(f"the order {text!r} names one model; write it as in 'gpt4 > chatgpt > text_davinci_003'")
+    weaker = {first: set() for first in alike.values()}
+    for chain in chains:
+        for better, worse in pairwise(chain):
+            weaker[alike[better[0]]].add(alike[worse[0]])
+    tiers: list[str] = []  # worst first
+    while weaker:
+        lowest = [name for name, below in weaker.items() if not below - set(tiers)]
+        if not lowest:
+            raise ValueError(f"the order {text!r} goes in a circle: {' > '.join(_find_cycle(weaker, tiers))}")
+        if len(lowest) > 1:
+            raise ValueError(
+                f"the order {text!r} does not say which of {lowest[0]} and {lowest[1]} is stronger: put all models into"
+                " one chain; with '=' between those that are equal"
+            )
+        tiers.append(lowest[0])
+        del weaker[lowest[0]]
+    if len(tiers) < 2:
+        raise ValueError(f"the order {text!r} says that all models are equal: that makes no pair")
+    return {name: float(tiers.index(alike[name])) for name in models}
+
+
+def parse_which(text: str) -> Which:
+    """`"all"`, `"adjacent"`, or named pairs, `"gpt4 > td003, chatgpt > td003"`, chosen first."""
+    if text in ("all", "adjacent"):
+        return Which(text)
+    named = [_split(pair, ">", text) for pair in _split(text, ",", text)]
+    if wrong := [pair for pair in named if len(pair) != 2 or pair[0] == pair[1]]:
+        raise ValueError(
+            f"{' > '.join(wrong[0])} is no pair of two models; the pairs are all, adjacent, or named as in"
+            " 'gpt4 > text_davinci_003, chatgpt > text_davinci_003'"
+        )
+    return Which("named", named=tuple((better, worse) for better, worse in named))
+
+
+def _split(text: str, separator: str, whole: str) -> list[str]:
+    parts = [part.strip() for part in text.split(separator)]
+    if not all(parts):
+        raise ValueError(f"{whole!r} lacks a model before or after {separator!r}")
+    return parts
+
+
+def _find_cycle(weaker: Mapping[str, set[str]], done: Sequence[str]) -> list[str]:
+    path = [next(iter(weaker))]
+    while path[-1] not in path[:-1]:
+        path.append(next(name for name in weaker if name in weaker[path[-1]] - set(done)))
+    return path[path.index(path[-1]) :]
