@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .strength import Which, parse_which
+from .strength import Which, parse_order, parse_which
 
 Values = Sequence[Hashable] | NDArray  # of an array the elements are compared, so digests do as well as texts
 
@@ -112,7 +112,7 @@ def build_pairs(
     prompts: Values,  # (n,)
     models: Sequence[str],  # (n,)
     responses: Values,  # (n,)
-    strength: Mapping[str, float] | Sequence[float | None] | NDArray,
+    strength: str | Mapping[str, float] | Sequence[float | None] | NDArray,
     which: Which | str = "all",
     *,
     drops: NDArray[np.int8] | None = None,  # (n,)
@@ -123,10 +123,10 @@ def build_pairs(
         prompts: what the responses answer; equal ones are joined.
         models: who gave each response.
         responses: compared to find identical ones.
-        strength: a number for each model, as from `parse_order` or a table of win rates; models that it leaves out are
-            not paired, and of a model's several responses to a prompt the first counts. Or (n,) ratings, one for each
-            response, None or nan where there is none; then all different responses count, whoever gave them. A pair's
-            `gap` is the difference: of ranks, win rates or ratings.
+        strength: an order, `"gpt4 > chatgpt > td003"`, or a number for each model, say its win rate; models left out
+            are not paired, and of a model's several responses to a prompt the first counts. Or (n,) ratings, one for
+            each response, None or nan where there is none; then all different responses count, whoever gave them.
+            A pair's `gap` is the difference: of ranks, win rates or ratings.
         which: the pairs asked for; `all`, `adjacent` or `"a>b, c>d"` may be given as text.
         drops: what is dropped already. By default prompts and responses without any text are.
 
@@ -140,6 +140,7 @@ def build_pairs(
     if n == 0:
         raise ValueError("there are no responses")
     which = parse_which(which) if isinstance(which, str) else which
+    strength = parse_order(strength) if isinstance(strength, str) else strength
     drops = _find_empty(prompts, responses) if drops is None else drops.astype(np.int8)
     prompt, text = number(prompts), number(responses)
     names = list(dict.fromkeys(models))
