@@ -15,6 +15,7 @@ from importlib import import_module
 # Command -> module with a function main(argv, prog), imported on use (transformers takes seconds), and what it does.
 COMMANDS = {
     "train": (".run", "train a model on preference pairs or on their chosen side"),
+    "pairs": (".pairs_tool", "build preference pairs from the responses of models of different strength"),
     "cache": (".cache_tool", "build, look into, check, prune, export and import reference log-probs"),
     "generate": (".generate_tool", "responses of a model, local or behind an endpoint, to a set of prompts"),
     "demo": (".demo", "train a small model by SFT and then DPO, on data made here; no network needed"),

@@ -21,6 +21,7 @@ LEVELS = [
     {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
     {"config", "loading", "metrics", "reference", "trainer"},
     {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo", "cache_tool", "cache_data"},
+    {"pairs_tool", "pairs_data", "pairs_report"},
     {"cli"},
 ]
 LEVELS[1] |= {"prompts", "responses", "response_exports", "endpoint"}

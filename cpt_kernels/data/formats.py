@@ -58,7 +58,7 @@ _REQUIRED = {
     Form.MESSAGES: ("messages",),
 }
 
-READ_COLUMNS = {"prompt", "scores", "tools", "chat_template_kwargs", "row"}.union(*_REQUIRED.values())
+READ_COLUMNS = {"prompt", "scores", "pairs", "tools", "chat_template_kwargs", "row"}.union(*_REQUIRED.values())
 
 
 def detect_form(columns: Iterable[str]) -> Form:
@@ -92,6 +92,7 @@ class Example:
     has_target: bool = False
     tools: list | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None: what `ranked_pairs` gives
 
     @property
     def is_chat(self) -> bool:
@@ -115,6 +116,7 @@ def parse_row(row: Mapping[str, Any], form: Form, target_column: str | None = No
         empty = [f"`{names[i]}`" for i in range(len(sides)) if i not in filled]
         raise RowError(EMPTY, f"{', '.join(empty)} without text")
     names, sides, scores = ([values[i] for i in filled] for values in (names, sides, scores))
+    pairs = _read_pairs(row, names) if form is Form.RANKED else None
     if target_column is not None:
         names.append(target_column)
         sides.append(_read_text(target_column, row.get(target_column)))
@@ -129,7 +131,8 @@ def parse_row(row: Mapping[str, Any], form: Form, target_column: str | None = No
     for name, side in zip(names, sides):
         if _is_empty(side):  # a conversation whose last turn says nothing
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
-    return Example(prompt, sides, scores, target_column is not None, _read_tools(row), _read_template_kwargs(row))
+    tools, template_kwargs = _read_tools(row), _read_template_kwargs(row)
+    return Example(prompt, sides, scores, target_column is not None, tools, template_kwargs, pairs)
 
 
 def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
@@ -192,6 +195,23 @@ def _read_ranking(row: Mapping[str, Any]) -> tuple[list[str], list[Text | None],
         raise RowError(MALFORMED, f"`scores` holds a value that is no number: {scores}")
     order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep the row's order
     return [names[i] for i in order], [sides[i] for i in order], [float(scores[i]) for i in order]
+
+
+def _read_pairs(row: Mapping[str, Any], names: list[str]) -> list[tuple[int, int]] | None:
+    """The row's own pairs of those completions that are left, by their places in `names`."""
+    if (pairs := row.get("pairs")) is None:
+        return None
+    given, place = range(len(row["completions"])), {name: i for i, name in enumerate(names)}
+    if not isinstance(pairs, list) or not pairs or not all(_is_edge(pair, given) for pair in pairs):
+        raise RowError(MALFORMED, f"`pairs` is no list of [better, worse] positions in the {len(given)} completions")
+    found = [tuple(place.get(f"completions[{i}]") for i in pair) for pair in pairs]
+    return [pair for pair in found if None not in pair]
+
+
+def _is_edge(pair: Any, given: range) -> bool:
+    return (
+        isinstance(pair, list) and len(pair) == len(set(pair)) == 2 and all(type(i) is int and i in given for i in pair)
+    )
 
 
 def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], ranked: int) -> tuple[Text, list[Text]]:

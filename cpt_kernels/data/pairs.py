@@ -55,6 +55,7 @@ class Pairs:
     drops: NDArray[np.int8]  # (n,) a `Drop` for each response
     strength: NDArray[np.float64] = field(repr=False)  # (n,) nan where there is none
     prompt: NDArray[np.int64] = field(repr=False)  # (n,) number of its prompt, in order of first appearance
+    content: NDArray[np.int64] = field(repr=False)  # (n,) number of its prompt and text together
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -83,6 +84,16 @@ class Pairs:
                 "models": [models[i] for i in members],
                 "pairs": groups.edges[groups.cu_edges[g] : groups.cu_edges[g + 1]].tolist(),
             }
+
+    def count_echoes(self) -> tuple[int, int]:
+        """Pairs that repeat an earlier one, and pairs whose opposite is there too: the same two texts, by other models.
+
+        Both come of identical responses, and are kept: two models gave the text, each with its own strength.
+        """
+        n = len(self.content)
+        keys = self.content[self.chosen] * n + self.content[self.rejected]
+        opposite = self.content[self.rejected] * n + self.content[self.chosen]
+        return len(keys) - len(np.unique(keys)), int(np.isin(opposite, keys).sum())
 
     def group(self) -> Groups:
         """The pairs by prompt; a response is there once, however many pairs it is in."""
@@ -142,7 +153,8 @@ def build_pairs(
     which = parse_which(which) if isinstance(which, str) else which
     strength = parse_order(strength) if isinstance(strength, str) else strength
     drops = _find_empty(prompts, responses) if drops is None else drops.astype(np.int8)
-    prompt, text = number(prompts), number(responses)
+    prompt = number(prompts)
+    content = number(prompt * n + number(responses))
     names = list(dict.fromkeys(models))
     model = number(models)
     if isinstance(strength, Mapping):
@@ -155,7 +167,7 @@ def build_pairs(
         score = _read_ratings(strength, n)
         _check_models(names, which, "`which`")
         _mark(drops, np.isnan(score), Drop.NO_RATING)
-    _mark_repeats(drops, [prompt, model, text], Drop.DUPLICATE)
+    _mark_repeats(drops, [content, model], Drop.DUPLICATE)
     if ranking is not None:
         _mark_repeats(drops, [prompt, model], Drop.SECOND_RESPONSE)
         _check_models_left(ranking, names, model, drops)
@@ -179,7 +191,7 @@ def build_pairs(
         found.append(np.stack([position[wanted], position[wanted] + offset]))
     found = np.concatenate(found, axis=1) if found else np.zeros((2, 0), np.int64)
     chosen, rejected = order[found[:, np.lexsort(found[::-1])]]
-    identical = text[chosen] == text[rejected]
+    identical = content[chosen] == content[rejected]
     tied = ~identical & (score[chosen] == score[rejected])
     kept = ~identical & ~tied
     in_pair = np.zeros(n, bool)
@@ -194,6 +206,7 @@ def build_pairs(
         drops,
         score,
         prompt,
+        content,
     )
     if not len(pairs):
         raise ValueError(_explain_no_pair(pairs, names, model))

@@ -191,13 +191,14 @@ def prepare(
     Args:
         dataset: rows of one of these forms:
             `prompt, chosen, rejected`, text or messages; without `prompt`, the common start is the prompt;
-            `prompt, completions` (best first, or with `scores`); `prompt, completion`; `messages`;
+            `prompt, completions` (best first, or with `scores`, or with `pairs`, a list of [better, worse] positions);
+            `prompt, completion`; `messages`;
             `prompt_ids, chosen_ids, rejected_ids`; or the output of this function. The text forms may have `tools` (a
             list or its JSON) and `chat_template_kwargs`.
         tokenizer: gets its eos token as pad token if it has none.
         max_length, truncation_mode: how the collator will truncate; they decide which rows are dropped.
         target_column: a third completion of each row, y_ref of SLiC's regulariser.
-        ranked_pairs: which pairs a ranked row gives: all, each with the next, or best and worst.
+        ranked_pairs: which pairs a ranked row without `pairs` gives: all, each with the next, or best and worst.
         keep_columns: columns to keep as they are.
         num_proc: processes that tokenise a map-style dataset; a stream is tokenised where it is read.
         batch_size: rows that are tokenised together.

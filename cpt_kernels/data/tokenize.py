@@ -71,7 +71,7 @@ class Tokenization:
     target_column: str | None = None
     ranked_pairs: RankedPairs = "all"
     keep: tuple[str, ...] = ()
-    version: int = 1
+    version: int = 2
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         read = READ_COLUMNS.union([self.target_column], self.keep)
@@ -172,13 +172,20 @@ class Tokenization:
         length = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
         seam = repr(self.tokenizer.decode(prompt_ids[length:])) if length < len(prompt_ids) else ""
         completions = [whole[length:] for whole in wholes]
-        group = self._build_group(prompt_ids[:length], completions, example.scores, example.has_target)
-        return group | {"seam": seam, "pairs_given": len(ranked_pairs(example.scores, self.ranked_pairs))}
+        group = self._build_group(prompt_ids[:length], completions, example.scores, example.has_target, example.pairs)
+        given = ranked_pairs(example.scores, self.ranked_pairs) if example.pairs is None else example.pairs
+        return group | {"seam": seam, "pairs_given": len(given)}
 
     def _build_group(
-        self, prompt_ids: list[int], completions: list[list[int]], scores: list[float], has_target: bool
+        self,
+        prompt_ids: list[int],
+        completions: list[list[int]],
+        scores: list[float],
+        has_target: bool,
+        pairs: list[tuple[int, int]] | None = None,
     ) -> dict[str, Any]:
-        """Pairs of the different completions; one given more than once counts with its best score."""
+        """Pairs of the different completions: those given, or by score, where one given more than once counts with its
+        best."""
         target = completions[-1] if has_target else None
         ranked: list[list[int]] = []
         ranked_scores = []
@@ -188,12 +195,16 @@ class Tokenization:
                 ranked_scores.append(score)
         if self.form in (Form.SUPERVISED, Form.MESSAGES):
             edges = [(i,) for i in range(len(ranked))]
+        elif pairs is not None:
+            sides = [[completions[i] for i in pair] for pair in pairs]
+            edges = [tuple(map(ranked.index, side)) for side in sides if all(side) and side[0] != side[1]]
+            edges = list(dict.fromkeys(edges))
         else:
             edges = ranked_pairs(ranked_scores, self.ranked_pairs)
         if target == [] or (not edges and not all(completions)):
             raise RowError(EMPTY, "a completion without tokens")
-        if not edges and len(ranked) == 1:
-            raise RowError(IDENTICAL, "all completions have the same tokens")
+        if not edges and (len(ranked) == 1 or pairs is not None):
+            raise RowError(IDENTICAL, f"all {'completions' if pairs is None else 'pairs'} have the same tokens")
         if not edges:
             raise RowError(TIED, f"ranked_pairs={self.ranked_pairs!r} finds no two different scores in {scores}")
         group: dict[str, Any] = {"chosen": [], "rejected": [], "targets": []}
