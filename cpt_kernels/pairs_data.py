@@ -74,7 +74,7 @@ def load_responses(
         max_length: {"characters" or "tokens": how many prompt and response may have together}.
 
     Raises:
-        ValueError: a source cannot be read; the message names it.
+        ValueError: a source cannot be read, or has a rating that is no number; the message says where.
     """
     parts, sources, total = [], {}, 0
     for name in dict.fromkeys(names):

@@ -169,12 +169,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_report(report: dict[str, Any], path: Path) -> list[Path]:
-    """``path`` with the suffixes .json, .png and .svg; return the files."""
-    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("json", "png", "svg")]
-    files[0].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    entries = [entry for entry in report["by_models"] if entry["pairs"] or entry["identical"] or entry["tied"]]
-    entries = entries[:_MOST_BARS][::-1]  # the first at the top
+def write_report(report: dict[str, Any], json_file: Path, *pictures: Path) -> None:
+    """Write the report as JSON, and draw it into files of any kind that matplotlib knows."""
+    json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    entries = report["by_models"][:_MOST_BARS][::-1]  # the first at the top
     rows = max(len(entries), len(report["responses"]["dropped"]) + 1, 4)
     figure = Figure(figsize=(13, 2.6 + 0.8 * rows), layout="constrained")
     counts, ratios, tokens, drops = figure.subplots(2, 2).flat
@@ -185,14 +183,13 @@ def write_report(report: dict[str, Any], path: Path) -> list[Path]:
     _draw_drops(drops, report["responses"])
     left_out = len(report["by_models"]) - len(entries)
     title = f"{report['pairs']['pairs']:,} pairs of {report['prompts']['in_pairs']:,} prompts"
-    figure.suptitle(title + (f"; {left_out} smaller model pairs are not shown" if left_out else ""))
+    figure.suptitle(title + (f"; {left_out} more pairs of models are not shown" if left_out else ""))
     for axis in figure.axes:
         bars = len(entries) if axis is not drops else len(report["responses"]["dropped"]) + 1
         axis.set_ylim(bars - rows - 0.6, bars - 0.4)  # bars of one height, from the top
         axis.spines[["top", "right"]].set_visible(False)
-    for file in files[1:]:
-        figure.savefig(file, dpi=120)
-    return files
+    for picture in pictures:
+        figure.savefig(picture, dpi=120)
 
 
 def _draw_counts(axis: Any, entries: Sequence[dict], labels: list[str]) -> None:

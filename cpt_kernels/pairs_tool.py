@@ -18,6 +18,7 @@ rejected] positions among the completions. cpt-train takes both.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +84,13 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         _check_split(args.validation, report)
     output.parent.mkdir(parents=True, exist_ok=True)
     batches = group_batches if args.grouped else pair_batches
-    with replacing(*parts) as temporary:
+    files = [*parts, *(output.with_suffix(f".report{suffix}") for suffix in (".json", ".png", ".svg"))]
+    with replacing(*files) as temporary:
         for written, (path, part) in zip(temporary, parts.items()):
             prompts = len(np.unique(pairs.prompt[pairs.chosen[part]]))
             total = prompts if args.grouped else int(part.sum())
             write(written, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
-    files = [*parts, *write_report(report, output.with_name(f"{output.stem}.report"))]
+        write_report(report, *temporary[len(parts) :])
     _print(report, files)
 
 
@@ -155,6 +157,8 @@ def _choose_ranked(rates: Mapping[str, float], models: NDArray[np.object_], sour
     """The part of a leaderboard that is about the models of the data."""
     here = list(dict.fromkeys(models))
     chosen = {name: rates[name] for name in here if name in rates}
+    if unknown := [name for name, rate in chosen.items() if math.isnan(rate)]:
+        raise ValueError(f"{source} has no win rate of {unknown[0]} there; choose another column by --win_rate_column")
     if len(chosen) < 2:
         raise ValueError(
             f"{source} has win rates of {', '.join(chosen) or 'none'} of the models {', '.join(here[:8])}: two are"

@@ -165,7 +165,7 @@ def build_pairs(
     else:
         ranking, level = None, None
         score = _read_ratings(strength, n)
-        _check_models(names, which, "`which`")
+        _check_known(which.models(), names, "the choice of pairs")
         _mark(drops, np.isnan(score), Drop.NO_RATING)
     _mark_repeats(drops, [content, model], Drop.DUPLICATE)
     if ranking is not None:
@@ -176,21 +176,10 @@ def build_pairs(
     order = usable[np.lexsort((usable, -score[usable], prompt[usable]))]  # a prompt's together, its best first
     cu_prompts = _boundaries(prompt[order])
     drops[order[cu_prompts[:-1][np.diff(cu_prompts) == 1]]] = Drop.NO_OTHER_RESPONSE
-    end = np.repeat(cu_prompts[1:], np.diff(cu_prompts))
     if level is None:
         level = np.zeros(n, np.int64)
         level[order] = np.cumsum(np.diff(score[order], prepend=np.inf) != 0)
-    asked = _Asked(which, names, model, level)
-    found = []
-    position, offset = np.arange(len(order)), 0
-    while len(position):
-        offset += 1
-        position = position[position + offset < end[position]]
-        stronger, weaker = order[position], order[position + offset]
-        wanted = asked(stronger, weaker)
-        found.append(np.stack([position[wanted], position[wanted] + offset]))
-    found = np.concatenate(found, axis=1) if found else np.zeros((2, 0), np.int64)
-    chosen, rejected = order[found[:, np.lexsort(found[::-1])]]
+    chosen, rejected = order[_enumerate(order, cu_prompts, _Asked(which, names, model, level))]
     identical = content[chosen] == content[rejected]
     tied = ~identical & (score[chosen] == score[rejected])
     kept = ~identical & ~tied
@@ -214,6 +203,19 @@ def build_pairs(
 
 
 # --- Which pairs ---
+
+
+def _enumerate(order: NDArray[np.int64], cu_prompts: NDArray[np.int64], asked: _Asked) -> NDArray[np.int64]:
+    """(2, P) positions in `order` of the pairs asked for, a prompt's own between two boundaries, in that order."""
+    end = np.repeat(cu_prompts[1:], np.diff(cu_prompts))
+    found = [np.zeros((2, 0), np.int64)]
+    position, offset = np.arange(len(order)), 1
+    while len(position := position[position + offset < end[position]]):
+        wanted = position[asked(order[position], order[position + offset])]
+        found.append(np.stack([wanted, wanted + offset]))
+        offset += 1
+    pairs = np.concatenate(found, axis=1)
+    return pairs[:, np.lexsort(pairs[::-1])]
 
 
 class _Asked:
@@ -309,11 +311,13 @@ def _read_ratings(ratings: Sequence[float | None] | NDArray, n: int) -> NDArray[
 
 
 def _check_ranking(strength: Mapping[str, float], names: list[str], which: Which) -> dict[str, float]:
-    _check_models(names, Which("named", named=tuple((name, name) for name in strength)), "the order")
+    _check_known(strength, names, "the order")
     ranking = {name: float(value) for name, value in strength.items()}
     if wrong := [name for name, value in ranking.items() if not np.isfinite(value)]:
         raise ValueError(f"the strength of {wrong[0]} is {ranking[wrong[0]]}: no number to rank it by")
-    _check_models(list(ranking), which, "`which`")
+    if len(set(ranking.values())) < 2:
+        raise ValueError(f"{_list(list(ranking)) or 'no model'}: a pair needs two models of different strength")
+    _check_known(which.models(), list(ranking), "the choice of pairs")
     for better, worse in which.named:
         if ranking[better] <= ranking[worse]:
             relation = "weaker" if ranking[better] < ranking[worse] else "no stronger"
@@ -321,8 +325,7 @@ def _check_ranking(strength: Mapping[str, float], names: list[str], which: Which
     return ranking
 
 
-def _check_models(names: Sequence[str], which: Which, where: str) -> None:
-    asked = [which.base] if which.kind == "base" else [name for pair in which.named for name in pair]
+def _check_known(asked: Iterable[str], names: Sequence[str], where: str) -> None:
     for name in asked:
         if name not in names:
             close = get_close_matches(name, names, n=1)

@@ -66,8 +66,8 @@ class Reading:
     is_nested: bool = False
 
     def columns(self) -> set[str]:
-        named = (name for side in self.sides for name in (side.response, side.model, side.rating))
-        return {self.prompt, *(name for name in named if name)}
+        sides = [side._replace(rating=None) for side in self.sides] if self.is_nested else self.sides
+        return {self.prompt, *(name for side in sides for name in (side.response, side.model, side.rating) if name)}
 
 
 def find_readings(features: Features, models: Sequence[str] = (), rating: str | None = None) -> tuple[Reading, ...]:
@@ -97,7 +97,7 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
     if response and (model or rating):
         readings.append(Reading(prompt, (Side(response, model, rating=rating),)))
     own = [name for name in models if name in features and name != prompt]
-    if not readings and len(own) > 1:
+    if not readings and own:
         readings.append(Reading(prompt, tuple(Side(name, name=name) for name in own)))
     if not readings:
         ranked = f" nor columns for the models {', '.join(models)}" if models else ""
@@ -117,8 +117,9 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
 class ReadResponses:
     """Batched `datasets.map` function (with indices): rows -> RESPONSE_FEATURES, a row for each response.
 
-    A row that cannot be read at all becomes one dropped response. Its fields are all that the result depends on, and
-    datasets' cache is keyed by them. `version` goes up whenever this module's output changes.
+    A row that cannot be read at all becomes one dropped response, and so does a response whose rating is no number;
+    `detail` says what is wrong. Its fields are all that the result depends on, and datasets' cache is keyed by them.
+    `version` goes up whenever this module's output changes.
     """
 
     readings: tuple[Reading, ...]
@@ -154,7 +155,10 @@ class ReadResponses:
                     record |= dict(zip(("prompt", "prompt_shape", "response", "response_shape"), (*prompt, *response)))
                 except RowError as error:
                     record |= {"drop": Drop.MALFORMED_ROW, "detail": error.detail}
-                record["rating"] = _read_rating(rating, f"row {index}: the rating of `{where}`")
+                try:
+                    record["rating"] = _read_rating(rating)
+                except (TypeError, ValueError):
+                    record |= {"drop": Drop.NO_RATING, "detail": f"the rating of `{where}` is {rating!r}, no number"}
                 records.append(record)
         except RowError as error:
             return [nothing | {"drop": Drop.MALFORMED_ROW, "detail": error.detail}]
@@ -181,21 +185,21 @@ def read_responses(
     """The responses in a dataset of any form above, as RESPONSE_FEATURES.
 
     Raises:
-        ValueError: no form that is known, or a rating that is no number; the message begins with `name`.
+        ValueError: no form that is known; the message begins with `name`.
     """
     try:
-        read = ReadResponses(find_readings(dataset.features, models, rating), tokenizer)
-        return dataset.with_format(None).map(
-            read,
-            with_indices=True,
-            batched=True,
-            remove_columns=dataset.column_names,
-            features=RESPONSE_FEATURES,
-            num_proc=num_proc,
-            desc=f"Reading {name}",
-        )
+        readings = find_readings(dataset.features, models, rating)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    return dataset.with_format(None).map(
+        ReadResponses(readings, tokenizer),
+        with_indices=True,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=RESPONSE_FEATURES,
+        num_proc=num_proc,
+        desc=f"Reading {name}",
+    )
 
 
 def as_messages(text: str, shape: int, role: str) -> list[dict[str, str]]:
@@ -290,18 +294,14 @@ def _plain(text: str, shape: int) -> str:
     return "\n".join(content for _, content in json.loads(text)) if shape == TURNS else text
 
 
-def _read_rating(value: Any, where: str) -> float:
+def _read_rating(value: Any) -> float:
     """A number, its text, or an object of aspects, whose mean counts; nan where there is none."""
     if isinstance(value, dict):
-        aspects = [_read_rating(v.get("Rating") if isinstance(v, dict) else v, where) for v in value.values()]
+        aspects = [_read_rating(v.get("Rating") if isinstance(v, dict) else v) for v in value.values()]
         known = [aspect for aspect in aspects if not math.isnan(aspect)]
         return sum(known) / len(known) if known else math.nan
     if value is None or (isinstance(value, str) and value.strip().lower() in _UNRATED):
         return math.nan
-    try:
-        rating = float(value)
-    except (TypeError, ValueError):
-        rating = math.inf
-    if isinstance(value, bool) or math.isinf(rating):
-        raise ValueError(f"{where} is {value!r}, no finite number")
-    return rating
+    if isinstance(value, bool) or math.isinf(float(value)):
+        raise ValueError("no finite number")
+    return float(value)

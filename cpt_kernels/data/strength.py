@@ -29,6 +29,10 @@ class Which:
         if (self.kind == "base") != bool(self.base) or (self.kind == "named") != bool(self.named):
             raise ValueError(f"`base` goes with the kind 'base' and `named` with 'named', not with {self.kind!r}")
 
+    def models(self) -> list[str]:
+        """Those that it names."""
+        return [self.base] if self.base else [name for pair in self.named for name in pair]
+
 
 def parse_order(text: str) -> dict[str, float]:
     """`"gpt4 > chatgpt = claude > td003"` -> strengths: the number of ranks below each model.
