@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -24,7 +24,7 @@ from .data.sources import load
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 8192  # rows written at a time
+_BATCH = 8192  # responses of one side written at a time
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _UNKNOWN_MODEL = "unknown"
 
@@ -98,9 +98,11 @@ def load_responses(
         drops[(length > most) & (drops == Drop.KEPT)] = Drop.TOO_LONG
     known = np.array([*named.dictionary.to_pylist(), _UNKNOWN_MODEL], object)
     codes = named.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
-    return Responses(
-        table, sources, known[codes], _digests(table["prompt_key"]), _digests(table["response_key"]), drops
-    )
+    keys = [_digests(table[name]) for name in ("prompt_key", "response_key")]
+    responses = Responses(table, sources, known[codes], *keys, drops)
+    if wrong := np.flatnonzero(drops == Drop.NO_RATING).tolist():
+        raise ValueError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
+    return responses
 
 
 def _digests(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
@@ -110,9 +112,9 @@ def _digests(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
 # --- Rows to write ---
 
 
-def pair_batches(responses: Responses, pairs: Pairs, chosen_ones: NDArray, chat: bool) -> Iterator[pa.Table]:
-    """Rows of a preference dataset, for the pairs where ``chosen_ones`` (P,) is true."""
-    numbers = np.flatnonzero(chosen_ones)
+def pair_batches(responses: Responses, pairs: Pairs, part: NDArray, chat: bool) -> Iterator[pa.Table]:
+    """Rows of a preference dataset, for the pairs where ``part`` (P,) is true."""
+    numbers = np.flatnonzero(part)
     for start in range(0, len(numbers), _BATCH):
         some = numbers[start : start + _BATCH]
         chosen, rejected = pairs.chosen[some], pairs.rejected[some]
@@ -128,12 +130,13 @@ def pair_batches(responses: Responses, pairs: Pairs, chosen_ones: NDArray, chat:
         )
 
 
-def group_batches(responses: Responses, pairs: Pairs, chosen_ones: NDArray, chat: bool) -> Iterator[pa.Table]:
-    """Rows of a ranked dataset, a prompt each, for the prompts of the pairs where ``chosen_ones`` (P,) is true."""
+def group_batches(responses: Responses, pairs: Pairs, part: NDArray, chat: bool) -> Iterator[pa.Table]:
+    """Rows of a ranked dataset, a prompt each, for the prompts of the pairs where ``part`` (P,) is true."""
     groups = pairs.group()
-    numbers = np.flatnonzero(chosen_ones[groups.cu_edges[:-1]])
-    for start in range(0, len(numbers), _BATCH):
-        some = numbers[start : start + _BATCH]
+    numbers = np.flatnonzero(part[groups.cu_edges[:-1]])
+    size = max(_BATCH * len(groups) // len(groups.members), 1)
+    for start in range(0, len(numbers), size):
+        some = numbers[start : start + size]
         at, offsets = _ranges(groups.cu_members, some)
         edges, edge_offsets = _ranges(groups.cu_edges, some)
         members = groups.members[at]
@@ -184,18 +187,18 @@ def take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.Array:
 
 def write(path: Path, batches: Iterator[pa.Table], total: int, title: str) -> None:
     """Write rows as JSONL or Parquet, by the suffix, with a progress bar."""
-    with path.open("wb") as file, tqdm(total=total, desc=title, unit=" rows", dynamic_ncols=True, disable=None) as bar:
-        sink = None
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("wb"))
+        bar = stack.enter_context(tqdm(total=total, desc=title, unit=" rows", dynamic_ncols=True, disable=None))
+        writer = None
         for batch in batches:
-            if path.suffix == ".parquet":
-                sink = sink or pq.ParquetWriter(file, batch.schema)
-                sink.write_table(batch)
-            else:
+            if path.suffix == ".jsonl":
                 _write_lines(file, batch)
+            else:
+                writer = writer or stack.enter_context(pq.ParquetWriter(file, batch.schema))
+                writer.write_table(batch)
             bar.update(len(batch))
-        if sink is not None:
-            sink.close()
-        file.flush()
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

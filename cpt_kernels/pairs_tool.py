@@ -140,7 +140,7 @@ def _read_ranking(args: argparse.Namespace) -> tuple[dict[str, float] | None, st
     wanted = [args.win_rate_column] if args.win_rate_column else _WIN_RATE_COLUMNS
     column = next((name for name in wanted if name in table.column_names), None)
     if model is None or column is None:
-        missing = "a column that names the models" if model is None else f"no column {' or '.join(wanted)}"
+        missing = "no column that names the models" if model is None else f"no column {' or '.join(wanted)}"
         raise ValueError(f"{args.win_rates} has {missing}; its columns are {', '.join(table.column_names)}")
     rates: dict[str, float] = {}
     for row, (name, rate) in enumerate(zip(table[model], table[column])):

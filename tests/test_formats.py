@@ -115,6 +115,39 @@ def test_ranked(tokenizer):
     assert decoded(extremes, tokenizer) == ["a" + EOS, "c" + EOS]  # "b" is in no pair
 
 
+def test_ranked_rows_may_say_their_pairs(tokenizer):
+    """Whatever the scores say; one completion given twice is one, and what is left of the pairs keeps its meaning."""
+    rows = [
+        {
+            "prompt": "p",
+            "completions": [" c", " a", " b", " a"],
+            "scores": [1, 3, 2, 0],
+            "pairs": [[1, 0], [2, 3], [0, 3]],
+        },
+        {"prompt": "p", "completions": ["", " a", " b", ""], "scores": [9, 1, 2, 0], "pairs": [[0, 1], [1, 2]]},
+        {"prompt": "p", "completions": [" a", " b"], "scores": [1, 0], "pairs": None},
+        {"prompt": "p", "completions": [" a", " a", " b"], "scores": [2, 1, 0], "pairs": [[0, 1]]},
+        {"prompt": "p", "completions": [" a", " b", ""], "scores": [2, 1, 0], "pairs": [[0, 2]]},
+    ]
+    kept, report = prepared(rows, tokenizer, ranked_pairs="extremes")
+    sides = [
+        [
+            tuple(decoded(row, tokenizer)[i].removesuffix(EOS) for i in pair)
+            for pair in zip(row["chosen"], row["rejected"])
+        ]
+        for row in kept
+    ]
+    assert sides == [[(" a", " c"), (" b", " a"), (" c", " a")], [(" a", " b")], [(" a", " b")]]
+    assert reasons(report) == {"identical sides": (1, [3]), "empty completion": (1, [4])}
+
+
+@pytest.mark.parametrize("pairs", [[], [[0]], [[0, 0]], [[0, 2]], [[-1, 0]], [[0, 1, 1]]])
+def test_pairs_that_are_none(pairs, tokenizer):
+    rows = [{"prompt": "p", "completions": [" a", " b"], "pairs": pairs}]
+    with pytest.raises(ValueError, match=r"`pairs` is no list of \[better, worse\] positions in the 2 completions"):
+        prepared(rows, tokenizer)
+
+
 def test_ranked_conversations(tokenizer):
     (kept,), _ = prepared([{"prompt": user("p"), "completions": [assistant(c) for c in "abc"]}], tokenizer)
     assert decoded(kept, tokenizer) == [c + EOS for c in "abc"]

@@ -205,7 +205,9 @@ def _read_pairs(row: Mapping[str, Any], names: list[str]) -> list[tuple[int, int
     if not isinstance(pairs, list) or not pairs or not all(_is_edge(pair, given) for pair in pairs):
         raise RowError(MALFORMED, f"`pairs` is no list of [better, worse] positions in the {len(given)} completions")
     found = [tuple(place.get(f"completions[{i}]") for i in pair) for pair in pairs]
-    return [pair for pair in found if None not in pair]
+    if not (left := [pair for pair in found if None not in pair]):
+        raise RowError(EMPTY, "each of `pairs` has a completion without text")
+    return left
 
 
 def _is_edge(pair: Any, given: range) -> bool:
