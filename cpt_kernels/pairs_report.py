@@ -83,7 +83,7 @@ def make_report(
         "prompts": {
             "in": int(pairs.prompt.max()) + 1,
             "in_pairs": everything.pop("prompts"),
-            "validation": len(np.unique(pairs.prompt[pairs.chosen[held_out]])),
+            "validation": pairs.count_prompts(held_out),
         },
         "pairs": everything
         | {reason: len(codes) for reason, codes in lost.items()}
@@ -107,8 +107,7 @@ def _account(responses: Responses, pairs: Pairs) -> dict[str, Any]:
 
 def _describe(pairs: Pairs, some: NDArray[np.int64], lengths: dict, held_out: NDArray[np.bool_]) -> dict[str, Any]:
     """The numbered pairs in figures."""
-    numbers = {"pairs": len(some), "validation": int(held_out[some].sum())}
-    numbers["prompts"] = len(np.unique(pairs.prompt[pairs.chosen[some]]))
+    numbers = {"pairs": len(some), "validation": int(held_out[some].sum()), "prompts": pairs.count_prompts(some)}
     if not len(some):
         return numbers
     prompt, chosen, rejected = (lengths[name][some].astype(np.float64) for name in ("prompt", "chosen", "rejected"))

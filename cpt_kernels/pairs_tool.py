@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from .data.pairs import build_pairs, held_out
@@ -87,8 +85,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     files = [*parts, *(output.with_suffix(f".report{suffix}") for suffix in (".json", ".png", ".svg"))]
     with replacing(*files) as temporary:
         for written, (path, part) in zip(temporary, parts.items()):
-            prompts = len(np.unique(pairs.prompt[pairs.chosen[part]]))
-            total = prompts if args.grouped else int(part.sum())
+            total = pairs.count_prompts(part) if args.grouped else int(part.sum())
             write(written, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
         write_report(report, *temporary[len(parts) :])
     _print(report, files)
@@ -153,7 +150,7 @@ def _read_ranking(args: argparse.Namespace) -> tuple[dict[str, float] | None, st
     return rates, column
 
 
-def _choose_ranked(rates: Mapping[str, float], models: NDArray[np.object_], source: str) -> dict[str, float]:
+def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: str) -> dict[str, float]:
     """The part of a leaderboard that is about the models of the data."""
     here = list(dict.fromkeys(models))
     chosen = {name: rates[name] for name in here if name in rates}

@@ -91,13 +91,19 @@ class Pairs:
         Both come of identical responses, and are kept: two models gave the text, each with its own strength.
         """
         n = len(self.content)
-        keys = self.content[self.chosen] * n + self.content[self.rejected]
+        keys = np.sort(self.content[self.chosen] * n + self.content[self.rejected])
         opposite = self.content[self.rejected] * n + self.content[self.chosen]
-        return len(keys) - len(np.unique(keys)), int(np.isin(opposite, keys).sum())
+        found = np.searchsorted(keys, opposite)
+        opposed = keys[np.minimum(found, len(keys) - 1)] == opposite
+        return int((np.diff(keys) == 0).sum()), int(opposed.sum())
+
+    def count_prompts(self, some: NDArray) -> int:
+        """Prompts of some of the pairs, given by a mask or by ascending numbers."""
+        return int((np.diff(self.prompt[self.chosen[some]], prepend=-1) != 0).sum())
 
     def group(self) -> Groups:
         """The pairs by prompt; a response is there once, however many pairs it is in."""
-        members = np.unique(np.concatenate([self.chosen, self.rejected]))
+        members = np.flatnonzero(self.drops == Drop.KEPT)
         members = members[np.lexsort((members, -self.strength[members], self.prompt[members]))]
         cu_members = _boundaries(self.prompt[members])
         place = np.zeros(len(self.drops), np.int64)

@@ -198,6 +198,7 @@ def read_responses(
         remove_columns=dataset.column_names,
         features=RESPONSE_FEATURES,
         num_proc=num_proc,
+        writer_batch_size=8192,  # random access costs a call for each of the pieces
         desc=f"Reading {name}",
     )
 
