@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
@@ -131,7 +131,7 @@ def report_table(report: dict[str, Any]) -> Table:
     """A row for each pair of models."""
     everything = {"chosen": "all", "rejected": "", **report["pairs"]}
     columns = [column for column in _COLUMNS if column != "tied" or everything["tied"]]
-    table = Table(title=f"Pairs (lengths in {report['unit']})", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"Pairs (lengths in {report['unit']})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("chosen", "rejected"):
         table.add_column(f"{name}\nmodel", overflow="fold", min_width=12)
     for column in columns:
@@ -225,6 +225,7 @@ def _draw_bars(axis: Any, labels: list[str], kinds: dict[str, list[float]], note
     for row, note in enumerate(notes):
         axis.annotate(note, (left[row], row), (4, 0), textcoords="offset points", va="center", fontsize="small")
     axis.set_xlim(0, 1.1 * max(left.max(), 1))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
     axis.legend(fontsize="small", frameon=False, ncols=len(kinds), **place)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")  # the last is AlpacaEval's: it has no name
-_WIDTH = 118  # of the table where no terminal says
+_WIDTH = 120  # of the table where no terminal says
 _WIN_RATE_COLUMNS = ("length_controlled_winrate", "win_rate")
 
 
