@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from .data.pairs import Drop, Pairs
-from .data.responses import TEXT, as_messages, read_responses
+from .data.response_rows import TEXT, as_messages, read_responses
 from .data.sources import load
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load_responses(
     Args:
         names, config, split: as for ``data.sources.load``.
         columns: {name in the data: name here}, renamed where it is.
-        models, rating, tokenizer, num_proc: as for ``data.responses.read_responses``.
+        models, rating, tokenizer, num_proc: as for ``data.response_rows.read_responses``.
         max_length: {"characters" or "tokens": how many prompt and response may have together}.
 
     Raises:

@@ -131,7 +131,9 @@ def report_table(report: dict[str, Any]) -> Table:
     """A row for each pair of models."""
     everything = {"chosen": "all", "rejected": "", **report["pairs"]}
     columns = [column for column in _COLUMNS if column != "tied" or everything["tied"]]
-    table = Table(title=f"Pairs (lengths in {report['unit']})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"Pairs (lengths in {report['unit']})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for name in ("chosen", "rejected"):
         table.add_column(f"{name}\nmodel", overflow="fold", min_width=12)
     for column in columns:

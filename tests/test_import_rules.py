@@ -21,21 +21,14 @@ LEVELS = [
     {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
     {"config", "loading", "metrics", "reference", "trainer"},
     {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo", "cache_tool", "cache_data"},
-    {"pairs_tool", "pairs_data", "pairs_report"},
     {"cli"},
 ]
 LEVELS[1] |= {"prompts", "responses", "response_exports", "endpoint"}
-LEVELS[3] |= {"generate_tool"}
+LEVELS[3] |= {"generate_tool", "pairs_tool", "pairs_data", "pairs_report"}
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
-NUMPY_ALONE = {
-    "data/pairs.py",
-    "data/strength.py",
-    "data/curriculum.py",
-    "data/packing.py",
-    "data/batches.py",
-    "data/truncation.py",
-}
+NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}
+NUMPY_ALONE |= {"data/strength.py"}  # a part of pairs
 
 
 class Import(NamedTuple):

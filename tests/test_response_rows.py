@@ -9,7 +9,7 @@ from datasets import Dataset
 from rows import assistant, make_tokenizer, user
 
 from cpt_kernels.data.pairs import Drop, prompt_key
-from cpt_kernels.data.responses import TEXT, TURN, TURNS, as_messages, find_readings, read_responses
+from cpt_kernels.data.response_rows import TEXT, TURN, TURNS, as_messages, find_readings, read_responses
 
 ITEMS = [
     {"model": "a", "response": "yes", "overall_score": 4.0},
