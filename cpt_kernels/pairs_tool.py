@@ -47,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     """
     args = _parser(prog).parse_args(argv)
     output = _check_output(args)
-    which = Which("base", base=args.base) if args.base else parse_which(args.pairs)
+    which = parse_which(args.pairs or "all") if args.base is None else Which("base", base=args.base)
     ranking, meaning = _read_ranking(args)
     limits = {unit: most for unit in ("characters", "tokens") if (most := getattr(args, f"max_{unit}")) is not None}
     responses = load_responses(
@@ -70,7 +70,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     for_validation = held_out(responses.prompt_keys, args.validation)[pairs.chosen]
     about = {
         "sources": list(responses.sources),
-        "which": f"against {args.base}" if args.base else args.pairs,
+        "which": args.pairs or (f"against {args.base}" if args.base else "all"),
         "gap": f"difference in {meaning}",
         "strength": ranking,
     }
@@ -104,8 +104,11 @@ def _check_output(args: argparse.Namespace) -> Path:
             "say once which responses are better: by --order 'gpt4 > chatgpt > td003', by --ratings COLUMN, or by"
             " --win_rates FILE"
         )
-    if args.max_tokens is not None and args.tokenizer is None:
-        raise ValueError("--max_tokens needs a --tokenizer")
+    for option, other in (("max_tokens", "tokenizer"), ("win_rate_column", "win_rates")):
+        if getattr(args, option) is not None and getattr(args, other) is None:
+            raise ValueError(f"--{option} needs --{other}")
+    if args.base is not None and args.pairs is not None:
+        raise ValueError("--base and --pairs each say which pairs are built: give one of them")
     if not 0 <= args.validation < 1:
         raise ValueError(f"--validation {args.validation} is no share of the prompts: it is at least 0 and below 1")
     for option in ("max_characters", "max_tokens", "num_proc"):
@@ -189,7 +192,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--win_rate_column", metavar="COLUMN", help=f"of that table [{', else '.join(_WIN_RATE_COLUMNS)}]"
     )
     group = parser.add_argument_group("which pairs")
-    group.add_argument("--pairs", default="all", metavar="TEXT", help="all, adjacent, or 'gpt4 > td003, ...' [all]")
+    group.add_argument("--pairs", metavar="TEXT", help="all, adjacent, or 'gpt4 > td003, ...' [all]")
     group.add_argument("--base", metavar="MODEL", help="only pairs with this model on one side")
     group.add_argument("--max_characters", type=int, metavar="N", help="of prompt and response together")
     group.add_argument("--max_tokens", type=int, metavar="N", help="the same in tokens, without a chat template's own")

@@ -70,7 +70,7 @@ def test_it_can_be_looked_at(report, tmp_path):
     console = Console(width=100, file=StringIO())
     console.print(report_table(report))
     text = console.file.getvalue()
-    assert "tied" not in text and [line.split()[:4] for line in text.splitlines() if line.startswith("  a ")] == [
+    assert "tied" not in text and [line.split()[:4] for line in text.splitlines() if line.startswith(" a ")] == [
         ["a", "b", "2", "0"],
         ["a", "c", "2", "0"],
     ]
