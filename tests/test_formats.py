@@ -141,7 +141,7 @@ def test_ranked_rows_may_say_their_pairs(tokenizer):
     assert reasons(report) == {"identical sides": (1, [3]), "empty completion": (1, [4])}
 
 
-@pytest.mark.parametrize("pairs", [[], [[0]], [[0, 0]], [[0, 2]], [[-1, 0]], [[0, 1, 1]]])
+@pytest.mark.parametrize("pairs", [[], [[0]], [[0, 0]], [[0, 2]], [[-1, 0]], [[0, 1, 1]], [[[0], [1]]], ["01"]])
 def test_pairs_that_are_none(pairs, tokenizer):
     rows = [{"prompt": "p", "completions": [" a", " b"], "pairs": pairs}]
     with pytest.raises(ValueError, match=r"`pairs` is no list of \[better, worse\] positions in the 2 completions"):

@@ -211,9 +211,8 @@ def _read_pairs(row: Mapping[str, Any], names: list[str]) -> list[tuple[int, int
 
 
 def _is_edge(pair: Any, given: range) -> bool:
-    return (
-        isinstance(pair, list) and len(pair) == len(set(pair)) == 2 and all(type(i) is int and i in given for i in pair)
-    )
+    inside = isinstance(pair, list) and all(type(i) is int and i in given for i in pair)
+    return inside and len(pair) == 2 and pair[0] != pair[1]
 
 
 def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], ranked: int) -> tuple[Text, list[Text]]:
