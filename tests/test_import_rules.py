@@ -17,7 +17,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # Imports run downward, or stay within a level. A new module must be put where it belongs.
 LEVELS = [
-    {"losses", "ops"},
+    {"losses", "ops", "win_rate"},
     {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
     {"config", "loading", "metrics", "reference", "trainer"},
     {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo", "cache_tool", "cache_data"},
@@ -29,6 +29,7 @@ USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluat
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
 NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}
 NUMPY_ALONE |= {"data/strength.py"}  # a part of pairs
+NUMPY_ALONE |= {"win_rate.py"}
 
 
 class Import(NamedTuple):
