@@ -101,8 +101,18 @@ class Reference:
         batch["ref_token_logps"] = torch.from_numpy(np.concatenate(scored)).to(batch["ref_token_logps"].device)
         batch["ref_missing"] = []
 
-    def fill(self, dataset: Dataset, collator: PackedCollator, max_tokens: int | None, name: str) -> None:
+    def fill(
+        self,
+        dataset: Dataset,
+        collator: PackedCollator,
+        max_tokens: int | None,
+        name: str,
+        whose: str = "reference",
+    ) -> None:
         """Score what the cache lacks of a prepared dataset, on all ranks, longest groups first.
+
+        Args:
+            name, whose: what log and progress bar call the dataset and the model.
 
         Raises:
             ValueError: the cache's folder is not the same one on every rank.
@@ -115,21 +125,21 @@ class Reference:
         (missing,) = broadcast_object_list([missing])
         written = self.cache.bytes_written
         if len(missing):
-            self._fill(dataset, missing, collator, max_tokens, name)
+            self._fill(dataset, missing, collator, max_tokens, f"{whose} log-probs of the {name} data")
         self.accelerator.wait_for_everyone()
         self.cache.refresh()
         self._check_shared(missing)
         written = sum(gather_object([self.cache.bytes_written - written]))
         if self.accelerator.is_main_process:
             logger.warning(
-                f"{name} data: reference log-probs of {missing.completions} completions: {missing.found} from"
+                f"{name} data: {whose} log-probs of {missing.completions} completions: {missing.found} from"
                 f" {self.cache.folder} in {looking:.1f} s, {missing.completions - missing.found} missing, of which"
                 f" {len(missing)} different ones were scored in {time.perf_counter() - started - looking:.1f} s"
                 f" ({written / 1e6:.1f} MB written)"
             )
 
     def _fill(
-        self, dataset: Dataset, missing: Missing, collator: PackedCollator, max_tokens: int | None, name: str
+        self, dataset: Dataset, missing: Missing, collator: PackedCollator, max_tokens: int | None, description: str
     ) -> None:
         device, world = self.accelerator.device, self.accelerator.num_processes
         budget = max_tokens or _TOKENS_PER_BATCH.get(device.type, _DEFAULT_TOKENS_PER_BATCH)
@@ -137,7 +147,7 @@ class Reference:
         collate = PackedCollator(share_prompts=collator.share_prompts, share_limit=collator.share_limit)
         progress = tqdm(
             batches[self.accelerator.process_index :: world],
-            desc=f"Reference log-probs of the {name} data",
+            desc=description[0].upper() + description[1:],
             disable=not self.accelerator.is_main_process,
         )
         with self.cache:  # written also where a batch fails: what was scored is right

@@ -82,7 +82,7 @@ def make_trainer(
     """
     args = options.training
     train_data, eval_data = _load_data(options.script, args)
-    tokenizer = _load_tokenizer(options.model.tokenizer_name, "tokenizer_name", options.model, args)
+    tokenizer = load_tokenizer(options.model.tokenizer_name, "tokenizer_name", options.model, args)
     ref_tokenizer = _load_ref_tokenizer(options.model, args)
     model, ref_model = _load_model(options.model, args), _load_reference(options.model, args)
     args.model_init_kwargs = None  # used by now; the trainer refuses them for a model that is loaded already
@@ -194,9 +194,10 @@ def _from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
         raise ValueError(f"{option}={name} cannot be loaded: {message}") from error
 
 
-def _load_tokenizer(
+def load_tokenizer(
     name: str | None, option: str, model: ModelArguments, args: ContrastiveConfig
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer ``name``, given by ``option``; default the model's own. Errors as one that names the option."""
     kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     if name is None:
         name, option = model.model_name_or_path, "model_name_or_path"
@@ -209,13 +210,13 @@ def _load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTr
     name = model.ref_model_name_or_path
     if name is None or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()):
         return None
-    return _load_tokenizer(name, "ref_model_name_or_path", model, args)
+    return load_tokenizer(name, "ref_model_name_or_path", model, args)
 
 
 def _load_model(model: ModelArguments, args: ContrastiveConfig):
     name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
     if not model.from_scratch:
-        return _load_weights(name, "model_name_or_path", model, args, **kwargs)
+        return load_weights(name, "model_name_or_path", model, args, **kwargs)
     config = _from_pretrained(
         AutoConfig, name, "model_name_or_path", trust_remote_code=args.trust_remote_code, **kwargs
     )
@@ -229,10 +230,11 @@ def _load_model(model: ModelArguments, args: ContrastiveConfig):
 def _load_reference(model: ModelArguments, args: ContrastiveConfig):
     if model.ref_model_name_or_path is None:
         return None
-    return _load_weights(model.ref_model_name_or_path, "ref_model_name_or_path", model, args)
+    return load_weights(model.ref_model_name_or_path, "ref_model_name_or_path", model, args)
 
 
-def _load_weights(name: str, option: str, model: ModelArguments, args: ContrastiveConfig, **kwargs: Any):
+def load_weights(name: str, option: str, model: ModelArguments, args: ContrastiveConfig, **kwargs: Any):
+    """The model ``name``, given by ``option``, of the type and quantisation asked for. Errors name the option."""
     kwargs |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
     if model.attn_implementation is not None:
         kwargs["attn_implementation"] = model.attn_implementation
