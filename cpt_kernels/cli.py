@@ -18,6 +18,7 @@ COMMANDS = {
     "pairs": (".pairs_tool", "build preference pairs from the responses of models of different strength"),
     "cache": (".cache_tool", "build, look into, check, prune, export and import reference log-probs"),
     "generate": (".generate_tool", "responses of a model, local or behind an endpoint, to a set of prompts"),
+    "eval": (".evaluate", "evaluate models on held-out pairs, or by a judge on what they generate"),
     "demo": (".demo", "train a small model by SFT and then DPO, on data made here; no network needed"),
 }
 # Those who call a user's mistake ValueError. The same from torch or numpy is a mistake of ours.

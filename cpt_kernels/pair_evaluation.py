@@ -41,6 +41,9 @@ LENGTH_EDGES = (32, 64, 128, 256, 512)
 ALL = "all pairs"
 MODEL_PAIR, LENGTH_RATIO, CHOSEN_LENGTH = "model pair", "chosen / rejected tokens", "chosen tokens"
 _MODELS = ("chosen_model", "rejected_model")
+_GROUPED = ("completions", "models", "pairs")
+_RESERVED = ("model", "chosen_tokens", "rejected_tokens")  # columns of the table of pairs
+_ORIGIN = ("pair_row", "pair_chosen", "pair_rejected")  # of a pair that was in a grouped row
 _MOST_VALUES = 100  # that a table can have
 
 
@@ -169,8 +172,8 @@ def evaluate_pairs(
 
     Args:
         models: name -> model, name or folder of one, or a function that loads it; one is in memory at a time.
-        data: pairs in any form that the trainer takes. Columns ``chosen_model`` and ``rejected_model``, where there
-            are both, group them.
+        data: pairs in any form that the trainer takes. Columns ``chosen_model`` and ``rejected_model``, or ``models``
+            beside ``completions`` and ``pairs`` of grouped rows, say whose they are.
         tokenizer: the models' own.
         reference: default none: rewards are of log-probs alone.
         by: further columns to group by.
@@ -186,29 +189,39 @@ def evaluate_pairs(
     present = data.column_names or ()
     if lacking := [name for name in by if name not in present]:
         raise ValueError(f"by names the column {lacking[0]!r}, but the data has {sorted(present)}")
-    columns = list(dict.fromkeys([*(_MODELS if {*_MODELS} <= {*present} else ()), *by]))
-    dataset, report = prepare(
-        data,
-        tokenizer,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        ranked_pairs=args.ranked_pairs,
-        keep_columns=columns,
-        num_proc=args.dataset_num_proc,
-        name="held-out",
-    )
+    if taken := [name for name in by if name in _RESERVED]:
+        raise ValueError(f"by names the column {taken[0]!r}, which the result has itself: rename it in the data")
+    if {*_GROUPED} <= {*present}:
+        data = _split_groups(data)
+    of_models = _MODELS if {*_MODELS} <= {*data.column_names} else ()
+    origin = _ORIGIN if {*_ORIGIN} <= {*data.column_names} else ()
+    with args.main_process_first(desc="tokenising the held-out data"):  # the others find it in datasets' cache
+        dataset, report = prepare(
+            data,
+            tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            ranked_pairs=args.ranked_pairs,
+            keep_columns=list(dict.fromkeys([*of_models, *by, *origin])),
+            num_proc=args.dataset_num_proc,
+            name="held-out",
+        )
     if not report.pairs:
         raise ValueError("the held-out data has no pairs: give rows with chosen and rejected")
     scorer = _Scorer(dataset, tokenizer, args, report.max_token_id)
     lengths = scorer.lengths[scorer.members]
     groupings = [
-        *_column_groupings(dataset, columns, scorer.rows),
+        *_column_groupings(dataset, of_models, by, scorer.rows),
         _buckets(LENGTH_RATIO, lengths[:, 0] / lengths[:, 1], ratio_edges),
         _buckets(CHOSEN_LENGTH, lengths[:, 0], length_edges),
     ]
+    places = np.concatenate([scorer.source[scorer.rows, None], scorer.sides], axis=1)
+    if origin:
+        table = dataset.with_format("arrow").select_columns(list(origin))[:]
+        places = np.stack([table[name].to_numpy() for name in origin], axis=1)[scorer.rows]
     return PairEvaluation(
-        rows=scorer.source[scorer.rows],
-        completions=scorer.sides,
+        rows=places[:, 0],
+        completions=places[:, 1:],
         prompts=_prompt_hashes(dataset)[scorer.rows],
         lengths=lengths,
         groupings=groupings,
@@ -274,18 +287,45 @@ class _Scorer:
             yield np.array([values.sum(dtype=np.float64) for values in found])
 
 
+def _split_groups(data: Dataset) -> Dataset:
+    """Rows of ``completions``, ``models`` and ``pairs`` as a row for each pair; each response is scored once still."""
+    kept = [name for name in data.column_names if name not in (*_GROUPED, "scores")]
+
+    def split(batch: Mapping[str, list], numbers: list[int]) -> dict[str, list]:
+        split: dict[str, list] = {name: [] for name in (*kept, "chosen", "rejected", *_MODELS, *_ORIGIN)}
+        for i, number in enumerate(numbers):
+            completions, models = batch["completions"][i], batch["models"][i]
+            for pair in batch["pairs"][i]:
+                if len(models) != len(completions) or not (
+                    len(pair) == 2 and 0 <= min(pair) <= max(pair) < len(models)
+                ):
+                    raise ValueError(
+                        f"row {number}: models and pairs do not belong to its {len(completions)} completions"
+                    )
+                sides = [values[side] for values in (completions, models) for side in pair]
+                for name, value in zip(("chosen", "rejected", *_MODELS, *_ORIGIN), (*sides, number, *pair)):
+                    split[name].append(value)
+                for name in kept:
+                    split[name].append(batch[name][i])
+        return split
+
+    return data.map(split, batched=True, with_indices=True, remove_columns=data.column_names, desc="Splitting groups")
+
+
 def _prompt_hashes(dataset: Dataset) -> NDArray[np.uint64]:
     parts = dataset.with_format("numpy", columns=["prompt_ids"]).iter(1000)
     return np.array([xxh3_64_intdigest(ids.tobytes()) for part in parts for ids in part["prompt_ids"]], np.uint64)
 
 
-def _column_groupings(dataset: Dataset, columns: Sequence[str], row_of_pair: NDArray) -> Iterator[Grouping]:
-    table = dataset.with_format("arrow").select_columns(list(dict.fromkeys(columns)))[:] if columns else None
-    of_models = columns[:2] if tuple(columns[:2]) == _MODELS else []
+def _column_groupings(
+    dataset: Dataset, of_models: Sequence[str], by: Sequence[str], row_of_pair: NDArray
+) -> Iterator[Grouping]:
+    columns = list(dict.fromkeys([*of_models, *by]))
+    table = dataset.with_format("arrow").select_columns(columns)[:] if columns else None
     if of_models:
         sides = zip(*(table[name].to_pylist() for name in of_models))
         yield _grouping(MODEL_PAIR, [f"{chosen} > {rejected}" for chosen, rejected in sides], row_of_pair)
-    for name in columns[len(of_models) :]:
+    for name in by:
         yield _grouping(name, list(map(str, table[name].to_pylist())), row_of_pair)
 
 

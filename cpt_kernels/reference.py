@@ -125,7 +125,7 @@ class Reference:
         (missing,) = broadcast_object_list([missing])
         written = self.cache.bytes_written
         if len(missing):
-            self._fill(dataset, missing, collator, max_tokens, f"{whose} log-probs of the {name} data")
+            self._fill(dataset, missing, collator, max_tokens, f"{name} data: {whose} log-probs")
         self.accelerator.wait_for_everyone()
         self.cache.refresh()
         self._check_shared(missing)
@@ -147,7 +147,7 @@ class Reference:
         collate = PackedCollator(share_prompts=collator.share_prompts, share_limit=collator.share_limit)
         progress = tqdm(
             batches[self.accelerator.process_index :: world],
-            desc=description[0].upper() + description[1:],
+            desc=description,
             disable=not self.accelerator.is_main_process,
         )
         with self.cache:  # written also where a batch fails: what was scored is right

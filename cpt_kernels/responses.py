@@ -125,7 +125,7 @@ class ResponseFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"{self.path} is being written by another process: wait for it to end, or choose another --output"
+                f"{self.path} is being written by another process: wait for it to end, or choose another file"
             ) from error
 
     def _read(self) -> None:
@@ -165,7 +165,7 @@ class ResponseFile:
             ways = "; ".join(f"{name} was {theirs[name]!r} and is {self.settings[name]!r}" for name in sorted(changed))
             raise ValueError(
                 f"{self.path} has responses of {self.model} that were drawn in another way ({ways}): choose another"
-                " --output, or another --model_label for the new ones"
+                " file, or with cpt generate another --model_label"
             )
 
 

@@ -53,7 +53,7 @@ def train(options: Options) -> ContrastiveTrainer:
     """
     args = options.training
     output = Path(args.output_dir)
-    _quieten(args)
+    quieten(args)
     _check_output(output, options.model)
     checkpoint = _find_checkpoint(args)
     report = RunReport(output, f"{output.name}: {args.loss_type}")
@@ -83,7 +83,7 @@ def make_trainer(
     args = options.training
     train_data, eval_data = _load_data(options.script, args)
     tokenizer = load_tokenizer(options.model.tokenizer_name, "tokenizer_name", options.model, args)
-    ref_tokenizer = _load_ref_tokenizer(options.model, args)
+    ref_tokenizer = load_ref_tokenizer(options.model, args)
     model, ref_model = _load_model(options.model, args), _load_reference(options.model, args)
     args.model_init_kwargs = None  # used by now; the trainer refuses them for a model that is loaded already
     return cls(
@@ -107,7 +107,8 @@ def use_progress_lines(trainer: ContrastiveTrainer) -> None:
         trainer.add_callback(ProgressLines())
 
 
-def _quieten(args: ContrastiveConfig) -> None:
+def quieten(args: ContrastiveConfig) -> None:
+    """Messages of the first rank only, and no progress bars of the others, or where none are wanted."""
     if args.process_index > 0:
         logging.getLogger("cpt_kernels").setLevel(logging.ERROR)
     if args.disable_tqdm or args.process_index > 0:
@@ -205,7 +206,7 @@ def load_tokenizer(
     return _from_pretrained(AutoTokenizer, name, option, **kwargs)
 
 
-def _load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase | None:
+def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase | None:
     """The reference's tokenizer, to be compared with the policy's; ``None`` for a folder that holds weights only."""
     name = model.ref_model_name_or_path
     if name is None or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()):

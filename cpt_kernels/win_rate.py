@@ -7,7 +7,7 @@ that answered the same prompts can be compared pair by pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-_RIDGE = 0.01  # weight of (theta^2 + phi^2) / 2: sklearn's C = 100
+# Weights of theta^2 / 2 and phi^2 / 2: normal priors with standard deviations of 3.2 and 100 in log-odds.
+_RIDGE = np.array([0.1, 1e-4])
 _CHUNK = 4_000_000  # resampled values held at once
 _ITERATIONS = 100
 _TOLERANCE = 1e-9  # of a gradient per prompt
@@ -76,12 +77,10 @@ def interval(
         prompts: (n,) which prompt each value belongs to; a prompt's values are drawn together.
     """
     values = np.asarray(values, np.float64)
-    sums, counts = values, np.ones(len(values))
-    if prompts is not None:
-        _, index = np.unique(prompts, return_inverse=True)
-        counts = np.bincount(index).astype(np.float64)
-        sums = np.zeros((len(counts), *values.shape[1:]))
-        np.add.at(sums, index, values)
+    index = _index(prompts, len(values))
+    counts = np.bincount(index).astype(np.float64)
+    sums = np.zeros((len(counts), *values.shape[1:]))
+    np.add.at(sums, index, values)
     means = [(drawn @ sums).T / (drawn @ counts) for drawn in _draws(len(counts), resamples, seed)]
     return _ends(np.concatenate(means, axis=-1), confidence)
 
@@ -102,6 +101,7 @@ def length_controlled_win_rate(
     lengths: ArrayLike,
     baseline_lengths: ArrayLike,
     *,
+    prompts: ArrayLike | None = None,
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,
@@ -120,15 +120,16 @@ def length_controlled_win_rate(
     equal length is the same for every prompt, and the rate is logistic(theta). So the figure differs from that of
     ``alpaca_eval``, which has gamma_x of its own 805 prompts, and two verbose and concise baselines in the fit.
 
-    theta and phi minimise the summed cross-entropy with the preferences plus 0.005 (theta^2 + phi^2), which matters
-    only where they would be infinite otherwise: where length alone decides, phi is large and theta is near 0. (A
-    stronger penalty holds phi back, and theta has to explain what length did.) Swapping model and baseline turns the
-    rate r into 1 - r. Where all preferences are 0, or all are 1, length explains nothing, and the rate is the win
-    rate's. Lengths of nearly all outputs on one side leave little to go by: the interval shows it.
+    theta and phi minimise the summed cross-entropy with the preferences plus theta^2 / 20 + phi^2 / 20000, which
+    matters only where they would be infinite otherwise: where length alone decides, phi becomes large and theta small.
+    (Were phi held back as much as theta, theta would have to explain what length did.) Swapping model and baseline
+    turns the rate r into 1 - r. Where all preferences are 0, or all are 1, length explains nothing, and the rate is the
+    win rate's. Where nearly all outputs are longer, there is little to go by, and the interval is wide.
 
     Args:
         preferences: (n,) in [0, 1], for the model.
         lengths, baseline_lengths: (n,) of the outputs in any unit; theirs is characters.
+        prompts: as for :func:`win_rate`.
 
     Returns:
         ``None`` where the rate is not identified: all outputs are longer than the baseline's, or all are shorter, so
@@ -152,10 +153,11 @@ def length_controlled_win_rate(
     features = np.tanh(differences / spread) if spread else np.zeros(len(differences))
     theta, phi = _fit(features, wins, np.ones((1, len(wins))))[0]
     if np.unique(wins).tolist() in ([0.0], [1.0]):
-        return LengthControlled(
-            *win_rate(wins, resamples=resamples, confidence=confidence, seed=seed), float(phi), longer
-        )
-    thetas = [_fit(features, wins, drawn)[:, 0] for drawn in _draws(len(wins), resamples, seed)]
+        plain = win_rate(wins, prompts=prompts, resamples=resamples, confidence=confidence, seed=seed)
+        return LengthControlled(*plain, float(phi), longer)
+    index = _index(prompts, len(wins))
+    draws = _draws(int(index.max()) + 1, resamples, seed)
+    thetas = [_fit(features, wins, drawn[:, index])[:, 0] for drawn in draws]
     low, high = _ends(_logistic(np.concatenate(thetas)), confidence)
     return LengthControlled(float(_logistic(theta)), float(low), float(high), len(wins), float(phi), longer)
 
@@ -171,7 +173,7 @@ def _fit(features: NDArray, wins: NDArray, weights: NDArray) -> NDArray[np.float
 
     def objective(coefficients: NDArray) -> NDArray:
         scores = coefficients @ design
-        return ((np.logaddexp(0, scores) - wins * scores) * weights).sum(1) + _RIDGE / 2 * (coefficients**2).sum(1)
+        return ((np.logaddexp(0, scores) - wins * scores) * weights).sum(1) + coefficients**2 @ _RIDGE / 2
 
     coefficients = np.zeros((len(weights), 2))
     value = objective(coefficients)
@@ -181,7 +183,7 @@ def _fit(features: NDArray, wins: NDArray, weights: NDArray) -> NDArray[np.float
         if np.abs(gradient).max() <= _TOLERANCE * len(features):
             break
         curvature = weights * chances * (1 - chances)
-        hessian = np.einsum("bn,in,jn->bij", curvature, design, design, optimize=True) + _RIDGE * np.eye(2)
+        hessian = np.einsum("bn,in,jn->bij", curvature, design, design, optimize=True) + np.diag(_RIDGE)
         step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
         for _ in range(_ITERATIONS):
             trial = objective(coefficients - step)
@@ -192,7 +194,12 @@ def _fit(features: NDArray, wins: NDArray, weights: NDArray) -> NDArray[np.float
     return coefficients
 
 
-def _draws(n: int, resamples: int, seed: int):
+def _index(prompts: ArrayLike | None, n: int) -> NDArray[np.int64]:
+    """(n,) number of each value's prompt, from 0."""
+    return np.arange(n) if prompts is None else np.unique(prompts, return_inverse=True)[1]
+
+
+def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
     """How often each of n prompts is drawn in each resampling, in parts of (B, n)."""
     random = np.random.default_rng(seed)
     at_once = max(1, _CHUNK // n)

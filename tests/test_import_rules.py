@@ -25,6 +25,8 @@ LEVELS = [
 ]
 LEVELS[1] |= {"prompts", "responses", "response_exports", "endpoint"}
 LEVELS[3] |= {"generate_tool", "pairs_tool", "pairs_data", "pairs_report"}
+LEVELS[3] |= {"generate_tool"}
+LEVELS[3] |= {"outputs", "judge", "output_evaluation", "evaluation_reports", "checkpoints"}
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
 NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}

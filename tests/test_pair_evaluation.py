@@ -161,10 +161,55 @@ def test_ranked_rows_have_several_pairs(tmp_path):
     np.testing.assert_allclose(found.metrics("policy")["rewards/chosen"], 0.1 * logps[:, 0])
 
 
+def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
+    """As `cpt pairs` groups them: a prompt's completions, best first, their models, and which of them are pairs."""
+    made = preference_rows(6)
+    names = ["strong", "middle", "weak"]
+    grouped = [
+        {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"], row["sampled"]],
+            "scores": [3.0, 2.0, 1.0],
+            "models": names,
+            "pairs": [[0, 2], [1, 2]] if i % 2 else [[0, 1]],
+            "topic": f"topic {i % 3}",
+        }
+        for i, row in enumerate(made)
+    ]
+    pairs = [
+        {
+            "prompt": row["prompt"],
+            **{name: row["completions"][side] for name, side in zip(("chosen", "rejected"), pair)},
+            **{f"{name}_model": names[side] for name, side in zip(("chosen", "rejected"), pair)},
+            "topic": row["topic"],
+        }
+        for row in grouped
+        for pair in row["pairs"]
+    ]
+    found, expected = (
+        evaluate_pairs(
+            {"policy": tiny_model("llama")},
+            Dataset.from_list(rows),
+            word_tokenizer(),
+            args=config(tmp_path),
+            by=["topic"],
+        )
+        for rows in (grouped, pairs)
+    )
+    assert found.summary(resamples=20) == expected.summary(resamples=20)
+    assert found.groupings[0].values == ["strong > middle", "strong > weak", "middle > weak"]
+    assert found.rows.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5]
+    assert found.completions.tolist() == [pair for row in grouped for pair in row["pairs"]]
+    grouped[3]["pairs"] = [[0, 3]]
+    with pytest.raises(ValueError, match="row 3: models and pairs do not belong to its 3 completions"):
+        evaluate_pairs({"policy": tiny_model("llama")}, Dataset.from_list(grouped), word_tokenizer())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"by": ["nowhere"]}, "by names the column 'nowhere'"),
+        ({"by": ["model"]}, "by names the column 'model', which the result has itself"),
         ({"by": ["number"]}, "number has 120 different values"),
         ({"ratio_edges": [2, 1]}, "must increase"),
         ({"models": {}}, "no model"),
@@ -172,8 +217,10 @@ def test_ranked_rows_have_several_pairs(tmp_path):
     ],
 )
 def test_mistakes(tmp_path, change, message):
-    made = [{**row, "number": i, "completion": row["chosen"]} for i, row in enumerate(preference_rows(120))]
-    columns = change.pop("columns", ["prompt", "chosen", "rejected", "number"])
+    made = [
+        {**row, "number": i, "model": "m", "completion": row["chosen"]} for i, row in enumerate(preference_rows(120))
+    ]
+    columns = change.pop("columns", ["prompt", "chosen", "rejected", "number", "model"])
     data = Dataset.from_list(made).select_columns(columns)
     given = {"models": {"policy": tiny_model("llama")}} | change
     with pytest.raises(ValueError, match=message):
