@@ -2,7 +2,7 @@
 
   cpt eval pairs --models runs/sft runs/dpo --data held_out.jsonl
   cpt eval win-rate --outputs dpo.jsonl --baseline sft.jsonl --judge my_package.judges:prefer
-  cpt eval win-rate --outputs dpo.jsonl --baseline sft.jsonl --judge_model NAME --judge_file judged.jsonl
+  cpt eval win-rate --outputs dpo.jsonl --baseline sft.jsonl --judge_model NAME --base_url URL
   cpt eval export --outputs dpo.jsonl --to model_outputs.json
 
 Every figure has a bootstrap interval over prompts. Tables are printed; numbers (JSON) and pictures (PNG, SVG) go to
@@ -15,6 +15,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +34,7 @@ from .checkpoints import (
     read_options,
 )
 from .data.sources import load
+from .endpoint import EndpointOptions
 from .evaluation_reports import (
     difference_lines,
     draw_pairs,
@@ -46,10 +48,13 @@ from .judge import TEMPLATE, JudgePrompt, Verdicts, ask_endpoint, ask_function, 
 from .output_evaluation import OutputEvaluation, differences
 from .outputs import Comparisons, choose, join, read_outputs, write_alpaca_eval
 from .pair_evaluation import LENGTH_EDGES, RATIO_EDGES, evaluate_pairs
+from .prompts import Sampling
 from .run import quieten
 from .shards import publish
 from .win_rate import CONFIDENCE, RESAMPLES
 
+_JUDGE_FILE = "judged.jsonl"
+_BOOTSTRAP = ("resamples", "confidence", "seed")
 _WIDTH = 120  # of tables that do not go to a terminal
 
 
@@ -64,9 +69,8 @@ def main(argv: Sequence[str], prog: str = "cpt eval") -> None:
     if rest and args.command != "pairs":
         raise ValueError(f"unknown option {rest[0]}; see {args.prog} --help")
     args.training = rest
-    details = getattr(args, "details", None)
-    if details and details.suffix not in _WRITERS:
-        raise ValueError(f"details={details}: expected a {' or '.join(_WRITERS)} file")
+    if args.command != "export":
+        _check_output(args)
     _COMMANDS[args.command][0](args)
 
 
@@ -92,7 +96,7 @@ def score_pairs(args: argparse.Namespace) -> None:
     )
     if not PartialState().is_main_process:
         return
-    bootstrap = _bootstrap(args)
+    bootstrap = {name: getattr(args, name) for name in _BOOTSTRAP}
     summary, compared = evaluation.summary(**bootstrap), evaluation.differences(**bootstrap)
     rewards = f"rewards against {reference}" if reference else "rewards of log-probs alone, without a reference"
     title = f"{args.data}: {rewards}, beta {evaluation.beta:g}"
@@ -122,7 +126,7 @@ def judge_outputs(args: argparse.Namespace) -> None:
     """Have a judge compare outputs with a baseline's."""
     ask = _make_judge(args)
     evaluations = [OutputEvaluation(each, ask(each)) for each in _read_comparisons(args)]
-    bootstrap = _bootstrap(args)
+    bootstrap = {name: getattr(args, name) for name in _BOOTSTRAP}
     summaries = [evaluation.summary(**bootstrap) for evaluation in evaluations]
     compared = differences(evaluations, **bootstrap)
     settings = {"outputs": args.outputs, "baseline": args.baseline, "judge": args.judge or args.judge_model}
@@ -182,25 +186,26 @@ def _make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
             raise ValueError(f"{given[0]} has no effect on a Python function: it belongs to --judge_model")
         judge = load_judge(args.judge)
         return lambda comparisons: ask_function(judge, comparisons, args.both_orders)
-    from .endpoint import EndpointOptions
-    from .prompts import Sampling
-
-    if args.judge_file is None:
-        raise ValueError("judge_model needs --judge_file, the .jsonl file of its replies: none is asked for twice")
-    names = ("base_url", "api_key_env", "concurrency", "requests_per_minute", "max_retries", "timeout", "extra_body")
-    endpoint = EndpointOptions(model=args.judge_model, **{name: getattr(args, name) for name in names})
+    endpoint = EndpointOptions(args.judge_model, **{name: getattr(args, name) for name in _ENDPOINT_DEFAULTS})
     sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, chat=True)
     template = JudgePrompt(args.judge_template)
-    return lambda comparisons: ask_endpoint(comparisons, endpoint, sampling, args.judge_file, template)
+    file = args.judge_file or args.output_dir / _JUDGE_FILE
+    return lambda comparisons: ask_endpoint(comparisons, endpoint, sampling, file, template)
 
 
 # --- What is written ---
 
 
-def _bootstrap(args: argparse.Namespace) -> dict[str, Any]:
+def _check_output(args: argparse.Namespace) -> None:
+    """What would make the end fail, before anything is scored or asked."""
     if not 0 < args.confidence < 1 or args.resamples < 1:
         raise ValueError("confidence lies between 0 and 1, and resamples are at least 1")
-    return {"resamples": args.resamples, "confidence": args.confidence, "seed": args.seed}
+    if args.details and args.details.suffix not in _WRITERS:
+        raise ValueError(f"details={args.details}: expected a {' or '.join(_WRITERS)} file")
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir={args.output_dir} cannot be written to ({error.strerror})") from error
 
 
 def _columns(given: Sequence[str] | None) -> dict[str, str] | None:
@@ -243,18 +248,14 @@ _COMMANDS = {
     "win-rate": (judge_outputs, "win rate against a baseline's outputs, also length-controlled"),
     "export": (export, "outputs in the form of alpaca_eval's model_outputs.json"),
 }
+_ENDPOINT_DEFAULTS = {
+    option.name: option.default if option.default is not MISSING else option.default_factory()
+    for option in fields(EndpointOptions)
+    if option.name != "model"
+}
 _JUDGE_MODEL_DEFAULTS = {
-    "judge_file": None,
-    "judge_template": TEMPLATE,
-    "max_new_tokens": 1024,
-    "temperature": 0.0,
-    "base_url": None,
-    "api_key_env": "OPENAI_API_KEY",
-    "concurrency": 16,
-    "requests_per_minute": None,
-    "max_retries": 8,
-    "timeout": 600.0,
-    "extra_body": {},
+    **_ENDPOINT_DEFAULTS,
+    **{"judge_file": None, "judge_template": TEMPLATE, "max_new_tokens": 1024, "temperature": 0.0},
 }
 
 
@@ -341,7 +342,12 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--judge_model", metavar="NAME", help="a model behind an OpenAI-compatible endpoint")
     group.add_argument("--both_orders", action="store_true", help="swap the outputs, too; a judging model's always are")
     add = parser.add_argument_group("The judging model").add_argument
-    add("--judge_file", type=Path, metavar="FILE", help="the .jsonl file of its replies; none is asked for twice")
+    add(
+        "--judge_file",
+        type=Path,
+        metavar="FILE",
+        help=f"its replies; none is asked for twice [{_JUDGE_FILE} in --output_dir]",
+    )
     add("--judge_template", type=Path, metavar="FILE", help=f"jinja: prompt, output_1, output_2 [{TEMPLATE.name}]")
     add("--max_new_tokens", type=int, metavar="N", help="[%(default)s]")
     add("--temperature", type=float, metavar="T", help="[%(default)s]")

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
+from .judge import NO_VERDICT
 from .pair_evaluation import ALL
 
 Row = dict[str, Any]
@@ -25,7 +27,7 @@ def pair_tables(summary: Sequence[Row], confidence: float) -> list[Table]:
     table = _table(f"{whole[0]['pairs']:,} pairs of {whole[0]['prompts']:,} prompts, mean [{confidence:.0%} interval]")
     table.add_column("")
     for row in whole:
-        table.add_column(row["model"], justify="right", overflow="fold")
+        table.add_column(escape(row["model"]), justify="right", overflow="fold")
     for metric, (title, factor, format) in _METRICS.items():
         table.add_row(title, *(_with_ends(row[metric], factor, format) for row in whole))
     tied = set(own_references(summary))
@@ -51,9 +53,9 @@ _METRICS = {
 
 
 def _group_table(by: str, rows: Sequence[Row]) -> Table:
-    table = _table(f"By {by}")
+    table = _table(f"By {escape(by)}")
     several = len({row["model"] for row in rows}) > 1
-    for heading in (by, "model"):
+    for heading in (escape(by), "model"):
         table.add_column(heading, overflow="fold")
     for heading in ("pairs", "accuracy, %", "margin", "log-prob, chosen", "rejected"):
         table.add_column(heading, justify="right")
@@ -62,8 +64,8 @@ def _group_table(by: str, rows: Sequence[Row]) -> Table:
         if several and last not in (None, row["value"]):
             table.add_section()
         table.add_row(
-            "" if row["value"] == last else row["value"],
-            row["model"],
+            "" if row["value"] == last else escape(row["value"]),
+            escape(row["model"]),
             f"{row['pairs']:,}",
             _with_ends(row["rewards/accuracies"], 100, ".1f"),
             _with_ends(row["rewards/margins"], 1, ".3f"),
@@ -122,7 +124,7 @@ def draw_pairs(summary: Sequence[Row], folder: Path, title: str) -> list[Path]:
 
 def win_rate_table(summaries: Sequence[Row], confidence: float) -> Table:
     """A line for each model."""
-    table = _table(f"Against {summaries[0]['baseline']}, mean [{confidence:.0%} interval]")
+    table = _table(f"Against {escape(summaries[0]['baseline'])}, mean [{confidence:.0%} interval]")
     table.add_column("model", overflow="fold")
     headings = ("win rate, %", "length-controlled, %", "wins / ties / losses")
     for heading in (*headings, "prompts", "characters", "baseline's", "longer"):
@@ -130,7 +132,7 @@ def win_rate_table(summaries: Sequence[Row], confidence: float) -> Table:
     for row in summaries:
         controlled = row["length_controlled"]
         table.add_row(
-            row["model"],
+            escape(row["model"]),
             _with_ends(row["win_rate"], 100, ".1f", "rate"),
             "not identified" if controlled is None else _with_ends(controlled, 100, ".1f", "rate"),
             f"{row['wins']} / {row['ties']} / {row['losses']}",
@@ -153,7 +155,11 @@ def win_rate_notes(summary: Row) -> list[str]:
     ]
     if summary["not_judged"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in summary["failures"].items())
-        notes.append(f"{model}: {summary['not_judged']} comparisons have no verdict and are in no rate ({reasons})")
+        again = "; start again to ask for what failed" if {*summary["failures"]} - {NO_VERDICT} else ""
+        notes.append(
+            f"{model}: {summary['not_judged']} comparisons have no verdict and are in no rate (missing answers:"
+            f" {reasons}{again})"
+        )
     if summary["identical"]:
         notes.append(f"{model}: {summary['identical']} outputs are the baseline's own, which is a tie")
     if summary["first_rate"] is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import re
 import sys
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 Judge = Callable[[str, str, str], "float | str"]  # (prompt, output_1, output_2) -> preference, or one of _WINNERS
 
 TEMPLATE = Path(__file__).with_name("judge.jinja")
+NO_VERDICT = "no verdict in the reply"  # one of the reasons in `Verdicts.failures`
 _WINNERS = {"output_1": 1.0, "output_2": 0.0, "tie": 0.5}
 _VARIABLES = {"prompt", "output_1", "output_2"}
 _VERDICT = re.compile(r"\[\[(1|2|tie)\]\]", re.IGNORECASE)
@@ -62,15 +62,19 @@ class Verdicts:
 
     def first_rate(self) -> float | None:
         """How much the output that stood first was preferred, whoever's it was: 1/2 without a position bias."""
-        if self.orders.shape[1] < 2 or not len(complete := self.orders[~np.isnan(self.orders).any(axis=1)]):
+        if (both := self._in_both_orders()) is None:
             return None
-        return float((complete[:, 0] + 1 - complete[:, 1]).mean() / 2)
+        return float((both[:, 0] + 1 - both[:, 1]).mean() / 2)
 
     def consistency(self) -> float | None:
         """Share of comparisons in which both orders had the same winner, or both a tie."""
-        if self.orders.shape[1] < 2 or not len(complete := self.orders[~np.isnan(self.orders).any(axis=1)]):
+        if (both := self._in_both_orders()) is None:
             return None
-        return float((np.sign(complete[:, 0] - 0.5) == np.sign(complete[:, 1] - 0.5)).mean())
+        return float((np.sign(both[:, 0] - 0.5) == np.sign(both[:, 1] - 0.5)).mean())
+
+    def _in_both_orders(self) -> NDArray[np.float64] | None:
+        complete = self.orders[~np.isnan(self.orders).any(axis=1)]
+        return complete if self.orders.shape[1] == 2 and len(complete) else None
 
 
 # --- A Python function ---
@@ -86,7 +90,7 @@ def load_judge(name: str) -> Judge:
     if not module or not function:
         raise ValueError(f"judge={name}: expected module:function, such as my_package.judges:prefer")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # the command `cpt` does not have it there
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -121,10 +125,11 @@ def ask_function(judge: Judge, comparisons: Comparisons, both_orders: bool = Fal
 
 
 def _preference(value: Any, number: int) -> float:
-    if isinstance(value, str) and value in _WINNERS:
-        return _WINNERS[value]
-    if isinstance(value, (Real, np.generic)) and not math.isnan(value) and 0 <= value <= 1:
-        return float(value)
+    found = value.item() if getattr(value, "ndim", None) == 0 else value  # of an array or a tensor
+    if isinstance(found, str) and found in _WINNERS:
+        return _WINNERS[found]
+    if isinstance(found, Real) and 0 <= found <= 1:
+        return float(found)
     raise ValueError(
         f"the judge returned {value!r} for comparison {number}: expected a preference for output_1 between 0 and 1, or"
         f" one of {', '.join(map(repr, _WINNERS))}"
@@ -144,7 +149,7 @@ class JudgePrompt:
     """
 
     def __init__(self, path: str | Path = TEMPLATE) -> None:
-        environment = Environment(undefined=StrictUndefined, keep_trailing_newline=False)
+        environment = Environment(undefined=StrictUndefined)
         try:
             source = Path(path).expanduser().read_text(encoding="utf-8")
             variables = find_undeclared_variables(environment.parse(source))
@@ -218,5 +223,5 @@ def ask_endpoint(
         first, second = (verdicts.get(question.key) for question in (forward, backward))
         orders[i] = (np.nan if first is None else first, np.nan if second is None else 1 - second)
     if unread := sum(verdicts.get(request.prompt.key, 0.0) is None for request in requests):
-        failures["no verdict in the reply"] += unread
+        failures[NO_VERDICT] += unread
     return Verdicts(orders, dict(failures), len(rows) - len(different))

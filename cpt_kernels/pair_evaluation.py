@@ -181,12 +181,14 @@ def evaluate_pairs(
             tokens.
 
     Raises:
-        ValueError: no pairs, an unknown column, or a model that does not fit the tokenizer.
+        ValueError: a stream, no pairs, an unknown column, or a model that does not fit the tokenizer.
     """
+    if not isinstance(data, Dataset):
+        raise ValueError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset that is no stream")
     args = ContrastiveConfig() if args is None else args
     if not models:
         raise ValueError("there is no model to evaluate")
-    present = data.column_names or ()
+    present = data.column_names
     if lacking := [name for name in by if name not in present]:
         raise ValueError(f"by names the column {lacking[0]!r}, but the data has {sorted(present)}")
     if taken := [name for name in by if name in _RESERVED]:
@@ -296,9 +298,8 @@ def _split_groups(data: Dataset) -> Dataset:
         for i, number in enumerate(numbers):
             completions, models = batch["completions"][i], batch["models"][i]
             for pair in batch["pairs"][i]:
-                if len(models) != len(completions) or not (
-                    len(pair) == 2 and 0 <= min(pair) <= max(pair) < len(models)
-                ):
+                are_there = len(pair) == 2 and 0 <= min(pair) <= max(pair) < len(models) == len(completions)
+                if not are_there:
                     raise ValueError(
                         f"row {number}: models and pairs do not belong to its {len(completions)} completions"
                     )

@@ -7,7 +7,7 @@ that answered the same prompts can be compared pair by pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-9  # of a gradient per prompt
 
 
 class WinRate(NamedTuple):
-    """A mean preference in [0, 1] over n prompts, and the ends of its confidence interval."""
+    """The mean of n outcomes in [0, 1], and the ends of its confidence interval."""
 
     rate: float
     low: float
@@ -42,7 +42,7 @@ def win_rate(
     """The mean of outcomes: 1 a win, 0 a loss, 1/2 a tie, or anything between.
 
     Where all outcomes are wins, or all are losses, resampling shows no spread; the interval is then the exact binomial
-    one (Clopper and Pearson, 1934): from ``((1 - confidence) / 2) ** (1 / n)`` to 1 for n wins.
+    one (Clopper and Pearson, 1934): from ``((1 - confidence) / 2) ** (1 / n)`` to 1 where all n prompts are won.
 
     Args:
         wins: (n,) in [0, 1].
@@ -217,10 +217,10 @@ def _logistic(scores: NDArray | float) -> NDArray:
     return np.exp(-np.logaddexp(0, -scores))
 
 
-def _outcomes(values: ArrayLike | Sequence[float], name: str) -> NDArray[np.float64]:
+def _outcomes(values: ArrayLike, name: str) -> NDArray[np.float64]:
     outcomes = np.asarray(values, np.float64)
     if outcomes.ndim != 1 or not len(outcomes):
         raise ValueError(f"{name} must be a list of at least one outcome, not of shape {outcomes.shape}")
-    if outside := [i for i, fine in enumerate((outcomes >= 0) & (outcomes <= 1)) if not fine]:
+    if len(outside := np.flatnonzero(~((outcomes >= 0) & (outcomes <= 1)))):
         raise ValueError(f"{name}[{outside[0]}] is {outcomes[outside[0]]}: an outcome lies between 0 and 1")
     return outcomes

@@ -146,14 +146,14 @@ def test_win_rate_by_a_function(capsys):
 def test_win_rate_by_an_endpoint(capsys, monkeypatch):
     monkeypatch.setattr(stub_endpoint, "answer_to", lambda question, seed: "[[1]]" if "p3" not in question else "Hm.")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-tests")
-    argv = [*write_outputs(), "--models", "a", "--judge_model", "judge", "--judge_file", "j.jsonl", "--base_url"]
+    argv = [*write_outputs(), "--models", "a", "--judge_model", "judge", "--base_url"]
     with StubEndpoint() as stub:
         evaluate(*argv, stub.url)
         asked = len(stub.asked)
         evaluate(*argv, stub.url)
-        assert len(stub.asked) == asked == 18
+        assert len(stub.asked) == asked == len(Path("runs/eval/judged.jsonl").read_text().splitlines()) == 18
     out = capsys.readouterr().out
-    assert "1 comparisons have no verdict and are in no rate (2 by no verdict in the reply)" in out
+    assert "1 comparisons have no verdict and are in no rate (missing answers: 2 by no verdict in the reply)" in out
     assert "preferred what stood first in 100.0%" in out and "same winner in 0.0%" in out
 
 
@@ -206,7 +206,8 @@ def test_one_file_of_several_models(capsys):
         (["win-rate", "WIN", "--judge", "judges:longer", "--models", "d"], "models=d: the outputs are of a, b"),
         (["win-rate", "WIN", "--judge", "judges:longer", "--baseline_model", "d"], "baseline_model=d"),
         (["win-rate", "WIN", "--judge", "judges:longer", "--confidence", "95"], "confidence lies between 0 and 1"),
-        (["win-rate", "WIN", "--judge_model", "gpt"], "needs --judge_file"),
+        (["win-rate", "WIN", "--judge_model", "gpt", "--timeout", "0"], "timeout=0.0 is too small"),
+        (["win-rate", "WIN", "--judge", "judges:longer", "--output_dir", "a.jsonl"], "output_dir=a.jsonl cannot be"),
         (
             ["win-rate", "WIN", "--judge_model", "gpt", "--judge_file", "j.jsonl", "--extra_body", "[1]"],
             "no.* JSON object",

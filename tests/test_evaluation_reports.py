@@ -100,7 +100,7 @@ def test_win_rate_table_and_notes():
     for expected in (
         "m: 3 prompts were left out, as base did not answer them",
         "m: 4 prompts were left out, as m did not answer them",
-        "m: 2 comparisons have no verdict and are in no rate (3 by HTTP 400)",
+        "2 comparisons have no verdict and are in no rate (missing answers: 3 by HTTP 400; start again to ask",
         "m: 1 outputs are the baseline's own, which is a tie",
         "what stood first in 61.0% (50% is no bias), and gave both orders the same winner in 90.0%",
         "all its outputs are shorter than the baseline's",

@@ -9,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 import stub_endpoint
+import torch
 from stub_endpoint import StubEndpoint, faults
 
 from cpt_kernels import endpoint
 from cpt_kernels.endpoint import EndpointOptions
-from cpt_kernels.judge import JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
+from cpt_kernels.judge import NO_VERDICT, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
 from cpt_kernels.outputs import Comparisons
 from cpt_kernels.prompts import Sampling
 
@@ -31,7 +32,10 @@ def comparisons(count: int = 6) -> Comparisons:
 
 @pytest.mark.parametrize(
     ("value", "preference"),
-    [("output_1", 1), ("output_2", 0), ("tie", 0.5), (0.25, 0.25), (1, 1), (True, 1), (np.float32(0.5), 0.5)],
+    [
+        *[("output_1", 1), ("output_2", 0), ("tie", 0.5), (0.25, 0.25), (1, 1), (True, 1)],
+        *[(np.float32(0.5), 0.5), (np.bool_(True), 1), (np.str_("tie"), 0.5), (torch.tensor(0.25), 0.25)],
+    ],
 )
 def test_what_a_function_may_return(value, preference):
     found = ask_function(lambda *_: value, comparisons(2))
@@ -39,7 +43,7 @@ def test_what_a_function_may_return(value, preference):
     assert found.first_rate() is None and found.consistency() is None
 
 
-@pytest.mark.parametrize("value", ["yes", 2, -0.1, None, float("nan"), "1", [1.0], {}])
+@pytest.mark.parametrize("value", ["yes", 2, -0.1, None, float("nan"), "1", [1.0], {}, np.zeros(2)])
 def test_nonsense_is_an_error(value):
     with pytest.raises(ValueError, match=r"the judge returned .* for comparison 0: expected a preference"):
         ask_function(lambda *_: value, comparisons(2))
@@ -152,7 +156,7 @@ def ask(stub: StubEndpoint, file, asked: Comparisons, **options) -> Verdicts:
 def test_endpoint_is_asked_in_both_orders(tmp_path):
     with StubEndpoint(faults(["429", "drop"]), headers={"retry-after-ms": "1"}) as stub:
         found = ask(stub, tmp_path / "j.jsonl", comparisons())
-    assert found.identical == 1 and found.failures == {"no verdict in the reply": 2}
+    assert found.identical == 1 and found.failures == {NO_VERDICT: 2}
     assert found.orders[:5].tolist() == [[0, 0], [0, 0], [0.5, 0.5], [1, 1], [1, 1]]
     assert np.isnan(found.orders[5]).all() and np.isnan(found.preferences[5])
     assert found.first_rate() == 0.5 and found.consistency() == 1
@@ -172,7 +176,7 @@ def test_nothing_is_asked_twice(tmp_path):
         again = ask(stub, file, comparisons(6))
         assert len(stub.asked) == 10
     np.testing.assert_array_equal(again.orders, more.orders)
-    assert again.failures == {"no verdict in the reply": 2}, "a reply without a verdict counts each time"
+    assert again.failures == {NO_VERDICT: 2}, "a reply without a verdict counts each time"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 10 and {row["model"] for row in rows} == {"judge"}
 
