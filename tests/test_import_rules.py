@@ -25,7 +25,6 @@ LEVELS = [
 ]
 LEVELS[1] |= {"prompts", "responses", "response_exports", "endpoint"}
 LEVELS[3] |= {"generate_tool", "pairs_tool", "pairs_data", "pairs_report"}
-LEVELS[3] |= {"generate_tool"}
 LEVELS[3] |= {"outputs", "judge", "output_evaluation", "evaluation_reports", "checkpoints"}
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
