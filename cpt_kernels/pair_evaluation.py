@@ -6,6 +6,7 @@ killed goes on where it was, more pairs or another grouping score nothing again,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,7 +64,7 @@ class PairEvaluation:
     Attributes:
         rows: (P,) row of each pair in the data given.
         completions: (P, 2) which of the row's completions are chosen and rejected; 0 and 1 but for ranked rows.
-        prompts: (P,) hash of each pair's prompt.
+        prompts: (P,) hash of each pair's prompt, over which intervals are drawn.
         lengths: (P, 2) tokens of chosen and rejected, as scored.
         groupings: by models, by length, and by the columns asked for.
         logps: model -> (P, 2) summed log-probs of chosen and rejected, nats.
@@ -224,7 +225,7 @@ def evaluate_pairs(
     return PairEvaluation(
         rows=places[:, 0],
         completions=places[:, 1:],
-        prompts=_prompt_hashes(dataset)[scorer.rows],
+        prompts=_prompt_hashes(data, dataset)[scorer.rows],
         lengths=lengths,
         groupings=groupings,
         ref_logps=None if reference is None else scorer.score("reference", reference)[scorer.members],
@@ -313,7 +314,12 @@ def _split_groups(data: Dataset) -> Dataset:
     return data.map(split, batched=True, with_indices=True, remove_columns=data.column_names, desc="Splitting groups")
 
 
-def _prompt_hashes(dataset: Dataset) -> NDArray[np.uint64]:
+def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
+    """A hash of every prepared row's prompt: of what the data has, as its last tokens may depend on what follows."""
+    if "prompt" in data.column_names and "prompt_ids" not in data.column_names:
+        parts = data.with_format(None).select_columns(["prompt"]).iter(1000)
+        hashes = [xxh3_64_intdigest(json.dumps(prompt).encode()) for part in parts for prompt in part["prompt"]]
+        return np.array(hashes, np.uint64)[dataset.with_format("numpy", columns=["row"])[:]["row"]]
     parts = dataset.with_format("numpy", columns=["prompt_ids"]).iter(1000)
     return np.array([xxh3_64_intdigest(ids.tobytes()) for part in parts for ids in part["prompt_ids"]], np.uint64)
 

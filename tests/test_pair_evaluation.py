@@ -7,7 +7,9 @@ import pytest
 import torch
 from architectures import tiny_model
 from datasets import Dataset
+from rows import make_tokenizer, pair
 from toy import config, preference_rows, word_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cpt_kernels.data.preparation import prepare
 from cpt_kernels.pair_evaluation import CHOSEN_LENGTH, LENGTH_RATIO, MODEL_PAIR, evaluate_pairs
@@ -159,6 +161,21 @@ def test_ranked_rows_have_several_pairs(tmp_path):
     assert logps[0, 1] == logps[2, 0] and logps[1, 1] == logps[2, 1]
     assert [grouping.name for grouping in found.groupings] == [LENGTH_RATIO, CHOSEN_LENGTH]
     np.testing.assert_allclose(found.metrics("policy")["rewards/chosen"], 0.1 * logps[:, 0])
+
+
+def test_a_prompt_is_one_however_it_is_tokenised(tmp_path):
+    """The prompt's last tokens change with what follows; without a column of prompts, tokens are all there is."""
+    tokenizer = make_tokenizer()
+    made = [pair("the sk", "y is blue", "y"), pair("the sk", " is", "!"), pair("the sun", " is", "!")]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    found = evaluate_pairs({"m": model}, Dataset.from_list(made), tokenizer, args=config(tmp_path))
+    assert found.report.merged == 1
+    assert found.prompts[0] == found.prompts[1] != found.prompts[2]
+    prepared, _ = prepare(Dataset.from_list(made), tokenizer)
+    tokens = evaluate_pairs({"m": model}, prepared, tokenizer, args=config(tmp_path))
+    assert len(set(tokens.prompts.tolist())) == 3
+    np.testing.assert_array_equal(tokens.logps["m"], found.logps["m"])
 
 
 def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
