@@ -356,7 +356,7 @@ def _estimates(
     ends = interval(np.stack(list(values.values()), axis=1), prompts=prompts, **bootstrap).T.tolist()
     estimates = {}
     for (name, found), (low, high) in zip(values.items(), ends):
-        if shares and name.endswith("/accuracies"):  # has an interval also where all pairs agree
+        if shares and name.endswith("/accuracies") and low == high:  # all pairs agree: see win_rate
             _, low, high, _ = win_rate(found, prompts=prompts, **bootstrap)
         estimates[name] = {"mean": float(found.mean()), "low": low, "high": high}
     return estimates
