@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_se
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .config import ContrastiveConfig
-from .data.batches import BatchSampler
 from .data.collate import PackedBatch, PackedCollator
-from .data.loader import EpochLoader, StreamBatches, row_tokens
+from .data.loader import make_loader
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .loading import (
@@ -214,40 +212,10 @@ class ContrastiveTrainer(Trainer):
             reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
 
     def _loader(self, dataset: Dataset | IterableDataset, training: bool) -> DataLoader:
-        """Micro-batches of this rank. accelerate would repeat rows to make ranks even; the sampler does not."""
-        args = self.args
         collator = self.data_collator
         if collator is self.collator and self.reference is not None:
             collator = dataclasses.replace(self.collator, reference=self.reference.lookup)
-        workers = dict(
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        world = dict(world_size=args.world_size, rank=args.process_index)
-        if isinstance(dataset, IterableDataset):
-            if args.dataloader_num_workers > 1:
-                raise ValueError("a stream is read by one process: set dataloader_num_workers to 0 or 1")
-            rows = StreamBatches(dataset, batch_size, args.max_tokens_per_batch, self._row_tokens, **world)
-            return DataLoader(rows, batch_size=None, collate_fn=collator, **workers)
-        sampler = BatchSampler(
-            self._row_tokens(dataset),
-            batch_size=batch_size,
-            max_tokens=args.max_tokens_per_batch,
-            shuffle=training and args.train_sampling_strategy != "sequential",
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=training and args.dataloader_drop_last,
-            **world,
-        )
-        if training:
-            steps = args.max_steps * args.gradient_accumulation_steps
-            sampler.plan_epochs(math.ceil(steps / len(sampler)) if steps > 0 else math.ceil(args.num_train_epochs))
-        return EpochLoader(dataset, batch_sampler=sampler, collate_fn=collator, **workers)
-
-    def _row_tokens(self, rows: Dataset | list[dict]) -> np.ndarray:
-        return row_tokens(rows, self.args.max_length, self.args.truncation_mode, self.collator.share_prompts)
+        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:

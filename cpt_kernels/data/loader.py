@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,10 +14,55 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from .batches import pack_rows
+from .batches import BatchSampler, pack_rows
 
 # Rows of a stream that are packed together under a token budget.
 _STREAM_WINDOW = 512
+
+
+def make_loader(
+    dataset: Dataset | IterableDataset, collator: Callable, args: Any, share_prompts: bool, training: bool
+) -> DataLoader:
+    """This rank's micro-batches of a prepared dataset. accelerate would repeat rows to make ranks even; this does not.
+
+    Args:
+        collator: rows -> batch.
+        args: the run's ``ContrastiveConfig``.
+        share_prompts: whether the collator runs a prompt once for all its completions.
+        training: in the order that training wants, else the dataset's own.
+
+    Raises:
+        ValueError: a row is longer than the budget of a micro-batch, or a stream would be read by several processes.
+    """
+    count_tokens = partial(
+        row_tokens, max_length=args.max_length, truncation_mode=args.truncation_mode, share_prompts=share_prompts
+    )
+    workers = dict(
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+    world = dict(world_size=args.world_size, rank=args.process_index)
+    if isinstance(dataset, IterableDataset):
+        if args.dataloader_num_workers > 1:
+            raise ValueError("a stream is read by one process: set dataloader_num_workers to 0 or 1")
+        rows = StreamBatches(dataset, batch_size, args.max_tokens_per_batch, count_tokens, **world)
+        return DataLoader(rows, batch_size=None, collate_fn=collator, **workers)
+    sampler = BatchSampler(
+        count_tokens(dataset),
+        batch_size=batch_size,
+        max_tokens=args.max_tokens_per_batch,
+        shuffle=training and args.train_sampling_strategy != "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        drop_last=training and args.dataloader_drop_last,
+        **world,
+    )
+    if training:
+        steps = args.max_steps * args.gradient_accumulation_steps
+        sampler.plan_epochs(math.ceil(steps / len(sampler)) if steps > 0 else math.ceil(args.num_train_epochs))
+    return EpochLoader(dataset, batch_sampler=sampler, collate_fn=collator, **workers)
 
 
 def row_tokens(
