@@ -1,0 +1,330 @@
+"""Which pair is drawn next: the data curriculum of arXiv 2310.02263, from easy pairs to hard ones. Pure numpy.
+
+Rows belong to levels, 0 the easiest to L-1 the hardest. At progress t of training a schedule gives a place
+alpha(t) in [0, 1] between the two ends, and each row is drawn from one of the two levels next to alpha (L - 1): with
+L = 2 from the hard level with probability alpha, from the easy one otherwise, which is the paper's rule.
+
+An epoch is as many draws as there are rows in the levels. Each level is a shuffled deck of its own: every row of it is
+drawn once before any is drawn again, also from one epoch to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEDULES = ("linear", "reversed", "constant", "staged", "none")
+PAIR_COLUMNS = ("chosen_model", "rejected_model")
+NO_LEVEL = -1
+
+Keys = list[str] | NDArray[np.float64]  # of rows: model pairs, or scores, the larger the harder
+_WITH_PROGRESS = ("linear", "reversed", "staged")
+_PERCENTILES = 100  # levels of a column that is named without a number of levels
+_WINDOW = 0.2  # share of these levels that a draw is from
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What is asked for, before any data is seen.
+
+    Attributes:
+        levels: model pairs ``chosen>rejected`` from easy to hard, by the columns ``chosen_model`` and
+            ``rejected_model``; or a number of quantiles of ``column``; or the name of a column, whose percentiles are
+            then the levels, and a draw is from a window of 20 of them.
+        schedule: ``linear``: alpha grows from 0 to 1 over ``epochs``, and stays there. ``reversed``: 1 - alpha.
+            ``staged``: one level after another, each for its share of the rows. ``constant``: a fixed mix, ``shares``.
+            ``none``: every row once an epoch, in random order, whatever its level.
+        column: what ``levels`` quantiles are of; default ``gap``.
+        easy: the end of the column that is easy, ``high`` or ``low``; default high for ``gap``, low for any other.
+        shares: of each level in the constant mix; default equal.
+        epochs: length of the schedule; default the first epoch, or the run where that is shorter or reads a stream.
+        buffer: rows of a stream that are held, all levels together; default 4096.
+    """
+
+    levels: tuple[str, ...] | int | str
+    schedule: str = "linear"
+    column: str | None = None
+    easy: str | None = None
+    shares: tuple[float, ...] | None = None
+    epochs: float | None = None
+    buffer: int | None = None
+
+    @classmethod
+    def parse(cls, option: Mapping[str, Any] | str) -> Curriculum:
+        """The curriculum that a mapping, or its JSON, describes.
+
+        Raises:
+            ValueError: an unknown key or value, or keys that do not go together; the message names the key.
+        """
+        if isinstance(option, str):
+            try:
+                option = json.loads(option)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"curriculum={option!r} is not a JSON object: {error}") from None
+        if not isinstance(option, Mapping):
+            raise ValueError(f"curriculum={option!r} is not a mapping such as {{schedule: linear, levels: 2}}")
+        known = [f.name for f in fields(cls)]
+        if unknown := [str(key) for key in option if key not in known]:
+            raise ValueError(f"curriculum has no key {unknown[0]!r}: its keys are {', '.join(known)}")
+        if option.get("levels") is None:
+            raise ValueError("curriculum needs levels: model pairs, a number of quantiles of gap, or a column")
+        sequences = {key: tuple(value) for key, value in option.items() if isinstance(value, list)}
+        return cls(**{**option, **sequences})
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"curriculum: schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+        if isinstance(self.levels, tuple):
+            object.__setattr__(self, "levels", tuple(map(_parse_pair, self.levels)))
+            if twice := [pair for pair, count in Counter(self.levels).items() if count > 1]:
+                raise ValueError(f"curriculum: levels names {twice[0]} twice")
+        elif not ((_is_int(self.levels) and self.levels > 1) or (isinstance(self.levels, str) and self.levels)):
+            raise ValueError(
+                f"curriculum: levels={self.levels!r} is neither a list of model pairs, nor a number of quantiles (2 or"
+                " more), nor the name of a column"
+            )
+        if self.levels == ():
+            raise ValueError("curriculum: levels is an empty list")
+        if self.column is not None and not (_is_int(self.levels) and isinstance(self.column, str)):
+            raise ValueError("curriculum: column names what a number of levels are quantiles of; leave it out")
+        if self.easy is not None and isinstance(self.levels, tuple):
+            raise ValueError("curriculum: easy has no effect on model pairs, which stand from easy to hard")
+        if self.easy not in (None, "high", "low"):
+            raise ValueError(f"curriculum: easy={self.easy!r} is neither high nor low")
+        if self.epochs is not None and self.schedule not in _WITH_PROGRESS:
+            raise ValueError(f"curriculum: epochs has no effect with schedule={self.schedule}: leave it out")
+        if self.epochs is not None and not (_is_number(self.epochs) and self.epochs > 0):
+            raise ValueError(f"curriculum: epochs={self.epochs!r} must be a positive number")
+        if self.buffer is not None and not (_is_int(self.buffer) and self.buffer > 0):
+            raise ValueError(f"curriculum: buffer={self.buffer!r} must be a positive whole number")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        if self.shares is None:
+            return
+        if self.schedule != "constant" or isinstance(self.levels, str):
+            raise ValueError("curriculum: shares is the mix of schedule=constant over a list or number of levels")
+        levels = len(self.levels) if isinstance(self.levels, tuple) else self.levels
+        if not isinstance(self.shares, tuple) or len(self.shares) != levels:
+            raise ValueError(f"curriculum: shares={self.shares!r} must be {levels} numbers, one for each level")
+        if not all(_is_number(share) and share >= 0 for share in self.shares) or sum(self.shares) <= 0:
+            raise ValueError(f"curriculum: shares={list(self.shares)} must be numbers from 0 on, not all of them 0")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the levels are read from."""
+        if isinstance(self.levels, tuple):
+            return PAIR_COLUMNS
+        return (self.levels if isinstance(self.levels, str) else self.column or "gap",)
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the levels are percentiles of a column."""
+        return isinstance(self.levels, str)
+
+    def check_columns(self, present: Iterable[str]) -> None:
+        """Raise ValueError unless the data has what the levels are read from."""
+        if missing := [name for name in self.columns if name not in set(present)]:
+            raise ValueError(
+                f"curriculum reads the column {missing[0]}, but the data has the columns {sorted(present)}: let"
+                " `cpt pairs` write it, or choose other levels"
+            )
+
+    def choose(self, progress: NDArray, uniform: NDArray, sizes: NDArray) -> NDArray[np.int64]:
+        """The level of each draw, (N,); not for ``none``, which does not choose.
+
+        Args:
+            progress: (N,) progress t of training, 1 where the schedule ends.
+            uniform: (N,) random numbers from [0, 1).
+            sizes: (L,) rows of each level.
+        """
+        count = len(sizes)
+        t = np.clip(progress, 0.0, 1.0)
+        if self.schedule == "constant":
+            return _find(uniform, self.shares or np.ones(count))
+        if self.schedule == "staged":
+            return _find(t, sizes)
+        alpha = 1.0 - t if self.schedule == "reversed" else t
+        # With a width of 1: floor(alpha (L-1) + u), the level above with the probability of the remainder.
+        width = max(1.0, _WINDOW * count) if self.is_continuous else 1.0
+        place = np.abs(alpha * (count - 1) + 0.5 + width * (uniform - 0.5))
+        place = np.where(place > count, 2 * count - place, place)  # a wide window is mirrored at both ends
+        return np.minimum(np.floor(place).astype(np.int64), count - 1)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of data that was seen.
+
+    Attributes:
+        names: (L,) from easy to hard.
+        pairs: model pair -> level, where levels are model pairs.
+        cuts: (L-1,) hardest score of each level but the last, where levels are by a column.
+    """
+
+    names: tuple[str, ...]
+    pairs: Mapping[str, int]
+    cuts: NDArray[np.float64]
+
+    def of(self, keys: Keys) -> NDArray[np.int64]:
+        """(rows,) level of each row, ``NO_LEVEL`` for a model pair that is in none."""
+        if isinstance(keys, list):
+            return np.array([self.pairs.get(key, NO_LEVEL) for key in keys], dtype=np.int64)
+        return np.searchsorted(self.cuts, keys, side="left")
+
+
+def read_keys(curriculum: Curriculum, columns: Sequence[Sequence], rows: Sequence[int]) -> Keys:
+    """What decides the level of each row: its model pair, or its score, the larger the harder.
+
+    Args:
+        columns: values of ``curriculum.columns``.
+        rows: their numbers in the source, for the message.
+
+    Raises:
+        ValueError: a value is missing or of the wrong type; the message names column and row.
+    """
+    by_pair = isinstance(curriculum.levels, tuple)
+    for name, values in zip(curriculum.columns, columns):
+        for row, value in zip(rows, values):
+            if not (isinstance(value, str) if by_pair else _is_number(value)):
+                hint = "; a row of several pairs is in no one level" if isinstance(value, list) else ""
+                kind = "the name of a model" if by_pair else "a number"
+                raise ValueError(f"curriculum: {name} of row {row} is {value!r}, not {kind}{hint}")
+    if by_pair:
+        return [f"{chosen}>{rejected}" for chosen, rejected in zip(*columns)]
+    easy = curriculum.easy or ("high" if curriculum.columns[0] == "gap" else "low")
+    return np.asarray(columns[0], dtype=np.float64) * (-1.0 if easy == "high" else 1.0)
+
+
+def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
+    """The levels of the curriculum in data with these keys, or in a stream that starts with them.
+
+    Equal scores are of one level, by their mean rank.
+
+    Raises:
+        ValueError: equal scores leave a quantile without rows.
+    """
+    if isinstance(curriculum.levels, tuple):
+        return Levels(curriculum.levels, {pair: i for i, pair in enumerate(curriculum.levels)}, np.zeros(0))
+    name = curriculum.columns[0]
+    values, counts = np.unique(keys, return_counts=True)
+    mean_rank = (np.cumsum(counts) - counts / 2) / counts.sum()
+    wanted = _PERCENTILES if curriculum.is_continuous else int(curriculum.levels)
+    level = np.minimum((mean_rank * wanted).astype(np.int64), wanted - 1)
+    used = np.unique(level)
+    if not curriculum.is_continuous and len(used) < wanted:
+        empty = min(set(range(wanted)).difference(used.tolist())) + 1
+        raise ValueError(
+            f"curriculum: quantile {empty} of {wanted} of the column {name} has no row, as {counts.sum()} rows have"
+            f" {len(values)} different values: set levels to {len(used)} or fewer"
+        )
+    cuts = values[np.flatnonzero(np.diff(level))]
+    return Levels(tuple(f"{name}_{k + 1}of{len(used)}" for k in range(len(used))), {}, cuts)
+
+
+def check_levels(levels: Levels, sizes: NDArray[np.int64], others: Mapping[str, int], name: str) -> None:
+    """Raise ValueError, naming all model pairs of the data, for a level without rows.
+
+    Args:
+        sizes: (L,) rows of each level.
+        others: model pair in no level -> rows.
+        name: what the message calls the data.
+    """
+    if empty := [level for level, size in zip(levels.names, sizes) if not size]:
+        found = {pair: int(size) for pair, size in zip(levels.names, sizes) if size} | dict(others)
+        listed = ", ".join(f"{pair} ({count})" for pair, count in sorted(found.items()))
+        raise ValueError(f"curriculum: level {empty[0]} has no row; the {name} data has {listed or 'no row at all'}")
+
+
+class Draws:
+    """The rows that a curriculum draws from data of known size: a pure function of levels, seed and epoch.
+
+    Args:
+        curriculum: what is asked for.
+        level: (rows,) level of each row; rows of ``NO_LEVEL`` are never drawn.
+        seed: of order and choice.
+        epochs: length of the schedule where the curriculum itself does not say.
+
+    Attributes:
+        sizes: (L,) rows of each level.
+    """
+
+    def __init__(self, curriculum: Curriculum, level: NDArray[np.int64], seed: int, epochs: float = 1.0) -> None:
+        self.curriculum, self.level, self.seed = curriculum, np.asarray(level), seed
+        self.epochs = curriculum.epochs or epochs
+        self.sizes = np.bincount(self.level[self.level >= 0])
+        assert self.sizes.all(), "a level without rows"
+        whole = curriculum.schedule == "none"  # one deck of all rows
+        self._decks = (
+            [np.flatnonzero(self.level >= 0)]
+            if whole
+            else [np.flatnonzero(self.level == number) for number in range(len(self.sizes))]
+        )
+        self._drawn = [np.zeros(len(self._decks), dtype=np.int64)]  # per deck, before each epoch
+
+    def __len__(self) -> int:
+        """Draws of an epoch."""
+        return int(self.sizes.sum())
+
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """(draws,) the rows of an epoch, in order."""
+        while len(self._drawn) <= number:
+            before = len(self._drawn) - 1
+            self._drawn.append(self._drawn[before] + np.bincount(self._choose(before), minlength=len(self._decks)))
+        decks = self._choose(number)
+        rows = np.empty(len(self), dtype=np.int64)
+        for deck in range(len(self._decks)):
+            places = np.flatnonzero(decks == deck)
+            rows[places] = self._deal(deck, int(self._drawn[number][deck]), len(places))
+        return rows
+
+    def _choose(self, epoch: int) -> NDArray[np.int64]:
+        """(draws,) the deck of each draw."""
+        if len(self._decks) == 1:
+            return np.zeros(len(self), dtype=np.int64)
+        uniform = _random(self.seed, epoch).random(len(self))
+        progress = (epoch + np.arange(len(self)) / len(self)) / self.epochs
+        return self.curriculum.choose(progress, uniform, self.sizes)
+
+    def _deal(self, deck: int, first: int, count: int) -> NDArray[np.int64]:
+        """Cards ``first`` to ``first + count`` of a deck that is shuffled anew whenever it has been dealt out."""
+        cards = self._decks[deck]
+        passes = range(first // len(cards), -(-(first + count) // len(cards)))
+        dealt = [_random(self.seed, deck, number).permutation(cards) for number in passes]
+        start = first % len(cards)
+        return np.concatenate([*dealt, cards[:0]])[start : start + count]
+
+
+def _random(seed: int, *key: int) -> np.random.Generator:
+    """Independent of other keys', also of one with zeros at its end."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def _find(place: NDArray, shares: Sequence[float] | NDArray) -> NDArray[np.int64]:
+    """In which of the parts of the unit interval that have these shares the places lie."""
+    bounds = np.cumsum(shares) / np.sum(shares)
+    return np.minimum(np.searchsorted(bounds, place, side="right"), np.flatnonzero(shares)[-1])
+
+
+def _parse_pair(text: Any) -> str:
+    parts = [part.strip() for part in text.split(">")] if isinstance(text, str) else []
+    if len(parts) != 2 or not all(parts):
+        raise ValueError(
+            f"curriculum: level {text!r} is no model pair; expected chosen>rejected, as gpt4>gpt-3.5-turbo"
+        )
+    return ">".join(parts)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
