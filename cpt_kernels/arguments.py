@@ -69,7 +69,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *("trust_remote_code", "model_init_kwargs", "disable_dropout", "router_aux_loss_coef", "attention_backend"),
     ),
     "Loss": ("loss_type", "beta", "label_smoothing", "slic_delta", "slic_lambda", "slic_length_normalize"),
-    "Data": ("max_length", "truncation_mode", "target_column", "ranked_pairs", "dataset_num_proc"),
+    "Data": ("max_length", "truncation_mode", "target_column", "ranked_pairs", "curriculum", "dataset_num_proc"),
     "Batches": (
         *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps", "share_prompts"),
         "per_device_eval_batch_size",

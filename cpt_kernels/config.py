@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from .data.curriculum import Curriculum
 from .losses import LOSSES, Loss, build_loss, loss_options
 from .ops.attention_backends import BACKENDS
 
@@ -51,6 +52,9 @@ class ContrastiveConfig(TrainingArguments):
     target_column: str | None = _option(None, "Column of y_ref for SLiC's regulariser. Default: the chosen completion.")
     ranked_pairs: str = _option("all", "Pairs of a row with K ranked completions: all, adjacent or extremes.")
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
+    curriculum: dict | str | None = _option(
+        None, "Order of training by difficulty, e.g. {schedule: linear, levels: 2}; see data/curriculum.py."
+    )
 
     # Batches
     share_prompts: str = _option("auto", "Run a prompt once for all its completions: auto, true or false.")
@@ -86,7 +90,7 @@ class ContrastiveConfig(TrainingArguments):
     )
 
     # transformers parses only JSON dictionaries of its own fields; this list makes it parse ours.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "curriculum", "model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         _one_of("loss_type", self.loss_type, LOSSES)
@@ -107,6 +111,10 @@ class ContrastiveConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        if self.curriculum is not None:
+            Curriculum.parse(self.curriculum)
+            if self.train_sampling_strategy != "random":
+                raise ValueError("curriculum decides the order of rows: leave train_sampling_strategy at random")
 
     def build_loss(self) -> Loss:
         """The configured built-in loss with its options bound."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from .data.collate import PackedBatch
+from .data.curriculum import Curriculum
 from .model import Scores
 from .ops.gather import segment_sum
 
@@ -112,3 +114,27 @@ class Metrics:
             means["loss"] = total["losses"] / max(total["pairs"], 1.0)
         self.reset()
         return means
+
+
+class PlaceMetrics:
+    """Where in a curriculum the rows were that a rank ran since the last log: shares of levels, or their mean place."""
+
+    def __init__(self, accelerator: Accelerator, curriculum: Curriculum) -> None:
+        self.accelerator, self.curriculum = accelerator, curriculum
+        self.places: list[float] = []
+
+    def add(self, batch: PackedBatch) -> None:
+        """Add the rows of a micro-batch; one of a collator that knows no curriculum has none."""
+        self.places += batch.get("places", [])
+
+    def compute(self) -> dict[str, float]:
+        """Means over all ranks since the last call."""
+        names = self.curriculum.metrics
+        if self.curriculum.is_continuous:
+            sums = [sum(self.places)]
+        else:
+            sums = np.bincount(np.array(self.places, dtype=np.int64), minlength=len(names)).tolist()
+        vector = torch.tensor([*sums, len(self.places)], dtype=torch.float32, device=self.accelerator.device)
+        *totals, rows = self.accelerator.reduce(vector, "sum").tolist()
+        self.places = []
+        return {name: total / rows for name, total in zip(names, totals)} if rows else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
-from .data.loader import make_loader
+from .data.curriculum import Curriculum, Draws
+from .data.loader import kept_columns, make_draws, make_loader, report_draws
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .loading import (
@@ -34,7 +35,7 @@ from .loading import (
     wrap_in_adapter,
 )
 from .losses import Loss, user_loss
-from .metrics import Metrics, pair_rewards
+from .metrics import Metrics, PlaceMetrics, pair_rewards
 from .model import PackedModel, Scores, base_model
 from .ops.attention_backends import describe
 from .reference import Reference
@@ -127,8 +128,13 @@ class ContrastiveTrainer(Trainer):
         self._tokenizer = tokenizer
         self._aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
 
+        self.curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
         if train_dataset is not None:
-            train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
+            keep = kept_columns(self.curriculum, train_dataset)
+            train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train", keep)
+            self.draws = make_draws(
+                self.curriculum, train_dataset, args.seed if args.data_seed is None else args.data_seed
+            )
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -155,13 +161,19 @@ class ContrastiveTrainer(Trainer):
             logger.warning(attention)
         self.model_accepts_loss_kwargs = True  # our loss is over the whole step; transformers need not divide it
         self.metrics = {mode: Metrics(self.accelerator, args.beta) for mode in ("train", "eval")}
+        self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
         self.num_tokens = 0
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
 
     # --- Data ---
 
     def _prepare_dataset(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: ContrastiveConfig, name: str
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        args: ContrastiveConfig,
+        name: str,
+        keep_columns: Sequence[str] = (),
     ) -> Dataset | IterableDataset:
         with args.main_process_first(desc=f"tokenising the {name} data"):  # the others find it in datasets' cache
             dataset, report = prepare(
@@ -171,13 +183,14 @@ class ContrastiveTrainer(Trainer):
                 truncation_mode=args.truncation_mode,
                 target_column=args.target_column,
                 ranked_pairs=args.ranked_pairs,
+                keep_columns=keep_columns,
                 num_proc=args.dataset_num_proc,
                 name=name,
             )
         self.reports[name] = report
         vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]
         if isinstance(dataset, Dataset):
-            _say(report)
+            _say(report.summary())
             check_tokenizer(tokenizer, vocab_size, report.max_token_id)
             if self.loss.needs_rejected and not report.pairs:
                 raise ValueError(
@@ -215,12 +228,16 @@ class ContrastiveTrainer(Trainer):
         collator = self.data_collator
         if collator is self.collator and self.reference is not None:
             collator = dataclasses.replace(self.collator, reference=self.reference.lookup)
-        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training)
+        draws = self.draws if training else None
+        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training, draws)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        return self._loader(self.train_dataset, training=True)
+        loader = self._loader(self.train_dataset, training=True)
+        if isinstance(self.draws, Draws) and self.is_world_process_zero():
+            _say(report_draws(loader, self.draws, self.args))
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -283,6 +300,8 @@ class ContrastiveTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
         self.num_tokens += inputs["num_sequence_tokens"]
+        if self.place_metrics is not None:
+            self.place_metrics.add(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     # --- Logging and evaluation ---
@@ -293,6 +312,8 @@ class ContrastiveTrainer(Trainer):
             del means["loss"]  # transformers' own, of the same value
             tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
             logs |= means | {"num_tokens": tokens.item()}
+            if self.place_metrics is not None:
+                logs |= self.place_metrics.compute()
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
@@ -305,7 +326,7 @@ class ContrastiveTrainer(Trainer):
         if isinstance(self.train_dataset, IterableDataset):  # counted while it was read
             if not report.kept:
                 raise ValueError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
-            _say(report)
+            _say([*report.summary(), *(self.draws.report() if self.draws else [])])
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -362,7 +383,7 @@ class ContrastiveTrainer(Trainer):
         return 6 * inputs["input_ids"].shape[1] * self.model.num_parameters(exclude_embeddings=True)
 
 
-def _say(report: PreparationReport) -> None:
+def _say(lines: Sequence[str]) -> None:
     if PartialState().is_main_process:
-        for line in report.summary():
+        for line in lines:
             logger.warning(line)

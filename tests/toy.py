@@ -26,11 +26,15 @@ def text(rng: random.Random, longest: int = 12) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
 
 
-def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+def preference_rows(count: int, seed: int = 0) -> list[dict]:
+    """Every third row is of the models a>c, the others of a>b; ``gap`` grows with the row's number, then repeats."""
     rng = random.Random(seed)
     return [
-        {"prompt": text(rng) + " ", "chosen": text(rng) + " ", "rejected": text(rng) + " ", "sampled": text(rng) + " "}
-        for _ in range(count)
+        {
+            **{name: text(rng) + " " for name in ("prompt", "chosen", "rejected", "sampled")},
+            **{"chosen_model": "a", "rejected_model": "b" if i % 3 else "c", "gap": float(i % 7)},
+        }
+        for i in range(count)
     ]
 
 

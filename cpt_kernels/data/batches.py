@@ -7,15 +7,23 @@ may end with a micro-batch that has no rows.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .curriculum import Draws
+
+Row = TypeVar("Row")
+
 # Rows that are packed together: enough choice to fill every micro-batch, few enough that order stays random.
 _WINDOW_BATCHES = 64
 _FULL = 0.97
+# Where order counts: micro-batches ahead of the one being filled that its gap may be filled from.
+_AHEAD = 4
 
 
 @dataclass
@@ -29,6 +37,7 @@ class BatchSampler:
         shuffle, seed: a new order every epoch, the same on every rank; resuming needs only the epoch.
         world_size, rank: this rank takes every ``world_size``-th micro-batch.
         drop_last: leave out rows that do not fill a micro-batch on every rank (by rows only).
+        draws: the rows of each epoch and their order, in place of all rows shuffled.
 
     Raises:
         ValueError: a row is longer than the budget.
@@ -42,6 +51,7 @@ class BatchSampler:
     world_size: int = 1
     rank: int = 0
     drop_last: bool = False
+    draws: Draws | None = None
     epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +66,7 @@ class BatchSampler:
 
     def plan_epochs(self, epochs: int) -> None:
         """Give each of so many epochs as many micro-batches as the one that needs most: a trainer asks only once."""
-        if self.max_tokens and self.shuffle:
+        if self.max_tokens and (self.shuffle or self.draws):
             self._batches = max(len(self._plan(epoch)) for epoch in range(epochs))
 
     def __len__(self) -> int:
@@ -66,19 +76,34 @@ class BatchSampler:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        plan = split_to(self._plan(self.epoch), self._batches)
-        yield from plan[self.rank :: self.world_size]
+        yield from self._epoch(self.epoch)[self.rank :: self.world_size]
+
+    def count_draws(self, steps: int, micro_batches: int) -> NDArray[np.int64]:
+        """(rows,) how often each row is run in so many optimizer steps of so many micro-batches on each rank."""
+        times = np.zeros(len(self.tokens), dtype=np.int64)
+        for epoch in itertools.count():
+            if steps <= 0:
+                return times
+            batches = self._epoch(epoch)[: steps * micro_batches * self.world_size]
+            np.add.at(times, [row for batch in batches for row in batch], 1)
+            steps -= -(-len(self) // micro_batches)
 
     @property
     def fill(self) -> float:
         """Tokens over budget of the current epoch's micro-batches; 1 where no budget is set."""
         return self.tokens.sum() / (self._batches * self.max_tokens) if self.max_tokens else 1.0
 
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        return split_to(self._plan(epoch), self._batches, self.world_size)
+
     def _plan(self, epoch: int) -> list[list[int]]:
-        rows = np.arange(len(self.tokens))
+        rows = np.arange(len(self.tokens)) if self.draws is None else self.draws.epoch(epoch)
         random = np.random.default_rng([self.seed, epoch])
-        if self.shuffle:
+        if self.shuffle and self.draws is None:
             random.shuffle(rows)
+        if self.max_tokens and self.draws is not None:
+            batches = list(pack_in_order(rows.tolist(), self.tokens.__getitem__, self.max_tokens))
+            return _with_even_end(batches[:-1], batches[-1:], self.tokens, self.max_tokens, self.world_size)
         if self.max_tokens:
             return pack_rows(rows, self.tokens, self.max_tokens, self.world_size, random if self.shuffle else None)
         batches = [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
@@ -138,15 +163,56 @@ def _with_even_end(
     return best
 
 
-def split_to(batches: list[list[int]], count: int) -> list[list[int]]:
-    """Split the fullest micro-batches in two until there are ``count``; empty ones where no rows are left to split."""
-    batches = [list(batch) for batch in batches]
-    while len(batches) < count:
-        longest = max(range(len(batches)), key=lambda i: len(batches[i]))
-        half = len(batches[longest]) // 2
-        batches.append(batches[longest][:half])
-        batches[longest] = batches[longest][half:]
-    return batches
+def pack_in_order(rows: Iterable[Row], tokens: Callable[[Row], int], budget: int) -> Iterator[list[Row]]:
+    """Pack whole rows into micro-batches of at most ``budget`` tokens, hardly changing their order.
+
+    A micro-batch takes the rows in turn until one does not fit; the gap is filled by those of the next ``_AHEAD``
+    micro-batches' rows that fit, longest first. So no row comes later than its turn, and none earlier than that.
+    """
+    rows = iter(rows)
+    waiting: list[tuple[int, Row]] = []  # (tokens, row) in order
+    held = 0
+    while True:
+        while held < (1 + _AHEAD) * budget and (row := next(rows, None)) is not None:
+            waiting.append((int(tokens(row)), row))
+            held += waiting[-1][0]
+        if not waiting:
+            return
+        turn = list(itertools.accumulate(need for need, _ in waiting))
+        taken = list(range(bisect.bisect_right(turn, budget)))
+        room = budget - (turn[taken[-1]] if taken else 0)
+        for place in sorted(range(len(taken), len(waiting)), key=lambda place: -waiting[place][0]):
+            if waiting[place][0] <= room:
+                taken.append(place)
+                room -= waiting[place][0]
+        assert taken, "a row longer than the budget"
+        yield [waiting[place][1] for place in taken]
+        held -= budget - room
+        left = set(range(len(waiting))).difference(taken)
+        waiting = [waiting[place] for place in sorted(left)]
+
+
+def split_to(batches: list[list[int]], count: int, multiple: int = 1) -> list[list[int]]:
+    """Split steps, each of ``multiple`` micro-batches, in two until there are ``count`` micro-batches.
+
+    They are taken evenly over the epoch, and their halves stay where they were. Empty ones come last, where no rows are
+    left to split.
+    """
+    steps = [batches[i : i + multiple] for i in range(0, len(batches), multiple)]
+    while missing := count // multiple - len(steps):
+        can_split = [i for i, step in enumerate(steps) if any(len(batch) > 1 for batch in step)]
+        if not can_split:
+            steps += [[[] for _ in range(multiple)] for _ in range(missing)]
+            break
+        now = min(missing, len(can_split))
+        chosen = {can_split[i * len(can_split) // now] for i in range(now)}
+        steps = [part for i, step in enumerate(steps) for part in (_halves(step) if i in chosen else [step])]
+    return [batch for step in steps for batch in step]
+
+
+def _halves(step: list[list[int]]) -> list[list[list[int]]]:
+    """Every other row, as rows of a micro-batch may lie from long to short."""
+    return [[batch[half::2] for batch in step] for half in (0, 1)]
 
 
 def _best_fit(rows: Sequence[int], tokens: NDArray[np.int64], budget: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .curriculum import PLACE
 from .packing import GroupLengths, pack, scatter_levels, unit_boundaries
 from .truncation import truncate
 
@@ -51,6 +52,7 @@ class PackedBatch(TypedDict):
     num_pairs: int
     num_chosen_tokens: int  # with multiplicity: once per pair
     num_sequence_tokens: int  # of prompts and completions, once per side of every pair
+    places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without one
     shared: bool  # some group runs its prompt once for several completions
 
 
@@ -90,9 +92,9 @@ class PackedCollator:
                     groups.setdefault(prompt, {})[completion] = None
         if not rows:  # a rank whose last micro-batch is empty still takes part in every collective
             groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
-        return self._pack(groups, edges)
+        return self._pack(groups, edges, [row[PLACE] for row in rows if PLACE in row])
 
-    def _pack(self, groups: dict, edges: list) -> PackedBatch:
+    def _pack(self, groups: dict, edges: list, places: list[float]) -> PackedBatch:
         lengths = [
             GroupLengths(len(prompt), [len(c) for c in completions], self._shares(prompt, completions))
             for prompt, completions in groups.items()
@@ -133,6 +135,7 @@ class PackedCollator:
             num_pairs=len(pairs),
             num_chosen_tokens=int(completion_lengths[np.asarray(chosen, dtype=np.int64)].sum()),
             num_sequence_tokens=sum(sequence_lengths[s] for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
+            places=places,
             shared=any(g.share and len(g.completions) > 1 for g in lengths),
         )
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 SCHEDULES = ("linear", "reversed", "constant", "staged", "none")
 PAIR_COLUMNS = ("chosen_model", "rejected_model")
 NO_LEVEL = -1
+PLACE = "curriculum_place"  # what a drawn row brings along, see Curriculum.places
 
 Keys = list[str] | NDArray[np.float64]  # of rows: model pairs, or scores, the larger the harder
 _WITH_PROGRESS = ("linear", "reversed", "staged")
@@ -129,6 +130,18 @@ class Curriculum:
         """Whether the levels are percentiles of a column."""
         return isinstance(self.levels, str)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is logged: the share of each level, or the mean place on a scale of percentiles, 0 to 1."""
+        if self.is_continuous:
+            return (f"curriculum/{self.levels}",)
+        names = self.levels if isinstance(self.levels, tuple) else _quantiles(self.columns[0], self.levels)
+        return tuple(f"curriculum/{name}" for name in names)
+
+    def places(self, levels: int) -> list[float]:
+        """(L,) what a row of each level brings along to be logged: the level's number, or place between 0 and 1."""
+        return [level / max(levels - 1, 1) if self.is_continuous else level for level in range(levels)]
+
     def check_columns(self, present: Iterable[str]) -> None:
         """Raise ValueError unless the data has what the levels are read from."""
         if missing := [name for name in self.columns if name not in set(present)]:
@@ -198,7 +211,8 @@ def read_keys(curriculum: Curriculum, columns: Sequence[Sequence], rows: Sequenc
                 kind = "the name of a model" if by_pair else "a number"
                 raise ValueError(f"curriculum: {name} of row {row} is {value!r}, not {kind}{hint}")
     if by_pair:
-        return [f"{chosen}>{rejected}" for chosen, rejected in zip(*columns)]
+        pairs = {pair: ">".join(pair) for pair in set(zip(*columns))}  # one text, not one for each row
+        return [pairs[pair] for pair in zip(*columns)]
     easy = curriculum.easy or ("high" if curriculum.columns[0] == "gap" else "low")
     return np.asarray(columns[0], dtype=np.float64) * (-1.0 if easy == "high" else 1.0)
 
@@ -209,11 +223,13 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
     Equal scores are of one level, by their mean rank.
 
     Raises:
-        ValueError: equal scores leave a quantile without rows.
+        ValueError: equal scores leave a quantile without rows, or there are no rows.
     """
     if isinstance(curriculum.levels, tuple):
         return Levels(curriculum.levels, {pair: i for i, pair in enumerate(curriculum.levels)}, np.zeros(0))
     name = curriculum.columns[0]
+    if not len(keys):
+        raise ValueError(f"curriculum: there is no row to find levels of {name} in")
     values, counts = np.unique(keys, return_counts=True)
     mean_rank = (np.cumsum(counts) - counts / 2) / counts.sum()
     wanted = _PERCENTILES if curriculum.is_continuous else int(curriculum.levels)
@@ -226,84 +242,103 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
             f" {len(values)} different values: set levels to {len(used)} or fewer"
         )
     cuts = values[np.flatnonzero(np.diff(level))]
-    return Levels(tuple(f"{name}_{k + 1}of{len(used)}" for k in range(len(used))), {}, cuts)
-
-
-def check_levels(levels: Levels, sizes: NDArray[np.int64], others: Mapping[str, int], name: str) -> None:
-    """Raise ValueError, naming all model pairs of the data, for a level without rows.
-
-    Args:
-        sizes: (L,) rows of each level.
-        others: model pair in no level -> rows.
-        name: what the message calls the data.
-    """
-    if empty := [level for level, size in zip(levels.names, sizes) if not size]:
-        found = {pair: int(size) for pair, size in zip(levels.names, sizes) if size} | dict(others)
-        listed = ", ".join(f"{pair} ({count})" for pair, count in sorted(found.items()))
-        raise ValueError(f"curriculum: level {empty[0]} has no row; the {name} data has {listed or 'no row at all'}")
+    return Levels(_quantiles(name, len(used)), {}, cuts)
 
 
 class Draws:
-    """The rows that a curriculum draws from data of known size: a pure function of levels, seed and epoch.
+    """The rows that a curriculum draws of data of known size: a pure function of the data, the seed and the epoch.
 
     Args:
         curriculum: what is asked for.
-        level: (rows,) level of each row; rows of ``NO_LEVEL`` are never drawn.
-        seed: of order and choice.
-        epochs: length of the schedule where the curriculum itself does not say.
+        keys: of the rows, see :func:`read_keys`.
+        seed: of choice and order.
 
     Attributes:
-        sizes: (L,) rows of each level.
+        levels: the levels found; ``sizes`` (L,) their rows.
+        level: (rows,) level of each row; ``places``: what a row brings along, see :meth:`Curriculum.places`.
+        epochs: length of the schedule.
+
+    Raises:
+        ValueError: a level without rows.
     """
 
-    def __init__(self, curriculum: Curriculum, level: NDArray[np.int64], seed: int, epochs: float = 1.0) -> None:
-        self.curriculum, self.level, self.seed = curriculum, np.asarray(level), seed
-        self.epochs = curriculum.epochs or epochs
-        self.sizes = np.bincount(self.level[self.level >= 0])
-        assert self.sizes.all(), "a level without rows"
-        whole = curriculum.schedule == "none"  # one deck of all rows
-        self._decks = (
-            [np.flatnonzero(self.level >= 0)]
-            if whole
-            else [np.flatnonzero(self.level == number) for number in range(len(self.sizes))]
-        )
-        self._drawn = [np.zeros(len(self._decks), dtype=np.int64)]  # per deck, before each epoch
+    def __init__(self, curriculum: Curriculum, keys: Keys, seed: int) -> None:
+        self.curriculum, self.seed = curriculum, seed
+        self.levels = find_levels(curriculum, keys)
+        self.level = self.levels.of(keys)
+        self.sizes = np.bincount(self.level[self.level >= 0], minlength=len(self.levels.names))
+        places = [*curriculum.places(len(self.sizes)), None]  # no level is -1
+        self.places = [places[level] for level in self.level]
+        self._others = Counter(key for key, level in zip(keys, self.level) if level < 0)
+        check_levels(self.levels, self.sizes, self._others)
+        self.epochs = curriculum.epochs or 1.0
+        in_levels = [np.flatnonzero(self.level == number) for number in range(len(self.sizes))]
+        self._decks = [np.flatnonzero(self.level >= 0)] if curriculum.schedule == "none" else in_levels
+        self._dealt = [np.zeros(len(self._decks), dtype=np.int64)]  # cards of each deck before each epoch
 
     def __len__(self) -> int:
         """Draws of an epoch."""
         return int(self.sizes.sum())
 
+    def end_with_run(self, epochs: float) -> None:
+        """Let the schedule end with a run of less than one epoch, unless its length was given."""
+        self.epochs = self.curriculum.epochs or min(1.0, epochs)
+        del self._dealt[1:]
+
     def epoch(self, number: int) -> NDArray[np.int64]:
         """(draws,) the rows of an epoch, in order."""
-        while len(self._drawn) <= number:
-            before = len(self._drawn) - 1
-            self._drawn.append(self._drawn[before] + np.bincount(self._choose(before), minlength=len(self._decks)))
+        while len(self._dealt) <= number:
+            decks = self._choose(len(self._dealt) - 1)
+            self._dealt.append(self._dealt[-1] + np.bincount(decks, minlength=len(self._decks)))
         decks = self._choose(number)
         rows = np.empty(len(self), dtype=np.int64)
         for deck in range(len(self._decks)):
             places = np.flatnonzero(decks == deck)
-            rows[places] = self._deal(deck, int(self._drawn[number][deck]), len(places))
+            rows[places] = self._deal(deck, int(self._dealt[number][deck]), len(places))
         return rows
+
+    def report(self, times: NDArray[np.int64]) -> list[str]:
+        """Lines of text for the log; ``times`` (rows,) is how often each row is drawn."""
+        lines = [f"curriculum, {self.curriculum.schedule}: an epoch is {len(self)} draws; levels from easy to hard:"]
+        if self.curriculum.is_continuous:
+            lines.append(f"{len(self.sizes)} percentiles of {self.levels.names[0].rsplit('_', 1)[0]}: {_often(times)}")
+        else:
+            for level, name in enumerate(self.levels.names):
+                lines.append(f"{name}: {_often(times[self.level == level])}")
+        if self._others:
+            lines.append(f"in no level, so never drawn: {_counts(self._others)}")
+        return lines
 
     def _choose(self, epoch: int) -> NDArray[np.int64]:
         """(draws,) the deck of each draw."""
         if len(self._decks) == 1:
             return np.zeros(len(self), dtype=np.int64)
-        uniform = _random(self.seed, epoch).random(len(self))
         progress = (epoch + np.arange(len(self)) / len(self)) / self.epochs
-        return self.curriculum.choose(progress, uniform, self.sizes)
+        return self.curriculum.choose(progress, seeded(self.seed, epoch).random(len(self)), self.sizes)
 
     def _deal(self, deck: int, first: int, count: int) -> NDArray[np.int64]:
         """Cards ``first`` to ``first + count`` of a deck that is shuffled anew whenever it has been dealt out."""
         cards = self._decks[deck]
         passes = range(first // len(cards), -(-(first + count) // len(cards)))
-        dealt = [_random(self.seed, deck, number).permutation(cards) for number in passes]
+        dealt = [seeded(self.seed, deck, number).permutation(cards) for number in passes]
         start = first % len(cards)
         return np.concatenate([*dealt, cards[:0]])[start : start + count]
 
 
-def _random(seed: int, *key: int) -> np.random.Generator:
-    """Independent of other keys', also of one with zeros at its end."""
+def check_levels(levels: Levels, sizes: Sequence[int] | NDArray, others: Mapping[str, int]) -> None:
+    """Raise ValueError, naming the model pairs that there are, for a level without rows.
+
+    Args:
+        sizes: (L,) rows of each level.
+        others: model pair in no level -> rows.
+    """
+    if empty := [name for name, size in zip(levels.names, sizes) if not size]:
+        found = {name: int(size) for name, size in zip(levels.names, sizes) if size} | dict(others)
+        raise ValueError(f"curriculum: level {empty[0]} has no row; there are {_counts(found) or 'no rows at all'}")
+
+
+def seeded(seed: int, *key: int) -> np.random.Generator:
+    """A generator for each key, also for keys that differ in zeros at their end alone."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
@@ -311,6 +346,22 @@ def _find(place: NDArray, shares: Sequence[float] | NDArray) -> NDArray[np.int64
     """In which of the parts of the unit interval that have these shares the places lie."""
     bounds = np.cumsum(shares) / np.sum(shares)
     return np.minimum(np.searchsorted(bounds, place, side="right"), np.flatnonzero(shares)[-1])
+
+
+def _quantiles(column: str, number: int) -> tuple[str, ...]:
+    return tuple(f"{column}_{k + 1}of{number}" for k in range(number))
+
+
+def _often(times: NDArray[np.int64]) -> str:
+    words = {0: "never", 1: "once", 2: "twice"}
+    parts = [f"{count} {word}" for number, word in words.items() if (count := int((times == number).sum()))]
+    if more := int((times > 2).sum()):
+        parts.append(f"{more} more often, up to {times.max()} times")
+    return f"{len(times)} rows, drawn {', '.join(parts)}"
+
+
+def _counts(pairs: Mapping[str, int]) -> str:
+    return ", ".join(f"{pair} ({count} rows)" for pair, count in sorted(pairs.items()))
 
 
 def _parse_pair(text: Any) -> str:

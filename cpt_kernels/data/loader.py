@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,16 +13,57 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from .batches import BatchSampler, pack_rows
+from .batches import BatchSampler, pack_in_order, pack_rows
+from .buffers import StreamDraws
+from .curriculum import PLACE, Curriculum, Draws, read_keys
 
 # Rows of a stream that are packed together under a token budget.
 _STREAM_WINDOW = 512
 
 
+def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]:
+    """Columns of a dataset, before it is prepared, that the curriculum will read.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if curriculum is None or not isinstance(dataset, (Dataset, IterableDataset)):
+        return ()
+    curriculum.check_columns(dataset.column_names or list(next(iter(dataset), {})))
+    return curriculum.columns
+
+
+def make_draws(
+    curriculum: Curriculum | None, dataset: Dataset | IterableDataset, seed: int
+) -> Draws | StreamDraws | None:
+    """What the curriculum draws of a prepared dataset.
+
+    Raises:
+        ValueError: a row without a level's columns, or a level without rows.
+    """
+    if curriculum is None:
+        return None
+    if isinstance(dataset, IterableDataset):
+        if curriculum.epochs is not None:
+            raise ValueError("curriculum: epochs has no effect on a stream, whose schedule ends with max_steps")
+        return StreamDraws(curriculum, seed)
+    if curriculum.buffer is not None:
+        raise ValueError("curriculum: buffer is for streams and has no effect on this dataset: leave it out")
+    table = dataset.select_columns([*curriculum.columns, "row"]).with_format("arrow")[:]
+    columns = [table[name].to_pylist() for name in curriculum.columns]
+    return Draws(curriculum, read_keys(curriculum, columns, table["row"].to_pylist()), seed)
+
+
 def make_loader(
-    dataset: Dataset | IterableDataset, collator: Callable, args: Any, share_prompts: bool, training: bool
+    dataset: Dataset | IterableDataset,
+    collator: Callable,
+    args: Any,
+    share_prompts: bool,
+    training: bool,
+    draws: Draws | StreamDraws | None = None,
 ) -> DataLoader:
     """This rank's micro-batches of a prepared dataset. accelerate would repeat rows to make ranks even; this does not.
 
@@ -30,6 +72,7 @@ def make_loader(
         args: the run's ``ContrastiveConfig``.
         share_prompts: whether the collator runs a prompt once for all its completions.
         training: in the order that training wants, else the dataset's own.
+        draws: of a curriculum, see :func:`make_draws`.
 
     Raises:
         ValueError: a row is longer than the budget of a micro-batch, or a stream would be read by several processes.
@@ -45,11 +88,16 @@ def make_loader(
     )
     batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
     world = dict(world_size=args.world_size, rank=args.process_index)
+    accumulation = args.gradient_accumulation_steps
     if isinstance(dataset, IterableDataset):
         if args.dataloader_num_workers > 1:
             raise ValueError("a stream is read by one process: set dataloader_num_workers to 0 or 1")
-        rows = StreamBatches(dataset, batch_size, args.max_tokens_per_batch, count_tokens, **world)
-        return DataLoader(rows, batch_size=None, collate_fn=collator, **workers)
+        cut = (batch_size, args.max_tokens_per_batch, count_tokens)
+        if draws is None:
+            batches = StreamBatches(dataset, *cut, **world)
+        else:
+            batches = DrawnBatches(dataset, *cut, **world, draws=draws, steps=args.max_steps * accumulation)
+        return DataLoader(batches, batch_size=None, collate_fn=collator, **workers)
     sampler = BatchSampler(
         count_tokens(dataset),
         batch_size=batch_size,
@@ -57,12 +105,27 @@ def make_loader(
         shuffle=training and args.train_sampling_strategy != "sequential",
         seed=args.seed if args.data_seed is None else args.data_seed,
         drop_last=training and args.dataloader_drop_last,
+        draws=draws,
         **world,
     )
     if training:
-        steps = args.max_steps * args.gradient_accumulation_steps
-        sampler.plan_epochs(math.ceil(steps / len(sampler)) if steps > 0 else math.ceil(args.num_train_epochs))
-    return EpochLoader(dataset, batch_sampler=sampler, collate_fn=collator, **workers)
+        epochs = args.num_train_epochs
+        if args.max_steps > 0:
+            epochs = args.max_steps / math.ceil(len(sampler) / accumulation)
+        if draws is not None:
+            draws.end_with_run(epochs)
+        sampler.plan_epochs(math.ceil(epochs))
+    rows = dataset if draws is None else DrawnRows(dataset, draws)
+    return EpochLoader(rows, batch_sampler=sampler, collate_fn=collator, **workers)
+
+
+def report_draws(loader: EpochLoader, draws: Draws, args: Any) -> list[str]:
+    """Lines of text: how often a run draws the rows of each level, of all ranks together."""
+    sampler, accumulation = loader.batch_sampler, args.gradient_accumulation_steps
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.num_train_epochs * math.ceil(len(sampler) / accumulation))
+    return draws.report(sampler.count_draws(steps, accumulation))
 
 
 def row_tokens(
@@ -102,6 +165,19 @@ class EpochLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+class DrawnRows(TorchDataset):
+    """Rows of a dataset, each with its place in the curriculum."""
+
+    def __init__(self, rows: Dataset, draws: Draws) -> None:
+        self.rows, self.places = rows, draws.places
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [row | {PLACE: self.places[i]} for i, row in zip(indices, self.rows.__getitems__(indices))]
 
 
 class StreamBatches(TorchIterableDataset):
@@ -157,11 +233,56 @@ class StreamBatches(TorchIterableDataset):
         if not self.max_tokens:
             yield rows
             return
+        for batch in pack_rows(range(len(rows)), self._count(rows), self.max_tokens):
+            yield [rows[i] for i in batch]
+
+    def _count(self, rows: list[dict]) -> NDArray[np.int64]:
         tokens = self.count_tokens(rows)
         if tokens.max() > self.max_tokens:
             raise ValueError(
                 f"row {rows[int(tokens.argmax())]['row']} takes {tokens.max()} tokens, more than"
                 f" max_tokens_per_batch={self.max_tokens}: raise it, or lower max_length"
             )
-        for batch in pack_rows(range(len(rows)), tokens, self.max_tokens):
-            yield [rows[i] for i in batch]
+        return tokens
+
+
+class DrawnBatches(StreamBatches):
+    """What a curriculum draws of a stream, without end: its passes go on into each other, so that a place in the run
+    is a place in one sequence, and to resume is to skip.
+
+    Args:
+        draws: which rows.
+        steps: micro-batches of this rank in the whole run.
+        others: as of :class:`StreamBatches`.
+    """
+
+    def __init__(self, *args: Any, draws: StreamDraws, steps: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.draws = draws
+        self.size = self.max_tokens or self.batch_size  # of a micro-batch, in tokens or rows
+        self.total = steps * self.world_size * self.size
+
+    def _batches(self) -> Iterator[list[dict]]:
+        drawn = 0  # tokens or rows
+
+        def progress() -> float:
+            return drawn / self.total
+
+        def measured() -> Iterator[tuple[dict, int]]:
+            nonlocal drawn
+            for row in self.draws.draw(self._pass, progress):
+                size = int(self._count([row])[0]) if self.max_tokens else 1
+                drawn += size
+                yield row, size
+
+        if self.max_tokens:
+            batches = pack_in_order(measured(), lambda item: item[1], self.max_tokens)
+        else:
+            items = measured()
+            batches = iter(lambda: list(itertools.islice(items, self.batch_size)), [])
+        for batch in batches:
+            yield [row for row, _ in batch]
+
+    def _pass(self, number: int) -> Iterator[dict]:
+        self.rows.set_epoch(number)
+        return iter(self.rows)
