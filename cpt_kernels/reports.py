@@ -157,7 +157,9 @@ def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") 
 
     train, held_out = train_records(records), eval_records(records)
     known = {key for record in (*train, *held_out) for key in record}
-    panels = {name: metrics for name, metrics in _PANELS.items() if known.intersection(metrics)}
+    levels = [key for key in dict.fromkeys(key for record in train for key in record) if key.startswith("curriculum/")]
+    panels = {**_PANELS, "share of level" if len(levels) > 1 else "place in the curriculum": tuple(levels)}
+    panels = {name: metrics for name, metrics in panels.items() if known.intersection(metrics)}
     if "reward accuracy" in panels:
         panels.pop("token accuracy", None)
     if not panels:
@@ -167,10 +169,11 @@ def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") 
     axes = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flat
     for axis, (name, metrics) in zip(axes, panels.items()):
         for number, metric in enumerate(metrics):
-            label = metric.split("/")[-1] if len(metrics) > 1 else "train"
+            label = metric.split("/", 1)[-1] if len(metrics) > 1 else "train"
             axis.plot(*_curve(train, metric), color=f"C{number}", label=label, linewidth=1.2)
             held_label = f"{label}, held out" if len(metrics) > 1 else "held out"
-            axis.plot(*_curve(held_out, metric), color=f"C{number}", label=held_label, marker="o", linestyle="--")
+            if (points := _curve(held_out, metric))[0]:
+                axis.plot(*points, color=f"C{number}", label=held_label, marker="o", linestyle="--")
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

@@ -322,11 +322,14 @@ class ContrastiveTrainer(Trainer):
                 self.reference.start_training()
                 stack.enter_context(self.reference.cache)  # writes what a stream had scored, however training ends
             output = super().train(*args, **kwargs)
-        report = self.reports["train"]
         if isinstance(self.train_dataset, IterableDataset):  # counted while it was read
-            if not report.kept:
+            report = self.reports["train"]
+            if not self.state.global_step:
                 raise ValueError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
-            _say([*report.summary(), *(self.draws.report() if self.draws else [])])
+            if self.args.dataloader_num_workers:
+                _say(["what was read and dropped of the stream was counted in a worker: set dataloader_num_workers=0"])
+            else:
+                _say([*report.summary(), *(self.draws.report() if self.draws is not None else [])])
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

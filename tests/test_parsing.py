@@ -36,6 +36,7 @@ def test_flags_override_the_file(tmp_path):
         ("gradient_checkpointing_kwargs", "{use_reentrant: false}", {"use_reentrant": False}),
         ("model_init_kwargs", "'{\"x\": 1}'", {"x": 1}),
         ("columns", "{question: prompt, chosen: chosen}", ["question=prompt", "chosen=chosen"]),
+        ("curriculum", "{schedule: linear, levels: [a>b, a>c]}", {"schedule": "linear", "levels": ["a>b", "a>c"]}),
         ("resume_from_checkpoint", "true", "true"),
         ("lr_scheduler_type", "cosine", "cosine"),
         ("run_name", "2024", "2024"),
@@ -56,6 +57,7 @@ def test_yaml_values(tmp_path, name, written, read):
         (["--max_steps", "-1"], "max_steps", -1),
         (["--report_to", "none"], "report_to", "none"),
         (["--model_init_kwargs", '{"x": 1}'], "model_init_kwargs", {"x": 1}),
+        (["--curriculum", '{"levels": 2}'], "curriculum", {"levels": 2}),
     ],
 )
 def test_flag_values(flags, name, read):
@@ -115,6 +117,10 @@ def test_convert_says_what_it_expected():
         ("beta: 0.1\n  max_steps: 3", "run.yaml, line 2: mapping values are not allowed here"),
         ("- beta", "expected lines of 'option: value', found list"),
         ("model_init_kwargs: '{x}'", "is not a JSON object"),
+        ("curriculum: {schedule: linar, levels: 2}", "curriculum: schedule='linar' is unknown: choose one of linear"),
+        ("curriculum: {schedule: linear, level: 2}", "curriculum has no key 'level': its keys are levels, schedule"),
+        ("curriculum: linear", "curriculum='linear' is not a JSON object"),
+        ("curriculum: {levels: 2}\ntrain_sampling_strategy: sequential", "leave train_sampling_strategy at random"),
     ],
 )
 def test_wrong_options_in_the_file(tmp_path, capsys, written, message):
@@ -149,4 +155,5 @@ def test_model_and_data_are_needed(capsys, missing):
 
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml")), ids=str)
 def test_recipes_are_valid(recipe):
-    assert parse(["--config", str(recipe)]).training.loss_type == {"sft": "sft", "dpo": "sigmoid"}[recipe.stem]
+    losses = {"sft": "sft", "dpo": "sigmoid", "curriculum": "sigmoid"}
+    assert parse(["--config", str(recipe)]).training.loss_type == losses[recipe.stem]

@@ -233,13 +233,15 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
     values, counts = np.unique(keys, return_counts=True)
     mean_rank = (np.cumsum(counts) - counts / 2) / counts.sum()
     wanted = _PERCENTILES if curriculum.is_continuous else int(curriculum.levels)
-    level = np.minimum((mean_rank * wanted).astype(np.int64), wanted - 1)
+    level = _parts(mean_rank, wanted)
     used = np.unique(level)
     if not curriculum.is_continuous and len(used) < wanted:
         empty = min(set(range(wanted)).difference(used.tolist())) + 1
+        possible = next(n for n in range(wanted - 1, 0, -1) if len(np.unique(_parts(mean_rank, n))) == n)
+        mend = f"set levels to {possible} at most" if possible > 1 else "they make no levels"
         raise ValueError(
             f"curriculum: quantile {empty} of {wanted} of the column {name} has no row, as {counts.sum()} rows have"
-            f" {len(values)} different values: set levels to {len(used)} or fewer"
+            f" {len(values)} different values: {mend}"
         )
     cuts = values[np.flatnonzero(np.diff(level))]
     return Levels(_quantiles(name, len(used)), {}, cuts)
@@ -346,6 +348,11 @@ def _find(place: NDArray, shares: Sequence[float] | NDArray) -> NDArray[np.int64
     """In which of the parts of the unit interval that have these shares the places lie."""
     bounds = np.cumsum(shares) / np.sum(shares)
     return np.minimum(np.searchsorted(bounds, place, side="right"), np.flatnonzero(shares)[-1])
+
+
+def _parts(place: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """In which of so many equal parts of the unit interval the places lie."""
+    return np.minimum((place * count).astype(np.int64), count - 1)
 
 
 def _quantiles(column: str, number: int) -> tuple[str, ...]:
