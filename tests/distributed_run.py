@@ -9,13 +9,18 @@ from pathlib import Path
 
 import torch
 from architectures import tiny_model
-from toy import config, losses, preference_data, word_tokenizer
+from toy import config, losses, pairs_of, preference_data, word_tokenizer
 
 from cpt_kernels import ContrastiveTrainer
 
 
 class Recording(ContrastiveTrainer):
     gradients: dict[str, torch.Tensor] | None = None
+    pairs: dict[int, list[str]]  # of this rank, by optimizer step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.pairs.setdefault(self.state.global_step, []).extend(pairs_of(inputs))
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model):
         if self.gradients is None:
@@ -26,17 +31,22 @@ class Recording(ContrastiveTrainer):
 
 def main(folder: Path, name: str, rows: int, options: dict) -> None:
     torch.set_num_threads(1)
+    data = preference_data(rows)
+    if options.pop("stream", False):
+        data = data.to_iterable_dataset()
     trainer = Recording(
         tiny_model(options.pop("model", "llama")),
         args=config(folder / name, **options),
-        train_dataset=preference_data(rows),
+        train_dataset=data,
         eval_dataset=preference_data(5, seed=1),
         processing_class=word_tokenizer(),
     )
+    trainer.pairs = {}
     trainer.train()
     metrics = trainer.evaluate()
     rank = int(os.environ.get("RANK", 0))
     torch.save(trainer.gradients, folder / f"{name}-{rank}.pt")
+    (folder / f"{name}-{rank}-pairs.json").write_text(json.dumps(trainer.pairs))
     if rank == 0:
         logged = {"losses": losses(trainer), "metrics": metrics, "history": trainer.state.log_history}
         (folder / f"{name}.json").write_text(json.dumps(logged))

@@ -74,6 +74,24 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, rows, one, two):
             )
 
 
+def pairs_by_step(folder: Path, name: str, ranks: int) -> list[list[str]]:
+    """Of all ranks together, sorted within each optimizer step."""
+    parts = [json.loads((folder / f"{name}-{rank}-pairs.json").read_text()) for rank in range(ranks)]
+    return [sorted(pair for part in parts for pair in part.get(step, [])) for step in parts[0]]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+def test_two_ranks_draw_the_pairs_of_a_curriculum_that_one_draws(tmp_path, stream):
+    common = {"max_steps": 12, "curriculum": {"levels": ["a>b", "a>c"]}, "stream": stream}
+    alone = run(tmp_path, "one", 1, 30, **common, per_device_train_batch_size=4)
+    both = run(tmp_path, "two", 2, 30, **common, per_device_train_batch_size=2)
+    pairs = pairs_by_step(tmp_path, "one", 1)
+    assert len(pairs) == 12 and pairs_by_step(tmp_path, "two", 2) == pairs
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    shares = [[record["curriculum/a>c"] for record in r["history"] if "loss" in record] for r in (alone, both)]
+    assert shares[0] == shares[1] and shares[0][0] < shares[0][-1]
+
+
 def test_ranks_fill_one_cache_and_a_token_budget_evens_them(tmp_path):
     options = {"num_train_epochs": 1, "max_tokens_per_batch": 100}
     two = run(tmp_path, "two", 2, 40, **options)

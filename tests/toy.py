@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from architectures import VOCAB
@@ -57,6 +58,13 @@ def config(folder, **options) -> ContrastiveConfig:
         "ref_cache_dir": f"{folder}/ref",
     }
     return ContrastiveConfig(output_dir=f"{folder}/out", **{**defaults, **options})
+
+
+def pairs_of(batch: dict) -> list[str]:
+    """The pairs of a packed batch, as the tokens of chosen > rejected."""
+    ends, tokens = batch["cu_completions"].tolist(), batch["targets"].tolist()
+    texts = [" ".join(map(str, tokens[start:end])) for start, end in itertools.pairwise(ends)]
+    return [f"{texts[c]} > {texts[r]}" for c, r in zip(batch["chosen"].tolist(), batch["rejected"].tolist())]
 
 
 def losses(trainer) -> list[float]:
