@@ -29,8 +29,8 @@ LEVELS[3] |= {"outputs", "judge", "output_evaluation", "evaluation_reports", "ch
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
 NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}
-NUMPY_ALONE |= {"data/strength.py"}  # a part of pairs
 NUMPY_ALONE |= {"win_rate.py"}
+NUMPY_ALONE |= {"data/strength.py", "data/buffers.py"}  # parts of pairs and curriculum
 
 
 class Import(NamedTuple):

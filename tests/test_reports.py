@@ -96,6 +96,15 @@ def test_curves_of_what_there_is(tmp_path, kept):
         assert svg.count("<!-- step -->") == {"pairs": 4, "supervised": 2, "evaluations": 4}[kept]
 
 
+def test_curves_of_a_curriculum(tmp_path):
+    shares = [{"curriculum/org/a>b": 1 - step / 10, "curriculum/org/a>c": step / 10} for step in (2, 4)]
+    records = [training(2, **shares[0]), training(4, **shares[1])]
+    svg = draw_curves(records, tmp_path)[1].read_text()
+    assert "<!-- share of level -->" in svg and "<!-- org/a&gt;b -->" in svg and "held out" not in svg
+    svg = draw_curves([training(2, **{"curriculum/difficulty": 0.5})], tmp_path)[1].read_text()
+    assert "<!-- place in the curriculum -->" in svg
+
+
 def test_tokens_per_second_leaves_evaluation_and_earlier_sessions_out(tmp_path):
     report = RunReport(tmp_path)
     assert report.tokens_per_second(100) is None
