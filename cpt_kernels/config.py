@@ -53,7 +53,7 @@ class ContrastiveConfig(TrainingArguments):
     ranked_pairs: str = _option("all", "Pairs of a row with K ranked completions: all, adjacent or extremes.")
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
     curriculum: dict | str | None = _option(
-        None, "Order of training by difficulty, e.g. {schedule: linear, levels: 2}; see data/curriculum.py."
+        None, "Order by difficulty: schedule, levels, ...; recipes/curriculum.yaml explains them. Default: shuffled."
     )
 
     # Batches

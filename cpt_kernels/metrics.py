@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -121,20 +120,24 @@ class PlaceMetrics:
 
     def __init__(self, accelerator: Accelerator, curriculum: Curriculum) -> None:
         self.accelerator, self.curriculum = accelerator, curriculum
-        self.places: list[float] = []
+        self.reset()
 
     def add(self, batch: PackedBatch) -> None:
         """Add the rows of a micro-batch; one of a collator that knows no curriculum has none."""
-        self.places += batch.get("places", [])
+        for place in batch.get("places", []):
+            self.rows += 1
+            if self.curriculum.is_continuous:
+                self.sums[0] += place
+            else:
+                self.sums[int(place)] += 1
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.sums, self.rows = [0.0] * len(self.curriculum.metrics), 0
 
     def compute(self) -> dict[str, float]:
         """Means over all ranks since the last call."""
-        names = self.curriculum.metrics
-        if self.curriculum.is_continuous:
-            sums = [sum(self.places)]
-        else:
-            sums = np.bincount(np.array(self.places, dtype=np.int64), minlength=len(names)).tolist()
-        vector = torch.tensor([*sums, len(self.places)], dtype=torch.float32, device=self.accelerator.device)
+        vector = torch.tensor([*self.sums, self.rows], dtype=torch.float32, device=self.accelerator.device)
         *totals, rows = self.accelerator.reduce(vector, "sum").tolist()
-        self.places = []
-        return {name: total / rows for name, total in zip(names, totals)} if rows else {}
+        self.reset()
+        return {name: total / rows for name, total in zip(self.curriculum.metrics, totals)} if rows else {}

@@ -167,7 +167,7 @@ def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") 
     figure = Figure(figsize=(5 * min(len(panels), 2), 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flat
-    for axis, (name, metrics) in zip(axes, panels.items()):
+    for (name, metrics), axis in zip(panels.items(), axes):
         for number, metric in enumerate(metrics):
             label = metric.split("/", 1)[-1] if len(metrics) > 1 else "train"
             axis.plot(*_curve(train, metric), color=f"C{number}", label=label, linewidth=1.2)

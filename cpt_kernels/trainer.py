@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
-from .data.loader import kept_columns, make_draws, make_loader, report_draws
+from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .loading import (
@@ -132,9 +132,7 @@ class ContrastiveTrainer(Trainer):
         if train_dataset is not None:
             keep = kept_columns(self.curriculum, train_dataset)
             train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train", keep)
-            self.draws = make_draws(
-                self.curriculum, train_dataset, args.seed if args.data_seed is None else args.data_seed
-            )
+            self.draws = make_draws(self.curriculum, train_dataset, order_seed(args))
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in eval_dataset.items()}
         elif eval_dataset is not None:

@@ -123,7 +123,7 @@ def test_levels_by_a_column_are_those_of_the_first_rows():
     taken, draws = draw({"levels": "score", "buffer": 400}, rows_of(letters), 300)
     third = [np.mean([row[PLACE] for row in part]) for part in (taken[:100], taken[100:200], taken[200:])]
     assert third == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.06)
-    assert len(draws.report()) == 2 and draws.report()[1].startswith("26 percentiles of score: ")
+    assert len(draws.report()) == 2 and draws.report()[1].startswith("score in 26 parts: ")
 
 
 def test_streams_that_are_refused():

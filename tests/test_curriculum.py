@@ -75,6 +75,7 @@ def test_a_run_of_less_than_an_epoch_is_the_whole_schedule():
     assert hard[400:].all() and abs(hard[:400].mean() - 0.5) < 0.1
     draws.end_with_run(7)
     assert draws.epochs == 1
+    assert draws.report(np.zeros(1000))[0].startswith("curriculum, linear over 1 epochs: an epoch is 1000 draws;")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -177,6 +178,8 @@ def test_metrics_name_the_levels():
         ({"levels": 2, "schedule": ["linear"]}, "is unknown: choose one of linear"),
         ({"levels": 1}, "levels=1 is neither a list of model pairs, nor a number of quantiles"),
         ({"levels": True}, "levels=True is neither"),
+        ({"levels": "a>b"}, "levels='a>b' is neither a list of model pairs"),
+        ({"levels": ""}, "levels='' is neither a list of model pairs"),
         ({"levels": 2.5}, "levels=2.5 is neither"),
         ({"levels": []}, "levels is an empty list"),
         ({"levels": ["a>b", "a"]}, "level 'a' is no model pair; expected chosen>rejected"),

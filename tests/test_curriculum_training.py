@@ -32,12 +32,13 @@ class Recording(ContrastiveTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def make_trainer(folder, rows=30, data=None, stream=False, **options) -> Recording:
+def make_trainer(folder, rows=30, data=None, stream=False, eval_dataset=None, **options) -> Recording:
     data = preference_data(rows) if data is None else data
     return Recording(
         tiny_model("llama"),
         args=config(folder, **options),
         train_dataset=data.to_iterable_dataset() if stream else data,
+        eval_dataset=eval_dataset,
         processing_class=word_tokenizer(),
     )
 
@@ -59,7 +60,7 @@ def test_shares_are_logged_and_rows_accounted_for(tmp_path, caplog):
     drawn = sum(found) * 3
     assert sum(by_pair.values()) == 60
     text = caplog.text
-    assert "curriculum, linear: an epoch is 30 draws; levels from easy to hard:" in text
+    assert "curriculum, linear over 1 epochs: an epoch is 30 draws; levels from easy to hard:" in text
     never = 20 - round(60 - drawn)
     assert f"a>b: 20 rows, drawn {never} never, {20 - never} once" in text
     assert f"a>c: 10 rows, drawn 10 more often, up to {-(-round(drawn) // 10)} times" in text
@@ -97,11 +98,18 @@ def test_a_resumed_run_draws_the_pairs_that_remained(tmp_path, options):
 
 
 def test_a_budget_and_accumulation_train_on_what_is_drawn(tmp_path):
+    held_out = preference_data(5, seed=1).remove_columns(["chosen_model", "rejected_model", "gap"])
     trainer = make_trainer(
-        tmp_path, num_train_epochs=2, curriculum=PAIRS, max_tokens_per_batch=100, gradient_accumulation_steps=3
+        tmp_path,
+        num_train_epochs=2,
+        curriculum=PAIRS,
+        max_tokens_per_batch=100,
+        gradient_accumulation_steps=3,
+        eval_dataset=held_out,
     )
     rows = preference_rows(30)
     trainer.train()
+    assert not [name for name in trainer.evaluate() if "curriculum" in name]
     drawn = [row for epoch in (0, 1) for row in trainer.draws.epoch(epoch)]
     assert sum(map(len, trainer.seen)) == len(drawn) == 60
     hard = sum(rows[row]["rejected_model"] == "c" for row in drawn[:30])

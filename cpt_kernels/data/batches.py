@@ -91,19 +91,23 @@ class BatchSampler:
     @property
     def fill(self) -> float:
         """Tokens over budget of the current epoch's micro-batches; 1 where no budget is set."""
-        return self.tokens.sum() / (self._batches * self.max_tokens) if self.max_tokens else 1.0
+        tokens = self.tokens if self.draws is None else self.tokens[self.draws.epoch(self.epoch)]
+        return tokens.sum() / (self._batches * self.max_tokens) if self.max_tokens else 1.0
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         return split_to(self._plan(epoch), self._batches, self.world_size)
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        rows = np.arange(len(self.tokens)) if self.draws is None else self.draws.epoch(epoch)
         random = np.random.default_rng([self.seed, epoch])
-        if self.shuffle and self.draws is None:
-            random.shuffle(rows)
+        if self.draws is not None:
+            rows = self.draws.epoch(epoch)
+        else:
+            rows = np.arange(len(self.tokens))
+            if self.shuffle:
+                random.shuffle(rows)
         if self.max_tokens and self.draws is not None:
-            batches = list(pack_in_order(rows.tolist(), self.tokens.__getitem__, self.max_tokens))
-            return _with_even_end(batches[:-1], batches[-1:], self.tokens, self.max_tokens, self.world_size)
+            *full, last = pack_in_order(rows.tolist(), self.tokens.__getitem__, self.max_tokens)
+            return _with_even_end(full, [last], self.tokens, self.max_tokens, self.world_size)
         if self.max_tokens:
             return pack_rows(rows, self.tokens, self.max_tokens, self.world_size, random if self.shuffle else None)
         batches = [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
@@ -166,8 +170,9 @@ def _with_even_end(
 def pack_in_order(rows: Iterable[Row], tokens: Callable[[Row], int], budget: int) -> Iterator[list[Row]]:
     """Pack whole rows into micro-batches of at most ``budget`` tokens, hardly changing their order.
 
-    A micro-batch takes the rows in turn until one does not fit; the gap is filled by those of the next ``_AHEAD``
-    micro-batches' rows that fit, longest first. So no row comes later than its turn, and none earlier than that.
+    A micro-batch takes the rows in turn until one does not fit; the gap is filled from the rows of the ``_AHEAD``
+    micro-batches that follow, the longest that fits first. So no row comes later than its turn, and none sooner than
+    so many micro-batches before it.
     """
     rows = iter(rows)
     waiting: list[tuple[int, Row]] = []  # (tokens, row) in order

@@ -76,7 +76,7 @@ class StreamDraws:
             return []
         lines = [f"curriculum, {self.curriculum.schedule}: {self.passes} whole passes over the stream"]
         if self.curriculum.is_continuous:
-            named = {f"{len(self.levels.names)} percentiles of {self.curriculum.columns[0]}": self.read.keys()}
+            named = {f"{self.curriculum.columns[0]} in {len(self.levels.names)} parts": range(len(self.levels.names))}
         else:
             named = {name: [level] for level, name in enumerate(self.levels.names)}
         for name, levels in named.items():

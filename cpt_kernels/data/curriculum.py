@@ -45,7 +45,8 @@ class Curriculum:
         column: what ``levels`` quantiles are of; default ``gap``.
         easy: the end of the column that is easy, ``high`` or ``low``; default high for ``gap``, low for any other.
         shares: of each level in the constant mix; default equal.
-        epochs: length of the schedule; default the first epoch, or the run where that is shorter or reads a stream.
+        epochs: length of the schedule; default the first epoch, or the run where that is shorter or reads a stream
+            (then a run that is resumed with another ``max_steps`` goes on by another schedule).
         buffer: rows of a stream that are held, all levels together; default 4096.
     """
 
@@ -86,7 +87,9 @@ class Curriculum:
             object.__setattr__(self, "levels", tuple(map(_parse_pair, self.levels)))
             if twice := [pair for pair, count in Counter(self.levels).items() if count > 1]:
                 raise ValueError(f"curriculum: levels names {twice[0]} twice")
-        elif not ((_is_int(self.levels) and self.levels > 1) or (isinstance(self.levels, str) and self.levels)):
+        elif not (_is_int(self.levels) and self.levels > 1) and not (
+            self.is_continuous and self.levels and ">" not in self.levels
+        ):
             raise ValueError(
                 f"curriculum: levels={self.levels!r} is neither a list of model pairs, nor a number of quantiles (2 or"
                 " more), nor the name of a column"
@@ -144,10 +147,11 @@ class Curriculum:
 
     def check_columns(self, present: Iterable[str]) -> None:
         """Raise ValueError unless the data has what the levels are read from."""
-        if missing := [name for name in self.columns if name not in set(present)]:
+        present = set(present)
+        if missing := [name for name in self.columns if name not in present]:
             raise ValueError(
-                f"curriculum reads the column {missing[0]}, but the data has the columns {sorted(present)}: let"
-                " `cpt pairs` write it, or choose other levels"
+                f"curriculum reads the column {missing[0]}, but the data has the columns {sorted(present)}; those that"
+                " `cpt pairs` writes are chosen_model, rejected_model and gap"
             )
 
     def choose(self, progress: NDArray, uniform: NDArray, sizes: NDArray) -> NDArray[np.int64]:
@@ -284,7 +288,7 @@ class Draws:
 
     def end_with_run(self, epochs: float) -> None:
         """Let the schedule end with a run of less than one epoch, unless its length was given."""
-        self.epochs = self.curriculum.epochs or min(1.0, epochs)
+        self.epochs = self.curriculum.epochs or min(1.0, epochs) or 1.0
         del self._dealt[1:]
 
     def epoch(self, number: int) -> NDArray[np.int64]:
@@ -301,9 +305,11 @@ class Draws:
 
     def report(self, times: NDArray[np.int64]) -> list[str]:
         """Lines of text for the log; ``times`` (rows,) is how often each row is drawn."""
-        lines = [f"curriculum, {self.curriculum.schedule}: an epoch is {len(self)} draws; levels from easy to hard:"]
+        schedule = self.curriculum.schedule
+        over = f" over {self.epochs:.3g} epochs" if schedule in _WITH_PROGRESS else ""
+        lines = [f"curriculum, {schedule}{over}: an epoch is {len(self)} draws; levels from easy to hard:"]
         if self.curriculum.is_continuous:
-            lines.append(f"{len(self.sizes)} percentiles of {self.levels.names[0].rsplit('_', 1)[0]}: {_often(times)}")
+            lines.append(f"{self.curriculum.columns[0]} in {len(self.sizes)} parts: {_often(times)}")
         else:
             for level, name in enumerate(self.levels.names):
                 lines.append(f"{name}: {_often(times[self.level == level])}")

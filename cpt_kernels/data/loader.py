@@ -36,6 +36,11 @@ def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]
     return curriculum.columns
 
 
+def order_seed(args: Any) -> int:
+    """The seed of the order of rows."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def make_draws(
     curriculum: Curriculum | None, dataset: Dataset | IterableDataset, seed: int
 ) -> Draws | StreamDraws | None:
@@ -103,7 +108,7 @@ def make_loader(
         batch_size=batch_size,
         max_tokens=args.max_tokens_per_batch,
         shuffle=training and args.train_sampling_strategy != "sequential",
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=order_seed(args),
         drop_last=training and args.dataloader_drop_last,
         draws=draws,
         **world,
@@ -175,6 +180,9 @@ class DrawnRows(TorchDataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         return [row | {PLACE: self.places[i]} for i, row in zip(indices, self.rows.__getitems__(indices))]
