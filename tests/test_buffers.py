@@ -91,6 +91,13 @@ def test_a_level_that_is_missing_is_replaced_by_its_neighbour_and_counted():
     assert sum(row[PLACE] for row in near) == pytest.approx(200, abs=4 * 10) and not draws.replaced
 
 
+def test_full_buffers_give_up_the_oldest_row_of_the_fullest_level():
+    draws = StreamDraws(Curriculum.parse({"levels": ["a>b", "a>c"], "buffer": 4}), 0)
+    stream = draws.draw(lambda _: rows_of("cccbcccb"), lambda: 0.0)
+    assert [next(stream)["row"] for _ in range(2)] == [3, 7]
+    assert [row["row"] for row in draws._waiting[1]] == [4, 5, 6] and draws.passed_over == Counter({1: 3})
+
+
 def test_three_levels_and_one_row_of_room():
     taken, draws = draw({"levels": ["a>b", "a>c", "a>d"], "buffer": 1}, rows_of("bcd" * 50), 60)
     assert len(taken) == 60 and all(len(rows) <= 1 for rows in draws._waiting)

@@ -103,6 +103,8 @@ def test_an_epoch_is_a_function_of_data_seed_and_number():
     epochs = [one_by_one.epoch(number) for number in range(4)]
     assert (epochs[3] == ahead).all() and (one_by_one.epoch(1) == epochs[1]).all()
     assert (epochs[0] != epochs[1]).any() and (draws_of(curriculum, [70, 30], seed=1).epoch(0) != epochs[0]).any()
+    mix = draws_of(by_pairs(2, "constant"), [50, 50])
+    assert (mix.level[mix.epoch(0)] != mix.level[mix.epoch(1)]).any()
     assert seeded(0, 1).random() != seeded(0, 1, 0).random() != seeded(0).random()
 
 
