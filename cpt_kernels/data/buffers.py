@@ -85,8 +85,8 @@ class StreamDraws:
                 for counts in (self.read, self.drawn, self.passed_over, self.replaced)
             )
             lines.append(
-                f"{name}: {read} rows read, {drawn} drawn, {passed} passed over as the buffers were full;"
-                f" {replaced} times another level stepped in"
+                f"{name}: {read} rows read, {drawn} drawn, {passed} passed over as the buffers were full,"
+                f" {read - drawn - passed} still waiting; {replaced} times another level stepped in"
             )
         if self.others:
             lines.append(f"in no level, so never drawn: {sum(self.others.values())} rows ({', '.join(self.others)})")

@@ -151,7 +151,7 @@ class Curriculum:
         if missing := [name for name in self.columns if name not in present]:
             raise ValueError(
                 f"curriculum reads the column {missing[0]}, but the data has the columns {sorted(present)}; those that"
-                " `cpt pairs` writes are chosen_model, rejected_model and gap"
+                " `cpt pairs` writes without --grouped are chosen_model, rejected_model and gap"
             )
 
     def choose(self, progress: NDArray, uniform: NDArray, sizes: NDArray) -> NDArray[np.int64]:
