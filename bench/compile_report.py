@@ -116,8 +116,7 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
 
 def triton_cases(torch, quick: bool):
     """(description, function that launches) for everything to be compiled."""
-    from cpt_kernels.losses import LOSSES
-    from cpt_kernels.ops.pair_loss import _OPTIONS
+    from cpt_kernels.ops.pair_loss import _OPTIONS, KERNEL_LOSSES
     from cpt_kernels.ops.pair_loss.triton import pair_loss_triton
     from cpt_kernels.ops.vocab_score.triton import vocab_score_triton
 
@@ -143,7 +142,7 @@ def triton_cases(torch, quick: bool):
         tokens, reference = torch.empty(64), torch.empty(completions)
         return lambda: pair_loss_triton(tokens, offsets, index, index, index, reference, loss, 1.0, **_OPTIONS)
 
-    for loss in ("sigmoid",) if quick else LOSSES:
+    for loss in ("sigmoid",) if quick else KERNEL_LOSSES:
         yield f"{loss}, one launch", pair_loss(loss, 8)
         yield f"{loss}, two launches", pair_loss(loss, 4096)
 

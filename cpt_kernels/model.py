@@ -24,7 +24,7 @@ from .hooks import (
     rope_length_limit,
     rope_per_sequence,
 )
-from .losses import Loss
+from .losses import Loss, PairLogps
 from .ops.attention import AttentionLayout
 from .ops.gather import gather_rows, segment_sum
 from .ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
@@ -39,6 +39,7 @@ class Scores(NamedTuple):
     loss: Tensor | None  # () sum over the pairs, through the forward's output
     losses: Tensor | None  # (P,) without gradient
     aux_loss: Tensor | None  # () load-balancing loss of a mixture of experts, over the row's tokens
+    numbers: PairLogps | None = None  # (P,) each, without gradient: what the loss saw
 
 
 @dataclass
@@ -98,10 +99,11 @@ class PackedModel:
                 tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
                 scores.append(Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]), None, None, None))
                 return tokens.logps.new_zeros(1, 1, 1)
-            out = linear_preference_loss(
-                rows, weight, batch["targets"], _pairs(batch, tokens_per_pair), loss, bias, options, general
-            )
-            scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None))
+            pairs = _pairs(batch, tokens_per_pair)
+            out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general)
+            with torch.no_grad():
+                numbers = pairs.numbers(out.completion_logps, loss=loss, tokens=out.tokens)
+            scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None, numbers))
             return ((out.loss - out.loss.detach()) / options.logit_scale).reshape(1, 1, 1)
 
         head = base_model(self.model).get_output_embeddings()
@@ -141,6 +143,8 @@ def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
         batch["units"],
         None if ref is None else segment_sum(ref, batch["cu_completions"]),
         tokens_per_pair,
+        ref,
+        batch["gaps"],
     )
 
 

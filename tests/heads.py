@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from numerics import assert_close
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,7 @@ UNITS: list[tuple[list[int], list[tuple[int, int, int]]]] = [
     ([11, 3, 2], [(1, 1, 0), (1, 2, 2), (0, 0, 2)]),
     ([2, 21], [(1, 0, 0)]),
 ]
+FROZEN, FUSED, GENERAL = "frozen", "fused", "general"  # modes of the head
 _VALUES = ("loss", "losses", "completion_logps", "logps")
 _GRADS = ("hidden", "weight", "bias")
 
@@ -43,6 +45,7 @@ class Head:
     options: HeadOptions = field(default_factory=HeadOptions)
     trained: tuple[str, ...] = _GRADS
     scale: float = 1.0  # of the hidden rows
+    near: bool = False  # the reference is a few nats from a uniform policy, in place of anywhere
     upstream: float = 1.0  # gradient that arrives at the loss
     seed: int = 0
 
@@ -58,10 +61,15 @@ class Head:
             del self.tensors["bias"]
         self.targets = torch.randint(0, vocab, (rows,), generator=generator)
         self.ref_logps = -4.0 * torch.rand(len(self.lengths), generator=generator).mul(64).round().div(8)
+        if self.near:
+            uniform = torch.tensor(self.lengths) * float(torch.tensor(float(vocab)).log())
+            self.ref_logps = self.ref_logps / 8 - uniform.mul(8).round().div(8)
         starts = [sum(len(lengths) for lengths, _ in self.units[:u]) for u in range(len(self.units))]
         edges = [[start + i for i in pair] for start, (_, pairs) in zip(starts, self.units) for pair in pairs]
         self.chosen, self.sft_targets, self.rejected = torch.tensor(edges).t()
         self.tokens_per_pair = sum(self.lengths[i] for i in self.chosen) / len(edges)
+        self.ref_token_logps = -torch.rand(rows, generator=generator).mul(64).round().div(16)
+        self.gaps = torch.rand(len(edges), generator=generator).mul(64).round().add(1).div(16)
 
     def shapes(self, rows: int) -> list[tuple[int, ...]]:
         return [(rows, self.width), (self.columns, self.width), (self.columns,)]
@@ -78,7 +86,7 @@ class Head:
         units = [(len(lengths), len(pairs)) for lengths, pairs in self.units]
         return Pairs(
             cumulative, self.lengths, self.chosen, self.rejected, self.sft_targets, units, self.ref_logps,
-            self.tokens_per_pair,
+            self.tokens_per_pair, self.ref_token_logps, self.gaps,
         )  # fmt: skip
 
     def leaves(self, dtype: torch.dtype, rounded: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -114,18 +122,51 @@ class Head:
         lengths = torch.tensor(self.lengths).to(logps.dtype)
         ref = self.ref_logps.to(logps.dtype)
         w, y, x = self.chosen, self.sft_targets, self.rejected
+        log_sum_sq = torch.stack([part.sum() for part in (2 * log_softmax).logsumexp(-1).split(self.lengths)])
         losses = self.loss(
             PairLogps(
                 completion_logps[w], completion_logps[x], completion_logps[y], lengths[w], lengths[x], lengths[y],
                 ref[w], ref[x], self.tokens_per_pair,
+                self._tails(logps, w, x), self._tails(logps, x, w),
+                self._tails(self.ref_token_logps.to(logps.dtype), w, x),
+                self._tails(self.ref_token_logps.to(logps.dtype), x, w),
+                log_sum_sq[w], log_sum_sq[x], self.gaps.to(logps.dtype),
             )
         )  # fmt: skip
         (losses.sum() * self.upstream).backward()
         return self._results((losses.sum(), losses, completion_logps, logps), leaves)
 
+    def _tails(self, tokens: Tensor, side: Tensor, other: Tensor) -> Tensor:
+        """Pair by pair, the sum of a completion's tokens from the other one's length on."""
+        parts = tokens.split(self.lengths)
+        return torch.stack([parts[s][self.lengths[o] :].sum() for s, o in zip(side.tolist(), other.tolist())])
+
     def _results(self, values: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         grads = {f"grad {name}": leaf.grad for name, leaf in leaves.items() if name in self.trained}
         return dict(zip(_VALUES, (value.detach() for value in values))) | grads
+
+
+def in_mode(head: Head, mode: str) -> Head:
+    return replace(head, trained=("hidden",)) if mode == FROZEN else head
+
+
+def check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False, draws: int = 6) -> None:
+    """Over several draws: a pair's rounded weight is a factor of all its gradients, and a few pairs are mere luck."""
+    kinds: list[dict[str, list]] = [{}, {}, {}]
+    for seed in range(1 if dtype == torch.float64 else draws):
+        drawn = in_mode(replace(head, seed=seed), mode)
+        results = (
+            drawn.run(dtype, general=mode == GENERAL),
+            drawn.eager(dtype, autocast=autocast),
+            drawn.eager(torch.float64, rounded=dtype),
+        )
+        for kind, result in zip(kinds, results):
+            for name, tensor in result.items():
+                kind.setdefault(name, []).append(tensor.flatten())
+    # fp64: sums in another order
+    eps = 1e-13 if dtype == torch.float64 else torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    for name in kinds[0]:
+        assert_close(*(torch.cat(kind[name]) for kind in kinds), f"{mode} {name}", eps)
 
 
 class CountProducts(TorchDispatchMode):

@@ -51,6 +51,25 @@ def content(row: dict, i: int) -> tuple[tuple, tuple]:
     return tuple(row["prompt_ids"]), tuple(row["completion_ids"][i])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_gaps_go_with_their_pairs(seed):
+    """Pairs are sorted, completions merged: a gap is still the difference of its two completions' scores."""
+    rows = random_rows(seed)
+
+    def value(ids: list[int]) -> float:
+        return float(sum(ids) + 10 * len(ids))  # of the content, so that merging keeps it
+
+    scored = [r | {"scores": [value(ids) for ids in r["completion_ids"]]} for r in rows]
+    batch = PackedCollator()(scored)
+    parts = batch["targets"].split(batch["completion_lengths"])
+    values = torch.tensor([value(part.tolist()) for part in parts])
+    assert torch.equal(batch["gaps"], values[batch["chosen"]] - values[batch["rejected"]])
+    assert PackedCollator()(rows)["gaps"] is None or not batch["num_pairs"]
+    some = PackedCollator()([row([1], [[2], [3]], [(0, 1)]), row([4], [[5], [6]], [(0, 1)]) | {"scores": [1.0, 0.0]}])
+    assert some["gaps"] is None
+    assert PackedCollator()([row([1], [[2]], [(0,)], supervised=True) | {"scores": []}])["gaps"] is None
+
+
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("seed", range(20))
 def test_batches_by_brute_force(seed, share):

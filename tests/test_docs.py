@@ -22,9 +22,10 @@ def test_examples(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_every_loss_is_in_the_table():
+def test_losses_in_the_table_exist():
+    """All of them are in docs/losses.md, see test_docs_losses.py."""
     rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
-    assert rows - {"loss_type"} == set(LOSSES)
+    assert {"sigmoid", "slic", "sft"} <= rows - {"loss_type"} <= set(LOSSES)
 
 
 def test_files_named_in_the_map_exist():

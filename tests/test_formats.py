@@ -53,6 +53,27 @@ def test_target_of_an_implicit_prompt_starts_with_it(tokenizer):
     assert reasons(report) == {"malformed row": (1, [1])}
 
 
+def test_gaps_of_pairs_and_of_ranked_rows(tokenizer):
+    """A pair's gap is the difference of its completions' scores."""
+    rows = [pair(gap=gap) for gap in (0.25, 0, -1.0, None, 3)]
+    kept, report = prepared(rows, tokenizer, gap_column="gap")
+    assert [row["scores"] for row in kept] == [[0.25, 0.0], [3.0, 0.0]]
+    assert reasons(report) == {"malformed row": (3, [1, 2, 3])}
+    assert "`gap` is 0.0; expected a number above 0" in report.summary()[1]
+    assert [row["scores"] for row in prepared([pair()], tokenizer)[0]] == [[]]
+
+    ranked = {"prompt": "the sky", "completions": [" was", " is blue", " fell"], "scores": [0.5, 2.0, -1.0]}
+    (by_score,), _ = prepared([ranked], tokenizer)
+    found = dict(zip(decoded(by_score, tokenizer), by_score["scores"]))
+    assert found == {" is blue" + EOS: 2.0, " was" + EOS: 0.5, " fell" + EOS: -1.0}
+    (by_rank,), _ = prepared([{key: ranked[key] for key in ("prompt", "completions")}], tokenizer)
+    assert by_rank["scores"] == [0.0, -1.0, -2.0]
+    with pytest.raises(ValueError, match="gap_column='gap' belongs to rows of one pair; the dataset's form is ranked"):
+        prepared([ranked | {"gap": 1.0}], tokenizer, gap_column="gap")
+    with pytest.raises(ValueError, match=r"gap_column names \['gap'\], but the dataset has the columns"):
+        prepared([pair()], tokenizer, gap_column="gap")
+
+
 @pytest.mark.parametrize(
     ("row", "completion"),
     [

@@ -118,7 +118,7 @@ def test_what_a_file_needs_to_be_imported(path):
     elif path.as_posix() in NUMPY_ALONE:
         assert needs <= {"numpy"}
         assert not [found for found in imports_of(path) if component(found.name + ".") in ("ops", "losses", "model")]
-    elif path.parts[0] in ("ops", "losses.py"):
+    elif path.parts[0] in ("ops", "losses"):
         assert needs <= ({"torch", "triton"} if path.name == "triton.py" else {"torch"})
     if "transformers" in needs:
         assert path.parts[0].removesuffix(".py") in USES_TRANSFORMERS

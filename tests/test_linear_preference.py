@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from heads import UNITS, CountProducts, Head, peak_memory
+from heads import FROZEN, FUSED, GENERAL, UNITS, CountProducts, Head, check, in_mode, peak_memory
 from numerics import assert_close
 
 from cpt_kernels.losses import PairLogps, build_loss, user_loss
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
-from cpt_kernels.ops.vocab_score import vocab_score
+from cpt_kernels.ops.vocab_score import VocabScore, vocab_score
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-FROZEN, FUSED, GENERAL = "frozen", "fused", "general"
 MODES = [FROZEN, FUSED, GENERAL]
 
 
@@ -22,46 +21,24 @@ def _ids(value) -> str:
     return str(value).removeprefix("torch.")
 
 
-def _in_mode(head: Head, mode: str) -> Head:
-    return replace(head, trained=("hidden",)) if mode == FROZEN else head
-
-
-def _check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False, draws: int = 6) -> None:
-    """Over several draws: a pair's rounded weight is a factor of all its gradients, and a few pairs are mere luck."""
-    kinds: list[dict[str, list]] = [{}, {}, {}]
-    for seed in range(1 if dtype == FP64 else draws):
-        drawn = _in_mode(replace(head, seed=seed), mode)
-        results = (
-            drawn.run(dtype, general=mode == GENERAL),
-            drawn.eager(dtype, autocast=autocast),
-            drawn.eager(FP64, rounded=dtype),
-        )
-        for kind, result in zip(kinds, results):
-            for name, tensor in result.items():
-                kind.setdefault(name, []).append(tensor.flatten())
-    eps = 1e-13 if dtype == FP64 else torch.finfo(BF16 if autocast else dtype).eps  # fp64: sums in another order
-    for name in kinds[0]:
-        assert_close(*(torch.cat(kind[name]) for kind in kinds), f"{mode} {name}", eps)
-
-
 @pytest.mark.parametrize("rows", [1, 7, 10_000], ids="tile{}".format)
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=_ids)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_tile_size(mode, dtype, rows):
     """At one row and at seven most units are larger than the tile."""
-    _check(Head().tile(rows, dtype.itemsize), mode, dtype)
+    check(Head().tile(rows, dtype.itemsize), mode, dtype)
 
 
 @pytest.mark.parametrize("rows", [22, 23, 24, 30])
 def test_tiles_that_just_hold_the_largest_units(rows):
-    _check(Head().tile(rows, 4), FUSED, FP32)
+    check(Head().tile(rows, 4), FUSED, FP32)
 
 
 @pytest.mark.parametrize("loss", ["hinge", "ipo", "slic", "sft"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_loss(mode, loss):
     options = {"slic": {"slic_delta": 20.0}, "hinge": {"beta": 0.05}}.get(loss, {})
-    _check(Head(build_loss(loss, **options)).tile(25, 4), mode, FP32)
+    check(Head(build_loss(loss, **options)).tile(25, 4), mode, FP32)
 
 
 @pytest.mark.parametrize(("loss", "rows"), [("slic", 7), ("sigmoid", 25)])
@@ -69,7 +46,7 @@ def test_kernels_between_the_products(loss, rows):
     """The Triton kernels (interpreted without a GPU) on uneven units: several pairs, none, larger than the tile."""
     options = {"slic": {"slic_delta": 20.0, "slic_lambda": 0.3}, "sigmoid": {"beta": 0.3}}[loss]
     head = Head(build_loss(loss, **options), columns=61).with_options(backend="triton")
-    _check(head.tile(rows, 4), FUSED, FP32, draws=2)
+    check(head.tile(rows, 4), FUSED, FP32, draws=2)
 
 
 _VARIANTS = {
@@ -85,28 +62,28 @@ _VARIANTS = {
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=_ids)
 @pytest.mark.parametrize("mode", MODES)
 def test_between_product_and_softmax(mode, dtype, variant):
-    _check(Head(**_VARIANTS[variant]).tile(25, dtype.itemsize), mode, dtype)
+    check(Head(**_VARIANTS[variant]).tile(25, dtype.itemsize), mode, dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_autocast(mode):
     """fp32 weights, bf16 products: gradients come back in fp32."""
     head = Head(bias=True).with_options(compute_dtype=BF16)
-    _check(head.tile(25, 2), mode, FP32, autocast=True)
-    assert _in_mode(head, mode).run(FP32)["grad hidden"].dtype == FP32
+    check(head.tile(25, 2), mode, FP32, autocast=True)
+    assert in_mode(head, mode).run(FP32)["grad hidden"].dtype == FP32
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=_ids)
 @pytest.mark.parametrize("mode", MODES)
 def test_peaked_rows(mode, dtype):
-    _check(Head(scale=100.0).tile(25, dtype.itemsize), mode, dtype)
+    check(Head(scale=100.0).tile(25, dtype.itemsize), mode, dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_small_weights_of_the_pairs_do_not_underflow(mode):
     """In fp16, g (G W) is below the smallest number before the loss scale is on it."""
     tiny = user_loss(lambda numbers: 5e-5 * (numbers.rejected - numbers.chosen), needs_reference=False, separable=True)
-    _check(Head(tiny, upstream=2.0**12), mode, FP16)
+    check(Head(tiny, upstream=2.0**12), mode, FP16)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,7 +108,7 @@ def _trained(head: Head, trained: tuple[str, ...]) -> Head:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_is_not_hidden(mode):
-    head = _in_mode(Head(), mode)
+    head = in_mode(Head(), mode)
     head.tensors["hidden"][3, 5] = torch.nan
     found = head.run(FP32, general=mode == GENERAL)
     assert found["loss"].isnan() and found["logps"][3].isnan() and found["grad hidden"][3].isnan().all()
@@ -171,7 +148,7 @@ def test_without_gradients_nothing_is_saved():
 
 def _products(head: Head, mode: str, no_grad: bool = False, trained: tuple[str, ...] | None = None) -> float:
     """Matrix products in units of the logits' (N V H multiplications)."""
-    head = replace(_in_mode(head, mode), **({"trained": trained} if trained else {}))
+    head = replace(in_mode(head, mode), **({"trained": trained} if trained else {}))
     with CountProducts() as products:
         if no_grad:
             with torch.no_grad():
@@ -207,7 +184,7 @@ def test_losses_that_are_not_separable_take_the_general_route():
     assert _products(Head(loss), FUSED) == 4
     assert _products(Head(loss), FROZEN) == 2
     for mode in MODES:
-        _check(Head(loss).tile(25, 8), mode, FP64)
+        check(Head(loss).tile(25, 8), mode, FP64)
 
 
 def test_user_losses_that_are_separable_are_fused():
@@ -216,7 +193,7 @@ def test_user_losses_that_are_separable_are_fused():
 
     head = Head(user_loss(loss, separable=True))
     assert _products(head, FUSED) == 3
-    _check(head, FUSED, FP32)
+    check(head, FUSED, FP32)
 
 
 # -- memory ---
@@ -231,7 +208,7 @@ def test_memory_beside_the_tile(mode):
     vocab_score(tile, torch.zeros(rows, dtype=torch.int64), score=True)
     with peak_memory() as scoring:
         vocab_score(tile, torch.zeros(rows, dtype=torch.int64), score=True)
-    head = _in_mode(head, mode)
+    head = in_mode(head, mode)
     leaves, pairs = head.leaves(FP32), head.pairs()
     with peak_memory() as peak:
         linear_preference_loss(
@@ -259,7 +236,7 @@ def test_a_gradient_through_the_log_probs_of_the_fused_mode_raises(output, with_
 
 @pytest.mark.parametrize("mode", [FROZEN, GENERAL])
 def test_a_gradient_through_loss_and_log_probs(mode):
-    head = _in_mode(Head().tile(25, 8), mode)
+    head = in_mode(Head().tile(25, 8), mode)
     leaves = head.leaves(FP64)
     out = linear_preference_loss(
         leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, head.options, general=True
@@ -278,7 +255,7 @@ def test_a_gradient_through_loss_and_log_probs(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_backward_twice(mode):
-    head = _in_mode(Head(), mode)
+    head = in_mode(Head(), mode)
     leaves = head.leaves(BF16)
     trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
     out = linear_preference_loss(
@@ -351,8 +328,8 @@ def poisoned_memory():
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=_ids)
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_that_was_not_written_is_not_read(mode, dtype):
-    _check(Head(**_VARIANTS["all"]).tile(25, dtype.itemsize), mode, dtype)
-    _check(Head().tile(7, dtype.itemsize), mode, dtype)
+    check(Head(**_VARIANTS["all"]).tile(25, dtype.itemsize), mode, dtype)
+    check(Head().tile(7, dtype.itemsize), mode, dtype)
 
 
 def test_shapes_that_do_not_fit():
@@ -376,6 +353,13 @@ def test_what_a_loss_needs():
     with pytest.raises(ValueError, match="'slic' needs pairs with a rejected"):
         linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_rejected, build_loss("slic"))
     linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_rejected, build_loss("sft"))
+    without_gaps = replace(head.pairs(), gaps=None)
+    with pytest.raises(ValueError, match="'odpo' needs the gap"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_gaps, build_loss("odpo"))
+    without_tokens = replace(head.pairs(), ref_token_logps=None)
+    desensitised = build_loss("ipo", ld_alpha=0.5)
+    with pytest.raises(ValueError, match="'ipo' with ld_alpha needs the reference log-prob of every token"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_tokens, desensitised)
 
 
 def test_a_loss_that_is_declared_separable_but_is_not():
@@ -386,12 +370,16 @@ def test_a_loss_that_is_declared_separable_but_is_not():
 def test_pairs_numbers_of_a_part():
     """What a loss sees of the pairs of one tile is what it sees of them in the whole."""
     head = Head()
+    loss = user_loss(lambda numbers: numbers.chosen, needs_tails=True, needs_log_sum_sq=True, needs_gap=True)
     pairs, sums = head.pairs(), torch.arange(len(head.lengths), dtype=FP64)
-    whole, completion, pair = pairs.numbers(sums), 0, 0
+    tokens = VocabScore(*torch.rand(6, sum(head.lengths), dtype=FP64))
+    whole, completion, pair = pairs.numbers(sums, loss=loss, tokens=tokens), 0, 0
     for completions, unit_pairs in pairs.units:
         last = (completion + completions, pair + unit_pairs)
-        part = pairs.numbers(sums[completion : last[0]], (completion, pair), last)
-        for name in ("chosen", "rejected", "target", "chosen_length", "rejected_length", "ref_chosen", "ref_rejected"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]])
+        rows = slice(pairs.cu_completions[completion], pairs.cu_completions[last[0]])
+        part_tokens = VocabScore(*(tensor[rows] for tensor in tokens))
+        part = pairs.numbers(sums[completion : last[0]], (completion, pair), last, loss, part_tokens)
+        for name in (field.name for field in fields(PairLogps) if field.name != "tokens_per_pair"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]]), name
         completion, pair = last
     assert (completion, pair) == (len(head.lengths), len(head.chosen))

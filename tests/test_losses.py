@@ -1,187 +1,50 @@
-"""Losses against hand-written numbers, against TRL's formulas, and their gradients against finite differences."""
+"""The table of losses, and what a trainer asks of one: needs, separability, sums of several, user's own."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from pairs import PAIRS, random_pairs
 
 from cpt_kernels.losses import LOSSES, Loss, PairLogps, build_loss, loss_options, user_loss
 
-# lw, ll, y, lengths, rw, rl of two pairs. h = (lw - rw) - (ll - rl) = 2 - (-1) = 3 and -1.5 - 0.5 = -2.
-PAIRS = PairLogps(
-    chosen=torch.tensor([-10.0, -8.0], dtype=torch.float64),
-    rejected=torch.tensor([-15.0, -6.0], dtype=torch.float64),
-    target=torch.tensor([-10.0, -4.0], dtype=torch.float64),
-    chosen_length=torch.tensor([5.0, 4.0], dtype=torch.float64),
-    rejected_length=torch.tensor([3.0, 1.0], dtype=torch.float64),
-    target_length=torch.tensor([5.0, 2.0], dtype=torch.float64),
-    ref_chosen=torch.tensor([-12.0, -6.5], dtype=torch.float64),
-    ref_rejected=torch.tensor([-14.0, -6.5], dtype=torch.float64),
-    tokens_per_pair=4.5,
-)
-
-
-def softplus(x: float) -> float:
-    return math.log1p(math.exp(x))
-
-
-HAND_WRITTEN = [
-    ("sigmoid", {"beta": 0.5}, [softplus(-1.5), softplus(1.0)]),
-    ("sigmoid", {}, [softplus(-0.3), softplus(0.2)]),
-    (
-        "sigmoid",
-        {"beta": 1.0, "label_smoothing": 0.2},
-        [0.8 * softplus(-3) + 0.2 * softplus(3), 0.8 * softplus(2) + 0.2 * softplus(-2)],
-    ),
-    ("sigmoid", {"beta": 0.5, "label_smoothing": 0.5}, [softplus(-1.5) + 0.75, softplus(1.0) - 0.5]),
-    ("hinge", {"beta": 0.5}, [0.0, 2.0]),
-    ("hinge", {"beta": 0.1}, [0.7, 1.2]),
-    ("ipo", {"beta": 0.5}, [(2 / 5 + 1 / 3 - 1) ** 2, (-1.5 / 4 - 0.5 - 1) ** 2]),
-    ("slic", {}, [0 + 10.0, 3.0 + 4.0]),
-    ("slic", {"slic_delta": 6.0, "slic_lambda": 0.1}, [1 + 1.0, 8.0 + 0.4]),
-    ("slic", {"slic_lambda": 0.0}, [0.0, 3.0]),
-    ("slic", {"slic_length_normalize": True}, [0 + 2.0, max(0.0, 1 + 2 - 6) + 2.0]),
-    ("slic", {"slic_delta": 5.0, "slic_length_normalize": True}, [5 + 2 - 5 + 2.0, 5 + 2 - 6 + 2.0]),
-    ("sft", {}, [10 / 4.5, 8 / 4.5]),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "expected"), HAND_WRITTEN, ids=lambda v: v if isinstance(v, str) else "")
-def test_hand_written_numbers(name, options, expected):
-    losses = build_loss(name, **options)(PAIRS)
-    assert losses.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
-
-
-def random_pairs(count: int = 16, scale: float = 40.0, seed: int = 0) -> PairLogps:
-    generator = torch.Generator().manual_seed(seed)
-    values = -scale * torch.rand(5, count, generator=generator, dtype=torch.float64)
-    lengths = torch.randint(1, 30, (3, count), generator=generator).double()
-    chosen, rejected, target, ref_chosen, ref_rejected = values
-    return PairLogps(chosen, rejected, target, *lengths, ref_chosen, ref_rejected, 7.25)
-
-
-def trl(name: str, p: PairLogps, beta: float) -> torch.Tensor:
-    """As `DPOTrainer._compute_loss` of TRL 1.16 writes them (reverse_kl)."""
-    chosen_scores, rejected_scores = p.chosen - p.ref_chosen, p.rejected - p.ref_rejected
-    delta_score = chosen_scores - rejected_scores
-    if name == "sigmoid":
-        return -F.logsigmoid(beta * delta_score)
-    if name == "hinge":
-        return torch.relu(1 - beta * delta_score)
-    chosen_avg_score = chosen_scores / p.chosen_length.clamp(min=1.0)
-    rejected_avg_score = rejected_scores / p.rejected_length.clamp(min=1.0)
-    return (chosen_avg_score - rejected_avg_score - 1 / (2 * beta)) ** 2
-
-
-@pytest.mark.parametrize("beta", [0.01, 0.1, 2.0])
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo"])
-def test_as_trl_has_them(name, beta):
-    pairs = random_pairs()
-    torch.testing.assert_close(build_loss(name, beta=beta)(pairs), trl(name, pairs, beta), rtol=1e-14, atol=0)
-
-
-def test_sft_is_trls_mean_over_tokens():
-    """TRL: -per_token_logps[chosen_mask].mean(). Here the mean over pairs of loss / (tokens per pair) is the same."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = [-torch.rand(n, generator=generator, dtype=torch.float64) for n in (3, 1, 7, 5)]
-    lengths = torch.tensor([float(len(t)) for t in tokens], dtype=torch.float64)
-    sums = torch.stack([t.sum() for t in tokens])
-    pairs = PairLogps(sums, None, sums, lengths, None, lengths, tokens_per_pair=lengths.mean())
-    torch.testing.assert_close(build_loss("sft")(pairs).mean(), -torch.cat(tokens).mean())
-
-
-@pytest.mark.parametrize("smoothing", [0.1, 0.3])
-def test_label_smoothing_is_the_mean_over_flips(smoothing):
-    pairs = random_pairs()
-    flipped = replace(
-        pairs,
-        chosen=pairs.rejected,
-        rejected=pairs.chosen,
-        ref_chosen=pairs.ref_rejected,
-        ref_rejected=pairs.ref_chosen,
-    )
-    plain = build_loss("sigmoid", beta=0.2)
-    expected = (1 - smoothing) * plain(pairs) + smoothing * plain(flipped)
-    torch.testing.assert_close(build_loss("sigmoid", beta=0.2, label_smoothing=smoothing)(pairs), expected)
-
-
-def test_slic_is_the_papers_with_y_ref_the_chosen_one():
-    """max(0, d - lw + ll) - l lw, Xu et al. 2023 eq. 3: y_ref may be the chosen completion."""
-    pairs = random_pairs()
-    pairs = replace(pairs, target=pairs.chosen, target_length=pairs.chosen_length)
-    expected = torch.clamp(1.0 - pairs.chosen + pairs.rejected, min=0) - 0.5 * pairs.chosen
-    torch.testing.assert_close(build_loss("slic", slic_lambda=0.5)(pairs), expected)
-    without_reference = replace(pairs, ref_chosen=None, ref_rejected=None)
-    torch.testing.assert_close(build_loss("slic", slic_lambda=0.5)(without_reference), expected)
-
-
-@pytest.mark.parametrize("shift", [500.0, -500.0])
-@pytest.mark.parametrize("smoothing", [0.0, 0.25])
-def test_sigmoid_does_not_overflow(shift, smoothing):
-    chosen = torch.tensor([shift], requires_grad=True)
-    zero = torch.zeros(1)
-    pairs = PairLogps(chosen, zero, chosen, zero + 1, zero + 1, zero + 1, zero, zero)
-    loss = build_loss("sigmoid", beta=1.0, label_smoothing=smoothing)(pairs)
-    loss.backward()
-    wrong = 1 - smoothing if shift < 0 else smoothing
-    assert loss.item() == pytest.approx(500 * wrong) and chosen.grad.isfinite()
-
-
-OPTIONS = [
-    ("sigmoid", {"beta": 0.3, "label_smoothing": 0.1}),
-    ("hinge", {"beta": 0.05}),
-    ("ipo", {"beta": 0.2}),
-    ("slic", {"slic_delta": 3.0, "slic_lambda": 0.4}),
-    ("slic", {"slic_length_normalize": True}),
-    ("sft", {}),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
-def test_gradients(name, options):
-    pairs, loss = random_pairs(6), build_loss(name, **options)
-
-    def function(chosen, rejected, target):
-        return loss(replace(pairs, chosen=chosen, rejected=rejected, target=target))
-
-    leaves = [getattr(pairs, side).clone().requires_grad_() for side in ("chosen", "rejected", "target")]
-    assert torch.autograd.gradcheck(function, leaves)
-    function(*leaves).sum().backward()
-    used = {"sft": [0], "slic": [0, 1, 2]}.get(name, [0, 1])
-    assert [i for i in range(3) if leaves[i].grad is not None and leaves[i].grad.any()] == used
-
-
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
-def test_a_better_chosen_and_a_worse_rejected_never_cost(name, options):
-    pairs, loss = random_pairs(), build_loss(name, **options)
-    if name == "ipo":  # a square: only up to its margin
-        pairs = replace(pairs, chosen=pairs.ref_chosen - 5, rejected=pairs.ref_rejected + 5)
-    better = replace(pairs, chosen=pairs.chosen + 0.5, target=pairs.target + 0.5)
-    worse = replace(pairs, rejected=pairs.rejected - 0.5)
-    smoothed = options.get("label_smoothing", 0)
-    assert smoothed or ((loss(better) <= loss(pairs)).all() and (loss(worse) <= loss(pairs)).all())
-
-
-# -- what a trainer asks of a loss ---
-
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_builtin_losses_are_separable_and_know_what_they_need(name):
+def test_builtin_losses_know_what_they_need(name):
     loss = build_loss(name)
-    loss.check_separable()
-    assert loss.separable and loss.name == name
+    assert loss.name == name and loss.options == {}
+    if loss.separable:
+        loss.check_separable()
     numbers = random_pairs()
-    bare = replace(numbers, ref_chosen=None, ref_rejected=None)
-    if loss.needs_reference:
-        with pytest.raises(TypeError):
-            loss(bare)
-    else:
-        loss(bare)
-        loss(bare if loss.needs_rejected else replace(bare, rejected=None, rejected_length=None))
+    bare = PairLogps(*(getattr(numbers, field.name) for field in fields(PairLogps)[:6]), tokens_per_pair=2.0)
+    for need, given in {
+        "needs_reference": {"ref_chosen": numbers.ref_chosen, "ref_rejected": numbers.ref_rejected},
+        "needs_gap": {"gap": numbers.gap},
+    }.items():
+        if getattr(loss, need):
+            with pytest.raises((TypeError, AttributeError)):
+                loss(bare)
+            bare = replace(bare, **given)
+    loss(bare)
+    if not loss.needs_rejected:
+        loss(replace(bare, rejected=None, rejected_length=None))
+
+
+@pytest.mark.parametrize("name", [name for name, row in LOSSES.items() if not row.separable])
+def test_losses_that_sort_the_batch_are_not_separable(name):
+    assert name in ("aot", "aot_unpaired")
+    for loss in (build_loss(name), build_loss(["sigmoid", name], [1.0, 0.5]), build_loss(name, ld_alpha=0.5)):
+        assert not loss.separable
+        with pytest.raises(ValueError, match="declared separable"):
+            loss.check_separable()
+
+
+@pytest.mark.parametrize("change", [{"ld_alpha": 0.4}, {"use_weighting": True}, {"f_divergence_type": "forward_kl"}])
+def test_changed_losses_stay_separable(change):
+    build_loss("sigmoid", **change).check_separable()
+    build_loss(["ipo", "sft"], [2.0, 0.1], **change).check_separable()
 
 
 def test_options_and_defaults():
@@ -195,10 +58,53 @@ def test_options_and_defaults():
 
 
 def test_errors_name_what_is_wrong():
-    with pytest.raises(ValueError, match="unknown loss_type 'dpo': choose one of sigmoid, hinge, ipo, slic, sft"):
+    with pytest.raises(ValueError, match="unknown loss_type 'dpo': choose one of sigmoid, sigmoid_norm, hinge, "):
         build_loss("dpo")
+    with pytest.raises(ValueError, match="unknown loss_type 'kto'"):
+        build_loss(["sigmoid", "kto"])
     with pytest.raises(TypeError, match=r"loss 'hinge' takes \['beta'\], not \['label_smoothing', 'x'\]"):
         build_loss("hinge", beta=0.1, x=1, label_smoothing=0.2)
+    with pytest.raises(TypeError, match=r"loss 'hinge \+ sft' takes \['beta'\], not \['slic_delta'\]"):
+        build_loss(["hinge", "sft"], slic_delta=0.1)
+    with pytest.raises(ValueError, match="loss_weights has 1 weights for the 2 losses"):
+        build_loss(["hinge", "sft"], [1.0])
+    with pytest.raises(ValueError, match="0 losses"):
+        build_loss([])
+
+
+# --- Sums of several ---
+
+
+def test_a_sum_of_losses_is_a_loss():
+    pairs = random_pairs()
+    loss = build_loss(["sigmoid", "slic", "sft"], [0.8, 0.2, 1.0], beta=0.3, label_smoothing=0.1, slic_delta=2.0)
+    expected = (
+        0.8 * build_loss("sigmoid", beta=0.3, label_smoothing=0.1)(pairs)
+        + 0.2 * build_loss("slic", slic_delta=2.0)(pairs)
+        + build_loss("sft")(pairs)
+    )
+    torch.testing.assert_close(loss(pairs), expected)
+    assert loss.name == "0.8 sigmoid + 0.2 slic + sft" and loss.options is None
+    assert (loss.needs_reference, loss.needs_rejected, loss.needs_gap, loss.separable) == (True, True, False, True)
+    torch.testing.assert_close(build_loss(["ipo", "sft"])(pairs), build_loss("ipo")(pairs) + build_loss("sft")(pairs))
+
+
+def test_a_sum_needs_what_its_parts_need():
+    free = build_loss(["slic", "sft"])
+    assert not free.needs_reference and free.needs_rejected
+    assert build_loss(["slic", "odpo"]).needs_gap and build_loss(["slic", "odpo"]).needs_reference
+    assert not build_loss(["sft", "sft"]).needs_rejected
+
+
+def test_a_list_of_one():
+    pairs = random_pairs()
+    assert build_loss(["sigmoid"], beta=0.2).options == {"beta": 0.2}  # a kernel has its closed form
+    half = build_loss(["sigmoid"], [0.5], beta=0.2)
+    assert half.options is None
+    torch.testing.assert_close(half(pairs), 0.5 * build_loss("sigmoid", beta=0.2)(pairs))
+
+
+# --- A user's own ---
 
 
 @pytest.mark.parametrize(
@@ -208,8 +114,9 @@ def test_errors_name_what_is_wrong():
         lambda p: torch.relu(1 - p.chosen.sort().values + p.rejected.sort().values),
         lambda p: p.chosen / len(p.chosen),
         lambda p: (p.chosen - p.rejected).softmax(0),
+        lambda p: p.chosen * p.gap.mean(),
     ],
-    ids=["mean", "sorted", "count", "softmax"],
+    ids=["mean", "sorted", "count", "softmax", "gap"],
 )
 def test_losses_over_the_batch_are_not_separable(function):
     with pytest.raises(ValueError, match="declared separable"):
@@ -226,6 +133,16 @@ def test_user_losses():
     assert loss(PAIRS).tolist() == pytest.approx([4 / 5, 9 / 2])
     named = user_loss(lambda p: -p.chosen, needs_reference=False, needs_rejected=False, name="mine")
     assert isinstance(named, Loss) and named.name == "mine" and not (named.needs_reference or named.needs_rejected)
+    assert user_loss(lambda p: p.gap * p.chosen_tail, needs_gap=True, needs_tails=True, separable=True).needs_tails
+
+
+# --- The numbers ---
+
+
+def test_log_ratios():
+    chosen, rejected = PAIRS.log_ratios()
+    assert chosen.tolist() == [2, -1.5] and rejected.tolist() == [-1, 0.5]
+    assert PAIRS.log_ratio_difference().tolist() == [3, -2]
 
 
 def test_some_of_the_pairs():

@@ -14,7 +14,7 @@ from numerics import assert_close
 
 from cpt_kernels.losses import LOSSES, PairLogps, build_loss, user_loss
 from cpt_kernels.ops import backends
-from cpt_kernels.ops.pair_loss import PairLossOutput, pair_loss
+from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossOutput, pair_loss
 
 # numpy's, under the interpreter: means over empty completions, of which no pair knows
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -119,7 +119,7 @@ def test_batches(name, wide, batch, monkeypatch):
 
 
 def test_every_loss_is_covered():
-    assert {loss for loss, _ in LOSS_OPTIONS} == set(LOSSES)
+    assert {loss for loss, _ in LOSS_OPTIONS} == set(KERNEL_LOSSES)
 
 
 @pytest.mark.parametrize(("loss", "options"), LOSS_OPTIONS)
@@ -210,6 +210,22 @@ def test_a_loss_of_ones_own():
     for wrong in ({"backend": "triton"}, {"beta": 0.1}):
         with pytest.raises(ValueError, match="by name"):
             pair_loss(**arguments, loss=centred, **wrong)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in (*KERNEL_LOSSES, "odpo")])
+def test_losses_without_a_kernel_are_eager(loss):
+    arguments = make("pairs share completions")
+    found = pair_loss(**arguments, loss=loss)
+    assert all(map(torch.equal, found, pair_loss(**arguments, loss=build_loss(loss))))
+    for options in ({"loss": loss}, {"loss": "sigmoid", "f_divergence_type": "js_divergence"}):
+        with pytest.raises(ValueError, match="run in eager"):
+            pair_loss(**arguments, **options, backend="triton")
+
+
+def test_losses_of_more_than_log_probs():
+    for options in ({"loss": "odpo"}, {"loss": "ipo", "ld_alpha": 0.5}, {"loss": "ipo", "use_weighting": True}):
+        with pytest.raises(ValueError, match="linear_preference_loss"):
+            pair_loss(**make("one pair"), **options)
 
 
 TRITON_BUGS = {

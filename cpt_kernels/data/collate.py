@@ -44,6 +44,7 @@ class PackedBatch(TypedDict):
     chosen: Tensor  # (P,) int64, index of a completion
     rejected: Tensor | None  # (P,) int64; None for supervised rows
     sft_targets: Tensor  # (P,) int64, the completion of the regulariser
+    gaps: Tensor | None  # (P,) fp32, by how much chosen is better; None where rows do not say
     units: list[
         tuple[int, int]
     ]  # (completions, pairs) of every unit: a smallest run of completions that no pair leaves
@@ -78,6 +79,7 @@ class PackedCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # prompt -> its completions, in order
         edges: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []  # pairs (chosen, target[, rejected]) by content
+        gaps: list[float | None] = []
         for row in rows:
             sequences = [
                 tuple(map(tuple, truncate(row["prompt_ids"], completion, self.max_length, self.truncation_mode)))
@@ -87,14 +89,16 @@ class PackedCollator:
                 row["chosen"], row["targets"], *([row["rejected"]] * bool(row["rejected"]))
             ):
                 edges.append([sequences[i] for i in (chosen, target, *rejected)])
+                scores = row.get("scores")
+                gaps.append(scores[chosen] - scores[rejected[0]] if scores and rejected else None)
             for prompt, completion in sequences:
                 if completion:  # else nothing of it is left to score; no pair refers to it
                     groups.setdefault(prompt, {})[completion] = None
         if not rows:  # a rank whose last micro-batch is empty still takes part in every collective
             groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
-        return self._pack(groups, edges, [row[PLACE] for row in rows if PLACE in row])
+        return self._pack(groups, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
 
-    def _pack(self, groups: dict, edges: list, places: list[float]) -> PackedBatch:
+    def _pack(self, groups: dict, edges: list, gaps: list, places: list[float]) -> PackedBatch:
         lengths = [
             GroupLengths(len(prompt), [len(c) for c in completions], self._shares(prompt, completions))
             for prompt, completions in groups.items()
@@ -104,7 +108,8 @@ class PackedCollator:
         number = {(p, c): s for s, (p, c) in enumerate((p, c) for p, cs in tokens for c in cs)}
         pairs = [tuple(number[sequence] for sequence in edge) for edge in edges]
         boundaries = unit_boundaries(len(number), pairs)
-        pairs.sort(key=min)  # a unit's pairs are consecutive too; the sort is stable
+        order = sorted(range(len(pairs)), key=lambda p: min(pairs[p]))  # a unit's pairs are consecutive too; stable
+        pairs, gaps = ([values[p] for p in order] for values in (pairs, gaps))
         pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
         chosen, sft_targets, *rejected = (
             np.array(pairs, dtype=np.int64).reshape(len(pairs), -1).T if pairs else [[], []]
@@ -130,6 +135,7 @@ class PackedCollator:
             chosen=_ints(chosen),
             rejected=_ints(rejected[0] if len(rejected) else []) if has_rejected else None,
             sft_targets=_ints(sft_targets),
+            gaps=None if None in gaps else torch.tensor(gaps, dtype=torch.float32),
             units=list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist())),
             **self._reference_logps(number, scored=bool(edges)),
             num_pairs=len(pairs),

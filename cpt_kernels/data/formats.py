@@ -99,15 +99,20 @@ class Example:
         return not isinstance(self.prompt, str)
 
 
-def parse_row(row: Mapping[str, Any], form: Form, target_column: str | None = None) -> Example:
+def parse_row(
+    row: Mapping[str, Any], form: Form, target_column: str | None = None, gap_column: str | None = None
+) -> Example:
     """Text or messages of one row of form PREFERENCE, RANKED, SUPERVISED or MESSAGES.
 
-    Empty completions (null, no text, no messages) leave a ranked row; any other row needs all of its own.
+    Empty completions (null, no text, no messages) leave a ranked row; any other row needs all of its own. The scores of
+    a pair are `gap_column`'s value and 0.
 
     Raises:
         RowError: the row cannot be used; the error says why.
     """
     names, sides, scores = _read_sides(row, form)
+    if gap_column is not None:
+        scores = [read_gap(row, gap_column), 0.0]
     filled = [i for i, side in enumerate(sides) if not _is_empty(side)]
     needed = 2 if form in (Form.PREFERENCE, Form.RANKED) else 1
     if len(sides) < needed:
@@ -162,6 +167,18 @@ def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, 
     else:
         raise ValueError(f"ranked_pairs={mode!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
     return [(i, j) for i, j in candidates if scores[i] > scores[j]]
+
+
+def read_gap(row: Mapping[str, Any], column: str) -> float:
+    """By how much the chosen side of a row's pair is better.
+
+    Raises:
+        RowError: it is no positive number.
+    """
+    gap = row.get(column)
+    if isinstance(gap, bool) or not isinstance(gap, (int, float)) or not 0 < gap < math.inf:
+        raise RowError(MALFORMED, f"`{column}` is {gap!r}; expected a number above 0, by how much chosen is better")
+    return float(gap)
 
 
 def _read_sides(row: Mapping[str, Any], form: Form) -> tuple[list[str], list[Text | None], list[float]]:

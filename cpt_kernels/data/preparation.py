@@ -180,6 +180,7 @@ def prepare(
     max_length: int | None = None,
     truncation_mode: TruncationMode = "keep_start",
     target_column: str | None = None,
+    gap_column: str | None = None,
     ranked_pairs: RankedPairs = "all",
     keep_columns: Sequence[str] = (),
     num_proc: int | None = None,
@@ -198,6 +199,7 @@ def prepare(
         tokenizer: gets its eos token as pad token if it has none.
         max_length, truncation_mode: how the collator will truncate; they decide which rows are dropped.
         target_column: a third completion of each row, y_ref of SLiC's regulariser.
+        gap_column: by how much chosen is better, for rows of one pair; a ranked row has its `scores`, or ranks.
         ranked_pairs: which pairs a ranked row without `pairs` gives: all, each with the next, or best and worst.
         keep_columns: columns to keep as they are.
         num_proc: processes that tokenise a map-style dataset; a stream is tokenised where it is read.
@@ -222,13 +224,13 @@ def prepare(
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"the {name} data has no rows")
     form = detect_form(columns)
-    keep = _kept_columns(columns, form, target_column, keep_columns)
+    keep = _kept_columns(columns, form, target_column, gap_column, keep_columns)
     features = None
     if dataset.features is not None:
         features = Features(GROUP_FEATURES | REMARK_FEATURES | {column: dataset.features[column] for column in keep})
     progress = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": f"Tokenising {name} data"}
     tokenised = dataset.with_format(None).map(
-        Tokenization(tokenizer, form, target_column, ranked_pairs, keep),
+        Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column),
         with_indices=True,
         batched=True,
         batch_size=batch_size,
@@ -287,15 +289,22 @@ def _rows(batch: Mapping[str, list], names: Iterable[str] | None = None) -> list
 
 
 def _kept_columns(
-    columns: Sequence[str], form: Form, target_column: str | None, keep_columns: Sequence[str]
+    columns: Sequence[str],
+    form: Form,
+    target_column: str | None,
+    gap_column: str | None,
+    keep_columns: Sequence[str],
 ) -> tuple[str, ...]:
     """`keep_columns`, and TRL's reference log-probs, once it is certain that all named columns are there."""
-    named = {"target_column": [target_column] if target_column else [], "keep_columns": keep_columns}
+    single = {"target_column": target_column, "gap_column": gap_column}
+    named = {option: [name] if name else [] for option, name in single.items()} | {"keep_columns": keep_columns}
     for option, names in named.items():
         if missing := [name for name in names if name not in columns]:
             raise ValueError(f"{option} names {missing}, but the dataset has the columns {sorted(columns)}")
     if target_column and form in (Form.GROUP, Form.SUPERVISED, Form.MESSAGES):
         raise ValueError(f"target_column={target_column!r} belongs to pairs; the dataset's form is {form.value}")
+    if gap_column and form not in (Form.PREFERENCE, Form.TOKENS):
+        raise ValueError(f"gap_column={gap_column!r} belongs to rows of one pair; the dataset's form is {form.value}")
     if taken := set(keep_columns) & {*GROUP_FEATURES, *REMARK_FEATURES}:
         raise ValueError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself; rename them")
     references = _REFERENCE_COLUMNS if form is Form.TOKENS else ()

@@ -6,6 +6,8 @@ A group, the row that filter, packer and collator work on:
     completion_ids      list[list[int]]  K different completions, each used by some pair
     chosen, rejected    list[int]        P pairs, as indices into completion_ids; a supervised row has no `rejected`
     targets             list[int]        P completions for the regulariser (y_ref): the target column's, else `chosen`
+    scores              list[float]      K values whose differences are the gaps: of ranked rows (without `scores`
+                                         the rank, negated) and of pairs with a gap column; else empty
     row                 int              index in the source dataset; of a stream, in what this process reads
 
 How long a sequence may be plays no part here, so that a change of `max_length` finds the tokens in datasets' cache.
@@ -33,6 +35,7 @@ from .formats import (
     RowError,
     parse_row,
     ranked_pairs,
+    read_gap,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ GROUP_FEATURES = Features(
         "chosen": _INDICES,
         "rejected": _INDICES,
         "targets": _INDICES,
+        "scores": List(Value("float32")),
         "row": Value("int64"),
     }
 )
@@ -55,7 +59,7 @@ REMARK_FEATURES = Features(
     {"reason": Value("string"), "detail": Value("string"), "seam": Value("string"), "pairs_given": Value("int32")}
 )
 
-_NO_GROUP = {"prompt_ids": [], "completion_ids": [], "chosen": [], "rejected": [], "targets": []}
+_NO_GROUP = {"prompt_ids": [], "completion_ids": [], "chosen": [], "rejected": [], "targets": [], "scores": []}
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,11 @@ class Tokenization:
     target_column: str | None = None
     ranked_pairs: RankedPairs = "all"
     keep: tuple[str, ...] = ()
-    version: int = 2
+    gap_column: str | None = None
+    version: int = 3
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        read = READ_COLUMNS.union([self.target_column], self.keep)
+        read = READ_COLUMNS.union([self.target_column, self.gap_column], self.keep)
         columns = {name: batch[name] for name in batch if name in read}
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         if self.form in (Form.GROUP, Form.TOKENS):
@@ -99,8 +104,10 @@ class Tokenization:
         if self.form is Form.TOKENS:
             names = ["chosen_ids", "rejected_ids"] + ([self.target_column] if self.target_column else [])
             completions = [_token_list(row[name], name) for name in names]
-            return self._build_group(prompt_ids, completions, [1.0, 0.0], self.target_column is not None)
-        group = {name: row[name] for name in _NO_GROUP}
+            scores = [1.0 if self.gap_column is None else read_gap(row, self.gap_column), 0.0]
+            return self._build_group(prompt_ids, completions, scores, self.target_column is not None)
+        group = {name: row[name] for name in _NO_GROUP if name != "scores"}
+        group["scores"] = row.get("scores") or []
         if not isinstance(group["completion_ids"], list):
             raise RowError(MALFORMED, "`completion_ids` is not a list of token lists")
         group["completion_ids"] = [_token_list(ids, "completion_ids") for ids in group["completion_ids"]]
@@ -112,12 +119,14 @@ class Tokenization:
                 raise RowError(MALFORMED, f"`{name}` is not a list of indices into the {len(valid)} completions")
         if not len(group["targets"]) == len(group["chosen"]) == (len(group["rejected"]) or len(group["chosen"])) > 0:
             raise RowError(MALFORMED, "`chosen`, `rejected` and `targets` differ in length, or are empty")
+        if len(group["scores"]) not in (0, len(valid)):
+            raise RowError(MALFORMED, f"`scores` holds {len(group['scores'])} for {len(valid)} completions")
         return group
 
     # -- rows of text and messages ------------------------------------------------------------------------------------
 
     def _encode_groups(self, rows: list[dict]) -> list[dict | RowError]:
-        results: list[Any] = [_attempt(parse_row, row, self.form, self.target_column) for row in rows]
+        results: list[Any] = [_attempt(parse_row, row, self.form, self.target_column, self.gap_column) for row in rows]
         examples = {i: result for i, result in enumerate(results) if isinstance(result, Example)}
         encoded = self._encode_texts({i: example for i, example in examples.items() if not example.is_chat})
         for chats in _group_by_template_arguments({i: e for i, e in examples.items() if e.is_chat}):
@@ -207,14 +216,19 @@ class Tokenization:
             raise RowError(IDENTICAL, f"all {'completions' if pairs is None else 'pairs'} have the same tokens")
         if not edges:
             raise RowError(TIED, f"ranked_pairs={self.ranked_pairs!r} finds no two different scores in {scores}")
-        group: dict[str, Any] = {"chosen": [], "rejected": [], "targets": []}
+        group: dict[str, Any] = {"chosen": [], "rejected": [], "targets": [], "scores": []}
         used: list[list[int]] = []
+        score_of = {tuple(ids): score for ids, score in zip(ranked, ranked_scores)}
         for edge in edges:
             named = dict(zip(("chosen", "rejected"), (ranked[i] for i in edge)))
             for name, ids in {**named, "targets": target or named["chosen"]}.items():
                 if ids not in used:
                     used.append(ids)
                 group[name].append(used.index(ids))
+        gaps = [ranked_scores[edge[0]] - ranked_scores[edge[-1]] for edge in edges]
+        # Of pairs that a row gives itself, scores may say otherwise; a target is in no pair by itself.
+        if (self.form is Form.RANKED or self.gap_column is not None) and min(gaps) > 0:
+            group["scores"] = [score_of.get(tuple(ids), 0.0) for ids in used]
         return {"prompt_ids": prompt_ids, "completion_ids": used} | group
 
 

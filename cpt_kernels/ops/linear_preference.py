@@ -2,7 +2,8 @@
 
 With ``G = onehot(y) - softmax(X W^T)`` and a loss that sees the batch only through completion log-probs ``logp_s``,
 
-    dX = diag(g) (G W),   dW = G^T (diag(g) X),   g_i = dL/dlogp_s of the completion s that token i belongs to.
+    dX = diag(g) (G W),   dW = G^T (diag(g) X),   g_i = dL/dlogp_i of token i: dL/dlogp_s of its completion s, or more
+                                                  where a loss weighs the tokens of a completion (ld_alpha).
 
 ``g`` never touches the vocabulary-sized tile, so each tile of logits is scored in place and used while it is there:
 
@@ -16,6 +17,7 @@ With ``G = onehot(y) - softmax(X W^T)`` and a loss that sees the batch only thro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from ..losses import Loss
 from . import backends
 from .gather import segment_sum
-from .pair_loss import PairLossOutput, pair_loss
+from .pair_loss import KERNEL_LOSSES, PairLossOutput, pair_loss
 from .tiles import HeadOptions, Pairs, Tile, logits_tiles, tile_buffer, unit_tiles
 from .vocab_score import VocabScore
 
@@ -86,14 +88,13 @@ def linear_preference_loss(
         (out.loss / num_pairs).backward()
 
     Raises:
-        ValueError: shapes that do not fit together, or the loss needs reference log-probs or rejected sides not given.
+        ValueError: shapes that do not fit together, or the loss needs what the pairs do not have.
     """
     options = options or HeadOptions()
     _check(hidden, weight, targets, bias)
-    if loss.needs_reference and pairs.ref_logps is None:
-        raise ValueError(f"loss '{loss.name}' needs reference log-probs")
-    if loss.needs_rejected and pairs.rejected is None:
-        raise ValueError(f"loss '{loss.name}' needs pairs with a rejected side")
+    pairs.check(loss)
+    if loss.needs_log_sum_sq:
+        options = replace(options, statistics=True)
     trained = torch.is_grad_enabled() and _any_requires_grad(weight, bias)
     if trained and loss.separable and not general:
         total, losses, completion_logps, *tokens = _LinearPreference.apply(
@@ -102,7 +103,7 @@ def linear_preference_loss(
         return PreferenceOutput(total, losses, completion_logps, VocabScore(*tokens))
     tokens = linear_logprobs(hidden, weight, targets, bias, options)
     completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
-    losses = loss(pairs.numbers(completion_logps))
+    losses = loss(pairs.numbers(completion_logps, loss=loss, tokens=tokens))
     return PreferenceOutput(losses.sum(), losses.detach(), completion_logps, tokens)
 
 
@@ -160,7 +161,7 @@ class _LinearPreference(torch.autograd.Function):
             whole = tile.rows.stop - tile.rows.start <= len(buffer)
             for rows, logits in logits_tiles(x, w, buffer, tile.rows):
                 _store(tokens, rows, options.score(logits, targets[rows], bias, score=whole))
-            _tile_loss(tile, tokens.logps, completion_logps, losses, g, pairs, loss, options.backend)
+            _tile_loss(tile, tokens, completion_logps, losses, g, pairs, loss, options.backend)
             if whole:
                 _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
                 continue
@@ -213,10 +214,10 @@ def _score_rows(
 
 def _tile_loss(
     tile: Tile,
-    logps: Tensor,  # (N,)
+    tokens: VocabScore,  # (N,)
     completion_logps: Tensor,  # (S,) written
     losses: Tensor,  # (P,) written
-    g: Tensor,  # (N,) written: d(sum of losses)/dlogp of each row's completion
+    g: Tensor,  # (N,) written: d(sum of losses)/dlogp of each row
     pairs: Pairs,
     loss: Loss,
     backend: str,
@@ -224,18 +225,21 @@ def _tile_loss(
     completions = slice(tile.first[0], tile.last[0])
     offsets = pairs.cu_completions[completions.start : completions.stop + 1] - tile.rows.start
     # A normaliser that is still on the device would have to be waited for to become a kernel's argument.
-    closed_form = loss.options is not None and not (loss.name == "sft" and isinstance(pairs.tokens_per_pair, Tensor))
-    if closed_form and backends.resolve(backend, logps, (torch.float32,)) != "eager":
-        sums, tile_losses, weights = _pair_loss(tile, logps, offsets, pairs, loss, backend)
+    closed_form = loss.options is not None and loss.name in KERNEL_LOSSES
+    closed_form &= not (loss.name == "sft" and isinstance(pairs.tokens_per_pair, Tensor))
+    if closed_form and backends.resolve(backend, tokens.logps, (torch.float32,)) != "eager":
+        sums, tile_losses, weights = _pair_loss(tile, tokens.logps, offsets, pairs, loss, backend)
+        weights = weights.repeat_interleave(offsets.diff(), output_size=tile.rows.stop - tile.rows.start)
     else:
-        sums = segment_sum(logps[tile.rows], offsets)
         with torch.enable_grad():
-            leaf = sums.detach().requires_grad_()
-            tile_losses = loss(pairs.numbers(leaf, tile.first, tile.last))
-            (weights,) = torch.autograd.grad(tile_losses.sum(), leaf)
-    completion_logps[completions] = sums
+            part = VocabScore(*(None if tensor is None else tensor[tile.rows] for tensor in tokens))
+            part = part._replace(logps=part.logps.detach().requires_grad_())
+            sums = segment_sum(part.logps, offsets)
+            tile_losses = loss(pairs.numbers(sums, tile.first, tile.last, loss, part))
+            (weights,) = torch.autograd.grad(tile_losses.sum(), part.logps)
+    completion_logps[completions] = sums.detach()
     losses[tile.first[1] : tile.last[1]] = tile_losses.detach()
-    g[tile.rows] = weights.repeat_interleave(offsets.diff(), output_size=tile.rows.stop - tile.rows.start)
+    g[tile.rows] = weights
 
 
 def _pair_loss(tile: Tile, logps: Tensor, offsets: Tensor, pairs: Pairs, loss: Loss, backend: str) -> PairLossOutput:

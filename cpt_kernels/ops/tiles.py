@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses import PairLogps
+from ..losses import Loss, PairLogps
+from .gather import segment_sum
 from .vocab_score import VocabScore, vocab_score
 
 # Fewer rows make slow products, and a pair that fits no tile costs a fourth one; more only take memory.
@@ -70,9 +71,32 @@ class Pairs:
     units: Sequence[tuple[int, int]]  # (completions, pairs) of every unit
     ref_logps: Tensor | None = None  # (S,) reference log-probs
     tokens_per_pair: Tensor | float = 1.0
+    ref_token_logps: Tensor | None = None  # (N,) for losses with needs_tails
+    gaps: Tensor | None = None  # (P,) for losses with needs_gap
 
-    def numbers(self, logps: Tensor, first: tuple[int, int] = (0, 0), last: tuple[int, int] | None = None) -> PairLogps:
-        """What a loss sees of the pairs from ``first`` to ``last`` (completion, pair), given these (S,) log-probs."""
+    def check(self, loss: Loss) -> None:
+        """Raise ValueError where the loss needs what these pairs do not have."""
+        if loss.needs_reference and self.ref_logps is None:
+            raise ValueError(f"loss '{loss.name}' needs reference log-probs")
+        if loss.needs_rejected and self.rejected is None:
+            raise ValueError(f"loss '{loss.name}' needs pairs with a rejected side")
+        if loss.needs_reference and loss.needs_tails and self.ref_token_logps is None:
+            raise ValueError(f"loss '{loss.name}' with ld_alpha needs the reference log-prob of every token")
+        if loss.needs_gap and self.gaps is None:
+            raise ValueError(f"loss '{loss.name}' needs the gap of every pair")
+
+    def numbers(
+        self,
+        logps: Tensor,  # (S,) of the completions, or of those from first to last
+        first: tuple[int, int] = (0, 0),
+        last: tuple[int, int] | None = None,
+        loss: Loss | None = None,
+        tokens: VocabScore | None = None,  # (N,) of the same completions
+    ) -> PairLogps:
+        """What a loss sees of the pairs from ``first`` to ``last`` (completion, pair).
+
+        With ``loss`` and ``tokens`` also what this loss needs besides sums of log-probs.
+        """
         last = last or (len(self.completion_lengths), len(self.chosen))
         lengths = self.cu_completions.diff().to(logps.dtype)
 
@@ -86,10 +110,37 @@ class Pairs:
         chosen, chosen_length, ref_chosen = select(self.chosen)
         rejected, rejected_length, ref_rejected = select(self.rejected)
         target, target_length, _ = select(self.sft_targets)
+        more = {} if loss is None else self._more(loss, tokens, first, last)
         return PairLogps(
             chosen, rejected, target, chosen_length, rejected_length, target_length, ref_chosen, ref_rejected,
-            self.tokens_per_pair,
+            self.tokens_per_pair, **more,
         )  # fmt: skip
+
+    def _more(self, loss: Loss, tokens: VocabScore, first: tuple[int, int], last: tuple[int, int]) -> dict[str, Tensor]:
+        some, row = slice(first[1], last[1]), self.cu_completions[first[0]]
+        more: dict[str, Tensor] = {}
+        if loss.needs_tails:
+            more["chosen_tail"], more["rejected_tail"] = self._tails(tokens.logps, row, some)
+            if self.ref_token_logps is not None:
+                more["ref_chosen_tail"], more["ref_rejected_tail"] = self._tails(self.ref_token_logps, 0, some)
+        if loss.needs_log_sum_sq:
+            sums = segment_sum(tokens.log_sum_sq.detach(), self.cu_completions[first[0] : last[0] + 1] - row)
+            more["chosen_log_sum_sq"] = sums[self.chosen[some] - first[0]]
+            more["rejected_log_sum_sq"] = sums[self.rejected[some] - first[0]]
+        if loss.needs_gap:
+            more["gap"] = self.gaps[some].to(tokens.logps.dtype)
+        return more
+
+    def _tails(self, values: Tensor, row: Tensor | int, some: slice) -> Iterator[Tensor]:
+        """Sums beyond the other side's length of token values that start at ``row``, (P,) for chosen and rejected."""
+        starts, lengths = self.cu_completions[:-1] - row, self.cu_completions.diff()
+        steps = torch.arange(max(self.completion_lengths), device=values.device)
+        chosen, rejected = self.chosen[some], self.rejected[some]
+        for side, other in ((chosen, rejected), (rejected, chosen)):
+            position = lengths[other, None] + steps  # (P, longest)
+            inside = position < lengths[side, None]
+            index = (starts[side, None] + position).clamp(max=len(values) - 1)
+            yield torch.where(inside, values[index], 0.0).double().sum(1).to(values.dtype)
 
 
 class Tile(NamedTuple):

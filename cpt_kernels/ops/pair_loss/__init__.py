@@ -11,15 +11,17 @@ from ...losses import LOSSES, Loss, build_loss
 from .. import backends
 from .reference import PairLossOutput, pair_loss_reference
 
-__all__ = ["PairLossOutput", "pair_loss"]
+__all__ = ["KERNEL_LOSSES", "PairLossOutput", "pair_loss"]
 
 _KERNEL_DTYPES = (torch.float32,)
 
-# Every option of every built-in loss, with its default.
+# The built-in losses whose closed form the kernels have; the others run in eager PyTorch.
+KERNEL_LOSSES = ("sigmoid", "hinge", "ipo", "slic", "sft")
+# Every option of every one of them, with its default.
 _OPTIONS = {
     parameter.name: parameter.default
-    for builtin in LOSSES.values()
-    for parameter in inspect.signature(builtin.function).parameters.values()
+    for name in KERNEL_LOSSES
+    for parameter in inspect.signature(LOSSES[name].function).parameters.values()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 }
 
@@ -37,7 +39,7 @@ def pair_loss(
     backend: str = "auto",
     **options,
 ) -> PairLossOutput:
-    """Losses of pairs, and how much each completion's log-prob moves their sum; one kernel launch for what is built in.
+    """Losses of pairs, and how much each completion's log-prob moves their sum; for ``KERNEL_LOSSES`` one launch.
 
     Deterministic. CUDA does it in one launch, Triton in one or, from some size, two. No autograd: the weights are the
     gradient.
@@ -52,17 +54,23 @@ def pair_loss(
         :class:`PairLossOutput`: completion log-probs (S,), losses (P,), weights (S,).
 
     Raises:
-        ValueError: wrong shapes or dtypes, an unknown loss, a side or a reference that the loss needs is missing; on a
-            CPU, offsets or indices out of range. On a GPU looking would cost a synchronisation: there the kernels keep
-            offsets within the tokens and give NaN for a pair with an index out of range.
+        ValueError: wrong shapes or dtypes, an unknown loss, a side or a reference that the loss needs is missing, or it
+            needs more than a log-prob of each completion; on a CPU, offsets or indices out of range. On a GPU looking
+            would cost a synchronisation: there the kernels keep offsets within the tokens and give NaN for a pair with
+            an index out of range.
         TypeError: an option is not this loss's.
         RuntimeError: the backend asked for is not available.
     """
     bound = loss if isinstance(loss, Loss) else build_loss(loss, **options)
     _check(token_logps, cu_completions, chosen, rejected, targets, ref_logps, bound)
-    if isinstance(loss, Loss):
-        if options or backend not in ("auto", "eager"):
-            raise ValueError("a Loss has its options bound and runs in eager PyTorch; give a built-in loss by name")
+    if isinstance(loss, Loss) and options:
+        raise ValueError("a Loss has its options bound; give a built-in loss by name")
+    if isinstance(loss, Loss) or loss not in KERNEL_LOSSES or bound.options is None:
+        if backend not in ("auto", "eager"):
+            raise ValueError(
+                f"backend='{backend}' has kernels for {', '.join(KERNEL_LOSSES)} by name; a Loss and any other built-in"
+                " loss run in eager PyTorch"
+            )
         backend = "eager"
     backend = backends.resolve(backend, token_logps, _KERNEL_DTYPES)
     rejected = rejected if bound.needs_rejected else None
@@ -134,6 +142,8 @@ def _check(
         raise ValueError(f"loss '{loss.name}' needs rejected completions")
     if loss.needs_reference and ref_logps is None:
         raise ValueError(f"loss '{loss.name}' needs ref_logps")
+    if loss.needs_gap or loss.needs_tails or loss.needs_log_sum_sq:
+        raise ValueError(f"loss '{loss.name}' needs more than completion log-probs: use linear_preference_loss")
     if ref_logps is not None and (ref_logps.shape != (completions,) or ref_logps.dtype != token_logps.dtype):
         raise ValueError(f"ref_logps must be {token_logps.dtype} ({completions},), not {ref_logps.dtype}")
     tensors = [cu_completions, ref_logps, *sides.values()]
