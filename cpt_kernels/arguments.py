@@ -12,8 +12,8 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from .config import ContrastiveConfig
-from .losses import LOSSES, loss_options
+from .config import WITHOUT_MEANING, ContrastiveConfig
+from .losses import LOSSES
 
 
 def _option(default: Any, help: str) -> Any:
@@ -68,20 +68,31 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *(name for name in NAMES[ModelArguments] if name != "ref_model_name_or_path"),
         *("trust_remote_code", "model_init_kwargs", "disable_dropout", "router_aux_loss_coef", "attention_backend"),
     ),
-    "Loss": ("loss_type", "beta", "label_smoothing", "slic_delta", "slic_lambda", "slic_length_normalize"),
-    "Data": ("max_length", "truncation_mode", "target_column", "ranked_pairs", "curriculum", "dataset_num_proc"),
+    "Loss": (
+        *("loss_type", "loss_weights", "beta", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type"),
+        *("f_alpha_divergence_coef", "slic_delta", "slic_lambda", "slic_length_normalize", "simpo_gamma", "cpo_alpha"),
+        *("dpop_lambda", "odpo_alpha", "discopop_tau"),
+    ),
+    "Data": (
+        *("max_length", "truncation_mode", "target_column", "gap_column", "ranked_pairs", "curriculum"),
+        "dataset_num_proc",
+    ),
     "Batches": (
         *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps", "share_prompts"),
         "per_device_eval_batch_size",
     ),
     "Head": ("head_memory_mb", "head_mode"),
-    "Reference": ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir"),
+    "Reference": (
+        *("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir", "sync_ref_model"),
+        *("ref_model_mixup_alpha", "ref_model_sync_steps"),
+    ),
     "Training": (
         *("output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
         *("weight_decay", "max_grad_norm", "gradient_checkpointing", "bf16", "fp16", "use_cpu", "seed"),
         *("logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps"),
         *("save_total_limit", "resume_from_checkpoint", "report_to", "disable_tqdm"),
     ),
+    "Accepted from TRL, without meaning here": tuple(WITHOUT_MEANING),
     _LAST_GROUP: (),
 }
 # In place of what transformers says of its own options at length.
@@ -188,16 +199,17 @@ def check_together(values: dict[str, Any]) -> None:
         raise ValueError(f"{loading[0]} is for weights that are loaded, and from_scratch=true loads none")
     if values["dataset_streaming"] and values["max_steps"] <= 0:
         raise ValueError("dataset_streaming=true needs max_steps: a stream does not say how long it is")
-    if values["loss_type"] in LOSSES:  # else ContrastiveConfig complains
-        _check_loss(values["loss_type"], given)
+    losses = values["loss_type"]
+    losses = [losses] if isinstance(losses, str) else losses
+    if set(losses) <= set(LOSSES):  # else ContrastiveConfig complains
+        _check_loss(losses, given)
 
 
-def _check_loss(loss: str, given: set[str]) -> None:
-    of_slic = {"slic_delta", "slic_lambda", "slic_length_normalize", "target_column"} & given
-    if of_slic and "slic_delta" not in loss_options(loss):
-        raise ValueError(f"{min(of_slic)} has no effect with loss_type={loss}: leave it out, or set loss_type=slic")
+def _check_loss(losses: list[str], given: set[str]) -> None:
+    named = f"loss_type={' '.join(losses)}"
+    for column, loss in (("target_column", "slic"), ("gap_column", "odpo")):
+        if column in given and loss not in losses:
+            raise ValueError(f"{column} has no effect with {named}: leave it out, or set loss_type={loss}")
     of_reference = {"ref_model_name_or_path", "precompute_ref_log_probs"} & given
-    if of_reference and not LOSSES[loss].needs_reference:
-        raise ValueError(
-            f"{min(of_reference)} has no effect with loss_type={loss}, which has no reference: leave it out"
-        )
+    if of_reference and not any(LOSSES[loss].needs_reference for loss in losses):
+        raise ValueError(f"{min(of_reference)} has no effect with {named}, which has no reference: leave it out")

@@ -145,7 +145,7 @@ def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = (
         options = parse([*argv, "--output_dir", folder, "--precompute_ref_log_probs", "true"], prog)
         trainer = make_trainer(options, _Unfilled)
         if trainer.reference is None:
-            raise ValueError(f"loss_type={options.training.loss_type} has no reference: there is nothing to score")
+            raise ValueError(f"loss_type={trainer.loss.name} has no reference: there is nothing to score")
         if not trainer.stored:
             raise ValueError("a stream cannot be scored ahead: leave out dataset_streaming")
         yield DatasetReference(trainer, _with_columns(options, trainer, keep_columns) if keep_columns else None)

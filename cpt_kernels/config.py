@@ -5,6 +5,8 @@ Names and defaults are those of TRL's ``DPOConfig`` where it has the option.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +14,45 @@ import torch
 from transformers import TrainingArguments
 
 from .data.curriculum import Curriculum
-from .losses import LOSSES, Loss, build_loss, loss_options
+from .losses import F_DIVERGENCES, LOSSES, Loss, build_loss, loss_options
 from .ops.attention_backends import BACKENDS
+
+logger = logging.getLogger(__name__)
+
+# Options of TRL that mean nothing here: accepted, so that its configurations work, and the reason is logged.
+WITHOUT_MEANING = {
+    "padding_free": "batches are always packed, without padding",
+    "pad_to_multiple_of": "nothing is padded",
+    "pad_token": "nothing is padded; a tokenizer that is to be saved with one needs tokenizer.pad_token",
+    "activation_offloading": "activations stay on the device; gradient_checkpointing keeps the fewest of them",
+    "precompute_ref_batch_size": "the reference scores whole prompt groups, max_tokens_per_batch tokens at a time",
+}
+# Options that TRL had once: refused, and what to do is said.
+REMOVED = {
+    "rpo_alpha": "set loss_type=[sigmoid, sft] and loss_weights=[1, rpo_alpha]",
+    "reference_free": "set loss_type=cpo and cpo_alpha=0, which is DPO without a reference; or simpo, orpo, slic",
+    "max_prompt_length": "set max_length, the longest prompt and completion together",
+    "max_completion_length": "set max_length, the longest prompt and completion together",
+    "max_target_length": "only decoders are supported; set max_length",
+    "is_encoder_decoder": "only decoders are supported",
+    "label_pad_token_id": "nothing is padded",
+    "padding_value": "nothing is padded",
+    "generate_during_eval": "evaluation takes no samples; generate from a saved model",
+    "use_logits_to_keep": "the head reads completion rows only, always",
+    "use_num_logits_to_keep": "the head reads completion rows only, always",
+    "use_liger_loss": "the head has kernels of its own",
+    "base_model_attribute_name": "the head has kernels of its own",
+    "model_adapter_name": "the active adapter is trained",
+    "ref_adapter_name": "the reference of a model that comes with an adapter is that adapter as it comes",
+    "force_use_ref_model": "a ref_model that is passed is used",
+    "ref_model_init_kwargs": "load the reference as you like and pass it as ref_model",
+    "tools": "give the data a column of tools",
+}
 
 
 def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"help": help})
 
 
 @dataclass
@@ -39,17 +74,28 @@ class ContrastiveConfig(TrainingArguments):
     )
 
     # Loss
-    loss_type: str = _option("sigmoid", f"Loss over pairs: {', '.join(LOSSES)}.")
-    beta: float = _option(0.1, "Weight of the reference: beta of DPO and RSO, tau of IPO.")
-    label_smoothing: float = _option(0.0, "Probability that a label is flipped (conservative DPO).")
+    loss_type: list[str] = _option(["sigmoid"], f"Loss over pairs, or several to add up: {', '.join(LOSSES)}.")
+    loss_weights: list[float] | None = _option(None, "Weights of several losses. Default: 1 each.")
+    beta: float = _option(0.1, "Weight of the reference: beta of DPO, tau of IPO, lambda of ORPO.")
+    label_smoothing: float = _option(0.0, "Probability that a label is flipped (conservative and robust DPO, EXO).")
+    ld_alpha: float | None = _option(None, "Weight of tokens beyond the other side's length (LD-DPO). Default: 1.")
+    f_divergence_type: str = _option("reverse_kl", f"Divergence from the reference: {', '.join(F_DIVERGENCES)}.")
+    f_alpha_divergence_coef: float = _option(0.5, "Alpha of alpha_divergence.")
+    use_weighting: bool = _option(False, "Weigh pairs by how likely the policy is to say them (WPO).")
+    discopop_tau: float = _option(0.05, "Temperature of discopop.")
     slic_delta: float = _option(1.0, "Margin of SLiC, in nats.")
     slic_lambda: float = _option(1.0, "Weight of SLiC's regulariser, -log p(y_ref).")
     slic_length_normalize: bool = _option(False, "SLiC on log-probs per token instead of per completion.")
+    simpo_gamma: float = _option(0.5, "Margin of SimPO.")
+    cpo_alpha: float = _option(1.0, "Weight of CPO's likelihood term.")
+    dpop_lambda: float = _option(50.0, "Weight of DPO-Positive's penalty where chosen becomes less likely.")
+    odpo_alpha: float = _option(1.0, "Weight of ODPO's offset, log gap.")
 
     # Data
     max_length: int | None = _option(1024, "Longest prompt + completion in tokens; what is beyond is cut off.")
     truncation_mode: str = _option("keep_start", "What a cut keeps: keep_start or keep_end.")
     target_column: str | None = _option(None, "Column of y_ref for SLiC's regulariser. Default: the chosen completion.")
+    gap_column: str | None = _option(None, "Column of by how much chosen is better, for ODPO. Default: ranked scores.")
     ranked_pairs: str = _option("all", "Pairs of a row with K ranked completions: all, adjacent or extremes.")
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
     curriculum: dict | str | None = _option(
@@ -78,6 +124,9 @@ class ContrastiveConfig(TrainingArguments):
         None, "Score all data by the reference before training. Default: yes, except for streams."
     )
     ref_cache_dir: str | None = _option(None, "Where reference log-probs are kept. Default: the user's cache folder.")
+    sync_ref_model: bool = _option(False, "Let the reference follow the policy (TR-DPO); its log-probs are not cached.")
+    ref_model_mixup_alpha: float = _option(0.6, "Share of the policy in a synchronised reference.")
+    ref_model_sync_steps: int = _option(512, "Steps from one synchronisation to the next.")
 
     # Model
     model_init_kwargs: dict | str | None = _option(
@@ -89,25 +138,44 @@ class ContrastiveConfig(TrainingArguments):
         None, "Weight of a mixture of experts' load-balancing loss. Default: the model's own."
     )
 
+    # Accepted from TRL, see WITHOUT_MEANING
+    padding_free: bool = _option(False, "TRL's, without meaning here.")
+    pad_to_multiple_of: int | str | None = _option("auto", "TRL's, without meaning here.")
+    pad_token: str | None = _option(None, "TRL's, without meaning here.")
+    precompute_ref_batch_size: int | None = _option(None, "TRL's, without meaning here.")
+    activation_offloading: bool = _option(False, "TRL's, without meaning here.")
+
     # transformers parses only JSON dictionaries of its own fields; this list makes it parse ours.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "curriculum", "model_init_kwargs"]  # noqa: RUF012
 
+    def __new__(cls, *_, **options):
+        for name in REMOVED.keys() & options.keys():
+            raise ValueError(f"{name} is no option any more: {REMOVED[name]}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        _one_of("loss_type", self.loss_type, LOSSES)
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
         _one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy='{self.train_sampling_strategy}': packed batches are random or sequential; to"
+                " even out lengths set max_tokens_per_batch"
+            )
         _one_of("ranked_pairs", self.ranked_pairs, ("all", "adjacent", "extremes"))
         self.share_prompts = str(self.share_prompts).lower()  # YAML reads true and false as booleans
         _one_of("share_prompts", self.share_prompts, ("auto", "true", "false"))
         _one_of("head_mode", self.head_mode, ("auto", "general"))
         _one_of("attention_backend", self.attention_backend, BACKENDS)
-        for name in ("max_length", "max_tokens_per_batch", "head_memory_mb"):
+        for name in ("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps", "discopop_tau"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value}: must be positive, or not set")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: a flip probability must lie in [0, 0.5)")
-        if self.label_smoothing and "label_smoothing" not in loss_options(self.loss_type):
-            raise ValueError(f"label_smoothing has no meaning for loss_type '{self.loss_type}': leave it at 0")
+        for name in ("ld_alpha", "ref_model_mixup_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}: must lie in [0, 1]")
+        self._check_loss(self.build_loss())
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
@@ -115,10 +183,51 @@ class ContrastiveConfig(TrainingArguments):
             Curriculum.parse(self.curriculum)
             if self.train_sampling_strategy != "random":
                 raise ValueError("curriculum decides the order of rows: leave train_sampling_strategy at random")
+        for name in self._changed(WITHOUT_MEANING):
+            if self.process_index == 0 and getattr(self, name) is not None:
+                logger.warning(f"{name}={getattr(self, name)} has no meaning here: {WITHOUT_MEANING[name]}")
 
     def build_loss(self) -> Loss:
-        """The configured built-in loss with its options bound."""
-        return build_loss(self.loss_type, **{name: getattr(self, name) for name in loss_options(self.loss_type)})
+        """The configured built-in loss, or sum of losses, with its options bound."""
+        return build_loss(
+            self.loss_type,
+            self.loss_weights,
+            ld_alpha=self.ld_alpha,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            use_weighting=self.use_weighting,
+            **{name: getattr(self, name) for loss in self.loss_type for name in _options_of(loss)},
+        )
+
+    def _check_loss(self, loss: Loss) -> None:
+        """What does not go together among the options of the loss and of its reference, or would be ignored."""
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: a flip probability must lie in [0, 0.5)")
+        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
+            raise ValueError("loss_type 'exo_pair' needs label_smoothing above 0: its paper has 1e-3")
+        every_option = {name for other in LOSSES for name in loss_options(other)} - {"beta"}  # a factor of rewards
+        taken = {name for one in self.loss_type for name in loss_options(one)}
+        for name in self._changed(sorted(every_option - taken)):
+            raise ValueError(f"{name} has no meaning for loss_type '{loss.name}': leave it out")
+        if self.f_divergence_type != "alpha_divergence" and self._changed(["f_alpha_divergence_coef"]):
+            raise ValueError("f_alpha_divergence_coef has no meaning without f_divergence_type=alpha_divergence")
+        if self.sync_ref_model and not loss.needs_reference:
+            raise ValueError(f"sync_ref_model has no meaning for loss_type '{loss.name}', which has no reference")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model=true moves the reference, so its log-probs cannot be precomputed: leave out one of"
+                " sync_ref_model and precompute_ref_log_probs"
+            )
+        for name in self._changed(["ref_model_mixup_alpha", "ref_model_sync_steps"]) if not self.sync_ref_model else ():
+            raise ValueError(f"{name} has no meaning without sync_ref_model=true")
+
+    def _changed(self, names: Iterable[str]) -> list[str]:
+        """Those of the options ``names`` that are not at their default."""
+        return [name for name in names if getattr(self, name) != self.__dataclass_fields__[name].default]
+
+
+def _options_of(loss: str) -> list[str]:
+    return loss_options(loss) if loss in LOSSES else []  # an unknown one is build_loss's to complain of
 
 
 def _one_of(name: str, value: str, allowed) -> None:

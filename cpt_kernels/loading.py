@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .config import ContrastiveConfig
+from .losses import Loss
 from .model import base_model
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,20 @@ def check_vocabularies(model: nn.Module, ref_model: nn.Module | None) -> None:
         raise ValueError(
             f"the reference has a vocabulary of {reference} tokens, the policy of {policy}: use a reference of the"
             " policy's family and tokenizer"
+        )
+
+
+def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
+    """Raise ValueError where a prepared dataset lacks what a loss needs of its pairs."""
+    if loss.needs_rejected and not pairs:
+        raise ValueError(
+            f"loss '{loss.name}' needs pairs, and the {name} data has none: give rows with chosen and rejected, or set"
+            " loss_type=sft"
+        )
+    if loss.needs_gap and not dataset[0]["scores"]:
+        raise ValueError(
+            f"loss '{loss.name}' needs by how much chosen is better, and the {name} data does not say: name a column by"
+            " gap_column, or give ranked rows (prompt, completions, scores)"
         )
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .data.collate import PackedBatch
 from .data.curriculum import Curriculum
+from .losses import PairLogps
+from .losses.transforms import desensitize
 from .model import Scores
 from .ops.gather import segment_sum
 
@@ -29,29 +31,26 @@ _COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "all_tokens", "micro_bat
 _NAMES = (*_MEAN_OVER, *_COUNTS, "losses")
 
 
-def completion_rewards(batch: PackedBatch, scores: Scores, beta: float) -> Tensor:
-    """Implicit rewards ``beta (logp - reference logp)``, without a reference ``beta logp``; (S,), no gradient."""
-    logps = scores.completion_logps.detach().float()
-    if batch["ref_token_logps"] is None:
-        return beta * logps
-    return beta * (logps - segment_sum(batch["ref_token_logps"], batch["cu_completions"]))
+def pair_rewards(numbers: PairLogps, beta: float) -> Tensor:
+    """Implicit rewards ``beta (logp - reference logp)`` of chosen and rejected, (P, 2); without a rejected side (P, 1).
 
-
-def pair_rewards(batch: PackedBatch, scores: Scores, beta: float) -> Tensor:
-    """Implicit rewards of chosen and rejected, (P, 2); without a rejected side (P, 1)."""
-    values = completion_rewards(batch, scores, beta)
-    sides = [batch["chosen"]] + ([] if batch["rejected"] is None else [batch["rejected"]])
-    return torch.stack([values[side] for side in sides], dim=1)
+    Without a reference ``beta logp``.
+    """
+    sides = [numbers.chosen] if numbers.rejected is None else [numbers.chosen, numbers.rejected]
+    references = [numbers.ref_chosen, numbers.ref_rejected]
+    rewards = [logps if ref is None else logps - ref for logps, ref in zip(sides, references)]
+    return beta * torch.stack(rewards, dim=1).float()
 
 
 class Metrics:
     """Running sums of one mode, training or evaluation.
 
-    A pair weighs 1, a token 1 in each pair that its completion is in: exact means however the pairs were batched.
+    A pair weighs 1, a token 1 in each pair that its completion is in: exact means however the pairs were batched. With
+    ``ld_alpha`` log-probs and rewards are those that the loss sees, as in TRL.
     """
 
-    def __init__(self, accelerator: Accelerator, beta: float) -> None:
-        self.accelerator, self.beta = accelerator, beta
+    def __init__(self, accelerator: Accelerator, beta: float, ld_alpha: float | None = None) -> None:
+        self.accelerator, self.beta, self.ld_alpha = accelerator, beta, ld_alpha
         self.total: Tensor | None = None  # (len(_NAMES),) on the device
         self.reset()
 
@@ -60,19 +59,19 @@ class Metrics:
         """Add a micro-batch that was scored with statistics."""
         offsets, chosen, rejected = batch["cu_completions"], batch["chosen"], batch["rejected"]
         lengths = offsets.diff().float()
-        logps = scores.completion_logps.detach().float()
+        numbers = desensitize(scores.numbers, self.ld_alpha)
+        rewards = pair_rewards(numbers, self.beta).unbind(1)
         per_completion = {
             "entropy": segment_sum(scores.tokens.entropy, offsets),
             "logits": segment_sum(scores.tokens.mean_logit, offsets),
             "correct": segment_sum(scores.tokens.correct.float(), offsets),
-            "rewards": completion_rewards(batch, scores, self.beta),
         }
         sums = {
-            "pairs": torch.full((), float(batch["num_pairs"]), device=logps.device),
-            "micro_batches": torch.ones((), device=logps.device),
+            "pairs": torch.full((), float(batch["num_pairs"]), device=lengths.device),
+            "micro_batches": torch.ones((), device=lengths.device),
             "chosen_tokens": lengths[chosen].sum(),
-            "logps/chosen": logps[chosen].sum(),
-            "rewards/chosen": per_completion["rewards"][chosen].sum(),
+            "logps/chosen": numbers.chosen.sum(),
+            "rewards/chosen": rewards[0].sum(),
             "logits/chosen": per_completion["logits"][chosen].sum(),
             "mean_token_accuracy": per_completion["correct"][chosen].sum(),
         }
@@ -82,11 +81,11 @@ class Metrics:
         if scores.aux_loss is not None:
             sums["aux_loss"] = scores.aux_loss.detach()
         if rejected is not None:
-            margins = per_completion["rewards"][chosen] - per_completion["rewards"][rejected]
+            margins = rewards[0] - rewards[1]
             sums |= {
                 "rejected_tokens": lengths[rejected].sum(),
-                "logps/rejected": logps[rejected].sum(),
-                "rewards/rejected": per_completion["rewards"][rejected].sum(),
+                "logps/rejected": numbers.rejected.sum(),
+                "rewards/rejected": rewards[1].sum(),
                 "logits/rejected": per_completion["logits"][rejected].sum(),
                 "rewards/margins": margins.sum(),
                 "rewards/accuracies": (margins > 0).sum(),
@@ -94,7 +93,7 @@ class Metrics:
             sides.append(rejected)
         both = torch.cat(sides)
         sums |= {"all_tokens": lengths[both].sum(), "entropy": per_completion["entropy"][both].sum()}
-        zero = logps.new_zeros(())
+        zero = lengths.new_zeros(())
         vector = torch.stack([sums.get(name, zero).float() for name in _NAMES])
         self.total = vector if self.total is None else self.total + vector
         self.seen |= sums.keys()

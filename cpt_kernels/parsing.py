@@ -21,6 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from .arguments import CLASSES, HELP, NAMES, WITHOUT_EFFECT, Options, check_together, defaults, groups, type_hints
+from .config import REMOVED
 
 _LONGEST_LIST = 12  # choices that an error message lists
 
@@ -148,6 +149,8 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 
 def _check_name(name: str, where: str, dashes: str = "") -> None:
+    if name in REMOVED:
+        raise ValueError(f"{where}{dashes}{name} is no option any more: {REMOVED[name]}")
     if name in WITHOUT_EFFECT:
         raise ValueError(f"{where}{dashes}{name} has no effect here ({WITHOUT_EFFECT[name]}): leave it out")
     if name not in defaults():

@@ -47,6 +47,8 @@ class Reference:
         cache_dir: folder of the cache.
     """
 
+    moves = False  # see MovingReference
+
     def __init__(
         self,
         policy: PackedModel,
@@ -81,6 +83,14 @@ class Reference:
             "adapters": not self.adapters_off,
         }
         self.cache = ReferenceCache(cache_dir, fingerprint(model, **identity), description=describe(model, **identity))
+
+    def check_tokens(self) -> None:
+        """Raise ValueError where the cache holds sums, of which single tokens mean nothing."""
+        if any(shard.kind == "sums" for shard in self.cache.shards):
+            raise ValueError(
+                f"ld_alpha needs the reference log-prob of every token, and {self.cache.folder} holds imported sums:"
+                " choose another ref_cache_dir, or remove them with cpt cache prune"
+            )
 
     def start_training(self) -> None:
         """The policy's weights are about to change: a reference without a model of its own is the cache alone now."""

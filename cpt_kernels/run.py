@@ -56,7 +56,7 @@ def train(options: Options) -> ContrastiveTrainer:
     quieten(args)
     _check_output(output, options.model)
     checkpoint = _find_checkpoint(args)
-    report = RunReport(output, f"{output.name}: {args.loss_type}")
+    report = RunReport(output, f"{output.name}: {args.build_loss().name}")
     trainer = make_trainer(options, callbacks=[report])
     use_progress_lines(trainer)
     if trainer.is_world_process_zero():

@@ -28,6 +28,7 @@ from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .loading import (
     aux_loss_coef,
     check_checkpoint,
+    check_data,
     check_vocabularies,
     disable_dropout,
     dropout,
@@ -37,6 +38,7 @@ from .loading import (
 from .losses import Loss, user_loss
 from .metrics import Metrics, PlaceMetrics, pair_rewards
 from .model import PackedModel, Scores, base_model
+from .moving_reference import MovingReference
 from .ops.attention_backends import describe
 from .reference import Reference
 from .reference_cache import default_cache_dir
@@ -91,11 +93,6 @@ class ContrastiveTrainer(Trainer):
             args = ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("there is no data: give train_dataset or eval_dataset")
-        if args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy='{args.train_sampling_strategy}': packed batches are random or sequential;"
-                " to even out lengths set max_tokens_per_batch"
-            )
         set_seed(args.seed)  # a new adapter's weights are random
         tokenizer = processing_class or AutoTokenizer.from_pretrained(
             model if isinstance(model, str) else model.config._name_or_path, trust_remote_code=args.trust_remote_code
@@ -158,7 +155,8 @@ class ContrastiveTrainer(Trainer):
         if PartialState().is_main_process:
             logger.warning(attention)
         self.model_accepts_loss_kwargs = True  # our loss is over the whole step; transformers need not divide it
-        self.metrics = {mode: Metrics(self.accelerator, args.beta) for mode in ("train", "eval")}
+        ld_alpha = args.ld_alpha if loss is None else None
+        self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
         self.num_tokens = 0
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
@@ -180,6 +178,7 @@ class ContrastiveTrainer(Trainer):
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 target_column=args.target_column,
+                gap_column=args.gap_column,
                 ranked_pairs=args.ranked_pairs,
                 keep_columns=keep_columns,
                 num_proc=args.dataset_num_proc,
@@ -190,16 +189,16 @@ class ContrastiveTrainer(Trainer):
         if isinstance(dataset, Dataset):
             _say(report.summary())
             check_tokenizer(tokenizer, vocab_size, report.max_token_id)
-            if self.loss.needs_rejected and not report.pairs:
-                raise ValueError(
-                    f"loss '{self.loss.name}' needs pairs, and the {name} data has none: give rows with chosen and"
-                    " rejected, or set loss_type=sft"
-                )
+            check_data(self.loss, dataset, report.pairs, name)
         else:
             check_tokenizer(tokenizer, vocab_size)
         return dataset
 
-    def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference:
+    def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
+        if self.args.sync_ref_model:
+            reference = MovingReference(self.packed, ref_model, self.accelerator, self.args)
+            self.add_callback(reference)
+            return reference
         datasets = {"train": self.train_dataset} if self.train_dataset is not None else {}
         datasets |= self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         stored = {k: v for k, v in datasets.items() if isinstance(v, Dataset)}
@@ -215,6 +214,8 @@ class ContrastiveTrainer(Trainer):
             cache_dir=self.args.ref_cache_dir or default_cache_dir(),
             head_memory_mb=self.args.head_memory_mb,
         )
+        if self.loss.needs_tails:
+            reference.check_tokens()
         self._fill(reference, stored if ahead else {})
         return reference
 
@@ -284,7 +285,7 @@ class ContrastiveTrainer(Trainer):
 
     def score(self, model: nn.Module, inputs: PackedBatch, tokens_per_pair: Tensor | float = 1.0) -> Scores:
         """Log-probs, statistics and the summed loss of a batch; reference log-probs that it lacks are scored now."""
-        if self.reference is not None and inputs["ref_missing"]:
+        if self.reference is not None and (self.reference.moves or inputs["ref_missing"]):
             self.reference.complete(inputs)
         return self.packed(
             inputs,
@@ -332,6 +333,8 @@ class ContrastiveTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint, self.packed.model)
+        if isinstance(self.reference, MovingReference):
+            self.reference.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
@@ -365,7 +368,8 @@ class ContrastiveTrainer(Trainer):
             self.metrics["eval"].add(inputs, scores)
             pairs += inputs["num_pairs"]
             if self.compute_metrics is not None:
-                predictions.append(self._gather_pairs(pair_rewards(inputs, scores, self.args.beta)))
+                rewards = pair_rewards(scores.numbers, self.args.beta)
+                predictions.append(np.concatenate(gather_object([rewards.cpu().numpy()])))  # ranks differ in pairs
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self.metrics["eval"].compute()
         if self.compute_metrics is not None:
@@ -373,11 +377,6 @@ class ContrastiveTrainer(Trainer):
             metrics |= self.compute_metrics(EvalPrediction(predictions, np.zeros(len(predictions), dtype=np.int64)))
         metrics = {f"{metric_key_prefix}_{key.removeprefix(metric_key_prefix + '_')}": v for key, v in metrics.items()}
         return EvalLoopOutput(predictions if len(predictions) else None, None, metrics, num_samples=pairs)
-
-    def _gather_pairs(self, values: Tensor) -> np.ndarray:
-        """(P, ...) of every rank, one after another; ranks have different P."""
-        gathered = gather_object([values.cpu().numpy()])
-        return np.concatenate(gathered)
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """6 x parameters x tokens of the row, as transformers estimates it."""

@@ -86,6 +86,15 @@ def test_every_option_is_shown_in_one_group_and_ours_come_first(capsys):
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_several_losses_in_flags_and_in_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("loss_type: [sigmoid, sft]\nloss_weights: [1, 0.2]\n")
+    flags = ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.2"]
+    for argv in (["--config", str(tmp_path / "run.yaml")], flags):
+        loss = parse([*NEEDED, *argv]).training.build_loss()
+        assert loss.name == "sigmoid + 0.2 sft"
+    assert parse([*NEEDED, "--loss_type", "ipo"]).training.loss_type == ["ipo"]
+
+
 def test_convert_says_what_it_expected():
     with pytest.raises(ValueError, match="a whole number or text"):
         convert([1], int | str | None)
@@ -103,12 +112,20 @@ def test_convert_says_what_it_expected():
         ("max_steps: 10.5", "max_steps: 10.5 is not a whole number"),
         ("max_steps: true", "max_steps: True is not a whole number"),
         ("bf16: maybe", "bf16: 'maybe' is not true or false"),
-        ("loss_type: sigmod", "loss_type='sigmod' is unknown: choose one of sigmoid, hinge"),
+        ("loss_type: sigmod", "loss_type='sigmod' is unknown: choose one of sigmoid, sigmoid_norm, hinge"),
         ("dtype: bf16", "dtype: 'bf16' is not one of auto, bfloat16, float16, float32; did you mean bfloat16?"),
         ("eval_strategy: step", "did you mean steps?"),
         ("remove_unused_columns: false", "remove_unused_columns has no effect here"),
         ("label_smoothing_factor: 0.1", "the option here is label_smoothing"),
-        ("slic_delta: 2", "slic_delta has no effect with loss_type=sigmoid"),
+        ("slic_delta: 2", "slic_delta has no meaning for loss_type 'sigmoid'"),
+        ("loss_type: [sigmoid, sftt]", "loss_type='sftt' is unknown"),
+        ("loss_type: [sigmoid, sft]\nloss_weights: 1", "loss_weights has 1 weights for the 2 losses"),
+        (
+            "target_column: best",
+            "target_column has no effect with loss_type=sigmoid: leave it out, or set loss_type=slic",
+        ),
+        ("loss_type: [ipo, sft]\ngap_column: x", "gap_column has no effect with loss_type=ipo sft"),
+        ("rpo_alpha: 1.0", "run.yaml: rpo_alpha is no option any more: set loss_type=[sigmoid, sft] and loss_weights"),
         ("loss_type: sft\nref_model_name_or_path: x", "ref_model_name_or_path has no effect with loss_type=sft"),
         ("lora_r: 4", "set use_peft=true"),
         ("load_in_4bit: true", "load_in_4bit needs use_peft=true"),
@@ -139,6 +156,8 @@ def test_wrong_options_in_the_file(tmp_path, capsys, written, message):
         (["run.yaml"], "did you mean --config run.yaml?"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read (No such file or directory)"),
         (["--label_smoothing", "0.9"], "flip probability"),
+        (["--reference_free"], "--reference_free is no option any more: set loss_type=cpo"),
+        (["--max_prompt_length", "512"], "--max_prompt_length is no option any more: set max_length"),
         (["--bf16", "--fp16", "--use_cpu"], "fp16 and bf16"),
     ],
 )
@@ -156,4 +175,4 @@ def test_model_and_data_are_needed(capsys, missing):
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml")), ids=str)
 def test_recipes_are_valid(recipe):
     losses = {"sft": "sft", "dpo": "sigmoid", "curriculum": "sigmoid"}
-    assert parse(["--config", str(recipe)]).training.loss_type == losses[recipe.stem]
+    assert parse(["--config", str(recipe)]).training.loss_type == [losses[recipe.stem]]

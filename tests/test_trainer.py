@@ -204,6 +204,79 @@ def test_slic_takes_its_target_from_a_column(tmp_path):
     assert losses(trainer)[0] != losses(default)[0]
 
 
+def test_odpo_takes_gaps_from_a_column_or_from_scores(tmp_path):
+    rows = preference_rows(8)
+    gaps = [0.5 + i / 4 for i in range(8)]
+    options = {"loss_type": "odpo", "odpo_alpha": 0.5, "max_steps": 1, "per_device_train_batch_size": 8}
+    by_column = make_trainer(
+        tmp_path,
+        data=Dataset.from_list([row | {"gap": gap} for row, gap in zip(rows, gaps)]),
+        gap_column="gap",
+        **options,
+    )
+    by_column.train()
+    expected = np.mean([np.log1p(np.exp(0.5 * np.log(gap))) for gap in gaps])  # h = 0 at the start
+    assert losses(by_column)[0] == pytest.approx(expected, abs=1e-4)
+    ranked = [
+        {"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"]], "scores": [1.0, 1.0 + gap]}
+        for row, gap in zip(rows, gaps)
+    ]
+    by_score = make_trainer(tmp_path, data=Dataset.from_list(ranked), **options)
+    by_score.train()
+    assert losses(by_score)[0] == pytest.approx(losses(by_column)[0], abs=1e-6)
+    with pytest.raises(ValueError, match="loss 'odpo' needs by how much chosen is better, and the train data does not"):
+        make_trainer(tmp_path, **options)
+
+
+def test_a_sum_of_losses_is_the_sum_of_their_values(tmp_path):
+    found = {}
+    for name in ("sigmoid", "sft", "simpo"):
+        trainer = make_trainer(tmp_path, loss_type=name, max_steps=1)
+        trainer.train()
+        found[name] = losses(trainer)[0]
+    trainer = make_trainer(tmp_path, loss_type=["sigmoid", "sft", "simpo"], loss_weights=[1.0, 0.2, 0.5], max_steps=1)
+    trainer.train()
+    expected = found["sigmoid"] + 0.2 * found["sft"] + 0.5 * found["simpo"]
+    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-5)
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # there is a reference
+
+
+def test_ld_alpha_shows_in_log_probs_and_needs_tokens_of_the_reference(tmp_path):
+    logged = {}
+    for alpha in (None, 1.0, 0.0):
+        trainer = make_trainer(tmp_path, ld_alpha=alpha, max_steps=1)
+        trainer.train()
+        logged[alpha] = trainer.state.log_history[0]
+    for name in ("logps/chosen", "logps/rejected", "rewards/chosen"):
+        assert logged[1.0][name] == pytest.approx(logged[None][name], abs=1e-5)
+    assert logged[0.0]["logps/chosen"] > logged[None]["logps/chosen"] + 1  # the longer sides are cut short
+    assert logged[0.0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    cache = trainer.reference.cache
+    cache.kind = "sums"
+    cache.add_many([((1,), (2,))], [np.zeros(1, dtype=np.float32)])
+    cache.flush()
+    with pytest.raises(ValueError, match=r"ld_alpha needs the reference log-prob of every token, .* imported sums"):
+        make_trainer(tmp_path, ld_alpha=0.5, max_steps=1)
+    make_trainer(tmp_path, max_steps=1)
+
+
+def test_micro_batches_do_not_change_a_step_of_any_separable_loss(tmp_path):
+    options = {"num_train_epochs": 2, "rows": 8, "train_sampling_strategy": "sequential", "label_smoothing": 0.1}
+    options |= {"loss_type": ["exo_pair", "cpo"], "ld_alpha": 0.3, "use_weighting": True}
+    found = []
+    for change in (
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
+        {"per_device_train_batch_size": 8, "head_memory_mb": 0.001},
+        {"per_device_train_batch_size": 8, "head_mode": "general"},
+    ):
+        trainer = make_trainer(tmp_path, **options, **change)
+        trainer.train()
+        found.append(losses(trainer))
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], abs=2e-5)
+
+
 def test_an_overridden_loss_cannot_lose_gradients_silently(tmp_path):
     class Regularised(ContrastiveTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -144,7 +144,7 @@ def build_loss(
     names = [name] if isinstance(name, str) else list(name)
     weights = [1.0] * len(names) if weights is None else list(weights)
     for unknown in set(names) - set(LOSSES):
-        raise ValueError(f"unknown loss_type '{unknown}': choose one of {', '.join(LOSSES)}")
+        raise ValueError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}")
     if not names or len(weights) != len(names):
         raise ValueError(f"loss_weights has {len(weights)} weights for the {len(names)} losses of loss_type")
     taken = {option for one in names for option in loss_options(one)}

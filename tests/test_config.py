@@ -1,0 +1,163 @@
+"""Options of a run: TRL's, with its defaults; what does not go together, what has no meaning, what is gone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from dataclasses import MISSING, fields
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from cpt_kernels import ContrastiveConfig, DPOConfig
+from cpt_kernels.config import REMOVED, WITHOUT_MEANING
+from cpt_kernels.losses import LOSSES
+
+# TRL's default -> ours, on purpose.
+DIFFERENT_DEFAULTS = {
+    # Reference log-probs are cached, so scoring ahead costs nothing twice; streams are scored as they come.
+    "precompute_ref_log_probs": (False, None),
+}
+
+
+def default(field):
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def config(tmp_path, **options) -> ContrastiveConfig:
+    return ContrastiveConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+def test_every_option_of_trl_is_there_with_its_default():
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
+    ours = {field.name: default(field) for field in fields(ContrastiveConfig)}
+    theirs = {field.name: default(field) for field in fields(trl.DPOConfig)}
+    assert theirs.keys() <= ours.keys()
+    found = {name: (value, ours[name]) for name, value in theirs.items() if ours[name] != value}
+    assert found == DIFFERENT_DEFAULTS
+
+
+def test_what_becomes_of_the_defaults_is_trls_but_for_the_precision(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
+    arguments = {"use_cpu": True, "report_to": "none"}
+    ours, theirs = ContrastiveConfig(str(tmp_path), **arguments), trl.DPOConfig(str(tmp_path), **arguments)
+    found = {}
+    for name in (field.name for field in fields(trl.DPOConfig)):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if a != b and "runs" not in str(a):  # logging_dir holds the time
+            found[name] = (b, a)
+    # TRL turns bf16 on wherever fp16 is off; here only an accelerator that has it does. Padding is off in both.
+    expected = {"bf16": (True, False), "pad_to_multiple_of": (None, "auto"), **DIFFERENT_DEFAULTS}
+    assert found == expected
+
+
+def test_names_that_trl_does_not_have_are_ours():
+    """A field that both transformers and we declare must be one whose default we change."""
+    redefined = {f.name for f in fields(TrainingArguments)} & ContrastiveConfig.__annotations__.keys()
+    assert redefined == {"learning_rate", "logging_steps", "gradient_checkpointing", "bf16"}
+
+
+@pytest.mark.parametrize("name", WITHOUT_MEANING)
+def test_options_without_meaning_are_accepted_and_the_reason_is_logged(tmp_path, caplog, name):
+    value = {"pad_to_multiple_of": 8, "pad_token": "</s>", "precompute_ref_batch_size": 4}.get(name, True)
+    with caplog.at_level(logging.WARNING, logger="cpt_kernels"):
+        config(tmp_path, **{name: value})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name}={value} has no meaning here: {WITHOUT_MEANING[name]}"
+    ]
+
+
+def test_defaults_log_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="cpt_kernels"):
+        config(tmp_path)
+        config(tmp_path, pad_to_multiple_of=None)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_removed_options_are_explained(tmp_path, name):
+    with pytest.raises(ValueError, match=f"^{name} is no option any more: \\w"):
+        DPOConfig(str(tmp_path), **{name: 1})
+    assert name not in {field.name for field in fields(ContrastiveConfig)}
+
+
+def test_what_a_removed_option_is_replaced_by(tmp_path):
+    assert (
+        config(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1, 0.5]).build_loss().name == "sigmoid + 0.5 sft"
+    )
+    assert not config(tmp_path, loss_type="cpo", cpo_alpha=0.0).build_loss().needs_reference
+
+
+def test_copies(tmp_path):
+    made = config(tmp_path, loss_type=["ipo", "sft"], loss_weights=[1.0, 0.1])
+    for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert copied.loss_type == ["ipo", "sft"] and copied.build_loss().name == "ipo + 0.1 sft"
+    assert config(tmp_path).loss_type is not config(tmp_path).loss_type
+
+
+def test_as_flags_of_a_script(tmp_path):
+    """Scripts that parse the configuration themselves, as TRL's do."""
+    argv = ["--output_dir", str(tmp_path), "--use_cpu", "--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.2"]
+    (made,) = HfArgumentParser(ContrastiveConfig).parse_args_into_dataclasses([*argv, "--report_to", "none"])
+    assert made.build_loss().name == "sigmoid + 0.2 sft"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_built_from_its_options(tmp_path, name):
+    options = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    loss = config(tmp_path, loss_type=name, **options).build_loss()
+    assert loss.name == name and config(tmp_path, loss_type=[name], **options).loss_type == [name]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "sigmod"}, "loss_type='sigmod' is unknown: choose one of sigmoid"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for the 2 losses"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no meaning for loss_type 'ipo'"),
+        ({"label_smoothing": 0.5}, r"a flip probability must lie in \[0, 0.5\)"),
+        ({"loss_type": "exo_pair"}, "needs label_smoothing above 0: its paper has 1e-3"),
+        ({"slic_delta": 2.0}, "slic_delta has no meaning for loss_type 'sigmoid'"),
+        (
+            {"loss_type": ["hinge", "sft"], "simpo_gamma": 1.0},
+            r"simpo_gamma has no meaning for loss_type 'hinge \+ sft'",
+        ),
+        ({"discopop_tau": 0.1}, "discopop_tau has no meaning"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau=0.0: must be positive"),
+        ({"ld_alpha": 1.5}, r"ld_alpha=1.5: must lie in \[0, 1\]"),
+        ({"loss_type": "sft", "ld_alpha": 0.5}, "ld_alpha has no meaning for loss 'sft'"),
+        ({"loss_type": "slic", "use_weighting": True, "ld_alpha": 0.5}, "ld_alpha has no meaning for loss 'slic'"),
+        ({"loss_type": "aot", "use_weighting": True}, "sorts them apart"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type='kl' is unknown"),
+        ({"loss_type": "nca_pair", "f_divergence_type": "js_divergence"}, "not defined for loss 'nca_pair'"),
+        ({"f_alpha_divergence_coef": 0.3}, "no meaning without f_divergence_type=alpha_divergence"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "leave out one of"),
+        ({"sync_ref_model": True, "loss_type": "simpo"}, "sync_ref_model has no meaning for loss_type 'simpo'"),
+        ({"ref_model_sync_steps": 10}, "ref_model_sync_steps has no meaning without sync_ref_model=true"),
+        ({"ref_model_mixup_alpha": 0.5}, "ref_model_mixup_alpha has no meaning without sync_ref_model=true"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "ref_model_sync_steps=0: must be positive"),
+        ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.2}, r"must lie in \[0, 1\]"),
+        ({"truncation_mode": "middle"}, "truncation_mode='middle' is unknown: choose one of keep_start, keep_end"),
+        ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5, "use_weighting": True, "f_divergence_type": "js_divergence"},
+        {"loss_type": ["hinge", "slic"], "slic_delta": 2.0, "loss_weights": [1, 2]},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {"sync_ref_model": True, "ref_model_sync_steps": 8, "ref_model_mixup_alpha": 0.1},
+        {"sync_ref_model": True, "precompute_ref_log_probs": False},
+        {"loss_type": ["robust"], "label_smoothing": 0.4},
+    ],
+)
+def test_options_that_do(tmp_path, options):
+    made = config(tmp_path, **options)
+    assert all(getattr(made, name) == value for name, value in options.items())
