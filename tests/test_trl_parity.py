@@ -7,20 +7,12 @@ import pytest
 import torch
 from architectures import VOCAB, tiny_model
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-
-from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
+from trl_runs import LOGPS, PAIRS, REWARDS, TOKEN_MEANS, assert_same_steps, one_thread, run_ours, run_trl
 
 STEPS = 20
 EPOCHS = 4
-PAIRS = 8  # of an optimizer step
 
-LOSS_TOLERANCE = 1e-4
-METRIC_TOLERANCE = 1e-3
-REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-LOGPS = ("logps/chosen", "logps/rejected")
-TOKEN_MEANS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
 def tokenised_pairs(rows: int) -> Dataset:
@@ -37,93 +29,11 @@ def tokenised_pairs(rows: int) -> Dataset:
     return Dataset.from_list(pairs)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models gain nothing from a second thread, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Record(TrainerCallback):
-    """Keeps every step's log, and the gradients of the first step before they are clipped or used."""
-
-    def __init__(self) -> None:
-        self.logs: list[dict[str, float]] = []
-        self.gradients: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
-        self.gradients = self.gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    def on_log(self, args, state, control, logs=None, **_) -> None:
-        if "loss" in logs:
-            self.logs.append(dict(logs))
-
-
-def run(trainer_class, config_class, folder, rows: Dataset, model=None, **options) -> Record:
-    """Train with settings that both configurations know."""
-    record = Record()
-    args = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": PAIRS,
-        "learning_rate": 1e-3,
-        "train_sampling_strategy": "sequential",
-        "gradient_checkpointing": False,
-        "precompute_ref_log_probs": True,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    trainer = trainer_class(
-        model or tiny_model("qwen2"),
-        args=config_class(**{**args, **options}),
-        train_dataset=rows,
-        processing_class=tokenizer(),
-        callbacks=[record],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return record
-
-
-def run_ours(folder, rows: Dataset, model=None, **options) -> Record:
-    return run(ContrastiveTrainer, ContrastiveConfig, folder, rows, model, ref_cache_dir=f"{folder}/cache", **options)
-
-
-def run_trl(folder, rows: Dataset, **options) -> Record:
-    trl = pytest.importorskip("trl", reason="parity needs TRL: pip install trl==1.16.0")
-
-    class TokenisedDPOTrainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
-
-    return run(TokenisedDPOTrainer, trl.DPOConfig, folder, rows, **options)
-
-
-def assert_same_steps(ours: Record, theirs: Record, metrics: tuple[str, ...]) -> None:
-    assert len(ours.logs) == len(theirs.logs) == STEPS
-    for step, (a, b) in enumerate(zip(ours.logs, theirs.logs)):
-        for name in ("loss", *metrics):
-            tolerance = LOSS_TOLERANCE if name == "loss" else METRIC_TOLERANCE
-            assert abs(a[name] - b[name]) <= tolerance, f"step {step}, {name}: ours {a[name]}, TRL's {b[name]}"
-
-
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "sft"])
 def test_every_step_is_trls(loss: str, tmp_path) -> None:
     rows = tokenised_pairs(STEPS // EPOCHS * PAIRS)
-    theirs = run_trl(tmp_path / "trl", rows, loss_type=loss)
-    ours = run_ours(tmp_path / "ours", rows, loss_type=loss)
+    theirs = run_trl(tmp_path / "trl", rows, loss_type=loss, max_steps=STEPS)
+    ours = run_ours(tmp_path / "ours", rows, loss_type=loss, max_steps=STEPS)
     rewards = () if loss == "sft" else REWARDS  # ours runs no reference for a loss that has none
     assert_same_steps(ours, theirs, (*rewards, *LOGPS, *TOKEN_MEANS))
     assert set(theirs.logs[0]) <= set(ours.logs[0])
