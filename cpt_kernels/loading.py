@@ -73,10 +73,11 @@ def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
             f"loss '{loss.name}' needs pairs, and the {name} data has none: give rows with chosen and rejected, or set"
             " loss_type=sft"
         )
-    if loss.needs_gap and not dataset[0]["scores"]:
+    if loss.needs_gap and not all(dataset["scores"]):
+        row = next(row["row"] for row in dataset if not row["scores"])
         raise ValueError(
-            f"loss '{loss.name}' needs by how much chosen is better, and the {name} data does not say: name a column by"
-            " gap_column, or give ranked rows (prompt, completions, scores)"
+            f"loss '{loss.name}' needs by how much chosen is better, and row {row} of the {name} data does not say, or"
+            " says that it is not: name a column by gap_column, or give ranked rows with scores"
         )
 
 

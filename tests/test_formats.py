@@ -68,6 +68,9 @@ def test_gaps_of_pairs_and_of_ranked_rows(tokenizer):
     assert found == {" is blue" + EOS: 2.0, " was" + EOS: 0.5, " fell" + EOS: -1.0}
     (by_rank,), _ = prepared([{key: ranked[key] for key in ("prompt", "completions")}], tokenizer)
     assert by_rank["scores"] == [0.0, -1.0, -2.0]
+    own = [ranked | {"pairs": pairs} for pairs in ([[1, 0]], [[1, 0], [2, 0]])]
+    kept, _ = prepared(own, tokenizer)
+    assert [row["scores"] for row in kept] == [[2.0, 0.5], []]  # " fell" is not better than " was" by these scores
     with pytest.raises(ValueError, match="gap_column='gap' belongs to rows of one pair; the dataset's form is ranked"):
         prepared([ranked | {"gap": 1.0}], tokenizer, gap_column="gap")
     with pytest.raises(ValueError, match=r"gap_column names \['gap'\], but the dataset has the columns"):

@@ -224,7 +224,9 @@ def test_odpo_takes_gaps_from_a_column_or_from_scores(tmp_path):
     by_score = make_trainer(tmp_path, data=Dataset.from_list(ranked), **options)
     by_score.train()
     assert losses(by_score)[0] == pytest.approx(losses(by_column)[0], abs=1e-6)
-    with pytest.raises(ValueError, match="loss 'odpo' needs by how much chosen is better, and the train data does not"):
+    with pytest.raises(
+        ValueError, match="loss 'odpo' needs by how much chosen is better, and row 0 of the train data does not"
+    ):
         make_trainer(tmp_path, **options)
 
 

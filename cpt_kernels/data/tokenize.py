@@ -15,7 +15,7 @@ How long a sequence may be plays no part here, so that a change of `max_length` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,8 @@ class Tokenization:
             raise RowError(MALFORMED, "`chosen`, `rejected` and `targets` differ in length, or are empty")
         if len(group["scores"]) not in (0, len(valid)):
             raise RowError(MALFORMED, f"`scores` holds {len(group['scores'])} for {len(valid)} completions")
+        if group["scores"] and not _has_gaps(group["scores"], zip(group["chosen"], group["rejected"])):
+            group["scores"] = []
         return group
 
     # -- rows of text and messages ------------------------------------------------------------------------------------
@@ -225,11 +227,14 @@ class Tokenization:
                 if ids not in used:
                     used.append(ids)
                 group[name].append(used.index(ids))
-        gaps = [ranked_scores[edge[0]] - ranked_scores[edge[-1]] for edge in edges]
-        # Of pairs that a row gives itself, scores may say otherwise; a target is in no pair by itself.
-        if (self.form is Form.RANKED or self.gap_column is not None) and min(gaps) > 0:
-            group["scores"] = [score_of.get(tuple(ids), 0.0) for ids in used]
+        if (self.form is Form.RANKED or self.gap_column is not None) and _has_gaps(ranked_scores, edges):
+            group["scores"] = [score_of.get(tuple(ids), 0.0) for ids in used]  # a target is in no pair by itself
         return {"prompt_ids": prompt_ids, "completion_ids": used} | group
+
+
+def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, int]]) -> bool:
+    """Whether the scores say of all pairs what they are pairs for; those that a row gives itself may contradict."""
+    return all(scores[chosen] > scores[rejected] for chosen, rejected in pairs)
 
 
 def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
