@@ -8,8 +8,9 @@ import pytest
 import torch
 from architectures import tiny_model
 from peft import LoraConfig
+from test_distributed import run
 from test_trainer import make_trainer
-from toy import losses
+from toy import losses, preference_data
 from transformers import TrainerCallback
 
 from cpt_kernels.moving_reference import MovingReference
@@ -84,14 +85,20 @@ def test_resume_continues_with_the_reference_as_it_was(tmp_path):
 
 
 def test_with_streams_and_token_budgets(tmp_path):
-    from toy import preference_data
-
     stored = make_trainer(tmp_path, train_sampling_strategy="sequential", **OPTIONS | {"max_steps": 3})
     stored.train()
     stream = make_trainer(tmp_path, data=preference_data(16).to_iterable_dataset(), **OPTIONS | {"max_steps": 3})
     stream.train()
     assert losses(stream) == pytest.approx(losses(stored), abs=1e-6)
     make_trainer(tmp_path, max_tokens_per_batch=80, **OPTIONS | {"max_steps": 2}).train()
+
+
+def test_two_ranks_move_it_as_one_does(tmp_path):
+    options = OPTIONS | {"train_sampling_strategy": "sequential"}
+    alone = run(tmp_path, "one", 1, 12, per_device_train_batch_size=4, **options)
+    both = run(tmp_path, "two", 2, 12, per_device_train_batch_size=2, **options)
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert both["metrics"]["eval_rewards/chosen"] == pytest.approx(alone["metrics"]["eval_rewards/chosen"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
