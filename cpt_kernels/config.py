@@ -207,8 +207,8 @@ class ContrastiveConfig(TrainingArguments):
             raise ValueError("loss_type 'exo_pair' needs label_smoothing above 0: its paper has 1e-3")
         every_option = {name for other in LOSSES for name in loss_options(other)} - {"beta"}  # a factor of rewards
         taken = {name for one in self.loss_type for name in loss_options(one)}
-        for name in self._changed(sorted(every_option - taken)):
-            raise ValueError(f"{name} has no meaning for loss_type '{loss.name}': leave it out")
+        if given := self._changed(sorted(every_option - taken)):
+            raise ValueError(f"{given[0]} has no meaning for loss_type '{loss.name}': leave it out")
         if self.f_divergence_type != "alpha_divergence" and self._changed(["f_alpha_divergence_coef"]):
             raise ValueError("f_alpha_divergence_coef has no meaning without f_divergence_type=alpha_divergence")
         if self.sync_ref_model and not loss.needs_reference:
@@ -218,8 +218,8 @@ class ContrastiveConfig(TrainingArguments):
                 "sync_ref_model=true moves the reference, so its log-probs cannot be precomputed: leave out one of"
                 " sync_ref_model and precompute_ref_log_probs"
             )
-        for name in self._changed(["ref_model_mixup_alpha", "ref_model_sync_steps"]) if not self.sync_ref_model else ():
-            raise ValueError(f"{name} has no meaning without sync_ref_model=true")
+        if not self.sync_ref_model and (given := self._changed(["ref_model_mixup_alpha", "ref_model_sync_steps"])):
+            raise ValueError(f"{given[0]} has no meaning without sync_ref_model=true")
 
     def _changed(self, names: Iterable[str]) -> list[str]:
         """Those of the options ``names`` that are not at their default."""

@@ -165,7 +165,8 @@ def build_loss(
         "f_divergence_type": f_divergence_type != "reverse_kl" and not loss.needs_reference,
         "use_weighting": use_weighting and not loss.needs_log_sum_sq,
     }
-    for option in (option for option, is_ignored in ignored.items() if is_ignored):
+    if True in ignored.values():
+        option = next(option for option, is_ignored in ignored.items() if is_ignored)
         raise ValueError(f"{option} has no meaning for loss '{loss.name}': leave it out")
     return loss
 
