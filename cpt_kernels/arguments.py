@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from .config import WITHOUT_MEANING, ContrastiveConfig
-from .losses import LOSSES
+from .losses import LOSSES, loss_names
 
 
 def _option(default: Any, help: str) -> Any:
@@ -199,8 +199,7 @@ def check_together(values: dict[str, Any]) -> None:
         raise ValueError(f"{loading[0]} is for weights that are loaded, and from_scratch=true loads none")
     if values["dataset_streaming"] and values["max_steps"] <= 0:
         raise ValueError("dataset_streaming=true needs max_steps: a stream does not say how long it is")
-    losses = values["loss_type"]
-    losses = [losses] if isinstance(losses, str) else losses
+    losses = loss_names(values["loss_type"])
     if set(losses) <= set(LOSSES):  # else ContrastiveConfig complains
         _check_loss(losses, given)
 

@@ -12,7 +12,7 @@ import yaml
 
 from .arguments import Options, defaults
 from .data.tokenize import check_same_tokenizer
-from .losses import LOSSES
+from .losses import LOSSES, loss_names
 from .parsing import parse
 from .run import CONFIG_FILE, load_ref_tokenizer, load_tokenizer, load_weights
 
@@ -145,8 +145,8 @@ def loader(name: str, option: str, options: Options) -> Callable[[], nn.Module]:
 
 
 def _has_reference(values: Mapping[str, Any]) -> bool:
-    loss = values.get("loss_type", defaults()["loss_type"])
-    return loss in LOSSES and LOSSES[loss].needs_reference
+    losses = loss_names(values.get("loss_type", defaults()["loss_type"]))
+    return any(loss in LOSSES and LOSSES[loss].needs_reference for loss in losses)
 
 
 def _as_flag(value: Any) -> str:

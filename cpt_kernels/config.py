@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from .data.curriculum import Curriculum
-from .losses import F_DIVERGENCES, LOSSES, Loss, build_loss, loss_options
+from .losses import F_DIVERGENCES, LOSSES, Loss, build_loss, loss_names, loss_options
 from .ops.attention_backends import BACKENDS
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,7 @@ class ContrastiveConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        self.loss_type = loss_names(self.loss_type)
         _one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(

@@ -52,7 +52,7 @@ def test_names_that_cannot_be_told_apart():
 
 def test_configs_beside_models(tmp_path):
     sft = write_config(tmp_path / "sft", loss_type="sft")
-    dpo = write_config(tmp_path / "dpo", loss_type="sigmoid")
+    dpo = write_config(tmp_path / "dpo", loss_type=["sft", "sigmoid"])
     (tmp_path / "dpo" / "checkpoint-5").mkdir()
     (tmp_path / "other").mkdir()
     models = [str(tmp_path / name) for name in ("sft", "dpo/checkpoint-5", "other")]
@@ -70,7 +70,7 @@ def test_configs_beside_models(tmp_path):
 
 
 def test_reference():
-    sft = {"loss_type": "sft", "model_name_or_path": "base"}
+    sft = {"loss_type": ["sft"], "model_name_or_path": "base"}
     dpo = {"loss_type": "sigmoid", "model_name_or_path": "sft"}
     apart = {"loss_type": "ipo", "model_name_or_path": "x", "ref_model_name_or_path": "sft"}
     scratch = {"loss_type": "sigmoid", "model_name_or_path": "x", "from_scratch": True}

@@ -16,7 +16,17 @@ from . import functions
 from .logps import PairLogps
 from .transforms import F_DIVERGENCES, desensitize, f_divergence, wpo_weights
 
-__all__ = ["F_DIVERGENCES", "LOSSES", "Builtin", "Loss", "PairLogps", "build_loss", "loss_options", "user_loss"]
+__all__ = [
+    "F_DIVERGENCES",
+    "LOSSES",
+    "Builtin",
+    "Loss",
+    "PairLogps",
+    "build_loss",
+    "loss_names",
+    "loss_options",
+    "user_loss",
+]
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,11 @@ def loss_options(name: str) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
+def loss_names(loss_type: str | Sequence[str]) -> list[str]:
+    """``loss_type`` as a list: one name, or several to be added up."""
+    return [loss_type] if isinstance(loss_type, str) else list(loss_type)
+
+
 def build_loss(
     name: str | Sequence[str],
     weights: Sequence[float] | None = None,
@@ -141,7 +156,7 @@ def build_loss(
         ValueError: an unknown name, another number of weights, or a change that is not defined for the loss.
         TypeError: an option is none of these losses' (see :func:`loss_options`).
     """
-    names = [name] if isinstance(name, str) else list(name)
+    names = loss_names(name)
     weights = [1.0] * len(names) if weights is None else list(weights)
     for unknown in set(names) - set(LOSSES):
         raise ValueError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}")
