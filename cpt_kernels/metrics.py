@@ -54,12 +54,16 @@ class Metrics:
         self.total: Tensor | None = None  # (len(_NAMES),) on the device
         self.reset()
 
+    def numbers(self, scores: Scores) -> PairLogps:
+        """The log-probs of a micro-batch's pairs that metrics are made of."""
+        return desensitize(scores.numbers, self.ld_alpha)
+
     @torch.no_grad()
     def add(self, batch: PackedBatch, scores: Scores) -> None:
         """Add a micro-batch that was scored with statistics."""
         offsets, chosen, rejected = batch["cu_completions"], batch["chosen"], batch["rejected"]
         lengths = offsets.diff().float()
-        numbers = desensitize(scores.numbers, self.ld_alpha)
+        numbers = self.numbers(scores)
         rewards = pair_rewards(numbers, self.beta).unbind(1)
         per_completion = {
             "entropy": segment_sum(scores.tokens.entropy, offsets),

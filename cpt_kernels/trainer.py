@@ -368,7 +368,7 @@ class ContrastiveTrainer(Trainer):
             self.metrics["eval"].add(inputs, scores)
             pairs += inputs["num_pairs"]
             if self.compute_metrics is not None:
-                rewards = pair_rewards(scores.numbers, self.args.beta)
+                rewards = pair_rewards(self.metrics["eval"].numbers(scores), self.args.beta)
                 predictions.append(np.concatenate(gather_object([rewards.cpu().numpy()])))  # ranks differ in pairs
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self.metrics["eval"].compute()

@@ -154,7 +154,7 @@ def test_evaluation_is_a_mean_over_pairs(tmp_path):
         seen[len(seen)] = prediction.predictions
         return {"margin": float((prediction.predictions[:, 0] - prediction.predictions[:, 1]).mean())}
 
-    trainer = make_trainer(tmp_path, eval_dataset=sets, max_steps=4, compute_metrics=compute_metrics)
+    trainer = make_trainer(tmp_path, eval_dataset=sets, max_steps=4, compute_metrics=compute_metrics, ld_alpha=0.5)
     trainer.train()
     by_four = trainer.evaluate()
     trainer.args.per_device_eval_batch_size = 1
