@@ -241,11 +241,13 @@ def test_resume(home, tmp_path):
     assert "resume_from_checkpoint" not in saved
 
 
-@pytest.mark.parametrize("way", ["lora", "ref", "stream", "split", "evaluated at the end", "best"])
+@pytest.mark.parametrize("way", ["lora", "ref", "sum", "moving", "stream", "split", "evaluated at the end", "best"])
 def test_other_ways_to_run(home, tmp_path, way, capsys):
     flags = {
         "lora": ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 4],
         "ref": ["--ref_model_name_or_path", home / "sft", "--loss_type", "ipo"],
+        "sum": ["--loss_type", "sigmoid", "sft", "--loss_weights", 1, 0.2, "--ld_alpha", 0.5, "--padding_free"],
+        "moving": ["--sync_ref_model", "--ref_model_sync_steps", 2, "--loss_type", "apo_zero", "--use_weighting"],
         "stream": ["--dataset_streaming"],
         "split": ["--eval_dataset_name", tmp_path / "data", "--dataset_test_split", "validation"],
         "evaluated at the end": ["--eval_strategy", "no", "--eval_on_start", "false"],
