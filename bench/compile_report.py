@@ -32,7 +32,7 @@ class Usage:
     """Resources of one compiled kernel, in bytes but for registers and threads.
 
     ``shared`` is what is known at compile time: CUDA kernels are given more at launch. Spilled registers of a Triton
-    kernel show as its stack frame.
+    kernel show as its stack frame. ``wide`` counts the instructions that load or store 16 bytes of device memory.
     """
 
     compiler: str
@@ -44,6 +44,7 @@ class Usage:
     stack: int
     spills: int
     threads: int | None = None
+    wide: int | None = None  # of Triton kernels, where it is the compiler that decides
 
     @property
     def clean(self) -> bool:
@@ -110,18 +111,21 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
                     stack=used["STACK"],
                     spills=used["LOCAL"],
                     threads=32 * kernel.metadata.num_warps,
+                    wide=len(re.findall(r"(?:ld|st)\.global[.\w]*\.v4\.b32", kernel.asm["ptx"])),
                 )
             compiled.clear()
 
 
 def triton_cases(torch, quick: bool):
     """(description, function that launches) for everything to be compiled."""
-    from cpt_kernels.ops.pair_loss import _OPTIONS, KERNEL_LOSSES
+    from cpt_kernels.losses import build_loss
+    from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, kernel_options
     from cpt_kernels.ops.pair_loss.triton import pair_loss_triton
+    from cpt_kernels.ops.tiles import row_stride
     from cpt_kernels.ops.vocab_score.triton import vocab_score_triton
 
-    def vocab_score(vocab, dtype, softcap=None, bias=False, statistics=True):
-        logits = torch.empty(2, vocab, dtype=dtype)
+    def vocab_score(vocab, dtype, softcap=None, bias=False, statistics=True, stride=None):
+        logits = torch.empty(2, stride or vocab, dtype=dtype)[:, :vocab]
         targets = torch.zeros(2, dtype=torch.int64)
         bias = torch.empty(vocab, dtype=dtype) if bias else None
         return lambda: vocab_score_triton(logits, targets, bias, 1.0, softcap, vocab, statistics, True)
@@ -130,17 +134,19 @@ def triton_cases(torch, quick: bool):
     for vocab in VOCABULARIES:
         yield f"V={vocab} bf16, statistics", vocab_score(vocab, bf16)
     yield "V=256000 bf16, statistics, bias, softcap", vocab_score(256000, bf16, 30.0, True)
+    yield "V=50257 bf16, statistics, rows of the head's tile", vocab_score(50257, bf16, stride=row_stride(50257))
     if not quick:
         yield "V=128256 bf16", vocab_score(128256, bf16, statistics=False)
         yield "V=128256 fp16, statistics", vocab_score(128256, fp16)
         yield "V=128256 fp32, statistics", vocab_score(128256, fp32)
-        yield "V=50257 bf16, statistics, unaligned", vocab_score(50257, bf16)
+        yield "V=50257 bf16, statistics, unaligned rows", vocab_score(50257, bf16)
 
     def pair_loss(loss, completions):
         index = torch.zeros(4, dtype=torch.int64)
         offsets = torch.zeros(completions + 1, dtype=torch.int64)
         tokens, reference = torch.empty(64), torch.empty(completions)
-        return lambda: pair_loss_triton(tokens, offsets, index, index, index, reference, loss, 1.0, **_OPTIONS)
+        options = kernel_options(build_loss(loss))
+        return lambda: pair_loss_triton(tokens, offsets, index, index, index, reference, loss, 1.0, **options)
 
     for loss in ("sigmoid",) if quick else KERNEL_LOSSES:
         yield f"{loss}, one launch", pair_loss(loss, 8)
@@ -191,11 +197,8 @@ def template_arguments(mangled: str) -> str:
 
 
 def table(usages: list[Usage]) -> str:
-    rows = [("compiler", "arch", "kernel", "case", "threads", "registers", "shared", "stack", "spills")]
-    rows += [
-        (u.compiler, u.architecture, u.kernel, u.case, u.threads or "", u.registers, u.shared, u.stack, u.spills)
-        for u in usages
-    ]
+    names = ("compiler", "architecture", "kernel", "case", "threads", "registers", "shared", "stack", "spills", "wide")
+    rows = [names, *(["" if getattr(u, name) is None else getattr(u, name) for name in names] for u in usages)]
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(str(x).rjust(w) if i > 3 else str(x).ljust(w) for i, (x, w) in enumerate(zip(row, widths)))
@@ -204,7 +207,9 @@ def table(usages: list[Usage]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "bench.compile_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cases, and CUDA sources for one architecture")
     parser.add_argument("--only", choices=("triton", "cuda"), help="one of the two compilers")
     options = parser.parse_args(arguments)
@@ -218,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         usages += cuda_usages(options.quick)
     dirty = [usage for usage in usages if not usage.clean]
     print(table(usages))
+    print(f"\n{len(usages)} kernels, {len(dirty)} with spilled registers or a stack frame")
     for usage in dirty:
         print(f"SPILLS: {usage}", file=sys.stderr)
     print(json.dumps({"ok": not dirty, "kernels": [asdict(usage) for usage in usages]}))

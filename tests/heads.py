@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpt_kernels.losses import Loss, PairLogps, build_loss
 from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_preference_loss
+from cpt_kernels.ops.tiles import row_stride
 
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 
@@ -79,7 +80,7 @@ class Head:
 
     def tile(self, rows: int, itemsize: int) -> Head:
         """The same with a budget for tiles of so many rows."""
-        return self.with_options(memory_mb=rows * self.columns * itemsize / 2**20)
+        return self.with_options(memory_mb=rows * row_stride(self.columns) * itemsize / 2**20)
 
     def pairs(self) -> Pairs:
         cumulative = torch.tensor([0, *self.lengths]).cumsum(0)

@@ -1,15 +1,20 @@
-"""The head with the Triton kernels between its products, under the interpreter or on a GPU, by the one rule."""
+"""The head with each kernel backend between its products, by the one rule: on a GPU, or interpreted and emulated."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from emulation import emulated
 from numerics import assert_close
 
 from cpt_kernels.losses import build_loss
+from cpt_kernels.ops.backends import has_extension
 from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_preference_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 LENGTHS, HIDDEN, VOCAB = [3, 5, 1, 7, 2, 2, 9, 4, 6, 1, 8, 3, 5, 5, 10, 1], 16, 37
 REFERENCE = [-3.5 * length for length in LENGTHS]
 
@@ -43,6 +48,7 @@ def run(dtype: torch.dtype, backend: str, loss: str, trained: bool, **options) -
     return found | {"dX": hidden.grad} | ({"dW": weight.grad} if trained else {})
 
 
+@pytest.mark.parametrize("backend", ["triton"] if GPU and not has_extension() else ["triton", "cuda"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -56,9 +62,10 @@ def run(dtype: torch.dtype, backend: str, loss: str, trained: bool, **options) -
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_head_on_triton_kernels(loss, options, dtype, trained):
+def test_head_on_kernels(backend, loss, options, dtype, trained, monkeypatch):
     exact = run(torch.float64, "eager", loss, trained, **options)
     eager = run(dtype, "eager", loss, trained, **options)
-    found = run(dtype, "triton", loss, trained, **options)
+    with emulated(monkeypatch) if backend == "cuda" and not GPU else contextlib.nullcontext():
+        found = run(dtype, backend, loss, trained, **options)
     for name, reference in exact.items():
         assert_close(found[name], eager[name], reference, f"{loss} {name}", eps=torch.finfo(dtype).eps)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..losses import Loss, PairLogps
 from .gather import segment_sum
-from .vocab_score import VocabScore, vocab_score
+from .pair_loss import check_pairs
+from .vocab_score import VocabScore, score_tile
 
 # Fewer rows make slow products, and a pair that fits no tile costs a fourth one; more only take memory.
 _CPU_ROWS = 512
@@ -22,7 +23,7 @@ class HeadOptions:
     """What lies between ``hidden @ weight.T`` and the softmax, and how the work is cut.
 
     Attributes:
-        logit_scale, softcap, vocab_size: see :func:`cpt_kernels.ops.vocab_score.vocab_score`.
+        logit_scale, softcap, vocab_size: see :func:`cpt_kernels.vocab_score`.
         statistics: also return entropy, mean logit, top-1 and log sum p^2 of every token.
         memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator, and 512 rows on a CPU.
         compute_dtype: dtype of the GEMMs, as autocast would choose; default the dtype of ``hidden``.
@@ -43,20 +44,12 @@ class HeadOptions:
             return _CPU_ROWS
         budget = self.memory_mb or 1024
         itemsize = (self.compute_dtype or hidden.dtype).itemsize
-        return max(1, int(budget * 2**20) // (weight.shape[0] * itemsize))
+        return max(1, int(budget * 2**20) // (row_stride(weight.shape[0]) * itemsize))
 
-    def score(self, logits: Tensor, targets: Tensor, bias: Tensor | None, score: bool) -> VocabScore:
-        return vocab_score(
-            logits,
-            targets,
-            bias=bias,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            vocab_size=self.vocab_size,
-            statistics=self.statistics,
-            score=score,
-            backend=self.backend,
-        )
+    def score(self, logits: Tensor, targets: Tensor, bias: Tensor | None, score: bool, backend: str) -> VocabScore:
+        vocab_size = logits.shape[1] if self.vocab_size is None else self.vocab_size
+        between = (bias, self.logit_scale, self.softcap, vocab_size)
+        return score_tile(logits, targets, *between, self.statistics, score, backend)
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,8 @@ class Pairs:
     ref_token_logps: Tensor | None = None  # (N,) for losses with needs_tails
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
 
-    def check(self, loss: Loss) -> None:
-        """Raise ValueError where the loss needs what these pairs do not have."""
+    def check(self, loss: Loss, device: torch.device) -> None:
+        """Raise ValueError where the loss needs what these pairs do not have, or they are not what they should be."""
         if loss.needs_reference and self.ref_logps is None:
             raise ValueError(f"loss '{loss.name}' needs reference log-probs")
         if loss.needs_rejected and self.rejected is None:
@@ -84,6 +77,8 @@ class Pairs:
             raise ValueError(f"loss '{loss.name}' with ld_alpha needs the reference log-prob of every token")
         if loss.needs_gap and self.gaps is None:
             raise ValueError(f"loss '{loss.name}' needs the gap of every pair")
+        sides = (self.chosen, self.rejected, self.sft_targets)
+        check_pairs(device, self.cu_completions, *sides, self.ref_logps)
 
     def numbers(
         self,
@@ -151,9 +146,17 @@ class Tile(NamedTuple):
     last: tuple[int, int]  # and ends
 
 
+def row_stride(columns: int) -> int:
+    """Elements from row to row of a tile. GEMMs and kernels load 16 bytes at once where rows start at multiples of 16
+    bytes, and what Triton knows of a stride is whether it is a multiple of 16.
+    """
+    return -(-columns // 16) * 16
+
+
 def tile_buffer(x: Tensor, w: Tensor, options: HeadOptions) -> Tensor:
     """Room for the largest tile. One for the whole call: on a CPU a new one would be faulted in page by page."""
-    return x.new_empty(max(1, min(options.tile_rows(x, w), x.shape[0])), w.shape[0])
+    rows, columns = max(1, min(options.tile_rows(x, w), x.shape[0])), w.shape[0]
+    return x.new_empty(rows, row_stride(columns))[:, :columns]
 
 
 def logits_tiles(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None) -> Iterator[tuple[slice, Tensor]]:

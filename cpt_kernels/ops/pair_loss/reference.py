@@ -1,4 +1,4 @@
-"""The definition of ``pair_loss`` in PyTorch, for any loss, and its implementation on any device without a kernel.
+"""The definition of ``pair_loss`` in PyTorch, and its implementation for losses that the kernels do not know.
 
 Completion log-probs are sums over a completion's tokens; the loss is a function of a few of them per pair
 (``losses.py``); a completion's weight is the derivative of the sum of all losses by its log-prob.
@@ -31,23 +31,22 @@ def pair_loss_reference(
     targets: Tensor | None,  # y_ref of the regulariser; None: the chosen completions
     ref_logps: Tensor | None,  # (S,)
     loss: Callable[[PairLogps], Tensor],
-    tokens_per_pair: float = 1.0,
+    tokens_per_pair: Tensor | float = 1.0,
 ) -> PairLossOutput:
     """Losses and weights by autograd over a few (P,) numbers."""
-    dtype = token_logps.dtype
-    sums = torch.segment_reduce(token_logps.double(), "sum", offsets=cu_completions.long(), initial=0)
-    logps = sums.to(dtype)
-    lengths = cu_completions.diff().to(dtype)
+    logps, lengths = (x.to(token_logps.dtype) for x in completion_sums(token_logps, cu_completions))
 
     def of(values: Tensor | None, index: Tensor | None) -> Tensor | None:
         return None if values is None or index is None else values[index]
 
-    def losses_of(chosen_logps: Tensor, target_logps: Tensor, rejected_logps: Tensor | None = None) -> Tensor:
-        return loss(
+    target = chosen if targets is None else targets
+    with torch.enable_grad():
+        leaf = logps.detach().requires_grad_()
+        losses = loss(
             PairLogps(
-                chosen=chosen_logps,
-                rejected=rejected_logps,
-                target=target_logps,
+                chosen=leaf[chosen],
+                rejected=of(leaf, rejected),
+                target=leaf[target],
                 chosen_length=lengths[chosen],
                 rejected_length=of(lengths, rejected),
                 target_length=lengths[target],
@@ -56,12 +55,11 @@ def pair_loss_reference(
                 tokens_per_pair=tokens_per_pair,
             )
         )
+        (weights,) = torch.autograd.grad(losses.sum(), leaf)
+    return PairLossOutput(logps, losses.detach(), weights)
 
-    target = chosen if targets is None else targets
-    sides = [chosen, target] if rejected is None else [chosen, target, rejected]
-    # Not torch.autograd.grad, which fails inside an operator.
-    losses, pullback = torch.func.vjp(losses_of, *(logps[side] for side in sides))
-    gradients = pullback(torch.ones_like(losses))
-    # Sorted by index on CUDA, so in a fixed order; index_add_ would be atomic.
-    weights = torch.zeros_like(logps).index_put_((torch.cat(sides),), torch.cat(gradients), accumulate=True)
-    return PairLossOutput(logps, losses, weights)
+
+def completion_sums(token_logps: Tensor, cu_completions: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over completions and their lengths, (S,) fp64 each."""
+    sums = torch.segment_reduce(token_logps.double(), "sum", offsets=cu_completions.long(), initial=0)
+    return sums, cu_completions.diff().double()

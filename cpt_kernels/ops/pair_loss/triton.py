@@ -49,11 +49,12 @@ def pair_loss_triton(
         for tensor in (token_logps, cu_completions, chosen, rejected, targets, ref_logps)
     )
     sizes = (tokens, completions, len(chosen))
-    options = (beta, label_smoothing, slic_delta, slic_lambda, tokens_per_pair)
+    # An integer would be another type of the kernel's.
+    options = map(float, (beta, label_smoothing, slic_delta, slic_lambda, tokens_per_pair))
     arguments = (*tensors, *out, *sizes, *options)
     constants = {
         "LOSS": loss,
-        "LENGTH_NORMALIZE": slic_length_normalize,
+        "LENGTH_NORMALIZE": bool(slic_length_normalize),
         "SCORED": _SCORED_COMPLETIONS,
         "PAIRS": _PAIRS,
         "num_warps": 8,

@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import backends
 from .reference import VocabScore, vocab_score_reference
 
-__all__ = ["VocabScore", "vocab_score"]
+__all__ = ["KERNEL_DTYPES", "VocabScore", "check_targets", "score_tile", "vocab_score"]
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # An operator that writes to an argument must return a fixed number of tensors: the fields of VocabScore, with empty
 # tensors for statistics that were not asked for.
@@ -31,7 +31,7 @@ def vocab_score(
 ) -> VocabScore:
     """Log-prob of each row's target under ``softmax(softcap(logit_scale * (logits + bias)))``; see ``reference.py``.
 
-    Kernels are fastest where rows start at multiples of 16 bytes (give a tile of odd width a padded row stride).
+    Kernels are fastest where rows are a multiple of 16 elements apart: pad the row stride of a tile of odd width.
 
     Args:
         vocab_size: columns at and above it are padding, with probability 0. Default: all columns are vocabulary.
@@ -48,7 +48,6 @@ def vocab_score(
         RuntimeError: the backend asked for is not available.
     """
     _check(logits, targets, bias, vocab_size, score)
-    backend = backends.resolve(backend, logits, _KERNEL_DTYPES)
     vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     operator = torch.ops.cpt_kernels.vocab_score_ if score else torch.ops.cpt_kernels.vocab_score
     with torch.no_grad():
@@ -67,7 +66,7 @@ def _vocab_score(
     statistics: bool,
     backend: str,
 ) -> _Outputs:
-    return _run(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, False, backend)
+    return _score(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, False, backend)
 
 
 @torch.library.custom_op("cpt_kernels::vocab_score_", mutates_args=("logits",))
@@ -81,10 +80,17 @@ def _vocab_score_(
     statistics: bool,
     backend: str,
 ) -> _Outputs:
-    return _run(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, True, backend)
+    return _score(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, True, backend)
 
 
-def _run(
+def _score(logits: Tensor, *arguments) -> _Outputs:
+    *arguments, backend = arguments
+    backend = backends.resolve(backend, logits, KERNEL_DTYPES)
+    out = score_tile(logits, *arguments, backend)
+    return tuple(logits.new_empty(0) if tensor is None else tensor for tensor in out)
+
+
+def score_tile(
     logits: Tensor,
     targets: Tensor,
     bias: Tensor | None,
@@ -94,15 +100,15 @@ def _run(
     statistics: bool,
     score: bool,
     backend: str,
-) -> _Outputs:
+) -> VocabScore:
+    """``vocab_score`` on a resolved backend, without checks and without an operator: for operators made of it."""
     if backend == "eager":
         function = vocab_score_reference
     elif backend == "triton":
         from .triton import vocab_score_triton as function
     else:
         from .cuda import vocab_score_cuda as function
-    out = function(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, score)
-    return tuple(logits.new_empty(0) if tensor is None else tensor for tensor in out)
+    return function(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, score)
 
 
 @_vocab_score.register_fake
@@ -131,8 +137,17 @@ def _check(logits: Tensor, targets: Tensor, bias: Tensor | None, vocab_size: int
         raise ValueError(f"vocab_size={vocab_size} is not within the {columns} columns of logits")
     if any(t is not None and t.device != logits.device for t in (targets, bias)):
         raise ValueError(f"targets and bias must be on the logits' device, {logits.device}")
-    if targets.device.type == "cpu" and rows and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        check_targets(targets, columns if vocab_size is None else vocab_size)
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """On a CPU, where looking costs nothing, hold targets to the vocabulary.
+
+    Raises:
+        ValueError: one is outside.
+    """
+    if targets.device.type == "cpu" and len(targets):
         low, high = targets.aminmax()
-        vocab = columns if vocab_size is None else vocab_size
-        if low < 0 or high >= vocab:
-            raise ValueError(f"targets must lie in [0, {vocab}), found {int(low)} to {int(high)}")
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"targets must lie in [0, {vocab_size}), found {int(low)} to {int(high)}")
