@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,14 +69,37 @@ CASES = [
     Case(FP16, 67, 1021, logit_scale=0.7, statistics=False),
     Case(FP32, 67, 1021, vocab_size=1013, bias=True, logit_scale=0.25, stride=1100, offset=3),
     Case(BF16, 67, 1021, score=False, softcap=30.0, logit_scale=2.0),
-    Case(FP16, 5, 1024, score=False, statistics=False, bias=True, offset=7),
+    Case(FP16, 5, 1021, score=False, statistics=False, vocab_size=1016, bias=True, logit_scale=2.0, stride=1040),
+    Case(FP32, 5, 1024, score=False),
     Case(FP32, 1, 1024, vocab_size=1, statistics=False, softcap=30.0),
     Case(BF16, 5, 1021, spread=30.0, logit_scale=1.5),  # peaked: log-probs down to hundreds of nats
-    Case(BF16, 3, 50257, vocab_size=50255),
+    Case(BF16, 3, 50257, vocab_size=50255, statistics=False, stride=50272),
     Case(FP16, 3, 50257, stride=50264, softcap=30.0),
     Case(FP32, 3, 50257, bias=True, statistics=False, logit_scale=0.5),
     Case(BF16, 1, 1 << 19, offset=5),
 ]
+
+
+def test_every_pair_of_options_is_covered():
+    def choices(case: Case) -> dict[str, object]:
+        stride = case.stride or case.columns
+        return {
+            "dtype": case.dtype,
+            "statistics": case.statistics,
+            "score": case.score,
+            "bias": case.bias,
+            "scale": case.logit_scale != 1,
+            "softcap": case.softcap is not None,
+            "padding columns": case.vocab_size not in (None, case.columns),
+            "memory between rows": stride > case.columns,
+            "aligned rows": stride % 16 == case.offset == 0,
+        }
+
+    chosen = [choices(case) for case in CASES]
+    for one, other in itertools.combinations(chosen[0], 2):
+        values = (sorted({case[name] for case in chosen}, key=str) for name in (one, other))
+        missing = set(itertools.product(*values)) - {(case[one], case[other]) for case in chosen}
+        assert not missing, f"{one} and {other}: {missing}"
 
 
 def make(case: Case, device: str = "cpu", seed: int = 0):
@@ -139,13 +163,14 @@ def test_outputs_and_score(name, case, monkeypatch):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter
-def test_not_finite(name, softcap, monkeypatch):
+def test_not_finite(name, softcap, dtype, monkeypatch):
     """Infinite and NaN logits give, element by element, what eager gives."""
-    inf, lowest = float("inf"), torch.finfo(FP32).min
+    inf, lowest = float("inf"), torch.finfo(dtype).min
     with implementation(name, monkeypatch) as (backend, device):
-        tile = torch.randn(9, 37, generator=torch.Generator().manual_seed(0)).to(device)
+        tile = torch.randn(9, 37, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         targets = torch.tensor([0, 0, 0, 0, 7, 1, 2, 3, 5], device=device)
         tile[0] = -inf
         tile[1, 3] = inf
@@ -227,7 +252,9 @@ def test_eager_blocks_of_rows(monkeypatch):
 
 TRITON_BUGS = {
     "tail column not summed": ("inside = whole + tile < vocab_size\n", "inside = whole + tile < vocab_size - 1\n"),
-    "tail column not scored": ("mask=column < columns)", "mask=column < columns - 1)"),
+    "tail column not scored": ("there = column < columns\n", "there = column < columns - 1\n"),
+    "tail column of aligned rows not scored": ("x, column, column < columns,", "x, column, column < columns - 1,"),
+    "last whole vector of aligned rows not scored": ("< columns // WIDTH\n", "< columns // WIDTH - 1\n"),
     "sum not rescaled": ("s = s * rescale + tl.sum(e, axis=1)", "s = s + tl.sum(e, axis=1)"),
     "lanes merged without rescaling": ("row_s = tl.sum(s * rescale, axis=0)", "row_s = tl.sum(s, axis=0)"),
     "entropy not rescaled": ("w = (w + s * shift) * rescale + ", "w = w * rescale + "),
@@ -253,27 +280,27 @@ def load_triton(tmp_path: Path, *changes: tuple[str, str]):
 @pytest.mark.parametrize("bug", [None, *TRITON_BUGS])
 def test_planted_bugs_are_found_in_triton(bug, tmp_path):
     """The checks above fail on a kernel that is wrong; small tiles, so that 1021 columns take several."""
-    changes = [("_TILE = 4096", "_TILE = 256"), *([TRITON_BUGS[bug]] if bug else [])]
+    changes = [("_TILE_BYTES = 8192", "_TILE_BYTES = 1024"), *([TRITON_BUGS[bug]] if bug else [])]
     function = load_triton(tmp_path, *changes)
 
     def run(tile, targets, *, bias, logit_scale, softcap, vocab_size, statistics, score, backend):
         vocab_size = vocab_size or tile.shape[1]
         return function(tile, targets, bias, logit_scale, softcap, vocab_size, statistics, score)
 
-    case = Case(FP32, 5, 1021)
     with pytest.raises(AssertionError) if bug else contextlib.nullcontext():
-        check(case, "triton", "cuda" if GPU else "cpu", run)
+        for stride in (1021, 1024):
+            check(Case(FP32, 5, 1021, stride=stride), "triton", "cuda" if GPU else "cpu", run)
 
 
 @pytest.mark.parametrize("mutating", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("name", ["eager", "triton", "cuda-block"])
 @pytest.mark.parametrize("statistics", [False, True])
-def test_operators(mutating, backend, statistics):
-    device = "cuda" if GPU else "cpu"
+def test_operators(mutating, name, statistics, monkeypatch):
     operator = torch.ops.cpt_kernels.vocab_score_ if mutating else torch.ops.cpt_kernels.vocab_score
-    tile, targets = torch.randn(5, 40, device=device), torch.randint(0, 38, (5,), device=device)
-    bias = torch.randn(40, device=device)
-    torch.library.opcheck(operator.default, (tile, targets, bias, 1.0, 30.0, 38, statistics, backend))
+    with implementation(name, monkeypatch) as (backend, device):
+        tile, targets = torch.randn(5, 40, device=device), torch.randint(0, 38, (5,), device=device)
+        bias = torch.randn(40, device=device)
+        torch.library.opcheck(operator.default, (tile, targets, bias, 1.0, 30.0, 38, statistics, backend))
 
 
 def test_arguments():

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .reference import VocabScore
 
-_TILE = 4096  # columns
-_COLUMNS_PER_THREAD = 16
+_TILE_BYTES = 8192
+_BYTES_PER_THREAD = 32
 
 # Running maxima stay finite, so that differences of two of them never are inf - inf. An infinite logit then shows as
 # an infinite sum, a NaN as a NaN sum, and every statistic comes out as eager PyTorch has it, with no case distinction.
@@ -44,8 +44,9 @@ def vocab_score_triton(
     )
     if rows == 0:
         return out
-    width = 16 // logits.element_size()
-    tile = min(_TILE, max(256, triton.next_power_of_2(columns)))
+    itemsize = logits.element_size()
+    width = 16 // itemsize
+    tile = min(_TILE_BYTES // itemsize, max(256, triton.next_power_of_2(columns)))
     _vocab_score_kernel[(rows,)](
         logits,
         logits.stride(0),
@@ -53,13 +54,15 @@ def vocab_score_triton(
         None if bias is None else bias.contiguous(),
         logit_scale,
         softcap,
+        None if softcap is None else 1 / softcap,
         columns,
         vocab_size,
         *out,
         SCORE=score,
+        ALIGNED=logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0,
         LANES=tile // width,
         WIDTH=width,
-        num_warps=max(1, tile // (32 * _COLUMNS_PER_THREAD)),
+        num_warps=max(1, tile * itemsize // (32 * _BYTES_PER_THREAD)),
     )
     return out
 
@@ -72,6 +75,7 @@ def _vocab_score_kernel(
     bias,  # (columns,) or None
     logit_scale,
     softcap,  # or None
+    inverse_softcap,  # a division is some ten instructions
     columns,
     vocab_size,
     logps,  # (R,)
@@ -81,11 +85,13 @@ def _vocab_score_kernel(
     corrects,  # (R,)
     log_sum_sqs,  # (R,)
     SCORE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     STATISTICS: tl.constexpr = entropies is not None
     TILE: tl.constexpr = LANES * WIDTH
+    scaling = (logit_scale, softcap, inverse_softcap)
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * logits_stride
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -93,7 +99,7 @@ def _vocab_score_kernel(
     # Before the score overwrites it. Masked, so that no target makes us read outside the row.
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocab_size)
-    target_logit = _logits(x, bias, target, known, float("nan"), logit_scale, softcap)
+    target_logit = _logits(x, bias, target, known, float("nan"), scaling)
 
     # Per lane, with m the largest logit so far: sum e^(z-m), sum (z-m) e^(z-m), sum e^(2(z-m)), sum z.
     m = tl.full([LANES], -_LARGEST, tl.float32)
@@ -105,13 +111,13 @@ def _vocab_score_kernel(
     # Whole tiles without a mask: with one that is not a multiple of 16 bytes Triton would load element by element.
     whole = vocab_size // TILE * TILE
     for start in range(0, whole, TILE):
-        z = _logits(x, bias, start + tile, None, None, logit_scale, softcap)
+        z = _logits(x, bias, start + tile, None, None, scaling)
         m, s, w, q = _add_tile(m, s, w, q, z, STATISTICS)
         if STATISTICS:
             total += tl.sum(z, axis=1)
     if whole < vocab_size:
         inside = whole + tile < vocab_size
-        z = _logits(x, bias, whole + tile, inside, float("-inf"), logit_scale, softcap)
+        z = _logits(x, bias, whole + tile, inside, float("-inf"), scaling)
         z = tl.where(inside, z, float("-inf"))
         m, s, w, q = _add_tile(m, s, w, q, z, STATISTICS)
         if STATISTICS:
@@ -135,26 +141,40 @@ def _vocab_score_kernel(
     if SCORE:
         # e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
         normaliser = tl.where(known, 1 / row_s, float("nan"))
+        target = tl.where(known, target, -1).to(tl.int32)  # 64 bits would take two registers per column
         for start in range(0, columns, TILE):
             column = start + tile
-            inside = column < vocab_size
-            z = _logits(x, bias, column, inside, 0.0, logit_scale, softcap)
-            gradient = tl.where(column == target, 1.0, 0.0) - tl.exp(z - largest) * normaliser
-            if softcap is not None:
-                gradient *= 1 - (z / softcap) * (z / softcap)
-            gradient = tl.where(inside, gradient * logit_scale, 0.0)
-            tl.store(x + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
+            there = column < columns
+            if ALIGNED:  # a mask that is the same for all of a vector, or Triton would store element by element
+                there = start // WIDTH + tl.arange(0, LANES)[:, None] < columns // WIDTH
+            _score(x, column, there, bias, scaling, target, vocab_size, largest, normaliser)
+        if ALIGNED:  # the last, incomplete vector
+            column = columns // WIDTH * WIDTH + tl.arange(0, WIDTH)
+            _score(x, column, column < columns, bias, scaling, target, vocab_size, largest, normaliser)
 
 
 @triton.jit
-def _logits(x, bias, column, mask, other, logit_scale, softcap):
+def _score(x, column, there, bias, scaling, target, vocab_size, largest, normaliser):
+    """Overwrite the logits of some columns with d log p / d x."""
+    logit_scale, softcap, inverse_softcap = scaling
+    z = _logits(x, bias, column, there, 0.0, scaling)
+    gradient = tl.where(column == target, 1.0, 0.0) - tl.exp(z - largest) * normaliser
+    if softcap is not None:
+        gradient *= 1 - (z * inverse_softcap) * (z * inverse_softcap)
+    gradient = tl.where(column < vocab_size, gradient * logit_scale, 0.0)
+    tl.store(x + column, gradient.to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _logits(x, bias, column, mask, other, scaling):
     """fp32 logits of some columns, scaled and capped."""
+    logit_scale, softcap, inverse_softcap = scaling
     z = tl.load(x + column, mask=mask, other=other).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + column, mask=mask, other=other).to(tl.float32)
     z *= logit_scale
     if softcap is not None:
-        z = _tanh(z / softcap) * softcap
+        z = _tanh(z * inverse_softcap) * softcap
     return z
 
 
