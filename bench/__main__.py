@@ -12,18 +12,19 @@ SUBJECTS = {
     "cache": "the reference cache: filling, opening, look-ups, beside SQLite, LMDB and Arrow columns",
     "crash": "builds of the reference cache, killed at random: nothing lost, nothing wrong",
     "reference_pass": "the reference pass over all pairs of a file of responses, against TRL's",
+    "gpu_check": "all that wants a GPU: tests, comparisons and benchmarks, in eight minutes",
+    "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
     "plot": "pictures of recorded results",
 }
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in SUBJECTS:
-        lines = (f"  {name:<10}{text}" for name, text in SUBJECTS.items())
+        lines = (f"  {name:<16}{text}" for name, text in SUBJECTS.items())
         print("usage: python -m bench SUBJECT [options]", *lines, sep="\n")
         return 0 if arguments in ([], ["-h"], ["--help"]) else 2
     subject, *rest = arguments
-    importlib.import_module(f"bench.{subject}").main(rest)
-    return 0
+    return importlib.import_module(f"bench.{subject}").main(rest) or 0
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ TESTS = (
     "test_pair_loss.py",
     "test_varlen.py",
     "test_linear_preference.py",
+    "test_head_backends.py",
     "test_attention.py",
     "test_csrc.py",
     "test_model.py",

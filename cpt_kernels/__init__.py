@@ -11,22 +11,27 @@ if TYPE_CHECKING:
     from .config import ContrastiveConfig
     from .losses import Loss, PairLogps, build_loss, user_loss
     from .model import PackedModel
-    from .ops.attention import shared_prompt_attention
-    from .ops.linear_preference import linear_logprobs, linear_preference_loss
+    from .ops.attention import AttentionLayout, shared_prompt_attention
+    from .ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
+    from .ops.pair_loss import pair_loss
     from .ops.vocab_score import vocab_score
     from .trainer import ContrastiveTrainer
 
     DPOConfig, DPOTrainer = ContrastiveConfig, ContrastiveTrainer
 
 _MODULES = {
+    "AttentionLayout": "ops.attention",
     "ContrastiveConfig": "config",
     "ContrastiveTrainer": "trainer",
+    "HeadOptions": "ops.linear_preference",
     "Loss": "losses",
     "PackedModel": "model",
     "PairLogps": "losses",
+    "Pairs": "ops.linear_preference",
     "build_loss": "losses",
     "linear_logprobs": "ops.linear_preference",
     "linear_preference_loss": "ops.linear_preference",
+    "pair_loss": "ops.pair_loss",
     "shared_prompt_attention": "ops.attention",
     "user_loss": "losses",
     "vocab_score": "ops.vocab_score",
@@ -35,16 +40,20 @@ _MODULES = {
 _ALIASES = {"DPOConfig": "ContrastiveConfig", "DPOTrainer": "ContrastiveTrainer"}
 
 __all__ = [
+    "AttentionLayout",
     "ContrastiveConfig",
     "ContrastiveTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "HeadOptions",
     "Loss",
     "PackedModel",
     "PairLogps",
+    "Pairs",
     "build_loss",
     "linear_logprobs",
     "linear_preference_loss",
+    "pair_loss",
     "shared_prompt_attention",
     "user_loss",
     "vocab_score",

@@ -16,7 +16,8 @@ from emulation import CSRC, WARNINGS, build, emulated, load, sources
 from numerics import assert_close
 from test_vocab_score import BF16, Case, check
 
-from cpt_kernels.ops.pair_loss import pair_loss
+from cpt_kernels.losses import build_loss
+from cpt_kernels.ops.pair_loss import kernel_options, pair_loss
 from cpt_kernels.ops.vocab_score import vocab_score
 
 ROOT = CSRC.parent
@@ -166,31 +167,53 @@ def test_plan(device, columns, blocks, monkeypatch):
         assert cluster == 1 and shared < 1024
 
 
-def test_arguments_are_checked():
-    module = load()
+def rejects(function, good: dict, *wrong: dict) -> None:
+    function(**good)
+    for change in wrong:
+        with pytest.raises(ValueError, match=function.__name__):
+            function(**{**good, **change})
+
+
+def test_arguments_of_vocab_score_are_checked():
     tile, targets, out = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
-    pointers = {
-        "logits": tile.data_ptr(),
-        "targets": targets.data_ptr(),
-        "logps": out.data_ptr(),
-        "lse": out.data_ptr(),
-    }
+    pointers = {name: tensor.data_ptr() for name, tensor in (("logits", tile), ("logps", out), ("lse", out))}
     absent = dict.fromkeys(("bias", "entropy", "mean_logit", "correct", "log_sum_sq", "stream"), 0)
-    sizes = {"rows": 2, "columns": 8, "row_stride": 8, "vocab_size": 8}
-    good = {"dtype": "float32", "logit_scale": 1.0, "softcap": 0.0, "score": True, **pointers, **absent, **sizes}
-    module.vocab_score(**good)
-    for wrong in (
+    sizes = {"rows": 2, "columns": 8, "row_stride": 8, "vocab_size": 8, "targets": targets.data_ptr()}
+    rejects(
+        load().vocab_score,
+        {"dtype": "float32", "logit_scale": 1.0, "softcap": 0.0, "score": True, **pointers, **absent, **sizes},
         {"dtype": "float64"},
         {"rows": -1},
         {"columns": 0},
+        {"columns": 1 << 31},
         {"vocab_size": 9},
         {"row_stride": 7},
         {"softcap": -1.0},
         {"targets": 0},
         {"entropy": out.data_ptr()},
-    ):
-        with pytest.raises(ValueError, match="vocab_score"):
-            module.vocab_score(**{**good, **wrong})
+    )
+
+
+def test_arguments_of_pair_loss_are_checked():
+    numbers, index = torch.zeros(4), torch.tensor([0, 1, 2, 3])
+    inputs = {"token_logps": numbers, "ref_logps": numbers, "cu_completions": index, "chosen": index, "rejected": index}
+    outputs = {name: torch.zeros(4) for name in ("completion_logps", "losses", "weights")}
+    pointers = {name: tensor.data_ptr() for name, tensor in {**inputs, **outputs}.items()}
+    sizes = {"tokens": 3, "wide": True, "completions": 3, "pairs": 2, "tokens_per_pair": 1.0, "targets": 0, "stream": 0}
+    rejects(
+        load().pair_loss,
+        {**pointers, **sizes, "loss": "sigmoid", **kernel_options(build_loss("sigmoid"))},
+        {"loss": "dpo"},
+        {"pairs": -1},
+        {"tokens": -1},
+        {"completions": 0},
+        {"cu_completions": 0},
+        {"token_logps": 0},
+        {"weights": 0},
+        {"chosen": 0},
+        {"rejected": 0},
+        {"ref_logps": 0},
+    )
 
 
 def test_launch_errors_are_raised(monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import cpt_kernels
 from cpt_kernels.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,14 @@ def test_examples(block):
         compile(block, "README.md", "exec")
         block = "\n".join(line for line in block.splitlines() if line.startswith(("from cpt_kernels", "import")))
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_logprobs", "linear_preference_loss", "vocab_score", "pair_loss", "shared_prompt_attention"]
+)
+def test_every_function_without_the_trainer_has_an_example(name):
+    assert name in cpt_kernels.__all__
+    assert any(re.search(rf"\b{name}\(", block) and "..." not in block for block in BLOCKS)
 
 
 def test_losses_in_the_table_exist():

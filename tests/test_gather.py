@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.data.packing import scatter_levels
+from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 from cpt_kernels.ops.gather import gather_rows, segment_sum
 
 
@@ -36,6 +41,55 @@ def test_gradients_of_repeated_rows_are_summed_in_fp32(dtype):
     upstream[0] = 256
     gather_rows(x, index, _levels(index, 2)).backward(upstream)
     assert x.grad.dtype == dtype and x.grad[:, 0].tolist() == [torch.tensor(256 + 75.0).to(dtype).item(), 0]
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that are called inside, with ``accumulate`` where one is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        accumulates = "index_put" in function._opname and True in (*args[3:], (kwargs or {}).get("accumulate"))
+        self.names.add(function._opname + " accumulate" * accumulates)
+        return function(*args, **(kwargs or {}))
+
+
+ATOMIC_ON_CUDA = re.compile("index_add|scatter_add|scatter_reduce|accumulate|index_select_backward|embedding")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_nothing_in_the_backward_of_a_shared_prompt_is_atomic_on_cuda(backend):
+    """The prompt's keys and values, and its last row, get gradients from several completions: in a fixed order."""
+    row = {
+        "prompt_ids": [5, 6, 7],
+        "completion_ids": [[8, 9], [4], [3]],
+        "chosen": [0],
+        "rejected": [1],
+        "targets": [0],
+    }
+    batch = PackedCollator()([row])
+    query, key, value = (torch.randn(7, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = shared_prompt_attention(query, key, value, AttentionLayout.of(batch), backend=backend)
+    rows = gather_rows(out, batch["predictor_index"], batch["predictor_levels"])
+    loss = segment_sum(rows.square().sum((1, 2)), batch["cu_completions"]).sum()
+    with Called() as called:
+        loss.backward()
+    assert "index_put_" in called.names and not [name for name in called.names if ATOMIC_ON_CUDA.search(name)]
+    with Called() as naive:
+        key[AttentionLayout.of(batch).kv_index].sum().backward()
+    assert [name for name in naive.names if ATOMIC_ON_CUDA.search(name)]
+
+
+def test_repeated_rows_are_summed_in_the_order_of_their_completions():
+    """Bit for bit the sum from the first occurrence to the last, of numbers whose sum depends on the order."""
+    index = torch.tensor([1, 0, 1, 1, 0, 1])
+    x = torch.zeros(2, requires_grad=True)
+    upstream = torch.tensor([1e8, 3.0, 1.0, -1e8, 4.0, 1.0])
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(gather_rows(x, index, _levels(index, 2)), x, upstream)
+        assert grad.tolist() == [7.0, 1.0]  # (1e8 + 1) is 1e8 in fp32
 
 
 @pytest.mark.parametrize("lengths", [[1], [3, 1, 4], [2, 0, 5], [0], []], ids=str)

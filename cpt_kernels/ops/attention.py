@@ -6,8 +6,9 @@ over segments of different lengths will do: one call of a variable-length kernel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,11 @@ class AttentionLayout:
     kv_levels: Levels
     segment_lengths: Sequence[tuple[int, int]]  # G times (queries, keys)
     shared: bool  # False: every segment's keys are its own tokens, in order, and nothing is gathered
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> AttentionLayout:
+        """The layout of a ``PackedBatch``."""
+        return cls(**{field.name: batch[field.name] for field in fields(cls)})
 
 
 def shared_prompt_attention(

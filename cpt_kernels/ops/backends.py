@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: ``eager`` PyTorch, ``triton`` or ``cuda``. Explicit; nothing falls back.
 
-``auto`` is eager on a CPU, and on a GPU the CUDA extension if this installation has it, else Triton. A backend asked
-for by name and not there raises, with the mend.
+``auto`` is eager on a CPU, and on a GPU the CUDA extension where it is built and runs, else Triton; it says once which.
+A backend asked for by name and not there raises, with the mend.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 BACKENDS = ("auto", "eager", "triton", "cuda")
+
+_CAPABILITY = (8, 0)  # the least that the extension has machine code for; see setup.py
 
 BUILD_HINT = "build it with nvcc on the PATH: CPT_BUILD_CUDA=1 pip install --no-build-isolation ."
 
@@ -33,9 +38,10 @@ def resolve(backend: str, tensor: Tensor, kernel_dtypes: tuple[torch.dtype, ...]
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend '{backend}': choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        if tensor.device.type != "cuda" or tensor.dtype not in kernel_dtypes:
+        if tensor.dtype not in kernel_dtypes:
             return "eager"
-        backend = "cuda" if has_extension() else "triton"
+        backend, reason = automatic(tensor.device)
+        _announce(tensor.device.type, f"kernels on {tensor.device.type}: {reason}")
     if backend == "eager":
         return backend
     if tensor.dtype not in kernel_dtypes:
@@ -45,6 +51,28 @@ def resolve(backend: str, tensor: Tensor, kernel_dtypes: tuple[torch.dtype, ...]
     else:
         _check_cuda(tensor)
     return backend
+
+
+@functools.cache
+def automatic(device: torch.device) -> tuple[str, str]:
+    """The backend that ``auto`` is on a device, and in words what that is, and why."""
+    if device.type != "cuda":
+        return "eager", "eager PyTorch"
+    if torch.version.hip is not None:
+        return "triton", "Triton"
+    if not has_extension():
+        return "triton", f"Triton; the CUDA extension is not built ({BUILD_HINT})"
+    if (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+        return "triton", "Triton; the CUDA extension needs compute capability {}.{}, not {}.{}".format(
+            *_CAPABILITY, *capability
+        )
+    return "cuda", "the CUDA extension"
+
+
+@functools.cache  # once
+def _announce(device_type: str, message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
 
 
 def _check_triton(tensor: Tensor) -> None:
@@ -61,6 +89,12 @@ def _check_cuda(tensor: Tensor) -> None:
     load_extension()
     if tensor.device.type != "cuda":
         raise RuntimeError(f"backend 'cuda' needs CUDA tensors, not {tensor.device}; take backend='eager' on a CPU")
+    if (capability := torch.cuda.get_device_capability(tensor.device)) < _CAPABILITY:
+        raise RuntimeError(
+            "backend 'cuda' needs compute capability {}.{}, and {} has {}.{}: take backend='triton'".format(
+                *_CAPABILITY, tensor.device, *capability
+            )
+        )
 
 
 def has_extension() -> bool:

@@ -1,0 +1,94 @@
+"""Which backend ``auto`` is, that it says so once, and what a backend asked for by name needs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cpt_kernels.ops import backends
+from cpt_kernels.ops.backends import BUILD_HINT, automatic, resolve
+from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs
+from cpt_kernels.ops.pair_loss import pair_loss
+from cpt_kernels.ops.vocab_score import vocab_score
+
+FP32 = (torch.float32,)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    automatic.cache_clear()
+    backends._announce.cache_clear()
+    yield
+    automatic.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Let there be a GPU, as far as choosing a backend sees one; gives a tensor on it."""
+
+    def make(capability=(9, 0), extension=True, hip=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(backends, "has_extension", lambda: extension)
+        monkeypatch.setattr(backends, "load_extension", lambda: None)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "said"),
+    [
+        ({}, "cuda", "kernels on cuda: the CUDA extension"),
+        ({"capability": (8, 0)}, "cuda", "kernels on cuda: the CUDA extension"),
+        ({"extension": False}, "triton", f"kernels on cuda: Triton; the CUDA extension is not built ({BUILD_HINT})"),
+        (
+            {"capability": (7, 5)},
+            "triton",
+            "kernels on cuda: Triton; the CUDA extension needs compute capability 8.0, not 7.5",
+        ),
+        ({"hip": "6.4"}, "triton", "kernels on cuda: Triton"),
+    ],
+)
+def test_auto_on_a_gpu(gpu, caplog, options, expected, said):
+    tensor = gpu(**options)
+    assert [resolve("auto", tensor, FP32) for _ in range(3)] == [expected] * 3
+    assert caplog.messages == [said]
+
+
+def test_auto_says_once_what_it_took(caplog):
+    tile, targets = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
+    offsets, first = torch.tensor([0, 3]), torch.tensor([0])
+    for _ in range(2):
+        vocab_score(tile, targets)
+        pair_loss(tile[:, 0], offsets, first, loss="sft")
+        linear_logprobs(tile, torch.randn(5, 8, requires_grad=True), targets)
+    assert caplog.messages == ["kernels on cpu: eager PyTorch"]
+
+
+def test_nothing_is_said_where_nothing_was_chosen(caplog, monkeypatch):
+    tile, targets = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
+    vocab_score(tile, targets, backend="eager")
+    vocab_score(tile.double(), targets)
+    linear_logprobs(tile, torch.randn(5, 8), targets, options=HeadOptions(backend="eager"))
+    monkeypatch.setenv("RANK", "1")
+    vocab_score(tile, targets)
+    assert caplog.messages == []
+
+
+def test_a_gpu_that_the_extension_is_not_for(gpu):
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8.0, and cuda:0 has 7.5: take backend='triton'"):
+        resolve("cuda", gpu(capability=(7, 5)), FP32)
+    assert resolve("cuda", gpu(capability=(8, 6)), FP32) == "cuda"
+    assert resolve("eager", gpu(capability=(7, 5)), FP32) == "eager"
+
+
+def test_unknown_backends_and_dtypes():
+    tensor = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="choose one of auto, eager, triton, cuda"):
+        resolve("rocm", tensor, FP32)
+    with pytest.raises(ValueError, match=r"takes torch.float32, not torch.float64"):
+        resolve("triton", tensor, FP32)
+    assert resolve("auto", tensor, FP32) == "eager"
