@@ -68,8 +68,8 @@ class Ours:
     def keys(self, rows: np.ndarray, tokens: int) -> list[bytes]:
         return self.cache.keys([sequence(row, tokens) for row in rows.tolist()])
 
-    def get(self, keys: list[bytes], tokens: int) -> list[np.ndarray]:
-        return self.cache.get_by_keys(keys, [tokens] * len(keys))
+    def get(self, keys: list[bytes], tokens: int) -> np.ndarray:
+        return self.cache.look_up(keys, [tokens] * len(keys))[0]
 
 
 class OursByTokens(Ours):
@@ -83,8 +83,8 @@ class OursByTokens(Ours):
     def keys(self, rows: np.ndarray, tokens: int) -> list[tuple]:
         return [sequence(row, tokens) for row in rows.tolist()]
 
-    def get(self, keys: list[tuple], tokens: int) -> list[np.ndarray]:
-        return self.cache.get_many(keys)
+    def get(self, keys: list[tuple], tokens: int) -> np.ndarray:
+        return super().get(self.cache.keys(keys), tokens)
 
 
 class ByKey:

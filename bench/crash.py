@@ -176,8 +176,7 @@ def stored(folder: Path) -> dict[bytes, np.ndarray]:
     cache = ReferenceCache(folder, place.name)
     rows: dict[bytes, np.ndarray] = {}
     for shard in cache.shards:
-        keys = np.stack([shard.high, shard.low], axis=1).tobytes()
-        rows |= {keys[16 * i : 16 * i + 16]: values for i, values in enumerate(shard.rows())}
+        rows |= shard.rows()
     return rows
 
 

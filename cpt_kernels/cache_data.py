@@ -54,7 +54,7 @@ class DatasetReference:
         for dataset in self.trainer.stored.values():
             for sequences in iter_sequences(dataset, *self.cut):
                 pairs = [sequence[2:] for sequence in sequences]
-                for (prompt, completion), values in zip(pairs, self.reference.lookup(pairs)):
+                for (prompt, completion), values in zip(pairs, self.reference.cache.get_many(pairs)):
                     if values is not None:
                         stored[tuple(prompt.tolist()), tuple(completion.tolist())] = values
         sums = self._imported()
@@ -115,12 +115,7 @@ class DatasetReference:
             yield from ((batch[i], values) for i, values in zip(order, scored))
 
     def _imported(self) -> set[bytes]:
-        shards = (shard for shard in self.reference.cache.shards if shard.kind == "sums")
-        return {
-            np.array(halves, "<u8").tobytes()
-            for shard in shards
-            for halves in zip(shard.high.tolist(), shard.low.tolist())
-        }
+        return {key for shard in self.reference.cache.shards if shard.kind == "sums" for key in shard.keys().tolist()}
 
     @staticmethod
     def _gap(new: np.ndarray, stored: np.ndarray, is_sum: bool) -> float:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -157,13 +156,11 @@ def export(args: argparse.Namespace) -> None:
     with pq.ParquetWriter(args.to, schema.with_metadata({"fingerprint": folders[0].name})) as writer:
         for shard in cache.shards:
             shard.check()
-            keys = pa.py_buffer(np.stack([shard.high, shard.low], axis=1).tobytes())
-            columns = [
-                pa.Array.from_buffers(schema.field("key").type, len(shard), [None, keys]),
-                pa.LargeListArray.from_arrays(shard.offsets, shard.values).cast(schema.field("logps").type),
-                pa.array([shard.kind] * len(shard)),
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
+            rows = shard.rows()
+            columns = [list(rows), list(rows.values()), [shard.kind] * len(rows)]
+            writer.write_table(
+                pa.table([pa.array(column, f.type) for column, f in zip(columns, schema)], schema=schema)
+            )
     print(f"{cache.num_rows} completions written to {args.to}")
 
 

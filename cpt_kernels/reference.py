@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from .fingerprint import describe, fingerprint
 from .loading import dropout
 from .model import PackedModel, base_model
 from .ops.gather import segment_sum
-from .reference_cache import ReferenceCache
+from .reference_cache import ReferenceCache, Sequences
 from .scoring import Missing, find_missing, scoring_batches, scoring_rows
 
 logger = logging.getLogger(__name__)
@@ -99,9 +98,9 @@ class Reference:
         elif self.owned:
             self.packed.model.to("cpu")  # until something is missing
 
-    def lookup(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray | None]:
-        """Log-probs from the cache of every (prompt ids, completion ids), (tokens,) fp32, or ``None``."""
-        return self.cache.get_many(sequences)
+    def lookup(self, sequences: Sequences) -> np.ndarray:
+        """(N,) log-probs of the tokens of all (prompt ids, completion ids), fp32; NaN where the cache has none."""
+        return self.cache.look_up(self.cache.keys(sequences), [len(completion) for _, completion in sequences])[0]
 
     def complete(self, batch: PackedBatch) -> None:
         """Score what a batch lacks, put it in the batch and in the cache."""
@@ -170,7 +169,7 @@ class Reference:
     def _check_shared(self, missing: Missing) -> None:
         """Whether this rank sees what the others wrote."""
         keys = [key.tobytes() for key in missing.keys]
-        unseen = sum(values is None for values in self.cache.find(keys, missing.lengths.tolist()))
+        unseen = self.cache.has_keys(keys, missing.lengths.tolist()).count(False)
         if sum(gather_object([unseen])):
             raise ValueError(
                 f"rank {self.accelerator.process_index} does not find {unseen} of {len(keys)} completions that were"

@@ -75,10 +75,10 @@ def find_missing(dataset: Dataset, cache: ReferenceCache, max_length: int | None
     completions = found = 0
     for sequences in iter_sequences(dataset, max_length, truncation_mode):
         keys = cache.keys([sequence[2:] for sequence in sequences])
-        there = cache.get_by_keys(keys, [len(completion) for *_, completion in sequences])
+        _, there = cache.look_up(keys, [len(completion) for *_, completion in sequences])
         completions += len(keys)
-        for key, values, (row, position, prompt, completion) in zip(keys, there, sequences):
-            if values is None:
+        for key, known, (row, position, prompt, completion) in zip(keys, there.tolist(), sequences):
+            if not known:
                 digest = xxh3_128_digest(prompt.tobytes())
                 columns.append((key, digest, row, position, len(prompt), len(completion)))
             else:

@@ -6,7 +6,7 @@ leaves a search of a few steps, which is done for a batch of keys at once. 12.5 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class Index(NamedTuple):
         merged = _merge(shards, starts[len(self.starts) - 1 : -1], parts, dtype)
         return Index((*self.shards, *shards), tuple(starts), (*runs, merged))
 
-    def find(self, prefixes: NDArray[np.uint64]) -> Iterator[Iterator[tuple[int, Shard, int]]]:
+    def find(self, prefixes: NDArray[np.uint64]) -> Iterator[Iterable[tuple[int, int, int]]]:
         """Rows that begin like one of a batch of first halves, (k,): (item of the batch, shard, row of the shard)."""
         starts = np.array(self.starts)
         for run in self.runs:
@@ -84,9 +84,8 @@ class Index(NamedTuple):
             at = at[items]
             while len(items):
                 rows = run.rows[at].astype(np.int64)
-                numbers = starts.searchsorted(rows, "right") - 1
-                shards = map(self.shards.__getitem__, numbers.tolist())
-                yield zip(items.tolist(), shards, (rows - starts[numbers]).tolist())
+                shards = starts.searchsorted(rows, "right") - 1
+                yield zip(items.tolist(), shards.tolist(), (rows - starts[shards]).tolist())
                 # The same first half again: a row that two writers stored, or one in 2^64 by chance.
                 at = at + 1
                 again = (at < len(run)) & (run.prefixes.take(at, mode="clip") == prefixes[items])

@@ -226,9 +226,9 @@ def _forget_longest(model: nn.Module) -> None:
 
 def make_batch(rows: Sequence[Row], packed: PackedModel | None = None, **options) -> PackedBatch:
     limit = packed.share_limit if packed else None
-    return PackedCollator(reference=lambda s: [reference_logps(*each) for each in s], share_limit=limit, **options)(
-        rows
-    )
+    return PackedCollator(
+        reference=lambda s: np.concatenate([reference_logps(*each) for each in s]), share_limit=limit, **options
+    )(rows)
 
 
 def run_packed(

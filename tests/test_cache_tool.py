@@ -18,6 +18,7 @@ from toy import preference_rows, word_tokenizer
 from cpt_kernels import cli
 from cpt_kernels.cache_tool import main
 from cpt_kernels.reference_cache import ReferenceCache
+from cpt_kernels.shards import Rows
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,11 @@ def test_verify_notices_values_of_another_model(home, tmp_path):
     (folder,) = cache.iterdir()
     (shard,) = ReferenceCache(cache, folder.name).shards
     forged = ReferenceCache(cache, folder.name)
-    rows = [values - 1 for values in shard.rows()]
-    keys = np.stack([shard.high, shard.low], axis=1).tobytes()
     shard.path.unlink()
-    forged._write(keys, rows, "tokens")
+    rows = Rows()
+    for key, values in shard.rows().items():
+        rows.add([key], np.array([len(values)]), values - 1)
+    forged._write(rows, "tokens")
     with pytest.raises(ValueError, match=r"differ by up to 1\.?\d* nats per token"):
         main(["verify", *options(home, cache)])
 

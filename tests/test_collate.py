@@ -212,18 +212,17 @@ def test_long_groups_do_not_share():
 def test_reference_log_probs_lie_where_their_tokens_do():
     def reference(sequences):
         assert all(isinstance(ids, tuple) for sequence in sequences for ids in sequence)
-        return [np.array([-sum(p) - token / 64 for token in c], dtype=np.float32) for p, c in sequences]
+        return np.array([-sum(p) - token / 64 for p, c in sequences for token in c], dtype=np.float32)
 
     batch = PackedCollator(reference=reference)(random_rows(3))
     assert batch["ref_token_logps"].dtype == torch.float32
-    expected = reference(sequences(batch))
-    assert batch["ref_token_logps"].tolist() == np.concatenate(expected).tolist()
+    assert batch["ref_token_logps"].tolist() == reference(sequences(batch)).tolist()
     assert PackedCollator()(random_rows(3))["ref_token_logps"] is None
 
 
 def test_missing_reference_log_probs_are_named_and_cannot_be_mistaken_for_numbers():
     def reference(sequences):
-        return [None if c == (3, 3) else np.zeros(len(c), dtype=np.float32) for _, c in sequences]
+        return np.array([np.nan if c == (3, 3) else 0.0 for _, c in sequences for _ in c], dtype=np.float32)
 
     batch = PackedCollator(reference=reference)([row([1], [[2], [3, 3], [4]], [(0, 1), (0, 2)])])
     assert batch["ref_missing"] == [(1, (1,), (3, 3))]

@@ -6,7 +6,7 @@ response is run once however many pairs it is in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -19,11 +19,8 @@ from .curriculum import PLACE
 from .packing import GroupLengths, pack, scatter_levels, unit_boundaries
 from .truncation import truncate
 
-# [(prompt ids, completion ids)] -> (completion,) log-probs of each, or None where they are not known yet
-ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], Sequence["NDArray[np.float32] | None"]]
-
-
-_NO_LOGPS = np.zeros(1, dtype=np.float32)  # of the one token that a rank without rows runs
+# [(prompt ids, completion ids)] -> log-probs of all their completions' tokens, one array; NaN where they are not known
+ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], "NDArray[np.float32]"]
 
 
 class PackedBatch(TypedDict):
@@ -65,7 +62,7 @@ class PackedCollator:
         max_length, truncation_mode: applied to each prompt + completion, as TRL's.
         share_prompts: run a prompt once for all its completions.
         share_limit: sequences longer than this do not share their prompt (RoPE that depends on the sequence's length).
-        reference: per-token reference log-probs of completions, fp32; ``None`` if no loss needs them.
+        reference: per-token reference log-probs of completions; ``None`` if no loss needs them.
         pad_token_id: the one token of the batch that a rank without rows runs.
     """
 
@@ -149,17 +146,14 @@ class PackedCollator:
         longest = len(prompt) + max(map(len, completions))
         return self.share_prompts and (self.share_limit is None or longest <= self.share_limit)
 
-    def _reference_logps(self, sequences: Iterable[tuple[tuple, tuple]], scored: bool) -> dict[str, Any]:
+    def _reference_logps(self, number: Mapping[tuple[tuple, tuple], int], scored: bool) -> dict[str, Any]:
         if self.reference is None:
             return {"ref_token_logps": None, "ref_missing": []}
-        sequences = list(sequences)
-        known = self.reference(sequences) if scored else [_NO_LOGPS] * len(sequences)
-        values = [
-            np.full(len(completion), np.nan, dtype=np.float32) if logps is None else logps
-            for logps, (_, completion) in zip(known, sequences)
-        ]
-        missing = [(s, *sequence) for s, (logps, sequence) in enumerate(zip(known, sequences)) if logps is None]
-        return {"ref_token_logps": torch.from_numpy(np.concatenate(values)), "ref_missing": missing}
+        sequences = list(number)
+        stops = np.cumsum([len(completion) for _, completion in sequences])
+        logps = self.reference(sequences) if scored else np.zeros(stops[-1], np.float32)
+        missing = [(s, *sequences[s]) for s in np.flatnonzero(np.isnan(logps[stops - 1])).tolist()]
+        return {"ref_token_logps": torch.from_numpy(logps), "ref_missing": missing}
 
 
 def _ints(values: Any) -> Tensor:
