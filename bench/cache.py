@@ -4,31 +4,38 @@ The index has ten million completions, one million of them with 200 values (0.8 
 read in fresh processes with a warm page cache. At one million, in the same run: SQLite, LMDB, an Arrow column of the
 same values as ``datasets`` stores it, and TRL's columns, which hold one sum per completion. The last two are addressed
 by row number: they know nothing of content, so a look-up there is less than a look-up here.
+
+Filling is timed from token ids and log-probs in memory to bytes on disk, synced every 65,536 rows (the last two do not
+sync). Look-ups copy every value out. Last comes the share of a training step (``bench.step``'s, on a CPU) that is spent
+in the cache. Next to seconds stand seconds of CPU time, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from cpt_kernels.reference_cache import ReferenceCache
+from cpt_kernels.reference_cache import ReferenceCache, Sequences
+
+from .timing import add_output_options, finish, table
 
 FINGERPRINT = "c0ffee" * 5 + "00"
-BATCH = 512
-_CHUNK = 100_000  # rows added and flushed together
+BATCH = 512  # completions added or looked up together
+_CHUNK = 1 << 16  # rows between two syncs
 _TOKENS = np.random.default_rng(0).integers(0, 150_000, 1 << 16)
 _VALUES = -np.random.default_rng(1).random(1 << 16, dtype=np.float32)
 
@@ -51,37 +58,29 @@ def values(row: int, tokens: int) -> np.ndarray:
 
 class Ours:
     name = "reference cache"
-    flush_seconds = 0.0
 
-    def fill(self, folder: Path, rows: range, tokens: int) -> None:
-        cache = ReferenceCache(folder, FINGERPRINT, flush_seconds=1e9)
-        for start in range(rows.start, rows.stop, _CHUNK):
-            chunk = range(start, min(start + _CHUNK, rows.stop))
-            cache.add_many([sequence(row, tokens) for row in chunk], [values(row, tokens) for row in chunk])
-            started = time.perf_counter()
-            cache.flush()
-            self.flush_seconds += time.perf_counter() - started
+    def __init__(self, folder: Path) -> None:
+        self.cache = ReferenceCache(folder, FINGERPRINT, flush_seconds=1e9)
 
-    def open(self, folder: Path) -> None:
-        self.cache = ReferenceCache(folder, FINGERPRINT)
+    def add(self, sequences: Sequences, logps: list[np.ndarray]) -> None:
+        for start in range(0, len(sequences), BATCH):
+            self.cache.add_many(sequences[start : start + BATCH], logps[start : start + BATCH])
+        self.cache.flush()
 
-    def keys(self, rows: np.ndarray, tokens: int) -> list[bytes]:
-        return self.cache.keys([sequence(row, tokens) for row in rows.tolist()])
+    def keys(self, rows: list[int], tokens: int) -> list[bytes]:
+        return self.cache.keys([sequence(row, tokens) for row in rows])
 
     def get(self, keys: list[bytes], tokens: int) -> np.ndarray:
         return self.cache.look_up(keys, [tokens] * len(keys))[0]
 
 
 class OursByTokens(Ours):
-    """The look-up hashes the tokens, too."""
+    """The look-up hashes the tokens, too. Reads what ``Ours`` wrote."""
 
     name = "reference cache, from tokens"
 
-    def fill(self, folder: Path, rows: range, tokens: int) -> None:
-        raise NotImplementedError("it reads what Ours wrote")
-
-    def keys(self, rows: np.ndarray, tokens: int) -> list[tuple]:
-        return [sequence(row, tokens) for row in rows.tolist()]
+    def keys(self, rows: list[int], tokens: int) -> list[tuple]:
+        return [sequence(row, tokens) for row in rows]
 
     def get(self, keys: list[tuple], tokens: int) -> np.ndarray:
         return super().get(self.cache.keys(keys), tokens)
@@ -90,54 +89,47 @@ class OursByTokens(Ours):
 class ByKey:
     """Stores of bytes by bytes share our keys."""
 
-    def keys(self, rows: np.ndarray, tokens: int) -> list[bytes]:
-        return ReferenceCache("/nonexistent", FINGERPRINT).keys([sequence(row, tokens) for row in rows.tolist()])
+    hasher = ReferenceCache("/nonexistent", FINGERPRINT)
 
-    def items(self, rows: range, tokens: int) -> Iterator[list[tuple[bytes, bytes]]]:
-        for start in range(rows.start, rows.stop, _CHUNK):
-            chunk = range(start, min(start + _CHUNK, rows.stop))
-            keys = self.keys(np.array(chunk), tokens)
-            yield sorted((key, values(row, tokens).tobytes()) for key, row in zip(keys, chunk))
+    def keys(self, rows: list[int], tokens: int) -> list[bytes]:
+        return self.hasher.keys([sequence(row, tokens) for row in rows])
+
+    def items(self, sequences: Sequences, logps: list[np.ndarray]) -> list[tuple[bytes, bytes]]:
+        return sorted(zip(self.hasher.keys(sequences), [row.tobytes() for row in logps]))
 
 
 class SQLite(ByKey):
     name = "SQLite"
 
-    def fill(self, folder: Path, rows: range, tokens: int) -> None:
-        connection = sqlite3.connect(folder / "cache.db")
-        connection.execute("create table rows (key blob primary key, value blob) without rowid")
-        for items in self.items(rows, tokens):
-            with connection:
-                connection.executemany("insert into rows values (?, ?)", items)
-        connection.close()
-
-    def open(self, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.connection = sqlite3.connect(folder / "cache.db")
+        self.connection.execute("create table if not exists rows (key blob primary key, value blob) without rowid")
 
-    def get(self, keys: list[bytes], tokens: int) -> list[np.ndarray]:
+    def add(self, sequences: Sequences, logps: list[np.ndarray]) -> None:
+        with self.connection:
+            self.connection.executemany("insert into rows values (?, ?)", self.items(sequences, logps))
+
+    def get(self, keys: list[bytes], tokens: int) -> np.ndarray:
         marks = ",".join("?" * len(keys))
         found = dict(self.connection.execute(f"select key, value from rows where key in ({marks})", keys))
-        return [np.frombuffer(found[key], np.float32) for key in keys]
+        return np.frombuffer(b"".join(map(found.__getitem__, keys)), np.float32)
 
 
 class LMDB(ByKey):
     name = "LMDB"
 
-    def fill(self, folder: Path, rows: range, tokens: int) -> None:
+    def __init__(self, folder: Path) -> None:
         import lmdb
 
-        with lmdb.open(str(folder), map_size=1 << 36) as environment:
-            for items in self.items(rows, tokens):
-                with environment.begin(write=True) as transaction:
-                    transaction.cursor().putmulti(items)
+        self.environment = lmdb.open(str(folder), map_size=1 << 36)
+        self.transaction = self.environment.begin(buffers=True)
 
-    def open(self, folder: Path) -> None:
-        import lmdb
+    def add(self, sequences: Sequences, logps: list[np.ndarray]) -> None:
+        with self.environment.begin(write=True) as transaction:
+            transaction.cursor().putmulti(self.items(sequences, logps))
 
-        self.transaction = lmdb.open(str(folder), map_size=1 << 36, readonly=True).begin(buffers=True)
-
-    def get(self, keys: list[bytes], tokens: int) -> list[np.ndarray]:
-        return [np.frombuffer(self.transaction.get(key), np.float32) for key in keys]
+    def get(self, keys: list[bytes], tokens: int) -> np.ndarray:
+        return np.frombuffer(b"".join(map(self.transaction.get, keys)), np.float32)
 
 
 class ArrowColumn:
@@ -145,47 +137,46 @@ class ArrowColumn:
 
     name = "Arrow column, by row number"
 
-    def fill(self, folder: Path, rows: range, tokens: int) -> None:
+    def __init__(self, folder: Path) -> None:
+        from datasets import Dataset, concatenate_datasets
+
+        self.folder = folder
+        parts = [Dataset.load_from_disk(part) for part in sorted(folder.iterdir())]
+        self.dataset = concatenate_datasets(parts).with_format("numpy") if parts else None
+
+    def add(self, sequences: Sequences, logps: list[np.ndarray]) -> None:
         from datasets import Dataset, Features, List, Value
 
-        def generate() -> Iterator[dict]:
-            for row in rows:
-                yield {"logps": values(row, tokens)}
+        columns = self.columns(logps)
+        kind = Value("float32") if isinstance(next(iter(columns.values())), np.ndarray) else List(Value("float32"))
+        part = Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, kind)))
+        part.save_to_disk(self.folder / f"{len(list(self.folder.iterdir())):06}")
 
-        Dataset.from_generator(
-            generate, features=Features({"logps": List(Value("float32"))}), cache_dir=str(folder / "cache")
-        ).save_to_disk(folder / "data")
+    def columns(self, logps: list[np.ndarray]) -> dict:
+        return {"logps": logps}
 
-    def open(self, folder: Path) -> None:
-        from datasets import Dataset
+    def keys(self, rows: list[int], tokens: int) -> list[int]:
+        return rows
 
-        self.dataset = Dataset.load_from_disk(folder / "data").with_format("numpy")
-
-    def keys(self, rows: np.ndarray, tokens: int) -> list[int]:
-        return rows.tolist()
-
-    def get(self, keys: list[int], tokens: int) -> list[np.ndarray]:
-        return list(self.dataset[keys]["logps"])
+    def get(self, keys: list[int], tokens: int) -> np.ndarray:
+        return np.concatenate(list(self.dataset[keys]["logps"]))
 
 
 class TrlColumns(ArrowColumn):
-    """As TRL's DPOTrainer keeps them: two sums beside every pair."""
+    """As TRL's DPOTrainer keeps them: two sums beside every pair, a pair being two of our completions."""
 
     name = "TRL's columns of sums, by row number"
 
-    def fill(self, folder: Path, rows: range, tokens: int) -> None:
-        from datasets import Dataset
+    def columns(self, logps: list[np.ndarray]) -> dict:
+        sums = np.array([row.sum() for row in logps])
+        return {"ref_chosen_logps": sums[::2], "ref_rejected_logps": sums[1::2]}
 
-        sums = np.array([values(row, tokens).sum() for row in rows])
-        columns = {"ref_chosen_logps": sums[::2], "ref_rejected_logps": sums[1::2]}
-        Dataset.from_dict(columns).save_to_disk(folder / "data")
+    def keys(self, rows: list[int], tokens: int) -> list[int]:
+        return [row // 2 for row in rows[::2]]
 
-    def keys(self, rows: np.ndarray, tokens: int) -> list[int]:
-        return (rows // 2).tolist()[: len(rows) // 2]  # a pair is two completions
-
-    def get(self, keys: list[int], tokens: int) -> list[np.ndarray]:
+    def get(self, keys: list[int], tokens: int) -> np.ndarray:
         batch = self.dataset[keys]
-        return [batch["ref_chosen_logps"], batch["ref_rejected_logps"]]
+        return np.concatenate([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
 
 
 STORES = {store.__name__: store for store in (Ours, OursByTokens, SQLite, LMDB, ArrowColumn, TrlColumns)}
@@ -194,36 +185,69 @@ STORES = {store.__name__: store for store in (Ours, OursByTokens, SQLite, LMDB, 
 # --- Measurements, each in a process of its own ---
 
 
-def fill(store: str, folder: Path, rows: int, tokens: int) -> dict[str, float]:
-    started, busy = time.perf_counter(), time.process_time()
-    filled = STORES[store]()
-    filled.fill(folder, range(rows), tokens)
-    result = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
-    return result | ({"flush_seconds": filled.flush_seconds} if isinstance(filled, Ours) else {})
+@dataclass
+class Clock:
+    """Seconds, and seconds of CPU time of this process, spent inside of ``with``."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+
+    def __enter__(self) -> Clock:
+        self._started = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started[0]
+        self.cpu += time.process_time() - self._started[1]
 
 
-def read(store: str, folder: Path, rows: int, tokens: int, batches: int = 200) -> dict[str, float]:
-    """Open, and look up random rows among the first ``rows``; every value is copied out, and checked in one batch."""
-    opened = STORES[store]()
-    opening, peak = _peak_anonymous(lambda: opened.open(folder))
+def _import_libraries(store: str) -> None:
+    """What is imported when a store is made is no part of its time."""
+    if issubclass(STORES[store], ArrowColumn):
+        __import__("datasets")
+
+
+def fill(store: str, folder: str, first: str, rows: str, tokens: str) -> dict[str, float]:
+    """Add the rows from ``first`` to ``rows``."""
+    _import_libraries(store)
+    with Clock() as opening:
+        filled = STORES[store](Path(folder))
+    clock = Clock(opening.seconds, opening.cpu)
+    for start in range(int(first), int(rows), _CHUNK):
+        chunk = range(start, min(start + _CHUNK, int(rows)))
+        sequences = [sequence(row, int(tokens)) for row in chunk]
+        logps = [values(row, int(tokens)) for row in chunk]
+        with clock:
+            filled.add(sequences, logps)
+    megabytes = (int(rows) - int(first)) * int(tokens) * 4 / 1e6
+    return {"fill_mb_per_s": megabytes / clock.seconds, "fill_mb_per_cpu_s": megabytes / clock.cpu}
+
+
+def read(store: str, folder: str, rows: str, tokens: str, rounds: int = 7, batches: int = 200) -> dict[str, float]:
+    """Open, and look up random rows among the first ``rows``. Every batch is checked, outside of the clock."""
+    _import_libraries(store)
+    opened: list = []
+    opening, peak = _peak_anonymous(lambda: opened.append(STORES[store](Path(folder))))
     random = np.random.default_rng(2)
     rates = []
-    for _ in range(5):
-        drawn = random.integers(0, rows, (batches, BATCH))
-        keys = [opened.keys(row, tokens) for row in drawn]
-        started, busy = time.perf_counter(), time.process_time()
-        for batch in keys:
-            found = np.concatenate(opened.get(batch, tokens))
-        seconds, cpu = time.perf_counter() - started, time.process_time() - busy
-        rates.append((batches * BATCH / seconds, batches * BATCH / cpu))
-    if not isinstance(opened, TrlColumns):
-        np.testing.assert_array_equal(found, np.concatenate([values(row, tokens) for row in drawn[-1].tolist()]))
-    best, best_cpu = (max(column) for column in zip(*rates))
-    return {**opening, "peak_anonymous_mb": peak, "lookups_per_s": best, "lookups_per_cpu_s": best_cpu}
+    for _ in range(rounds):
+        drawn = random.integers(0, int(rows), (batches, BATCH)).tolist()
+        keys = [opened[0].keys(batch, int(tokens)) for batch in drawn]
+        found = []
+        with Clock() as clock:
+            for batch in keys:
+                found.append(opened[0].get(batch, int(tokens)))
+        rates.append((batches * BATCH / clock.seconds, batches * BATCH / clock.cpu))
+        if store != "TrlColumns":
+            for batch, got in zip(drawn, found):
+                np.testing.assert_array_equal(got, np.concatenate([values(row, int(tokens)) for row in batch]))
+    rate, cpu_rate = (statistics.median(column) for column in zip(*rates[1:]))  # the first warms the page cache up
+    lookups = {"lookups_per_s": rate, "lookups_per_cpu_s": cpu_rate}
+    return {"open_s": opening.seconds, "open_cpu_s": opening.cpu, "peak_anonymous_mb": peak, **lookups}
 
 
-def _peak_anonymous(call: Callable[[], None]) -> tuple[dict[str, float], float]:
-    """Seconds that a call takes, and the most anonymous memory in MB that it added."""
+def _peak_anonymous(call: Callable[[], None]) -> tuple[Clock, float]:
+    """What a call takes, and the most anonymous memory in MB that it added."""
 
     def resident() -> float:
         status = Path("/proc/self/status").read_text()
@@ -237,20 +261,63 @@ def _peak_anonymous(call: Callable[[], None]) -> tuple[dict[str, float], float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started, busy = time.perf_counter(), time.process_time()
-    call()
-    seconds = {"open_s": time.perf_counter() - started, "open_cpu_s": time.process_time() - busy}
+    with Clock() as clock:
+        call()
     done.set()
     watcher.join()
-    return seconds, max([*seen, resident()]) - before
+    return clock, max([*seen, resident()]) - before
 
 
-def _measure(call: str, *arguments: object) -> dict[str, float]:
+def train(lengths: str, steps: str) -> dict[str, float]:
+    """Train ``bench.step``'s model; seconds of a step, and of them those in the cache."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from cpt_kernels.reference import Reference
+
+    from .lengths import preference_rows
+    from .trainers import build_model, our_trainer
+    from .work import Shape
+
+    shape = Shape() if lengths != "tiny" else Shape(hidden=32, layers=2, heads=2, kv_heads=1, vocab=500)
+    lookups, stepping = Clock(), Clock()
+    lookup = Reference.lookup
+
+    def timed(self: Reference, sequences: Sequences) -> np.ndarray:
+        with lookups:
+            return lookup(self, sequences)
+
+    class Times(TrainerCallback):
+        def on_step_end(self, args, state, control, **_) -> None:
+            if state.global_step == 1:  # it warms up
+                lookups.__init__()
+                stepping.__enter__()
+            elif state.global_step == state.max_steps:
+                stepping.__exit__()
+
+    Reference.lookup = timed
+    spec = {"device": "cpu", "loss": "sigmoid", "gradient_checkpointing": False, "learning_rate": 1e-6}
+    spec |= {"steps": int(steps), "pairs": 8, "shape": vars(shape)}
+    rows = Dataset.from_list(preference_rows(lengths, spec["steps"] * spec["pairs"], shape.vocab))
+    with tempfile.TemporaryDirectory() as folder:
+        our_trainer(spec, build_model(shape), rows, [Times()], folder).train()
+    timed_steps = spec["steps"] - 1
+    return {
+        "step_s": stepping.seconds / timed_steps,
+        "share_of_step": lookups.seconds / stepping.seconds,
+        "us_per_completion": lookups.seconds / (timed_steps * spec["pairs"] * 2) * 1e6,
+    }
+
+
+def _measure(call: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.cache", "--measure", call, *map(str, arguments)],
+        [sys.executable, "-m", "bench.cache", "--measure", call.__name__, *map(str, arguments)],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- The whole run ---
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,63 +326,69 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--valued", type=int, default=1_000_000, help="of them with --tokens values; the others have 1")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    parser.add_argument("--quick", action="store_true", help="200,000 and 20,000 rows, for continuous integration")
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="200,000 and 20,000 rows, toy steps: does it run?")
+    add_output_options(parser)
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
-        call, store, folder, rows, tokens = args.measure
-        print(json.dumps({"fill": fill, "read": read}[call](store, Path(folder), int(rows), int(tokens))))
+        call, *arguments = args.measure
+        print(json.dumps({call.__name__: call for call in (fill, read, train)}[call](*arguments)))
         return
     if args.quick:
         args.rows, args.valued = 200_000, 20_000
     folder = Path(tempfile.mkdtemp(prefix="bench-cache-", dir=args.folder))
     try:
-        result = _run(folder, args.rows, args.valued, args.tokens)
+        stores = _compare(folder, args.valued, args.tokens)
+        _measure(fill, "Ours", folder / "Ours", args.valued, args.rows, 1)
+        large = {name: _measure(read, name, folder / "Ours", args.valued, args.tokens) for name in _OF_OURS}
+        shards = len(list(folder.glob("Ours/*/*.arrow")))
     finally:
         shutil.rmtree(folder)
-    print(json.dumps(result))
+    step = _measure(train, *(("tiny", 4) if args.quick else ("mixed", 12)))
+    print(f"{args.valued:,} completions of {args.tokens} values\n{_report(stores)}")
+    print(f"\n{args.rows:,} completions, {args.valued:,} of them of {args.tokens} values, {shards} shards")
+    print(_report(large))
+    print(
+        f"\na step of {step['step_s']:.2f} s spends {step['share_of_step']:.3%} in the cache,"
+        f" {step['us_per_completion']:.1f} us for every completion"
+    )
+    summary = {"index_of": args.rows, **large["Ours"], **{k: v for k, v in stores["Ours"].items() if "fill" in k}}
+    details = {"valued": args.valued, "tokens": args.tokens, "shards": shards}
+    finish("cache", {**details, "stores": stores, "large": large, "step": step}, summary | step, args)
 
 
-def _run(folder: Path, rows: int, valued: int, tokens: int) -> dict:
-    megabytes = valued * tokens * 4 / 1e6
-    print(f"{valued:,} completions of {tokens} values ({megabytes:,.0f} MB), load {os.getloadavg()[0]:.1f}\n")
-    print(f"{'':38}{'fill MB/s':>10}{'open s':>9}{'MB':>7}{'look-ups/s':>13}{'per CPU s':>13}")
-    result: dict = {"rows": rows, "valued": valued, "tokens": tokens, "cpus": os.cpu_count()}
+_OF_OURS = ("Ours", "OursByTokens")
+
+
+def _compare(folder: Path, rows: int, tokens: int) -> dict[str, dict[str, float]]:
+    stores = {}
     for name, store in STORES.items():
         if store is LMDB and find_spec("lmdb") is None:
-            print(f"{store.name:38}not installed")
+            print("LMDB is not installed, and left out")
             continue
-        place = folder / ("Ours" if store is OursByTokens else name)
+        place = folder / ("Ours" if name in _OF_OURS else name)
         place.mkdir(exist_ok=True)
-        filled = {} if store is OursByTokens else _measure("fill", name, place, valued, tokens)
-        speed = megabytes / filled["seconds"] if filled else None
-        found = _measure("read", name, place, valued, tokens)
-        _print_line(store.name, speed, found)
-        result[name] = {**found, "fill_mb_per_s": speed, "fill": filled}
-        if "flush_seconds" in filled:
-            print(f"  of which flush, synced: {megabytes / filled['flush_seconds']:.0f} MB/s")
-        if store not in (Ours, OursByTokens):
+        filled = {} if store is OursByTokens else _measure(fill, name, place, 0, rows, tokens)
+        stores[name] = filled | _measure(read, name, place, rows, tokens)
+        if name not in _OF_OURS:
             shutil.rmtree(place)
-    cache = ReferenceCache(folder / "Ours", FINGERPRINT, flush_seconds=1e9)
-    for start in range(valued, rows, _CHUNK):
-        chunk = range(start, min(start + _CHUNK, rows))
-        cache.add_many([sequence(row, 1) for row in chunk], [values(row, 1) for row in chunk])
-        cache.flush()
-    print(f"\n{rows:,} completions, {len(cache.shards)} shards")
-    for name in ("Ours", "OursByTokens"):
-        found = _measure("read", name, folder / "Ours", valued, tokens)
-        _print_line(STORES[name].name, None, found)
-        result[f"{name} of {rows}"] = found
-    result["load"] = os.getloadavg()[0]
-    return result
+    return stores
 
 
-def _print_line(name: str, speed: float | None, found: dict[str, float]) -> None:
-    print(
-        f"{name:38}{f'{speed:.0f}' if speed else '':>10}{found['open_s']:9.2f}{found['peak_anonymous_mb']:7.0f}"
-        f"{found['lookups_per_s']:13,.0f}{found['lookups_per_cpu_s']:13,.0f}",
-        flush=True,
-    )
+def _report(measured: dict[str, dict[str, float]]) -> str:
+    columns = {
+        "fill MB/s": ("fill_mb_per_s", ",.0f"),
+        "per CPU s": ("fill_mb_per_cpu_s", ",.0f"),
+        "open s": ("open_s", ".2f"),
+        "MB": ("peak_anonymous_mb", ",.0f"),
+        "look-ups/s": ("lookups_per_s", ",.0f"),
+        "per CPU s ": ("lookups_per_cpu_s", ",.0f"),
+    }
+    rows = [
+        [STORES[name].name, *(format(found[key], how) if key in found else "" for key, how in columns.values())]
+        for name, found in measured.items()
+    ]
+    return table(["", *columns], rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from .config import ContrastiveConfig
 from .losses import Loss
 from .model import base_model
+from .weight_files import load
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def load_model(model: str | nn.Module, args: ContrastiveConfig, quantization_con
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    return load(AutoModelForCausalLM, model, **kwargs)
 
 
 def wrap_in_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

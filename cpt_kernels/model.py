@@ -29,6 +29,7 @@ from .ops.attention import AttentionLayout
 from .ops.gather import gather_rows, segment_sum
 from .ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from .ops.vocab_score import VocabScore, vocab_score
+from .weight_files import claim
 
 
 class Scores(NamedTuple):
@@ -61,6 +62,7 @@ class PackedModel:
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
+        self.files = claim(base)  # of its weights, as long as nothing has had the model but this package
         _check_architecture(base)
         base.set_attn_implementation(attention_over(base.config._attn_implementation))
         self.rotaries = length_dependent_rotaries(base)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Reference:
         self.accelerator = accelerator
         self.adapters_off = ref_model is None and new_adapter
         self._start_is_checked = ref_model is not None  # else policy and reference are the same at the start
-        self.owned = ref_model is not None
+        self.owned = given = ref_model is not None
         self.live = self.owned or self.adapters_off or keep
         if ref_model is None and keep and not self.adapters_off:
             ref_model = copy.deepcopy(policy.model)
@@ -81,7 +82,15 @@ class Reference:
             "attention": "shared_prompt",
             "adapters": not self.adapters_off,
         }
-        self.cache = ReferenceCache(cache_dir, fingerprint(model, **identity), description=describe(model, **identity))
+        files = self.packed.files if given else policy.files
+        policy.files = self.packed.files = None  # from now on the model may be changed
+        digest = fingerprint(model, **identity, files=files, directory=Path(cache_dir).expanduser())
+        self.cache = ReferenceCache(cache_dir, digest, description=describe(model, **identity))
+        if accelerator.is_main_process:
+            logger.warning(
+                f"reference log-probs are kept in {self.cache.folder} (ref_cache_dir), of {self.cache.num_rows}"
+                " completions so far"
+            )
 
     def check_tokens(self) -> None:
         """Raise ValueError where the cache holds sums, of which single tokens mean nothing."""
@@ -141,8 +150,8 @@ class Reference:
         written = sum(gather_object([self.cache.bytes_written - written]))
         if self.accelerator.is_main_process:
             logger.warning(
-                f"{name} data: {whose} log-probs of {missing.completions} completions: {missing.found} from"
-                f" {self.cache.folder} in {looking:.1f} s, {missing.completions - missing.found} missing, of which"
+                f"{name} data: {whose} log-probs of {missing.completions} completions: {missing.found} found"
+                f" in {looking:.1f} s, {missing.completions - missing.found} missing, of which"
                 f" {len(missing)} different ones were scored in {time.perf_counter() - started - looking:.1f} s"
                 f" ({written / 1e6:.1f} MB written)"
             )

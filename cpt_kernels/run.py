@@ -31,6 +31,7 @@ from .data.sources import load
 from .parsing import parse
 from .reports import ProgressLines, RunReport, eval_records, metrics_table
 from .trainer import ContrastiveTrainer
+from .weight_files import load as load_with_files
 
 CONFIG_FILE = "training_config.yaml"
 
@@ -183,7 +184,10 @@ def _from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"{option}={name}: there is no such folder")
     try:
-        return cls.from_pretrained(str(path) if path.exists() else name, **kwargs)
+        source = str(path) if path.exists() else name
+        if cls is AutoModelForCausalLM:
+            return load_with_files(cls, source, **kwargs)
+        return cls.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
         message = str(error).splitlines()[0].rstrip(".:")
         if cls is AutoTokenizer and path.exists():

@@ -172,7 +172,9 @@ class Rows:
         self._chunks.append(values)
         self._chunk_starts.append(self.num_values)
         self.num_values += len(values)
+        expected = len(self) + len(keys)
         self.starts.update(zip(keys, starts.tolist()))
+        assert len(self) == expected, "a key came twice"
 
     def read(self, start: int, length: int) -> NDArray[np.float32]:
         """``length`` values from ``start``, a place in ``starts``, on."""

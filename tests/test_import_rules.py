@@ -18,7 +18,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # Imports run downward, or stay within a level. A new module must be put where it belongs.
 LEVELS = [
     {"losses", "ops", "win_rate"},
-    {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
+    {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "weight_files", "hooks", "model"},
     {"config", "loading", "metrics", "reference", "trainer", "pair_evaluation"},
     {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo", "cache_tool", "cache_data"},
     {"cli"},
