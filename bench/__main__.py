@@ -10,6 +10,7 @@ SUBJECTS = {
     "head": "memory and time of the head against tokens at a large vocabulary",
     "packing": "pads, fill and balance of packed micro-batches over a file of responses",
     "cache": "the reference cache: filling, opening, look-ups, beside SQLite, LMDB and Arrow columns",
+    "fingerprint": "digesting a reference's weights, and finding the digest by their files",
     "crash": "builds of the reference cache, killed at random: nothing lost, nothing wrong",
     "reference_pass": "the reference pass over all pairs of a file of responses, against TRL's",
     "gpu_check": "all that wants a GPU: tests, comparisons and benchmarks, in eight minutes",

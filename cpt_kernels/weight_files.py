@@ -43,10 +43,12 @@ class WeightFiles:
     """How a model was loaded.
 
     Attributes:
+        folder: where they are.
         stats: name -> size, time of change of content and of inode in nanoseconds, inode; of all files of its folder.
         options: whatever else the tensors in memory depend on.
     """
 
+    folder: Path
     stats: Mapping[str, tuple[int, int, int, int]]
     options: Mapping[str, str]
 
@@ -58,6 +60,8 @@ class WeightFiles:
             tensors: of the model, by name; their types and shapes are compared.
         """
         path = self._path(directory)
+        if self._changed():
+            return None
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
             digests = entry["tensors"]
@@ -72,11 +76,17 @@ class WeightFiles:
 
     def write(self, directory: Path, digests: Mapping[str, Digest]) -> None:
         """Keep digests for later runs."""
+        if self._changed():
+            return
         entry = {"files": self.stats, "options": self.options, "tensors": digests, "checksum": _checksum(digests)}
         try:
             publish(self._path(directory), lambda file: file.write(json.dumps(entry, indent=1).encode()))
         except OSError as error:  # it would have saved time, no more
             logger.warning("digests of weights cannot be kept in %s: %s", directory, error)
+
+    def _changed(self) -> bool:
+        """Whether the files are others by now: tensors on a CPU may be mapped from them, and change with them."""
+        return _stats(self.folder) != self.stats
 
     def _path(self, directory: Path) -> Path:
         key = json.dumps([_FORMAT, self.stats, self.options], sort_keys=True)
@@ -86,17 +96,18 @@ class WeightFiles:
 def load(auto_model: Any, source: str, **options: Any) -> Any:
     """``auto_model.from_pretrained(source, **options)``, remembering the files. Errors are transformers'."""
     started = time.time_ns()
-    before = _stats(source, options)
+    folder = _folder(source, options.get("revision"))
+    before = _stats(folder) if folder else {}
     model, info = auto_model.from_pretrained(source, output_loading_info=True, **options)
-    settled = before and max(max(times[1:3]) for times in before.values()) < started - _SETTLED
+    settled = bool(before) and max(max(times[1:3]) for times in before.values()) < started - _SETTLED
     # Weights that are not in the files are random.
     complete = not any(info[kind] for kind in ("missing_keys", "mismatched_keys", "error_msgs"))
     own_code = not type(model).__module__.startswith("transformers.")
     quantised = getattr(model.config, "quantization_config", None) is not None
-    plain = set(options) <= _PLAIN and not own_code and not quantised and "adapter_config.json" not in (before or ())
-    if settled and complete and plain and _stats(source, options) == before:
+    plain = set(options) <= _PLAIN and not own_code and not quantised and "adapter_config.json" not in before
+    if settled and complete and plain and _folder(source, options.get("revision")) == folder:
         packages = {name: version(name) for name in ("torch", "transformers")}
-        _loaded[model] = WeightFiles(before, {"dtype": str(options.get("dtype")), **packages})
+        _loaded[model] = WeightFiles(folder, before, {"dtype": str(options.get("dtype")), **packages})
     return model
 
 
@@ -105,15 +116,19 @@ def claim(model: nn.Module) -> WeightFiles | None:
     return _loaded.pop(model, None)
 
 
-def _stats(source: str, options: Mapping[str, Any]) -> dict[str, tuple[int, int, int, int]] | None:
-    """Of a local folder, or of a hub's as it was downloaded before; None if it was not."""
-    folder = Path(source)
-    if not folder.is_dir():
-        config = try_to_load_from_cache(source, "config.json", revision=options.get("revision"))
-        if not isinstance(config, str):
-            return None
-        folder = Path(config).parent
-    stats = {entry.name: os.stat(entry.path) for entry in os.scandir(folder)}  # of what links lead to
+def _folder(source: str, revision: str | None) -> Path | None:
+    """A local folder, or a hub's as it was downloaded before; None if it was not."""
+    if Path(source).is_dir():
+        return Path(source)
+    config = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _stats(folder: Path) -> dict[str, tuple[int, int, int, int]]:
+    try:
+        stats = {entry.name: os.stat(entry.path) for entry in os.scandir(folder)}  # of what links lead to
+    except OSError:  # a file came or went
+        return {}
     return {
         name: (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
         for name, about in sorted(stats.items())
