@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from . import weight_files
 from .reference_cache import ReferenceCache, default_cache_dir
-from .shards import KEY_BYTES, UNREADABLE, Shard
+from .shards import KEY_BYTES, UNREADABLE, DamagedShardError, Shard
 
 _FINGERPRINT = "[0-9a-f]" * 32
+_ABOUT = "reference.json"
 _TEMPORARY_AGE = 3600.0  # seconds after which nobody is still writing a temporary file
 _DAY = 86400.0
 _ROUNDING = 1e-3  # nats per token that two packings of one model may differ by in fp32
@@ -56,11 +60,11 @@ def info(args: argparse.Namespace) -> None:
         with open_dataset(args.training, args.prog) as data:
             for name, missing in data.missing().items():
                 share = missing.found / max(missing.completions, 1)
-                print(f"{name} data: {missing.found} of {missing.completions} completions are stored ({share:.1%})")
+                _say(f"{name} data: {missing.found} of {missing.completions} completions are stored ({share:.1%})")
         return
     print(f"{args.directory}")
     for folder in _references(args.directory, args.reference):
-        about = json.loads((folder / "reference.json").read_text()) if (folder / "reference.json").exists() else {}
+        about = json.loads((folder / _ABOUT).read_text()) if (folder / _ABOUT).exists() else {}
         cache = ReferenceCache(args.directory, folder.name)
         tokens = sum(len(shard.values) for shard in cache.shards)
         sums = sum(len(shard) for shard in cache.shards if shard.kind == "sums")
@@ -83,8 +87,10 @@ def verify(args: argparse.Namespace) -> None:
 
         with open_dataset(args.training, args.prog) as data:
             gaps = data.rescore(args.sample, args.seed)
-        print(f"{len(gaps)} completions scored again; largest difference {max(gaps, default=0):.3g} nats per token")
-        if max(gaps, default=0) > args.tolerance:
+        if not gaps:
+            raise ValueError("no completion of this dataset is stored, so there is nothing to verify")
+        _say(f"{len(gaps)} completions scored again; largest difference {max(gaps):.3g} nats per token")
+        if max(gaps) > args.tolerance:
             raise ValueError(
                 f"values differ by up to {max(gaps):.3g} nats per token, more than --tolerance {args.tolerance}: they"
                 " are of another model, kernel or precision; remove them with cpt cache prune --reference"
@@ -104,11 +110,16 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def prune(args: argparse.Namespace) -> None:
-    """Delete a reference, old shards, or the oldest beyond a size; and always what killed writers left."""
+    """Delete a reference, old shards, or the oldest beyond a size; and always what killed writers left.
+
+    Digests of weights go with old shards: they are found again.
+    """
     if not args.directory.is_dir():
         raise ValueError(f"there is no cache in {args.directory}")
     now = time.time()
     folders = list(_references(args.directory, args.reference))
+    if not args.reference and (args.directory / weight_files.FOLDER).is_dir():
+        folders.append(args.directory / weight_files.FOLDER)
     files = [(path, path.stat()) for folder in folders for path in _files(folder)]
     shards = sorted((about.st_mtime, path, about.st_size) for path, about in files if path.suffix == ".arrow")
     doomed = {path for path, about in files if path.suffix == ".tmp" and now - about.st_mtime > _TEMPORARY_AGE}
@@ -116,7 +127,8 @@ def prune(args: argparse.Namespace) -> None:
     if args.reference and limits == (None, None):
         doomed |= {path for path, _ in files}
     if args.older_than is not None:
-        doomed |= {path for written, path, _ in shards if now - written > args.older_than * _DAY}
+        old = {path for path, about in files if now - about.st_mtime > args.older_than * _DAY}
+        doomed |= {path for path in old if path.name != _ABOUT}
     if args.max_gb is not None:
         kept = [shard for shard in shards if shard[1] not in doomed]
         excess = sum(size for *_, size in kept) - args.max_gb * 1e9
@@ -130,9 +142,9 @@ def prune(args: argparse.Namespace) -> None:
         if not args.dry_run:
             path.unlink(missing_ok=True)
     for folder in folders if not args.dry_run else ():
-        left = [path for path in folder.iterdir() if path.name != "reference.json"]
+        left = [path for path in folder.iterdir() if path.name != _ABOUT]
         if not left and doomed:
-            (folder / "reference.json").unlink(missing_ok=True)
+            (folder / _ABOUT).unlink(missing_ok=True)
             folder.rmdir()
     print(f"{len(doomed)} files, {freed / 1e6:.1f} MB{' would be' if args.dry_run else ''} deleted")
 
@@ -155,12 +167,14 @@ def export(args: argparse.Namespace) -> None:
     cache = ReferenceCache(args.directory, folders[0].name)
     with pq.ParquetWriter(args.to, schema.with_metadata({"fingerprint": folders[0].name})) as writer:
         for shard in cache.shards:
-            shard.check()
-            rows = shard.rows()
-            columns = [list(rows), list(rows.values()), [shard.kind] * len(rows)]
-            writer.write_table(
-                pa.table([pa.array(column, f.type) for column, f in zip(columns, schema)], schema=schema)
-            )
+            try:
+                rows = shard.rows()
+            except DamagedShardError as error:
+                raise ValueError(f"{shard.path}: {error}; delete it, and what it held is scored again") from error
+            stops = np.cumsum([0, *map(len, rows.values())], dtype=np.int32)
+            logps = pa.ListArray.from_arrays(stops, np.concatenate(list(rows.values())))
+            keys = pa.array(list(rows), schema.field("key").type)
+            writer.write_table(pa.table([keys, logps, [shard.kind] * len(rows)], schema=schema))
     print(f"{cache.num_rows} completions written to {args.to}")
 
 
@@ -181,9 +195,7 @@ def import_sums(args: argparse.Namespace) -> None:
 
     with open_dataset(args.training, args.prog, keep_columns=_SUMS) as data:
         added, gaps = data.import_sums(_SUMS, args.sample, args.seed, args.tolerance)
-    print(
-        f"{added} completions imported; of {len(gaps)} scored again the largest difference is {max(gaps):.3g} a token"
-    )
+    _say(f"{added} completions imported; of {len(gaps)} scored again the largest difference is {max(gaps):.3g} a token")
 
 
 # --- Options ---
@@ -213,7 +225,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name in ("info", "verify", "prune", "merge", "export"):
             command.add_argument("--reference", metavar="HEX", help="the first digits of one reference's fingerprint")
         if name in ("verify", "import"):
-            command.add_argument("--sample", type=int, default=64, help="completions to score again [64]")
+            command.add_argument("--sample", type=_count, default=64, help="completions to score again [64]")
             command.add_argument("--seed", type=int, default=0, help="of the sample [0]")
             command.add_argument(
                 "--tolerance", type=float, default=_ROUNDING, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]"
@@ -225,6 +237,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--to", required=True, metavar="FILE", help="the Parquet file")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of completions")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    """Once, where a launcher started several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _references(directory: Path, prefix: str | None) -> Iterator[Path]:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
-
 from .shards import publish
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,8 @@ def _folder(source: str, revision: str | None) -> Path | None:
     """A local folder, or a hub's as it was downloaded before; None if it was not."""
     if Path(source).is_dir():
         return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+
     config = try_to_load_from_cache(source, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
 

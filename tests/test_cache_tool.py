@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +58,42 @@ def test_build_info_verify(home, tmp_path, capsys, caplog):
     assert "every checksum is right" in capsys.readouterr().out
 
 
+def test_two_ranks_go_on_where_one_was(home, tmp_path, capsys):
+    """`torchrun --nproc_per_node 2 -m cpt_kernels.cli cache build ...`"""
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in preference_rows(40, seed=1)]
+    for name, count in (("some", 20), ("all", 40)):
+        (home / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:count]))
+    cache = tmp_path / "cache"
+    main(["build", *options(home, cache, "some.jsonl")])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cpt_kernels.cli"]
+    built = subprocess.run(
+        [sys.executable, *launcher, "cache", "build", *options(home, cache, "all.jsonl")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    assert built.stderr.count("of 80 completions: 40 found") == built.stderr.count("40 different ones were scored") == 1
+    (folder,) = cache.glob("?" * 32)
+    assert len(list(folder.glob("*.arrow"))) == 3, "each rank has written"
+    main(["verify", *options(home, cache, "all.jsonl")])
+    assert "64 completions scored again" in capsys.readouterr().out
+
+
+def test_only_one_of_several_ranks_speaks(home, tmp_path, capsys, monkeypatch):
+    main(["build", *options(home, tmp_path)])
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    for command in ("info", "verify"):
+        main([command, *options(home, tmp_path)])
+    assert not capsys.readouterr().out
+
+
+def test_nothing_to_verify(home, tmp_path):
+    with pytest.raises(ValueError, match="nothing to verify"):
+        main(["verify", *options(home, tmp_path)])
+
+
 def test_verify_notices_values_of_another_model(home, tmp_path):
     cache = tmp_path / "cache"
     main(["build", *options(home, cache)])
@@ -93,6 +131,16 @@ def test_export(tmp_path):
     assert table.schema.metadata[b"fingerprint"] == FINGERPRINT.encode()
 
 
+def test_a_damaged_shard_is_not_exported(tmp_path):
+    fill(tmp_path, range(5))
+    (path,) = (tmp_path / FINGERPRINT).glob("*.arrow")
+    content = path.read_bytes()
+    at = content.index(make_row(2)[2].tobytes())
+    path.write_bytes(content[:at] + b"\xa5\xa5" + content[at + 2 :])
+    with pytest.raises(ValueError, match=f"{path}: its values do not match"):
+        main(["export", "--ref_cache_dir", str(tmp_path), "--to", str(tmp_path / "rows.parquet")])
+
+
 def test_merge(tmp_path):
     for start in range(0, 60, 10):
         fill(tmp_path, range(start, start + 10))
@@ -111,6 +159,11 @@ def test_prune(tmp_path, capsys):
     left.write_bytes(b"x")
     with ReferenceCache(tmp_path, OTHER) as other:
         other.add(*make_row(0))
+    (tmp_path / "weights").mkdir()
+    digests = [tmp_path / "weights" / name for name in ("old.json", "new.json")]
+    for path in digests:
+        path.write_text("{}")
+    os.utime(digests[0], times=(time.time() - 10 * 86400,) * 2)
 
     def prune(*flags: str) -> None:
         main(["prune", "--ref_cache_dir", str(tmp_path), *flags])
@@ -119,9 +172,9 @@ def test_prune(tmp_path, capsys):
     assert left.exists(), "someone may still be writing it"
     os.utime(left, times=(0, 0))
     prune("--older_than", "5", "--dry_run")
-    assert left.exists() and old.exists() and "2 files" in capsys.readouterr().out
+    assert left.exists() and old.exists() and "3 files" in capsys.readouterr().out
     prune("--older_than", "5")
-    assert not left.exists() and not old.exists()
+    assert not left.exists() and not old.exists() and [path.exists() for path in digests] == [False, True]
     assert found(ReferenceCache(tmp_path, FINGERPRINT), range(20)) == list(range(10, 20))
     prune("--reference", OTHER[:4])
     assert not (tmp_path / OTHER).exists()
@@ -170,6 +223,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["prune", "--older", "3"], "unknown option --older"),
         (["forget"], "invalid choice"),
         (["info", "--ref_cache_dir", str(tmp_path / "none")], "there is no cache"),
+        (["verify", "--sample", "0"], "0 is no number of completions"),
         (["export", "--ref_cache_dir", str(tmp_path), "--to", "x"], "--reference must name one of the 0"),
     ):
         assert cli.main(["cache", *argv]) == 2
