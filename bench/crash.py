@@ -2,8 +2,9 @@
 
 A build is the trainer's own: ``Reference.fill`` with a small model, two ranks over gloo, one folder. Both ranks are
 forked from this process, so that starting over takes a second. After a random time one is killed with SIGKILL, and soon
-after the other, as a launcher would. When a build comes to its end, the next one starts in a new folder, until as many
-runs as asked for have been killed. Shown is, for every build:
+after the other, as a launcher would: one run of five while it starts, the others within a second of their first batch.
+After the last kill an undisturbed run ends the build. Should it come to its end before, the next one starts in a new
+folder. Shown is:
 
 - every value is that of an undisturbed build, but for rounding (a resumed build packs what is left in another way);
 - what was scored twice had been scored within one flush interval and one batch of its rank's death;
@@ -13,7 +14,6 @@ runs as asked for have been killed. Shown is, for every build:
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import random
@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, disable_progress_bars
+from tqdm import tqdm
 
 import cpt_kernels.reference as reference_module
 from cpt_kernels.data.collate import PackedCollator
@@ -37,12 +38,14 @@ from cpt_kernels.model import PackedModel
 from cpt_kernels.reference import Reference
 from cpt_kernels.reference_cache import ReferenceCache
 
+from .timing import add_output_options, finish
 from .trainers import build_model
 from .work import Shape
 
 RANKS = 2
 TOKENS_PER_BATCH = 256
 TOLERANCE = 1e-5  # nats, the one rule for fp32
+_LONGEST = 1800.0  # seconds of an undisturbed run
 _SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=512)
 
 
@@ -85,6 +88,17 @@ def build(model: torch.nn.Module, rows: Dataset, folder: Path, flush_seconds: fl
     broadcast_object_list([None])  # rank 0 keeps the group's store, so it leaves last
 
 
+@dataclass(frozen=True)
+class Kill:
+    """When a run ends: seconds after its start, or after it has begun to score; which rank first, how long before the
+    other."""
+
+    after: float = 0.0
+    scoring: bool = False
+    victim: int = 0
+    grace: float = 0.0
+
+
 @dataclass
 class Build:
     """Runs of one folder until it is full."""
@@ -97,13 +111,15 @@ class Build:
     deaths: dict[int, float] = field(default_factory=dict)  # process -> when it was killed
     problems: list[str] = field(default_factory=list)
 
-    def run(self, kill_after: float | None = None, victim: int = 0, grace: float = 0.0) -> bool:
-        """One run. A rank is killed after some seconds, the other after some more. Whether it came to its end."""
+    def run(self, kill: Kill | None = None) -> bool:
+        """One run, of which one rank is killed, and then the other. Whether it came to its end before."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        log = self.folder.with_suffix(".log")
+        size = log.stat().st_size if log.exists() else 0
         processes = [self._fork(rank, port) for rank in range(RANKS)]
-        deadline = time.time() + 600 if kill_after is None else time.time() + kill_after
+        deadline = time.time() + (_LONGEST if kill is None else kill.after)
         done: dict[int, int] = {}
         while len(done) < RANKS and time.time() < deadline:
             for process in set(processes) - set(done):
@@ -111,19 +127,22 @@ class Build:
                 if ended:
                     done[process] = status
             time.sleep(0.005)
+            if kill and kill.scoring and not (log.exists() and log.stat().st_size > size):
+                deadline = time.time() + kill.after  # nothing has been scored yet
         if len(done) == RANKS:
             if any(done.values()):
                 self.problems.append(f"a rank failed: {done}")
             return True
-        if kill_after is None:
-            self.problems.append("an undisturbed run did not end within 10 minutes")
+        if kill is None:
+            self.problems.append(f"an undisturbed run did not end within {_LONGEST:.0f} s")
+            kill = Kill()
         self.kills += 1
-        for process in (processes[victim], processes[1 - victim]):
+        for process in (processes[kill.victim], processes[1 - kill.victim]):
             if process not in done:
                 os.kill(process, signal.SIGKILL)
                 self.deaths[process] = time.time()
                 done[process] = os.waitpid(process, 0)[1]
-                time.sleep(grace)
+                time.sleep(kill.grace)
         return False
 
     def _fork(self, rank: int, port: int) -> int:
@@ -191,16 +210,20 @@ def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: in
     undisturbed = Build(model, rows, folder / "undisturbed", flush_seconds)
     started = time.time()
     undisturbed.run()
-    longest = time.time() - started
+    start = min(at for at, *_ in undisturbed.scorings()) - started
     expected = stored(undisturbed.folder)
     result = {"kills": 0, "builds": 0, "repeated": 0, "scored": 0, "largest_difference": 0.0, "temporary_files": 0}
     result |= {"oldest_repeated_s": 0.0, "slack_s": 0.0, "flush_s": flush_seconds, "completions": len(expected)}
     problems = [*undisturbed.problems]
+    progress = tqdm(total=kills, desc="kills", smoothing=0)
     while result["kills"] < kills:
         one = Build(model, rows, folder / f"build{result['builds']}", flush_seconds)
         ended = False
         while not ended and result["kills"] + one.kills < kills:
-            ended = one.run(draw.uniform(0, longest), draw.randrange(RANKS), draw.uniform(0, 0.3))
+            scoring = draw.random() < 0.8
+            after = draw.uniform(0, 1 if scoring else start)
+            ended = one.run(Kill(after, scoring, draw.randrange(RANKS), draw.uniform(0, 0.3)))
+            progress.update(not ended)
         if not ended:
             one.run()
         found = stored(one.folder)
@@ -223,21 +246,23 @@ def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: in
         result["largest_difference"] = max(result["largest_difference"], *differences)
         result["oldest_repeated_s"] = max(result["oldest_repeated_s"], oldest)
         result["slack_s"] = max(result["slack_s"], slack)
-        print(f"build {result['builds']}: {one.kills} kills, {repeated} completions scored again", flush=True)
+        progress.write(f"build {result['builds']}: {one.kills} kills, {repeated} completions scored again")
         shutil.rmtree(one.folder)
+    progress.close()
     return result | {"problems": problems, "seconds": time.time() - started}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench crash", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="runs to kill")
-    parser.add_argument("--prompts", type=int, default=400, help="of the data; each has four completions")
+    parser.add_argument("--prompts", type=int, default=5_000, help="of the data; each has four completions")
     parser.add_argument("--flush_seconds", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
+    add_output_options(parser)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-crash-") as folder:
         result = crash(args.kills, args.prompts, args.flush_seconds, Path(folder), args.seed)
-    print(json.dumps(result))
+    finish("crash", {}, result, args)
     if result["problems"]:
         raise SystemExit("\n".join(result["problems"]))
 
