@@ -38,7 +38,6 @@ class MovingReference(TrainerCallback):
             reference of another architecture.
     """
 
-    moves = True
     lookup = None  # nothing is known ahead
 
     def __init__(
@@ -62,7 +61,6 @@ class MovingReference(TrainerCallback):
         model.requires_grad_(False).eval().to(accelerator.device)
         self.accelerator, self.policy = accelerator, policy
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
-        self.cache = contextlib.nullcontext()
         if accelerator.is_main_process:
             logger.warning(
                 "sync_ref_model: the reference follows the policy, so its log-probs are not cached; it stays in memory"
@@ -76,8 +74,9 @@ class MovingReference(TrainerCallback):
             batch["ref_token_logps"] = self.packed(batch).tokens.logps.float()
         batch["ref_missing"] = []
 
-    def start_training(self) -> None:
-        """Nothing: it is in memory."""
+    def training(self) -> contextlib.AbstractContextManager:
+        """Nothing: it is in memory, and there is no cache."""
+        return contextlib.nullcontext()
 
     def fill(self, *_: Any) -> None:
         """Nothing: there is no cache."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,6 @@ class Reference:
         cache_dir: folder of the cache.
     """
 
-    moves = False  # see MovingReference
-
     def __init__(
         self,
         policy: PackedModel,
@@ -74,6 +73,8 @@ class Reference:
         else:
             self.packed = policy
         self.policy = policy
+        self.found = self.scored = 0  # completions, by `complete`
+        self.seconds = 0.0  # that it took to score them
         model = self.packed.model
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.compute_dtype = mixed or base_model(model).dtype
@@ -100,12 +101,27 @@ class Reference:
                 " choose another ref_cache_dir, or remove them with cpt cache prune"
             )
 
-    def start_training(self) -> None:
-        """The policy's weights are about to change: a reference without a model of its own is the cache alone now."""
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """While the policy's weights change, a reference without a model of its own is the cache alone.
+
+        What a stream had scored is written, however training ends. If it ends well, what was found is logged.
+        """
         if not self.live:
             self.packed = None
         elif self.owned:
             self.packed.model.to("cpu")  # until something is missing
+        self.found = self.scored = 0
+        self.seconds, written = 0.0, self.cache.bytes_written
+        with self.cache:
+            yield
+        numbers = [self.found, self.scored, self.seconds, self.cache.bytes_written - written]
+        found, scored, seconds, written = np.sum(gather_object([numbers]), axis=0)
+        if self.accelerator.is_main_process:
+            logger.warning(
+                f"reference log-probs of {found + scored:.0f} completions while training: {found:.0f} found,"
+                f" {scored:.0f} scored in {seconds:.1f} s ({written / 1e6:.1f} MB written)"
+            )
 
     def lookup(self, sequences: Sequences) -> np.ndarray:
         """(N,) log-probs of the tokens of all (prompt ids, completion ids), fp32; NaN where the cache has none."""
@@ -113,11 +129,18 @@ class Reference:
 
     def complete(self, batch: PackedBatch) -> None:
         """Score what a batch lacks, put it in the batch and in the cache."""
-        scored = self._score(batch)
         missing = batch["ref_missing"]
+        if batch["num_pairs"]:
+            self.found += len(batch["completion_lengths"]) - len(missing)
+        if not missing:
+            return
+        started = time.perf_counter()
+        scored = self._score(batch)
         self.cache.add_many([ids for _, *ids in missing], [scored[s] for s, *_ in missing])
         batch["ref_token_logps"] = torch.from_numpy(np.concatenate(scored)).to(batch["ref_token_logps"].device)
         batch["ref_missing"] = []
+        self.scored += len(missing)
+        self.seconds += time.perf_counter() - started
 
     def fill(
         self,

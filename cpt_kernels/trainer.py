@@ -285,7 +285,7 @@ class ContrastiveTrainer(Trainer):
 
     def score(self, model: nn.Module, inputs: PackedBatch, tokens_per_pair: Tensor | float = 1.0) -> Scores:
         """Log-probs, statistics and the summed loss of a batch; reference log-probs that it lacks are scored now."""
-        if self.reference is not None and (self.reference.moves or inputs["ref_missing"]):
+        if self.reference is not None:
             self.reference.complete(inputs)
         return self.packed(
             inputs,
@@ -318,8 +318,7 @@ class ContrastiveTrainer(Trainer):
     def train(self, *args, **kwargs):
         with contextlib.ExitStack() as stack:
             if self.reference is not None:
-                self.reference.start_training()
-                stack.enter_context(self.reference.cache)  # writes what a stream had scored, however training ends
+                stack.enter_context(self.reference.training())
             output = super().train(*args, **kwargs)
         if isinstance(self.train_dataset, IterableDataset):  # counted while it was read
             report = self.reports["train"]

@@ -22,15 +22,18 @@ from cpt_kernels.scoring import find_missing, scoring_batches, scoring_rows
 ROWS = preference_rows(10)
 
 
+def dataset(rows) -> Dataset:
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+
+
 def train(folder, rows=ROWS, model=None, tokenizer=None, **options) -> tuple[ContrastiveTrainer, int]:
     """A trainer over the cache in a folder, and how many completions it had to score."""
-    data = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
-    arguments = {key: options.pop(key) for key in ("peft_config", "ref_model") if key in options}
+    arguments = {key: options.pop(key) for key in ("peft_config", "ref_model", "eval_dataset") if key in options}
     before = stored(folder)
     trainer = ContrastiveTrainer(
         tiny_model("llama") if model is None else model,
         args=config(folder, **{"max_steps": 1, **options}),
-        train_dataset=Dataset.from_list(data),
+        train_dataset=dataset(rows),
         processing_class=tokenizer or word_tokenizer(),
         **arguments,
     )
@@ -70,6 +73,17 @@ def test_changes_that_score_nothing_again(scored, options):
     assert train(scored, **options)[1] == 0
 
 
+def test_another_split_scores_nothing_again(scored):
+    assert train(scored, rows=ROWS[4:], eval_dataset={"a": dataset(ROWS[:2]), "b": dataset(ROWS[2:4])})[1] == 0
+    assert train(scored, rows=ROWS[:5], eval_dataset=dataset([*ROWS[5:], *preference_rows(1, seed=9)]))[1] == 2
+
+
+def test_padding_scores_nothing_again(scored):
+    tokenizer = word_tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token = "left", "<s>"
+    assert train(scored, tokenizer=tokenizer)[1] == 0
+
+
 def test_added_rows_are_all_that_is_scored(scored):
     assert train(scored, rows=[*ROWS, *preference_rows(3, seed=9)])[1] == 6
     pairs = [ROWS[0] | {"rejected": ROWS[1]["chosen"]}]
@@ -103,6 +117,11 @@ def changed_rope():
 def test_another_reference_scores_everything_and_leaves_the_first_alone(scored, model):
     assert train(scored, model=model())[1] == 20
     assert train(scored)[1] == 0
+
+
+def test_another_compute_type_scores_everything(scored):
+    assert train(scored, bf16=True)[1] == 20
+    assert train(scored, bf16=True)[1] == 0
 
 
 def test_chat_template(tmp_path):
@@ -186,6 +205,32 @@ def test_the_start_reports_hits_misses_seconds_and_bytes(tmp_path, caplog):
     assert all("MB written" in message and " s, " in message for message in messages)
 
 
+def test_a_stream_reports_what_it_found_and_scored(tmp_path, caplog):
+    def stream(rows) -> str:
+        caplog.clear()
+        ContrastiveTrainer(
+            tiny_model("llama"),
+            args=config(tmp_path, max_steps=len(rows) // 4),
+            train_dataset=dataset(rows).to_iterable_dataset(),
+            processing_class=word_tokenizer(),
+        ).train()
+        (message,) = [r.getMessage() for r in caplog.records if "while training" in r.getMessage()]
+        return message
+
+    rows = preference_rows(12)
+    assert "16 completions while training: 0 found, 16 scored in " in stream(rows[:8])
+    message = stream(rows)
+    assert "24 completions while training: 16 found, 8 scored in " in message and "MB written)" in message
+
+
+def test_the_folder_is_said_at_the_start(tmp_path, caplog):
+    for there in (0, 20):
+        caplog.clear()
+        trainer, _ = train(tmp_path)
+        (message,) = [r.getMessage() for r in caplog.records if "ref_cache_dir" in r.getMessage()]
+        assert str(trainer.reference.cache.folder) in message and f"of {there} completions so far" in message
+
+
 # --- Batches of a fill ---
 
 
@@ -197,19 +242,19 @@ def test_a_prompt_is_run_once_and_a_completion_scored_once(tmp_path):
         for a in range(4)
         for b in range(a)
     ]
-    dataset, collator = Dataset.from_list(prepared), PackedCollator()
-    missing = find_missing(dataset, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
+    data, collator = Dataset.from_list(prepared), PackedCollator()
+    missing = find_missing(data, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
     assert (missing.completions, missing.found, len(missing)) == (60, 0, 20)
     batches = scoring_batches(missing, collator, 28, 2)
     assert len(batches) % 2 == 0
-    rows = [row for batch in batches for row in scoring_rows(dataset, missing, batch, collator)]
+    rows = [row for batch in batches for row in scoring_rows(data, missing, batch, collator)]
     assert len(rows) == 5 and all(len(row["completion_ids"]) == 4 for row in rows)
     assert {tuple(c) for row in rows for c in row["completion_ids"]} == {(p, 1, a) for p in range(5) for a in range(4)}
 
 
 def test_a_group_beyond_the_budget_is_split(tmp_path):
-    dataset = Dataset.from_list([{"prompt_ids": [5] * 10, "completion_ids": [[i] * 10 for i in range(20)]}])
-    missing = find_missing(dataset, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
+    data = Dataset.from_list([{"prompt_ids": [5] * 10, "completion_ids": [[i] * 10 for i in range(20)]}])
+    missing = find_missing(data, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
     batches = scoring_batches(missing, PackedCollator(), 64, 1)
     sizes = [sum(10 + 10 * len(group) for group in batch) for batch in batches]
     assert max(sizes) <= 64 and sum(len(group) for batch in batches for group in batch) == 20
