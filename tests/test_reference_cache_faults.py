@@ -7,15 +7,19 @@ import multiprocessing
 import os
 import random
 import resource
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pytest
 from test_reference_cache import FINGERPRINT, OTHER, fill, found, make_row, shards
 
+import cpt_kernels.reference_cache as module
 from cpt_kernels.reference_cache import ReferenceCache
 
 # --- damage
@@ -140,15 +144,46 @@ def test_write_errors_are_clear_and_lose_nothing(tmp_path, monkeypatch, code, ca
     assert found(ReferenceCache(tmp_path, FINGERPRINT), [0]) == [0]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder(tmp_path):
-    fill(tmp_path, [0])
-    (tmp_path / FINGERPRINT).chmod(0o555)
-    cache = ReferenceCache(tmp_path, FINGERPRINT)
-    assert found(cache, [0]) == [0]
-    cache.add(*make_row(1))
-    with pytest.raises(PermissionError, match="cannot be written"):
-        cache.flush()
+def without_privileges(call: Callable[[], str]) -> str:
+    """What a call gives to a user who is not root: nothing is read-only for root."""
+    if os.geteuid():
+        return call()
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        try:
+            os.seteuid(65534)
+            os.write(writing, call().encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading) as answer:
+        return answer.read()
+
+
+def test_read_only_folder():
+    """What is there is found; what is not there ends in one message that names the folder and the mend."""
+
+    def use() -> str:
+        cache = ReferenceCache(directory, FINGERPRINT)
+        assert found(cache, [0, 1]) == [0]
+        cache.add(*make_row(1))
+        try:
+            cache.flush()
+        except PermissionError as error:
+            assert found(cache, [0, 1]) == [0, 1]
+            return str(error)
+        return "it was written"
+
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        directory = Path(name)
+        fill(directory, [0])
+        (directory / FINGERPRINT).chmod(0o555)
+        directory.chmod(0o755)
+        message = without_privileges(use)
+        (directory / FINGERPRINT).chmod(0o755)
+    assert f"cannot be written to {directory / FINGERPRINT} (Permission denied)" in message
+    assert "choose another folder with ref_cache_dir" in message
 
 
 def test_disk_full_in_the_middle_of_a_shard(tmp_path):
@@ -168,22 +203,36 @@ def test_disk_full_in_the_middle_of_a_shard(tmp_path):
 
 
 def die_in_flush(directory: Path, call: str, occasion: int) -> None:
-    """Stored: 0 to 9. Then write 10 to 19 and die, with no chance to clean up, in a system call of that flush."""
+    """Stored: 0 to 9. Then write 10 to 19 and die, with no chance to clean up, in a call of that flush."""
     cache = fill(directory, range(10))
     for seed in range(10, 20):
         cache.add(*make_row(seed))
-    real, calls = getattr(os, call), iter(range(100))
-    setattr(os, call, lambda *args: os._exit(9) if next(calls) == occasion else real(*args))
+    if call == "write":
+        write_shard = module.write_shard
+
+        def write_half(file: BinaryIO, *rest) -> None:
+            write_shard(whole := BytesIO(), *rest)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            os._exit(9)
+
+        module.write_shard = write_half
+    else:
+        real, calls = getattr(os, call), iter(range(100))
+        setattr(os, call, lambda *args: os._exit(9) if next(calls) == occasion else real(*args))
     cache.flush()
-    os._exit(0)
 
 
-@pytest.mark.parametrize(("call", "occasion", "kept"), [("fsync", 0, 10), ("replace", 0, 10), ("fsync", 1, 20)])
+@pytest.mark.parametrize(
+    ("call", "occasion", "kept"), [("write", 0, 10), ("fsync", 0, 10), ("replace", 0, 10), ("fsync", 1, 20)]
+)
 def test_death_at_each_point_of_a_flush(tmp_path, caplog, call, occasion, kept):
-    process = multiprocessing.get_context("spawn").Process(target=die_in_flush, args=(tmp_path, call, occasion))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
+    if not (writer := os.fork()):
+        try:
+            die_in_flush(tmp_path, call, occasion)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == 9
     assert len(list((tmp_path / FINGERPRINT).glob(".*.tmp"))) == (kept == 10)
     cache = ReferenceCache(tmp_path, FINGERPRINT)
     assert found(cache, range(20)) == list(range(kept)) and not caplog.records
@@ -226,20 +275,33 @@ def write_some(directory: Path, seeds: Sequence[int], barrier) -> None:
     cache.flush()
 
 
-def test_two_writers_of_overlapping_rows(tmp_path, caplog):
+def run_at_once(target: Callable, *arguments: tuple) -> None:
+    """In a process for each arguments, which get a barrier besides."""
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    ranges = (range(200), range(100, 300))
-    writers = [context.Process(target=write_some, args=(tmp_path, seeds, barrier)) for seeds in ranges]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+    barrier = context.Barrier(len(arguments))
+    processes = [context.Process(target=target, args=(*each, barrier)) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def test_four_writers_of_the_same_rows(tmp_path, caplog):
+    run_at_once(write_some, *[(tmp_path, range(200))] * 4)
+    cache = ReferenceCache(tmp_path, FINGERPRINT)
+    assert cache.num_rows == 800, "each wrote all of them, waiting for nobody"
+    assert found(cache, range(201)) == list(range(200)) and not caplog.records
+    assert not list((tmp_path / FINGERPRINT).glob(".*.tmp"))
+    cache.merge(cache.shards)
+    assert cache.num_rows == 200 and found(ReferenceCache(tmp_path, FINGERPRINT), range(201)) == list(range(200))
+
+
+def test_two_writers_of_overlapping_rows(tmp_path, caplog):
+    run_at_once(write_some, (tmp_path, range(200)), (tmp_path, range(100, 300)))
     cache = ReferenceCache(tmp_path, FINGERPRINT)
     assert cache.num_rows == 400, "both wrote rows 100 to 199"
     assert found(cache, range(300)) == list(range(300)) and not caplog.records
-    assert not list((tmp_path / FINGERPRINT).glob("*.tmp"))
 
 
 def test_readers_in_other_threads_see_a_row_all_along(tmp_path):
