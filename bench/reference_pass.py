@@ -1,10 +1,14 @@
 """``python -m bench reference_pass --data FILE.jsonl``: the reference pass over all pairs of a file of responses.
 
-Rows are ``{"prompt_id", "prompt", "model", "response"}``; every two responses to a prompt are a pair. TRL's pass runs
-both sides of every pair, padded, in the order of the data; ours runs a prompt once and a response once. Both are the
-trainers' own, timed inside of their constructors on the same model, tokens and machine, one after the other, each in
-a process of its own. The expected ratio is that of floating-point operations counted from lengths, forward only:
-2 p T + 4 L Hq D A + 2 R H V with T tokens run, A attended pairs, R rows of the head.
+Rows are ``{"prompt_id", "prompt", "model", "response"}``; every two different responses to a prompt are a pair. TRL's
+pass runs both sides of every pair, padded, in the order of the data; ours runs a prompt once and a response once. Both
+are the trainers' own, timed inside of their constructors on the same model, tokens and machine, one after the other,
+each in a process of its own that has run the model before. That both give the same sums comes first.
+
+``trl`` is TRL as it installs; ``trl-tuned`` scores completion rows only, runs ``--trl-batch`` pairs together and has
+the allocator settings of ``bench.step``; ``ours-tuned`` has the same settings. ``ratio_trl`` is trl / ours,
+``ratio_trl_tuned`` trl-tuned / ours-tuned. Predicted ratios are those of floating-point operations counted from
+lengths, forward only: 2 p T + 4 L Hq D A + 2 R H V with T tokens run, A attended pairs, R rows of the head.
 
 Words are hashed to token ids: what a pass costs depends on lengths alone.
 """
@@ -15,39 +19,53 @@ import argparse
 import json
 import os
 import re
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 from datasets import Dataset
 
 from .lengths import FIRST_TOKEN
+from .step import ALLOCATOR
+from .timing import Channel, Contestant, add_output_options, finish, table
 from .trainers import arguments, build_model, tokenizer
 from .work import Pair, Shape, Work, padded
 
+Groups = list[tuple[list[int], list[list[int]]]]  # prompts and their different responses
 
-def read_groups(path: Path, vocab: int, longest: int) -> list[tuple[list[int], list[list[int]]]]:
-    """Prompts and their different responses as token ids; a prompt and a response have at most ``longest`` each."""
+CONTESTANTS = {
+    "ours": {"side": "ours"},
+    "ours-tuned": {"side": "ours", "tuned": True},
+    "trl": {"side": "trl", "pairs": 8},  # TRL's default batch
+    "trl-tuned": {"side": "trl", "tuned": True},
+}
+_TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=500)
+
+
+def read_groups(path: Path, prompts: int | None, vocab: int, longest: int) -> Groups:
+    """The first so many prompts, as token ids; a prompt and a response have at most ``longest`` each."""
 
     def ids(text: str) -> list[int]:
         words = re.findall(r"\w{1,6}|\W", text)[:longest]
         return [crc32(word.encode()) % (vocab - FIRST_TOKEN) + FIRST_TOKEN for word in words] or [FIRST_TOKEN]
 
-    groups: dict[str, tuple[list[int], list[list[int]]]] = {}
+    groups: dict[str, tuple[list[int], dict[tuple[int, ...], None]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        prompt = ids(f"{row['prompt_id']} {row['prompt']}")
-        groups.setdefault(row["prompt_id"], (prompt, []))[1].append(ids(f"{row['response']} {row['model']}"))
-    return list(groups.values())
+        _, responses = groups.setdefault(row["prompt_id"], (ids(row["prompt"]), {}))
+        responses[tuple(ids(row["response"]))] = None
+    return [(prompt, [*map(list, responses)]) for prompt, responses in list(groups.values())[:prompts]]
 
 
-def pairs_of(groups: list[tuple[list[int], list[list[int]]]]) -> list[dict[str, list[int]]]:
+def pairs_of(groups: Groups) -> list[dict[str, list[int]]]:
     return [
         {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         for prompt, responses in groups
@@ -61,7 +79,7 @@ def forward_flops(work: Work, shape: Shape) -> float:
     return layers + attention + 2 * work.head_rows * shape.hidden * shape.vocab
 
 
-def shared_work(groups: list[tuple[list[int], list[list[int]]]]) -> Work:
+def shared_work(groups: Groups) -> Work:
     """Every prompt and every response once."""
     tokens = attended = rows = 0
     for prompt, responses in groups:
@@ -82,119 +100,175 @@ def padded_work(pairs: list[dict[str, list[int]]], batch: int, completion_rows_o
 # --- One pass, in a process of its own ---
 
 
-def measure(spec: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the pass, sequences and prompts that the model ran."""
-    torch.set_num_threads(spec["threads"])
-    shape = Shape(**spec["shape"])
-    rows = Dataset.from_list(pairs_of(read_groups(Path(spec["data"]), shape.vocab, spec["longest"])))
-    model = build_model(shape)
-    with tempfile.TemporaryDirectory() as folder:
-        return {"trl": _measure_trl, "ours": _measure_ours}[spec["side"]](spec, model, rows, folder)
+class Pass:
+    """What a pass took, and what its model ran."""
+
+    def __init__(self) -> None:
+        self.numbers = {"completions": 0, "prompts": 0, "tokens": 0, "batches": 0}
+
+    def time(self, call: Callable, *arguments: Any) -> Any:
+        started, busy = time.perf_counter(), time.process_time()
+        result = call(*arguments)
+        self.numbers |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
+        return result
+
+    def count(self, completions: int, prompts: int, tokens: int) -> None:
+        for name, value in zip(self.numbers, (completions, prompts, tokens, 1)):
+            self.numbers[name] += value
 
 
-def _measure_trl(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> dict[str, float]:
+def run_trl(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> tuple[Pass, np.ndarray]:
     import trl.trainer.utils
     from trl import DPOConfig, DPOTrainer
 
-    if spec["completion_rows_only"]:
+    if spec.get("tuned"):
         trl.trainer.utils._use_triton = lambda device: True  # read by the fused head alone, for this one switch
-    counted = {"seconds": 0.0, "completions": 0, "prompts": 0}
+    done = Pass()
 
     class Timed(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
-        def _precompute_ref_logps(self, *args):
-            started = time.perf_counter()
-            dataset = super()._precompute_ref_logps(*args)
-            counted["seconds"] = time.perf_counter() - started
-            return dataset
+        def _precompute_ref_logps(self, *arguments):
+            return done.time(super()._precompute_ref_logps, *arguments)
 
         def compute_ref_log_probs(self, model, inputs):
-            counted["completions"] += len(inputs["input_ids"])
-            counted["prompts"] += len(inputs["input_ids"])
+            done.count(len(inputs["input_ids"]), len(inputs["input_ids"]), inputs["input_ids"].numel())
             return super().compute_ref_log_probs(model, inputs)
 
-    Timed(
-        model,
-        args=DPOConfig(**arguments(spec, folder)),
-        train_dataset=rows,
-        processing_class=tokenizer(spec["shape"]["vocab"]),
-    )
-    return counted
+    args = DPOConfig(**arguments(spec, folder))
+    trainer = Timed(model, args=args, train_dataset=rows, processing_class=tokenizer(spec["shape"]["vocab"]))
+    columns = (trainer.train_dataset[name] for name in ("ref_chosen_logps", "ref_rejected_logps"))
+    return done, np.array([*columns]).T
 
 
-def _measure_ours(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> dict[str, float]:
+def run_ours(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> tuple[Pass, np.ndarray]:
     from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
     from cpt_kernels.reference import Reference
 
-    counted = {"seconds": 0.0, "completions": 0, "prompts": 0}
+    done = Pass()
     fill, score = Reference.fill, Reference._score
 
-    def timed(self, *args):
-        started = time.perf_counter()
-        fill(self, *args)
-        counted["seconds"] = time.perf_counter() - started
-
-    def counting(self, batch):
-        counted["completions"] += len(batch["completion_lengths"])
-        counted["prompts"] += int((batch["position_ids"] == 0).sum())
+    def counted(self, batch):
+        starts = int((batch["position_ids"] == 0).sum())
+        done.count(len(batch["completion_lengths"]), starts, batch["input_ids"].numel())
         return score(self, batch)
 
-    Reference.fill, Reference._score = timed, counting
+    Reference.fill, Reference._score = lambda *arguments: done.time(fill, *arguments), counted
     args = ContrastiveConfig(
         **arguments(spec, folder), ref_cache_dir=f"{folder}/cache", max_tokens_per_batch=spec["tokens_per_batch"]
     )
-    ContrastiveTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer(spec["shape"]["vocab"]))
-    return counted
+    trainer = ContrastiveTrainer(
+        model, args=args, train_dataset=rows, processing_class=tokenizer(spec["shape"]["vocab"])
+    )
+    sides = [[(row["prompt_ids"], row[f"{side}_ids"]) for row in rows] for side in ("chosen", "rejected")]
+    found = [trainer.reference.cache.get_many(side) for side in sides]
+    return done, np.array([[values.sum(dtype=np.float64) for values in side] for side in found]).T
+
+
+def worker(spec: dict[str, Any]) -> None:
+    """Get ready, say so, run the pass when told to."""
+    channel = Channel()
+    torch.set_num_threads(spec["threads"])
+    shape = Shape(**spec["shape"])
+    groups = read_groups(Path(spec["data"]), spec["prompts"], shape.vocab, spec["longest"])
+    rows = Dataset.from_list(pairs_of(groups))
+    model = build_model(shape)
+    __import__("trl" if spec["side"] == "trl" else "cpt_kernels.trainer")
+    with torch.no_grad():  # threads and the libraries' kernels are there when the clock starts
+        model(torch.arange(256)[None] % shape.vocab)
+    channel.reply(checksum=sum(parameter.double().sum().item() for parameter in model.parameters()))
+    channel.receive()
+    with tempfile.TemporaryDirectory() as folder:
+        done, sums = {"trl": run_trl, "ours": run_ours}[spec["side"]](spec, model, rows, folder)
+    channel.reply(**done.numbers, threads=torch.get_num_threads(), sums=sums.tolist())
+
+
+# --- The comparison ---
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench reference_pass", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="responses, one JSON object per line")
+    parser.add_argument("--data", type=Path, required=True, help="responses, one JSON object per line")
     parser.add_argument("--prompts", type=int, help="only the first so many; default: all")
     parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, and of a response")
-    parser.add_argument("--trl_batch", type=int, default=8, help="pairs that TRL runs together")
-    parser.add_argument("--tokens_per_batch", type=int, default=4096, help="of ours")
-    parser.add_argument(
-        "--completion_rows_only", action="store_true", help="turn on what TRL's head does on CUDA alone"
-    )
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--trl-batch", type=int, default=2, help="pairs that trl-tuned runs together")
+    parser.add_argument("--tokens-per-batch", type=int, default=4096, help="of ours")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma-separated, of these")
+    parser.add_argument("--quick", action="store_true", help="a toy model: does it run?")
+    add_output_options(parser)
     args = parser.parse_args(argv)
-    if args.worker:
-        print(json.dumps(measure(json.loads(args.worker))))
-        return
-    if args.data is None:
-        parser.error("--data is needed")
-    shape = Shape()
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "responses.jsonl"
-        lines = args.data.read_text(encoding="utf-8").splitlines()
-        wanted = list(dict.fromkeys(json.loads(line)["prompt_id"] for line in lines))[: args.prompts]
-        data.write_text("\n".join(line for line in lines if json.loads(line)["prompt_id"] in set(wanted)))
-        spec = {
-            **{
-                name: getattr(args, name) for name in ("longest", "tokens_per_batch", "completion_rows_only", "threads")
-            },
-            **{"data": str(data), "shape": vars(shape), "pairs": args.trl_batch, "device": "cpu", "loss": "sigmoid"},
-            **{"steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-6},
-        }
-        found = {}
-        for side in ("trl", "ours"):
-            command = [sys.executable, "-m", "bench.reference_pass", "--worker", json.dumps({**spec, "side": side})]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[side] = json.loads(done.stdout.splitlines()[-1])
-        groups = read_groups(data, shape.vocab, args.longest)
-    theirs = forward_flops(padded_work(pairs_of(groups), args.trl_batch, args.completion_rows_only), shape)
-    expected = theirs / forward_flops(shared_work(groups), shape)
-    ratio = found["trl"]["seconds"] / found["ours"]["seconds"]
-    print(f"{'':6}{'seconds':>10}{'completions':>13}{'prompts':>9}")
-    for side, numbers in found.items():
-        print(f"{side:6}{numbers['seconds']:10.2f}{numbers['completions']:13,}{numbers['prompts']:9,}")
-    print(f"ratio {ratio:.2f}, expected from lengths {expected:.2f}: {ratio / expected:.0%}")
-    print(json.dumps({**found, "ratio": ratio, "expected": expected, "load": os.getloadavg()[0]}))
+    shape = _TOY if args.quick else Shape()
+    names = args.contestants.split(",")
+    groups = read_groups(args.data, args.prompts, shape.vocab, args.longest)
+    common = {"data": str(args.data.resolve()), "shape": vars(shape), "device": "cpu", "loss": "sigmoid", "steps": 1}
+    common |= {name: getattr(args, name) for name in ("prompts", "longest", "tokens_per_batch", "threads")}
+    common |= {"pairs": args.trl_batch, "gradient_checkpointing": False, "learning_rate": 1e-6}
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            spec = {**common, **CONTESTANTS[name]}
+            environment = ALLOCATOR if spec.get("tuned") else {}
+            contestant = Contestant(name, "bench.reference_pass", spec, environment)
+            measured[name].append(contestant.hello | contestant.ask("pass"))
+            contestant.close()
+            print(f"{name}: {measured[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    sums = {name: np.array(found[0].pop("sums")) for name, found in measured.items()}
+    differences = {name: float(np.abs(sums[name] - sums[names[0]]).max()) for name in names}
+    flops = {
+        name: forward_flops(
+            shared_work(groups)
+            if entry["side"] == "ours"
+            else padded_work(pairs_of(groups), entry.get("pairs", args.trl_batch), bool(entry.get("tuned"))),
+            shape,
+        )
+        for name, entry in CONTESTANTS.items()
+        if name in names
+    }
+    print(_report(measured, flops, differences, len(groups), len(pairs_of(groups))))
+    summary = _ratios(measured, flops) | {"largest_difference": max(differences.values())}
+    for found in measured.values():
+        for one in found:
+            one.pop("sums", None)
+    finish("reference_pass", {"measured": measured, "gflop": {k: v / 1e9 for k, v in flops.items()}}, summary, args)
+
+
+def _median(found: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(one[key] for one in found)
+
+
+def _ratios(measured: dict[str, list], flops: dict[str, float]) -> dict[str, float]:
+    ratios = {}
+    for name in measured:
+        own = "ours-tuned" if CONTESTANTS[name].get("tuned") else "ours"
+        if CONTESTANTS[name]["side"] == "trl" and own in measured:
+            key = name.replace("-", "_")
+            for kind, what in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+                ratios[f"{kind}_{key}"] = round(_median(measured[name], what) / _median(measured[own], what), 3)
+            ratios[f"predicted_ratio_{key}"] = round(flops[name] / flops[own], 3)
+    return ratios
+
+
+def _report(measured: dict, flops: dict, differences: dict, prompts: int, pairs: int) -> str:
+    rows = [
+        [
+            name,
+            f"{_median(found, 'seconds'):.2f}",
+            f"{_median(found, 'cpu_seconds'):.2f}",
+            f"{found[0]['completions']:,}",
+            f"{found[0]['prompts']:,}",
+            f"{found[0]['tokens']:,}",
+            f"{flops[name] / 1e9:,.0f}",
+            f"{flops[name] / 1e9 / _median(found, 'seconds'):.0f}",
+            f"{differences[name]:.1e}",
+        ]
+        for name, found in measured.items()
+    ]
+    header = ["pass", "seconds", "of CPU", "completions", "prompts", "tokens", "GFLOP", "GFLOP/s", "difference"]
+    return f"{prompts} prompts, {pairs} pairs\n{table(header, rows)}"
 
 
 if __name__ == "__main__":
-    main()
+    worker(json.loads(sys.argv[sys.argv.index("--worker") + 1]))
