@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="responses, one JSON object per line")
     parser.add_argument("--prompts", type=int, help="only the first so many; default: all")
     parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, and of a response")
-    parser.add_argument("--trl-batch", type=int, default=2, help="pairs that trl-tuned runs together")
+    parser.add_argument("--trl-batch", type=int, default=1, help="pairs that trl-tuned runs together; 1 is best here")
     parser.add_argument("--tokens-per-batch", type=int, default=4096, help="of ours")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=1)
