@@ -325,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=10_000_000, help="completions in the large index")
     parser.add_argument("--valued", type=int, default=1_000_000, help="of them with --tokens values; the others have 1")
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--stores", default=",".join(STORES), help="comma-separated, of these")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--quick", action="store_true", help="50,000 and 5,000 rows, toy steps: does it run?")
     add_output_options(parser)
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         args.rows, args.valued = 50_000, 5_000
     folder = Path(tempfile.mkdtemp(prefix="bench-cache-", dir=args.folder))
     try:
-        stores = _compare(folder, args.valued, args.tokens)
+        stores = _compare(folder, args.stores.split(","), args.valued, args.tokens)
         _measure(fill, "Ours", folder / "Ours", args.valued, args.rows, 1)
         large = {name: _measure(read, name, folder / "Ours", args.valued, args.tokens) for name in _OF_OURS}
         shards = len(list(folder.glob("Ours/*/*.arrow")))
@@ -360,9 +361,10 @@ def main(argv: list[str] | None = None) -> None:
 _OF_OURS = ("Ours", "OursByTokens")
 
 
-def _compare(folder: Path, rows: int, tokens: int) -> dict[str, dict[str, float]]:
+def _compare(folder: Path, names: list[str], rows: int, tokens: int) -> dict[str, dict[str, float]]:
     stores = {}
-    for name, store in STORES.items():
+    for name in names:
+        store = STORES[name]
         if store is LMDB and find_spec("lmdb") is None:
             print("LMDB is not installed, and left out")
             continue

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import cache
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,13 +36,19 @@ def test_ten_kills():
 
 
 def test_quick_speed(tmp_path):
-    bench("cache", "--quick", "--json", str(tmp_path / "result.json"))
+    bench("cache", "--quick", "--stores", "Ours,SQLite", "--json", str(tmp_path / "result.json"))
     result = json.loads((tmp_path / "result.json").read_text())["cache"]
     assert result["large"]["Ours"]["peak_anonymous_mb"] < 100
     assert result["stores"]["Ours"]["lookups_per_cpu_s"] > result["stores"]["SQLite"]["lookups_per_cpu_s"]
     assert 0 < result["step"]["share_of_step"] < 0.1
-    for name in ("Ours", "SQLite", "ArrowColumn", "TrlColumns"):
-        assert result["stores"][name]["fill_mb_per_s"] > 0
+
+
+@pytest.mark.parametrize("store", ["LMDB", "ArrowColumn", "TrlColumns"])
+def test_other_stores(tmp_path, store):
+    if store == "LMDB":
+        pytest.importorskip("lmdb")
+    assert cache.fill(store, str(tmp_path), "0", "2000", "10")["fill_mb_per_s"] > 0
+    assert cache.read(store, str(tmp_path), "2000", "10", rounds=2, batches=2)["lookups_per_s"] > 0
 
 
 def test_fingerprint():
