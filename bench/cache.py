@@ -29,7 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cpt_kernels.reference_cache import ReferenceCache, Sequences
+from cpt_kernels.reference_cache import ReferenceCache
+from cpt_kernels.row_keys import Sequences
 
 from .timing import add_output_options, finish, table
 
@@ -273,17 +274,15 @@ def train(lengths: str, steps: str) -> dict[str, float]:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from cpt_kernels.reference import Reference
-
     from .lengths import preference_rows
     from .trainers import build_model, our_trainer
     from .work import Shape
 
     shape = Shape() if lengths != "tiny" else Shape(hidden=32, layers=2, heads=2, kv_heads=1, vocab=500)
     lookups, stepping = Clock(), Clock()
-    lookup = Reference.lookup
+    lookup = ReferenceCache.log_probs
 
-    def timed(self: Reference, sequences: Sequences) -> np.ndarray:
+    def timed(self: ReferenceCache, sequences: Sequences) -> np.ndarray:
         with lookups:
             return lookup(self, sequences)
 
@@ -295,7 +294,7 @@ def train(lengths: str, steps: str) -> dict[str, float]:
             elif state.global_step == state.max_steps:
                 stepping.__exit__()
 
-    Reference.lookup = timed
+    ReferenceCache.log_probs = timed
     spec = {"device": "cpu", "loss": "sigmoid", "gradient_checkpointing": False, "learning_rate": 1e-6}
     spec |= {"steps": int(steps), "pairs": 8, "shape": vars(shape)}
     rows = Dataset.from_list(preference_rows(lengths, spec["steps"] * spec["pairs"], shape.vocab))

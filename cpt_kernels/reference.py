@@ -17,12 +17,12 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data.collate import PackedBatch, PackedCollator
+from .data.collate import PackedBatch, PackedCollator, ReferenceLookup
 from .fingerprint import describe, fingerprint
 from .loading import dropout
 from .model import PackedModel, base_model
 from .ops.gather import segment_sum
-from .reference_cache import ReferenceCache, Sequences
+from .reference_cache import ReferenceCache
 from .scoring import Missing, find_missing, scoring_batches, scoring_rows
 
 logger = logging.getLogger(__name__)
@@ -123,9 +123,10 @@ class Reference:
                 f" {scored:.0f} scored in {seconds:.1f} s ({written / 1e6:.1f} MB written)"
             )
 
-    def lookup(self, sequences: Sequences) -> np.ndarray:
-        """(N,) log-probs of the tokens of all (prompt ids, completion ids), fp32; NaN where the cache has none."""
-        return self.cache.look_up(self.cache.keys(sequences), [len(completion) for _, completion in sequences])[0]
+    @property
+    def lookup(self) -> ReferenceLookup:
+        """Log-probs from the cache. Of the cache alone: a DataLoader's workers may get it pickled, without a model."""
+        return self.cache.log_probs
 
     def complete(self, batch: PackedBatch) -> None:
         """Score what a batch lacks, put it in the batch and in the cache."""

@@ -7,10 +7,6 @@ A row is found by a hash of (reference fingerprint, prompt ids, completion ids) 
 outlives shuffles, splits, losses, betas and seeds. Any number of processes may write to one folder: a shard gets its
 own name, and only when all its bytes are on disk. Two writers that score the same row store it twice, which costs bytes
 and no more. A killed writer leaves at most a hidden `.tmp` file, which no reader looks at.
-
-The hash is XXH3 with 128 bits: ten times as fast as a cryptographic one on rows of a few hundred tokens. Of n rows, two
-have the same by chance with probability n^2 / 2^129: 1.5e-21 for a billion. It is no defence against data that was made
-to collide; such a row would be given the values of another of the same length.
 """
 
 from __future__ import annotations
@@ -19,26 +15,21 @@ import json
 import logging
 import os
 import re
-import struct
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from xxhash import xxh3_128_digest
 
+from .row_keys import Sequences, Tokens, row_keys
 from .shard_index import Index
 from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, publish, write_shard
 
 logger = logging.getLogger(__name__)
-
-Tokens = Sequence[int] | NDArray[np.integer]
-Sequences = Sequence[tuple[Tokens, Tokens]]  # (prompt ids, completion ids) of each
 
 _PENDING_BYTES = 1 << 26  # of unwritten values: a flush comes then at the latest
 _SMALL = 1 << 26  # bytes of a shard that is still merged with others
@@ -106,9 +97,6 @@ class ReferenceCache:
     def key(self, prompt_ids: Tokens, completion_ids: Tokens) -> bytes:
         """16 bytes that identify a completion of a prompt under this reference.
 
-        The fingerprint and both lengths are hashed ahead of the tokens (int64, little-endian), so (1, 2 | 3) is not
-        (1 | 2, 3).
-
         Raises:
             ValueError: token ids that are not a flat sequence of integers.
         """
@@ -116,11 +104,7 @@ class ReferenceCache:
 
     def keys(self, sequences: Sequences) -> list[bytes]:
         """The `key` of each (prompt ids, completion ids); about 1 us each from int64 arrays, 3 us from lists."""
-        header, lengths, keys = self._header, _LENGTHS.pack, []
-        for prompt_ids, completion_ids in sequences:
-            prompt, completion = _token_bytes(prompt_ids), _token_bytes(completion_ids)
-            keys.append(xxh3_128_digest(header + lengths(len(prompt), len(completion)) + prompt + completion))
-        return keys
+        return row_keys(self._header, sequences)
 
     def look_up(self, keys: Sequence[bytes], lengths: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Log-probs of completions by their keys, about a microsecond each.
@@ -141,6 +125,10 @@ class ReferenceCache:
             pieces[item] = np.full(lengths[item], np.nan, np.float32)
         # Buffers are joined in a third of the time that arrays are concatenated in, or less.
         return np.frombuffer(bytearray().join(pieces), np.float32), found
+
+    def log_probs(self, sequences: Sequences) -> NDArray[np.float32]:
+        """As `look_up` of (prompt ids, completion ids), without the second array: what a collator asks for."""
+        return self.look_up(self.keys(sequences), [len(completion) for _, completion in sequences])[0]
 
     def get_many(self, sequences: Sequences) -> list[NDArray[np.float32] | None]:
         """Log-probs of every (prompt ids, completion ids): (len(completion_ids),) fp32; None if not there.
@@ -373,26 +361,3 @@ class ReferenceCache:
         logger.warning(
             "%s is damaged or not for this program, and ignored: %s. Its rows are scored again", path, reason
         )
-
-
-_LENGTHS = struct.Struct("<QQ")
-_INT64 = np.dtype("<i8")
-
-
-@lru_cache(1 << 14)
-def _packer(length: int) -> struct.Struct:
-    return struct.Struct(f"<{length}q")
-
-
-def _token_bytes(ids: Tokens) -> bytes:
-    if type(ids) is np.ndarray and ids.dtype is _INT64 and ids.ndim == 1:
-        return ids.tobytes()
-    if isinstance(ids, (list, tuple)):
-        try:
-            return _packer(len(ids)).pack(*ids)  # a fifth of the time that numpy takes to read a list
-        except struct.error as error:
-            raise ValueError(f"token ids must be a flat sequence of integers: {error}") from error
-    array = np.asarray(ids)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"token ids must be a flat sequence of integers, not {array.dtype} of shape {array.shape}")
-    return array.astype("<i8", copy=False).tobytes()

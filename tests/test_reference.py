@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -164,6 +165,16 @@ def test_a_cached_reference_trains_like_a_live_one(tmp_path, lora):
     assert len(losses(live)) == 20
     assert losses(live) == pytest.approx(losses(cached), abs=1e-5)
     assert losses(live)[-1] != pytest.approx(np.log(2), abs=1e-3)
+
+
+def test_workers_of_a_loader_get_the_cache_without_the_model(tmp_path):
+    trainer, _ = train(tmp_path)
+    collate = trainer.get_train_dataloader().collate_fn
+    pickled = pickle.dumps(collate)
+    assert len(pickled) < 2000
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    expected = collate(rows)["ref_token_logps"]
+    assert pickle.loads(pickled)(rows)["ref_token_logps"].tolist() == expected.tolist() and expected.isfinite().all()
 
 
 # --- The first step ---
