@@ -197,16 +197,6 @@ class ReferenceCache:
         for values, length in zip(arrays, lengths, strict=True):
             if values.shape != (length,):
                 raise ValueError(f"log-probs of shape {values.shape} for a completion of {length} tokens")
-        together = np.concatenate([*arrays, np.empty(0, np.float32)])  # a copy: the caller may reuse its buffers
-        if not (finite := np.isfinite(together)).all():
-            at = int(np.argmin(finite))
-            stops = np.cumsum(lengths)
-            row = int(stops.searchsorted(at, "right"))
-            raise ValueError(
-                f"log-prob of completion token {at - int(stops[row]) + lengths[row]} is {together[at]}; only finite"
-                " values can be cached"
-            )
-        together.flags.writeable = False
         keys = self.keys(sequences)
         with self._lock:
             there = self.has_keys(keys, lengths)
@@ -214,12 +204,9 @@ class ReferenceCache:
             new = sorted(first.values())
             if not new:
                 return
-            if len(new) < len(keys):
-                keys, lengths = [keys[i] for i in new], [lengths[i] for i in new]
-                together = np.concatenate([arrays[i] for i in new])
             if not self._pending:
                 self._pending_since = time.monotonic()
-            self._pending.add(keys, np.array(lengths), together)
+            self._pending.add([keys[i] for i in new], [arrays[i] for i in new])
             old = time.monotonic() - self._pending_since >= self.flush_seconds
             if old or self._pending.nbytes >= _PENDING_BYTES:
                 self.flush()
@@ -267,7 +254,7 @@ class ReferenceCache:
                 continue
             read.append(shard)
             if new:
-                rows.add(list(new), np.array(list(map(len, new.values()))), np.concatenate(list(new.values())))
+                rows.add(list(new), list(new.values()))
         if len(read) < 2:
             return
         merged = self._write(rows, kind)

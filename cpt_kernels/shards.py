@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what opening damaged by
 # What rows hold: a value per token, or an imported sum spread over the tokens, of which only the sum is right.
 KINDS = ("tokens", "sums")
 
+_CAPACITY = 1 << 24  # values that `Rows` hold before they need a larger array
 _BLOCK_BITS = 14  # values that share a checksum: 2^14, 64 KiB
 
 
@@ -154,40 +154,50 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self.starts: dict[bytes, int] = {}  # where a key's values begin, counted through all chunks
-        self.num_values = 0
-        self._chunks: list[NDArray[np.float32]] = []
-        self._chunk_starts: list[int] = []
+        self.starts: dict[bytes, int] = {}  # where a key's values begin
+        self._stop = 0
+        self._values = np.empty(_CAPACITY, "<f4")  # memory is taken when it is first written to
 
     def __len__(self) -> int:
         return len(self.starts)
 
     @property
     def nbytes(self) -> int:
-        return 4 * self.num_values + KEY_BYTES * len(self)
+        return 4 * self._stop + KEY_BYTES * len(self)
 
-    def add(self, keys: Sequence[bytes], lengths: NDArray[np.integer], values: NDArray[np.float32]) -> None:
-        """Add new keys, n, with ``lengths``, (n,), values each, (sum of lengths,), which are not copied."""
-        starts = self.num_values + np.cumsum(lengths) - lengths
-        self._chunks.append(values)
-        self._chunk_starts.append(self.num_values)
-        self.num_values += len(values)
+    def add(self, keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> None:
+        """Add new keys and a copy of their values.
+
+        Raises:
+            ValueError: a value is not finite; nothing is added.
+        """
+        stops = self._stop + np.cumsum([len(row) for row in rows])
+        stop = int(stops[-1])
+        if stop > len(self._values):
+            larger = np.empty(max(stop, 2 * len(self._values)), "<f4")
+            larger[: self._stop] = self._values[: self._stop]
+            self._values = larger  # who reads the other one finds all that there was
+        values = np.concatenate(rows, out=self._values[self._stop : stop])
+        if not np.isfinite(values).all():
+            at = self._stop + int(np.argmin(np.isfinite(values)))
+            row = int(stops.searchsorted(at, "right"))
+            token = at - int(stops[row]) + len(rows[row])
+            raise ValueError(f"log-prob of completion token {token} is {self._values[at]}; only finite values are kept")
         expected = len(self) + len(keys)
-        self.starts.update(zip(keys, starts.tolist()))
+        self.starts.update(zip(keys, [self._stop, *stops[:-1].tolist()]))
         assert len(self) == expected, "a key came twice"
+        self._stop = stop
 
     def read(self, start: int, length: int) -> NDArray[np.float32]:
         """``length`` values from ``start``, a place in ``starts``, on."""
-        number = bisect_right(self._chunk_starts, start) - 1
-        start -= self._chunk_starts[number]
-        return self._chunks[number][start : start + length]
+        return self._values[start : start + length]
 
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
         """Key halves (n, 2), starts and lengths (n,), values (m,)."""
         halves = np.frombuffer(b"".join(self.starts), "<u8").reshape(-1, 2)
         starts = np.fromiter(self.starts.values(), "<i4", len(self))
-        lengths = np.diff(starts, append=np.int32(self.num_values))
-        return halves, starts, lengths, self._chunks[0] if len(self._chunks) == 1 else np.concatenate(self._chunks)
+        lengths = np.diff(starts, append=np.int32(self._stop))
+        return halves, starts, lengths, self._values[: self._stop]
 
 
 def write_shard(file: BinaryIO, rows: Rows, fingerprint: str, kind: str = "tokens") -> None:
