@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import cpt_kernels.fingerprint as fingerprint_module
 import cpt_kernels.weight_files as module
-from cpt_kernels import ContrastiveTrainer
+from cpt_kernels import ContrastiveTrainer, cache_tool
 from cpt_kernels.model import PackedModel
 from cpt_kernels.reference import Reference
 
@@ -78,6 +79,16 @@ def test_trainer_and_its_reference_model_by_name(saved, tmp_path, reads):
     assert fingerprint(peft_config=adapter) == first and not reads
     assert fingerprint(args=config(tmp_path, precompute_ref_log_probs=False)) == first and not reads
     assert fingerprint(ref_model=tiny_model("llama-tied")) != first and reads
+
+
+def test_commands_digest_a_model_once(saved, tmp_path, reads):
+    word_tokenizer().save_pretrained(saved)
+    preference_data(4).remove_columns("sampled").to_json(tmp_path / "data.jsonl")
+    options = ["--model_name_or_path", str(saved), "--dataset_name", str(tmp_path / "data.jsonl"), "--use_cpu"]
+    for expected in (True, False):
+        reads.clear()
+        cache_tool.main(["build", *options, "--ref_cache_dir", str(tmp_path / "cache")])
+        assert bool(reads) == expected
 
 
 def rewrite(folder: Path, in_place: bool = True) -> None:
@@ -194,6 +205,24 @@ def test_a_cache_that_cannot_be_written_is_no_error(saved, tmp_path, caplog):
     files = module.claim(load(saved))
     files.write(tmp_path / "cache", {})
     assert "cannot be kept" in caplog.text
+
+
+def test_a_downloaded_model_is_its_blobs(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--me--model"
+    snapshot = model / "snapshots" / ("a" * 40)
+    for folder in (snapshot, model / "blobs", model / "refs"):
+        folder.mkdir(parents=True)
+    (model / "refs/main").write_text("a" * 40)
+    for name in ("config.json", "model.safetensors"):
+        (model / "blobs" / name).write_text("1")
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert module._folder("me/model", None) == module._folder("me/model", "main") == snapshot
+    before = module._stats(snapshot)
+    (model / "blobs/model.safetensors").write_text("2")
+    assert {name for name, about in module._stats(snapshot).items() if about != before[name]} == {"model.safetensors"}
+    (model / "blobs/model.safetensors").unlink()
+    assert module._stats(snapshot) == {}, "nothing certain can be said"
 
 
 def test_a_name_that_was_never_downloaded_has_no_files():
