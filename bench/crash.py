@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,7 @@ class Build:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in world.items()})
         code = 1
+        tqdm.set_lock(threading.RLock())  # its own is shared by forks, and stays held by one that is killed
         try:
             with open(self.folder.with_suffix(".err"), "a") as errors:
                 os.dup2(errors.fileno(), 2)

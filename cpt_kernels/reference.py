@@ -89,8 +89,7 @@ class Reference:
         self.cache = ReferenceCache(cache_dir, digest, description=describe(model, **identity))
         if accelerator.is_main_process:
             logger.warning(
-                f"reference log-probs are kept in {self.cache.folder} (ref_cache_dir), of {self.cache.num_rows}"
-                " completions so far"
+                f"log-probs are kept in {self.cache.folder} (ref_cache_dir): {self.cache.num_rows} completions so far"
             )
 
     def check_tokens(self) -> None:

@@ -141,7 +141,7 @@ def test_nothing_is_scored_twice(tmp_path, caplog):
     reference, policy = models()
     args = config(tmp_path)
     first = evaluate_pairs({"policy": policy}, data, tokenizer, reference=reference, args=args)
-    assert "held-out data: policy log-probs of 44 completions: 0 from" in caplog.text
+    assert "held-out data: policy log-probs of 44 completions: 0 found" in caplog.text
     caplog.clear()
     again = evaluate_pairs({"policy": lambda: policy}, data, tokenizer, reference=reference, args=args, by=["topic"])
     assert caplog.text.count(" 0 missing") == 2

@@ -239,7 +239,7 @@ def test_the_folder_is_said_at_the_start(tmp_path, caplog):
         caplog.clear()
         trainer, _ = train(tmp_path)
         (message,) = [r.getMessage() for r in caplog.records if "ref_cache_dir" in r.getMessage()]
-        assert str(trainer.reference.cache.folder) in message and f"of {there} completions so far" in message
+        assert str(trainer.reference.cache.folder) in message and f": {there} completions so far" in message
 
 
 # --- Batches of a fill ---
