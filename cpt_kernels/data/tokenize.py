@@ -146,11 +146,8 @@ class Tokenization:
             i: [example.prompt, *(example.prompt + (c if c.endswith(eos) else c + eos) for c in example.completions)]
             for i, example in examples.items()
         }
-        unique = list(dict.fromkeys(text for row in texts.values() for text in row))
-        # verbose=False: the warning about the model's maximum length would come before anything is truncated.
-        ids = self.tokenizer(text=unique, return_attention_mask=False, verbose=False)["input_ids"]
-        encoded = dict(zip(unique, ids))
-        return {i: (encoded[prompt], [encoded[whole] for whole in wholes]) for i, (prompt, *wholes) in texts.items()}
+        ids = iter(encode(self.tokenizer, [text for row in texts.values() for text in row]))
+        return {i: (next(ids), [next(ids) for _ in wholes]) for i, (_, *wholes) in texts.items()}
 
     def _encode_chats(self, examples: dict[int, Example]) -> dict[int, Any]:
         """As `_encode_texts`, for conversations that share their template arguments."""
@@ -160,13 +157,12 @@ class Tokenization:
                 "the dataset is conversational, but the tokenizer has no chat template: set `tokenizer.chat_template`, "
                 "or use text columns"
             )
-        arguments = {"tokenize": True, "return_dict": True, "tools": first.tools, **first.template_kwargs}
-        render = partial(self.tokenizer.apply_chat_template, **arguments)
+        render = partial(encode_chats, self.tokenizer, tools=first.tools, **first.template_kwargs)
         prompts = [example.prompt for example in examples.values()]
         wholes = [example.prompt + completion for example in examples.values() for completion in example.completions]
         try:
-            prompt_ids = render(prompts, add_generation_prompt=True)["input_ids"]
-            whole_ids = iter(render(wholes)["input_ids"])
+            prompt_ids = render(prompts, add_generation_prompt=True)
+            whole_ids = iter(render(wholes))
         except (TemplateError, TypeError) as error:
             # A template may refuse one conversation (roles that do not alternate, no content): find which.
             if len(examples) == 1:
@@ -235,6 +231,40 @@ class Tokenization:
 def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, int]]) -> bool:
     """Whether the scores say of all pairs what they are pairs for; those that a row gives itself may contradict."""
     return all(scores[chosen] > scores[rejected] for chosen, rejected in pairs)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of each text, those that calling the tokenizer gives."""
+    # verbose=False: the warning about the model's maximum length would come before anything is truncated.
+    options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+    if not _is_its_backend(tokenizer):
+        return tokenizer(text=texts, **options)["input_ids"]
+    # What transformers makes of an encoding besides its ids takes a third of the time. A call with one text leaves the
+    # backend in the state that all of them need (no truncation, no padding, special tokens as the tokenizer has it).
+    tokenizer(text=texts[:1], **options)
+    unique = list(dict.fromkeys(texts))
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(unique, add_special_tokens=add_special_tokens)
+    encoded = {text: encoding.ids for text, encoding in zip(unique, encodings)}
+    return [encoded[text] for text in texts]
+
+
+def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], **template_kwargs) -> list[list[int]]:
+    """Token ids of each conversation, those that ``apply_chat_template`` gives."""
+    if not _is_its_backend(tokenizer):
+        return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **template_kwargs)["input_ids"]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, **template_kwargs)
+    return encode(tokenizer, texts, add_special_tokens=False)
+
+
+def _is_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether transformers' own methods turn text into ids, which end in one call of the Rust tokenizer."""
+    defined = {
+        "__call__": "transformers.tokenization_utils_base",
+        "apply_chat_template": "transformers.tokenization_utils_base",
+        "_encode_plus": "transformers.tokenization_utils_tokenizers",
+    }
+    methods = {name: getattr(type(tokenizer), name, None) for name in defined}
+    return all(getattr(methods[name], "__module__", None) == module for name, module in defined.items())
 
 
 def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
