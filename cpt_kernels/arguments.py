@@ -31,6 +31,10 @@ class ScriptArguments:
     dataset_train_split: str = _option("train", "Split to train on.")
     dataset_test_split: str = _option("test", "Split to evaluate on.")
     dataset_streaming: bool = _option(False, "Read rows as they are needed; needs max_steps.")
+    datasets: list[dict] | None = _option(
+        None, "Several datasets in place of one, each a mapping: path, name, split, columns, fraction, ..."
+    )
+    test_split_size: float | None = _option(None, "Share or number of rows of datasets to evaluate on.")
     eval_dataset_name: str | None = _option(None, "Evaluation data of its own: a file, a folder, or a hub name.")
     columns: list[str] | None = _option(None, "Columns to read: name, or 'name in the data=name here'.")
 
@@ -197,6 +201,10 @@ def check_together(values: dict[str, Any]) -> None:
         raise ValueError(f"{quantised[0]} needs use_peft=true: quantised weights cannot be trained themselves")
     if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantised):
         raise ValueError(f"{loading[0]} is for weights that are loaded, and from_scratch=true loads none")
+    if values["datasets"] and (one := sorted(given & {"dataset_name", "dataset_config", "columns"})):
+        raise ValueError(f"{one[0]} is for one dataset: leave it out, or say it in datasets")
+    if values["test_split_size"] and (values["eval_dataset_name"] or not values["datasets"]):
+        raise ValueError("test_split_size splits datasets, where no eval_dataset_name is given: leave it out")
     if values["dataset_streaming"] and values["max_steps"] <= 0:
         raise ValueError("dataset_streaming=true needs max_steps: a stream does not say how long it is")
     losses = loss_names(values["loss_type"])

@@ -20,9 +20,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from . import launch
 from .arguments import CLASSES, HELP, NAMES, WITHOUT_EFFECT, Options, check_together, defaults, groups, type_hints
 from .config import REMOVED
 
+_ALIASES = {"streaming": "dataset_streaming"}  # TRL's name beside `datasets`
 _LONGEST_LIST = 12  # choices that an error message lists
 
 
@@ -33,10 +35,10 @@ def parse(argv: Sequence[str], prog: str = "cpt-train") -> Options:
         ValueError: an unknown option, a value of the wrong type, or options that do not go together.
     """
     flags = _read_flags(argv, prog)
-    config = flags.pop("config", None)
-    given = (_read_yaml(Path(config)) if config else {}) | flags
+    flags.pop("config", None)
+    given = _options_of(read_file(argv), _file_name(argv)) | flags
     for name, kind in (("model_name_or_path", "a folder or hub name"), ("dataset_name", "a file, folder or hub name")):
-        if not given.get(name):
+        if not given.get(name) and not (name == "dataset_name" and given.get("datasets")):
             raise ValueError(f"{name} is missing: give --{name} with {kind}, or set it in the file of --config")
     if given.get("output_dir") is None:
         given["output_dir"] = f"{Path(given['model_name_or_path']).name}-CPT"
@@ -169,21 +171,54 @@ def _convert_named(name: str, value: Any, where: str) -> Any:
 # --- YAML ---
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_file(argv: Sequence[str]) -> dict[str, Any]:
+    """What the YAML file that ``--config`` names holds, as it stands there; nothing without ``--config``.
+
+    Raises:
+        ValueError: it cannot be read, or is no YAML mapping.
+    """
+    name = _file_name(argv)
+    if name is None:
+        return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {path} cannot be read ({error.strerror})") from error
+        raise ValueError(f"--config {name} cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from error
+        raise ValueError(f"{name}, line {error.problem_mark.line + 1}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML text: {error}") from error
+        raise ValueError(f"{name} is no YAML text: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected lines of 'option: value', found {type(values).__name__}")
-    where = f"{path}: "
-    for name in values:
-        _check_name(str(name), where)
-    return {name: _convert_named(name, value, where) for name, value in values.items()}
+        raise ValueError(f"{name}: expected lines of 'option: value', found {type(values).__name__}")
+    return values
+
+
+def environment(values: dict[str, Any]) -> dict[str, str]:
+    """Environment variables that a file sets under ``env``.
+
+    Raises:
+        ValueError: ``env`` is no mapping.
+    """
+    variables = values.get("env") or {}
+    if not isinstance(variables, dict):
+        raise ValueError(f"env: expected a mapping of variables, found {type(variables).__name__}")
+    return {name: str(value) for name, value in variables.items()}
+
+
+def _file_name(argv: Sequence[str]) -> str | None:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(argv)[0].config
+
+
+def _options_of(file: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """The options among what a file holds, converted; the rest is the environment's and the launcher's."""
+    where = f"{name}: "
+    values = {_ALIASES.get(option, option): value for option, value in file.items() if option != "env"}
+    values = {option: value for option, value in values.items() if option not in launch.option_names()}
+    for option in values:
+        _check_name(str(option), where)
+    return {option: _convert_named(option, value, where) for option, value in values.items()}
 
 
 # --- Flags ---

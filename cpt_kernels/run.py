@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -25,10 +26,12 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from . import launch
 from .arguments import ModelArguments, Options, ScriptArguments
 from .config import ContrastiveConfig
+from .data.mixture import load_mixture
 from .data.sources import load
-from .parsing import parse
+from .parsing import environment, parse, read_file
 from .reports import ProgressLines, RunReport, eval_records, metrics_table
 from .trainer import ContrastiveTrainer
 from .weight_files import load as load_with_files
@@ -37,12 +40,19 @@ CONFIG_FILE = "training_config.yaml"
 
 
 def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
-    """Parse the options, train, save, and print how it went.
+    """Parse the options, train, save, and print how it went; on several processes if options say so.
 
     Raises:
         ValueError: the user's input cannot be trained with; the message says why.
     """
-    train(parse(argv, prog))
+    flags, argv = launch.split(argv)
+    file = read_file(argv)
+    os.environ.update(environment(file))
+    processes = launch.of_file(file) | flags
+    if processes and not launch.is_launched():
+        launch.launch(processes, argv, use_cpu="--use_cpu" in argv or file.get("use_cpu") is True)
+    else:
+        train(parse(argv, prog))
 
 
 def train(options: Options) -> ContrastiveTrainer:
@@ -159,11 +169,21 @@ def _is_evaluated(trainer: ContrastiveTrainer, report: RunReport) -> bool:
 def _load_data(script: ScriptArguments, args: ContrastiveConfig):
     columns = None if script.columns is None else dict((name.split("=", 1) * 2)[:2] for name in script.columns)
     options: dict[str, Any] = {"streaming": script.dataset_streaming, "columns": columns}
-    train_data = load(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split, **options)
+    test_data = None
+    if script.datasets is not None:
+        train_data, test_data = load_mixture(
+            script.datasets, streaming=script.dataset_streaming, test_size=script.test_split_size, seed=args.seed
+        )
+    else:
+        train_data = load(
+            script.dataset_name, config=script.dataset_config, split=script.dataset_train_split, **options
+        )
     if script.eval_dataset_name is not None:
         # A file has one split, whatever it is called.
         split = None if Path(script.eval_dataset_name).is_file() else script.dataset_test_split
         return train_data, load(script.eval_dataset_name, split=split, **options)
+    if script.datasets is not None:
+        return train_data, test_data
     asked = args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end
     if not asked and script.dataset_test_split == ScriptArguments.dataset_test_split:
         return train_data, None

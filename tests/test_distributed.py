@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-HERE = Path(__file__).parent
-
-
-def torchrun(script: str, processes: int, *arguments: str, environment: dict[str, str] | None = None) -> None:
-    """Run a script of this folder, with one process without a launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [] if processes == 1 else [
-        "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"
-    ]  # fmt: skip
-    environment = (environment or os.environ) | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, *launcher, str(HERE / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+from ranks import torchrun
 
 
 def run(folder: Path, name: str, processes: int, rows: int, **options) -> dict:
     arguments = (str(folder), name, str(rows), json.dumps(options))
-    torchrun("distributed_run.py", processes, *arguments, environment=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    torchrun("distributed_run.py", processes, *arguments, environment={"ACCELERATE_USE_CPU": "true"})
     return json.loads((folder / f"{name}.json").read_text())
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"losses", "ops", "win_rate"},
     {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
     {"config", "loading", "metrics", "reference", "trainer", "pair_evaluation"},
-    {"generate", "evaluate", "reports", "arguments", "parsing", "run", "demo", "cache_tool", "cache_data"},
+    {"generate", "evaluate", "reports", "arguments", "parsing", "launch", "run", "demo", "cache_tool", "cache_data"},
     {"cli"},
 ]
 LEVELS[2] |= {"moving_reference"}

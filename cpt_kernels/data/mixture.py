@@ -1,0 +1,74 @@
+"""Several datasets as one: the ``datasets`` of a run's file, with TRL's keys and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+
+from .sources import load
+
+_KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+
+
+def load_mixture(
+    parts: Sequence[Mapping[str, Any]], *, streaming: bool = False, test_size: float | None = None, seed: int = 0
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """Load datasets and put them one after another.
+
+    Args:
+        parts: one mapping for each dataset: ``path`` (a file, a folder, a name on the hub, or a loader of ``datasets``
+            if ``data_files`` or ``data_dir`` say what it reads), ``name`` (of a configuration), ``split`` (default
+            train), ``columns``, and ``fraction``, its share of the mixture: of each dataset its first rows are taken,
+            as many in all as the shares allow without taking a row twice. Fractions are for all datasets or for none.
+        streaming: read rows as they are needed.
+        test_size: share of the rows (below 1) or number of them that becomes a test set, chosen by ``seed``.
+
+    Returns:
+        The dataset, and the test set or None.
+
+    Raises:
+        ValueError: a part that is malformed or cannot be loaded; the message says which.
+    """
+    for number, part in enumerate(parts):
+        _check(part, f"datasets[{number}]", streaming)
+    if len({part.get("fraction") is None for part in parts}) > 1:
+        raise ValueError("datasets: fraction is given for some and not for others; set it for all, or for none")
+    if streaming and test_size is not None:
+        raise ValueError("test_split_size needs the number of rows, which a stream does not say: split the data itself")
+    loaded = [_load(part, streaming) for part in parts]
+    if parts[0].get("fraction") is not None:
+        loaded = _shares(loaded, [part["fraction"] for part in parts])
+    whole = concatenate_datasets(loaded)
+    if test_size is None:
+        return whole, None
+    halves = whole.train_test_split(test_size, seed=seed)
+    return halves["train"], halves["test"]
+
+
+def _check(part: Mapping[str, Any], where: str, streaming: bool) -> None:
+    if not part.get("path"):
+        raise ValueError(f"{where} has no path: a file, a folder or a name on the hub")
+    if unknown := [key for key in part if key not in _KEYS]:
+        raise ValueError(f"{where} has the unknown key {unknown[0]}; it takes {', '.join(_KEYS)}")
+    fraction = part.get("fraction")
+    if fraction is not None and streaming:
+        raise ValueError(f"{where}: fraction needs the number of rows, which a stream does not say: leave it out")
+    if fraction is not None and not (isinstance(fraction, (int, float)) and fraction > 0):
+        raise ValueError(f"{where}: fraction is {fraction!r}, expected a number above 0")
+
+
+def _load(part: Mapping[str, Any], streaming: bool) -> Dataset | IterableDataset:
+    options = {"split": part.get("split", "train"), "streaming": streaming}
+    files = {key: part[key] for key in ("data_dir", "data_files") if part.get(key) is not None}
+    if not files:
+        return load(part["path"], config=part.get("name"), columns=part.get("columns"), **options)
+    dataset = load_dataset(part["path"], part.get("name"), **files, **options)
+    return dataset if part.get("columns") is None else dataset.select_columns(part["columns"])
+
+
+def _shares(loaded: Sequence[Dataset], fractions: Sequence[float]) -> list[Dataset]:
+    weights = [fraction / sum(fractions) for fraction in fractions]
+    total = min(len(dataset) / weight for dataset, weight in zip(loaded, weights))
+    return [dataset.select(range(round(weight * total))) for dataset, weight in zip(loaded, weights)]
