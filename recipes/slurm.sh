@@ -1,0 +1,27 @@
+#!/bin/bash
+# Several nodes under Slurm, one task a node that starts a process for each GPU:   sbatch recipes/slurm.sh
+#SBATCH --job-name=cpt
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+set -euo pipefail
+
+export CPT_CACHE=/shared/cpt-cache       # reference log-probs: a folder that all nodes see
+export HF_HUB_OFFLINE=1                  # compute nodes seldom reach the hub: fetch model and data beforehand
+main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# A requeued job goes on from the last checkpoint; the first run has none.
+resume=()
+compgen -G "runs/dpo/checkpoint-*" > /dev/null && resume=(--resume_from_checkpoint last)
+
+srun --kill-on-bad-exit=1 bash -c "torchrun \
+    --nnodes $SLURM_NNODES --nproc_per_node 8 \
+    --rdzv_id $SLURM_JOB_ID --rdzv_backend c10d --rdzv_endpoint $main:29500 \
+    -m cpt_kernels.cli train --config recipes/dpo.yaml --ddp_timeout 7200 ${resume[*]:-}"
+
+# FSDP2 or DeepSpeed instead of DDP: cpt-train starts its processes itself. In place of torchrun above:
+#   cpt-train --accelerate_config fsdp2 --num_machines $SLURM_NNODES --num_processes $((8 * SLURM_NNODES)) \
+#       --machine_rank \$SLURM_NODEID --main_process_ip $main --main_process_port 29500 --config recipes/dpo.yaml
