@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from .config import ContrastiveConfig
 from .losses import Loss
@@ -18,6 +22,8 @@ from .model import base_model
 from .weight_files import load
 
 logger = logging.getLogger(__name__)
+
+_FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def load_model(model: str | nn.Module, args: ContrastiveConfig, quantization_config: Any = None) -> nn.Module:
@@ -37,7 +43,26 @@ def load_model(model: str | nn.Module, args: ContrastiveConfig, quantization_con
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    return load(AutoModelForCausalLM, model, **kwargs)
+    with whole_weights():
+        return load(AutoModelForCausalLM, model, **kwargs)
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Load all weights on every process, where transformers would shard them (ZeRO-3) or load them on the first alone
+    (FSDP): the reference is identified and scores before the engine shards the model.
+    """
+    zero3, efficient = deepspeed._hf_deepspeed_config_weak_ref, os.environ.get(_FSDP_EFFICIENT)
+    deepspeed.unset_hf_deepspeed_config()
+    os.environ[_FSDP_EFFICIENT] = "false"
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero3
+        if efficient is None:
+            del os.environ[_FSDP_EFFICIENT]
+        else:
+            os.environ[_FSDP_EFFICIENT] = efficient
 
 
 def wrap_in_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

@@ -31,6 +31,7 @@ from .arguments import ModelArguments, Options, ScriptArguments
 from .config import ContrastiveConfig
 from .data.mixture import load_mixture
 from .data.sources import load
+from .loading import whole_weights
 from .parsing import environment, parse, read_file
 from .reports import ProgressLines, RunReport, eval_records, metrics_table
 from .trainer import ContrastiveTrainer
@@ -205,9 +206,10 @@ def _from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
         raise ValueError(f"{option}={name}: there is no such folder")
     try:
         source = str(path) if path.exists() else name
-        if cls is AutoModelForCausalLM:
-            return load_with_files(cls, source, **kwargs)
-        return cls.from_pretrained(source, **kwargs)
+        with whole_weights():
+            if cls is AutoModelForCausalLM:
+                return load_with_files(cls, source, **kwargs)
+            return cls.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
         message = str(error).splitlines()[0].rstrip(".:")
         if cls is AutoTokenizer and path.exists():

@@ -1,0 +1,42 @@
+"""Weights are whole after loading, whatever engine the process was launched for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from architectures import tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
+
+from cpt_kernels.loading import whole_weights
+
+
+def test_fsdp_loads_whole_weights(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert is_fsdp_enabled()
+    with whole_weights():
+        assert not is_fsdp_enabled()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert is_fsdp_enabled() and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_zero3_is_back_after_loading():
+    pytest.importorskip("deepspeed")
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    with pytest.raises(RuntimeError), whole_weights():
+        assert not is_deepspeed_zero3_enabled()
+        raise RuntimeError
+    assert is_deepspeed_zero3_enabled() and config.is_zero3()
