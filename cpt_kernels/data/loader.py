@@ -99,7 +99,7 @@ def make_loader(
             raise ValueError("a stream is read by one process: set dataloader_num_workers to 0 or 1")
         cut = (batch_size, args.max_tokens_per_batch, count_tokens)
         if draws is None:
-            batches = StreamBatches(dataset, *cut, **world)
+            batches = StreamBatches(dataset, *cut, **world, endless=training)
         else:
             batches = DrawnBatches(dataset, *cut, **world, draws=draws, steps=args.max_steps * accumulation)
         return DataLoader(batches, batch_size=None, collate_fn=collator, **workers)
@@ -192,13 +192,15 @@ class StreamBatches(TorchIterableDataset):
     """Lists of rows of a stream, this rank's share.
 
     Every rank reads the whole stream, so that all of them see the same micro-batches and stop at the same one; a rank
-    without rows in the last step gets an empty list.
+    without rows in the last step gets an empty list. In training a stream has no end: its passes go on into each other,
+    so that a place in the run is a place in one sequence, and to resume is to skip.
 
     Args:
         rows: prepared rows.
         batch_size: rows per micro-batch, where ``max_tokens`` is not given.
         max_tokens: budget of a micro-batch.
         count_tokens: tokens that rows take in a packed batch, e.g. :func:`row_tokens`.
+        endless: begin another pass, in another order if the stream is shuffled, after each.
     """
 
     def __init__(
@@ -209,12 +211,10 @@ class StreamBatches(TorchIterableDataset):
         count_tokens: Callable[[list[dict]], NDArray[np.int64]],
         world_size: int,
         rank: int,
+        endless: bool,
     ) -> None:
         self.rows, self.batch_size, self.max_tokens, self.count_tokens = rows, batch_size, max_tokens, count_tokens
-        self.world_size, self.rank = world_size, rank
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
+        self.world_size, self.rank, self.endless = world_size, rank, endless
 
     def __iter__(self) -> Iterator[list[dict]]:
         step: list[list[dict]] = []
@@ -228,14 +228,18 @@ class StreamBatches(TorchIterableDataset):
 
     def _batches(self) -> Iterator[list[dict]]:
         window = _STREAM_WINDOW if self.max_tokens else self.batch_size
-        held: list[dict] = []
-        for row in self.rows:
-            held.append(row)
-            if len(held) >= window:
+        for number in itertools.count() if self.endless else (0,):
+            rows = self._pass(number)
+            held = list(itertools.islice(rows, window))
+            if not held:
+                return  # nothing in all of a pass
+            while held:
                 yield from self._cut(held)
-                held = []
-        if held:
-            yield from self._cut(held)
+                held = list(itertools.islice(rows, window))
+
+    def _pass(self, number: int) -> Iterator[dict]:
+        self.rows.set_epoch(number)
+        return iter(self.rows)
 
     def _cut(self, rows: list[dict]) -> Iterator[list[dict]]:
         if not self.max_tokens:
@@ -255,8 +259,7 @@ class StreamBatches(TorchIterableDataset):
 
 
 class DrawnBatches(StreamBatches):
-    """What a curriculum draws of a stream, without end: its passes go on into each other, so that a place in the run
-    is a place in one sequence, and to resume is to skip.
+    """What a curriculum draws of a stream, without end.
 
     Args:
         draws: which rows.
@@ -265,7 +268,7 @@ class DrawnBatches(StreamBatches):
     """
 
     def __init__(self, *args: Any, draws: StreamDraws, steps: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs, endless=True)
         self.draws = draws
         self.size = self.max_tokens or self.batch_size  # of a micro-batch, in tokens or rows
         self.total = steps * self.world_size * self.size
@@ -290,7 +293,3 @@ class DrawnBatches(StreamBatches):
             batches = iter(lambda: list(itertools.islice(items, self.batch_size)), [])
         for batch in batches:
             yield [row for row, _ in batch]
-
-    def _pass(self, number: int) -> Iterator[dict]:
-        self.rows.set_epoch(number)
-        return iter(self.rows)
