@@ -8,6 +8,7 @@ import sys
 SUBJECTS = {
     "step": "a training step against TRL's: time, memory, equality of the losses",
     "head": "memory and time of the head against tokens at a large vocabulary",
+    "tokenize": "tokenising pairs of real lengths, against TRL's",
     "packing": "pads, fill and balance of packed micro-batches over a file of responses",
     "cache": "the reference cache: filling, opening, look-ups, beside SQLite, LMDB and Arrow columns",
     "fingerprint": "digesting a reference's weights, and finding the digest by their files",
