@@ -135,9 +135,9 @@ _WITHOUT_EFFECT = {
     "evaluation runs in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
     "only the columns of the data's form are read": ("remove_unused_columns", "label_names", "length_column_name"),
     "a step always averages over its pairs": ("average_tokens_across_devices",),
+    "num_tokens is always logged": ("include_num_input_tokens_seen",),
     "the option here is label_smoothing": ("label_smoothing_factor",),
     "the option here is max_tokens_per_batch": ("auto_find_batch_size",),
-    "the head has kernels of its own": ("use_liger_kernel", "liger_kernel_config"),
     "training keeps no key-value cache": ("use_cache",),
     "loading of data is not configured further": ("dataloader_multiprocessing_context", "dataloader_in_order"),
 }

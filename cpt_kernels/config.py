@@ -24,7 +24,6 @@ WITHOUT_MEANING = {
     "padding_free": "batches are always packed, without padding",
     "pad_to_multiple_of": "nothing is padded",
     "pad_token": "nothing is padded; a tokenizer that is to be saved with one needs tokenizer.pad_token",
-    "activation_offloading": "activations stay on the device; gradient_checkpointing keeps the fewest of them",
     "precompute_ref_batch_size": "the reference scores whole prompt groups, max_tokens_per_batch tokens at a time",
 }
 # Options that TRL had once: refused, and what to do is said.
@@ -133,6 +132,7 @@ class ContrastiveConfig(TrainingArguments):
         None, "Keyword arguments of from_pretrained, for models given by name."
     )
     trust_remote_code: bool = _option(False, "Allow code from a model's repository.")
+    activation_offloading: bool = _option(False, "Keep activations for the backward in the host's memory.")
     disable_dropout: bool = _option(True, "Switch dropout off in policy and reference.")
     router_aux_loss_coef: float | None = _option(
         None, "Weight of a mixture of experts' load-balancing loss. Default: the model's own."
@@ -143,7 +143,6 @@ class ContrastiveConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = _option("auto", "TRL's, without meaning here.")
     pad_token: str | None = _option(None, "TRL's, without meaning here.")
     precompute_ref_batch_size: int | None = _option(None, "TRL's, without meaning here.")
-    activation_offloading: bool = _option(False, "TRL's, without meaning here.")
 
     # transformers parses only JSON dictionaries of its own fields; this list makes it parse ours.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "curriculum", "model_init_kwargs"]  # noqa: RUF012

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .ops.attention import AttentionLayout, shared_prompt_attention
 
 _PREFIX = "shared_prompt_over_"
+_segments = torch.compiler.disable(shared_prompt_attention)  # a graph of it would hold for one batch's lengths alone
 _packed = ContextVar("packed", default=False)  # masks are built by the model, outside of what checkpointing recomputes
 
 
@@ -44,7 +45,7 @@ def attention_over(implementation: str) -> str:
             eager = sys.modules[type(module).__module__].eager_attention_forward
             own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
             return own(module, query, key, value, attention_mask, **kwargs)
-        out = shared_prompt_attention(
+        out = _segments(
             *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             layout,
             scale=kwargs.get("scaling"),

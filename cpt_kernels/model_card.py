@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def write_model_card(
     name: str,
     base: str | None,
     dataset: str | None,
-    tags: Sequence[str],
+    tags: Iterable[str],
     args: Any,
     log_history: Sequence[Mapping[str, Any]],
 ) -> None:

@@ -25,6 +25,7 @@ from .data.curriculum import Curriculum, Draws
 from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
+from .layers import offloaded_activations, prepare_layers
 from .loading import (
     aux_loss_coef,
     check_checkpoint,
@@ -38,6 +39,7 @@ from .loading import (
 from .losses import Loss, user_loss
 from .metrics import Metrics, PlaceMetrics, pair_rewards
 from .model import PackedModel, Scores, base_model
+from .model_card import write_model_card
 from .moving_reference import MovingReference
 from .ops.attention_backends import describe
 from .reference import Reference
@@ -135,6 +137,7 @@ class ContrastiveTrainer(Trainer):
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
 
+        prepare_layers(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -159,6 +162,7 @@ class ContrastiveTrainer(Trainer):
         self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
         self.num_tokens = 0
+        base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
 
     # --- Data ---
@@ -286,16 +290,22 @@ class ContrastiveTrainer(Trainer):
     def score(self, model: nn.Module, inputs: PackedBatch, tokens_per_pair: Tensor | float = 1.0) -> Scores:
         """Log-probs, statistics and the summed loss of a batch; reference log-probs that it lacks are scored now."""
         if self.reference is not None:
-            self.reference.complete(inputs)
-        return self.packed(
-            inputs,
-            self.loss,
-            wrapped=model,
-            general=self.args.head_mode == "general",
-            statistics=True,
-            tokens_per_pair=tokens_per_pair,
-            aux_loss=self._aux_loss_coef > 0,
-        )
+            inputs["ref_token_logps"] = self.compute_ref_log_probs(inputs)
+        with offloaded_activations(self.args.activation_offloading):
+            return self.packed(
+                inputs,
+                self.loss,
+                wrapped=model,
+                general=self.args.head_mode == "general",
+                statistics=True,
+                tokens_per_pair=tokens_per_pair,
+                aux_loss=self._aux_loss_coef > 0,
+            )
+
+    def compute_ref_log_probs(self, inputs: PackedBatch) -> Tensor:
+        """Reference log-probs of a batch's tokens, (N,) fp32: the cache's, or scored now. Users may override it."""
+        self.reference.complete(inputs)
+        return inputs["ref_token_logps"]
 
     def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
         self.num_tokens += inputs["num_sequence_tokens"]
@@ -309,8 +319,7 @@ class ContrastiveTrainer(Trainer):
         if "loss" in logs:
             means = self.metrics["train"].compute()
             del means["loss"]  # transformers' own, of the same value
-            tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
-            logs |= means | {"num_tokens": tokens.item()}
+            logs |= means | {"num_tokens": self._count_tokens()}
             if self.place_metrics is not None:
                 logs |= self.place_metrics.compute()
         super().log(logs, start_time)
@@ -329,6 +338,34 @@ class ContrastiveTrainer(Trainer):
             else:
                 _say([*report.summary(), *(self.draws.report() if self.draws is not None else [])])
         return output
+
+    def _count_tokens(self) -> int:
+        """Tokens of all ranks, those before the checkpoint that the run was resumed from included."""
+        tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
+        return self.state.num_input_tokens_seen + int(tokens.item())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        self.state.num_input_tokens_seen = self._count_tokens()
+        super()._save_checkpoint(model, trial)
+        self.state.num_input_tokens_seen = before
+        self.create_model_card()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] = ()
+    ) -> None:
+        """Write README.md of the model to ``output_dir``, in place of any that is there; see :mod:`model_card`."""
+        if self.is_world_process_zero():
+            base = base_model(self.packed.model)
+            write_model_card(
+                Path(self.args.output_dir) / "README.md",
+                name=model_name or self.args.hub_model_id or Path(self.args.output_dir).name,
+                base=base.config._name_or_path or None,
+                dataset=dataset_name,
+                tags=dict.fromkeys([*base.model_tags, *([tags] if isinstance(tags, str) else tags)]),
+                args=self.args,
+                log_history=self.state.log_history,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint, self.packed.model)

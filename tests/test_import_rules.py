@@ -19,7 +19,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LEVELS = [
     {"losses", "ops", "win_rate"},
     {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
-    {"config", "loading", "metrics", "reference", "trainer", "pair_evaluation"},
+    {"config", "loading", "layers", "metrics", "reference", "model_card", "trainer", "pair_evaluation"},
     {"generate", "evaluate", "reports", "arguments", "parsing", "launch", "run", "demo", "cache_tool", "cache_data"},
     {"cli"},
 ]
