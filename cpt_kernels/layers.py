@@ -27,15 +27,15 @@ def prepare_layers(model: nn.Module, args: ContrastiveConfig) -> None:
 
 
 def _compile_layers(model: nn.Module, args: ContrastiveConfig) -> None:
-    """Compile every decoder layer by itself: one graph for all of them, and for any length. The head's forward is another
-    one in every step, and attention over segments depends on their lengths; both stay outside."""
+    """Compile every decoder layer by itself: one graph for all of them, and any length. The head's forward is another one
+    in every step, and attention over segments depends on their lengths; both stay outside."""
     layers = getattr(base_model(model).get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         name = type(base_model(model)).__name__
         raise ValueError(f"torch_compile compiles the layers of a decoder, and {name} keeps them under another name")
     for layer in layers:
         layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
-    args.torch_compile = False  # else accelerate compiles the whole model
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None  # or all is compiled
 
 
 def offloaded_activations(is_on: bool):

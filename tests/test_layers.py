@@ -32,7 +32,9 @@ def test_compiled_layers_take_the_same_steps_with_few_graphs(plain, tmp_path):
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True}
     compiled = train(tmp_path, **options)
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
-    assert 0 < counters["stats"]["unique_graphs"] < 10  # 6 batches of other lengths, 2 layers
+    # A layer is cut in few parts around its attention. One set of them has gradients, one (the reference's) has none; more
+    # would be graphs of a layer or a length.
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
 
 
 def test_offloaded_activations_take_the_same_steps(plain, tmp_path):
