@@ -27,8 +27,10 @@ def prepare_layers(model: nn.Module, args: ContrastiveConfig) -> None:
 
 
 def _compile_layers(model: nn.Module, args: ContrastiveConfig) -> None:
-    """Compile every decoder layer by itself: one graph for all of them, and any length. The head's forward is another one
-    in every step, and attention over segments depends on their lengths; both stay outside."""
+    """Compile every decoder layer by itself: one graph for all of them and for any length.
+
+    The head's forward is another one in every step, and attention over segments depends on lengths; both stay outside.
+    """
     layers = getattr(base_model(model).get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         name = type(base_model(model)).__name__
@@ -44,7 +46,7 @@ def offloaded_activations(is_on: bool):
         return contextlib.nullcontext()
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor._base if tensor._is_view() else tensor, nn.Parameter):
             return tensor.device, tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=tensor.is_cuda)
         return tensor.device, host.copy_(tensor)
