@@ -81,11 +81,11 @@ def write_model_card(
     evaluations = [record for record in log_history if "eval_loss" in record]
     metrics = evaluations[-1] if evaluations else {}
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
-    values = {option: getattr(args, option) for option in _OPTIONS}
+    values = {option: getattr(args, option) for option in _OPTIONS} | {"loss_type": " + ".join(args.loss_type)}
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base,
-            datasets=dataset,
+            datasets=None if dataset is None else [dataset],
             library_name="transformers",
             model_name=name,
             pipeline_tag="text-generation",

@@ -191,12 +191,25 @@ class Reference:
             desc=description,
             disable=not self.accelerator.is_main_process,
         )
-        with self.cache:  # written also where a batch fails: what was scored is right
+        with self._on_device(), self.cache:  # written also where a batch fails: what was scored is right
             for groups in progress:
                 rows = scoring_rows(dataset, missing, groups, collator)
                 scored = self._score(send_to_device(collate(rows), device))  # also without rows: ranks run together
                 sequences = [(row["prompt_ids"], completion) for row in rows for completion in row["completion_ids"]]
                 self.cache.add_many(sequences, scored[: len(sequences)])
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """DeepSpeed and FSDP leave a policy on the host until they shard it, and here it is to score before that."""
+        model, device = self._model(), self.accelerator.device
+        waits = next(model.parameters()).device.type == "cpu" != device.type
+        if waits:
+            model.to(device)
+        try:
+            yield
+        finally:
+            if waits:
+                model.to("cpu")
 
     def _check_shared(self, missing: Missing) -> None:
         """Whether this rank sees what the others wrote."""
@@ -241,15 +254,18 @@ class Reference:
             f" {self.cache.folder}"
         )
 
-    @torch.no_grad()
-    def _score(self, batch: PackedBatch) -> list[np.ndarray]:
-        """Per-token reference log-probs of a batch's completions, S arrays of fp32."""
+    def _model(self) -> nn.Module:
         if self.packed is None:
             raise ValueError(
                 "reference log-probs are missing for this data, and the start weights that they would be scored with"
                 " have been trained: pass the data when the trainer is made, or pass a ref_model"
             )
-        model = self.packed.model
+        return self.packed.model
+
+    @torch.no_grad()
+    def _score(self, batch: PackedBatch) -> list[np.ndarray]:
+        """Per-token reference log-probs of a batch's completions, S arrays of fp32."""
+        model = self._model()
         if self.owned:
             model.to(self.accelerator.device)
         training = model.training

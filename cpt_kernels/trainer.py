@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,6 +23,7 @@ from .data.curriculum import Curriculum, Draws
 from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
+from .evaluation import run_evaluation
 from .layers import offloaded_activations, prepare_layers
 from .loading import (
     aux_loss_coef,
@@ -37,7 +36,7 @@ from .loading import (
     wrap_in_adapter,
 )
 from .losses import Loss, user_loss
-from .metrics import Metrics, PlaceMetrics, pair_rewards
+from .metrics import Metrics, PlaceMetrics
 from .model import PackedModel, Scores, base_model
 from .model_card import write_model_card
 from .moving_reference import MovingReference
@@ -220,12 +219,9 @@ class ContrastiveTrainer(Trainer):
         )
         if self.loss.needs_tails:
             reference.check_tokens()
-        self._fill(reference, stored if ahead else {})
-        return reference
-
-    def _fill(self, reference: Reference, datasets: dict[str, Dataset]) -> None:
-        for name, dataset in datasets.items():
+        for name, dataset in stored.items() if ahead else ():
             reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
+        return reference
 
     def _loader(self, dataset: Dataset | IterableDataset, training: bool) -> DataLoader:
         collator = self.data_collator
@@ -319,7 +315,7 @@ class ContrastiveTrainer(Trainer):
         if "loss" in logs:
             means = self.metrics["train"].compute()
             del means["loss"]  # transformers' own, of the same value
-            logs |= means | {"num_tokens": self._count_tokens()}
+            logs |= means | {"num_tokens": self.count_tokens()}
             if self.place_metrics is not None:
                 logs |= self.place_metrics.compute()
         super().log(logs, start_time)
@@ -339,14 +335,14 @@ class ContrastiveTrainer(Trainer):
                 _say([*report.summary(), *(self.draws.report() if self.draws is not None else [])])
         return output
 
-    def _count_tokens(self) -> int:
+    def count_tokens(self) -> int:
         """Tokens of all ranks, those before the checkpoint that the run was resumed from included."""
         tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
         return self.state.num_input_tokens_seen + int(tokens.item())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         before = self.state.num_input_tokens_seen
-        self.state.num_input_tokens_seen = self._count_tokens()
+        self.state.num_input_tokens_seen = self.count_tokens()
         super()._save_checkpoint(model, trial)
         self.state.num_input_tokens_seen = before
         self.create_model_card()
@@ -390,29 +386,7 @@ class ContrastiveTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Metrics as means over pairs and tokens; transformers' loop weighs every packed row alike."""
-        model = self._wrap_model(self.model, training=False)
-        if len(self.accelerator._models) == 0 and model is self.model:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        model.eval()
-        predictions, pairs = [], 0
-        self.metrics["eval"].reset()
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                tokens = inputs["num_chosen_tokens"] / max(inputs["num_pairs"], 1)
-                scores = self.score(model, inputs, tokens_per_pair=tokens or 1.0)
-            self.metrics["eval"].add(inputs, scores)
-            pairs += inputs["num_pairs"]
-            if self.compute_metrics is not None:
-                rewards = pair_rewards(self.metrics["eval"].numbers(scores), self.args.beta)
-                predictions.append(np.concatenate(gather_object([rewards.cpu().numpy()])))  # ranks differ in pairs
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = self.metrics["eval"].compute()
-        if self.compute_metrics is not None:
-            predictions = np.concatenate(predictions)
-            metrics |= self.compute_metrics(EvalPrediction(predictions, np.zeros(len(predictions), dtype=np.int64)))
-        metrics = {f"{metric_key_prefix}_{key.removeprefix(metric_key_prefix + '_')}": v for key, v in metrics.items()}
-        return EvalLoopOutput(predictions if len(predictions) else None, None, metrics, num_samples=pairs)
+        return run_evaluation(self, dataloader, metric_key_prefix)
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """6 x parameters x tokens of the row, as transformers estimates it."""

@@ -19,7 +19,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LEVELS = [
     {"losses", "ops", "win_rate"},
     {"data", "reference_cache", "shards", "shard_index", "scoring", "fingerprint", "hooks", "model"},
-    {"config", "loading", "layers", "metrics", "reference", "model_card", "trainer", "pair_evaluation"},
+    {"config", "loading", "layers", "metrics", "reference", "model_card", "trainer", "evaluation", "pair_evaluation"},
     {"generate", "evaluate", "reports", "arguments", "parsing", "launch", "run", "demo", "cache_tool", "cache_data"},
     {"cli"},
 ]
@@ -30,7 +30,7 @@ LEVELS[3] |= {"generate_tool", "pairs_tool", "pairs_data", "pairs_report"}
 LEVELS[3] |= {"outputs", "judge", "output_evaluation", "evaluation_reports", "checkpoints"}
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
-USES_TRANSFORMERS |= {"moving_reference"}
+USES_TRANSFORMERS |= {"moving_reference", "evaluation", "model_card", "layers"}
 NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}
 NUMPY_ALONE |= {"win_rate.py"}
 NUMPY_ALONE |= {"data/strength.py", "data/buffers.py"}  # parts of pairs and curriculum

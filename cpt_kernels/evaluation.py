@@ -1,0 +1,48 @@
+"""The trainer's evaluation: means over the pairs and tokens of all ranks, however they were packed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+from .metrics import pair_rewards
+
+if TYPE_CHECKING:
+    from .trainer import ContrastiveTrainer
+
+
+def run_evaluation(trainer: ContrastiveTrainer, dataloader: DataLoader, prefix: str) -> EvalLoopOutput:
+    """Score all batches; the metrics are TRL's, each name after ``prefix_``.
+
+    With ``compute_metrics`` the predictions are (pairs, 2), the rewards of chosen and rejected on all ranks.
+    """
+    model = trainer._wrap_model(trainer.model, training=False)
+    if len(trainer.accelerator._models) == 0 and model is trainer.model:
+        model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    model.eval()
+    metrics = trainer.metrics["eval"]
+    metrics.reset()
+    predictions, pairs = [], 0
+    for inputs in dataloader:
+        inputs = trainer._prepare_inputs(inputs)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            tokens = inputs["num_chosen_tokens"] / max(inputs["num_pairs"], 1)
+            scores = trainer.score(model, inputs, tokens_per_pair=tokens or 1.0)
+        metrics.add(inputs, scores)
+        pairs += inputs["num_pairs"]
+        if trainer.compute_metrics is not None:
+            rewards = pair_rewards(metrics.numbers(scores), trainer.args.beta)
+            predictions.append(np.concatenate(gather_object([rewards.cpu().numpy()])))  # ranks differ in pairs
+        trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+    means = metrics.compute()
+    if trainer.compute_metrics is not None:
+        predictions = np.concatenate(predictions)
+        means |= trainer.compute_metrics(EvalPrediction(predictions, np.zeros(len(predictions), dtype=np.int64)))
+    means["num_tokens"] = trainer.count_tokens()
+    means = {f"{prefix}_{name.removeprefix(prefix + '_')}": value for name, value in means.items()}
+    return EvalLoopOutput(predictions if len(predictions) else None, None, means, num_samples=pairs)
