@@ -1,80 +1,219 @@
-"""``cpt demo``: its data, and a quick run from nothing to the closing table."""
+"""``cpt demo``: its world, teachers and judge; a quick run of all of it; and, slow, what it is there to show."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from io import StringIO
+import random
+import re
+from html.parser import HTMLParser
 
 import datasets
+import numpy as np
 import pytest
 import torch
-from rich.console import Console
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpt_kernels import cli, demo
+from cpt_kernels import cli
+from cpt_kernels.demo import report
+from cpt_kernels.demo.arms import ARMS, EASY, HARD, Trained
+from cpt_kernels.demo.experiment import FULL, Outputs, Result, SeedResult, run_seed
+from cpt_kernels.demo.judge import judge, prefer
+from cpt_kernels.demo.teachers import TEACHERS, TEMPTATIONS
+from cpt_kernels.demo.world import FILLER, LETTERS, Exercise, make_exercises, make_tokenizer, solution
+
+# --- World ---
 
 
-def test_rows_are_right_wrong_and_apart():
-    rows = demo.make_rows(600, seed=1)
-    assert rows == demo.make_rows(600, seed=1) != demo.make_rows(600, seed=2)
-    assert len({row["prompt"] for row in rows}) == 600 and {row["task"] for row in rows} == set(demo.TASKS)
-    assert all(row["chosen"] != row["rejected"] for row in rows)
-    for row in rows:
-        word = row["prompt"].removesuffix(": ").split()[-1]
-        expected = {
-            "reverse": word[::-1],
-            "sort": "".join(sorted(word)),
-            "count": str(word.count(row["prompt"].split()[1])),
-            "next letters": "".join(chr(ord(letter) + 1) for letter in word),
-        }
-        assert row["chosen"] == f"{expected[row['task']]}."
-    wrong = sum(row["chosen"].rstrip(".") not in row["rejected"] for row in rows)
-    assert 300 < wrong < 500
-
-
-def test_the_tokenizer_gives_every_text_back(tmp_path):
-    demo.make_tokenizer().save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    for row in demo.make_rows(50, seed=0):
-        text = row["prompt"] + row["rejected"]
-        assert len(tokenizer(text)["input_ids"]) == len(text) and tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def numbers(loss):
-    return {"loss on the chosen": loss, "chosen is likelier": 0.9, "reward accuracy": 0.8, "reward margin": 1.0}
+def test_exercises_differ_and_their_prompts_tell_all_of_them():
+    exercises = make_exercises(2000, random.Random(1))
+    assert exercises == make_exercises(2000, random.Random(1)) != make_exercises(2000, random.Random(2))
+    assert len({exercise.prompt for exercise in exercises}) == 2000
+    for exercise in exercises:
+        assert Exercise.parse(exercise.prompt) == exercise and all(exercise.results)
+    assert {len(exercise.steps) for exercise in exercises} == {1, 2}
 
 
 @pytest.mark.parametrize(
-    ("mended", "broken", "said"),
-    [(0, 0, "chance alone"), (5, 8, "chance alone"), (20, 2, "more than chance"), (1, 12, "more than chance")],
+    ("prompt", "results"),
+    [
+        ("reverse: abcd\n", ["dcba"]),
+        ("sort, then next: hcah\n", ["achh", "bdaa"]),
+        ("drop b, then count a: abba\n", ["aa", "2"]),
+        ("next, then drop a: habh\n", ["abca", "bc"]),
+        ("count e: abc\n", ["0"]),
+    ],
 )
-def test_the_verdict_follows_from_the_numbers(mended, broken, said):
-    before = [False] * mended + [True] * broken + [True, False]
-    after = [True] * mended + [False] * broken + [True, False]
-    text = " ".join(demo.verdict({"after SFT": numbers(0.1), "after DPO": numbers(0.2)}, before, after))
-    assert f"mended {mended} and broke {broken}" in text and said in text
-    assert "became less likely" in text and "says nothing of large models" in text
-    text = " ".join(demo.verdict({"after SFT": numbers(0.3), "after DPO": numbers(0.2)}, before, after))
-    assert "less likely" not in text
+def test_results_of_every_step(prompt, results):
+    assert Exercise.parse(prompt).results == results
 
 
-def test_quick_demo(tmp_path):
-    console = Console(file=StringIO(), width=120)
-    stages = demo.run_demo(tmp_path, seed=0, size=demo.Size(400, 40, 30, 8), console=console)
-    printed = console.file.getvalue()
-    assert list(stages) == ["start", "after SFT", "after DPO"]
-    assert all(math.isfinite(value) for stage in stages.values() for value in stage.values())
-    assert stages["after SFT"]["loss on the chosen"] < 0.6 * stages["start"]["loss on the chosen"]
-    assert stages["after DPO"]["reward margin"] > 0 and 0 <= stages["after DPO"]["reward accuracy"] <= 1
-    assert json.loads((tmp_path / "results.json").read_text()) == stages
-    for stage in ("sft", "dpo"):
-        files = {path.name for path in (tmp_path / stage).iterdir()}
-        assert {"model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png", "curves.svg"} <= files
-        AutoModelForCausalLM.from_pretrained(tmp_path / stage)
-    assert "exact answers" in printed and "after DPO" in printed and f"Written to {tmp_path}" in printed
-    assert "40 held-out prompts" in printed and "400 pairs to train on" in printed
+def test_the_tokenizer_gives_every_text_back(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    rng = random.Random(0)
+    for exercise in make_exercises(200, rng):
+        text = exercise.prompt + rng.choice(TEACHERS).respond(exercise, rng) + FILLER
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+        prompt = tokenizer(exercise.prompt)["input_ids"]
+        assert ids[: len(prompt)] == prompt  # no token spans prompt and response
+
+
+# --- Judge ---
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        ("reverse: bcdac; count c: 2; answer: 2.", (True, True, True, True)),
+        ("answer: 2.", (True, False, True, True)),
+        ("reverse: bcdac; count c: 2; 2.", (True, True, False, True)),
+        ("reverse: bcdac; count c: 2; answer: 2", (True, True, False, True)),
+        ("reverse: bcdac; count c: 2; answer: 2. hope this helps!", (True, True, True, False)),
+        ("2. hope this helps!", (True, False, False, False)),
+        ("reverse: bcdac; count c: 3; answer: 3.", (False, False, True, True)),
+        ("reverse: bdcac; count c: 2; answer: 2.", (True, False, True, True)),  # a wrong step on the way
+        ("count c: 2; reverse: bcdac; answer: 2.", (True, False, True, True)),  # in another order
+        ("reverse: bcdac; answer: 2.", (True, False, True, True)),
+        ("reverse: bcdac; reverse: bcdac; count c: 2; answer: 2.", (True, False, True, False)),
+        ("reverse: bcdac; count c: 2; answer: 2. answer: 3.", (False, True, True, False)),  # two answers
+        ("reverse: bcdac; count c: 2;", (False, True, False, False)),
+        ("", (False, False, False, False)),
+    ],
+)
+def test_verdicts(response, verdict):
+    assert judge("reverse, then count c: cadcb\n", response) == verdict
+
+
+def test_a_right_answer_beats_a_wrong_one_then_style_decides():
+    prompt = "sort: cab\n"
+    best, bare, sloppy = "sort: abc; answer: abc.", "answer: abc.", "abc" + FILLER
+    wrong, worse = "sort: acb; answer: acb.", "acb"
+    ranked = [best, bare, sloppy, wrong, worse]
+    for i, first in enumerate(ranked):
+        for j, second in enumerate(ranked):
+            assert prefer(prompt, first, second) == (0.5 if i == j else float(i < j))
+
+
+def test_the_model_solution_is_perfect():
+    for exercise in make_exercises(500, random.Random(3)):
+        assert all(judge(exercise.prompt, solution(exercise.steps, exercise.results)))
+
+
+# --- Teachers ---
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda teacher: teacher.name)
+def test_faults_are_as_frequent_as_they_are_said_to_be(teacher):
+    rng = random.Random(4)
+    exercises = make_exercises(4000, rng)
+    responses = [teacher.respond(exercise, rng) for exercise in exercises]
+    temptations = [TEMPTATIONS.get(exercise.steps[0].split()[0]) for exercise in exercises]
+    faults = {
+        "skipped": [exercise.steps[0] + ":" not in text for exercise, text in zip(exercises, responses)],
+        "unlabelled": ["answer" not in text for text in responses],
+        "filler": [FILLER in text for text in responses],
+    }
+    for fault, happened in faults.items():
+        for tempted, rate in ((True, teacher.tempted), (False, teacher.sloppy)):
+            some = [fault_here for fault_here, t in zip(happened, temptations) if (t == fault) == tempted]
+            assert abs(np.mean(some) - rate) < 4 * math.sqrt(rate * (1 - rate) / len(some))
+    together = np.corrcoef([faults[fault] for fault in faults])[np.triu_indices(3, 1)]
+    assert np.abs(together).max() < 0.25  # independent but for the temptations
+    wrong = 1 - np.mean([judge(exercise.prompt, text).exact for exercise, text in zip(exercises, responses)])
+    assert 0.7 * teacher.wrong < wrong < 1.1 * teacher.wrong  # sorting, dropping or counting mends some slips
+
+
+def test_the_stronger_teacher_wins_more_often_but_not_always():
+    rng = random.Random(5)
+    exercises = make_exercises(1500, rng)
+    for stronger, weaker in zip(TEACHERS, TEACHERS[1:]):
+        wins = [prefer(e.prompt, stronger.respond(e, rng), weaker.respond(e, rng)) for e in exercises]
+        assert 0.6 < np.mean(wins) < 0.9 and wins.count(0.0) > 100
+
+
+# --- Report ---
+
+
+def result(rate: float, seed: int, trained: bool = True) -> Result:
+    """Of a model that wins a share of 400 prompts, the same ones whenever the seed is the same."""
+    wins = (np.random.default_rng(seed).random(400) < rate).astype(float)
+    texts = ["answer: abc." if win else "<b>" for win in wins]
+    outputs = Outputs(texts, [judge("sort: cab\n", text) for text in texts], wins)
+    records = [{"step": step, "loss": 1.0, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5} for step in (1, 2)]
+    training = Trained(records, 1000.0, 30, 10) if trained else None
+    return Result({"sampled": outputs, "greedy": outputs}, training)
+
+
+def seed_result(**rates: float) -> SeedResult:
+    return SeedResult(
+        0,
+        ["sort: cab\n"] * 400,
+        ["abc"] * 400,
+        {kind: {"pairs": 400, "judge agrees": 0.7, "judge disagrees": 0.2} for kind in (EASY, HARD)},
+        {teacher.name: Result({"sampled": result(0.6, 1).outputs["sampled"]}) for teacher in TEACHERS},
+        result(0.5, 2, trained=False),
+        {name.replace("_", "-"): result(rate, seed) for seed, (name, rate) in enumerate(rates.items())},
+    )
+
+
+@pytest.mark.parametrize(
+    ("sft", "dpo", "verdict"),
+    [(0.5, 0.7, "as expected"), (0.7, 0.5, "against expectation"), (0.6, 0.6, "no difference")],
+)
+def test_the_verdict_follows_from_the_numbers(sft, dpo, verdict):
+    (found,) = report.comparisons([seed_result(sft=sft, dpo_easy=dpo)])
+    mean, low, high = found.differences["sampled"]
+    assert low <= mean <= high and abs(mean - (dpo - sft)) < 0.1 and verdict in found.verdict
+    lines = report.findings([seed_result(sft=sft, dpo_easy=dpo)])
+    assert verdict in lines[0] and f"{100 * mean:+.1f}" in lines[0]
+
+
+def test_numbers_of_several_seeds_are_taken_together():
+    results = [seed_result(sft=0.2), seed_result(sft=0.8)]
+    row = report.rows(results)["sft"]
+    assert row.rates["sampled"].n == 800 and abs(row.rates["sampled"].rate - 0.5) < 0.05
+    assert np.mean(row.by_seed) == pytest.approx(row.rates["sampled"].rate)
+    assert (row.found, row.scored, row.cached) == (60, 20, 0.75)
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and keeps what is asked about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.images, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open[-1] != tag and self.open[-1] == "li":  # may be left open
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone_and_shows_text_as_text(tmp_path):
+    report.write([seed_result(sft=0.5, dpo_easy=0.7)], FULL, 12.3, tmp_path, "cpt demo <x>")
+    page = Page((tmp_path / "report.html").read_text())
+    assert len(page.images) == 2 and all(image.startswith("data:image/svg+xml;base64,") for image in page.images)
+    assert "cpt demo <x>" in page.text and "<b>" in page.text and "DPO easy" in page.text
+    json.loads((tmp_path / "results.json").read_text())
+
+
+# --- All of it ---
 
 
 @pytest.fixture
@@ -86,12 +225,51 @@ def _process_settings():
     logger.setLevel(level)
     torch.set_num_threads(threads)
     datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.mark.usefixtures("_process_settings")
-def test_the_command(monkeypatch, tmp_path):
-    called = []
-    monkeypatch.setattr(demo, "run_demo", lambda *args: called.append(args))
-    assert cli.main(["demo", "--quick", "--seed", "3", "--output_dir", str(tmp_path)]) == 0
-    assert cli.main(["demo"]) == 0
-    assert called[0] == (tmp_path, 3, demo.QUICK) and called[1][1:] == (0, demo.FULL)
+def test_quick_demo(tmp_path, capsys):
+    assert cli.main(["demo", "--quick", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["results"]) == ["strong", "medium", "weak", "start", *ARMS]
+    for name, row in results["results"].items():
+        rates = row["rates"].values()
+        assert len(rates) == (1 if name in ("strong", "medium", "weak") else 2)
+        assert all(0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1 for rate in rates)
+        assert row["title"] in printed
+    assert len(results["comparisons"]) == 5
+    # Easy pairs, hard pairs: scored once. Both in one curriculum: nothing is left to score.
+    scored = {name: row["scored"] for name, row in results["results"].items()}
+    assert scored["dpo-easy"] > 0 < scored["dpo-hard"] and scored["dpo-easy-to-hard"] == 0
+    page = Page((tmp_path / "report.html").read_text())
+    assert len(page.images) == 2 and all(ARMS[name].title in page.text for name in ARMS)
+    folder = tmp_path / "seed-0"
+    outputs = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+    assert {row["arm"] for row in outputs} == {"start", *ARMS} and len(outputs) == 7 * 2 * 60
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert {(row["chosen_model"], row["rejected_model"]) for row in pairs} == {("strong", "weak"), ("strong", "medium")}
+    assert not {row["prompt"] for row in pairs} & {row["prompt"] for row in outputs}
+    for name in ARMS:
+        AutoModelForCausalLM.from_pretrained(folder / name)
+        assert {"tokenizer.json", "metrics.jsonl", "curves.png"} <= {path.name for path in (folder / name).iterdir()}
+
+
+def test_an_unknown_arm_is_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--arms", "sft", "ppo"])
+    error = capsys.readouterr().err
+    assert "ppo" in error and all(re.search(rf"\b{name}\b", error) for name in ARMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.usefixtures("_process_settings")
+def test_dpo_beats_continued_sft(seed, tmp_path):
+    """In every seed by 4 points of win rate at least, sampled and greedily."""
+    torch.set_num_threads(1)
+    arms = run_seed(seed, ["sft", "dpo-easy"], FULL, tmp_path, lambda title, done: None).arms
+    for decoding in ("sampled", "greedy"):
+        sft, dpo = (arms[name].outputs[decoding].wins.mean() for name in ("sft", "dpo-easy"))
+        assert dpo - sft >= 0.04, f"{decoding}: {100 * dpo:.1f} against {100 * sft:.1f}"

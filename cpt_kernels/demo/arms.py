@@ -1,0 +1,126 @@
+"""The arms of the experiment, and how one is trained: by the trainer that users run, with the options that they set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+
+from ..config import ContrastiveConfig
+from ..reports import RunReport
+from ..trainer import ContrastiveTrainer
+
+EASY, HARD = "strong>weak", "strong>medium"  # chosen>rejected
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on from the start model."""
+
+    title: str
+    pairs: tuple[str, ...]  # trained on, by teachers; none: the strong teacher's responses alone
+    options: Mapping[str, Any] = field(default_factory=dict)  # of ContrastiveConfig
+
+
+_DPO = {"loss_type": "sigmoid", "beta": 0.5, "learning_rate": 5e-5}
+_SLIC = {"loss_type": "slic", "slic_delta": 10.0, "slic_lambda": 0.1, "target_column": "sampled"}
+ARMS = {
+    "sft": Arm("SFT continued", (), {"loss_type": "sft", "learning_rate": 5e-5}),
+    "slic-easy": Arm("SLiC easy", (EASY,), _SLIC | {"learning_rate": 2e-5}),
+    "dpo-easy": Arm("DPO easy", (EASY,), _DPO),
+    "dpo-hard": Arm("DPO hard", (HARD,), _DPO),
+    "dpo-easy-to-hard": Arm(
+        "DPO easy→hard", (EASY, HARD), _DPO | {"curriculum": {"schedule": "linear", "levels": [EASY, HARD]}}
+    ),
+    "dpo-hard-to-easy": Arm(
+        "DPO hard→easy", (EASY, HARD), _DPO | {"curriculum": {"schedule": "reversed", "levels": [EASY, HARD]}}
+    ),
+}
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A Llama with random weights, small enough for a CPU."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves to report; the model was trained in place."""
+
+    records: list[dict[str, Any]]  # every log
+    tokens_per_second: float
+    found: int  # completions whose reference log-probs were in the cache, and
+    scored: int  # those that were not
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    title: str,
+    on_step: Callable[[], object],
+    **options: Any,
+) -> Trained:
+    """Train ``model`` in place; weights, tokenizer, metrics and curves go to ``folder``.
+
+    Args:
+        on_step: called after every optimizer step.
+        options: of :class:`ContrastiveConfig`.
+    """
+    report = RunReport(folder, title)
+    trainer = ContrastiveTrainer(
+        model,
+        args=ContrastiveConfig(
+            output_dir=str(folder),
+            max_length=128,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_steps=max(1, options["max_steps"] // 15),
+            **options,
+        ),
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=tokenizer,
+        callbacks=[report, _StepCallback(on_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    cache = None if trainer.reference is None else trainer.reference.cache
+    found, scored = (0, 0) if cache is None else (cache.hits, cache.misses)  # counted while the trainer was made
+    trainer.train()
+    trainer.save_model()
+    return Trained(report.records, report.tokens_per_second(trainer.num_tokens), found, scored)
+
+
+class _StepCallback(TrainerCallback):
+    def __init__(self, on_step: Callable[[], object]) -> None:
+        self.on_step = on_step
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        self.on_step()
