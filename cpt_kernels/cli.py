@@ -19,7 +19,7 @@ COMMANDS = {
     "cache": (".cache_tool", "build, look into, check, prune, export and import reference log-probs"),
     "generate": (".generate_tool", "responses of a model, local or behind an endpoint, to a set of prompts"),
     "eval": (".evaluate", "evaluate models on held-out pairs, or by a judge on what they generate"),
-    "demo": (".demo", "train a small model by SFT and then DPO, on data made here; no network needed"),
+    "demo": (".demo", "the paper in miniature: a small model, three teachers, SFT, SLiC and DPO; no network"),
 }
 # Those who call a user's mistake ValueError. The same from torch or numpy is a mistake of ours.
 _SPEAK_TO_USERS = ("cpt_kernels", "transformers", "accelerate", "datasets", "peft", "multiprocess")

@@ -8,6 +8,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import datasets
 import numpy as np
@@ -19,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_kernels import cli
 from cpt_kernels.demo import report
 from cpt_kernels.demo.arms import ARMS, EASY, HARD, Trained
-from cpt_kernels.demo.experiment import FULL, Outputs, Result, SeedResult, run_seed
+from cpt_kernels.demo.experiment import FULL, Experiment, Outputs, Result, SeedResult
 from cpt_kernels.demo.judge import judge, prefer
 from cpt_kernels.demo.teachers import TEACHERS, TEMPTATIONS
-from cpt_kernels.demo.world import FILLER, LETTERS, Exercise, make_exercises, make_tokenizer, solution
+from cpt_kernels.demo.world import FILLER, Exercise, make_exercises, make_tokenizer, solution
 
 # --- World ---
 
@@ -130,7 +131,7 @@ def test_faults_are_as_frequent_as_they_are_said_to_be(teacher):
 def test_the_stronger_teacher_wins_more_often_but_not_always():
     rng = random.Random(5)
     exercises = make_exercises(1500, rng)
-    for stronger, weaker in zip(TEACHERS, TEACHERS[1:]):
+    for stronger, weaker in pairwise(TEACHERS):
         wins = [prefer(e.prompt, stronger.respond(e, rng), weaker.respond(e, rng)) for e in exercises]
         assert 0.6 < np.mean(wins) < 0.9 and wins.count(0.0) > 100
 
@@ -269,7 +270,7 @@ def test_an_unknown_arm_is_named(capsys):
 def test_dpo_beats_continued_sft(seed, tmp_path):
     """In every seed by 4 points of win rate at least, sampled and greedily."""
     torch.set_num_threads(1)
-    arms = run_seed(seed, ["sft", "dpo-easy"], FULL, tmp_path, lambda title, done: None).arms
+    arms = Experiment(seed, FULL, tmp_path, lambda title, done: None).run(["sft", "dpo-easy"]).arms
     for decoding in ("sampled", "greedy"):
         sft, dpo = (arms[name].outputs[decoding].wins.mean() for name in ("sft", "dpo-easy"))
         assert dpo - sft >= 0.04, f"{decoding}: {100 * dpo:.1f} against {100 * sft:.1f}"

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from . import report
 from .arms import ARMS
-from .experiment import FULL, QUICK, SeedResult, Size, run_seed
+from .experiment import FULL, QUICK, Experiment, SeedResult, Size
 
 
 def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
@@ -63,6 +63,6 @@ def run(seeds: Sequence[int], arms: Sequence[str], size: Size, output: Path, con
             def advance(title: str, done: int) -> None:
                 progress.update(bar, advance=done, description=f"seed {seed}: {title}")
 
-            return run_seed(seed, arms, size, output / f"seed-{seed}", advance)
+            return Experiment(seed, size, output / f"seed-{seed}", advance).run(arms)
 
         return [run_one(seed) for seed in seeds]

@@ -1,4 +1,4 @@
-"""One seed of the experiment: a world, pairs from its teachers, a model from nothing, and every arm from there."""
+"""One seed of the experiment: exercises, pairs from the teachers' responses, a model from nothing, and its arms."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 from ..data.pairs import build_pairs
 from ..generate import generate_local
 from ..prompts import Sampling
 from .arms import ARMS, EASY, HARD, Trained, make_model, train
 from .judge import Verdict, judge, prefer
-from .teachers import TEACHERS
-from .world import Exercise, make_exercises, make_tokenizer
+from .teachers import TEACHERS, Teacher
+from .world import make_exercises, make_tokenizer
 
-BATCH = 64  # responses a step of the start model's training
+BATCH = 64  # responses a step, until the start model is made
 ARM_BATCH = 32  # prompts a step of every arm
+DECODINGS = {"sampled": 1.0, "greedy": 0.0}  # -> temperature
 _PRETRAINING = {"loss_type": "sft", "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
 _SFT = {"loss_type": "sft", "learning_rate": 5e-4, "lr_scheduler_type": "linear"}
-_GENERATION_BATCH = 256
-DECODINGS = {"sampled": 1.0, "greedy": 0.0}  # -> temperature
+_STRONG, _MEDIUM, _WEAK = TEACHERS
+
+Row = dict[str, Any]
+# Called with a stage's title and the number of sequences that it did since the last call.
+Progress = Callable[[str, int], object]
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,12 @@ class Size:
     held_out: int
 
     def work(self, arms: Sequence[str]) -> int:
-        """Sequences that are trained on or generated, which take about the same time each."""
+        """Sequences that are trained on or generated; each takes about the same time."""
         start = BATCH * (self.pretraining_steps + self.sft_steps)
         prompts = ARM_BATCH * self.arm_steps
         trained = sum(prompts * (2 if ARMS[name].pairs else 1) for name in arms)
-        sampled = prompts * any("target_column" in ARMS[name].options for name in arms)
-        return start + trained + sampled + 2 * self.held_out * (1 + len(arms))
+        targets = prompts if _need_targets(arms) else 0
+        return start + trained + targets + len(DECODINGS) * self.held_out * (1 + len(arms))
 
 
 FULL = Size(pretraining_steps=1000, sft_steps=300, arm_steps=120, held_out=800)
@@ -68,7 +73,7 @@ class Outputs:
 class Result:
     """What became of one model, or of a teacher."""
 
-    outputs: dict[str, Outputs]  # decoding ->
+    outputs: dict[str, Outputs]  # decoding -> ...
     training: Trained | None = None
 
 
@@ -85,185 +90,173 @@ class SeedResult:
     arms: dict[str, Result]
 
 
-# Called with a stage's title while it runs, and with the sequences that were done since the last call.
-Progress = Callable[[str, int], object]
-
-
-def run_seed(seed: int, arms: Sequence[str], size: Size, folder: Path, progress: Progress) -> SeedResult:
-    """Run the experiment once; everything that is random follows from ``seed``.
+class Experiment:
+    """One seed, from which everything follows that is random.
 
     Args:
-        arms: names in ``ARMS``.
         folder: data, models, metrics and outputs go there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    # No prompt is in two of these.
-    counts = (BATCH * size.pretraining_steps // 2, BATCH * size.sft_steps, ARM_BATCH * size.arm_steps, size.held_out)
-    exercises = iter(make_exercises(sum(counts), rng))
-    pretraining, sft, prompts, held_out = ([next(exercises) for _ in range(count)] for count in counts)
 
-    strong, medium, _ = TEACHERS
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, seed)
-    for title, steps, rows, options in (
-        ("pretraining", size.pretraining_steps, _answers(pretraining, TEACHERS, rng), _PRETRAINING),
-        ("SFT", size.sft_steps, _answers(sft, [strong], rng), _SFT),
-    ):
-        train(
-            model,
-            tokenizer,
-            rows,
-            folder / title.lower(),
-            title,
-            lambda title=title: progress(title, BATCH),
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            seed=seed,
-            **options,
+    def __init__(self, seed: int, size: Size, folder: Path, progress: Progress) -> None:
+        self.seed, self.size, self.folder, self.progress = seed, size, folder, progress
+        self.tokenizer = make_tokenizer()
+        self.rng = random.Random(seed)
+        counts = {
+            "pretraining": BATCH * size.pretraining_steps // 2,  # two epochs
+            "sft": BATCH * size.sft_steps,
+            "arms": ARM_BATCH * size.arm_steps,
+            "held out": size.held_out,
+        }
+        exercises = iter(make_exercises(sum(counts.values()), self.rng))
+        self.exercises = {name: list(islice(exercises, count)) for name, count in counts.items()}  # no prompt in two
+        self.prompts = [exercise.prompt for exercise in self.exercises["held out"]]
+        self.baseline = self._respond(_MEDIUM)
+
+    def run(self, arms: Sequence[str]) -> SeedResult:
+        """Train the start model, then each of the arms in ``ARMS`` that are named."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = self._train_start()
+        responses = self._ask_teachers()
+        pairs = make_pairs(responses)
+        self._write("responses.jsonl", responses)
+        self._write("pairs.jsonl", pairs)
+        self._write("held_out.jsonl", _as_responses(self.prompts, _MEDIUM, self.baseline))
+        strong = (row for row in responses if row["model"] == _STRONG.name)
+        completions = [{"prompt": row["prompt"], "completion": row["response"]} for row in strong]
+        if _need_targets(arms):
+            prompts = [row["prompt"] for row in completions]
+            targets = dict(zip(prompts, self._generate(start, prompts, 1.0, "targets of SLiC")))
+            pairs = [pair | {"sampled": targets[pair["prompt"]]} for pair in pairs]
+        results = {"start": Result(self._examine(start, "start"))}
+        for name in arms:
+            results[name] = self._run_arm(name, [p for p in pairs if kind(p) in ARMS[name].pairs] or completions)
+        self._write("outputs.jsonl", self._all_outputs(results))
+        teachers = {teacher.name: Result({"sampled": self._judge(self._respond(teacher))}) for teacher in TEACHERS}
+        return SeedResult(
+            self.seed, self.prompts, self.baseline, count_pairs(pairs), teachers, results.pop("start"), results
         )
-    start = folder / "sft"
 
-    responses = _respond_all(prompts, rng)
-    _write(folder / "responses.jsonl", responses)
-    pairs = _make_pairs(responses)
-    _write(folder / "pairs.jsonl", pairs)
-    if any("target_column" in ARMS[name].options for name in arms):
-        drawn = _generate(model, tokenizer, [e.prompt for e in prompts], 1.0, seed, "SLiC's targets", progress)
-        sampled = dict(zip((e.prompt for e in prompts), drawn))
-        pairs = [pair | {"sampled": sampled[pair["prompt"]]} for pair in pairs]
+    # --- Data ---
 
-    baseline = [medium.respond(exercise, rng) for exercise in held_out]
-    examine = _Examination([exercise.prompt for exercise in held_out], baseline, seed, progress)
-    teachers = {
-        teacher.name: Result({"sampled": examine.judge([teacher.respond(exercise, rng) for exercise in held_out])})
-        for teacher in TEACHERS
-    }
-    results = {"start": Result(examine(model, tokenizer, "start"))}
-    for name in arms:
+    def _respond(self, teacher: Teacher) -> list[str]:
+        return [teacher.respond(exercise, self.rng) for exercise in self.exercises["held out"]]
+
+    def _ask_teachers(self) -> list[Row]:
+        """Every teacher's response to every prompt of the arms, in the form that ``cpt pairs`` reads."""
+        exercises = self.exercises["arms"]
+        prompts = [exercise.prompt for exercise in exercises]
+        answered = (_as_responses(prompts, t, [t.respond(e, self.rng) for e in exercises]) for t in TEACHERS)
+        return [row for rows in answered for row in rows]
+
+    def _write(self, name: str, rows: Iterable[Row]) -> None:
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    # --- Training ---
+
+    def _train_start(self) -> LlamaForCausalLM:
+        model = make_model(self.tokenizer, self.seed)
+        self._supervise(model, "pretraining", TEACHERS, self.size.pretraining_steps, _PRETRAINING)
+        self._supervise(model, "sft", [_STRONG], self.size.sft_steps, _SFT)
+        return model
+
+    def _supervise(
+        self, model: LlamaForCausalLM, stage: str, teachers: Sequence[Teacher], steps: int, options: Mapping[str, Any]
+    ) -> None:
+        rows = [
+            {"prompt": exercise.prompt, "completion": self.rng.choice(teachers).respond(exercise, self.rng)}
+            for exercise in self.exercises[stage]
+        ]
+        options = {**options, "max_steps": steps, "per_device_train_batch_size": BATCH}
+        self._train(model, stage, stage, rows, BATCH, options)
+
+    def _run_arm(self, name: str, rows: Sequence[Row]) -> Result:
         arm = ARMS[name]
-        model = LlamaForCausalLM.from_pretrained(start)
-        trained = train(
-            model,
-            tokenizer,
-            [row for row in pairs if _teachers_of(row) in arm.pairs]
-            or [row for row in _as_completions(responses) if row["model"] == strong.name],
-            folder / name,
-            arm.title,
-            lambda arm=arm: progress(arm.title, ARM_BATCH * (2 if arm.pairs else 1)),
-            max_steps=size.arm_steps,
-            per_device_train_batch_size=ARM_BATCH,
-            lr_scheduler_type="constant",
-            ref_cache_dir=str(folder / "reference"),
-            seed=seed,
+        model = LlamaForCausalLM.from_pretrained(self.folder / "sft")
+        options = {
+            "max_steps": self.size.arm_steps,
+            "per_device_train_batch_size": ARM_BATCH,
+            "lr_scheduler_type": "constant",
+            "ref_cache_dir": str(self.folder / "reference"),
             **arm.options,
+        }
+        trained = self._train(model, name, arm.title, rows, ARM_BATCH * (2 if arm.pairs else 1), options)
+        return Result(self._examine(model, arm.title), trained)
+
+    def _train(
+        self,
+        model: LlamaForCausalLM,
+        name: str,
+        title: str,
+        rows: Sequence[Row],
+        sequences: int,
+        options: Mapping[str, Any],
+    ) -> Trained:
+        def on_step() -> None:
+            self.progress(title, sequences)
+
+        return train(model, self.tokenizer, rows, self.folder / name, title, on_step, seed=self.seed, **options)
+
+    # --- Examination ---
+
+    def _generate(self, model: LlamaForCausalLM, prompts: Sequence[str], temperature: float, title: str) -> list[str]:
+        sampling = Sampling(max_new_tokens=40, temperature=temperature, seed=self.seed)
+        return generate_local(
+            model,
+            self.tokenizer,
+            prompts,
+            sampling,
+            batch_size=256,
+            progress=lambda count: self.progress(title, count),
         )
-        results[name] = Result(examine(model, tokenizer, arm.title), trained)
-    _write(folder / "outputs.jsonl", examine.rows(results))
-    return SeedResult(seed, examine.prompts, baseline, _pair_counts(pairs), teachers, results.pop("start"), results)
+
+    def _examine(self, model: LlamaForCausalLM, title: str) -> dict[str, Outputs]:
+        return {
+            decoding: self._judge(self._generate(model, self.prompts, temperature, title))
+            for decoding, temperature in DECODINGS.items()
+        }
+
+    def _judge(self, texts: list[str]) -> Outputs:
+        wins = [prefer(*outputs) for outputs in zip(self.prompts, texts, self.baseline)]
+        return Outputs(texts, [judge(*output) for output in zip(self.prompts, texts)], np.array(wins))
+
+    def _all_outputs(self, results: Mapping[str, Result]) -> Iterable[Row]:
+        """Every response with its verdict, for those who want to look."""
+        for name, result in results.items():
+            for decoding, outputs in result.outputs.items():
+                for prompt, text, verdict, win in zip(self.prompts, *vars(outputs).values()):
+                    row = {"arm": name, "decoding": decoding, "prompt": prompt, "response": text, "win": float(win)}
+                    yield row | verdict._asdict()
 
 
-# --- Data ---
+def _need_targets(arms: Iterable[str]) -> bool:
+    """Whether one of them regularises on responses of the start model."""
+    return any("target_column" in ARMS[name].options for name in arms)
 
 
-def _answers(exercises: Iterable[Exercise], teachers: Sequence, rng: random.Random) -> list[dict[str, str]]:
-    """Supervised rows, each by a teacher drawn at random."""
-    return [{"prompt": e.prompt, "completion": rng.choice(teachers).respond(e, rng)} for e in exercises]
+def _as_responses(prompts: Iterable[str], teacher: Teacher, responses: Iterable[str]) -> list[Row]:
+    return [{"prompt": p, "model": teacher.name, "response": response} for p, response in zip(prompts, responses)]
 
 
-def _respond_all(exercises: Iterable[Exercise], rng: random.Random) -> list[dict[str, str]]:
-    """Every teacher's response to every prompt, in the form that ``cpt pairs`` reads."""
-    return [
-        {"prompt": exercise.prompt, "model": teacher.name, "response": teacher.respond(exercise, rng)}
-        for exercise in exercises
-        for teacher in TEACHERS
-    ]
-
-
-def _make_pairs(responses: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Pairs by the teachers' rank alone; no judge, no filter."""
+def make_pairs(responses: Sequence[Row]) -> list[Row]:
+    """Preference pairs by the teachers' rank alone: no judge, no filter."""
     columns = [[row[name] for row in responses] for name in ("prompt", "model", "response")]
     order = " > ".join(teacher.name for teacher in TEACHERS)
     return list(build_pairs(*columns, order, which=f"{EASY}, {HARD}").rows(*columns))
 
 
-def _teachers_of(pair: Mapping[str, Any]) -> str:
+def kind(pair: Row) -> str:
+    """``EASY`` or ``HARD``."""
     return f"{pair['chosen_model']}>{pair['rejected_model']}"
 
 
-def _as_completions(responses: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
-    return [{"prompt": row["prompt"], "completion": row["response"], "model": row["model"]} for row in responses]
-
-
-def _pair_counts(pairs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """How often the judge agrees with the teachers' rank. For the report alone."""
+def count_pairs(pairs: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """How many there are of each kind, and how often the judge agrees with the teachers' rank: for the report alone."""
     counts = {}
-    for kind in (EASY, HARD):
-        of_kind = [pair for pair in pairs if _teachers_of(pair) == kind]
-        preferences = np.array([prefer(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in of_kind])
-        counts[kind] = {
-            "pairs": len(of_kind),
+    for name in (EASY, HARD):
+        preferences = np.array([prefer(p["prompt"], p["chosen"], p["rejected"]) for p in pairs if kind(p) == name])
+        counts[name] = {
+            "pairs": len(preferences),
             "judge agrees": float((preferences == 1).mean()),
             "judge disagrees": float((preferences == 0).mean()),
         }
     return counts
-
-
-# --- Examination ---
-
-
-def _generate(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    temperature: float,
-    seed: int,
-    title: str,
-    progress: Progress,
-) -> list[str]:
-    return generate_local(
-        model,
-        tokenizer,
-        prompts,
-        Sampling(max_new_tokens=40, temperature=temperature, seed=seed),
-        batch_size=_GENERATION_BATCH,
-        progress=lambda count: progress(title, count),
-    )
-
-
-@dataclass(frozen=True)
-class _Examination:
-    """The held-out prompts, and the responses that a model's are compared with."""
-
-    prompts: list[str]
-    baseline: list[str]
-    seed: int
-    progress: Progress
-
-    def __call__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, title: str) -> dict[str, Outputs]:
-        return {
-            decoding: self.judge(
-                _generate(model, tokenizer, self.prompts, temperature, self.seed, title, self.progress)
-            )
-            for decoding, temperature in DECODINGS.items()
-        }
-
-    def judge(self, texts: list[str]) -> Outputs:
-        wins = [prefer(*outputs) for outputs in zip(self.prompts, texts, self.baseline)]
-        return Outputs(texts, [judge(*output) for output in zip(self.prompts, texts)], np.array(wins))
-
-    def rows(self, results: Mapping[str, Result]) -> list[dict[str, Any]]:
-        """Every response with its verdict, for those who want to look."""
-        return [
-            {"arm": name, "decoding": decoding, "prompt": prompt, "output": text, "baseline": baseline, "win": win}
-            | verdict._asdict()
-            for name, result in results.items()
-            for decoding, outputs in result.outputs.items()
-            for prompt, baseline, text, verdict, win in zip(
-                self.prompts, self.baseline, outputs.texts, outputs.verdicts, outputs.wins.tolist()
-            )
-        ]
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -41,7 +41,7 @@ _EXPECTED = (
 _SHARES = {"right": "exact", "steps": "steps", "format": "format", "brief": "brief"}
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """One model or teacher over all seeds; what a decoding did not give is missing."""
 
     title: str
@@ -73,7 +73,7 @@ class Comparison(NamedTuple):
         return "against expectation" if high < 0 else "no difference that these prompts could show"
 
 
-def rows(results: Sequence[SeedResult]) -> dict[str, Row]:
+def rows(results: Sequence[SeedResult]) -> dict[str, Line]:
     """Teachers, start model and arms, by name."""
     first = results[0]
     groups = {name: (f"{name} teacher", [result.teachers[name] for result in results]) for name in first.teachers}
@@ -82,10 +82,10 @@ def rows(results: Sequence[SeedResult]) -> dict[str, Row]:
     return {name: _row(title, of_seeds) for name, (title, of_seeds) in groups.items()}
 
 
-def _row(title: str, of_seeds: Sequence[Result]) -> Row:
+def _row(title: str, of_seeds: Sequence[Result]) -> Line:
     decodings = list(of_seeds[0].outputs)
     trained = [result.training for result in of_seeds if result.training is not None]
-    return Row(
+    return Line(
         title,
         {decoding: win_rate(_wins(of_seeds, decoding)) for decoding in decodings},
         [float(result.outputs["sampled"].wins.mean()) for result in of_seeds],
