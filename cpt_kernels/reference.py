@@ -46,6 +46,7 @@ class Reference:
         new_adapter: the policy is a PEFT model whose adapter was made for this run.
         keep: the reference is needed while training (streams): a copy of the policy is kept if need be.
         cache_dir: folder of the cache.
+        progress: show a bar while data are scored.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Reference:
         accelerator: Accelerator,
         cache_dir: str,
         head_memory_mb: float | None = None,
+        progress: bool = True,
     ) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.progress = accelerator, progress
         self.adapters_off = ref_model is None and new_adapter
         self._start_is_checked = ref_model is not None  # else policy and reference are the same at the start
         self.owned = given = ref_model is not None
@@ -189,7 +191,7 @@ class Reference:
         progress = tqdm(
             batches[self.accelerator.process_index :: world],
             desc=description,
-            disable=not self.accelerator.is_main_process,
+            disable=not (self.progress and self.accelerator.is_main_process),
         )
         with self._on_device(), self.cache:  # written also where a batch fails: what was scored is right
             for groups in progress:

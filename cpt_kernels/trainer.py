@@ -216,6 +216,7 @@ class ContrastiveTrainer(Trainer):
             accelerator=self.accelerator,
             cache_dir=self.args.ref_cache_dir or default_cache_dir(),
             head_memory_mb=self.args.head_memory_mb,
+            progress=not self.args.disable_tqdm,
         )
         if self.loss.needs_tails:
             reference.check_tokens()

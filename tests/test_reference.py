@@ -245,6 +245,12 @@ def test_the_folder_is_said_at_the_start(tmp_path, caplog):
 # --- Batches of a fill ---
 
 
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_the_bar_of_scoring_is_a_progress_bar_like_others(tmp_path, capsys, disable_tqdm):
+    train(tmp_path, disable_tqdm=disable_tqdm)
+    assert ("train data: reference log-probs" in capsys.readouterr().err) != disable_tqdm
+
+
 def test_a_prompt_is_run_once_and_a_completion_scored_once(tmp_path):
     """All pairs of four completions: each of them is in three."""
     prepared = [
