@@ -17,13 +17,13 @@ from transformers import LlamaForCausalLM
 from ..data.pairs import build_pairs
 from ..generate import generate_local
 from ..prompts import Sampling
-from .arms import ARMS, EASY, HARD, Trained, make_model, train
+from .arms import ARM_OPTIONS, ARMS, EASY, HARD, Trained, make_model, train
 from .judge import Verdict, judge, prefer
 from .teachers import TEACHERS, Teacher
 from .world import make_exercises, make_tokenizer
 
 BATCH = 64  # responses a step, until the start model is made
-ARM_BATCH = 32  # prompts a step of every arm
+ARM_BATCH = ARM_OPTIONS["per_device_train_batch_size"]  # prompts a step
 DECODINGS = {"sampled": 1.0, "greedy": 0.0}  # -> temperature
 _PRETRAINING = {"loss_type": "sft", "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
 _SFT = {"loss_type": "sft", "learning_rate": 5e-4, "lr_scheduler_type": "linear"}
@@ -173,11 +173,10 @@ class Experiment:
         arm = ARMS[name]
         model = LlamaForCausalLM.from_pretrained(self.folder / "sft")
         options = {
-            "max_steps": self.size.arm_steps,
-            "per_device_train_batch_size": ARM_BATCH,
-            "lr_scheduler_type": "constant",
-            "ref_cache_dir": str(self.folder / "reference"),
+            **ARM_OPTIONS,
             **arm.options,
+            "max_steps": self.size.arm_steps,
+            "ref_cache_dir": str(self.folder / "reference"),
         }
         trained = self._train(model, name, arm.title, rows, ARM_BATCH * (2 if arm.pairs else 1), options)
         return Result(self._examine(model, arm.title), trained)
