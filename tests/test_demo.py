@@ -21,6 +21,7 @@ from cpt_kernels import cli
 from cpt_kernels.demo import report
 from cpt_kernels.demo.arms import ARMS, EASY, HARD, Trained
 from cpt_kernels.demo.experiment import FULL, Experiment, Outputs, Result, SeedResult
+from cpt_kernels.demo.findings import find
 from cpt_kernels.demo.judge import judge, prefer
 from cpt_kernels.demo.teachers import TEACHERS, TEMPTATIONS
 from cpt_kernels.demo.world import FILLER, Exercise, make_exercises, make_tokenizer, solution
@@ -166,19 +167,20 @@ def seed_result(**rates: float) -> SeedResult:
     [(0.5, 0.7, "as expected"), (0.7, 0.5, "against expectation"), (0.6, 0.6, "no difference")],
 )
 def test_the_verdict_follows_from_the_numbers(sft, dpo, verdict):
-    (found,) = report.comparisons([seed_result(sft=sft, dpo_easy=dpo)])
+    findings = find([seed_result(sft=sft, dpo_easy=dpo)])
+    (found,) = findings.comparisons
     mean, low, high = found.differences["sampled"]
     assert low <= mean <= high and abs(mean - (dpo - sft)) < 0.1 and verdict in found.verdict
-    lines = report.findings([seed_result(sft=sft, dpo_easy=dpo)])
-    assert verdict in lines[0] and f"{100 * mean:+.1f}" in lines[0]
+    first = findings.sentences()[0]
+    assert first.startswith("DPO easy against SFT continued") and verdict in first and f"{100 * mean:+.1f}" in first
 
 
 def test_numbers_of_several_seeds_are_taken_together():
     results = [seed_result(sft=0.2), seed_result(sft=0.8)]
-    row = report.rows(results)["sft"]
-    assert row.rates["sampled"].n == 800 and abs(row.rates["sampled"].rate - 0.5) < 0.05
-    assert np.mean(row.by_seed) == pytest.approx(row.rates["sampled"].rate)
-    assert (row.found, row.scored, row.cached) == (60, 20, 0.75)
+    summary = find(results).summaries["sft"]
+    assert summary.rates["sampled"].n == 800 and abs(summary.rates["sampled"].rate - 0.5) < 0.05
+    assert np.mean(summary.by_seed) == pytest.approx(summary.rates["sampled"].rate)
+    assert (summary.found, summary.scored, summary.cached) == (60, 20, 0.75)
 
 
 class Page(HTMLParser):
@@ -207,7 +209,8 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone_and_shows_text_as_text(tmp_path):
-    report.write([seed_result(sft=0.5, dpo_easy=0.7)], FULL, 12.3, tmp_path, "cpt demo <x>")
+    results = [seed_result(sft=0.5, dpo_easy=0.7)]
+    report.write(find(results), results, FULL, 12.3, tmp_path, "cpt demo <x>")
     page = Page((tmp_path / "report.html").read_text())
     assert len(page.images) == 2 and all(image.startswith("data:image/svg+xml;base64,") for image in page.images)
     assert "cpt demo <x>" in page.text and "<b>" in page.text and "DPO easy" in page.text

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from . import report
 from .arms import ARMS
 from .experiment import FULL, QUICK, Experiment, SeedResult, Size
+from .findings import find
 
 
 def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
@@ -44,10 +45,13 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
     started = time.perf_counter()
     results = run(options.seeds, options.arms, size, options.output, console)
     seconds = time.perf_counter() - started
-    report.write(results, size, seconds, options.output, " ".join([prog, *argv]))
-    console.print(report.table(results))
-    for line in report.findings(results):
-        console.print(line)
+    findings = find(results)
+    report.write(findings, results, size, seconds, options.output, " ".join([prog, *argv]))
+    console.print(report.make_table(findings))
+    for sentence in findings.sentences():
+        console.print(sentence)
+    if options.quick:
+        console.print("All this was too short to learn the exercises, and shows only that everything runs.")
     console.print(f"{seconds:.0f} s. Curves, responses side by side, and what this does not show: ", end="")
     console.print(options.output / "report.html")
 
@@ -61,7 +65,10 @@ def run(seeds: Sequence[int], arms: Sequence[str], size: Size, output: Path, con
 
         def run_one(seed: int) -> SeedResult:
             def advance(title: str, done: int) -> None:
-                progress.update(bar, advance=done, description=f"seed {seed}: {title}")
+                description = f"seed {seed}: {title}"
+                if not console.is_terminal and description != progress.tasks[bar].description:
+                    console.print(description)  # where no bar is drawn
+                progress.update(bar, advance=done, description=description)
 
             return Experiment(seed, size, output / f"seed-{seed}", advance).run(arms)
 
