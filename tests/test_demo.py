@@ -267,6 +267,12 @@ def test_an_unknown_arm_is_named(capsys):
     assert "ppo" in error and all(re.search(rf"\b{name}\b", error) for name in ARMS)
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--output", str(tmp_path / "file" / "demo")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.usefixtures("_process_settings")

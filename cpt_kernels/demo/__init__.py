@@ -29,13 +29,21 @@ from .findings import find
 
 
 def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
-    """Run the experiment, print the table and what follows from it, and write the report."""
+    """Run the experiment, print the table and what follows from it, and write the report.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace("``", ""))
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to [%(default)s]")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each [0]")
     parser.add_argument("--quick", action="store_true", help="run through all of it, too short to learn much")
     options = parser.parse_args(argv)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {options.output} cannot be written to ({error.strerror})") from error
     torch.set_num_threads(1)  # for matrices this small more threads gain little, and lose much on a busy machine
     logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # of data made here there is nothing to report
     datasets.disable_progress_bars()
