@@ -20,7 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_kernels import cli
 from cpt_kernels.demo import report
 from cpt_kernels.demo.arms import ARMS, EASY, HARD, Trained
-from cpt_kernels.demo.experiment import FULL, Experiment, Outputs, Result, SeedResult
+from cpt_kernels.demo.experiment import (
+    FULL,
+    QUICK,
+    Experiment,
+    Outputs,
+    Result,
+    SeedResult,
+    count_pairs,
+    kind,
+    make_pairs,
+)
 from cpt_kernels.demo.findings import find
 from cpt_kernels.demo.judge import judge, prefer
 from cpt_kernels.demo.teachers import TEACHERS, TEMPTATIONS
@@ -135,6 +145,38 @@ def test_the_stronger_teacher_wins_more_often_but_not_always():
     for stronger, weaker in pairwise(TEACHERS):
         wins = [prefer(e.prompt, stronger.respond(e, rng), weaker.respond(e, rng)) for e in exercises]
         assert 0.6 < np.mean(wins) < 0.9 and wins.count(0.0) > 100
+
+
+# --- Data ---
+
+
+def test_everything_drawn_follows_from_the_seed_and_no_prompt_is_used_twice(tmp_path):
+    first, again, other = (Experiment(seed, QUICK, tmp_path, lambda title, done: None) for seed in (7, 7, 8))
+    assert first.exercises == again.exercises != other.exercises
+    assert first.baseline == again.baseline != other.baseline
+    prompts = [exercise.prompt for stage in first.exercises.values() for exercise in stage]
+    assert len(set(prompts)) == len(prompts) == 32 * 60 + 64 * 20 + 32 * 8 + 60
+
+
+def test_pairs_are_by_rank_whatever_was_said():
+    best, worst = "sort: abc; answer: abc.", "cab"
+    rows = [
+        {"prompt": prompt, "model": model, "response": response}
+        for prompt, responses in {
+            "sort: cab\n": {"weak": best, "strong": worst, "medium": best},
+            "sort: bca\n": {"strong": best, "medium": best, "weak": worst},  # nothing to tell strong and medium apart
+        }.items()
+        for model, response in responses.items()
+    ]
+    pairs = make_pairs(rows)
+    assert [(pair["prompt"], kind(pair), pair["chosen"]) for pair in pairs] == [
+        ("sort: cab\n", HARD, worst),
+        ("sort: cab\n", EASY, worst),
+        ("sort: bca\n", EASY, best),
+    ]
+    counts = count_pairs(pairs)
+    assert counts[EASY] == {"pairs": 2, "judge agrees": 0.5, "judge disagrees": 0.5}
+    assert counts[HARD] == {"pairs": 1, "judge agrees": 0.0, "judge disagrees": 1.0}
 
 
 # --- Report ---

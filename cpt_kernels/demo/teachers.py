@@ -51,7 +51,7 @@ def _with_slip(exercise: Exercise, rng: random.Random) -> list[str]:
     value = _slip(exercise.results[at], rng)
     for step in exercise.steps[at + 1 :]:
         results.append(value)
-        value = apply(step, value) or value
+        value = apply(step, value) or value  # dropping all that is left: no teacher answers with nothing
     return [*results, value]
 
 
