@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import cpt_kernels
-from cpt_kernels.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,12 +30,6 @@ def test_every_function_without_the_trainer_has_an_example(name):
     assert any(re.search(rf"\b{name}\(", block) and "..." not in block for block in BLOCKS)
 
 
-def test_losses_in_the_table_exist():
-    """All of them are in docs/losses.md, see test_docs_losses.py."""
-    rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
-    assert {"sigmoid", "slic", "sft"} <= rows - {"loss_type"} <= set(LOSSES)
-
-
 def test_files_named_in_the_map_exist():
     tree = README[README.index("## Files") :]
     package = tree[tree.index("cpt_kernels/") : tree.index("csrc/")]
@@ -50,5 +43,16 @@ def test_commands_name_modules_and_files_that_exist():
     for module in re.findall(r"python -m (bench[\w.]*)(?: (\w+))?", README):
         parts = [part for part in (*module[0].split("."), module[1]) if part]
         assert (ROOT / Path(*parts)).with_suffix(".py").is_file() or (ROOT / Path(*parts)).is_dir(), module
-    for recipe in re.findall(r"recipes/\w+\.yaml", README):
-        assert (ROOT / recipe).is_file(), recipe
+    for file in re.findall(r"(?:recipes|docs)/[\w-]+\.\w+", README):
+        assert (ROOT / file).is_file(), file
+
+
+def test_claims_beside_trl_name_tests_that_exist():
+    page = (ROOT / "docs" / "coming-from-trl.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "held by" not in line]
+    assert len(rows) > 20
+    for row in rows:
+        tests = re.findall(r"`(test_\w+\.py)`", row)
+        assert tests, row
+        for test in tests:
+            assert (ROOT / "tests" / test).is_file(), test
