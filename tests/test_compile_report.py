@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def report(*arguments: str) -> dict:
     """The report of a process of its own: here, kernels may be defined for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile_report", "--quick", *arguments]
+    command = [sys.executable, "-m", "bench", "compile_report", "--quick", *arguments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(run.stdout.splitlines()[-1])

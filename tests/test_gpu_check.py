@@ -203,9 +203,8 @@ def test_output_of_a_limited_command():
     assert run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)[0] is None
 
 
-def test_it_is_a_command():
+@pytest.mark.parametrize("name", [["bench.gpu_check"], ["bench", "gpu_check"]], ids=" ".join)
+def test_it_is_a_command(name):
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_check", "--help"], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", *name, "--help"], cwd=root, capture_output=True, text=True, check=True)
     assert "--dry-run" in done.stdout and "--minutes" in done.stdout
