@@ -5,13 +5,20 @@ BIN := .venv/bin
 READY := .venv/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-zero lint clean
 
 demo: $(READY)
 	$(BIN)/cpt demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# ZeRO's tests. DeepSpeed lies in a folder of its own: beside the rest it changes what transformers and accelerate import.
+test-zero: $(READY)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--upgrade --target .venv/deepspeed deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
+	PYTHONPATH=.venv/deepspeed DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+		tests/test_sharding.py tests/test_loading.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
