@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import numpy as np
 from accelerate.utils import send_to_device
 from datasets import Dataset
+from torch import nn
 
 from .data.collate import PackedCollator
 from .data.preparation import prepare
 from .parsing import parse
 from .reference import Reference
-from .reference_cache import ReferenceCache
+from .reference_cache import ReferenceCache, default_cache_dir
 from .run import make_trainer
 from .scoring import Missing, find_missing, iter_sequences
 from .trainer import ContrastiveTrainer
@@ -25,8 +26,19 @@ _SAMPLE_BATCH = 8  # completions scored together
 class _Unfilled(ContrastiveTrainer):
     """A trainer whose reference has not been asked anything yet."""
 
-    def _fill(self, reference: Reference, datasets: dict[str, Dataset]) -> None:
-        self.stored = datasets
+    def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference:
+        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        datasets = {"train": self.train_dataset, **evals}
+        self.stored = {name: data for name, data in datasets.items() if isinstance(data, Dataset)}
+        return Reference(
+            self.packed,
+            ref_model,
+            new_adapter=new_adapter,
+            keep=False,
+            accelerator=self.accelerator,
+            cache_dir=self.args.ref_cache_dir or default_cache_dir(),
+            head_memory_mb=self.args.head_memory_mb,
+        )
 
 
 class DatasetReference:
@@ -39,7 +51,8 @@ class DatasetReference:
 
     def fill(self) -> None:
         """Score what is missing, on all ranks."""
-        ContrastiveTrainer._fill(self.trainer, self.reference, self.trainer.stored)
+        for name, dataset in self.trainer.stored.items():
+            self.reference.fill(dataset, self.collator, self.trainer.args.max_tokens_per_batch, name)
 
     def missing(self) -> dict[str, Missing]:
         """What is missing of every dataset."""
