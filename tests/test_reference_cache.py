@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import cpt_kernels.reference_cache as module
+import cpt_kernels.shards as shards_module
 from cpt_kernels.reference_cache import ReferenceCache, default_cache_dir
 
 FINGERPRINT = "0123456789abcdef" * 2
@@ -138,6 +139,45 @@ def test_arrays_are_the_callers_own(tmp_path):
         cache.get([1], [2, 3])[:] = 0
         assert cache.get([1], [2, 3]).tolist() == [-1.0, -2.0]
         cache.flush()
+
+
+def test_unwritten_rows_outgrow_their_array(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_CAPACITY", 4)
+    cache = ReferenceCache(tmp_path, FINGERPRINT)
+    for start in range(0, 60, 20):
+        rows = [make_row(seed) for seed in range(start, start + 20)]
+        cache.add_many([row[:2] for row in rows], [row[2] for row in rows])
+        assert found(cache, range(60)) == list(range(start + 20))
+    cache.flush()
+    assert found(ReferenceCache(tmp_path, FINGERPRINT), range(61)) == list(range(60))
+
+
+def test_a_batch_may_hold_a_row_twice_and_rows_that_are_there(tmp_path):
+    cache = fill(tmp_path, [0, 1])
+    cache.add(*make_row(2))
+    rows = [make_row(seed) for seed in (3, 0, 4, 3, 2, 5)]
+    cache.add_many([row[:2] for row in rows], [values - n for n, (_, _, values) in enumerate(rows)])
+    assert cache.num_rows == 6
+    np.testing.assert_array_equal(cache.get(*make_row(3)[:2]), make_row(3)[2], "the first of the two")
+    assert found(cache, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    cache.flush()
+    for n, seed in ((2, 4), (5, 5)):
+        np.testing.assert_array_equal(cache.get(*make_row(seed)[:2]), make_row(seed)[2] - n)
+
+
+def test_flat_look_ups(tmp_path):
+    cache = fill(tmp_path, range(4))
+    cache.add(*make_row(4))
+    rows = [make_row(seed) for seed in (4, 9, 0, 2)]
+    lengths = [len(completion) for _, completion, _ in rows]
+    values, there = cache.look_up(cache.keys([row[:2] for row in rows]), lengths)
+    assert there.tolist() == [True, False, True, True] and (cache.hits, cache.misses) == (3, 1)
+    expected = [logps if known else np.full(len(logps), np.nan) for (_, _, logps), known in zip(rows, there)]
+    np.testing.assert_array_equal(values, np.concatenate(expected))
+    values[:] = 0  # the caller's own
+    assert found(cache, range(5)) == list(range(5))
+    nothing, there = cache.look_up([], [])
+    assert len(nothing) == len(there) == 0
 
 
 def test_first_values_of_a_row_are_kept(tmp_path):
