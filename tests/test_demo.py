@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_kernels import cli
@@ -188,7 +190,7 @@ def result(rate: float, seed: int, trained: bool = True) -> Result:
     texts = ["answer: abc." if win else "<b>" for win in wins]
     outputs = Outputs(texts, [judge("sort: cab\n", text) for text in texts], wins)
     records = [{"step": step, "loss": 1.0, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5} for step in (1, 2)]
-    training = Trained(records, 1000.0, 30, 10) if trained else None
+    training = Trained(records, 12345.0, 30, 10) if trained else None
     return Result({"sampled": outputs, "greedy": outputs}, training)
 
 
@@ -248,6 +250,14 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_the_table_fits_into_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    console.print(report.make_table(find([seed_result(**{name.replace("-", "_"): 0.7 for name in ARMS})])))
+    lines = console.file.getvalue().splitlines()
+    assert not [line for line in lines if "…" in line]
+    assert all(any(line.strip().startswith(arm.title) for line in lines) for arm in ARMS.values())
 
 
 def test_the_page_stands_alone_and_shows_text_as_text(tmp_path):

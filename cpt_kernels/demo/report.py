@@ -41,13 +41,13 @@ def make_table(findings: Findings) -> Table:
         title=f"Win rate against the medium teacher, {prompts} held-out prompts",
         title_justify="left",
         box=SIMPLE,
-        caption="right, steps, format, brief: of sampled responses. cached: reference log-probs that were there",
+        caption="right, steps, format, brief: of sampled responses. cache: reference log-probs that were there",
         caption_justify="left",
         padding=0,
         pad_edge=False,
     )
     table.add_column("%", no_wrap=True)
-    for name in (*DECODINGS, *SHARES, "tok/s", "cached"):
+    for name in (*DECODINGS, *SHARES, "tok/s", "cache"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, summary in findings.summaries.items():
         table.add_row(
