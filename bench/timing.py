@@ -214,7 +214,9 @@ def commit() -> str:
 
 def _module_and_arguments() -> list[str]:
     main = sys.modules["__main__"].__spec__
-    return [main.name.removesuffix(".__main__") if main else Path(sys.argv[0]).name, *sys.argv[1:]]
+    # Where files lie is nobody's business but this machine's.
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    return [main.name.removesuffix(".__main__") if main else Path(sys.argv[0]).name, *arguments]
 
 
 # --- Results ---
