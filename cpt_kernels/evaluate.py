@@ -45,6 +45,7 @@ from .evaluation_reports import (
     win_rate_table,
 )
 from .judge import TEMPLATE, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
+from .options import Help, Parser, json_object
 from .output_evaluation import OutputEvaluation, differences
 from .outputs import Comparisons, choose, join, read_outputs, write_alpaca_eval
 from .pair_evaluation import LENGTH_EDGES, RATIO_EDGES, evaluate_pairs
@@ -259,31 +260,11 @@ _JUDGE_MODEL_DEFAULTS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=118)
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
-
-
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=__doc__, formatter_class=_Help)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=Help)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     made = {
-        name: commands.add_parser(name, help=help, description=help, allow_abbrev=False, formatter_class=_Help)
+        name: commands.add_parser(name, help=help, description=help, allow_abbrev=False, formatter_class=Help)
         for name, (_, help) in _COMMANDS.items()
     }
     _add_pairs_options(made["pairs"])
@@ -357,5 +338,5 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
     add("--requests_per_minute", type=float, metavar="N", help="[as many as there are replies]")
     add("--max_retries", type=int, metavar="N", help="of one request [%(default)s]")
     add("--timeout", type=float, metavar="SECONDS", help="of one try [%(default)g]")
-    add("--extra_body", type=_json, metavar="JSON", help="sent with every request")
+    add("--extra_body", type=json_object, metavar="JSON", help="sent with every request")
     parser.set_defaults(**_JUDGE_MODEL_DEFAULTS)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_64
 
 from .data.sources import load
+from .options import Help, Parser, json_object
 from .prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from .response_exports import ALPACA_FILE, check_exports, write_exports
 from .responses import ResponseFile
@@ -188,22 +189,22 @@ def _endpoint(args: argparse.Namespace, sampling: Sampling) -> Any:
 def _load_tokenizer(args: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
-    from .run import _from_pretrained
+    from .run import from_pretrained
 
     kwargs = {"trust_remote_code": args.trust_remote_code}
     if args.tokenizer_name is not None:
-        return _from_pretrained(AutoTokenizer, args.tokenizer_name, "tokenizer_name", **kwargs)
+        return from_pretrained(AutoTokenizer, args.tokenizer_name, "tokenizer_name", **kwargs)
     kwargs["revision"] = args.model_revision
-    return _from_pretrained(AutoTokenizer, args.model_name_or_path, "model_name_or_path", **kwargs)
+    return from_pretrained(AutoTokenizer, args.model_name_or_path, "model_name_or_path", **kwargs)
 
 
 def _load_model(args: argparse.Namespace, options: Mapping[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from .run import _from_pretrained
+    from .run import from_pretrained
 
-    model = _from_pretrained(AutoModelForCausalLM, args.model_name_or_path, "model_name_or_path", **options)
+    model = from_pretrained(AutoModelForCausalLM, args.model_name_or_path, "model_name_or_path", **options)
     if "device_map" in options:
         return model
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -225,26 +226,6 @@ def _digest(name: str) -> str | None:
 
 
 # --- Options ---
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=118)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 def _seed(text: str) -> int | None:
@@ -287,11 +268,11 @@ def _parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} --model_name_or_path MODEL --dataset_name DATA --output FILE [--option value ...]",
         description=__doc__,
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     add = parser.add_argument_group("What is asked").add_argument
@@ -312,7 +293,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         " as in training [auto]",
     )
     add("--system_prompt", metavar="TEXT", help="for conversations without one")
-    add("--chat_template_kwargs", type=_mapping, default={}, metavar="JSON", help="for the chat template")
+    add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON", help="for the chat template")
 
     add = parser.add_argument_group("Which model").add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="folder or hub name; the endpoint's name for it")
@@ -330,7 +311,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add(
         "--model_kwargs",
-        type=_mapping,
+        type=json_object,
         default={},
         metavar="JSON",
         help='more for from_pretrained or vllm.LLM, such as {"tensor_parallel_size": 2}',
@@ -354,7 +335,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--requests_per_minute", type=float, metavar="N", help="[as many as there are replies]")
     add("--max_retries", type=int, default=8, metavar="N", help="of one request [%(default)s]")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="of one try [%(default)g]")
-    add("--extra_body", type=_mapping, default={}, metavar="JSON", help="sent with every request")
+    add("--extra_body", type=json_object, default={}, metavar="JSON", help="sent with every request")
 
     add = parser.add_argument_group("What is written").add_argument
     add("--output", type=Path, required=True, metavar="FILE", help="the .jsonl file to append to")

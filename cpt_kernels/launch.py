@@ -80,7 +80,7 @@ def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool
         options["config_file"] = str(CONFIGS.get(name, name))
         if name in CONFIGS and name != "single_gpu":
             options.setdefault("num_processes", str(max(torch.cuda.device_count(), 1)))
-    if use_cpu and int(options.get("num_processes") or 1) > 1:
+    if use_cpu and options.get("num_processes") not in (None, "1"):
         options["multi_gpu"] = None  # torchrun, that is; accelerate itself starts but one process on a CPU
     flags = [part for name, value in options.items() for part in (f"--{name}", value) if part is not None]
     arguments = launch_command_parser().parse_args([*flags, "-m", "cpt_kernels.cli", "train", *argv])

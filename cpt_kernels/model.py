@@ -109,7 +109,7 @@ class PackedModel:
             return ((out.loss - out.loss.detach()) / options.logit_scale).reshape(1, 1, 1)
 
         head = base_model(self.model).get_output_embeddings()
-        layout = AttentionLayout(**{field.name: batch[field.name] for field in dataclasses.fields(AttentionLayout)})
+        layout = AttentionLayout.of(batch)
         with (
             packed_forward(),
             rope_per_sequence(self.rotaries, self.share_limit, batch["segment_lengths"]),

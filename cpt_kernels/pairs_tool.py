@@ -28,6 +28,7 @@ from rich.console import Console
 from .data.pairs import build_pairs, held_out
 from .data.sources import load
 from .data.strength import Which, parse_order, parse_which
+from .options import Parser
 from .pairs_data import group_batches, is_conversational, load_responses, pair_batches, replacing, write
 from .pairs_report import make_report, report_lines, report_table, write_report
 
@@ -170,14 +171,9 @@ def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: st
 # --- Options ---
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def _parser(prog: str) -> argparse.ArgumentParser:
 
-    parser = _Parser(
+    parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")

@@ -34,9 +34,7 @@ def parse(argv: Sequence[str], prog: str = "cpt-train") -> Options:
     Raises:
         ValueError: an unknown option, a value of the wrong type, or options that do not go together.
     """
-    flags = _read_flags(argv, prog)
-    flags.pop("config", None)
-    given = _options_of(read_file(argv), _file_name(argv)) | flags
+    given = read_options(argv, prog)
     for name, kind in (("model_name_or_path", "a folder or hub name"), ("dataset_name", "a file, folder or hub name")):
         if not given.get(name) and not (name == "dataset_name" and given.get("datasets")):
             raise ValueError(f"{name} is missing: give --{name} with {kind}, or set it in the file of --config")
@@ -46,6 +44,17 @@ def parse(argv: Sequence[str], prog: str = "cpt-train") -> Options:
     check_together(values)
     parts = [cls(**{name: given[name] for name in NAMES[cls] if name in given}) for cls in CLASSES]
     return Options(*parts, values)
+
+
+def read_options(argv: Sequence[str], prog: str) -> dict[str, Any]:
+    """The options that flags and file give, each converted, before they are looked at together.
+
+    Raises:
+        ValueError: an unknown option, or a value of the wrong type.
+    """
+    flags = _read_flags(argv, prog)
+    flags.pop("config", None)
+    return _options_of(read_file(argv), _file_name(argv)) | flags
 
 
 # --- Values ---

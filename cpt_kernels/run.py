@@ -32,7 +32,7 @@ from .config import ContrastiveConfig
 from .data.mixture import load_mixture
 from .data.sources import load
 from .loading import whole_weights
-from .parsing import environment, parse, read_file
+from .parsing import environment, parse, read_file, read_options
 from .reports import ProgressLines, RunReport, eval_records, metrics_table
 from .trainer import ContrastiveTrainer
 from .weight_files import load as load_with_files
@@ -51,7 +51,7 @@ def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
     os.environ.update(environment(file))
     processes = launch.of_file(file) | flags
     if processes and not launch.is_launched():
-        launch.launch(processes, argv, use_cpu="--use_cpu" in argv or file.get("use_cpu") is True)
+        launch.launch(processes, argv, use_cpu=read_options(argv, prog).get("use_cpu", False))
     else:
         train(parse(argv, prog))
 
@@ -199,7 +199,7 @@ def _load_data(script: ScriptArguments, args: ContrastiveConfig):
 # --- Models ---
 
 
-def _from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
+def from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
     """``cls.from_pretrained``, its errors as one that names the option."""
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -229,7 +229,7 @@ def load_tokenizer(
     if name is None:
         name, option = model.model_name_or_path, "model_name_or_path"
         kwargs["revision"] = model.model_revision
-    return _from_pretrained(AutoTokenizer, name, option, **kwargs)
+    return from_pretrained(AutoTokenizer, name, option, **kwargs)
 
 
 def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase | None:
@@ -244,9 +244,7 @@ def _load_model(model: ModelArguments, args: ContrastiveConfig):
     name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
     if not model.from_scratch:
         return load_weights(name, "model_name_or_path", model, args, **kwargs)
-    config = _from_pretrained(
-        AutoConfig, name, "model_name_or_path", trust_remote_code=args.trust_remote_code, **kwargs
-    )
+    config = from_pretrained(AutoConfig, name, "model_name_or_path", trust_remote_code=args.trust_remote_code, **kwargs)
     set_seed(args.seed)
     dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     return AutoModelForCausalLM.from_config(
@@ -267,7 +265,7 @@ def load_weights(name: str, option: str, model: ModelArguments, args: Contrastiv
         kwargs["attn_implementation"] = model.attn_implementation
     if model.load_in_4bit or model.load_in_8bit:
         kwargs["quantization_config"] = _quantization(model, args)
-    return _from_pretrained(AutoModelForCausalLM, name, option, **kwargs | (args.model_init_kwargs or {}))
+    return from_pretrained(AutoModelForCausalLM, name, option, **kwargs | (args.model_init_kwargs or {}))
 
 
 def _quantization(model: ModelArguments, args: ContrastiveConfig) -> BitsAndBytesConfig:

@@ -36,7 +36,7 @@ void pair_loss(Pointer token_logps,           // (tokens,) float32
                Pointer targets,               // or 0: the chosen completions
                int64_t pairs,
                Pointer ref_logps,             // (completions,) float32, or 0: a loss without a reference
-               const std::string& loss,       // a built-in of cpt_kernels/losses.py
+               const std::string& loss,       // a built-in of cpt_kernels.losses
                double beta, double label_smoothing, double slic_delta, double slic_lambda, bool slic_length_normalize,
                double tokens_per_pair,
                Pointer completion_logps,      // (completions,) float32, written

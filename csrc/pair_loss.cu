@@ -69,7 +69,7 @@ struct PairLoss {
     double loss, chosen, rejected, target;  // and its derivatives by the three log-probs
 };
 
-// The losses of cpt_kernels/losses.py and their derivatives.
+// The losses of cpt_kernels.losses and their derivatives.
 __device__ inline PairLoss pair_loss_of(const Params& p, int64_t pair) {
     const int64_t chosen = p.chosen[pair];
     const Side w(p, chosen);

@@ -85,7 +85,7 @@ def double(arguments: dict) -> dict:
 
 
 def definition(arguments: dict, loss: str, tokens_per_pair: float = 1.0, **options) -> PairLossOutput:
-    """By autograd through the functions of ``losses.py``, which no implementation here uses."""
+    """By autograd through the functions of ``cpt_kernels.losses``, which no implementation here uses."""
     return pair_loss_reference(**arguments, loss=build_loss(loss, **options), tokens_per_pair=tokens_per_pair)
 
 

@@ -60,7 +60,7 @@ def pair_loss(
 
     Args:
         loss: the name of a built-in loss, its options given as keywords; or a :class:`Loss`, built in or a user's.
-        tokens_per_pair: the normaliser of ``sft``; see ``losses.py``.
+        tokens_per_pair: the normaliser of ``sft``; see ``cpt_kernels.losses``.
         backend: ``auto``, ``eager``, ``triton`` or ``cuda``; see ``ops.backends``. fp64 is eager only.
 
     Returns:

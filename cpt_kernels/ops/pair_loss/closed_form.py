@@ -69,7 +69,7 @@ def _losses(
     slic_lambda: float,
     slic_length_normalize: bool,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The losses of ``losses.py``, and (completions, derivatives by their log-probs) of each side that has any.
+    """The kernels' losses, and (completions, derivatives by their log-probs) of each side that has any.
 
     Sides are w, chosen; x, rejected; and y, the regulariser's.
     """

@@ -1,7 +1,7 @@
 """The definition of ``pair_loss`` in PyTorch, and its implementation for losses that the kernels do not know.
 
 Completion log-probs are sums over a completion's tokens; the loss is a function of a few of them per pair
-(``losses.py``); a completion's weight is the derivative of the sum of all losses by its log-prob.
+(``cpt_kernels.losses``); a completion's weight is the derivative of the sum of all losses by its log-prob.
 """
 
 from __future__ import annotations

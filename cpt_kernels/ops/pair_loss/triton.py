@@ -164,7 +164,7 @@ def _losses(
     LOSS: tl.constexpr,
     LENGTH_NORMALIZE: tl.constexpr,
 ):
-    """The losses of ``losses.py`` and their derivatives by the three log-probs; relu's is 1 at NaN, as in PyTorch."""
+    """The kernels' losses and their derivatives by the three log-probs; relu's is 1 at NaN, as in PyTorch."""
     zero = tl.zeros_like(chosen)
     h = (chosen - chosen_ref) - (rejected - rejected_ref)
     if LOSS == "sigmoid":
