@@ -1,15 +1,20 @@
-"""Preference data made of random tokens: what it costs depends on lengths alone."""
+"""Preference data of random tokens, with lengths of a preset or of a file: no more decides what a step costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
 # Ids below this are special in the synthetic tokenizer.
 FIRST_TOKEN = 3
 
+Group = tuple[int, list[int]]  # tokens of a prompt and of its completions, best first
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
@@ -35,30 +40,110 @@ class Lengths:
     completion: Draw
 
 
-# Shapes, not fits to any dataset.
+# The shapes of such data, not fits to them. "responses" beside these: 300 prompts and what four models said to them.
 PRESETS = {
     "mixed": Lengths(uniform(64, 256), uniform(32, 256)),
+    "ultrafeedback": Lengths(lognormal(120, 0.9, 8, 1024), lognormal(280, 0.65, 8, 1024)),
+    "hh": Lengths(lognormal(90, 0.9, 8, 768), lognormal(50, 0.8, 4, 384)),
     "long-prompt": Lengths(uniform(512, 1024), uniform(32, 128)),
-    "heavy-tailed": Lengths(lognormal(120, 0.9, 8, 1024), lognormal(220, 0.7, 8, 1024)),
     "tiny": Lengths(uniform(4, 12), uniform(2, 12)),
 }
+_RESPONSES = Path(__file__).with_name("responses_lengths.csv")
+HELP = f"{', '.join(PRESETS)}, responses, uniform:P:C (all prompts and completions of P and C tokens), or a JSONL file"
 
 
-def preference_rows(preset: str, rows: int, vocab: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Tokenised pairs, TRL's columns: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``."""
+def preference_rows(
+    lengths: str, prompts: int, vocab: int, completions: int = 2, seed: int = 0
+) -> list[dict[str, list[int]]]:
+    """Tokenised pairs, TRL's columns: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
+
+    Args:
+        lengths: see ``HELP``.
+        prompts: how many; each has all pairs of its ``completions``, one after another.
+        vocab: ids are drawn from ``FIRST_TOKEN`` to here.
+    """
     random = np.random.default_rng(seed)
-    lengths = PRESETS[preset]
-    counts = {
-        "prompt_ids": lengths.prompt(random, rows),
-        "chosen_ids": lengths.completion(random, rows),
-        "rejected_ids": lengths.completion(random, rows),
-    }
-    return [
-        {name: random.integers(FIRST_TOKEN, vocab, lengths[row]).tolist() for name, lengths in counts.items()}
-        for row in range(rows)
-    ]
+    rows = []
+    for prompt, sides in draw_groups(lengths, prompts, completions, random):
+        prompt, *texts = (random.integers(FIRST_TOKEN, vocab, length).tolist() for length in (prompt, *sides))
+        rows += [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            for chosen, rejected in combinations(texts, 2)
+        ]
+    return rows
 
 
-def row_lengths(rows: list[dict[str, list[int]]]) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) of every row."""
-    return [tuple(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for row in rows]
+def draw_groups(lengths: str, prompts: int, completions: int, random: np.random.Generator) -> list[Group]:
+    """Lengths of so many prompts with so many completions each.
+
+    Raises:
+        ValueError: no such preset or file, or too few completions in it.
+    """
+    if lengths.startswith("uniform:"):
+        prompt, completion = map(int, lengths.split(":")[1:])
+        return [(prompt, [completion] * completions)] * prompts
+    if preset := PRESETS.get(lengths):
+        every = preset.prompt(random, prompts), preset.completion(random, (prompts * completions))
+        return [
+            (int(prompt), sides.tolist()) for prompt, sides in zip(every[0], every[1].reshape(prompts, completions))
+        ]
+    groups = [group for group in groups_of(lengths) if len(group[1]) >= completions]
+    if not groups:
+        raise ValueError(f"--lengths {lengths}: no prompt has {completions} different completions")
+    drawn = (int(i) for _ in range(-(-prompts // len(groups))) for i in random.permutation(len(groups)))
+    # The first and the last: of ranked responses those that differ most.
+    return [(groups[i][0], [*groups[i][1][: completions - 1], groups[i][1][-1]]) for i, _ in zip(drawn, range(prompts))]
+
+
+def groups_of(lengths: str) -> list[Group]:
+    """Lengths in the shipped table of responses, or in a file of the user's own."""
+    if lengths == "responses":
+        with _RESPONSES.open() as file:
+            return [(prompt, sides) for prompt, *sides in (list(map(int, row)) for row in list(csv.reader(file))[1:])]
+    path = Path(lengths)
+    if not path.is_file():
+        raise ValueError(f"--lengths {lengths}: no preset and no file; there are {HELP}")
+    return count_tokens([json.loads(line) for line in path.read_text().splitlines() if line.strip()], lengths)
+
+
+def count_tokens(rows: Sequence[dict[str, str]], name: str, vocab: int = 8000) -> list[Group]:
+    """Lengths of rows {prompt, chosen, rejected} or {prompt, model, response}, by a tokenizer trained on their text."""
+    texts: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        sides = [row[column] for column in ("chosen", "rejected", "response") if column in row]
+        if "prompt" not in row or not sides:
+            raise ValueError(
+                f"--lengths {name}, row {number}: wants prompt with chosen and rejected, or with model and response;"
+                f" found {', '.join(row)}"
+            )
+        if not all(isinstance(text, str) for text in (row["prompt"], *sides)):
+            raise ValueError(f"--lengths {name}, row {number}: text is wanted, not messages")
+        texts.setdefault(row["prompt"], []).extend(sides)
+    tokenizer = train_bpe([text for prompt, sides in texts.items() for text in (prompt, *sides)], vocab)
+    groups = []
+    for prompt, sides in texts.items():
+        counts = [len(found.ids) for found in tokenizer.encode_batch([prompt, *dict.fromkeys(sides)])]
+        if len(counts) > 2 and min(counts) > 0:
+            groups.append((counts[0], counts[1:]))
+    return groups
+
+
+def train_bpe(texts: Sequence[str], vocab: int):
+    """A byte-level BPE ``tokenizers.Tokenizer`` of the texts themselves."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def pair_of(row: dict[str, list[int]]) -> tuple[list[int], list[int], list[int]]:
+    """(prompt, chosen, rejected) of a row, as :mod:`bench.work` counts it."""
+    return row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]

@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .lengths import FIRST_TOKEN
+from .lengths import FIRST_TOKEN, pair_of
 from .step import ALLOCATOR
 from .timing import Channel, Contestant, add_output_options, finish, table
 from .trainers import arguments, build_model, tokenizer
-from .work import Pair, Shape, Work, padded
+from .work import Shape, Work, packed, padded
 
 Groups = list[tuple[list[int], list[list[int]]]]  # prompts and their different responses
 
@@ -79,22 +79,11 @@ def forward_flops(work: Work, shape: Shape) -> float:
     return layers + attention + 2 * work.head_rows * shape.hidden * shape.vocab
 
 
-def shared_work(groups: Groups) -> Work:
-    """Every prompt and every response once."""
-    tokens = attended = rows = 0
-    for prompt, responses in groups:
-        tokens += len(prompt) + sum(map(len, responses))
-        rows += sum(map(len, responses))
-        attended += len(prompt) * (len(prompt) + 1) // 2
-        attended += sum(len(prompt) * len(r) + len(r) * (len(r) + 1) // 2 for r in responses)
-    return Work(tokens=tokens, attended=attended, head_rows=rows, head_gemms=1)
-
-
 def padded_work(pairs: list[dict[str, list[int]]], batch: int, completion_rows_only: bool) -> Work:
-    lengths: list[Pair] = [tuple(map(len, row.values())) for row in pairs]
-    parts = [padded(lengths[i : i + batch], completion_rows_only) for i in range(0, len(lengths), batch)]
-    sums = (sum(getattr(part, name) for part in parts) for name in ("tokens", "attended", "head_rows"))
-    return Work(*sums, head_gemms=1)
+    """Of all batches together."""
+    sides = list(map(pair_of, pairs))
+    parts = [padded(sides[i : i + batch], completion_rows_only) for i in range(0, len(sides), batch)]
+    return Work(*(sum(getattr(part, name) for part in parts) for name in ("tokens", "attended", "head_rows")), 1)
 
 
 # --- One pass, in a process of its own ---
@@ -219,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     differences = {name: float(np.abs(sums[name] - sums[names[0]]).max()) for name in names}
     flops = {
         name: forward_flops(
-            shared_work(groups)
+            packed(map(pair_of, pairs_of(groups)))
             if entry["side"] == "ours"
             else padded_work(pairs_of(groups), entry.get("pairs", args.trl_batch), bool(entry.get("tuned"))),
             shape,

@@ -1,22 +1,32 @@
 """The trainers that ``bench.step`` compares: same model, data, order and optimizer, driven step by step.
 
-Runs as the worker process of one contestant. TRL is taken as it is installed, but for two switches: its data
-preparation is skipped (rows are tokenised already), and ``completion_rows_only`` turns on the compaction of the head's
-rows that it has for CUDA and leaves off on a CPU.
+Runs as the worker process of one contestant; for several ranks it starts the others itself. TRL is taken as it is
+installed, but for two switches: its data preparation is skipped (rows are tokenised already), and
+``completion_rows_only`` turns on the compaction of the head's rows that it has for CUDA and leaves off on a CPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
+import os
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
+
+from cpt_kernels.data.collate import PackedBatch, PackedCollator
+from cpt_kernels.data.packing import scatter_levels
 
 from .lengths import preference_rows
 from .timing import MIB, Channel, peak_mib, reset_peak, resident_mib
@@ -35,10 +45,23 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(shape: Shape, seed: int = 0) -> Qwen2ForCausalLM:
+def build_model(shape: Shape, seed: int = 0, attention: str | None = None) -> Qwen2ForCausalLM:
     """Random weights, the same in every process."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**shape.config()))
+    return Qwen2ForCausalLM(Qwen2Config(**shape.config(), attn_implementation=attention))
+
+
+def best_attention(device: str) -> str:
+    """Of transformers', for padded rows: flash attention on a GPU where it is installed."""
+    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def rows_of(spec: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """The pairs of all steps and ranks, in order."""
+    completions = spec.get("completions", 2)
+    pairs = spec["steps"] * spec["pairs"] * spec.get("ranks", 1)
+    prompts = pairs // (completions * (completions - 1) // 2)
+    return preference_rows(spec["lengths"], prompts, spec["shape"]["vocab"], completions)
 
 
 def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -58,6 +81,7 @@ def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "precompute_ref_log_probs": True,
         "logging_steps": 1,
         "bf16": cuda,
+        "use_liger_kernel": spec.get("liger_layers", False),
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "seed": 0,
@@ -65,6 +89,15 @@ def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "save_strategy": "no",
         "disable_tqdm": True,
     }
+
+
+def adapter(spec: dict[str, Any]):
+    """LoRA on all linear layers, or ``None`` where all weights are trained."""
+    if not spec.get("lora_rank"):
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=spec["lora_rank"], target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
 def trl_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, folder: str) -> Trainer:
@@ -84,6 +117,7 @@ def trl_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, fol
         train_dataset=rows,
         processing_class=tokenizer(spec["shape"]["vocab"]),
         callbacks=callbacks,
+        peft_config=adapter(spec),
     )
 
 
@@ -91,23 +125,61 @@ def our_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, fol
     from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
 
     args = ContrastiveConfig(**arguments(spec, folder), ref_cache_dir=f"{folder}/cache", **spec.get("options", {}))
-    return ContrastiveTrainer(
+    trainer = ContrastiveTrainer(
         model,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer(spec["shape"]["vocab"]),
         callbacks=callbacks,
+        peft_config=adapter(spec),
     )
+    if spec.get("padded"):
+        trainer.collator = trainer.data_collator = PaddedCollator(max_length=None)
+    return trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedCollator(PackedCollator):
+    """Every completion behind its own prompt, right-padded to the longest: what a batch is without packing.
+
+    Pads run in the layers and in attention. No other token sees them, and the head reads completion rows only.
+    """
+
+    share_prompts: bool = False
+
+    def __call__(self, rows) -> PackedBatch:
+        batch = super().__call__(rows)
+        lengths = np.diff(batch["cu_seqlens_q"].numpy())
+        count, longest = len(lengths), int(lengths.max())
+        places = np.concatenate([i * longest + np.arange(length) for i, length in enumerate(lengths)])
+        tokens = np.full(count * longest, self.pad_token_id)
+        tokens[places] = batch["input_ids"][0].numpy()
+        predictors = places[batch["predictor_index"].numpy()]
+        every = torch.arange(len(tokens))
+        bounds = torch.arange(0, len(tokens) + 1, longest, dtype=torch.int32)
+        levels = [tuple(map(torch.from_numpy, level)) for level in scatter_levels(predictors, len(tokens))]
+        return batch | PackedBatch(
+            input_ids=torch.from_numpy(tokens)[None],
+            position_ids=(every % longest)[None],
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            kv_index=every,
+            kv_levels=[(every, every)],
+            segment_lengths=[(longest, longest)] * count,
+            predictor_index=torch.from_numpy(predictors),
+            predictor_levels=levels,
+        )
 
 
 class StepOnCommand(TrainerCallback):
     """Holds the training loop after every logged step until the parent wants the next one.
 
     A step's time runs from the command to the step's log: fetching and collating its batch, forward, backward,
-    optimizer, metrics. On CUDA the log's values have come from the device by then.
+    optimizer, metrics. On CUDA the log's values have come from the device by then. Rank 0 alone has a channel; the
+    others wait for it.
     """
 
-    def __init__(self, channel: Channel, baseline_mib: float, cuda: bool) -> None:
+    def __init__(self, channel: Channel | None, baseline_mib: float, cuda: bool) -> None:
         self.channel, self.baseline_mib, self.cuda = channel, baseline_mib, cuda
         self.started = 0.0
 
@@ -117,43 +189,78 @@ class StepOnCommand(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if "loss" not in (logs or {}):  # the summary after the last step
             return
-        seconds = time.perf_counter() - self.started
-        metrics = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-        self.channel.reply(seconds=seconds, peak_mib=self.peak_mib(), metrics=metrics)
+        if self.channel is not None:
+            seconds = time.perf_counter() - self.started
+            metrics = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+            self.channel.reply(seconds=seconds, peak_mib=self.peak_mib(), metrics=metrics)
         if state.global_step < state.max_steps:
             self.wait()
 
     def wait(self) -> None:
         """Serve the parent until it asks for a step."""
-        while (message := self.channel.receive()) == "reset":
+        while self.channel is not None and (message := self.channel.receive()) != "step":
+            if message != "reset":
+                sys.exit(0)
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
             known = reset_peak() or self.cuda
             self.channel.reply(peak_is_of_timed_steps=known, baseline_mib=self.baseline_mib)
-        if message != "step":
-            sys.exit(0)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         self.started = time.perf_counter()
 
     def peak_mib(self) -> float:
         return torch.cuda.max_memory_allocated() / MIB if self.cuda else peak_mib()
 
 
+def other_ranks(spec: dict[str, Any]) -> list[subprocess.Popen]:
+    """Make this process rank 0 of ``spec["ranks"]``, and start the others."""
+    ranks = spec.get("ranks", 1)
+    if ranks == 1 or "RANK" in os.environ:
+        return []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    command = [sys.executable, "-m", "bench.trainers", *sys.argv[1:]]
+    return [
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=os.environ | {"RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in map(str, range(1, ranks))
+    ]
+
+
 def main(spec: dict[str, Any]) -> None:
-    channel = Channel()
+    others = other_ranks(spec)
+    try:
+        run(spec, Channel() if os.environ.get("RANK", "0") == "0" else None)
+    finally:
+        for process in others:
+            process.kill()
+
+
+def run(spec: dict[str, Any], channel: Channel | None) -> None:
+    """Train; on rank 0 at the parent's pace."""
     cuda = spec["device"] == "cuda"
+    if threads := spec.get("threads"):
+        torch.set_num_threads(threads)
     build = {"trl": trl_trainer, "ours": our_trainer}[spec["side"]]
     __import__("trl" if spec["side"] == "trl" else "cpt_kernels.trainer")  # so that no import is counted as the step's
     shape = Shape(**spec["shape"])
-    rows = Dataset.from_list(preference_rows(spec["lengths"], spec["steps"] * spec["pairs"], shape.vocab))
-    model = build_model(shape)
+    rows = Dataset.from_list(rows_of(spec))
+    model = build_model(shape, attention=best_attention(spec["device"]))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # Weights are there, AdamW's two moments will be: the peak beyond that is what a step takes.
     weights = 0.0 if not cuda else 4 * parameters / MIB
-    baseline = (weights if cuda else resident_mib()) + 2 * 4 * parameters / MIB
+    moments = 0.0 if spec.get("lora_rank") else 2 * 4 * parameters / MIB
+    baseline = (weights if cuda else resident_mib()) + moments
     checksum = sum(parameter.double().sum().item() for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(spec, model, rows, [StepOnCommand(channel, baseline, cuda)], folder)
-        channel.reply(parameters=parameters, checksum=checksum, threads=torch.get_num_threads())
+        if channel is not None:
+            channel.reply(parameters=parameters, checksum=checksum, threads=torch.get_num_threads())
         trainer.train()
 
 

@@ -8,12 +8,16 @@ import os
 import random
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import timing
-from bench.work import Shape, packed, padded
+from bench.lengths import draw_groups, preference_rows
+from bench.trainers import build_model
+from bench.work import SHAPES, Shape, packed, padded
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,10 +43,11 @@ def bench(*arguments: str) -> tuple[str, dict]:
 )
 def test_step(tmp_path) -> None:
     out = tmp_path / "result.json"
-    text, result = bench("step", "--quick", "--peers", "trl", "--json", out)
+    text, result = bench("step", "--quick", "--peers", "trl,ours-padded", "--json", out)
     for word in ("ours", "trl", "s/step", "quartiles", "peak MiB", "predicted"):
         assert word in text
     assert result["ratio_trl"] > 0 and result["memory_ratio_trl"] > 0 and result["predicted_ratio_trl"] > 1
+    assert result["predicted_ratio_trl"] > result["predicted_ratio_ours_padded"] > 1
     assert result["max_loss_difference"] < 1e-4 and result["max_margin_difference"] < 1e-3
     saved = json.loads(out.read_text())["step"]
     assert len(saved["measured"]["trl"]["metrics"]) == saved["options"]["steps"]
@@ -124,15 +129,19 @@ def test_summary_is_median_and_quartiles() -> None:
 
 
 def test_work_of_a_step_counted_by_hand() -> None:
-    pairs = [(3, 2, 1), (1, 1, 4)]  # prompt, chosen, rejected
+    pairs = [([1, 2, 3], [4, 5], [6]), ([7], [8], [1, 2, 3, 4])]  # prompt, chosen, rejected
     ours = packed(pairs)
     assert ours.tokens == (3 + 2 + 1) + (1 + 1 + 4)
     assert ours.attended == (5 * 6 // 2 + 1 * 3 + 1) + (2 * 3 // 2 + 4 * 1 + 4 * 5 // 2)
     assert (ours.head_rows, ours.head_gemms) == (8, 3)
     assert packed(pairs, share_prompts=False).tokens == ours.tokens + 3 + 1
+    assert packed(pairs, share_prompts=False).attended == (15 + 10) + (3 + 15)
     trl = padded(pairs, completion_rows_only=False)
     assert (trl.tokens, trl.attended, trl.head_rows, trl.head_gemms) == (4 * 5, 4 * 15, 4 * 4, 4)
     assert padded(pairs, completion_rows_only=True).head_rows == 8
+    three = [([1, 2], a, b) for a, b in combinations(([3], [4, 5], [6, 7, 8]), 2)]  # a response is in two pairs, once
+    assert packed(three).tokens == 2 + 1 + 2 + 3 and packed(three).head_rows == 1 + 2 + 3
+    assert padded(three, True).tokens == 6 * 5 and padded(three, True).head_rows == 2 * (1 + 2 + 3)
     shape = Shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10)
     assert shape.layer_parameters == 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
     flops = ours.flops(shape)
@@ -140,3 +149,38 @@ def test_work_of_a_step_counted_by_hand() -> None:
     assert flops["attention"] == 14 * 2 * 8 * ours.attended
     assert flops["head"] == 2 * 8 * 8 * 10 * 3
     assert flops["total"] == flops["layers"] + flops["attention"] + flops["head"]
+    frozen = ours.flops(shape, gradient_checkpointing=True, adapters=True)
+    assert frozen["layers"] == flops["layers"] and frozen["attention"] == 18 * 2 * 8 * ours.attended
+    assert frozen["head"] == 2 * 8 * 8 * 10 * 2
+
+
+def test_a_shape_has_the_parameters_of_its_model_and_as_many_layers_as_fit() -> None:
+    shape = SHAPES["small"]
+    matrices = sum(p.numel() for p in build_model(shape).parameters() if p.ndim == 2)
+    assert shape.parameters == matrices
+    assert shape.fitted(1e9) == shape
+    assert shape.fitted(shape.parameters - 1).layers == shape.layers - 1
+    with pytest.raises(ValueError, match="smaller --shape"):
+        shape.fitted(shape.hidden * shape.vocab)
+
+
+def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
+    rows = preference_rows("ultrafeedback", 6, vocab=100, completions=3)
+    assert len(rows) == 6 * 3 and len({tuple(row["prompt_ids"]) for row in rows}) == 6
+    assert rows[0]["rejected_ids"] == rows[2]["chosen_ids"]  # pairs (1, 2), (1, 3), (2, 3)
+    assert max(max(ids) for row in rows for ids in row.values()) < 100
+    every = draw_groups("responses", 300, 2, np.random.default_rng(0))
+    assert len({(prompt, *sides) for prompt, sides in every}) > 290  # each prompt once
+    assert draw_groups("uniform:5:7", 2, 3, None) == [(5, [7, 7, 7])] * 2
+    path = tmp_path / "pairs.jsonl"
+    words = "the quick brown fox jumps over the lazy dog"
+    path.write_text("\n".join(json.dumps({"prompt": words, "model": m, "response": r * 9}) for m, r in ("ab", "cd")))
+    ((prompt, sides),) = draw_groups(str(path), 1, 2, np.random.default_rng(0))
+    assert prompt > 0 and len(sides) == 2
+    with pytest.raises(ValueError, match="no prompt has 3"):
+        draw_groups(str(path), 1, 3, np.random.default_rng(0))
+    path.write_text(json.dumps({"text": words}))
+    with pytest.raises(ValueError, match="row 1: wants prompt with"):
+        draw_groups(str(path), 1, 2, None)
+    with pytest.raises(ValueError, match="no preset and no file"):
+        draw_groups("nothing", 1, 2, None)
