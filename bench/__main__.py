@@ -7,6 +7,7 @@ import sys
 
 SUBJECTS = {
     "step": "a training step against TRL's: time, memory, equality of the losses",
+    "scaling": "the same as pairs, tokens, vocabulary, prompt share, completions or ranks grow",
     "head": "memory and time of the head against tokens at a large vocabulary",
     "tokenize": "tokenising pairs of real lengths, against TRL's",
     "packing": "pads, fill and balance of packed micro-batches over a file of responses",

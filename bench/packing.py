@@ -1,10 +1,8 @@
-"""What packing wastes on real lengths: pads, unfilled budget, and ranks that wait for each other.
+"""What packing wastes: pads, unfilled budget, and ranks that wait for each other.
 
-    python -m bench packing --data FILE.jsonl --better gpt4 --worse text_davinci_003
+    python -m bench packing --lengths responses
 
-FILE has rows ``{"prompt", "model", "response"}``; a pair is what two models said to one prompt. A byte-level BPE
-tokenizer is trained on the file's own text. Rows go the trainer's way: preparation, sampler, collator, for several
-epochs and for 1, 2 and 4 ranks.
+Rows of these lengths go the trainer's way: preparation, sampler, collator, for several epochs and for 1, 2 and 4 ranks.
 
     pads       positions of the packed rows that belong to no prompt and no completion
     fill       tokens / (micro-batches x budget), over an epoch
@@ -15,38 +13,34 @@ epochs and for 1, 2 and 4 ranks.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from cpt_kernels.data.batches import BatchSampler
 from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.data.loader import row_tokens
 from cpt_kernels.data.preparation import prepare
 
+from .lengths import HELP, preference_rows
 from .timing import add_output_options, finish, table
+from .trainers import tokenizer
 
-_ANSWER = "<answer>"  # ends a prompt: no token crosses the seam
+_VOCAB = 32_000
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "bench packing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines with prompt, model, response")
-    parser.add_argument("--better", default="gpt4", help="model of the chosen responses")
-    parser.add_argument("--worse", default="text_davinci_003", help="model of the rejected responses")
+    parser.add_argument("--lengths", default="responses", help=HELP)
+    parser.add_argument("--rows", type=int, default=300, help="pairs, each with a prompt of its own")
     parser.add_argument("--budget", default="2048,4096,8192", help="max_tokens_per_batch, comma-separated")
     parser.add_argument("--ranks", default="1,2,4", help="comma-separated")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=8000)
     parser.add_argument("--pairs", type=int, default=8, help="pairs of a padded batch")
     parser.add_argument("--quick", action="store_true", help="one budget, one epoch")
     add_output_options(parser)
@@ -58,13 +52,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    responses = [json.loads(line) for line in options.data.read_text().splitlines() if line.strip()]
-    tokenizer = train_tokenizer([row[name] for row in responses for name in ("prompt", "response")], options.vocab)
-    pairs = pair(responses, options.better, options.worse)
-    if not len(pairs):
-        found = sorted({row["model"] for row in responses})
-        raise SystemExit(f"no prompt was answered by both {options.better} and {options.worse}; models: {found}")
-    rows, prepared = prepare(pairs, tokenizer, max_length=options.max_length, name="benchmark")
+    pairs = Dataset.from_list(preference_rows(options.lengths, options.rows, _VOCAB))
+    rows, prepared = prepare(pairs, tokenizer(_VOCAB), max_length=options.max_length, name="benchmark")
     results = [
         measure(rows, int(budget), int(ranks), options.epochs, options.max_length)
         for budget in options.budget.split(",")
@@ -80,35 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "imbalance_worst": round(max(result["imbalance_worst"] for result in results), 4),
         "padded_share": round(padded, 4),
     }
-    finish("packing", {"results": results, "data": options.data.name, "rows": len(rows)}, summary, options)
-
-
-def train_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the texts themselves."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>", _ANSWER]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
-def pair(responses: Sequence[dict[str, Any]], better: str, worse: str) -> Dataset:
-    """Preference rows from every prompt that both models answered."""
-    answers: dict[str, dict[str, str]] = {}
-    for row in responses:
-        answers.setdefault(row["prompt"], {})[row["model"]] = row["response"]
-    return Dataset.from_list(
-        [
-            {"prompt": prompt + _ANSWER, "chosen": said[better], "rejected": said[worse]}
-            for prompt, said in answers.items()
-            if better in said and worse in said
-        ]
-    )
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "record")}
+    finish("packing", {"results": results, "options": settings}, summary, options)
 
 
 def measure(rows: Dataset, budget: int, ranks: int, epochs: int, max_length: int) -> dict[str, Any]:
@@ -177,8 +139,8 @@ def report(results: Sequence[dict[str, Any]], padded: float, options: argparse.N
     ]
     return "\n".join(
         [
-            f"pairs {options.better} > {options.worse} of {options.data.name}; tokenizer of {options.vocab} trained on"
-            f" the text, max_length {options.max_length}, {options.epochs} epochs",
+            f"{options.rows} pairs of {options.lengths} lengths, max_length {options.max_length},"
+            f" {options.epochs} epochs",
             "",
             table(header, lines),
             "",

@@ -32,6 +32,8 @@ from .lengths import preference_rows
 from .timing import MIB, Channel, peak_mib, reset_peak, resident_mib
 from .work import Shape
 
+_FOLDER = "BENCH_FOLDER"  # tells a rank where rank 0 writes
+
 
 def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     """One that the trainers can ask for its special tokens; the data brings its ids."""
@@ -213,16 +215,15 @@ class StepOnCommand(TrainerCallback):
         return torch.cuda.max_memory_allocated() / MIB if self.cuda else peak_mib()
 
 
-def other_ranks(spec: dict[str, Any]) -> list[subprocess.Popen]:
-    """Make this process rank 0 of ``spec["ranks"]``, and start the others."""
-    ranks = spec.get("ranks", 1)
-    if ranks == 1 or "RANK" in os.environ:
+def other_ranks(ranks: int, folder: str) -> list[subprocess.Popen]:
+    """Make this process rank 0 of so many, and start the others; all write to ``folder``."""
+    if ranks == 1:
         return []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", _FOLDER: folder}
     command = [sys.executable, "-m", "bench.trainers", *sys.argv[1:]]
     return [
         subprocess.Popen(
@@ -233,15 +234,22 @@ def other_ranks(spec: dict[str, Any]) -> list[subprocess.Popen]:
 
 
 def main(spec: dict[str, Any]) -> None:
-    others = other_ranks(spec)
-    try:
-        run(spec, Channel() if os.environ.get("RANK", "0") == "0" else None)
-    finally:
-        for process in others:
-            process.kill()
+    if folder := os.environ.get(_FOLDER):
+        run(spec, None, folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        # From disk: TRL's ranks find the reference log-probs by the cache file that belongs to it.
+        Dataset.from_list(rows_of(spec)).save_to_disk(f"{folder}/rows")
+        others = other_ranks(spec.get("ranks", 1), folder)
+        try:
+            run(spec, Channel(), folder)
+        finally:
+            for process in others:
+                process.kill()
+                process.wait()
 
 
-def run(spec: dict[str, Any], channel: Channel | None) -> None:
+def run(spec: dict[str, Any], channel: Channel | None, folder: str) -> None:
     """Train; on rank 0 at the parent's pace."""
     cuda = spec["device"] == "cuda"
     if threads := spec.get("threads"):
@@ -249,7 +257,7 @@ def run(spec: dict[str, Any], channel: Channel | None) -> None:
     build = {"trl": trl_trainer, "ours": our_trainer}[spec["side"]]
     __import__("trl" if spec["side"] == "trl" else "cpt_kernels.trainer")  # so that no import is counted as the step's
     shape = Shape(**spec["shape"])
-    rows = Dataset.from_list(rows_of(spec))
+    rows = Dataset.load_from_disk(f"{folder}/rows")
     model = build_model(shape, attention=best_attention(spec["device"]))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # Weights are there, AdamW's two moments will be: the peak beyond that is what a step takes.
@@ -257,11 +265,10 @@ def run(spec: dict[str, Any], channel: Channel | None) -> None:
     moments = 0.0 if spec.get("lora_rank") else 2 * 4 * parameters / MIB
     baseline = (weights if cuda else resident_mib()) + moments
     checksum = sum(parameter.double().sum().item() for parameter in model.parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build(spec, model, rows, [StepOnCommand(channel, baseline, cuda)], folder)
-        if channel is not None:
-            channel.reply(parameters=parameters, checksum=checksum, threads=torch.get_num_threads())
-        trainer.train()
+    trainer = build(spec, model, rows, [StepOnCommand(channel, baseline, cuda)], folder)
+    if channel is not None:
+        channel.reply(parameters=parameters, checksum=checksum, threads=torch.get_num_threads())
+    trainer.train()
 
 
 if __name__ == "__main__":

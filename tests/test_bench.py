@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import random
 import subprocess
 import sys
 from itertools import combinations
@@ -63,36 +62,25 @@ def test_head(tmp_path) -> None:
     assert plotted(out, tmp_path) == ["head.png", "head.svg"]
 
 
-def test_packing(tmp_path) -> None:
-    words = random.Random(0)
-
-    def text(longest: int) -> str:
-        return " ".join(words.choice(["alpha", "beta", "gamma", "delta"]) for _ in range(words.randint(1, longest)))
-
-    data = tmp_path / "responses.jsonl"
-    rows = [
-        {"prompt": prompt, "model": model, "response": text(80)}
-        for prompt in [f"{number} {text(20)}" for number in range(60)]
-        for model in ("strong", "weak")
-    ]
-    data.write_text("\n".join(map(json.dumps, rows)))
-    table, result = bench(
-        "packing",
-        "--data",
-        data,
-        "--better",
-        "strong",
-        "--worse",
-        "weak",
-        "--quick",
-        "--budget",
-        "512",
-        "--vocab",
-        "400",
-    )
+def test_packing() -> None:
+    table, result = bench("packing", "--quick", "--lengths", "hh", "--rows", "60")
     assert "imbalance" in table
     assert result["pads"] == 0 and 0.5 < result["fill"] <= 1
     assert 0 <= result["imbalance_mean"] <= result["imbalance_worst"] < 1
+
+
+def test_scaling(tmp_path) -> None:
+    out = tmp_path / "result.json"
+    table, result = bench("scaling", "--quick", "--peers", "ours-unshared", "--json", out)
+    for word in ("completions of a prompt", "ranks", "ours-unshared", "of floor"):
+        assert word in table
+    ratios = result["ratios"]
+    assert ratios["completions"]["ours-unshared"]["3"] > 0 and ratios["ranks"]["ours-unshared"]["2"] > 0
+    axes = json.loads(out.read_text())["scaling"]["axes"]
+    point = axes["completions"]["3"]  # 3 completions, and the prompt once or three times
+    assert point["ours"]["tokens"] < point["ours-unshared"]["tokens"]
+    assert point["ours"]["gflop"] < point["ours-unshared"]["gflop"]
+    assert plotted(out, tmp_path) == ["scaling.png", "scaling.svg"]
 
 
 def plotted(result: Path, folder: Path) -> list[str]:
@@ -109,8 +97,8 @@ def test_usage_and_unknown_subject() -> None:
 
 
 def test_a_worker_that_fails_says_why() -> None:
-    contestant = timing.Contestant("nobody", "bench.trainers", {"device": "cpu", "side": "nobody"})
-    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+    contestant = timing.Contestant("nobody", "bench.trainers", {"side": "nobody"})
+    with pytest.raises(RuntimeError, match="KeyError: 'steps'"):
         contestant.ask("step")
     contestant.close()
 

@@ -1,0 +1,177 @@
+"""What a step costs as work grows: one curve for us and for every peer, beside what the operations predict.
+
+    python -m bench scaling --axes pairs,tokens,vocab,prompt_share,completions,lengths,ranks
+
+Every point is a run of ``bench step`` (its rules, its contestants, each in a process of its own, rounds interleaved)
+with one thing changed:
+
+    pairs           pairs a step, "mixed" lengths
+    tokens          of the prompt and of each completion alike
+    vocab           of the head and the embeddings
+    prompt_share    of a sequence of 512 tokens, the part that is prompt
+    completions     of one prompt, K; the step trains all K (K - 1) / 2 pairs of them
+    lengths         presets, see ``bench step --help``
+    ranks           processes, so many pairs each, threads of a rank the same at every point (gloo or NCCL)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .plot import TITLES
+from .step import CONTESTANTS, add_model_options, matmul_rates, predict, run, shape_of
+from .timing import add_output_options, finish, summarise, table
+from .work import Shape
+
+# axis -> its points: what they are called, and the options of the step that they change
+_SHARES = (0.125, 0.25, 0.5, 0.75, 0.875)
+_SEQUENCE = 512
+AXES: dict[str, dict[str, dict[str, Any]]] = {
+    "pairs": {str(n): {"pairs": n} for n in (1, 2, 4, 8)},
+    "tokens": {str(n): {"lengths": f"uniform:{n}:{n}", "pairs": 2} for n in (32, 128, 512)},
+    "vocab": {str(n): {"vocab": n} for n in (8000, 32000, 128000)},
+    "prompt_share": {
+        str(share): {"lengths": f"uniform:{int(share * _SEQUENCE)}:{int((1 - share) * _SEQUENCE)}", "pairs": 2}
+        for share in _SHARES
+    },
+    "completions": {
+        str(k): {"completions": k, "pairs": k * (k - 1) // 2, "lengths": "uniform:128:128"} for k in (2, 3, 4, 6, 8)
+    },
+    "lengths": {name: {"lengths": name} for name in ("mixed", "ultrafeedback", "hh", "long-prompt", "responses")},
+    "ranks": {str(n): {"ranks": n} for n in (1, 2)},
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "bench scaling", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--axes", default=",".join(AXES), help="comma-separated, see above")
+    parser.add_argument("--peers", default="ours-unshared,trl-tuned", help="comma-separated, of `bench step`'s")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs a step where the axis does not say")
+    parser.add_argument("--steps", type=int, default=4, help="of every point; all but the first are timed")
+    add_model_options(parser)
+    parser.add_argument("--quick", action="store_true", help="a toy model, a point of two axes: does it run?")
+    add_output_options(parser)
+    options = parser.parse_args(arguments)
+    options.axes, options.peers = options.axes.split(","), options.peers.split(",")
+    for name, given, known in (("axes", options.axes, AXES), ("peers", options.peers, CONTESTANTS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown {name} {sorted(unknown)}: choose of {', '.join(known)}")
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first one warms up")
+    options.points = {axis: dict(AXES[axis]) for axis in options.axes}
+    if options.quick:
+        toy = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 64, "vocab": 500, "steps": 2}
+        vars(options).update(toy)
+        options.points = {
+            "completions": {"3": AXES["completions"]["3"] | {"lengths": "tiny"}},
+            "ranks": {"2": AXES["ranks"]["2"] | {"lengths": "tiny"}},
+        }
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    names = ["ours", *options.peers]
+    shape = shape_of(options, len(names))
+    found, skipped = {}, {}
+    for axis, points in options.points.items():
+        if axis == "ranks" and (lacking := ranks_lack(points, options.device)):
+            skipped[axis] = lacking
+            continue
+        found[axis] = {}
+        for value, changes in points.items():
+            print(f"# {axis} {value}", file=sys.stderr, flush=True)
+            found[axis][value] = measure(names, options, shape, changes, ranks_of(points))
+        print(report(axis, found[axis], names), end="\n\n", flush=True)
+    for axis, reason in skipped.items():
+        print(f"{axis}: {reason}")
+    summary = {axis: ratios(points, options.peers) for axis, points in found.items()}
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "record", "points")}
+    finish("scaling", {"options": settings | dataclasses.asdict(shape), "axes": found}, {"ratios": summary}, options)
+
+
+def ranks_of(points: dict[str, dict[str, Any]]) -> int:
+    """The most ranks of an axis."""
+    return max(changes.get("ranks", 1) for changes in points.values())
+
+
+def ranks_lack(points: dict[str, dict[str, Any]], device: str) -> str | None:
+    """What the machine has too few of."""
+    import torch
+
+    there = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    wanted = ranks_of(points)
+    return None if there >= wanted else f"wants {wanted} {'GPUs' if device == 'cuda' else 'cores'}, there is {there}"
+
+
+def measure(
+    names: Sequence[str], options: argparse.Namespace, shape: Shape, changes: dict[str, Any], most_ranks: int
+) -> dict[str, dict[str, Any]]:
+    """One point: every contestant's time, memory and predicted work."""
+    step = {"completions": 2, "lengths": "mixed", "loss": "sigmoid", "learning_rate": 1e-5}
+    step = argparse.Namespace(**{**vars(options), **step, "rounds": options.steps - 1, **changes})
+    shape = dataclasses.replace(shape, vocab=changes.get("vocab", shape.vocab))
+    ranks = changes.get("ranks", 1)
+    more = {"ranks": ranks}
+    if most_ranks > 1:
+        more["threads"] = max(1, len(os.sched_getaffinity(0)) // most_ranks)
+    rates = matmul_rates(shape, options.device)
+    measured = run(names, step, shape, **more)
+    predicted = predict(names, step, shape, rates, ranks)
+    losses = {name: [metrics["loss"] for metrics in measured[name]["metrics"]] for name in names}
+    for name in names[1:]:
+        worst = max(abs(a - b) for a, b in zip(losses[names[0]], losses[name]))
+        if worst > (1e-3 if options.device == "cpu" else 0.05):
+            raise RuntimeError(f"{name} does not compute what {names[0]} does: losses differ by {worst:.2e}")
+    return {
+        name: {
+            "seconds": summarise(measured[name]["seconds"]),
+            "peak_mib": measured[name]["peak_mib"],
+            "beyond_mib": measured[name]["beyond_mib"],
+            "gflop": predicted[name]["total_gflop"],
+            "tokens": predicted[name]["tokens"],
+            "floor_s": predicted[name]["floor_s"],
+        }
+        for name in names
+    }
+
+
+def ratios(points: dict[str, dict[str, Any]], peers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """peer -> value of the axis -> its time over ours."""
+    return {
+        peer: {
+            value: round(point[peer]["seconds"]["median"] / point["ours"]["seconds"]["median"], 3)
+            for value, point in points.items()
+        }
+        for peer in peers
+    }
+
+
+def report(axis: str, points: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
+    """A table: one line a point and contestant."""
+    rows = []
+    for value, point in points.items():
+        ours = point["ours"]
+        for name in names:
+            one, seconds = point[name], point[name]["seconds"]
+            ratio, predicted = seconds["median"] / ours["seconds"]["median"], one["gflop"] / ours["gflop"]
+            cells = [value, name, f"{seconds['median']:.3f}", f"{seconds['low']:.3f}-{seconds['high']:.3f}"]
+            cells += [f"{ratio:.2f}", f"{predicted:.2f}", f"{ratio / predicted:.0%}"]
+            cells += [f"{one['peak_mib']:.0f}", f"{one['tokens']:.0f}", f"{one['floor_s'] / seconds['median']:.0%}"]
+            rows.append(cells)
+    header = [TITLES[axis], "contestant", "s/step", "quartiles", "x ours", "predicted", "of it", "peak MiB", "tokens"]
+    median = statistics.median(p[n]["seconds"]["median"] / p["ours"]["seconds"]["median"] for p in points.values()
+                               for n in names[-1:])  # fmt: skip
+    return f"{table([*header, 'of floor'], rows)}\nmedian over the axis: {names[-1]} takes {median:.2f} x ours"
+
+
+if __name__ == "__main__":
+    main()
