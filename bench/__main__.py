@@ -6,6 +6,7 @@ import importlib
 import sys
 
 SUBJECTS = {
+    "suite": "everything below that this machine can run, in one file of results, with pictures",
     "step": "a training step against TRL's: time, memory, equality of the losses",
     "scaling": "the same as pairs, tokens, vocabulary, prompt share, completions or ranks grow",
     "head": "memory and time of the head against tokens at a large vocabulary",
@@ -18,6 +19,7 @@ SUBJECTS = {
     "gpu_check": "all that wants a GPU: tests, comparisons and benchmarks, in eight minutes",
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
     "plot": "pictures of recorded results",
+    "readme": "the README's figures, from recorded results",
 }
 
 

@@ -1,16 +1,15 @@
 """What the compilers make of the kernels: registers, shared memory, spills. Needs no GPU.
 
-    python -m bench.compile_report [--quick] [--only triton|cuda]
+    python -m bench compile_report [--quick] [--only triton|cuda]
 
 Triton kernels are compiled ahead of time by their own launchers, so with the tile sizes and the specialisation that
 production uses, at several vocabulary sizes; CUDA sources by nvcc. The report fails (exit code 1) if any kernel spills
-registers or has a stack frame. The last line is the report as JSON.
+registers or has a stack frame.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .timing import add_output_options, finish
 
 CSRC = Path(__file__).parents[1] / "csrc"
 TRITON_ARCHITECTURES = (80, 90, 100)
@@ -212,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, and CUDA sources for one architecture")
     parser.add_argument("--only", choices=("triton", "cuda"), help="one of the two compilers")
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled")
@@ -226,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{len(usages)} kernels, {len(dirty)} with spilled registers or a stack frame")
     for usage in dirty:
         print(f"SPILLS: {usage}", file=sys.stderr)
-    print(json.dumps({"ok": not dirty, "kernels": [asdict(usage) for usage in usages]}))
+    finish("compile_report", {}, {"ok": not dirty, "kernels": [asdict(usage) for usage in usages]}, options)
     return 1 if dirty or not usages else 0
 
 

@@ -101,7 +101,7 @@ def draw_cache(result: dict[str, Any], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     stores = result["stores"]
-    names = list(stores)[::-1]
+    names = [name for name in stores if name != "TrlColumns"][::-1]  # its columns hold sums, no values
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.45 * len(names) + 1.4), sharey=True)
     colours = [_OURS if name.startswith("Ours") else _PEERS[i % len(_PEERS)] for i, name in enumerate(names)]
     for axis, key, label in zip(

@@ -214,8 +214,9 @@ def commit() -> str:
 
 def _module_and_arguments() -> list[str]:
     main = sys.modules["__main__"].__spec__
-    # Where files lie is nobody's business but this machine's.
-    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    # Where files lie is nobody's business but this machine's, nor where the result goes.
+    given = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    arguments = [a for before, a in zip(["", *given], given) if "--json" not in (before, a) and a != "--record"]
     return [main.name.removesuffix(".__main__") if main else Path(sys.argv[0]).name, *arguments]
 
 
@@ -224,10 +225,13 @@ def _module_and_arguments() -> list[str]:
 
 def result_path() -> Path:
     """``bench/results/<machine>/<date>-<commit>.json`` of a run that ends now."""
-    here = machine()
-    name = f"{here['gpu'] or here['cpu']} {here['cores']} cores"
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return RESULTS / slug / f"{datetime.now(timezone.utc):%Y-%m-%d}-{commit().rstrip('+')}.json"
+    return RESULTS / folder_name(machine()) / f"{datetime.now(timezone.utc):%Y-%m-%d}-{commit().rstrip('+')}.json"
+
+
+def folder_name(machine: Mapping[str, Any]) -> str:
+    """Of a machine's results."""
+    name = f"{machine['gpu'] or machine['cpu']} {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_result(subject: str, result: Mapping[str, Any], path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import combinations
@@ -81,6 +82,15 @@ def test_scaling(tmp_path) -> None:
     assert point["ours"]["tokens"] < point["ours-unshared"]["tokens"]
     assert point["ours"]["gflop"] < point["ours-unshared"]["gflop"]
     assert plotted(out, tmp_path) == ["scaling.png", "scaling.svg"]
+
+
+def test_suite_runs_what_it_can_and_says_what_not(tmp_path) -> None:
+    out = tmp_path / "result.json"
+    text, result = bench("suite", "--quick", "--subjects", "packing,tokenize,gpu_check", "--json", out)
+    assert result["ok"] and set(json.loads(out.read_text())) == {"packing"}
+    assert "### python -m bench packing --quick" in text
+    assert re.search(r"tokenize +skipped: wants --data", text) and re.search(r"gpu_check +not on cpu", text)
+    assert (tmp_path / "packing.svg").exists()
 
 
 def plotted(result: Path, folder: Path) -> list[str]:

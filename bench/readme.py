@@ -1,0 +1,220 @@
+"""The README's figures, written from recorded results: ``python -m bench readme``; ``--check`` only compares.
+
+A block of the README is what stands between ``<!-- bench: SUBJECT MACHINE -->`` and ``<!-- /bench -->``, MACHINE being
+a folder of bench/results. It is written from the machine's newest result of that subject, with the command that made
+it; pictures of that result are drawn beside it. No figure of a benchmark stands in the README outside of a block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plot
+from .timing import RESULTS, ROOT, folder_name
+
+README = ROOT / "README.md"
+_BLOCK = re.compile(r"(<!-- bench: (\w+) ([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_NAMES = {
+    "ours": "cpt_kernels",
+    "ours-tuned": "cpt_kernels, the same allocator settings",
+    "ours-unshared": "cpt_kernels, prompts not shared",
+    "ours-padded": "cpt_kernels, padded",
+    "trl": "TRL {trl} as installed",
+    "trl-tuned": "TRL {trl} tuned",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench readme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit code 1 where README and results differ")
+    options = parser.parse_args(arguments)
+    old = README.read_text()
+    new = written(old)
+    if options.check:
+        print("README.md is what the results say" if old == new else "README.md differs: python -m bench readme")
+        return int(old != new)
+    README.write_text(new)
+    for subject, machine in dict.fromkeys((match[2], match[3]) for match in _BLOCK.finditer(new)):
+        if subject in plot.DRAWINGS:
+            plot.DRAWINGS[subject](newest(subject, machine), RESULTS / machine)
+    print(f"written: {README.name}, {len(_BLOCK.findall(new))} blocks")
+    return 0
+
+
+def written(text: str) -> str:
+    """``text`` with every block as the results have it."""
+    return _BLOCK.sub(lambda match: match[1] + block(match[2], match[3]) + match[4], text)
+
+
+def block(subject: str, machine: str) -> str:
+    """Markdown of the newest result.
+
+    Raises:
+        ValueError: a subject that has no block, or no result on that machine.
+    """
+    if subject not in BLOCKS:
+        raise ValueError(f"README: no block for '{subject}'; there are {', '.join(BLOCKS)}")
+    result = newest(subject, machine)
+    return BLOCKS[subject](result).rstrip() + "\n"
+
+
+def newest(subject: str, machine: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """The last recorded result of a subject."""
+    found = [json.loads(path.read_text()) for path in sorted((folder / machine).glob("*.json"))]
+    results = [whole[subject] for whole in found if subject in whole]
+    if not results:
+        raise ValueError(f"README: no result of '{subject}' in bench/results/{machine}")
+    return max(results, key=lambda result: result["date"])
+
+
+# --- Blocks ---
+
+
+def step(result: dict[str, Any]) -> str:
+    options, measured, predicted = result["options"], result["measured"], result["predicted"]
+    rows = []
+    for name, found in measured.items():
+        own = "ours-tuned" if name.endswith("tuned") and "ours-tuned" in measured else "ours"
+        ratio = _median(found) / _median(measured[own])
+        operations = predicted[name]["total_gflop"] / predicted[own]["total_gflop"]
+        rows.append(
+            [
+                _NAMES[name].format(**result["versions"]),
+                f"{_median(found):.2f}",
+                f"{ratio:.2f}",
+                f"{operations:.2f}",
+                f"{100 * ratio / operations:.0f} %",
+                f"{found['peak_mib'] / 1024:.1f} GiB",
+                f"{predicted[name]['tokens']:,.0f}",
+                f"{predicted[name]['head_rows']:,.0f}",
+                f"{100 * predicted[name]['floor_s'] / _median(found):.0f} %",
+            ]
+        )
+    header = ["", "s/step", "× ours", "operations × ours", "measured / predicted", "peak memory", "tokens run"]
+    header += ["head rows", "of the floor"]
+    return (
+        f"An fp32 training step of a Qwen2-shaped model (hidden {options['hidden']}, {options['layers']} layers,"
+        f" vocabulary {options['vocab']:,}), {options['pairs']} pairs of {options['lengths']} lengths;"
+        f" {options['rounds']} interleaved rounds, medians ({_where(result)}):\n\n"
+        f"{_table(header, rows)}\n"
+        f"Over {options['steps']} steps losses differ by at most {result['max_loss_difference']:.1e}, reward margins by"
+        f" {result['max_margin_difference']:.1e}.\n"
+    )
+
+
+def scaling(result: dict[str, Any]) -> str:
+    rows = []
+    for axis, points in result["axes"].items():
+        for name in list(next(iter(points.values())))[1:]:
+            cells = []
+            for value, point in points.items():
+                ratio = point[name]["seconds"]["median"] / point["ours"]["seconds"]["median"]
+                cells.append(f"{value}: {ratio:.2f} ({point[name]['gflop'] / point['ours']['gflop']:.2f})")
+            rows.append([plot.TITLES[axis], _NAMES[name].format(**result["versions"]), "; ".join(cells)])
+    return (
+        f"As work grows, seconds of a step × ours, in brackets what the operations predict ({_where(result)};"
+        f" [picture]({_picture(result, 'scaling')})):\n\n{_table(['', '', '× ours'], rows)}"
+    )
+
+
+def packing(result: dict[str, Any]) -> str:
+    options = result["options"]
+    return (
+        f"Packing of {options['rows']} pairs of {options['lengths']} lengths ({_where(result)}): {result['pads']} pad"
+        f" tokens, micro-batches at least {100 * result['fill']:.1f} % full, and in the worst step of 4 ranks one has"
+        f" {100 * result['imbalance_worst']:.1f} % fewer tokens than another. Right-padded batches of"
+        f" {options['pairs']} such pairs are {100 * result['padded_share']:.0f} % pads.\n"
+    )
+
+
+def cache(result: dict[str, Any]) -> str:
+    stores, large = result["stores"], result["large"]
+    names = {
+        "Ours": "reference cache, by key",
+        "OursByTokens": "the same, from tokens",
+        "LMDB": "LMDB, by key",
+        "SQLite": "SQLite, by key",
+        "ArrowColumn": "an Arrow column, by row number",
+    }
+    rows = [
+        [
+            text,
+            f"{stores[name]['fill_mb_per_s']:.0f}" if "fill_mb_per_s" in stores[name] else "",
+            f"{stores[name]['lookups_per_s']:,.0f}",
+            f"{large[name]['lookups_per_s']:,.0f}" if name in large else "",
+        ]
+        for name, text in names.items()
+        if name in stores
+    ]
+    header = ["", "fill MB/s", f"look-ups/s at {_millions(result['valued'])}", f"at {_millions(result['index_of'])}"]
+    return (
+        f"The reference cache, {result['tokens']} values a completion, batches of 512 look-ups with their values"
+        f" ({_where(result)}); {result['index_of'] / 1e6:.0f} million open in {result['open_s']:.1f} s with"
+        f" {result['peak_anonymous_mb']:.0f} MB, and a training step spends {100 * result['share_of_step']:.3f} % of"
+        " its time in it:\n\n"
+        f"{_table(header, rows)}"
+    )
+
+
+def tokenize(result: dict[str, Any]) -> str:
+    ratios = {(one["pairs"], one["form"]): one["ratio"] for one in result["results"]}
+    return (
+        f"Tokenising {result['rows']:,} pairs of real lengths, TRL's tokens ({_where(result)}):"
+        f" {ratios['all pairs', 'text']:.1f} times TRL's rate (chats {ratios['all pairs', 'chat']:.1f}) for all"
+        f" pairs of four models, where a response is in several pairs, and {ratios['one pair a prompt', 'text']:.1f}"
+        f" ({ratios['one pair a prompt', 'chat']:.1f}) where every text is there once.\n"
+    )
+
+
+def crash(result: dict[str, Any]) -> str:
+    assert not result["problems"]
+    return (
+        f"Killed {result['kills']} times on two ranks ({_where(result)}), no build of the reference cache lost or"
+        f" changed a value (largest difference {result['largest_difference']:g}); the oldest completion scored again"
+        f" was {result['oldest_repeated_s']:.2f} s old, with a flush every {result['flush_s']:g} s.\n"
+    )
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step": step,
+    "scaling": scaling,
+    "packing": packing,
+    "cache": cache,
+    "tokenize": tokenize,
+    "crash": crash,
+}
+
+
+def _median(found: dict[str, Any]) -> float:
+    return statistics.median(found["seconds"])
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:g} million"
+
+
+def _where(result: dict[str, Any]) -> str:
+    """Machine, day and command, as they stand in a caption."""
+    machine = result["machine"]
+    where = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}"
+    command = re.sub(r" --device cpu\b", "", result["command"]).removesuffix(" --record")
+    return f"{where}, {result['date'][:10]}, `{command}`"
+
+
+def _picture(result: dict[str, Any], subject: str) -> str:
+    return f"bench/results/{folder_name(result['machine'])}/{subject}.svg"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

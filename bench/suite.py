@@ -1,0 +1,115 @@
+"""All benchmarks of a machine, one after another, their results in one file, pictures beside it.
+
+    python -m bench suite --record        on a CPU under 20 minutes
+    python -m bench suite --quick         does everything run? under 2 minutes
+
+Subjects that read a file of responses run where --data names one. On CUDA ``gpu_check`` comes first: is it right?
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import plot
+from .timing import ROOT, add_output_options, finish, result_path, table
+
+
+@dataclass(frozen=True)
+class Part:
+    """A subject, as the suite runs it."""
+
+    arguments: Sequence[str] = ()
+    devices: Sequence[str] = ("cpu", "cuda")
+    takes_device: bool = False
+    takes_data: bool = False
+    wants: str | None = None  # a package without which it cannot run
+
+
+_PEERS = "ours-unshared,ours-padded,trl,trl-tuned"
+PARTS = {
+    "gpu_check": Part(devices=("cuda",)),
+    "compile_report": Part(wants="triton"),
+    "step": Part(("--peers", _PEERS, "--steps", "10"), takes_device=True, wants="trl"),
+    "scaling": Part(takes_device=True, wants="trl"),
+    "head": Part(takes_device=True, wants="trl"),
+    "attention": Part(takes_device=True),
+    "packing": Part(),
+    "cache": Part(("--rows", "2000000", "--valued", "300000"), devices=("cpu",)),
+    "tokenize": Part(("--pairs", "5000"), takes_data=True, wants="trl"),
+}
+
+
+@dataclass
+class Outcome:
+    """What became of a subject."""
+
+    result: str  # "ok", or why not
+    seconds: float = 0.0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bench suite", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--subjects", default=",".join(PARTS), help="comma-separated, of these")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--data", type=Path, help="JSON lines with prompt, model, response")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: does everything run?")
+    add_output_options(parser)
+    options = parser.parse_args(arguments)
+    options.subjects = options.subjects.split(",")
+    if unknown := set(options.subjects) - set(PARTS):
+        parser.error(f"unknown subjects {sorted(unknown)}: choose of {', '.join(PARTS)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    outcomes = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "results.json")
+        for subject in options.subjects:
+            outcomes[subject] = run(subject, options, path)
+        results = json.loads(path.read_text()) if path.exists() else {}
+    rows = [[name, one.result, f"{one.seconds:.0f}"] for name, one in outcomes.items()]
+    total = sum(one.seconds for one in outcomes.values())
+    print(table(["subject", "result", "seconds"], [*rows, ["all", "", f"{total:.0f}"]]))
+    for target in filter(None, (options.json, result_path() if options.record else None)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(target.read_text()) if target.exists() else {}
+        target.write_text(json.dumps(known | results, indent=1) + "\n")
+        plot.main([str(target)])
+    failed = [name for name, one in outcomes.items() if one.result.startswith("failed")]
+    summary = {"ok": not failed, "failed": failed, "seconds": round(total, 1)}
+    finish("suite", {}, summary, argparse.Namespace(json=None, record=False))
+    return 1 if failed else 0
+
+
+def run(subject: str, options: argparse.Namespace, path: Path) -> Outcome:
+    """One subject in a process of its own; what it prints is seen as it comes, its result lands in ``path``."""
+    part = PARTS[subject]
+    if options.device not in part.devices:
+        return Outcome(f"not on {options.device}")
+    if part.takes_data and options.data is None:
+        return Outcome("skipped: wants --data")
+    if part.wants and importlib.util.find_spec(part.wants) is None:
+        return Outcome(f"skipped: {part.wants} is not installed")
+    arguments = ["--device", options.device] if part.takes_device else []
+    arguments += ["--data", str(options.data.resolve())] if part.takes_data else []
+    arguments += ["--quick"] if options.quick and subject != "gpu_check" else part.arguments
+    print(f"\n### python -m bench {subject} {' '.join(arguments)}\n", flush=True)
+    command = [sys.executable, "-m", "bench", subject, *arguments, "--json", str(path)]
+    started = time.perf_counter()
+    code = subprocess.run(command, cwd=ROOT).returncode
+    return Outcome("ok" if code == 0 else f"failed: exit code {code}", time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
