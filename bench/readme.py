@@ -172,6 +172,30 @@ def tokenize(result: dict[str, Any]) -> str:
     )
 
 
+def reference_pass(result: dict[str, Any]) -> str:
+    measured, rows = result["measured"], []
+    for name, found in measured.items():
+        own = "ours-tuned" if name.endswith("tuned") else "ours"
+        seconds, ours = (statistics.median(one["seconds"] for one in measured[side]) for side in (name, own))
+        counts = [f"{found[0][key]:,}" for key in ("completions", "prompts", "tokens")]
+        operations = result["gflop"][name] / result["gflop"][own]
+        cells = [f"{seconds:.0f}", f"{seconds / ours:.2f}", f"{operations:.2f}", *counts]
+        rows.append([_NAMES[name].format(**result["versions"]), *cells])
+    header = ["", "seconds", "× ours", "operations × ours", "completions", "prompts", "tokens run"]
+    return (
+        f"Scoring the reference, once, for all pairs of the responses of four models ({_where(result)}); log-probs of"
+        f" completions differ by at most {result['largest_difference']:.1e}:\n\n{_table(header, rows)}"
+    )
+
+
+def fingerprint(result: dict[str, Any]) -> str:
+    return (
+        f"The digest of {result['gb']:.1f} GB of weights takes {result['gb'] / result['gb_per_s']:.1f} s"
+        f" ({result['gb_per_s']:.2f} GB/s, {result['gb_per_s_one_core']:.2f} on one core; {_where(result)}), and"
+        f" {1e3 * result['found_s']:.0f} ms where the files were digested before.\n"
+    )
+
+
 def crash(result: dict[str, Any]) -> str:
     assert not result["problems"]
     return (
@@ -187,6 +211,8 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "packing": packing,
     "cache": cache,
     "tokenize": tokenize,
+    "reference_pass": reference_pass,
+    "fingerprint": fingerprint,
     "crash": crash,
 }
 
