@@ -5,14 +5,14 @@ How a YAML file and flags fill them is :mod:`cpt_kernels.parsing`.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from .config import WITHOUT_MEANING, ContrastiveConfig
+from .config import WITHOUT_MEANING, ContrastiveConfig, default_of
 from .losses import LOSSES, loss_names
 
 
@@ -37,6 +37,7 @@ class ScriptArguments:
     test_split_size: float | None = _option(None, "Share or number of rows of datasets to evaluate on.")
     eval_dataset_name: str | None = _option(None, "Evaluation data of its own: a file, a folder, or a hub name.")
     columns: list[str] | None = _option(None, "Columns to read: name, or 'name in the data=name here'.")
+    ignore_bias_buffers: bool = _option(False, "Keep true-or-false buffers of the model out of what DDP synchronises.")
 
 
 @dataclass
@@ -55,11 +56,16 @@ class ModelArguments:
     lora_alpha: int = _option(32, "The adapter is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = _option(0.05, "Dropout in the adapter, where disable_dropout is false.")
     lora_target_modules: list[str] | None = _option(None, "Modules to adapt, or all-linear. Default: by architecture.")
+    lora_target_parameters: list[str] | None = _option(None, "Parameters to adapt that belong to no linear module.")
     lora_modules_to_save: list[str] | None = _option(None, "Modules to train whole beside the adapter.")
+    lora_task_type: Literal["CAUSAL_LM"] = _option("CAUSAL_LM", "What the adapter is for.")
     use_rslora: bool = _option(False, "Multiply by lora_alpha / sqrt(lora_r) instead.")
     use_dora: bool = _option(False, "Weight-decomposed LoRA.")
     load_in_4bit: bool = _option(False, "Load the base model in 4 bits (bitsandbytes); needs use_peft.")
     load_in_8bit: bool = _option(False, "Load the base model in 8 bits (bitsandbytes); needs use_peft.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _option("nf4", "Kind of the 4 bits.")
+    use_bnb_nested_quant: bool = _option(False, "Quantise the scales of the 4 bits, too.")
+    bnb_4bit_quant_storage: str | None = _option(None, "Type in which the 4 bits are stored: bfloat16, ...")
 
 
 CLASSES = (ScriptArguments, ModelArguments, ContrastiveConfig)
@@ -132,25 +138,10 @@ HELP = {
     "resume_from_checkpoint": "Folder of a checkpoint, or last: the last one in output_dir.",
     "report_to": "Trackers to report to: wandb, tensorboard, ...",
     "disable_tqdm": "No progress bars.",
+    **{name: f"{reason[0].upper()}{reason[1:]}." for name, reason in WITHOUT_MEANING.items()},
 }
-# Of TrainingArguments, what this trainer never looks at: better refused than ignored.
-_WITHOUT_EFFECT = {
-    "accelerate does the sharding": ("parallelism_config", "local_rank"),
-    "cpt-train trains, and evaluates where it has data for it": ("do_train", "do_eval", "do_predict"),
-    "evaluation keeps sums, not predictions": (
-        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
-        *("include_for_metrics", "batch_eval_metrics"),
-    ),
-    "evaluation runs in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
-    "only the columns of the data's form are read": ("remove_unused_columns", "label_names", "length_column_name"),
-    "a step always averages over its pairs": ("average_tokens_across_devices",),
-    "num_tokens is always logged": ("include_num_input_tokens_seen",),
-    "the option here is label_smoothing": ("label_smoothing_factor",),
-    "the option here is max_tokens_per_batch": ("auto_find_batch_size",),
-    "training keeps no key-value cache": ("use_cache",),
-    "loading of data is not configured further": ("dataloader_multiprocessing_context", "dataloader_in_order"),
-}
-WITHOUT_EFFECT = {name: reason for reason, names in _WITHOUT_EFFECT.items() for name in names}
+# Of TrainingArguments, what no text can say.
+NOT_OPTIONS = {"parallelism_config": "accelerate's sharding is a matter of the file of --accelerate_config"}
 _NOT_SAVED = ("hub_token", "resume_from_checkpoint")  # a secret; a matter of one invocation
 
 
@@ -174,12 +165,12 @@ class Options:
 
 @cache
 def defaults() -> dict[str, Any]:
-    """Every option that has an effect, and its default."""
+    """Every option and its default."""
     values = {}
     for cls in CLASSES:
         for f in fields(cls):
-            if f.init and f.name not in WITHOUT_EFFECT:
-                default = f.default if f.default is not MISSING else f.default_factory()
+            if f.init and f.name not in NOT_OPTIONS:
+                default = default_of(f)
                 values[f.name] = default.value if isinstance(default, Enum) else default
     return values
 
@@ -204,6 +195,8 @@ def check_together(values: dict[str, Any]) -> None:
     quantised = sorted(given & {"load_in_4bit", "load_in_8bit"})
     if adapter and not values["use_peft"]:
         raise ValueError(f"{adapter[0]} has no effect without an adapter: set use_peft=true, or leave it out")
+    if "load_in_4bit" not in given and (four := sorted(name for name in given if "bnb_" in name)):
+        raise ValueError(f"{four[0]} has no effect without load_in_4bit=true: set it, or leave this out")
     if len(quantised) == 2:
         raise ValueError("load_in_4bit and load_in_8bit exclude each other")
     if quantised and not values["use_peft"]:

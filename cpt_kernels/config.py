@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from typing import Any
 
 import torch
@@ -19,13 +19,27 @@ from .ops.attention_backends import BACKENDS
 
 logger = logging.getLogger(__name__)
 
-# Options of TRL that mean nothing here: accepted, so that its configurations work, and the reason is logged.
-WITHOUT_MEANING = {
-    "padding_free": "batches are always packed, without padding",
-    "pad_to_multiple_of": "nothing is padded",
-    "pad_token": "nothing is padded; a tokenizer that is to be saved with one needs tokenizer.pad_token",
-    "precompute_ref_batch_size": "the reference scores whole prompt groups, max_tokens_per_batch tokens at a time",
+# Options of TRL and transformers that mean nothing here: accepted, so that configurations for TRL work, and the reason
+# is logged.
+_WITHOUT_MEANING = {
+    "batches are always packed, without padding": ("padding_free",),
+    "nothing is padded": ("pad_to_multiple_of",),
+    "nothing is padded; a tokenizer that is to be saved with one needs tokenizer.pad_token": ("pad_token",),
+    "the reference scores whole prompt groups, max_tokens_per_batch tokens at a time": ("precompute_ref_batch_size",),
+    "a run trains, and evaluates where it has data for it": ("do_train", "do_eval", "do_predict"),
+    "evaluation keeps sums and rewards, no logits": (
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        *("include_for_metrics", "batch_eval_metrics"),
+    ),
+    "evaluation runs in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
+    "only the columns of the data's form are read": ("remove_unused_columns", "label_names", "length_column_name"),
+    "a step always averages over its pairs": ("average_tokens_across_devices",),
+    "num_tokens is always logged": ("include_num_input_tokens_seen",),
+    "preferences are smoothed by label_smoothing": ("label_smoothing_factor",),
+    "training keeps no key-value cache": ("use_cache",),
+    "the launcher says it by LOCAL_RANK": ("local_rank",),
 }
+WITHOUT_MEANING = {name: reason for reason, names in _WITHOUT_MEANING.items() for name in names}
 # Options that TRL had once: refused, and what to do is said.
 REMOVED = {
     "rpo_alpha": "set loss_type=[sigmoid, sft] and loss_weights=[1, rpo_alpha]",
@@ -174,14 +188,28 @@ class ContrastiveConfig(TrainingArguments):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}: must lie in [0, 1]")
         self._check_loss(self.build_loss())
+        if self.auto_find_batch_size and self.max_tokens_per_batch is not None:
+            raise ValueError(
+                "auto_find_batch_size halves per_device_train_batch_size, which max_tokens_per_batch replaces: leave"
+                " out one of them"
+            )
+        sharded = {name: getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
+        if self.parallelism_config is not None and max(sharded.values()) > 1:
+            raise ValueError(
+                "parallelism_config: tensor, context and sequence parallelism would cut packed rows, and are not"
+                " supported; use FSDP or DeepSpeed"
+            )
+        without_meaning = self._changed(WITHOUT_MEANING)  # transformers sets a few of them itself
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16=true needs a GPU: a CPU would compute in fp32 instead; set bf16, or leave it out")
         if self.curriculum is not None:
             Curriculum.parse(self.curriculum)
             if self.train_sampling_strategy != "random":
                 raise ValueError("curriculum decides the order of rows: leave train_sampling_strategy at random")
-        for name in self._changed(WITHOUT_MEANING):
+        for name in without_meaning:
             if self.process_index == 0 and getattr(self, name) is not None:
                 logger.warning(f"{name}={getattr(self, name)} has no meaning here: {WITHOUT_MEANING[name]}")
 
@@ -221,7 +249,12 @@ class ContrastiveConfig(TrainingArguments):
 
     def _changed(self, names: Iterable[str]) -> list[str]:
         """Those of the options ``names`` that are not at their default."""
-        return [name for name in names if getattr(self, name) != self.__dataclass_fields__[name].default]
+        return [name for name in names if getattr(self, name) != default_of(self.__dataclass_fields__[name])]
+
+
+def default_of(option: Field) -> Any:
+    """The default of a dataclass's field."""
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def _options_of(loss: str) -> list[str]:

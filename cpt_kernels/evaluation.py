@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from .trainer import ContrastiveTrainer
 
 
-def run_evaluation(trainer: ContrastiveTrainer, dataloader: DataLoader, prefix: str) -> EvalLoopOutput:
+def run_evaluation(
+    trainer: ContrastiveTrainer, dataloader: DataLoader, prefix: str, keep_rewards: bool
+) -> EvalLoopOutput:
     """Score all batches; the metrics are TRL's, each name after ``prefix_``.
 
-    With ``compute_metrics`` the predictions are (pairs, 2), the rewards of chosen and rejected on all ranks.
+    With ``keep_rewards`` the predictions are (pairs, 2), the rewards of chosen and rejected on all ranks, and what
+    ``compute_metrics`` makes of them is among the metrics.
     """
     model = trainer._wrap_model(trainer.model, training=False)
     if len(trainer.accelerator._models) == 0 and model is trainer.model:
@@ -35,14 +38,14 @@ def run_evaluation(trainer: ContrastiveTrainer, dataloader: DataLoader, prefix: 
             scores = trainer.score(model, inputs, tokens_per_pair=tokens or 1.0)
         metrics.add(inputs, scores)
         pairs += inputs["num_pairs"]
-        if trainer.compute_metrics is not None:
+        if keep_rewards:
             rewards = pair_rewards(metrics.numbers(scores), trainer.args.beta)
             predictions.append(np.concatenate(gather_object([rewards.cpu().numpy()])))  # ranks differ in pairs
         trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
     means = metrics.compute()
-    if trainer.compute_metrics is not None:
-        predictions = np.concatenate(predictions)
+    predictions = np.concatenate(predictions) if predictions else None
+    if trainer.compute_metrics is not None and predictions is not None:
         means |= trainer.compute_metrics(EvalPrediction(predictions, np.zeros(len(predictions), dtype=np.int64)))
     means["num_tokens"] = trainer.count_tokens()
     means = {f"{prefix}_{name.removeprefix(prefix + '_')}": value for name, value in means.items()}
-    return EvalLoopOutput(predictions if len(predictions) else None, None, means, num_samples=pairs)
+    return EvalLoopOutput(predictions, None, means, num_samples=pairs)

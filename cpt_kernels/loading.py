@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
 from .config import ContrastiveConfig
@@ -26,25 +26,72 @@ logger = logging.getLogger(__name__)
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
-def load_model(model: str | nn.Module, args: ContrastiveConfig, quantization_config: Any = None) -> nn.Module:
-    """The model itself, or one loaded by name or folder; in fp32 unless ``model_init_kwargs`` says otherwise.
+def checked_config(model: str | nn.Module, args: ContrastiveConfig | None) -> ContrastiveConfig:
+    """The configuration of a trainer, by default one with an ``output_dir`` after the model.
 
     Raises:
-        ValueError: options for loading a model that is loaded already.
+        ValueError: it is another package's.
     """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")
+    if not isinstance(args, ContrastiveConfig):
+        raise ValueError(f"args is a {type(args).__name__} of {type(args).__module__}: import it from cpt_kernels, too")
+    return args
+
+
+def check_devices(args: ContrastiveConfig) -> None:
+    """Raise ValueError where one process would train on several GPUs."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and DataParallel is not supported: start with"
+            " accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+
+
+def load_tokenizer(model: str | nn.Module, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model, of the revision that ``model_init_kwargs`` name."""
     if not isinstance(model, str):
-        if quantization_config is not None or args.model_init_kwargs:
-            raise ValueError(
-                "quantization_config and model_init_kwargs are for models given by name, not for loaded ones"
-            )
-        return model
-    kwargs = dict(args.model_init_kwargs or {})
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code)
+    revision = _init_kwargs(args).get("revision") or "main"
+    return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def load_models(
+    model: str | nn.Module, ref_model: str | nn.Module | None, args: ContrastiveConfig, quantization_config: Any = None
+) -> tuple[nn.Module, nn.Module | None]:
+    """Policy and reference; what is given by name or folder is loaded.
+
+    Raises:
+        ValueError: ``quantization_config`` without a model to load, or twice; one object for both models.
+    """
+    if ref_model is model and not isinstance(model, str):
+        raise ValueError("model and ref_model are the same object: leave ref_model out to take the start weights")
+    if not isinstance(model, str):
+        if quantization_config is not None:
+            raise ValueError("quantization_config is for a model given by name, not for one that is loaded already")
+        if args.model_init_kwargs and not isinstance(ref_model, str):
+            logger.warning("model_init_kwargs has no effect: the model is loaded already")
+    return tuple(load_model(m, args, quantization_config) if isinstance(m, str) else m for m in (model, ref_model))
+
+
+def _init_kwargs(args: ContrastiveConfig) -> dict[str, Any]:
+    return dict(args.model_init_kwargs or {})
+
+
+def load_model(name: str, args: ContrastiveConfig, quantization_config: Any = None) -> nn.Module:
+    """A model by name or folder, in fp32 unless ``model_init_kwargs`` says otherwise."""
+    kwargs = _init_kwargs(args)
     kwargs.setdefault("dtype", torch.float32)
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError("quantization_config is given to the trainer and in model_init_kwargs: leave one out")
         kwargs["quantization_config"] = quantization_config
+    if args.world_size > 1:
+        kwargs.pop("device_map", None)  # each rank has the whole model, or a shard of its engine's
     with whole_weights():
-        return load(AutoModelForCausalLM, model, **kwargs)
+        return load(AutoModelForCausalLM, name, **kwargs)
 
 
 @contextlib.contextmanager
@@ -65,19 +112,46 @@ def whole_weights() -> Iterator[None]:
             os.environ[_FSDP_EFFICIENT] = efficient
 
 
-def wrap_in_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig) -> nn.Module:
     """A PEFT model around ``model``.
 
     Raises:
-        ValueError: peft is not installed, or the model has an adapter already.
+        ValueError: peft is not installed, it is no PEFT configuration, or the model has an adapter already.
     """
     try:
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
     except ImportError as error:
         raise ValueError("peft_config needs the peft package: pip install peft") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"peft_config is {type(peft_config).__name__}: expected one of peft, such as peft.LoraConfig")
     if hasattr(model, "peft_config"):
         raise ValueError("the model has an adapter already: leave peft_config out, or merge the adapter first")
-    return get_peft_model(model, peft_config)
+    if peft_config.is_prompt_learning:
+        kind = type(peft_config).__name__
+        raise ValueError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
+    # ZeRO-3 gathers into buffers of one dtype: an adapter in fp32 beside weights in bf16 would fail.
+    cast = _zero_stage(args) != 3 or _is_quantised(model)
+    return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
+
+
+def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
+    """What training of an adapter needs; it is what TRL does."""
+    if args.gradient_checkpointing:
+        if _zero_stage(args) == 3:  # it frees what a recomputation that is not reentrant looks at
+            args.gradient_checkpointing_kwargs = (args.gradient_checkpointing_kwargs or {}) | {"use_reentrant": True}
+        model.enable_input_require_grads()
+    if _is_quantised(model):  # QLoRA, arXiv 2305.14314, §3. DoRA's magnitudes would move by less than bf16 resolves
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _zero_stage(args: ContrastiveConfig) -> int | None:
+    return None if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
 def check_vocabularies(model: nn.Module, ref_model: nn.Module | None) -> None:
@@ -121,6 +195,23 @@ def disable_dropout(model: nn.Module | None) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def may_share_prompts(model: nn.Module, ref_model: nn.Module | None, args: ContrastiveConfig) -> bool:
+    """Whether completions may share their prompt, once dropout is as ``args`` want it.
+
+    Raises:
+        ValueError: they shall, and there is dropout.
+    """
+    if args.disable_dropout:
+        disable_dropout(model)
+        disable_dropout(ref_model)
+    elif dropout(model) and args.share_prompts == "true":
+        raise ValueError(
+            "share_prompts=true with dropout would give all completions of a prompt the same mask: set"
+            " disable_dropout=true, or share_prompts=false"
+        )
+    return args.share_prompts == "true" or (args.share_prompts == "auto" and not dropout(model))
 
 
 def aux_loss_coef(model: PreTrainedModel, option: float | None) -> float:

@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from . import launch
-from .arguments import CLASSES, HELP, NAMES, WITHOUT_EFFECT, Options, check_together, defaults, groups, type_hints
+from .arguments import CLASSES, HELP, NAMES, NOT_OPTIONS, Options, check_together, defaults, groups, type_hints
 from .config import REMOVED
 
 _ALIASES = {"streaming": "dataset_streaming"}  # TRL's name beside `datasets`
@@ -162,8 +162,8 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
 def _check_name(name: str, where: str, dashes: str = "") -> None:
     if name in REMOVED:
         raise ValueError(f"{where}{dashes}{name} is no option any more: {REMOVED[name]}")
-    if name in WITHOUT_EFFECT:
-        raise ValueError(f"{where}{dashes}{name} has no effect here ({WITHOUT_EFFECT[name]}): leave it out")
+    if name in NOT_OPTIONS:
+        raise ValueError(f"{where}{dashes}{name} is no option here: {NOT_OPTIONS[name]}")
     if name not in defaults():
         raise ValueError(f"{where}unknown option {dashes}{name}{_suggest(name, defaults(), dashes)}")
 

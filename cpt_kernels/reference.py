@@ -279,3 +279,12 @@ class Reference:
         finally:
             model.train(training)
         return np.split(logps.float().cpu().numpy(), np.cumsum(batch["completion_lengths"])[:-1])
+
+
+def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+    """Give a batch reference log-probs of its pairs' sides, (P,) each, as those of their first tokens."""
+    first = batch["cu_completions"][:-1]
+    tokens = torch.zeros_like(batch["targets"], dtype=torch.float32)
+    for side, logps in (("chosen", chosen), ("rejected", rejected)):
+        tokens[first[batch[side]]] = logps.to(tokens.dtype)
+    batch["ref_token_logps"] = tokens

@@ -70,6 +70,9 @@ def train(options: Options) -> ContrastiveTrainer:
     checkpoint = _find_checkpoint(args)
     report = RunReport(output, f"{output.name}: {args.build_loss().name}")
     trainer = make_trainer(options, callbacks=[report])
+    if options.script.ignore_bias_buffers:
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
     use_progress_lines(trainer)
     if trainer.is_world_process_zero():
         (output / CONFIG_FILE).write_text(options.to_yaml(), encoding="utf-8")
@@ -271,11 +274,14 @@ def load_weights(name: str, option: str, model: ModelArguments, args: Contrastiv
 def _quantization(model: ModelArguments, args: ContrastiveConfig) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit and load_in_8bit need the bitsandbytes package: pip install bitsandbytes")
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    given = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else given
     return BitsAndBytesConfig(
         load_in_4bit=model.load_in_4bit,
         load_in_8bit=model.load_in_8bit,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["lm_head"],  # the head's kernels take plain weights
     )
@@ -288,11 +294,12 @@ def _lora(model: ModelArguments) -> Any:
 
     modules = model.lora_target_modules
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=model.lora_task_type,
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_modules=modules[0] if modules is not None and len(modules) == 1 else modules,  # all-linear, or a pattern
+        target_parameters=model.lora_target_parameters,
         modules_to_save=model.lora_modules_to_save,
         use_rslora=model.use_rslora,
         use_dora=model.use_dora,

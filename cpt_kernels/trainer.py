@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
-from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
+from .data.formats import Form, detect_form
+from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws, report_stream
+from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .evaluation import run_evaluation
@@ -29,10 +29,13 @@ from .loading import (
     aux_loss_coef,
     check_checkpoint,
     check_data,
+    check_devices,
     check_vocabularies,
-    disable_dropout,
-    dropout,
-    load_model,
+    checked_config,
+    load_models,
+    load_tokenizer,
+    may_share_prompts,
+    prepare_adapter,
     wrap_in_adapter,
 )
 from .losses import Loss, user_loss
@@ -41,20 +44,22 @@ from .model import PackedModel, Scores, base_model
 from .model_card import write_model_card
 from .moving_reference import MovingReference
 from .ops.attention_backends import describe
-from .reference import Reference
+from .ops.gather import segment_sum
+from .reference import Reference, put_sums
 from .reference_cache import default_cache_dir
+from .training_loop import PackedLoop, is_overridden
 
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(Trainer):
+class ContrastiveTrainer(PackedLoop):
     """Trains a causal language model on preference pairs (DPO, SLiC, RSO, IPO) or on their chosen side (SFT).
 
     Args:
         model: a model, a PEFT model, or a name or folder to load one from.
         ref_model: the reference. Default: adapters off for an adapter made by ``peft_config``, else the start weights.
         args: default ``ContrastiveConfig("<model>-CPT")``.
-        data_collator: rows -> :class:`PackedBatch`; default :class:`PackedCollator`.
+        data_collator: a :class:`PackedCollator`, the default; or one for padded batches, such as TRL's.
         train_dataset: any form of ``data.preparation.prepare``, map-style or a stream (then ``max_steps`` is needed).
         eval_dataset: one or a dictionary of several.
         processing_class: the tokenizer; default the model's own.
@@ -89,58 +94,44 @@ class ContrastiveTrainer(Trainer):
         loss: Loss | Callable | None = None,
         ref_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")
+        args = checked_config(model, args)
         if train_dataset is None and eval_dataset is None:
             raise ValueError("there is no data: give train_dataset or eval_dataset")
         set_seed(args.seed)  # a new adapter's weights are random
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(
-            model if isinstance(model, str) else model.config._name_or_path, trust_remote_code=args.trust_remote_code
-        )
-        model = load_model(model, args, quantization_config)
-        if ref_model is model:
-            raise ValueError("model and ref_model are the same object: leave ref_model out to take the start weights")
-        ref_model = None if ref_model is None else load_model(ref_model, args, quantization_config)
+        tokenizer = processing_class or load_tokenizer(model, args)
+        model, ref_model = load_models(model, ref_model, args, quantization_config)
         if ref_tokenizer is not None:
             check_same_tokenizer(tokenizer, ref_tokenizer)
         check_vocabularies(model, ref_model)
         if peft_config is not None:
-            model = wrap_in_adapter(model, peft_config)
-        if args.gradient_checkpointing and hasattr(model, "peft_config"):
-            model.enable_input_require_grads()
+            model = wrap_in_adapter(model, peft_config, args)
+        if hasattr(model, "peft_config"):
+            prepare_adapter(model, args)
 
         self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
-        if args.disable_dropout:
-            disable_dropout(model)
-            disable_dropout(ref_model)
-        elif dropout(model) and args.share_prompts == "true":
-            raise ValueError(
-                "share_prompts=true with dropout would give all completions of a prompt the same mask: set"
-                " disable_dropout=true, or share_prompts=false"
-            )
-        share = args.share_prompts == "true" or (args.share_prompts == "auto" and not dropout(model))
+        share = may_share_prompts(model, ref_model, args)
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
         self.reports: dict[str, PreparationReport] = {}
-        self.collator = PackedCollator(args.max_length, args.truncation_mode, share, self.packed.share_limit)
+        collator = PackedCollator(args.max_length, args.truncation_mode, share, self.packed.share_limit)
+        data_collator = packed_collator(data_collator, collator)
+        self.collator = getattr(data_collator, "packing", data_collator)
         self._tokenizer = tokenizer
         self._aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
 
         self.curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
         if train_dataset is not None:
-            keep = kept_columns(self.curriculum, train_dataset)
-            train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train", keep)
+            train_dataset = self._prepared(train_dataset, args, "train")
             self.draws = make_draws(self.curriculum, train_dataset, order_seed(args))
         if isinstance(eval_dataset, dict):
-            eval_dataset = {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in eval_dataset.items()}
+            eval_dataset = {k: self._prepared(v, args, k) for k, v in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
+            eval_dataset = self._prepared(eval_dataset, args, "eval")
 
         prepare_layers(model, args)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self.collator,
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -148,11 +139,7 @@ class ContrastiveTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, and DataParallel is not supported: start with"
-                " accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
+        check_devices(args)
         attention = describe(args.attention_backend, args.device.type)
         if PartialState().is_main_process:
             logger.warning(attention)
@@ -160,7 +147,6 @@ class ContrastiveTrainer(Trainer):
         ld_alpha = args.ld_alpha if loss is None else None
         self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
-        self.num_tokens = 0
         base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
 
@@ -169,21 +155,22 @@ class ContrastiveTrainer(Trainer):
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase,
         args: ContrastiveConfig,
-        name: str,
-        keep_columns: Sequence[str] = (),
+        dataset_name: str,
     ) -> Dataset | IterableDataset:
+        """Rows as ``data.preparation.prepare`` makes them. An override may return any form that it takes."""
+        name, keep = dataset_name, kept_columns(self.curriculum, dataset) if dataset_name == "train" else ()
         with args.main_process_first(desc=f"tokenising the {name} data"):  # the others find it in datasets' cache
             dataset, report = prepare(
                 dataset,
-                tokenizer,
+                processing_class,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 target_column=args.target_column,
                 gap_column=args.gap_column,
                 ranked_pairs=args.ranked_pairs,
-                keep_columns=keep_columns,
+                keep_columns=keep,
                 num_proc=args.dataset_num_proc,
                 name=name,
             )
@@ -191,10 +178,26 @@ class ContrastiveTrainer(Trainer):
         vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]
         if isinstance(dataset, Dataset):
             _say(report.summary())
-            check_tokenizer(tokenizer, vocab_size, report.max_token_id)
+            check_tokenizer(processing_class, vocab_size, report.max_token_id)
             check_data(self.loss, dataset, report.pairs, name)
         else:
-            check_tokenizer(tokenizer, vocab_size)
+            check_tokenizer(processing_class, vocab_size)
+        return dataset
+
+    def _prepared(self, dataset: Any, args: ContrastiveConfig, name: str) -> Dataset | IterableDataset:
+        dataset = self._prepare_dataset(dataset, self._tokenizer, args, name)
+        if not is_overridden(self, ContrastiveTrainer._prepare_dataset):
+            return dataset
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if detect_form(columns) is Form.GROUP:
+            return dataset
+        return ContrastiveTrainer._prepare_dataset(self, dataset, self._tokenizer, args, name)
+
+    def _new_data(self, dataset: Any, name: str) -> Dataset | IterableDataset:
+        """A dataset that the constructor has not seen, ready to be evaluated."""
+        dataset = self._prepared(dataset, self.args, name)
+        if self.reference is not None and isinstance(dataset, Dataset):
+            self.reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
         return dataset
 
     def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
@@ -212,7 +215,7 @@ class ContrastiveTrainer(Trainer):
             self.packed,
             ref_model,
             new_adapter=new_adapter,
-            keep=not ahead,
+            keep=not ahead or isinstance(self.data_collator, UnpaddingCollator),  # which may cut in its own way
             accelerator=self.accelerator,
             cache_dir=self.args.ref_cache_dir or default_cache_dir(),
             head_memory_mb=self.args.head_memory_mb,
@@ -226,10 +229,11 @@ class ContrastiveTrainer(Trainer):
 
     def _loader(self, dataset: Dataset | IterableDataset, training: bool) -> DataLoader:
         collator = self.data_collator
-        if collator is self.collator and self.reference is not None:
-            collator = dataclasses.replace(self.collator, reference=self.reference.lookup)
+        if self.reference is not None:
+            collator = with_reference(collator, self.reference.lookup)
         draws = self.draws if training else None
-        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training, draws)
+        batch_size = self._train_batch_size if training else self.args.per_device_eval_batch_size
+        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training, draws, batch_size)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -246,13 +250,10 @@ class ContrastiveTrainer(Trainer):
             raise ValueError("evaluation needs an eval_dataset")
         return self._loader(eval_dataset, training=False)
 
-    # --- Loss ---
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
+        return self._loader(self._new_data(test_dataset, "test"), training=False)
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """An optimizer step's micro-batches, and what it averages over: pairs and chosen tokens of all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [sum(batch[name] for batch in batches) for name in ("num_pairs", "num_chosen_tokens")]
-        return batches, self.accelerator.reduce(torch.tensor(counts, dtype=torch.float32, device=device), "sum")
+    # --- Loss ---
 
     def compute_loss(
         self,
@@ -280,14 +281,15 @@ class ContrastiveTrainer(Trainer):
         if scores.aux_loss is not None:
             loss = loss + self._aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * world / pairs)
         self.metrics["train" if model.training else "eval"].add(inputs, scores)
-        if model.training and self.reference is not None and self.state.global_step == 0:
+        same = self.reference is not None and not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs)
+        if model.training and same and self.state.global_step == 0:
             self.reference.check_start(inputs, scores.completion_logps)
         return (loss, scores) if return_outputs else loss
 
     def score(self, model: nn.Module, inputs: PackedBatch, tokens_per_pair: Tensor | float = 1.0) -> Scores:
         """Log-probs, statistics and the summed loss of a batch; reference log-probs that it lacks are scored now."""
         if self.reference is not None:
-            inputs["ref_token_logps"] = self.compute_ref_log_probs(inputs)
+            self._complete(model, inputs)
         with offloaded_activations(self.args.activation_offloading):
             return self.packed(
                 inputs,
@@ -299,16 +301,23 @@ class ContrastiveTrainer(Trainer):
                 aux_loss=self._aux_loss_coef > 0,
             )
 
-    def compute_ref_log_probs(self, inputs: PackedBatch) -> Tensor:
-        """Reference log-probs of a batch's tokens, (N,) fp32: the cache's, or scored now. Users may override it."""
-        self.reference.complete(inputs)
-        return inputs["ref_token_logps"]
+    def compute_ref_log_probs(self, model: nn.Module, inputs: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Reference log-probs of a batch's pairs, (P,) of chosen and of rejected, from the cache or scored now.
 
-    def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
-        self.num_tokens += inputs["num_sequence_tokens"]
-        if self.place_metrics is not None:
-            self.place_metrics.add(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
+        Users may override it, as in TRL. Then it is called for every batch, and its values are not cached.
+        """
+        self.reference.complete(inputs)
+        sums = segment_sum(inputs["ref_token_logps"], inputs["cu_completions"])
+        return sums[inputs["chosen"]], sums[inputs["rejected"]]
+
+    def _complete(self, model: nn.Module, inputs: PackedBatch) -> None:
+        """Fill in the reference log-probs that a batch lacks."""
+        if not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs):
+            self.reference.complete(inputs)
+            return
+        if self.loss.needs_tails:
+            raise ValueError("ld_alpha looks at tokens, and the overridden compute_ref_log_probs gives sums")
+        put_sums(inputs, *self.compute_ref_log_probs(model, inputs))
 
     # --- Logging and evaluation ---
 
@@ -326,27 +335,13 @@ class ContrastiveTrainer(Trainer):
             if self.reference is not None:
                 stack.enter_context(self.reference.training())
             output = super().train(*args, **kwargs)
-        if isinstance(self.train_dataset, IterableDataset):  # counted while it was read
-            report = self.reports["train"]
-            if not self.state.global_step:
-                raise ValueError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
-            if self.args.dataloader_num_workers:
-                _say(["what was read and dropped of the stream was counted in a worker: set dataloader_num_workers=0"])
-            else:
-                _say([*report.summary(), *(self.draws.report() if self.draws is not None else [])])
+        if isinstance(self.train_dataset, IterableDataset):
+            _say(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))
         return output
 
-    def count_tokens(self) -> int:
-        """Tokens of all ranks, those before the checkpoint that the run was resumed from included."""
-        tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
-        return self.state.num_input_tokens_seen + int(tokens.item())
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        before = self.state.num_input_tokens_seen
-        self.state.num_input_tokens_seen = self.count_tokens()
-        super()._save_checkpoint(model, trial)
-        self.state.num_input_tokens_seen = before
         self.create_model_card()
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] = ()
@@ -373,9 +368,7 @@ class ContrastiveTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """As transformers' ``evaluate``; a dataset given here may have any form that the constructor takes."""
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
-            eval_dataset = self._prepare_dataset(eval_dataset, self._tokenizer, self.args, metric_key_prefix)
-            if self.reference is not None and isinstance(eval_dataset, Dataset):
-                self.reference.fill(eval_dataset, self.collator, self.args.max_tokens_per_batch, metric_key_prefix)
+            eval_dataset = self._new_data(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -387,11 +380,7 @@ class ContrastiveTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Metrics as means over pairs and tokens; transformers' loop weighs every packed row alike."""
-        return run_evaluation(self, dataloader, metric_key_prefix)
-
-    def floating_point_ops(self, inputs: PackedBatch) -> float:
-        """6 x parameters x tokens of the row, as transformers estimates it."""
-        return 6 * inputs["input_ids"].shape[1] * self.model.num_parameters(exclude_embeddings=True)
+        return run_evaluation(self, dataloader, metric_key_prefix, keep_rewards=not prediction_loss_only)
 
 
 def _say(lines: Sequence[str]) -> None:

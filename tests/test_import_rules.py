@@ -23,14 +23,14 @@ LEVELS = [
     {"generate", "evaluate", "reports", "arguments", "parsing", "launch", "run", "demo", "cache_tool", "cache_data"},
     {"cli"},
 ]
-LEVELS[2] |= {"moving_reference"}
+LEVELS[2] |= {"moving_reference", "training_loop"}
 LEVELS[1] |= {"row_keys", "weight_files"}
 LEVELS[1] |= {"prompts", "responses", "response_exports", "endpoint"}
 LEVELS[3] |= {"options", "generate_tool", "pairs_tool", "pairs_data", "pairs_report"}
 LEVELS[3] |= {"outputs", "judge", "output_evaluation", "evaluation_reports", "checkpoints"}
 USES_TRANSFORMERS = {"model", "hooks", "trainer", "config", "generate", "evaluate", "cli", "demo"}
 USES_TRANSFORMERS |= {"loading", "reports", "run"}  # parts of trainer and cli that have a file of their own
-USES_TRANSFORMERS |= {"moving_reference", "evaluation", "model_card", "layers"}
+USES_TRANSFORMERS |= {"moving_reference", "evaluation", "model_card", "layers", "training_loop"}
 NUMPY_ALONE = {"data/pairs.py", "data/curriculum.py", "data/packing.py", "data/batches.py", "data/truncation.py"}
 NUMPY_ALONE |= {"win_rate.py"}
 NUMPY_ALONE |= {"data/strength.py", "data/buffers.py"}  # parts of pairs and curriculum

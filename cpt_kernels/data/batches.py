@@ -36,6 +36,8 @@ class BatchSampler:
         max_tokens: budget of a micro-batch in tokens; whole rows are packed to fill it.
         shuffle, seed: a new order every epoch, the same on every rank; resuming needs only the epoch.
         world_size, rank: this rank takes every ``world_size``-th micro-batch.
+        micro_batches: of an optimizer step on this rank. With a budget the plan depends on how many a step has in all,
+            not on how many of them are other ranks', so that a run may go on with another number of ranks.
         drop_last: leave out rows that do not fill a micro-batch on every rank (by rows only).
         draws: the rows of each epoch and their order, in place of all rows shuffled.
 
@@ -50,6 +52,7 @@ class BatchSampler:
     seed: int = 0
     world_size: int = 1
     rank: int = 0
+    micro_batches: int = 1
     drop_last: bool = False
     draws: Draws | None = None
     epoch: int = field(default=0, init=False)
@@ -95,7 +98,12 @@ class BatchSampler:
         return tokens.sum() / (self._batches * self.max_tokens) if self.max_tokens else 1.0
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        return split_to(self._plan(epoch), self._batches, self.world_size)
+        return split_to(self._plan(epoch), self._batches, self._multiple)
+
+    @property
+    def _multiple(self) -> int:
+        """Micro-batches come in so many: a step's with a budget, else one of each rank."""
+        return self.world_size * (self.micro_batches if self.max_tokens else 1)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         random = np.random.default_rng([self.seed, epoch])
@@ -107,9 +115,9 @@ class BatchSampler:
                 random.shuffle(rows)
         if self.max_tokens and self.draws is not None:
             *full, last = pack_in_order(rows.tolist(), self.tokens.__getitem__, self.max_tokens)
-            return _with_even_end(full, [last], self.tokens, self.max_tokens, self.world_size)
+            return _with_even_end(full, [last], self.tokens, self.max_tokens, self._multiple)
         if self.max_tokens:
-            return pack_rows(rows, self.tokens, self.max_tokens, self.world_size, random if self.shuffle else None)
+            return pack_rows(rows, self.tokens, self.max_tokens, self._multiple, random if self.shuffle else None)
         batches = [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
         if self.drop_last:
             whole = len(rows) // (self.batch_size * self.world_size) * self.world_size

@@ -22,6 +22,8 @@ from .truncation import truncate
 # [(prompt ids, completion ids)] -> log-probs of all their completions' tokens, one array; NaN where they are not known
 ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], "NDArray[np.float32]"]
 
+Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, completion
+
 
 class PackedBatch(TypedDict):
     """T tokens, N predicted tokens, S completions, P pairs, G attention segments. Lists stay on the host."""
@@ -74,28 +76,42 @@ class PackedCollator:
     pad_token_id: int = 0
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
-        groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # prompt -> its completions, in order
-        edges: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []  # pairs (chosen, target[, rejected]) by content
+        run: list[Tokens] = []
+        edges: list[tuple[Tokens, ...]] = []
         gaps: list[float | None] = []
         for row in rows:
-            sequences = [
+            sequences: list[Tokens] = [
                 tuple(map(tuple, truncate(row["prompt_ids"], completion, self.max_length, self.truncation_mode)))
                 for completion in row["completion_ids"]
             ]
             for chosen, target, *rejected in zip(
                 row["chosen"], row["targets"], *([row["rejected"]] * bool(row["rejected"]))
             ):
-                edges.append([sequences[i] for i in (chosen, target, *rejected)])
-                scores = row.get("scores")
-                gaps.append(scores[chosen] - scores[rejected[0]] if scores and rejected else None)
-            for prompt, completion in sequences:
-                if completion:  # else nothing of it is left to score; no pair refers to it
-                    groups.setdefault(prompt, {})[completion] = None
-        if not rows:  # a rank whose last micro-batch is empty still takes part in every collective
-            groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
-        return self._pack(groups, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
+                edges.append(tuple(sequences[i] for i in (chosen, target, *rejected)))
+                gaps.append(gap_of(row, chosen, *rejected))
+            run += sequences
+        return self.pack(run, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
 
-    def _pack(self, groups: dict, edges: list, gaps: list, places: list[float]) -> PackedBatch:
+    def pack(
+        self,
+        sequences: Sequence[Tokens],
+        edges: Sequence[tuple[Tokens, ...]],
+        gaps: Sequence[float | None],
+        places: list[float],
+    ) -> PackedBatch:
+        """A batch of these sequences.
+
+        Args:
+            edges: the sequences of each pair: chosen, target of SLiC's regulariser, and rejected where there is one.
+            gaps: of the pairs, as of :func:`gap_of`.
+            places: see :class:`PackedBatch`.
+        """
+        groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # prompt -> its completions, in order
+        for prompt, completion in sequences:
+            if completion:  # else nothing of it is left to score; no pair refers to it
+                groups.setdefault(prompt, {})[completion] = None
+        if not sequences:  # a rank whose last micro-batch is empty still takes part in every collective
+            groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
         lengths = [
             GroupLengths(len(prompt), [len(c) for c in completions], self._shares(prompt, completions))
             for prompt, completions in groups.items()
@@ -154,6 +170,12 @@ class PackedCollator:
         logps = self.reference(sequences) if scored else np.zeros(stops[-1], np.float32)
         missing = [(s, *sequences[s]) for s in np.flatnonzero(np.isnan(logps[stops - 1])).tolist()]
         return {"ref_token_logps": torch.from_numpy(logps), "ref_missing": missing}
+
+
+def gap_of(row: Mapping[str, Any], chosen: int, rejected: int | None = None) -> float | None:
+    """By how much a row's completion is better than another, by its scores; None where it does not say."""
+    scores = row.get("scores")
+    return scores[chosen] - scores[rejected] if scores and rejected is not None else None
 
 
 def _ints(values: Any) -> Tensor:

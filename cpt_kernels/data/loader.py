@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from .batches import BatchSampler, pack_in_order, pack_rows
 from .buffers import StreamDraws
 from .curriculum import PLACE, Curriculum, Draws, read_keys
+from .preparation import PreparationReport
 
 # Rows of a stream that are packed together under a token budget.
 _STREAM_WINDOW = 512
@@ -69,6 +70,7 @@ def make_loader(
     share_prompts: bool,
     training: bool,
     draws: Draws | StreamDraws | None = None,
+    batch_size: int = 1,
 ) -> DataLoader:
     """This rank's micro-batches of a prepared dataset. accelerate would repeat rows to make ranks even; this does not.
 
@@ -78,6 +80,7 @@ def make_loader(
         share_prompts: whether the collator runs a prompt once for all its completions.
         training: in the order that training wants, else the dataset's own.
         draws: of a curriculum, see :func:`make_draws`.
+        batch_size: rows of a micro-batch, where ``args`` give no budget of tokens.
 
     Raises:
         ValueError: a row is longer than the budget of a micro-batch, or a stream would be read by several processes.
@@ -90,8 +93,9 @@ def make_loader(
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
     )
-    batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
     world = dict(world_size=args.world_size, rank=args.process_index)
     accumulation = args.gradient_accumulation_steps
     if isinstance(dataset, IterableDataset):
@@ -106,6 +110,7 @@ def make_loader(
     sampler = BatchSampler(
         count_tokens(dataset),
         batch_size=batch_size,
+        micro_batches=accumulation if training else 1,
         max_tokens=args.max_tokens_per_batch,
         shuffle=training and args.train_sampling_strategy != "sequential",
         seed=order_seed(args),
@@ -131,6 +136,19 @@ def report_draws(loader: EpochLoader, draws: Draws, args: Any) -> list[str]:
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * math.ceil(len(sampler) / accumulation))
     return draws.report(sampler.count_draws(steps, accumulation))
+
+
+def report_stream(report: PreparationReport, draws: StreamDraws | None, args: Any, steps: int) -> list[str]:
+    """Lines of text: what was read of a stream, and dropped, in so many steps.
+
+    Raises:
+        ValueError: there was no step.
+    """
+    if not steps:
+        raise ValueError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
+    if args.dataloader_num_workers:
+        return ["what was read and dropped of the stream was counted in a worker: set dataloader_num_workers=0"]
+    return [*report.summary(), *(draws.report() if draws is not None else [])]
 
 
 def row_tokens(
