@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,6 +21,11 @@ from .ops.attention import AttentionLayout, shared_prompt_attention
 
 _PREFIX = "shared_prompt_over_"
 _segments = torch.compiler.disable(shared_prompt_attention)  # a graph of it would hold for one batch's lengths alone
+# What transformers asks a row's values, and waits for the device to know: whether positions start again, whether it pads.
+_QUESTIONS = (
+    (masking_utils, "find_packed_sequence_indices"),
+    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+)
 _packed = ContextVar("packed", default=False)  # masks are built by the model, outside of what checkpointing recomputes
 
 
@@ -69,9 +75,14 @@ def attention_over(implementation: str) -> str:
 def packed_forward() -> Iterator[None]:
     """The forward inside runs a packed row, whose masking is the attention's own business."""
     token = _packed.set(True)
+    own = [getattr(owner, name) for owner, name in _QUESTIONS]
+    for owner, name in _QUESTIONS:
+        setattr(owner, name, lambda *_: None)
     try:
         yield
     finally:
+        for (owner, name), function in zip(_QUESTIONS, own):
+            setattr(owner, name, function)
         _packed.reset(token)
 
 
