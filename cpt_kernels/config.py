@@ -213,6 +213,12 @@ class ContrastiveConfig(TrainingArguments):
             if self.process_index == 0 and getattr(self, name) is not None:
                 logger.warning(f"{name}={getattr(self, name)} has no meaning here: {WITHOUT_MEANING[name]}")
 
+    @property
+    def device(self) -> torch.device:
+        """As transformers has it, but a CPU without the rank's number, for which no checkpoint can be read."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def build_loss(self) -> Loss:
         """The configured built-in loss, or sum of losses, with its options bound."""
         return build_loss(

@@ -319,6 +319,11 @@ class ContrastiveTrainer(PackedLoop):
             raise ValueError("ld_alpha looks at tokens, and the overridden compute_ref_log_probs gives sums")
         put_sums(inputs, *self.compute_ref_log_probs(model, inputs))
 
+    def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
+        if self.place_metrics is not None:
+            self.place_metrics.add(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     # --- Logging and evaluation ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -34,6 +34,7 @@ def main(folder: Path, name: str, rows: int, options: dict) -> None:
     data = preference_data(rows)
     if options.pop("stream", False):
         data = data.to_iterable_dataset()
+    checkpoint = options.pop("resume", None)
     trainer = Recording(
         tiny_model(options.pop("model", "llama")),
         args=config(folder / name, **options),
@@ -42,7 +43,7 @@ def main(folder: Path, name: str, rows: int, options: dict) -> None:
         processing_class=word_tokenizer(),
     )
     trainer.pairs = {}
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     rank = int(os.environ.get("RANK", 0))
     torch.save(trainer.gradients, folder / f"{name}-{rank}.pt")

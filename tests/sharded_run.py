@@ -25,16 +25,17 @@ UNEVEN = 5  # in every so many steps the last rank has no rows
 class FullySharded:
     """``fully_shard`` on layers, head (where it is not tied) and root, over a mesh of CPUs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, offload: bool = False) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        options = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
         for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, **options)
         if not model.config.tie_word_embeddings:
-            fully_shard(model.lm_head, mesh=mesh)
-        self.wrapped = fully_shard(model, mesh=mesh)
+            fully_shard(model.lm_head, **options)
+        self.wrapped = fully_shard(model, **options)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
@@ -86,7 +87,13 @@ class Alone:
         return gradients
 
 
-ENGINES = {"alone": Alone, "fsdp2": FullySharded, "zero2": lambda m: ZeRO(m, 2), "zero3": lambda m: ZeRO(m, 3)}
+ENGINES = {
+    "alone": Alone,
+    "fsdp2": FullySharded,
+    "fsdp2 with offload": lambda model: FullySharded(model, offload=True),
+    "zero2": lambda model: ZeRO(model, 2),
+    "zero3": lambda model: ZeRO(model, 3),
+}
 
 
 def rows_of(step: int, rank: int, world: int) -> list[dict]:

@@ -130,3 +130,28 @@ def test_draws_are_counted_as_a_trainer_takes_them(steps, micro_batches):
             left -= 1
     assert left == 0
     assert sampler.count_draws(steps, micro_batches).tolist() == [taken[row] for row in range(90)]
+
+
+@pytest.mark.parametrize("case", ["by rows", "by tokens", "a curriculum by tokens"])
+def test_steps_have_the_same_rows_on_any_number_of_ranks(case):
+    """Of 4 micro-batches in all, however many ranks they are of."""
+    draws, tokens = leveled(300, 300) if "curriculum" in case else (None, lengths(601))
+    by = {"max_tokens": BUDGET} if "tokens" in case else {"batch_size": 3}
+
+    def steps(world: int) -> list[list[list[int]]]:
+        parts = []
+        for rank in range(world):
+            sampler = BatchSampler(tokens, world_size=world, rank=rank, micro_batches=4 // world, draws=draws, **by)
+            sampler.plan_epochs(3)
+            epochs = []
+            for epoch in range(3):
+                sampler.set_epoch(epoch)
+                batches = list(sampler)
+                assert len(batches) == len(sampler)
+                epochs.append([flat(batches[i : i + 4 // world]) for i in range(0, len(batches), 4 // world)])
+            parts.append(epochs)
+        return [[sorted(flat(step)) for step in zip(*epoch)] for epoch in zip(*parts)]
+
+    alone = steps(1)
+    assert steps(2) == alone and steps(4) == alone and len(alone[0]) > 5
+    assert alone[0] != alone[1]

@@ -30,9 +30,10 @@ def run(folder: Path, name: str, processes: int, rows: int, **options) -> dict:
     ],
 )
 def test_two_ranks_take_the_steps_of_one(tmp_path, rows, one, two):
-    common = {"num_train_epochs": 2, "train_sampling_strategy": "sequential"}
+    common = {"max_steps": 20, "train_sampling_strategy": "sequential", "learning_rate": 1e-3}
     alone = run(tmp_path, "one", 1, rows, **common, **one)
     both = run(tmp_path, "two", 2, rows, **common, **two)
+    assert len(alone["losses"]) == 20 and alone["losses"][-1] < 0.9 * alone["losses"][0]
     assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
     for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
         assert both["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-3), key
@@ -80,3 +81,32 @@ def test_ranks_fill_one_cache_and_a_token_budget_evens_them(tmp_path):
     cached = run(tmp_path, "two", 2, 40, **options)
     assert cached["losses"] == two["losses"]
     assert len(list((tmp_path / "two/ref").rglob("*.arrow"))) <= 4  # two ranks, two datasets, and only once
+
+
+RESUMED = {
+    "by rows": (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2},
+    ),
+    "a curriculum by tokens": (
+        {"max_tokens_per_batch": 60, "gradient_accumulation_steps": 4, "curriculum": {"levels": ["a>b", "a>c"]}},
+        {"max_tokens_per_batch": 60, "gradient_accumulation_steps": 2, "curriculum": {"levels": ["a>b", "a>c"]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, case):
+    """From one to two and back: the pairs of every step, and its loss, are those of a run that was never stopped."""
+    one, two = RESUMED[case]
+    saving = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}
+    whole = run(tmp_path, "whole", 1, 26, max_steps=9, **saving, **one)
+    expected = pairs_by_step(tmp_path, "whole", 1)
+    assert len(expected) == 9 and all(expected)
+    for ranks, options, before, checkpoint in ((2, two, "whole", 3), (1, one, "on 2", 6)):
+        folder = tmp_path / before / "out" / f"checkpoint-{checkpoint}"
+        found = run(tmp_path, f"on {ranks}", ranks, 26, max_steps=9, resume=str(folder), **saving, **options)
+        assert found["losses"] == pytest.approx(whole["losses"], abs=1e-4)
+        assert pairs_by_step(tmp_path, f"on {ranks}", ranks) == expected[checkpoint:]
+        counts = [[entry["num_tokens"] for entry in r["history"] if "loss" in entry] for r in (found, whole)]
+        assert counts[0] == counts[1]
