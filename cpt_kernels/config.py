@@ -60,6 +60,20 @@ REMOVED = {
     "force_use_ref_model": "a ref_model that is passed is used",
     "ref_model_init_kwargs": "load the reference as you like and pass it as ref_model",
     "tools": "give the data a column of tools",
+    # transformers', as older configurations have them
+    "warmup_ratio": "set warmup_steps, which below 1 is a share of all steps",
+    "evaluation_strategy": "set eval_strategy",
+    "torch_dtype": "set dtype",
+    "no_cuda": "set use_cpu",
+    "group_by_length": "set max_tokens_per_batch, which fills micro-batches whatever lengths rows have",
+    "overwrite_output_dir": "an output_dir that is there is written to",
+    "logging_dir": "trackers have settings of their own: TENSORBOARD_LOGGING_DIR, WANDB_DIR",
+    "save_safetensors": "weights are always saved as safetensors",
+    "push_to_hub_model_id": "set hub_model_id",
+    "include_tokens_per_second": "num_tokens is always logged",
+    "fsdp_transformer_layer_cls_to_wrap": "set transformer_layer_cls_to_wrap in fsdp_config",
+    "gradient_checkpointing_use_reentrant": "set use_reentrant in gradient_checkpointing_kwargs",
+    "use_liger": "set use_liger_kernel",
 }
 
 
