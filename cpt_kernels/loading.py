@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +48,14 @@ def check_devices(args: ContrastiveConfig) -> None:
             f"{args.n_gpu} GPUs are visible to one process, and DataParallel is not supported: start with"
             " accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
         )
+
+
+def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a user passed, or that of a processor of a model which sees images, too."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"processing_class is {type(processing_class).__name__}, expected a tokenizer")
+    return tokenizer
 
 
 def load_tokenizer(model: str | nn.Module, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
@@ -130,14 +139,14 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
         kind = type(peft_config).__name__
         raise ValueError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
     # ZeRO-3 gathers into buffers of one dtype: an adapter in fp32 beside weights in bf16 would fail.
-    cast = _zero_stage(args) != 3 or _is_quantised(model)
+    cast = zero_stage(args) != 3 or _is_quantised(model)
     return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
 
 
 def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
     """What training of an adapter needs; it is what TRL does."""
     if args.gradient_checkpointing:
-        if _zero_stage(args) == 3:  # it frees what a recomputation that is not reentrant looks at
+        if zero_stage(args) == 3:  # it frees what a recomputation that is not reentrant looks at
             args.gradient_checkpointing_kwargs = (args.gradient_checkpointing_kwargs or {}) | {"use_reentrant": True}
         model.enable_input_require_grads()
     if _is_quantised(model):  # QLoRA, arXiv 2305.14314, §3. DoRA's magnitudes would move by less than bf16 resolves
@@ -146,8 +155,9 @@ def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _zero_stage(args: ContrastiveConfig) -> int | None:
-    return None if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+def zero_stage(state: ContrastiveConfig | AcceleratorState) -> int | None:
+    """DeepSpeed's stage of sharding, None without DeepSpeed."""
+    return None if state.deepspeed_plugin is None else state.deepspeed_plugin.zero_stage
 
 
 def _is_quantised(model: nn.Module) -> bool:

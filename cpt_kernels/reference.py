@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from torch import nn
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .data.collate import PackedBatch, PackedCollator, ReferenceLookup
 from .fingerprint import describe, fingerprint
-from .loading import dropout
+from .loading import dropout, whole_weights, zero_stage
 from .model import PackedModel, base_model
 from .ops.gather import segment_sum
 from .reference_cache import ReferenceCache
@@ -65,7 +65,14 @@ class Reference:
         self.adapters_off = ref_model is None and new_adapter
         self._start_is_checked = ref_model is not None  # else policy and reference are the same at the start
         self.owned = given = ref_model is not None
-        self.live = self.owned or self.adapters_off or keep
+        # An adapter that the policy came with is small: its values at the start are kept for data that come later.
+        whole = accelerator.distributed_type != DistributedType.FSDP and zero_stage(accelerator.state) != 3
+        trained = (
+            [p for p in policy.model.parameters() if p.requires_grad] if hasattr(policy.model, "peft_config") else []
+        )
+        kept = trained if whole and not (given or self.adapters_off or keep) else []
+        self._start = {parameter: parameter.detach().cpu().clone() for parameter in kept}
+        self.live = self.owned or self.adapters_off or keep or bool(self._start)
         if ref_model is None and keep and not self.adapters_off:
             ref_model = copy.deepcopy(policy.model)
             self.owned = True
@@ -88,6 +95,7 @@ class Reference:
         files = self.packed.files if given else policy.files
         policy.files = self.packed.files = None  # from now on the model may be changed
         digest = fingerprint(model, **identity, files=files, directory=Path(cache_dir).expanduser())
+        self._identity, self._digest = identity, digest
         self.cache = ReferenceCache(cache_dir, digest, description=describe(model, **identity))
         if accelerator.is_main_process:
             logger.warning(
@@ -258,11 +266,40 @@ class Reference:
 
     def _model(self) -> nn.Module:
         if self.packed is None:
+            self.packed, self.owned = self._load_again(), True
+        return self.packed.model
+
+    def _load_again(self) -> PackedModel:
+        """The start weights from where the policy came from: they left memory when training began."""
+        base = base_model(self.policy.model)
+        name, revision = base.config._name_or_path, getattr(base.config, "_commit_hash", None)
+        try:
+            if not name or base is not self.policy.model:
+                raise OSError("it was not loaded by name or folder")
+            with whole_weights():
+                model = type(base).from_pretrained(name, dtype=base.dtype, revision=revision or "main")
+            if fingerprint(model, **self._identity) != self._digest:
+                raise OSError(f"{name} holds other weights than training started from")
+        except OSError as error:
             raise ValueError(
                 "reference log-probs are missing for this data, and the start weights that they would be scored with"
-                " have been trained: pass the data when the trainer is made, or pass a ref_model"
-            )
-        return self.packed.model
+                f" have been trained, and cannot be loaded again ({error}): pass the data when the trainer is made, set"
+                " precompute_ref_log_probs=false, or pass a ref_model"
+            ) from error
+        model.requires_grad_(False).eval()
+        return PackedModel(model, self.policy.head_memory_mb, self.policy.attention_backend)
+
+    @contextlib.contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """The policy's own adapter as it came."""
+        now = {parameter: parameter.data for parameter in self._start}
+        try:
+            for parameter, values in self._start.items():
+                parameter.data = values.to(parameter.device)
+            yield
+        finally:
+            for parameter, values in now.items():
+                parameter.data = values
 
     @torch.no_grad()
     def _score(self, batch: PackedBatch) -> list[np.ndarray]:
@@ -274,7 +311,7 @@ class Reference:
         model.eval()
         try:
             adapters = model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
-            with adapters, self.accelerator.autocast():
+            with adapters, self._at_start(), self.accelerator.autocast():
                 logps = self.packed(batch).tokens.logps
         finally:
             model.train(training)

@@ -73,6 +73,7 @@ def train(options: Options) -> ContrastiveTrainer:
     if options.script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
+    trainer.dataset_name = options.script.dataset_name
     use_progress_lines(trainer)
     if trainer.is_world_process_zero():
         (output / CONFIG_FILE).write_text(options.to_yaml(), encoding="utf-8")

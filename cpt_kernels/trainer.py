@@ -32,6 +32,7 @@ from .loading import (
     check_devices,
     check_vocabularies,
     checked_config,
+    checked_tokenizer,
     load_models,
     load_tokenizer,
     may_share_prompts,
@@ -98,7 +99,7 @@ class ContrastiveTrainer(PackedLoop):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("there is no data: give train_dataset or eval_dataset")
         set_seed(args.seed)  # a new adapter's weights are random
-        tokenizer = processing_class or load_tokenizer(model, args)
+        tokenizer = load_tokenizer(model, args) if processing_class is None else checked_tokenizer(processing_class)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         if ref_tokenizer is not None:
             check_same_tokenizer(tokenizer, ref_tokenizer)
@@ -149,6 +150,8 @@ class ContrastiveTrainer(PackedLoop):
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
         base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
+
+    dataset_name: str | None = None  # of the training data, for the model card
 
     # --- Data ---
 
@@ -358,7 +361,7 @@ class ContrastiveTrainer(PackedLoop):
                 Path(self.args.output_dir) / "README.md",
                 name=model_name or self.args.hub_model_id or Path(self.args.output_dir).name,
                 base=base.config._name_or_path or None,
-                dataset=dataset_name,
+                dataset=dataset_name or self.dataset_name,
                 tags=dict.fromkeys([*base.model_tags, *([tags] if isinstance(tags, str) else tags)]),
                 args=self.args,
                 log_history=self.state.log_history,

@@ -1,4 +1,4 @@
-"""`trl dpo`'s options: none is missing here, and what they make (adapter, quantisation, data) is what TRL makes of them."""
+"""Options of `trl dpo`: none is missing here, and what they make (adapter, quantisation, data) is what TRL makes."""
 
 from __future__ import annotations
 
@@ -103,19 +103,31 @@ def test_methods_that_users_override_are_called_as_trls(name):
 def test_adapters_are_trls(flags):
     flags = ["--use_peft", *flags]
     ours = run_module._lora(parse([*NEEDED, *flags]).model)
-    _, _, model, _ = dpo.make_parser().parse_args_and_config(["--output_dir", "x", "--use_cpu", "--bf16", "false", *flags])
+    _, _, model, _ = dpo.make_parser().parse_args_and_config(
+        ["--output_dir", "x", "--use_cpu", "--bf16", "false", *flags]
+    )
     theirs = trl.get_peft_config(model)
     assert ours.to_dict() == theirs.to_dict()
 
 
 def test_quantisation_is_trls(monkeypatch):
-    flags = ["--use_peft", "--load_in_4bit", "--bnb_4bit_quant_type", "fp4", "--use_bnb_nested_quant", "--dtype", "bfloat16"]
+    flags = [
+        "--use_peft",
+        "--load_in_4bit",
+        "--bnb_4bit_quant_type",
+        "fp4",
+        "--use_bnb_nested_quant",
+        "--dtype",
+        "bfloat16",
+    ]
     flags += ["--bnb_4bit_quant_storage", "bfloat16"]
     options = parse([*NEEDED, *flags])
     with pytest.raises(ValueError, match="need the bitsandbytes package: pip install bitsandbytes"):
         run_module._quantization(options.model, options.training)
     monkeypatch.setattr(run_module, "find_spec", lambda _: True)
-    _, _, model, _ = dpo.make_parser().parse_args_and_config(["--output_dir", "x", "--use_cpu", "--bf16", "false", *flags])
+    _, _, model, _ = dpo.make_parser().parse_args_and_config(
+        ["--output_dir", "x", "--use_cpu", "--bf16", "false", *flags]
+    )
     ours, theirs = run_module._quantization(options.model, options.training), trl.get_quantization_config(model)
     ours, theirs = ({k: v for k, v in q.to_dict().items() if k != "llm_int8_skip_modules"} for q in (ours, theirs))
     assert ours == theirs

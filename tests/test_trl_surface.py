@@ -1,0 +1,326 @@
+"""What users of TRL pass to the trainer, override in it and call: collators, optimizers, adapters, methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from architectures import tiny_model
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from toy import config, losses, preference_data, preference_rows, word_tokenizer
+from trl_runs import LOGPS, REWARDS, assert_same_steps, one_thread, run, run_ours, run_trl
+
+from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
+from cpt_kernels.data.collate import PackedCollator
+from cpt_kernels.loading import prepare_adapter
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
+collators = pytest.importorskip("trl.trainer.dpo_trainer")
+
+
+def make_trainer(folder, cls=ContrastiveTrainer, model=None, **arguments) -> ContrastiveTrainer:
+    names = [field.name for field in dataclasses.fields(ContrastiveConfig)]
+    options = {name: arguments.pop(name) for name in names if name in arguments}
+    return cls(
+        tiny_model("llama") if model is None else model,
+        args=config(folder, **{"max_steps": 2, **options}),
+        **{"train_dataset": preference_data(8), "processing_class": word_tokenizer(), **arguments},
+    )
+
+
+def rows(count: int = 24) -> Dataset:
+    return Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(count)])
+
+
+def both(folder, ours=ContrastiveTrainer, theirs=trl.DPOTrainer, **options) -> None:
+    """Train by both, and compare."""
+    options = {"max_steps": 6, "per_device_train_batch_size": 4, **options}
+    cache = {"ref_cache_dir": f"{folder}/cache"}
+    a = run(ours, ContrastiveConfig, folder / "ours", rows(), **options, **cache)
+    b = run(theirs, trl.DPOConfig, folder / "trl", rows(), **options)
+    assert_same_steps(a, b, (*REWARDS, *LOGPS))
+    assert a.logs[-1]["loss"] != pytest.approx(a.logs[0]["loss"], abs=1e-3)
+
+
+# --- Overridden ---
+
+
+def shifted(base):
+    """A trainer whose reference finds every chosen side half a nat less likely."""
+
+    class Shifted(base):
+        def compute_ref_log_probs(self, model, inputs):
+            chosen, rejected = super().compute_ref_log_probs(model, inputs)
+            return chosen - 0.5, rejected
+
+    return Shifted
+
+
+def test_reference_log_probs_of_the_users_own(tmp_path):
+    both(tmp_path, shifted(ContrastiveTrainer), shifted(trl.DPOTrainer), beta=1.0)
+
+
+def test_they_count_where_nothing_is_precomputed_too(tmp_path):
+    """TRL then never calls the method."""
+    trainer = make_trainer(tmp_path, shifted(ContrastiveTrainer), precompute_ref_log_probs=False, beta=1.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_they_are_sums(tmp_path):
+    with pytest.raises(ValueError, match="ld_alpha looks at tokens"):
+        make_trainer(tmp_path, shifted(ContrastiveTrainer), ld_alpha=0.5).train()
+
+
+def test_preparation_of_the_users_own(tmp_path):
+    class Fewer(ContrastiveTrainer):
+        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+            return super()._prepare_dataset(dataset.select(range(4)), processing_class, args, dataset_name)
+
+    class Tokenised(ContrastiveTrainer):
+        """As TRL's own returns them."""
+
+        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+            ids = lambda text: processing_class(text)["input_ids"]  # noqa: E731
+            return dataset.map(
+                lambda row: {
+                    "prompt_ids": ids(row["prompt"]),
+                    **{f"{side}_ids": [*ids(row[side]), 2] for side in ("chosen", "rejected")},
+                },
+                remove_columns=dataset.column_names,
+            )
+
+    assert len(make_trainer(tmp_path, Fewer).train_dataset) == 4
+    usual, own = make_trainer(tmp_path), make_trainer(tmp_path, Tokenised)
+    for trainer in (usual, own):
+        trainer.train()
+    assert losses(own) == losses(usual)
+    stream = make_trainer(tmp_path, Tokenised, train_dataset=preference_data(8).to_iterable_dataset())
+    stream.train()
+    assert len(losses(stream)) == 2
+
+
+# --- Passed ---
+
+
+class LeftPadding(collators.DataCollatorForPreference):
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        order = batch["attention_mask"].argsort(dim=1, stable=True)  # pads first
+        return {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask", "completion_mask")}
+
+
+def with_collator(base, collator):
+    class Collating(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, data_collator=collator, **kwargs)
+
+    return Collating
+
+
+@pytest.mark.parametrize(
+    "cut", [{}, {"max_length": 14}, {"max_length": 14, "truncation_mode": "keep_end"}], ids=["", "start", "end"]
+)
+def test_a_collator_written_for_trl(tmp_path, cut):
+    """It cuts what it likes, shorter than max_length; where a reference is in memory, what it makes new is scored."""
+    collator = collators.DataCollatorForPreference(pad_token_id=0, **cut)
+    options = {"precompute_ref_log_probs": False, "ref_model": tiny_model("qwen2"), "max_length": 16}
+    both(tmp_path, *(with_collator(base, collator) for base in (ContrastiveTrainer, trl.DPOTrainer)), **options)
+
+
+def test_collators_pad_as_they_like(tmp_path):
+    usual = make_trainer(tmp_path)
+    left = make_trainer(tmp_path, data_collator=LeftPadding(pad_token_id=0))
+    packed = make_trainer(tmp_path, data_collator=PackedCollator(share_prompts=False))
+    for trainer in (usual, left, packed):
+        trainer.train()
+    assert losses(left) == losses(usual)
+    assert losses(packed) == pytest.approx(losses(usual), abs=1e-5) and not packed.collator.share_prompts
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (
+            lambda rows: {"input_ids": torch.zeros(2, 2)},
+            "data_collator returned input_ids: it must be a PackedCollator",
+        ),
+        (
+            lambda rows: dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), torch.ones(3, 4)),
+            "3 sequences",
+        ),
+        (collators.DataCollatorForPreference(0, max_length=1), "left nothing of a completion"),
+    ],
+)
+def test_collators_that_do_not_fit(tmp_path, collate, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, data_collator=collate).train()
+
+
+def test_an_optimizer_and_a_schedule(tmp_path):
+    def optimizing(base):
+        class Optimizing(base):
+            def __init__(self, model, *args, **kwargs):
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+                schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+                super().__init__(model, *args, optimizers=(optimizer, schedule), **kwargs)
+
+        return Optimizing
+
+    both(tmp_path, optimizing(ContrastiveTrainer), optimizing(trl.DPOTrainer))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]},
+        {"target_parameters": ["self_attn.q_proj.weight"], "target_modules": []},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_adapters(tmp_path, change):
+    made = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | change)
+    options = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "peft_config": made}
+    ours, theirs = (run(tmp_path / run.__name__, rows(), **options) for run in (run_ours, run_trl))
+    assert_same_steps(ours, theirs, (*REWARDS, *LOGPS))
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in theirs.gradients.items():
+        torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peft_config": {"r": 4}}, "peft_config is dict: expected one of peft"),
+        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "adds tokens to prompts"),
+        ({"quantization_config": object()}, "quantization_config is for a model given by name"),
+        ({"args": trl.DPOConfig("x", use_cpu=True, bf16=False, report_to="none")}, "args is a DPOConfig of trl"),
+        ({"processing_class": "tokenizer"}, "processing_class is str, expected a tokenizer"),
+    ],
+)
+def test_arguments_that_do_not_fit(tmp_path, arguments, message):
+    kept = {"args": config(tmp_path), "processing_class": word_tokenizer()} | arguments
+    with pytest.raises(ValueError, match=message):
+        ContrastiveTrainer(tiny_model("llama"), train_dataset=preference_data(4), **kept)
+
+
+def test_two_adapters(tmp_path):
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="has an adapter already"):
+        make_trainer(tmp_path, model=adapted, peft_config=LoraConfig())
+
+
+def test_init_kwargs_of_a_model_that_is_loaded(tmp_path, caplog):
+    make_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+    assert "model_init_kwargs has no effect: the model is loaded already" in caplog.text
+
+
+def test_models_and_a_reference_by_name(tmp_path):
+    """Both are loaded as model_init_kwargs say."""
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    for name, seed in (("model", 0), ("reference", 1)):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+    kwargs = {"dtype": "bfloat16", "attn_implementation": "eager", "revision": "main"}
+    trainer = make_trainer(
+        tmp_path,
+        model=str(tmp_path / "model"),
+        ref_model=str(tmp_path / "reference"),
+        processing_class=None,
+        model_init_kwargs=kwargs,
+    )
+    for packed in (trainer.packed, trainer.reference.packed):
+        assert packed.model.dtype == torch.bfloat16 and packed.model.config._attn_implementation.endswith("eager")
+    assert trainer.evaluate(preference_data(4, seed=3))["eval_rewards/margins"] != 0
+    fp32 = make_trainer(tmp_path, model=str(tmp_path / "model"), processing_class=None)
+    assert fp32.model.dtype == torch.float32
+
+
+def test_adapters_are_prepared_as_trl_does_it(tmp_path):
+    """QLoRA's in bf16, but for DoRA's magnitudes; under ZeRO-3 checkpoints are recomputed reentrantly."""
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+    args = config(tmp_path, gradient_checkpointing=True)
+    prepare_adapter(model, args)
+    assert args.gradient_checkpointing_kwargs is None
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    model.is_loaded_in_4bit = True
+    prepare_adapter(model, args)
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert {dtype for name, dtype in dtypes.items() if "magnitude" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "magnitude" not in name} == {torch.bfloat16}
+
+
+# --- Called ---
+
+
+def test_evaluation_of_whatever_is_given(tmp_path):
+    sets = {"a": preference_data(4, seed=3), "b": preference_data(5, seed=4)}
+    trainer = make_trainer(tmp_path, eval_dataset=DatasetDict(sets))
+    expected = trainer.evaluate()
+    names = {name for name in expected if name.endswith("rewards/margins")}
+    assert names == {"eval_a_rewards/margins", "eval_b_rewards/margins"}
+    for found in (trainer.evaluate(sets), trainer.evaluate(DatasetDict(sets)), trainer.evaluate(trainer.eval_dataset)):
+        assert {k: v for k, v in found.items() if "log" in k} == {k: v for k, v in expected.items() if "log" in k}
+    one = trainer.evaluate("b", metric_key_prefix="held_out")
+    assert one["held_out_logps/chosen"] == expected["eval_b_logps/chosen"]
+    stream = trainer.evaluate(sets["a"].to_iterable_dataset())
+    assert stream["eval_logps/chosen"] == pytest.approx(expected["eval_a_logps/chosen"], abs=1e-4)
+
+
+def test_predictions_are_rewards(tmp_path):
+    trainer = make_trainer(
+        tmp_path, compute_metrics=lambda p: {"spread": float(np.ptp(p.predictions))}, eval_dataset=preference_data(4)
+    )
+    trainer.train()
+    data = preference_data(5, seed=8)
+    trainer.args.precompute_ref_log_probs = False
+    trainer.reference.packed, trainer.reference.owned = trainer.packed, False  # any reference will do
+    output = trainer.predict(data)
+    assert output.predictions.shape == (5, 2) and output.metrics["test_spread"] == np.ptp(output.predictions)
+    margins = output.predictions[:, 0] - output.predictions[:, 1]
+    assert output.metrics["test_rewards/margins"] == pytest.approx(margins.mean(), abs=1e-6)
+    assert "eval_spread" in trainer.evaluate()
+
+
+def test_new_data_after_training(tmp_path):
+    """The start weights left memory; they come from where they came from, if they are still the same."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    data = preference_data(4, seed=9)
+    with_reference = make_trainer(tmp_path / "a", ref_model=tiny_model("llama"), model=str(tmp_path / "model"))
+    again = make_trainer(tmp_path / "b", model=str(tmp_path / "model"))
+    for trainer in (with_reference, again):
+        trainer.train()
+    assert again.reference.packed is None
+    expected, found = (trainer.evaluate(data)["eval_rewards/margins"] for trainer in (with_reference, again))
+    assert found == pytest.approx(expected, abs=1e-5) and abs(found) > 1e-3
+    again.reference.packed = None
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"start weights.*holds other weights than training started from"):
+        again.evaluate(preference_data(4, seed=10))
+
+
+def test_new_data_after_training_of_an_adapter_that_came_with_the_model(tmp_path):
+    def adapted():
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        return get_peft_model(tiny_model("llama"), lora)
+
+    data = preference_data(4, seed=9)
+    before = make_trainer(tmp_path / "a", model=adapted())
+    expected = before.evaluate(data)
+    after = make_trainer(tmp_path / "b", model=adapted(), learning_rate=1e-2)
+    after.train()
+    trained = {name: p.clone() for name, p in after.model.named_parameters()}
+    found = after.evaluate(data)
+    assert found["eval_rewards/margins"] != 0
+    for name in ("chosen", "rejected"):
+        reference = found[f"eval_logps/{name}"] - found[f"eval_rewards/{name}"] / after.args.beta
+        assert reference == pytest.approx(expected[f"eval_logps/{name}"], abs=1e-4)
+    assert all(torch.equal(p, trained[name]) for name, p in after.model.named_parameters())
