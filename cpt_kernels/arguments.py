@@ -178,7 +178,8 @@ def defaults() -> dict[str, Any]:
 @cache
 def type_hints() -> dict[str, Any]:
     """Option -> its type."""
-    return {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items() if name in NAMES[cls]}
+    hints = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items() if name in NAMES[cls]}
+    return hints | {"fsdp": bool | str | None}  # transformers takes true as well as the words of old
 
 
 def groups() -> dict[str, tuple[str, ...]]:

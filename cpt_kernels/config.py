@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -213,6 +214,8 @@ class ContrastiveConfig(TrainingArguments):
                 "parallelism_config: tensor, context and sequence parallelism would cut packed rows, and are not"
                 " supported; use FSDP or DeepSpeed"
             )
+        if self.deepspeed and find_spec("deepspeed") is None:
+            raise ValueError("deepspeed needs the deepspeed package: pip install deepspeed")
         without_meaning = self._changed(WITHOUT_MEANING)  # transformers sets a few of them itself
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch import nn
@@ -41,8 +42,12 @@ def checked_config(model: str | nn.Module, args: ContrastiveConfig | None) -> Co
     return args
 
 
-def check_devices(args: ContrastiveConfig) -> None:
-    """Raise ValueError where one process would train on several GPUs."""
+def check_engine(args: ContrastiveConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError where one process would train on several GPUs, or FSDP's first version would shard."""
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP1 is not supported: set fsdp_version to 2 in accelerate's file, or version in fsdp_config"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, and DataParallel is not supported: start with"

@@ -29,7 +29,7 @@ from .loading import (
     aux_loss_coef,
     check_checkpoint,
     check_data,
-    check_devices,
+    check_engine,
     check_vocabularies,
     checked_config,
     checked_tokenizer,
@@ -75,6 +75,7 @@ class ContrastiveTrainer(PackedLoop):
         ValueError: data, model or options that cannot be trained with; the message says what and the mend.
     """
 
+    dataset_name: str | None = None  # of the training data, for the model card
     loss_is_scaled_for_ga = True  # over the pairs of the whole optimizer step, see compute_loss
 
     def __init__(
@@ -140,7 +141,7 @@ class ContrastiveTrainer(PackedLoop):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_devices(args)
+        check_engine(args, self.accelerator)
         attention = describe(args.attention_backend, args.device.type)
         if PartialState().is_main_process:
             logger.warning(attention)
@@ -150,8 +151,6 @@ class ContrastiveTrainer(PackedLoop):
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
         base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
-
-    dataset_name: str | None = None  # of the training data, for the model card
 
     # --- Data ---
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from architectures import tiny_model
+from toy import config
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 
-from cpt_kernels.loading import whole_weights
+from cpt_kernels.loading import check_engine, whole_weights
 
 
 def test_fsdp_loads_whole_weights(tmp_path, monkeypatch):
@@ -28,6 +31,15 @@ def test_fsdp_loads_whole_weights(tmp_path, monkeypatch):
     assert is_fsdp_enabled() and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_fsdp1_is_refused(tmp_path):
+    plugin = SimpleNamespace(fsdp_version=1)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match="FSDP1 is not supported: set fsdp_version to 2"):
+        check_engine(config(tmp_path), accelerator)
+    plugin.fsdp_version = 2
+    check_engine(config(tmp_path), accelerator)
 
 
 def test_zero3_is_back_after_loading():

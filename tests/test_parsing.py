@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,28 @@ def test_yaml_values(tmp_path, name, written, read):
 )
 def test_flag_values(flags, name, read):
     assert parse([*NEEDED, *flags]).values[name] == read
+
+
+@pytest.mark.parametrize(
+    ("flags", "reshards", "offloads"),
+    [
+        (["--fsdp"], True, False),
+        (["--fsdp", "full_shard auto_wrap"], True, False),
+        (["--fsdp", "shard_grad_op offload auto_wrap"], False, True),
+        (["--fsdp", "true", "--fsdp_config", '{"reshard_after_forward": false, "cpu_offload": true}'], False, True),
+    ],
+)
+def test_fsdp_as_flags(flags, reshards, offloads):
+    plugin = parse([*NEEDED, *flags]).training.fsdp_plugin_args
+    assert plugin["fsdp_version"] == 2 and plugin["reshard_after_forward"] is reshards
+    assert plugin.get("cpu_offload", False) is offloads
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_is_asked_for(tmp_path, capsys):
+    (tmp_path / "ds.json").write_text("{}")
+    assert run(*NEEDED, "--deepspeed", tmp_path / "ds.json") == 2
+    assert "deepspeed needs the deepspeed package: pip install deepspeed" in one_error(capsys)
 
 
 def test_the_saved_options_are_the_options(tmp_path):

@@ -81,3 +81,17 @@ def test_a_step_averages_over_its_pairs_however_they_fell_into_micro_batches(los
         for parameter, gradient in expected.gradients.items():
             difference = (record.gradients[parameter] - gradient).abs().max()
             assert difference <= 1e-12 * gradient.abs().max() + 1e-15, f"{name}: {parameter} differs by {difference}"
+
+
+def test_mixed_precision_is_trls(tmp_path) -> None:
+    """bf16 on a CPU: both round, each in its own places."""
+    rows = tokenised_pairs(STEPS // EPOCHS * PAIRS)
+    theirs, ours, exact = (
+        run(tmp_path / name, rows, bf16=bf16)
+        for name, run, bf16 in (("trl", run_trl, True), ("ours", run_ours, True), ("fp32", run_ours, False))
+    )
+    assert len(ours.logs) == len(theirs.logs) == len(exact.logs)
+    for a, b, c in zip(ours.logs, theirs.logs, exact.logs):
+        for name in ("loss", "rewards/margins"):
+            assert a[name] == pytest.approx(b[name], abs=2e-2) and a[name] == pytest.approx(c[name], abs=2e-2), name
+    assert ours.logs[-1]["logps/chosen"] != exact.logs[-1]["logps/chosen"]
