@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
-from .config import ContrastiveConfig
+from .config import REMOVED, ContrastiveConfig
 from .losses import Loss
 from .model import base_model
 from .weight_files import load
@@ -26,6 +26,19 @@ from .weight_files import load
 logger = logging.getLogger(__name__)
 
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def check_moved(names: Iterable[str]) -> None:
+    """Raise ValueError for arguments that TRL's constructor had once, TypeError for what was never one."""
+    options = ContrastiveConfig.__dataclass_fields__
+    for name in names:
+        if name == "tokenizer":
+            raise ValueError("tokenizer is no argument any more: pass it as processing_class")
+        if name in REMOVED:
+            raise ValueError(f"{name} is no argument any more: {REMOVED[name]}")
+        if name not in options:
+            raise TypeError(f"the trainer has no argument {name}")
+        raise ValueError(f"{name} is no argument any more: set it in args=DPOConfig({name}=...)")
 
 
 def checked_config(model: str | nn.Module, args: ContrastiveConfig | None) -> ContrastiveConfig:

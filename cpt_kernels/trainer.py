@@ -30,6 +30,7 @@ from .loading import (
     check_checkpoint,
     check_data,
     check_engine,
+    check_moved,
     check_vocabularies,
     checked_config,
     checked_tokenizer,
@@ -70,6 +71,7 @@ class ContrastiveTrainer(PackedLoop):
         peft_config: makes an adapter around the model.
         loss: a loss of your own instead of ``args.loss_type``: a :class:`Loss` or a function of :class:`PairLogps`.
         ref_tokenizer: the reference's tokenizer, to be compared with the policy's.
+        moved: arguments of old, to be refused with where they have gone.
 
     Raises:
         ValueError: data, model or options that cannot be trained with; the message says what and the mend.
@@ -95,7 +97,9 @@ class ContrastiveTrainer(PackedLoop):
         *,
         loss: Loss | Callable | None = None,
         ref_tokenizer: PreTrainedTokenizerBase | None = None,
+        **moved: Any,
     ) -> None:
+        check_moved(moved)
         args = checked_config(model, args)
         if train_dataset is None and eval_dataset is None:
             raise ValueError("there is no data: give train_dataset or eval_dataset")

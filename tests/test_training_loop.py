@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from toy import config, losses, preference_data, word_tokenizer
 from transformers import TrainerCallback
 
 from cpt_kernels import ContrastiveTrainer
+from cpt_kernels.data.loader import StreamBatches, row_tokens
 from cpt_kernels.ops import vocab_score
 
 ARCHITECTURES = ["llama", "llama-tied", "gemma2", "gpt2", "qwen3"]
@@ -89,11 +92,20 @@ class Guarded(ContrastiveTrainer):
             return super().get_batch_samples(iter(batches), num_batches, device)
 
 
-def make_trainer(folder, cls=ContrastiveTrainer, model="llama", rows=16, callbacks=(), peft_config=None, **options):
+def make_trainer(
+    folder,
+    cls=ContrastiveTrainer,
+    model="llama",
+    rows=16,
+    callbacks=(),
+    peft_config=None,
+    train_dataset=None,
+    **options,
+):
     return cls(
         tiny_model(model) if isinstance(model, str) else model,
         args=config(folder, **{"max_steps": 4, **options}),
-        train_dataset=preference_data(rows),
+        train_dataset=train_dataset or preference_data(rows),
         processing_class=word_tokenizer(),
         callbacks=list(callbacks),
         peft_config=peft_config,
@@ -218,3 +230,23 @@ def test_another_order_of_pairs_is_not_resumed(tmp_path):
         trainer = make_trainer(tmp_path, **options, **change)
         trainer.train(resume_from_checkpoint=checkpoint)
         assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("by", [{"max_tokens": None}, {"max_tokens": 60}])
+def test_a_stream_has_the_same_rows_in_a_step_on_any_number_of_ranks(tmp_path, by):
+    trainer = make_trainer(tmp_path, train_dataset=preference_data(23).to_iterable_dataset())
+    count = partial(row_tokens, max_length=None, truncation_mode="keep_start", share_prompts=True)
+
+    def steps(world: int) -> list[list[int]]:
+        size = 4 // (1 if by["max_tokens"] else world)
+        ranks = [
+            StreamBatches(trainer.train_dataset, size, count_tokens=count, world_size=world, rank=r, endless=True, **by)
+            for r in range(world)
+        ]
+        micro_batches = 4 // world if by["max_tokens"] else 1
+        taken = [list(itertools.islice(iter(rank), 9 * micro_batches)) for rank in ranks]
+        parts = [[row["row"] for batches in taken for batch in batches[i : i + micro_batches] for row in batch]
+                 for i in range(0, 9 * micro_batches, micro_batches)]  # fmt: skip
+        return [sorted(part) for part in parts]
+
+    assert steps(2) == steps(1) and all(steps(1))

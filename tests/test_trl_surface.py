@@ -211,6 +211,23 @@ def test_arguments_that_do_not_fit(tmp_path, arguments, message):
         ContrastiveTrainer(tiny_model("llama"), train_dataset=preference_data(4), **kept)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tokenizer", "tokenizer is no argument any more: pass it as processing_class"),
+        ("beta", r"beta is no argument any more: set it in args=DPOConfig\(beta=...\)"),
+        ("max_prompt_length", "max_prompt_length is no argument any more: set max_length"),
+        ("ref_adapter_name", "the reference of a model that comes with an adapter is that adapter as it comes"),
+        ("is_encoder_decoder", "only decoders are supported"),
+    ],
+)
+def test_arguments_of_old(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        ContrastiveTrainer(tiny_model("llama"), args=config(tmp_path), train_dataset=preference_data(4), **{name: 1})
+    with pytest.raises(TypeError, match="the trainer has no argument reward_model"):
+        ContrastiveTrainer(tiny_model("llama"), args=config(tmp_path), reward_model=1)
+
+
 def test_two_adapters(tmp_path):
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="has an adapter already"):
