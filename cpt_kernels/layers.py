@@ -49,7 +49,7 @@ def offloaded_activations(is_on: bool):
         if isinstance(tensor._base if tensor._is_view() else tensor, nn.Parameter):
             return tensor.device, tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=tensor.is_cuda)
-        return tensor.device, host.copy_(tensor)
+        return tensor.device, host.copy_(tensor, non_blocking=True)  # the way back is behind it on the same stream
 
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
         device, tensor = packed

@@ -29,6 +29,7 @@ WAITING = {
     *("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_consecutive", "_unique2"),
     *("unique_dim", "bincount"),
 }
+WAITERS = [torch.Tensor.item, torch.Tensor.tolist, bool, torch.nonzero]  # a few of them
 READING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 ON_A_CPU = {"_closed_form"}  # functions that read a tensor where it is on a CPU, and there alone
 
@@ -50,9 +51,11 @@ class NoWaitingOperators(TorchDispatchMode):
 
 
 class NoReading(TorchFunctionMode):
-    """Raises where a tensor's values are asked for."""
+    """Raises where a tensor's values are asked for, or a number is copied to a device at once."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None:
+            raise Waited("a copy of a number to the device")
         if getattr(func, "__name__", "") not in READING:
             return func(*args, **(kwargs or {}))
         if sys._getframe(1).f_code.co_name not in ON_A_CPU:
@@ -120,13 +123,14 @@ OPTIONS = {
     "several, not separable": {"loss_type": ["aot", "sft"]},
     "LD-DPO, WPO": {"ld_alpha": 0.5, "use_weighting": True},
     "bf16": {"bf16": True},
+    "offloaded": {"activation_offloading": True},
     "curriculum": {"curriculum": {"levels": ["a>b", "a>c"]}},
     "lora": {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "gradient_checkpointing": True},
     "dora": {"peft_config": LoraConfig(r=4, target_modules="all-linear", use_dora=True)},
 }
 
 
-@pytest.mark.parametrize("ask", [torch.Tensor.item, torch.Tensor.tolist, bool, torch.nonzero, lambda x: x[x > 0]])
+@pytest.mark.parametrize("ask", [*WAITERS, lambda x: x[x > 0], lambda x: torch.tensor(1.0, device="cpu")])
 def test_the_guard_sees_what_waits(ask):
     with pytest.raises(Waited), no_waiting():
         ask(torch.ones(1))
@@ -143,6 +147,30 @@ def test_no_step_asks_the_device_for_a_number(tmp_path, monkeypatch, model, opti
     with guard.stack:
         trainer.train()
     assert guard.steps == 3 and trainer.state.global_step == 4
+
+
+def test_a_step_of_trl_asks_more_than_ten_times(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
+    asked = []
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            asked.extend([func] if getattr(func, "__name__", "") in READING else [])
+            return func(*args, **(kwargs or {}))
+
+    class Counted(trl.DPOTrainer):
+        def training_step(self, *args, **kwargs):
+            with Counting():
+                return super().training_step(*args, **kwargs)
+
+    Counted(
+        tiny_model("llama"),
+        tiny_model("llama"),
+        args=trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=2, logging_steps=100, report_to="none"),
+        train_dataset=preference_data(16),
+        processing_class=word_tokenizer(),
+    ).train()
+    assert len(asked) > 2 * 10
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
