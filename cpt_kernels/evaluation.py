@@ -45,7 +45,10 @@ def run_evaluation(
     means = metrics.compute()
     predictions = np.concatenate(predictions) if predictions else None
     if trainer.compute_metrics is not None and predictions is not None:
-        means |= trainer.compute_metrics(EvalPrediction(predictions, np.zeros(len(predictions), dtype=np.int64)))
+        last = {"compute_result": True} if trainer.args.batch_eval_metrics else {}  # one call, of all batches
+        means |= trainer.compute_metrics(
+            EvalPrediction(predictions, np.zeros(len(predictions), dtype=np.int64)), **last
+        )
     means["num_tokens"] = trainer.count_tokens()
     means = {f"{prefix}_{name.removeprefix(prefix + '_')}": value for name, value in means.items()}
     return EvalLoopOutput(predictions, None, means, num_samples=pairs)

@@ -22,10 +22,14 @@ from .ops.attention import AttentionLayout, shared_prompt_attention
 _PREFIX = "shared_prompt_over_"
 _segments = torch.compiler.disable(shared_prompt_attention)  # a graph of it would hold for one batch's lengths alone
 # What transformers asks the device about a row, and waits for: whether positions start again, whether it has pads.
-_QUESTIONS = (
-    (masking_utils, "find_packed_sequence_indices"),
-    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
-)
+_QUESTIONS = [
+    (owner, name)
+    for owner, name in (
+        (masking_utils, "find_packed_sequence_indices"),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    )
+    if hasattr(owner, name)  # not in every version
+]
 _packed = ContextVar("packed", default=False)  # masks are built by the model, outside of what checkpointing recomputes
 
 

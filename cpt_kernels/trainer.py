@@ -238,8 +238,8 @@ class ContrastiveTrainer(PackedLoop):
         if self.reference is not None:
             collator = with_reference(collator, self.reference.lookup)
         draws = self.draws if training else None
-        batch_size = self._train_batch_size if training else self.args.per_device_eval_batch_size
-        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training, draws, batch_size)
+        size = self._train_batch_size if training else self.args.per_device_eval_batch_size
+        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training, draws, batch_size=size)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .data.collate import PackedBatch
 from .data.loader import order_seed
+from .metrics import Metrics
 
 _ORDER = "order.json"  # of a checkpoint: what the order of pairs in steps depends on
 
@@ -26,6 +27,7 @@ def is_overridden(trainer: Trainer, method: Callable) -> bool:
 class PackedLoop(Trainer):
     """What :class:`ContrastiveTrainer` changes in the loop itself."""
 
+    metrics: dict[str, Metrics]
     num_tokens = 0  # of this rank, since the run or its resumption began
     _filters_losses = False
 
@@ -57,6 +59,14 @@ class PackedLoop(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
+
+    def _track_num_input_tokens(self, inputs: PackedBatch) -> None:
+        """Nothing: transformers would count by a look at the device, in the number that `count_tokens` goes on from."""
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        super()._update_auto_batch_size(batch_size)
+        self.num_tokens = 0  # of a try that did not fit
+        self.metrics["train"].reset()
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """6 x parameters x tokens of the row, as transformers estimates it."""

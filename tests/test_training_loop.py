@@ -239,6 +239,27 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path):
     given = make_trainer(tmp_path, per_device_train_batch_size=2, **options)
     given.train()
     assert losses(found) == losses(given) and found._train_batch_size == 2
+    keep = ("loss", "num_tokens", "logps/chosen")
+    logs = [
+        [[entry[name] for name in keep] for entry in t.state.log_history if "loss" in entry] for t in (found, given)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_options_of_loading_reach_the_loader(tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_in_order": False}
+    loader = make_trainer(tmp_path, dataloader_multiprocessing_context="spawn", **options).get_train_dataloader()
+    assert loader.num_workers == 1 and loader.in_order is False
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+def test_tokens_are_counted_once(tmp_path):
+    counts = []
+    for option in ("no", "all"):
+        trainer = make_trainer(tmp_path, include_num_input_tokens_seen=option)
+        trainer.train()
+        counts.append([entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry])
+    assert counts[0] == counts[1] and counts[0][0] > 0
 
 
 def test_another_order_of_pairs_is_not_resumed(tmp_path):

@@ -306,6 +306,16 @@ def test_predictions_are_rewards(tmp_path):
     assert "eval_spread" in trainer.evaluate()
 
 
+def test_metrics_batch_by_batch(tmp_path):
+    """As transformers calls such a function for the last batch, here of all of them."""
+
+    def compute_metrics(prediction, compute_result):
+        return {"count": len(prediction.predictions) if compute_result else None}
+
+    options = {"compute_metrics": compute_metrics, "batch_eval_metrics": True, "eval_dataset": preference_data(9)}
+    assert make_trainer(tmp_path, **options).evaluate()["eval_count"] == 9
+
+
 def test_new_data_after_training(tmp_path):
     """The start weights left memory; they come from where they came from, if they are still the same."""
     tiny_model("llama").save_pretrained(tmp_path / "model")

@@ -70,7 +70,8 @@ def make_loader(
     share_prompts: bool,
     training: bool,
     draws: Draws | StreamDraws | None = None,
-    batch_size: int = 1,
+    *,
+    batch_size: int,
 ) -> DataLoader:
     """This rank's micro-batches of a prepared dataset. accelerate would repeat rows to make ranks even; this does not.
 
