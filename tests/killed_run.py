@@ -19,6 +19,10 @@ CASES = {
     "rows": {},
     "accumulated": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
     "token budget": {"max_tokens_per_batch": 60, "gradient_accumulation_steps": 2},
+    "curriculum": {
+        **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        "curriculum": {"levels": ["a>b", "a>c"]},
+    },
     "stream": {},
     "stream of shuffled rows": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
 }
