@@ -30,6 +30,7 @@ TESTS = (
     "test_attention.py",
     "test_csrc.py",
     "test_model.py",
+    "test_training_loop.py",
 )
 
 
