@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, load_dataset
 from rows import EOS, MORE, assistant, chat, make_tokenizer, nasty_pairs, pair, prepared, real_pairs, user
-from transformers import PreTrainedTokenizerFast
 
 from cpt_kernels.data import tokenize
 from cpt_kernels.data.preparation import prepare
@@ -83,28 +82,6 @@ def test_tokens_are_trls_on_real_data(tokenizer):
     rows = [row for row in real_pairs() + nasty_pairs() if row["chosen"] and row["rejected"]]
     differ = lambda row: row["chosen_ids"] != row["rejected_ids"]  # noqa: E731
     assert_same_tokens_as_trl(Dataset.from_list(rows), tokenizer, keep=differ)
-
-
-TEXTS = ["Is the sky blue?", "", "Is the sky blue?", f"yes{EOS} é\u0301 \u2603"]
-
-
-@pytest.mark.parametrize("special", [True, False])
-def test_encode_gives_what_the_tokenizer_gives(special):
-    asked = make_tokenizer(bos=True)
-    asked.pad_token = EOS
-    expected = [asked(text, add_special_tokens=special)["input_ids"] for text in TEXTS]
-    asked(TEXTS, padding=True, truncation=True, max_length=3)  # a state of the backend that must not stay
-    assert tokenize.encode(asked, TEXTS, special) == expected
-
-
-def test_encode_asks_a_tokenizer_that_has_a_way_of_its_own():
-    class Shouting(PreTrainedTokenizerFast):
-        def _encode_plus(self, text, *args, **kwargs):
-            return super()._encode_plus([t.upper() for t in text], *args, **kwargs)
-
-    plain = make_tokenizer()
-    own = Shouting(tokenizer_object=plain.backend_tokenizer, eos_token=EOS)
-    assert tokenize.encode(own, ["sky"]) == tokenize.encode(plain, ["SKY"]) != tokenize.encode(plain, ["sky"])
 
 
 def test_check_tokenizer():
