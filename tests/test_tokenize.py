@@ -1,6 +1,7 @@
 """The tokens are TRL's, and the checks of a tokenizer."""
 
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from datasets import Dataset, load_dataset
 from rows import EOS, MORE, assistant, chat, make_tokenizer, nasty_pairs, pair, prepared, real_pairs, user
 
 from cpt_kernels.data import tokenize
+from cpt_kernels.data.formats import Form
 from cpt_kernels.data.preparation import prepare
 
 
@@ -82,6 +84,19 @@ def test_tokens_are_trls_on_real_data(tokenizer):
     rows = [row for row in real_pairs() + nasty_pairs() if row["chosen"] and row["rejected"]]
     differ = lambda row: row["chosen_ids"] != row["rejected_ids"]  # noqa: E731
     assert_same_tokens_as_trl(Dataset.from_list(rows), tokenizer, keep=differ)
+
+
+def test_parts_that_are_encoded_beside_each_other_change_nothing(tokenizer, monkeypatch):
+    mixed = [*SAME_TOKENS["chat"], *SAME_TOKENS["tools"], *SAME_TOKENS["template arguments"]]
+    refused = [{**chat(), "prompt": user("sky?") + user("sky?")}, {**chat(), "chosen": 3}, chat(chosen="is bright")]
+    for rows in ([*mixed, *refused] * 3, [*SAME_TOKENS["text"], pair(chosen=None), pair(prompt=None)] * 5):
+        rows = random.Random(0).sample(rows, len(rows))
+        batch = {name: [row.get(name) for row in rows] for name in {name: 0 for row in rows for name in row}}
+        results = []
+        for size in (1000, 4, 1):
+            monkeypatch.setattr(tokenize, "_PART", size)
+            results.append(tokenize.Tokenization(tokenizer, Form.PREFERENCE)(batch, range(len(rows))))
+        assert results[0] == results[1] == results[2] and 0 < sum(map(bool, results[0]["reason"])) < len(rows)
 
 
 def test_check_tokenizer():

@@ -16,12 +16,11 @@ How long a sequence may be plays no part here, so that a change of `max_length` 
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from datasets import Features, List, Value
@@ -86,10 +85,6 @@ class Tokenization:
     version: int = 3
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        with _uncollected():
-            return self._tokenise(batch, indices)
-
-    def _tokenise(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         read = READ_COLUMNS.union([self.target_column, self.gap_column], self.keep)
         columns = {name: batch[name] for name in batch if name in read}
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -139,28 +134,28 @@ class Tokenization:
     # -- rows of text and messages ------------------------------------------------------------------------------------
 
     def _encode_groups(self, rows: list[dict]) -> list[dict | RowError]:
-        results: list[Any] = [_attempt(parse_row, row, self.form, self.target_column, self.gap_column) for row in rows]
-        examples = [(i, result) for i, result in enumerate(results) if isinstance(result, Example)]
-        parts = [dict(examples[start : start + _PART]) for start in range(0, len(examples), _PART)]
-        # Rust encodes a part while Python renders the next and makes groups of the one before.
+        parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
         ahead = has_own_backend(self.tokenizer) and len(parts) > 1
         if ahead:
             encode(self.tokenizer, [""])  # what this changes in the backend must not change under another thread
+        # Rust encodes a part while Python renders the next and makes groups of the one before.
         with ThreadPoolExecutor(2) if ahead else contextlib.nullcontext() as pool:
-            for part, encoded in zip(parts, (pool.map if pool else map)(self._encode, parts)):
-                for i, tokens in encoded.items():
-                    failed = isinstance(tokens, RowError)
-                    results[i] = tokens if failed else _attempt(self._finish, part[i], *tokens)
-        return results
+            encoded = chain.from_iterable((pool.map if pool else map)(self._encode, parts))
+            return [row if isinstance(row, RowError) else _attempt(self._finish, *row) for row in encoded]
 
-    def _encode(self, examples: dict[int, Example]) -> dict[int, Any]:
-        """Row -> tokens of (prompt, each prompt + completion), or what is wrong with it."""
+    def _encode(self, rows: list[dict]) -> list[tuple[Example, list[int], list[list[int]]] | RowError]:
+        """What each row says, with the tokens of its prompt and of each prompt + completion."""
+        results: list[Any] = [_attempt(parse_row, row, self.form, self.target_column, self.gap_column) for row in rows]
+        examples = {i: result for i, result in enumerate(results) if isinstance(result, Example)}
         encoded = self._encode_texts({i: example for i, example in examples.items() if not example.is_chat})
         for chats in _group_by_template_arguments({i: e for i, e in examples.items() if e.is_chat}):
             encoded |= self._encode_chats(chats)
-        return encoded
+        for i, tokens in encoded.items():
+            results[i] = tokens if isinstance(tokens, RowError) else (examples[i], *tokens)
+        return results
 
     def _encode_texts(self, examples: dict[int, Example]) -> dict[int, tuple[list[int], list[list[int]]]]:
+        """Row -> tokens of (prompt, each prompt + completion)."""
         if not examples:
             return {}
         eos = self.tokenizer.eos_token
@@ -171,7 +166,7 @@ class Tokenization:
         return {i: (ids[0], ids[1:]) for i, ids in zip(examples, encode_groups(self.tokenizer, texts))}
 
     def _encode_chats(self, examples: dict[int, Example]) -> dict[int, Any]:
-        """Of conversations that share their template arguments."""
+        """As `_encode_texts`, for conversations that share their template arguments."""
         first = next(iter(examples.values()))
         if getattr(self.tokenizer, "chat_template", "") is None and "chat_template" not in first.template_kwargs:
             raise ValueError(
@@ -255,19 +250,6 @@ class Tokenization:
 def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, int]]) -> bool:
     """Whether the scores say of all pairs what they are pairs for; those that a row gives itself may contradict."""
     return all(scores[chosen] > scores[rejected] for chosen, rejected in pairs)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Lists of token ids hold no cycles, but the garbage collector walks through all of them, several times: a third of
-    the time that is not the tokenizer's own."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
