@@ -94,7 +94,7 @@ def test_cut_texts_of_real_data():
 
 
 def test_texts_are_cut_so_that_the_beginning_is_encoded_once(monkeypatch):
-    tokenizer = make(SPLITS["Qwen 2"])
+    tokenizer = make(SPLITS["Qwen 2 and 3"])
     asked = []
     backend = tokenizer.backend_tokenizer
 
@@ -113,7 +113,7 @@ def test_texts_are_cut_so_that_the_beginning_is_encoded_once(monkeypatch):
     assert asked == ["the sky", " is ", " is blue", " is red", "the sky is", "a b", "c"]  # each once
 
 
-WORDS = SPLITS["Qwen 2"]
+WORDS = SPLITS["Qwen 2 and 3"]
 TOKENS = {
     "of two words": AddedToken("sky is"),
     "that ends with a space": AddedToken("sky "),
@@ -123,7 +123,10 @@ TOKENS = {
 }
 UNKNOWN = {
     "another pattern": [pre_tokenizers.Split(Regex(r"\w+ \w+|\s+|."), "isolated"), WORDS[1]],
-    "another behavior": [pre_tokenizers.Split(Regex(encoding.WORD_PATTERNS["Qwen 2"]), "merged_with_next"), WORDS[1]],
+    "another behavior": [
+        pre_tokenizers.Split(Regex(encoding.WORD_PATTERNS["Qwen 2 and 3"]), "merged_with_next"),
+        WORDS[1],
+    ],
     "one word": [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
     "metaspace": [pre_tokenizers.Metaspace()],
 }
