@@ -32,7 +32,7 @@ from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, publish, 
 
 logger = logging.getLogger(__name__)
 
-_PENDING_BYTES = 1 << 26  # of unwritten values: a shard is written then at the latest
+_PENDING_BYTES = 1 << 25  # of unwritten rows: a shard is written then at the latest
 _SMALL = 1 << 26  # bytes of a shard that is still merged with others
 _LARGEST = 1 << 28  # bytes of what they are merged into
 
