@@ -8,7 +8,7 @@ whose words are found by one of the patterns below. BPE sees one word at a time.
 matches a letter and a space behind it, so a word ends at the cut whatever stands elsewhere. None looks back, so words
 behind the cut depend on the text behind it alone. None that starts before the cut looks across it: a run of letters
 ends there, and `\\s+(?!\\S)`, which looks at the character behind a run of whitespace, has met the letter. NFC composes
-nothing with a space, and added tokens must not hold a letter and a space behind it, or care for what is beside them.
+nothing with a space, and added tokens must not hold a character and a space behind it, or care for what is beside them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _may_cut(backend: Tokenizer) -> bool:
     if type(backend.normalizer).__name__ not in ("NoneType", "NFC"):
         return False
     for token in backend.get_added_tokens_decoder().values():
-        if token.lstrip or token.rstrip or token.single_word or re.search("[A-Za-z] ", token.content):
+        if token.lstrip or token.rstrip or token.single_word or re.search(r"\S ", token.content):
             return False
     outer = json.loads(backend.pre_tokenizer.__getstate__())
     steps = list(map(_step, outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]))
