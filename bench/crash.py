@@ -7,7 +7,8 @@ After the last kill an undisturbed run ends the build. Should it come to its end
 folder. Shown is:
 
 - every value is that of an undisturbed build, but for rounding (a resumed build packs what is left in another way);
-- what was scored twice had been scored within one flush interval and one batch of its rank's death;
+- what was scored twice had been scored within one flush interval, one batch and the writing of a shard of its rank's
+  death;
 - no damaged file was met: a reader warns of each, and none did.
 """
 

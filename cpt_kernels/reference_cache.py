@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, publish, 
 
 logger = logging.getLogger(__name__)
 
-_PENDING_BYTES = 1 << 26  # of unwritten values: a flush comes then at the latest
+_PENDING_BYTES = 1 << 25  # of unwritten rows: a shard is written then at the latest
 _SMALL = 1 << 26  # bytes of a shard that is still merged with others
 _LARGEST = 1 << 28  # bytes of what they are merged into
 
@@ -46,14 +47,14 @@ def default_cache_dir() -> Path:
 class ReferenceCache:
     """Per-token log-probs of completions under one reference model.
 
-    One thread writes; any number of threads and processes read. A pickled copy, in a DataLoader worker say, opens the
+    One thread adds; any number of threads and processes read. A pickled copy, in a DataLoader worker say, opens the
     same folder anew and sees all that was added before. As a context manager it flushes at the end.
 
     Args:
         directory: folder for all references, see `default_cache_dir`. Made at the first flush.
         fingerprint: 32 hex digits that identify the reference, see `cpt_kernels.fingerprint`.
         description: written to `reference.json`, for people.
-        flush_seconds: `add` writes a shard when the oldest unwritten row is this old.
+        flush_seconds: when the oldest unwritten row is this old, `add` has a shard written, beside what comes next.
         kind: of the rows that are added, one of `shards.KINDS`; rows of either are found.
 
     Attributes:
@@ -88,6 +89,7 @@ class ReferenceCache:
         self._lock = threading.RLock()
         self._pending = Rows()
         self._pending_since = 0.0
+        self._writing: tuple[Rows, Future[Shard]] | None = None  # a shard that a thread of its own writes
         self._seen: set[str] = set()  # shards that were opened, or found damaged: neither is opened again
         self._index = Index()
         self.refresh()
@@ -175,7 +177,7 @@ class ReferenceCache:
     @property
     def num_rows(self) -> int:
         """Rows stored, duplicates by concurrent writers included, and rows not yet written."""
-        return sum(map(len, self.shards)) + len(self._pending)
+        return sum(map(len, self.shards)) + sum(map(len, self._unwritten()))
 
     # --- Writing ---
 
@@ -186,11 +188,12 @@ class ReferenceCache:
     def add_many(self, sequences: Sequences, logps: Iterable[ArrayLike]) -> None:
         """Keep the log-probs, (len(completion_ids),) floats, of completions; the first values of a row are kept.
 
-        They can be read at once, and are written by the next `flush`, which this calls every `flush_seconds`.
+        They can be read at once. Every `flush_seconds` a thread begins to write what has come together, one shard at a
+        time: a slow disk delays no scoring.
 
         Raises:
             ValueError: another number of log-probs than tokens, or one that is not finite.
-            OSError: as `flush`.
+            OSError: as `flush`, also of a shard that was begun by an earlier call.
         """
         arrays = [np.asarray(values, dtype=np.float32) for values in logps]
         lengths = [len(completion) for _, completion in sequences]
@@ -199,30 +202,53 @@ class ReferenceCache:
                 raise ValueError(f"log-probs of shape {values.shape} for a completion of {length} tokens")
         keys = self.keys(sequences)
         with self._lock:
-            there = self.has_keys(keys, lengths)
-            first = {keys[i]: i for i in range(len(keys) - 1, -1, -1) if not there[i]}
-            new = sorted(first.values())
+            new: dict[bytes, NDArray[np.float32]] = {}
+            for key, values, piece in zip(keys, arrays, self._find(keys, lengths)):
+                if piece is None:
+                    new.setdefault(key, values)
             if not new:
                 return
             if not self._pending:
                 self._pending_since = time.monotonic()
-            self._pending.add([keys[i] for i in new], [arrays[i] for i in new])
+            self._pending.add(list(new), list(new.values()))
             old = time.monotonic() - self._pending_since >= self.flush_seconds
-            if old or self._pending.nbytes >= _PENDING_BYTES:
-                self.flush()
+            full = self._pending.nbytes >= _PENDING_BYTES
+            if old or full or (self._writing and self._writing[1].done()):
+                self._finish_writing()
+            if old or full:
+                writer = ThreadPoolExecutor(1, "reference-cache")
+                self._writing = self._pending, writer.submit(self._write, self._pending, self.kind)
+                writer.shutdown(wait=False)  # the thread ends with its shard; the interpreter does not end before
+                self._pending = Rows()  # not cleared, see _unwritten
 
     def flush(self) -> None:
-        """Write the rows added since the last flush as one shard. On return they survive a crash or a power cut.
+        """Write all rows that are not on disk. On return they survive a crash or a power cut.
 
         Raises:
             OSError: of the kind that the system gave (read-only folder, disk full, ...). The rows are still held.
         """
         with self._lock:
-            if not self._pending:
-                return
-            shard = self._write(self._pending, self.kind)
-            self._index = self._index.with_shards([shard])
-            self._pending = Rows()  # only now, and not cleared: a reader looks here first, in the index next
+            self._finish_writing()
+            if self._pending:
+                self._take_in(self._write(self._pending, self.kind))
+                self._pending = Rows()
+
+    def _finish_writing(self) -> None:
+        """Wait for the shard that is being written. What its thread could not write is tried again here, and raises."""
+        if self._writing:
+            rows, written = self._writing
+            wait([written])
+            self._take_in(self._write(rows, self.kind) if written.exception() else written.result())
+            self._writing = None
+
+    def _take_in(self, shard: Shard) -> None:
+        self.bytes_written += shard.nbytes
+        self._index = self._index.with_shards([shard])
+
+    def _unwritten(self) -> list[Rows]:
+        """Rows move from the first to the second to the index, and are there before they leave: look in this order."""
+        pending, writing = self._pending, self._writing
+        return [pending, writing[0]] if writing else [pending]
 
     def merge(self, shards: Sequence[Shard]) -> None:
         """Put the rows of small shards into few, then delete those: a long build leaves a file every 30 seconds.
@@ -258,12 +284,14 @@ class ReferenceCache:
         if len(read) < 2:
             return
         merged = self._write(rows, kind)
+        self.bytes_written += merged.nbytes
         self._index = Index().with_shards([*(shard for shard in self.shards if shard not in read), merged])
         for shard in read:
             shard.path.unlink(missing_ok=True)
 
     def _write(self, rows: Rows, kind: str) -> Shard:
         about, path = self.folder / "reference.json", self.folder / f"{uuid.uuid4().hex}.arrow"
+        self._seen.add(path.name)  # before `refresh` can see it
         content = json.dumps({**self.description, "fingerprint": self.fingerprint}, indent=2, default=str)
         try:
             if not about.exists():
@@ -275,10 +303,7 @@ class ReferenceCache:
                 f"reference log-probs cannot be written to {self.folder} ({error.strerror or error}); free it, or"
                 " choose another folder with ref_cache_dir or $CPT_CACHE",
             ) from error
-        self._seen.add(path.name)
-        shard = Shard.open(path, self.fingerprint)
-        self.bytes_written += shard.nbytes
-        return shard
+        return Shard.open(path, self.fingerprint)
 
     # --- Shards of others ---
 
@@ -320,10 +345,10 @@ class ReferenceCache:
         pieces: list[memoryview | NDArray[np.float32] | None] = [None] * len(keys)
         if not keys:
             return pieces
-        if pending := self._pending:  # before the index: see flush
-            for item, start in enumerate(map(pending.starts.get, keys)):
+        for rows in filter(len, self._unwritten()):
+            for item, start in enumerate(map(rows.starts.get, keys)):
                 if start is not None:
-                    pieces[item] = pending.read(start, lengths[item])
+                    pieces[item] = rows.read(start, lengths[item])
         halves = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
         low = halves[:, 1].tolist()
         index = self._index

@@ -38,7 +38,7 @@ def row_keys(
     for prompt_ids, completion_ids in sequences:
         prompt, completion = _token_bytes(prompt_ids), _token_bytes(completion_ids)
         lengths = _LENGTHS.pack(len(prompt), len(completion))
-        keys.append(xxh3_128_digest(fingerprint + lengths + prompt + completion))
+        keys.append(xxh3_128_digest(b"".join((fingerprint, lengths, prompt, completion))))
     return keys
 
 

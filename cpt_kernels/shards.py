@@ -28,7 +28,7 @@ UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what opening damaged by
 # What rows hold: a value per token, or an imported sum spread over the tokens, of which only the sum is right.
 KINDS = ("tokens", "sums")
 
-_CAPACITY = 1 << 25  # values that `Rows` hold before they need a larger array: twice what the cache keeps unwritten
+_CAPACITY = 1 << 24  # values that `Rows` hold before they need a larger array: twice what the cache keeps unwritten
 _BLOCK_BITS = 14  # values that share a checksum: 2^14, 64 KiB
 
 

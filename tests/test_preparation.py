@@ -1,5 +1,6 @@
 """Which rows are kept, how the others are counted, and what datasets' cache finds again."""
 
+import gc
 from collections import defaultdict
 
 import pytest
@@ -82,6 +83,20 @@ def test_stream_resumes(tokenizer):
 def test_processes_do_not_change_the_result(tokenizer):
     one, two = (prepared(MIXED, tokenizer, max_length=10, num_proc=num_proc) for num_proc in (None, 2))
     assert one == two
+
+
+def test_garbage_is_not_collected_meanwhile(tokenizer, monkeypatch):
+    tokenise, seen = tokenize.Tokenization.__call__, []
+
+    def watched(*arguments):
+        seen.append(gc.isenabled())
+        return tokenise(*arguments)
+
+    monkeypatch.setattr(tokenize.Tokenization, "__call__", watched)
+    prepared([pair()], tokenizer)
+    with pytest.raises(ValueError, match="no row"):
+        prepared([pair(chosen="")], tokenizer)
+    assert seen == [False, False] and gc.isenabled()
 
 
 @pytest.mark.parametrize(("prompt_tokens", "kept"), [(4, 1), (5, 0)])

@@ -284,6 +284,7 @@ def test_merging_keeps_every_row_and_the_mappings_of_readers(tmp_path):
     cache = ReferenceCache(tmp_path, FINGERPRINT, flush_seconds=0)
     for seed in range(30):
         cache.add(*make_row(seed))
+    cache.flush()  # else the last one is still being written
     reader = ReferenceCache(tmp_path, FINGERPRINT)
     cache.merge(cache.shards)
     assert len(list((tmp_path / FINGERPRINT).glob("*.arrow"))) == 1

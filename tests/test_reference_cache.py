@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def found(cache: ReferenceCache, seeds: Sequence[int]) -> list[int]:
 
 def shards(directory: Path) -> list[Path]:
     return sorted((directory / FINGERPRINT).glob("*.arrow"))
+
+
+def wait_for_writer() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("reference-cache"):
+            thread.join()
 
 
 def test_round_trip(tmp_path):
@@ -200,10 +207,33 @@ def test_flushes_by_time(tmp_path, monkeypatch):
     assert not shards(tmp_path)
     now[0] += 1
     cache.add(*make_row(2))
+    wait_for_writer()
     assert len(shards(tmp_path)) == 1 and found(ReferenceCache(tmp_path, FINGERPRINT), range(3)) == [0, 1, 2]
     now[0] += 1000  # no row is waiting, so the next one waits its 30 seconds
     cache.add(*make_row(3))
+    wait_for_writer()
     assert len(shards(tmp_path)) == 1
+
+
+def test_rows_are_added_and_found_while_a_shard_is_written(tmp_path, monkeypatch):
+    may_write, publish = threading.Event(), module.publish
+
+    def publish_later(*arguments) -> None:
+        assert may_write.wait(60)
+        publish(*arguments)
+
+    monkeypatch.setattr(module, "publish", publish_later)
+    cache = ReferenceCache(tmp_path, FINGERPRINT, flush_seconds=0)
+    cache.add(*make_row(0))
+    cache.flush_seconds = 30
+    for seed in (1, 0, 2):
+        cache.add(*make_row(seed))
+    assert found(cache, range(4)) == [0, 1, 2] and cache.num_rows == 3 and not shards(tmp_path)
+    may_write.set()
+    cache.flush()
+    assert found(cache, range(4)) == found(ReferenceCache(tmp_path, FINGERPRINT), range(4)) == [0, 1, 2]
+    assert len(shards(tmp_path)) == 2 and cache.num_rows == 3
+    assert cache.bytes_written == sum(path.stat().st_size for path in shards(tmp_path))
 
 
 def test_context_manager_flushes_after_an_exception_too(tmp_path):

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 import pytest
-from test_reference_cache import FINGERPRINT, OTHER, fill, found, make_row, shards
+from test_reference_cache import FINGERPRINT, OTHER, fill, found, make_row, shards, wait_for_writer
 
 import cpt_kernels.reference_cache as module
 from cpt_kernels.reference_cache import ReferenceCache
@@ -143,6 +143,26 @@ def test_write_errors_are_clear_and_lose_nothing(tmp_path, monkeypatch, code, ca
     assert found(cache, [0]) == [0] and not [p for p in tmp_path.rglob("*") if p.is_file()]
     cache.flush()
     assert found(ReferenceCache(tmp_path, FINGERPRINT), [0]) == [0]
+
+
+def test_write_errors_beside_the_scoring_are_raised_by_the_next_call(tmp_path, monkeypatch):
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = ReferenceCache(tmp_path, FINGERPRINT, flush_seconds=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        cache.add(*make_row(0))
+        wait_for_writer()
+        cache.flush_seconds = 30
+        for call in (lambda: cache.add(*make_row(1)), lambda: cache.add(*make_row(2)), cache.flush):
+            with pytest.raises(OSError, match=r"cannot be written to .*ref_cache_dir"):
+                call()
+    assert found(cache, range(4)) == [0, 1, 2] and not [p for p in tmp_path.rglob("*") if p.is_file()]
+    cache.add(*make_row(3))  # the disk has room again: what is left over is written at once
+    assert found(ReferenceCache(tmp_path, FINGERPRINT), range(4)) == [0]
+    cache.flush()
+    assert found(ReferenceCache(tmp_path, FINGERPRINT), range(4)) == [0, 1, 2, 3]
 
 
 def without_privileges(call: Callable[[], str]) -> str:

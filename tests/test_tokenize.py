@@ -1,14 +1,15 @@
 """The tokens are TRL's, and the checks of a tokenizer."""
 
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, load_dataset
 from rows import EOS, MORE, assistant, chat, make_tokenizer, nasty_pairs, pair, prepared, real_pairs, user
-from transformers import PreTrainedTokenizerFast
 
 from cpt_kernels.data import tokenize
+from cpt_kernels.data.formats import Form
 from cpt_kernels.data.preparation import prepare
 
 
@@ -85,26 +86,17 @@ def test_tokens_are_trls_on_real_data(tokenizer):
     assert_same_tokens_as_trl(Dataset.from_list(rows), tokenizer, keep=differ)
 
 
-TEXTS = ["Is the sky blue?", "", "Is the sky blue?", f"yes{EOS} é\u0301 \u2603"]
-
-
-@pytest.mark.parametrize("special", [True, False])
-def test_encode_gives_what_the_tokenizer_gives(special):
-    asked = make_tokenizer(bos=True)
-    asked.pad_token = EOS
-    expected = [asked(text, add_special_tokens=special)["input_ids"] for text in TEXTS]
-    asked(TEXTS, padding=True, truncation=True, max_length=3)  # a state of the backend that must not stay
-    assert tokenize.encode(asked, TEXTS, special) == expected
-
-
-def test_encode_asks_a_tokenizer_that_has_a_way_of_its_own():
-    class Shouting(PreTrainedTokenizerFast):
-        def _encode_plus(self, text, *args, **kwargs):
-            return super()._encode_plus([t.upper() for t in text], *args, **kwargs)
-
-    plain = make_tokenizer()
-    own = Shouting(tokenizer_object=plain.backend_tokenizer, eos_token=EOS)
-    assert tokenize.encode(own, ["sky"]) == tokenize.encode(plain, ["SKY"]) != tokenize.encode(plain, ["sky"])
+def test_parts_that_are_encoded_beside_each_other_change_nothing(tokenizer, monkeypatch):
+    mixed = [*SAME_TOKENS["chat"], *SAME_TOKENS["tools"], *SAME_TOKENS["template arguments"]]
+    refused = [{**chat(), "prompt": user("sky?") + user("sky?")}, {**chat(), "chosen": 3}, chat(chosen="is bright")]
+    for rows in ([*mixed, *refused] * 3, [*SAME_TOKENS["text"], pair(chosen=None), pair(prompt=None)] * 5):
+        rows = random.Random(0).sample(rows, len(rows))
+        batch = {name: [row.get(name) for row in rows] for name in {name: 0 for row in rows for name in row}}
+        results = []
+        for size in (1000, 4, 1):
+            monkeypatch.setattr(tokenize, "_PART", size)
+            results.append(tokenize.Tokenization(tokenizer, Form.PREFERENCE)(batch, range(len(rows))))
+        assert results[0] == results[1] == results[2] and 0 < sum(map(bool, results[0]["reason"])) < len(rows)
 
 
 def test_check_tokenizer():

@@ -15,14 +15,18 @@ How long a sequence may be plays no part here, so that a change of `max_length` 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from datasets import Features, List, Value
 from jinja2 import TemplateError
 
+from .encoding import encode, encode_groups, has_own_backend
 from .formats import (
     EMPTY,
     IDENTICAL,
@@ -58,6 +62,8 @@ GROUP_FEATURES = Features(
 REMARK_FEATURES = Features(
     {"reason": Value("string"), "detail": Value("string"), "seam": Value("string"), "pairs_given": Value("int32")}
 )
+
+_PART = 250  # rows that are encoded together
 
 _NO_GROUP = {"prompt_ids": [], "completion_ids": [], "chosen": [], "rejected": [], "targets": [], "scores": []}
 
@@ -128,26 +134,36 @@ class Tokenization:
     # -- rows of text and messages ------------------------------------------------------------------------------------
 
     def _encode_groups(self, rows: list[dict]) -> list[dict | RowError]:
+        parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
+        ahead = has_own_backend(self.tokenizer) and len(parts) > 1
+        if ahead:
+            encode(self.tokenizer, [""])  # what this changes in the backend must not change under another thread
+        # Rust encodes a part while Python renders the next and makes groups of the one before.
+        with ThreadPoolExecutor(2) if ahead else contextlib.nullcontext() as pool:
+            encoded = chain.from_iterable((pool.map if pool else map)(self._encode, parts))
+            return [row if isinstance(row, RowError) else _attempt(self._finish, *row) for row in encoded]
+
+    def _encode(self, rows: list[dict]) -> list[tuple[Example, list[int], list[list[int]]] | RowError]:
+        """What each row says, with the tokens of its prompt and of each prompt + completion."""
         results: list[Any] = [_attempt(parse_row, row, self.form, self.target_column, self.gap_column) for row in rows]
         examples = {i: result for i, result in enumerate(results) if isinstance(result, Example)}
         encoded = self._encode_texts({i: example for i, example in examples.items() if not example.is_chat})
         for chats in _group_by_template_arguments({i: e for i, e in examples.items() if e.is_chat}):
             encoded |= self._encode_chats(chats)
         for i, tokens in encoded.items():
-            results[i] = tokens if isinstance(tokens, RowError) else _attempt(self._finish, examples[i], *tokens)
+            results[i] = tokens if isinstance(tokens, RowError) else (examples[i], *tokens)
         return results
 
     def _encode_texts(self, examples: dict[int, Example]) -> dict[int, tuple[list[int], list[list[int]]]]:
-        """Row -> tokens of (prompt, each prompt + completion), by one call to the tokenizer for all of them."""
+        """Row -> tokens of (prompt, each prompt + completion)."""
         if not examples:
             return {}
         eos = self.tokenizer.eos_token
-        texts = {
-            i: [example.prompt, *(example.prompt + (c if c.endswith(eos) else c + eos) for c in example.completions)]
-            for i, example in examples.items()
-        }
-        ids = iter(encode(self.tokenizer, [text for row in texts.values() for text in row]))
-        return {i: (next(ids), [next(ids) for _ in wholes]) for i, (_, *wholes) in texts.items()}
+        texts = [
+            [example.prompt, *(example.prompt + (c if c.endswith(eos) else c + eos) for c in example.completions)]
+            for example in examples.values()
+        ]
+        return {i: (ids[0], ids[1:]) for i, ids in zip(examples, encode_groups(self.tokenizer, texts))}
 
     def _encode_chats(self, examples: dict[int, Example]) -> dict[int, Any]:
         """As `_encode_texts`, for conversations that share their template arguments."""
@@ -157,22 +173,25 @@ class Tokenization:
                 "the dataset is conversational, but the tokenizer has no chat template: set `tokenizer.chat_template`, "
                 "or use text columns"
             )
-        render = partial(encode_chats, self.tokenizer, tools=first.tools, **first.template_kwargs)
+        as_text = has_own_backend(self.tokenizer)
+        render = partial(self.tokenizer.apply_chat_template, tools=first.tools, **first.template_kwargs)
+        render = partial(render, tokenize=False) if as_text else partial(render, tokenize=True, return_dict=True)
         prompts = [example.prompt for example in examples.values()]
         wholes = [example.prompt + completion for example in examples.values() for completion in example.completions]
         try:
-            prompt_ids = render(prompts, add_generation_prompt=True)
-            whole_ids = iter(render(wholes))
+            rendered = render(prompts, add_generation_prompt=True), render(wholes)
         except (TemplateError, TypeError) as error:
             # A template may refuse one conversation (roles that do not alternate, no content): find which.
             if len(examples) == 1:
                 detail = f"the chat template cannot render it: {type(error).__name__}: {error}"
                 return {i: RowError(MALFORMED, detail) for i in examples}
             return {j: tokens for i in examples for j, tokens in self._encode_chats({i: examples[i]}).items()}
-        return {
-            i: (ids, [next(whole_ids) for _ in example.completions])
-            for (i, example), ids in zip(examples.items(), prompt_ids)
-        }
+        starts, ends = rendered if as_text else [tokens["input_ids"] for tokens in rendered]
+        ends = iter(ends)
+        groups = [[start, *islice(ends, len(e.completions))] for start, e in zip(starts, examples.values())]
+        if as_text:
+            groups = encode_groups(self.tokenizer, groups, add_special_tokens=False)
+        return {i: (ids[0], ids[1:]) for i, ids in zip(examples, groups)}
 
     def _finish(self, example: Example, prompt_ids: list[int], wholes: list[list[int]]) -> dict[str, Any]:
         """Cut where the prompt's tokens end in every completion. Tokens that merge across the seam are completion."""
@@ -231,40 +250,6 @@ class Tokenization:
 def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, int]]) -> bool:
     """Whether the scores say of all pairs what they are pairs for; those that a row gives itself may contradict."""
     return all(scores[chosen] > scores[rejected] for chosen, rejected in pairs)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """Token ids of each text, those that calling the tokenizer gives."""
-    # verbose=False: the warning about the model's maximum length would come before anything is truncated.
-    options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
-    if not _is_its_backend(tokenizer):
-        return tokenizer(text=texts, **options)["input_ids"]
-    # What transformers makes of an encoding besides its ids takes a third of the time. A call with one text leaves the
-    # backend in the state that all of them need (no truncation, no padding, special tokens as the tokenizer has it).
-    tokenizer(text=texts[:1], **options)
-    unique = list(dict.fromkeys(texts))
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(unique, add_special_tokens=add_special_tokens)
-    encoded = {text: encoding.ids for text, encoding in zip(unique, encodings)}
-    return [encoded[text] for text in texts]
-
-
-def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], **template_kwargs) -> list[list[int]]:
-    """Token ids of each conversation, those that ``apply_chat_template`` gives."""
-    if not _is_its_backend(tokenizer):
-        return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **template_kwargs)["input_ids"]
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, **template_kwargs)
-    return encode(tokenizer, texts, add_special_tokens=False)
-
-
-def _is_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether transformers' own methods turn text into ids, which end in one call of the Rust tokenizer."""
-    defined = {
-        "__call__": "transformers.tokenization_utils_base",
-        "apply_chat_template": "transformers.tokenization_utils_base",
-        "_encode_plus": "transformers.tokenization_utils_tokenizers",
-    }
-    methods = {name: getattr(type(tokenizer), name, None) for name in defined}
-    return all(getattr(methods[name], "__module__", None) == module for name, module in defined.items())
 
 
 def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
