@@ -1,7 +1,8 @@
 """Passes of the head over its tiles of logits, without autograd: what ``linear_preference.py`` makes its modes of.
 
-Every tile is a GEMM, is scored in place, serves the GEMMs of the gradients and is overwritten by the next. Results that
-nobody wants are ``None``.
+Every tile is a GEMM, is scored in place, serves the GEMMs of the gradients and is overwritten by the next. Where one
+tile holds all rows, it can be kept for the backward instead, which then knows how to weigh its rows. Results that nobody
+wants are ``None``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .tiles import HeadOptions, Pairs, Tile, logits_tiles, tile_buffer, unit_til
 from .vocab_score import VocabScore
 
 _BLOCK_ROWS = 4096
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class Wanted(NamedTuple):
@@ -44,16 +46,52 @@ def score_rows(
     bias: Tensor | None,  # (V,)
     wanted: Wanted,
     options: HeadOptions,
+    keep: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The fields of ``VocabScore``, and ``G W`` (N, H) where the hidden rows alone want a gradient."""
+    """The fields of ``VocabScore``; then what the backward needs to compute no logits again.
+
+    Without a gradient of the head ``G W`` (N, H). With one, if ``keep`` and one tile holds all rows, both ``G W`` and
+    ``G`` (N, V), the tile itself.
+    """
     x, w, backend = _operands(hidden, weight, targets, options)
+    buffer = tile_buffer(x, w, options)
+    kept = keep and wanted.head
+    wants_score_weight = wanted.hidden and (keep or not wanted.head)
+    if len(buffer) == len(x):
+        logits = torch.mm(x, w.t(), out=buffer)
+        out = options.score(logits, targets, bias, kept or wants_score_weight, backend)
+        return *out, torch.mm(logits, w) if wants_score_weight else None, logits if kept else None
     out = empty_score(x, options)
     score_weight = torch.empty_like(x) if wanted.hidden and not wanted.head else None
-    for rows, logits in logits_tiles(x, w, tile_buffer(x, w, options)):
+    for rows, logits in logits_tiles(x, w, buffer):
         _store(out, rows, options.score(logits, targets[rows], bias, score_weight is not None, backend))
         if score_weight is not None:
             torch.mm(logits, w, out=score_weight[rows])
-    return *out, score_weight
+    return *out, score_weight, None
+
+
+def scored_gradients(
+    grad: Tensor,  # (N,) that arrives at the log-probs
+    score_weight: Tensor | None,  # (N, H) G W
+    score: Tensor | None,  # (N, V) G
+    hidden: Tensor,  # (N, H)
+    wanted: Wanted,
+    dtypes: tuple[torch.dtype | None, ...],  # of hidden, weight and bias
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias from the score of all rows."""
+    grad_weight = grad_bias = None
+    if wanted.weight:
+        gx = scale(hidden.to(score.dtype), grad[:, None], score.dtype)
+        if score.dtype == dtypes[1] and (score.is_cuda or score.dtype not in _HALF):
+            grad_weight = score.t() @ gx
+        else:
+            grad_weight = hidden.new_zeros(score.shape[1], hidden.shape[1], dtype=torch.float32)
+            _add_product(grad_weight, score, gx)
+            grad_weight = grad_weight.to(dtypes[1])
+    if wanted.bias:
+        grad_bias = (score.t() @ grad[:, None].to(score.dtype))[:, 0].to(dtypes[2])
+    grad_hidden = None if score_weight is None else scale(score_weight, grad[:, None], dtypes[0])
+    return grad_hidden, grad_weight, grad_bias
 
 
 def row_gradients(
@@ -93,37 +131,50 @@ def score_units(
     pairs: Pairs,
     loss: Loss,
     options: HeadOptions,
+    keep: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """A separable loss with its gradients: a tile holds whole units, so that they are finished while it is there.
 
     Returns:
         Sum of the losses, losses (P,), completion log-probs (S,), the six fields of ``VocabScore``; then, for the
-        backward, ``g`` (N,), ``G W`` (N, H) unscaled, and the gradients of weight (V, H) and bias (V,) in fp32.
+        backward, ``g`` (N,), ``G W`` (N, H) unscaled, and the gradients of weight (V, H) and bias (V,) in fp32; or, if
+        ``keep`` and one tile holds all rows, in place of these two the tile itself, ``G`` (N, V), last.
     """
     x, w, backend = _operands(hidden, weight, targets, options)
+    buffer = tile_buffer(x, w, options)
+    if keep and len(buffer) == len(x):
+        logits = torch.mm(x, w.t(), out=buffer)
+        tokens = options.score(logits, targets, bias, True, backend)
+        everything = Tile(slice(0, len(x)), (0, 0), (len(pairs.completion_lengths), len(pairs.chosen)))
+        completion_logps, losses, g = _weigh_units(everything, tokens, pairs, loss, options.backend)
+        score_weight = torch.mm(logits, w) if wanted.hidden else None
+        return losses.sum(), losses, completion_logps, *tokens, g, score_weight, None, None, logits
     tokens = empty_score(x, options)
     completion_logps = tokens.logps.new_empty(len(pairs.completion_lengths))
     losses = tokens.logps.new_empty(len(pairs.chosen))
     g = torch.empty_like(tokens.logps)
     score_weight, grad_weight, grad_bias = empty_gradients(x, weight, bias, wanted)
-    buffer = tile_buffer(x, w, options)
     for tile in unit_tiles(pairs, len(buffer)):
         whole = tile.rows.stop - tile.rows.start <= len(buffer)
         for rows, logits in logits_tiles(x, w, buffer, tile.rows):
             _store(tokens, rows, options.score(logits, targets[rows], bias, whole, backend))
-        _weigh_units(tile, tokens, completion_logps, losses, g, pairs, loss, options.backend)
+        part = VocabScore(*(None if tensor is None else tensor[tile.rows] for tensor in tokens))
+        completions, some = slice(tile.first[0], tile.last[0]), slice(tile.first[1], tile.last[1])
+        completion_logps[completions], losses[some], g[tile.rows] = _weigh_units(
+            tile, part, pairs, loss, options.backend
+        )
         if whole:
             _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
             continue
         for rows, logits in logits_tiles(x, w, buffer, tile.rows):  # a unit beyond the budget: its tiles a second time
             options.score(logits, targets[rows], bias, True, backend)
             _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
-    return losses.sum(), losses, completion_logps, *tokens, g, score_weight, grad_weight, grad_bias
+    return losses.sum(), losses, completion_logps, *tokens, g, score_weight, grad_weight, grad_bias, None
 
 
 def finished_gradients(
     grad_loss: Tensor,  # ()
-    g: Tensor,  # the last four results of score_units
+    g: Tensor,  # and the next three: as from score_units
     score_weight: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
@@ -153,28 +204,22 @@ def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _weigh_units(
     tile: Tile,
-    tokens: VocabScore,  # (N,)
-    completion_logps: Tensor,  # (S,) written
-    losses: Tensor,  # (P,) written
-    g: Tensor,  # (N,) written: d(sum of losses)/dlogp of each row
+    tokens: VocabScore,  # of its rows
     pairs: Pairs,
     loss: Loss,
     backend: str,
-) -> None:
-    completions, some = slice(tile.first[0], tile.last[0]), slice(tile.first[1], tile.last[1])
-    offsets = pairs.cu_completions[completions.start : completions.stop + 1] - tile.rows.start
-    logps = tokens.logps[tile.rows]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a tile: log-probs of its completions, losses of its pairs, and ``g``, d(sum of losses)/dlogp of each row."""
+    offsets = pairs.cu_completions[tile.first[0] : tile.last[0] + 1] - tile.rows.start
     if pair_loss.has_kernel(loss):
-        sums, tile_losses, weights = _closed_form(tile, logps, offsets, pairs, loss, backend)
-        weights = weights.repeat_interleave(offsets.diff(), output_size=len(logps))
-    else:
-        with torch.enable_grad():
-            part = VocabScore(*(None if tensor is None else tensor[tile.rows] for tensor in tokens))
-            part = part._replace(logps=logps.detach().requires_grad_())
-            sums = segment_sum(part.logps, offsets)
-            tile_losses = loss(pairs.numbers(sums, tile.first, tile.last, loss, part))
-            (weights,) = torch.autograd.grad(tile_losses.sum(), part.logps)
-    completion_logps[completions], losses[some], g[tile.rows] = sums.detach(), tile_losses.detach(), weights
+        sums, losses, weights = _closed_form(tile, tokens.logps, offsets, pairs, loss, backend)
+        return sums, losses, weights.repeat_interleave(offsets.diff(), output_size=len(tokens.logps))
+    with torch.enable_grad():
+        tokens = tokens._replace(logps=tokens.logps.detach().requires_grad_())
+        sums = segment_sum(tokens.logps, offsets)
+        losses = loss(pairs.numbers(sums, tile.first, tile.last, loss, tokens))
+        (g,) = torch.autograd.grad(losses.sum(), tokens.logps)
+    return sums.detach(), losses.detach(), g
 
 
 def _closed_form(
@@ -215,17 +260,24 @@ def _add_gradients(
     if score_weight is not None:
         torch.mm(score, w, out=score_weight[rows])
     if grad_weight is not None:
-        gx = scale(x, g[:, None], x.dtype)
-        if score.dtype == grad_weight.dtype:
-            grad_weight.addmm_(score.t(), gx)
-        elif score.is_cuda:
-            torch.addmm(grad_weight, score.t(), gx, out_dtype=grad_weight.dtype, out=grad_weight)
-        else:  # a CPU has no half-precision product that accumulates in fp32 across calls; blocks, as both are copied
-            gx = gx.to(grad_weight.dtype)
-            for columns, into in zip(score.t().split(_BLOCK_ROWS), grad_weight.split(_BLOCK_ROWS)):
-                into.addmm_(columns.to(grad_weight.dtype), gx)
+        _add_product(grad_weight, score, scale(x, g[:, None], x.dtype))
     if grad_bias is not None:
         grad_bias += (score.t() @ g[:, None].to(score.dtype))[:, 0]
+
+
+def _add_product(
+    grad_weight: Tensor,  # (V, H) fp32, added to
+    score: Tensor,  # (R, V)
+    gx: Tensor,  # (R, H)
+) -> None:
+    if score.dtype == grad_weight.dtype:
+        grad_weight.addmm_(score.t(), gx)
+    elif score.is_cuda:
+        torch.addmm(grad_weight, score.t(), gx, out_dtype=grad_weight.dtype, out=grad_weight)
+    else:  # a CPU has no half-precision product that accumulates in fp32 across calls; blocks, as both are copied
+        gx = gx.to(grad_weight.dtype)
+        for columns, into in zip(score.t().split(_BLOCK_ROWS), grad_weight.split(_BLOCK_ROWS)):
+            into.addmm_(columns.to(grad_weight.dtype), gx)
 
 
 def _operands(hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, str]:

@@ -66,7 +66,8 @@ def linear_logprobs(
     schema=f"({_ROWS}, {_OPTIONS}) -> {_tensors(_STATISTICS + 1)}",
 )
 def _linear_logprobs(hidden, weight, targets, bias, wanted, *options) -> tuple[Tensor, ...]:
-    return _filled(hidden, score_rows(hidden, weight, targets, bias, Wanted(*wanted), HeadOptions(*options)))
+    *out, _ = score_rows(hidden, weight, targets, bias, Wanted(*wanted), HeadOptions(*options))
+    return _filled(hidden, out)
 
 
 @_linear_logprobs.register_fake
@@ -143,7 +144,8 @@ def linear_preference(
 )
 def _linear_preference(hidden, weight, targets, bias, wanted, *flat) -> tuple[Tensor, ...]:
     pairs, loss, options = _unflatten(flat)
-    return _filled(hidden, score_units(hidden, weight, targets, bias, Wanted(*wanted), pairs, loss, options))
+    *out, _ = score_units(hidden, weight, targets, bias, Wanted(*wanted), pairs, loss, options)
+    return _filled(hidden, out)
 
 
 @_linear_preference.register_fake

@@ -11,6 +11,7 @@ With ``G = onehot(y) - softmax(X W^T)`` and a loss that sees the batch only thro
     head frozen              2 GEMMs   logits, G W (kept unscaled, (N, H)); the backward scales rows; any loss
     head trained, separable  3 GEMMs   logits, G W, G^T (g X); tiles hold whole units of pairs, so g is known at once
     head trained, general    4 GEMMs   log-sum-exp kept, logits again in the backward; any use of token log-probs
+    the same, one tile       3 GEMMs   where one tile holds all rows it is kept, scored, until the backward
 
 ``linear_logprobs`` is the first, second and fourth, ``linear_preference_loss`` adds the third.
 """
@@ -27,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from ..losses import Loss
 from . import head_operators
 from .gather import segment_sum
-from .head import Wanted, finished_gradients, row_gradients, scale, score_rows, score_units
+from .head import Wanted, finished_gradients, row_gradients, score_rows, score_units, scored_gradients
 from .pair_loss import has_kernel
 from .tiles import HeadOptions, Pairs
 from .vocab_score import VocabScore
@@ -54,7 +55,8 @@ def linear_logprobs(
     """Log-probs of ``targets`` under ``softmax(hidden @ weight.T + bias)`` and statistics, (N,) each, fp32.
 
     ``logps`` is differentiable in hidden, weight and bias, with any upstream gradient; the rest is not. Memory beside
-    the inputs: one tile of logits, and (N, H) where the head is frozen. Example::
+    the inputs: one tile of logits, kept until the backward where it holds all rows and the head is trained, and (N, H)
+    where it is frozen. Example::
 
         score = linear_logprobs(hidden, model.lm_head.weight, targets)
         score.logps.sum().backward()
@@ -68,8 +70,7 @@ def linear_logprobs(
     if torch.compiler.is_compiling():
         return head_operators.linear_logprobs(hidden, weight, targets, bias, wanted, options)
     run = _LinearLogprobs.apply if any(wanted) else score_rows
-    *out, _ = run(hidden, weight, targets, bias, wanted, options)
-    return VocabScore(*out)
+    return VocabScore(*run(hidden, weight, targets, bias, wanted, options)[:6])
 
 
 def linear_preference_loss(
@@ -113,36 +114,43 @@ def linear_preference_loss(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Frozen head: G W is stored and the backward scales its rows. Trained: the backward computes the tiles again."""
+    """What the forward scored, ``G W`` and a single tile, the backward weighs; else it computes the tiles again."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, wanted: Wanted, options):
-        *out, score_weight = score_rows(hidden, weight, targets, bias, wanted, options)
-        ctx.save_for_backward(*((hidden, weight, targets, bias) if score_weight is None else (score_weight,)))
-        ctx.wanted, ctx.options, ctx.dtype = wanted, options, hidden.dtype
+        *out, score_weight, score = score_rows(hidden, weight, targets, bias, wanted, options, keep=True)
+        ctx.wanted, ctx.options, ctx.dtypes = wanted, options, _dtypes(hidden, weight, bias)
+        ctx.again = wanted.head and score is None
+        ctx.save_for_backward(*((hidden, weight, targets, bias) if ctx.again else (score_weight, score, hidden)))
         ctx.mark_non_differentiable(*(tensor for tensor in out[1:] if tensor is not None))
-        return *out, None
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
-        if not ctx.wanted.head:
-            (score_weight,) = ctx.saved_tensors
-            return scale(score_weight, grad[:, None], ctx.dtype), *(None,) * 5
-        grad_hidden, grad_weight, grad_bias = row_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.options)
+        if ctx.again:
+            grads = row_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.options)
+        else:
+            grads = scored_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.dtypes)
+        grad_hidden, grad_weight, grad_bias = grads
         return grad_hidden, grad_weight, None, grad_bias, None, None
 
 
 class _LinearPreference(torch.autograd.Function):
-    """Trained head, separable loss: the gradients are finished in the forward, the backward scales them."""
+    """Trained head, separable loss: the gradients are finished in the forward and scaled in the backward.
+
+    Where one tile holds all rows it is kept and the products of the weight's gradient are left to the backward, which
+    spares an accumulator and its scaling.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
-        *out, g, score_weight, grad_weight, grad_bias = score_units(
-            hidden, weight, targets, bias, wanted, pairs, loss, options
+        *out, g, score_weight, grad_weight, grad_bias, score = score_units(
+            hidden, weight, targets, bias, wanted, pairs, loss, options, keep=True
         )
-        ctx.save_for_backward(g, score_weight, grad_weight, grad_bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        rows = None if score is None else hidden
+        ctx.save_for_backward(g, score_weight, grad_weight, grad_bias, score, rows)
+        ctx.wanted, ctx.dtypes = wanted, _dtypes(hidden, weight, bias)
         ctx.set_materialize_grads(False)
         _, losses, _, _, *statistics = out
         ctx.mark_non_differentiable(losses, *(tensor for tensor in statistics if tensor is not None))
@@ -153,8 +161,17 @@ class _LinearPreference(torch.autograd.Function):
     def backward(ctx, grad_loss, _, grad_completion_logps, grad_logps, *__):
         if grad_completion_logps is not None or grad_logps is not None:
             raise RuntimeError(head_operators.REFUSAL)
-        grad_hidden, grad_weight, grad_bias = finished_gradients(grad_loss, *ctx.saved_tensors, ctx.dtypes)
+        g, score_weight, grad_weight, grad_bias, score, rows = ctx.saved_tensors
+        if score is None:
+            grads = finished_gradients(grad_loss, g, score_weight, grad_weight, grad_bias, ctx.dtypes)
+        else:
+            grads = scored_gradients(grad_loss * g, score_weight, score, rows, ctx.wanted, ctx.dtypes)
+        grad_hidden, grad_weight, grad_bias = grads
         return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
+
+
+def _dtypes(*leaves: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if leaf is None else leaf.dtype for leaf in leaves)
 
 
 def _outside_of_graphs(*arguments):

@@ -14,13 +14,12 @@ from torch import Tensor
 from .reference import PairLossOutput, completion_sums
 
 
-class _Side(NamedTuple):
-    """One side of P pairs."""
+class _Completions(NamedTuple):
+    """What losses are made of, (S,) fp64."""
 
-    index: Tensor  # (P,) completions
-    logp: Tensor  # (P,) fp64, as the next two
-    ratio: Tensor | None  # log-prob minus the reference's
-    length: Tensor
+    logps: Tensor
+    ratios: Tensor | None  # log-prob minus the reference's
+    lengths: Tensor
 
 
 def pair_loss_closed_form(
@@ -39,14 +38,12 @@ def pair_loss_closed_form(
     logps = sums.to(token_logps.dtype)  # rounded, as whoever is given them sees them
     sums, ratios = logps.double(), None if ref_logps is None else logps.double() - ref_logps.double()
 
-    def side(index: Tensor) -> _Side:
-        return _Side(index, sums[index], None if ratios is None else ratios[index], lengths[index])
-
     losses, slopes = _losses(
         loss,
-        side(chosen),
-        None if rejected is None else side(rejected),
-        side(chosen if targets is None else targets),
+        _Completions(sums, ratios, lengths),
+        chosen,
+        rejected,
+        chosen if targets is None else targets,
         tokens_per_pair,
         **options,
     )
@@ -58,9 +55,10 @@ def pair_loss_closed_form(
 
 def _losses(
     loss: str,
-    w: _Side,
-    x: _Side | None,
-    y: _Side,
+    of: _Completions,
+    w: Tensor,  # (P,) chosen
+    x: Tensor | None,  # rejected
+    y: Tensor,  # the regulariser's
     tokens_per_pair: Tensor | float,
     *,
     beta: float,
@@ -69,23 +67,19 @@ def _losses(
     slic_lambda: float,
     slic_length_normalize: bool,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The kernels' losses, and (completions, derivatives by their log-probs) of each side that has any.
-
-    Sides are w, chosen; x, rejected; and y, the regulariser's.
-    """
+    """The kernels' losses, and (completions, derivatives by their log-probs) of each side that has any."""
     if loss == "sft":
-        return -w.logp / tokens_per_pair, [(w.index, torch.full_like(w.logp, -1) / tokens_per_pair)]
+        return -of.logps[w] / tokens_per_pair, [(w, torch.full_like(of.logps[w], -1) / tokens_per_pair)]
     if loss == "slic":
-        one = torch.ones_like(w.logp)
-        nw, nx, ny = (w.length, x.length, y.length) if slic_length_normalize else (one, one, one)
-        margin = slic_delta - w.logp / nw + x.logp / nx
+        lengths = of.lengths if slic_length_normalize else torch.ones_like(of.lengths)
+        margin = slic_delta - of.logps[w] / lengths[w] + of.logps[x] / lengths[x]
         losses, active = _relu(margin)
-        slopes = [(w.index, -active / nw), (x.index, active / nx), (y.index, -slic_lambda / ny)]
-        return losses - slic_lambda * (y.logp / ny), slopes
+        slopes = [(w, -active / lengths[w]), (x, active / lengths[x]), (y, -slic_lambda / lengths[y])]
+        return losses - slic_lambda * (of.logps[y] / lengths[y]), slopes
     if loss == "ipo":
-        h = w.ratio / w.length - x.ratio / x.length - 1 / (2 * beta)
-        return h * h, [(w.index, 2 * h / w.length), (x.index, -2 * h / x.length)]
-    h = beta * (w.ratio - x.ratio)
+        h = of.ratios[w] / of.lengths[w] - of.ratios[x] / of.lengths[x] - 1 / (2 * beta)
+        return h * h, [(w, 2 * h / of.lengths[w]), (x, -2 * h / of.lengths[x])]
+    h = beta * (of.ratios[w] - of.ratios[x])
     if loss == "hinge":
         losses, active = _relu(1 - h)
         slope = -beta * active
@@ -93,8 +87,8 @@ def _losses(
         assert loss == "sigmoid", loss
         e = label_smoothing
         losses = -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
-        slope = beta * (e * torch.sigmoid(h) - (1 - e) * torch.sigmoid(-h))
-    return losses, [(w.index, slope), (x.index, -slope)]
+        slope = beta * (e - torch.sigmoid(-h))
+    return losses, [(w, slope), (x, -slope)]
 
 
 def _relu(margin: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,6 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
         ValueError: one is outside.
     """
     if targets.device.type == "cpu" and len(targets):
-        low, high = targets.aminmax()
+        low, high = (x.item() for x in targets.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"targets must lie in [0, {vocab_size}), found {int(low)} to {int(high)}")
+            raise ValueError(f"targets must lie in [0, {vocab_size}), found {low} to {high}")

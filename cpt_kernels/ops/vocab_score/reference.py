@@ -52,6 +52,9 @@ def vocab_score_reference(
         *(logits.new_empty(rows, dtype=d) if statistics else None for d in (dtype, dtype, torch.bool, dtype)),
     )
     step = max(1, _BLOCK_ELEMENTS // max(columns, 1)) if logits.device.type == "cpu" else max(rows, 1)
+    if rows <= step:
+        _score_block(logits, targets, bias, logit_scale, softcap, vocab, out, score)
+        return out
     for start in range(0, rows, step):
         block = slice(start, start + step)
         out_block = VocabScore(*(None if tensor is None else tensor[block] for tensor in out))
@@ -69,7 +72,7 @@ def _score_block(
     out: VocabScore,
     score: bool,
 ) -> None:
-    x = logits[:, :vocab]
+    x = logits if vocab == logits.shape[1] else logits[:, :vocab]
     z = x.to(out.lse.dtype)
     if bias is not None:
         z = z + bias[:vocab]
@@ -79,30 +82,34 @@ def _score_block(
         z = torch.tanh(z / softcap) * softcap
 
     target = targets[:, None]
+    target_logit = z.gather(1, target)[:, 0]
     # The normaliser stays in two parts: e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
-    largest = z.amax(dim=-1)
-    shift = largest.masked_fill(largest.isinf(), 0)
-    p = torch.sub(z, shift[:, None]).exp_()
-    total = p.sum(dim=-1)
+    # The largest logit stays finite, so that an infinite one shows as an infinite sum.
+    largest, bound = z.amax(dim=-1), torch.finfo(z.dtype).max
+    shift = largest.clamp(-bound, bound)
+    needed = softcap is not None or out.entropy is not None or (z is x and not score)
+    e = torch.sub(z, shift[:, None], out=None if needed else z).exp_()
+    total = e.sum(dim=-1)
     log_total = total.log()
     torch.add(shift, log_total, out=out.lse)
-    target_logit = z.gather(1, target)[:, 0]
     torch.sub(target_logit - shift, log_total, out=out.logps)
     if not (score or out.entropy is not None):
         return
 
-    p /= total[:, None]
+    minus_p = e.div_(-total[:, None])
     if out.entropy is not None:
         torch.mean(z, dim=-1, out=out.mean_logit)
         torch.eq(largest, target_logit, out=out.correct)
         # A logit of -inf has p = 0 and adds nothing, but 0 * -inf would be NaN.
-        torch.sub(out.lse, torch.linalg.vecdot(p, z.clamp(min=torch.finfo(z.dtype).min)), out=out.entropy)
-        torch.log(torch.linalg.vecdot(p, p), out=out.log_sum_sq)
+        torch.add(out.lse, torch.linalg.vecdot(minus_p, z.clamp(min=-bound)), out=out.entropy)
+        torch.log(torch.linalg.vecdot(minus_p, minus_p), out=out.log_sum_sq)
     if score:
-        p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=p.dtype))
+        gradient = minus_p.scatter_add_(1, target, torch.ones_like(target, dtype=z.dtype))
         if softcap is not None:
-            p *= 1 - (z / softcap) ** 2
+            gradient *= 1 - (z / softcap) ** 2
         if logit_scale != 1.0:
-            p *= logit_scale
-        x.copy_(p)
-        logits[:, vocab:] = 0
+            gradient *= logit_scale
+        if gradient is not x:
+            x.copy_(gradient)
+        if vocab < logits.shape[1]:
+            logits[:, vocab:] = 0
