@@ -1,8 +1,8 @@
 """Passes of the head over its tiles of logits, without autograd: what ``linear_preference.py`` makes its modes of.
 
 Every tile is a GEMM, is scored in place, serves the GEMMs of the gradients and is overwritten by the next. Where one
-tile holds all rows, it can be kept for the backward instead, which then knows how to weigh its rows. Results that nobody
-wants are ``None``.
+tile holds all rows, it can be kept for the backward instead, which then knows how to weigh its rows. Results that
+nobody wants are ``None``.
 """
 
 from __future__ import annotations
