@@ -79,17 +79,19 @@ def measure(run: Callable[[], Any], context: Context, seconds: float = 3.0) -> R
     once = _wall_ms(run)
     peak = torch.cuda.max_memory_allocated() - before
     rounds = max(_LEAST, min(_MOST, int(min(seconds, context.left / 2) * 1e3 / (once + 1))))
-    buffer = _cache_buffer()
-    times = []
-    for _ in range(rounds):
-        buffer.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+    times = [1e3 * cold_seconds(run) for _ in range(rounds)]
     return {"ms": statistics.median(times), "rounds": rounds, "peak_mib": round(peak / MIB, 1), **_spread(times)}
+
+
+def cold_seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one ``run`` on the GPU with a cold L2 cache."""
+    _cache_buffer().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _wall_ms(run: Callable[[], Any]) -> float:

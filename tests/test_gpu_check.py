@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_attention, gpu_check, gpu_head
+from bench import gpu_attention, gpu_check, gpu_head, heads
 from bench.gpu_check import Outcome, apart, check, parse, report
 from bench.gpu_meter import Context, measure
 from bench.gpu_parts import run_limited
@@ -29,10 +29,10 @@ def test_dry_run(tmp_path, capsys):
     failed = [row for part in found["parts"].values() for row in part["rows"] if "failed" in row]
     assert code == 0 and not failed, failed
     summary = json.loads(lines[-1])
-    assert summary["ok"] and summary["failed"] == [] and "ms" in summary["measured"]["head: ours trainable, eager"]
+    assert summary["ok"] and summary["failed"] == [] and "ms" in summary["measured"]["head: trained, eager"]
     assert list(found["parts"]) == list(gpu_check.PARTS) and found["versions"]["torch"] == torch.__version__
     what = {row["what"] for part in found["parts"].values() for row in part["rows"]}
-    assert {"sdpa: q != k", "head: ours frozen, eager", "vocab_score eager", "sdpa: P=C=2048"} <= what
+    assert {"sdpa: q != k", "head: frozen, eager", "vocab_score eager", "sdpa: P=C=2048"} <= what
     assert any(line.startswith("training") and "largest relative difference" in line for line in lines)
 
 
@@ -83,15 +83,21 @@ def test_an_attention_that_is_not_deterministic_is_found(monkeypatch):
 
 
 def test_a_fast_but_wrong_head_is_found(monkeypatch):
-    own = gpu_head.linear_preference_loss
+    own = heads.linear_preference_loss
 
     def wrong(*args):
         out = own(*args)
         return out._replace(loss=out.loss * 1.2)
 
-    monkeypatch.setattr(gpu_head, "linear_preference_loss", wrong)
+    monkeypatch.setattr(heads, "linear_preference_loss", wrong)
     found = failures(gpu_head.rows(tiny()))
-    assert set(found) == {f"head: ours {mode}, eager" for mode in ("frozen", "trainable", "general")}
+    assert set(found) == {f"head: {mode}, eager" for mode in ("frozen", "trained", "general")}
+
+
+def test_a_peer_that_is_not_here_is_one_row_that_says_why(monkeypatch):
+    monkeypatch.setattr(heads.importlib.util, "find_spec", lambda name: None)
+    rows = {row["what"]: row["result"] for row in gpu_head.rows(tiny())}
+    assert rows["head: trl"] == "trl is not installed" and rows["head: cce"] == "cuda only"
 
 
 def test_the_flop_bound_of_sharing():
