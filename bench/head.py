@@ -28,38 +28,22 @@ tokens x vocabulary, 1 where logits are kept once.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .gpu_meter import cold_seconds
-from .heads import PRODUCTS, TRAINED, Problem, contestants, disagreement, norms
-from .timing import (
-    MIB,
-    Channel,
-    Contestant,
-    add_output_options,
-    finish,
-    interleave,
-    peak_mib,
-    reset_peak,
-    resident_mib,
-    summarise,
-    table,
-)
+from .heads import TRAINED, Problem, contestants, disagreement, norms
+from .rounds import REFERENCE, Found, Products, Timed, compete, serve
+from .timing import MIB, add_output_options, finish, summarise, table
 from .work import SHAPES
 
 _MODES = "trained,general,frozen,score"
 _PEERS = "eager,compiled,trl,torch-ce,liger-dpo,liger-ce,cce,quack"
 _QUICK_PEERS = "eager,torch-ce"
-_ROUND = 0.05  # seconds
-_PRODUCTS = "products"  # whose worker has the reference and the rate of the products
 
 Measured = dict[str, dict[str, Any]]  # of a size: contestant -> seconds, mib, ...
 
@@ -68,102 +52,43 @@ Measured = dict[str, dict[str, Any]]  # of a size: contestant -> seconds, mib, .
 
 
 def work(spec: dict[str, Any]) -> None:
-    """Answers ``size TOKENS VOCAB COMPLETION`` with results and memory, ``run`` with the seconds of a round."""
-    channel = Channel()
-    channel.reply(ready=True)
-    while message := channel.receive():
-        if message.startswith("size"):
-            tokens, vocab, completion = map(int, message.split()[1:])
-            runner = None  # what it holds is free before the next is built
-            gc.collect()
-            dtype = getattr(torch, spec["dtype"])
-            problem = Problem.make(tokens, spec["hidden"], vocab, completion, spec["device"], dtype)
-            runner = (Products if spec["name"] == _PRODUCTS else Runner)(problem, spec)
-            channel.reply(**runner.first())
-        else:
-            channel.reply(seconds=runner.round())
-        if spec["device"] == "cuda":  # all contestants share it
-            torch.cuda.empty_cache()
+    """The worker of one contestant; a size is TOKENS VOCAB COMPLETION."""
+
+    def build(*size: str) -> Timed | Products:
+        tokens, vocab, completion = map(int, size)
+        dtype = getattr(torch, spec["dtype"])
+        problem = Problem.make(tokens, spec["hidden"], vocab, completion, spec["device"], dtype)
+        if spec["name"] != REFERENCE:
+            return Run(problem, spec)
+        x, w = problem.hidden, problem.weight
+        logits = x @ w.t()
+        return Products(spec["device"], problem.expected(spec["gradients"]), (x, w.t()), (logits, w), (logits.t(), x))
+
+    serve(spec["device"], build)
 
 
-class Runner:
-    """One contestant on one problem."""
+class Run(Timed):
+    """One contestant on one problem, forward and backward."""
 
     def __init__(self, problem: Problem, spec: dict[str, Any]):
+        super().__init__(spec["device"])
         contestant = contestants()[spec["name"]]
-        self.loss, self.cuda = contestant.build(problem), spec["device"] == "cuda"
-        self.differentiated = contestant.products > 1
+        self.head, self.differentiated = contestant.build(problem), contestant.products > 1
         self.hidden = problem.hidden.requires_grad_(self.differentiated)
         self.weight = problem.weight.requires_grad_(contestant.gradients == TRAINED)
 
-    def run(self) -> torch.Tensor:
+    def run(self) -> None:
         with torch.set_grad_enabled(self.differentiated):
-            loss = self.loss(self.hidden, self.weight)
+            loss = self.head(self.hidden, self.weight)
         if self.differentiated:
             loss.backward()
-        return loss
+        self.loss = loss.detach()
+
+    def results(self) -> dict[str, float]:
+        return {"loss": self.loss.item(), **norms(self.hidden.grad, self.weight.grad)}
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
-
-    def first(self) -> dict[str, Any]:
-        """Warm up; then results and the memory of one run."""
-        self.run()
-        self.clear()
-        before = self._reset_memory()
-        started = time.perf_counter()
-        loss = self.run().item()
-        self.repeats = max(1, min(100, int(_ROUND / (time.perf_counter() - started))))
-        peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else peak_mib()
-        results = {"loss": loss, **norms(self.hidden.grad, self.weight.grad)}
-        self.clear()
-        return {"mib": peak - before, "results": results}
-
-    def round(self) -> list[float]:
-        seconds = []
-        for _ in range(self.repeats):
-            seconds.append(cold_seconds(self.run) if self.cuda else _seconds(self.run))
-            self.clear()
-        return seconds
-
-    def _reset_memory(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated() / MIB
-        resident = resident_mib()
-        if not reset_peak():
-            raise RuntimeError("this kernel does not reset VmHWM (/proc/self/clear_refs): peaks cannot be told apart")
-        return resident
-
-
-class Products:
-    """The reference, and the three products alone, into memory that is there."""
-
-    def __init__(self, problem: Problem, spec: dict[str, Any]):
-        self.problem, self.cuda = problem, spec["device"] == "cuda"
-        self.gradients = spec["gradients"]
-
-    def first(self) -> dict[str, Any]:
-        results = self.problem.expected(self.gradients)
-        x, w = self.problem.hidden, self.problem.weight
-        logits = x @ w.t()
-        outs = logits, torch.empty_like(x), torch.empty_like(w)
-        operands = (x, w.t()), (logits, w), (logits.t(), x)
-        self.products = [lambda a=a, out=out: torch.mm(*a, out=out) for a, out in zip(operands, outs)]
-        seconds = sum(_seconds(product) for _ in range(2) for product in self.products) / 2
-        self.repeats = max(1, min(100, int(_ROUND / seconds)))
-        return {"results": results}
-
-    def round(self) -> list[list[float]]:
-        timed = cold_seconds if self.cuda else _seconds
-        return [[timed(product) for product in self.products] for _ in range(self.repeats)]
-
-
-def _seconds(run) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 # --- Parent ---
@@ -239,56 +164,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(names: Sequence[str], vocab: int, options: argparse.Namespace) -> dict[str, Measured]:
     """tokens -> contestant -> what was measured."""
+    every = contestants()
     common = {"hidden": options.hidden, "device": options.device, "dtype": options.dtype}
-    common["gradients"] = any(contestants()[name].products > 1 for name in names)
-    found: dict[str, Measured] = {}
-    workers: list[Contestant] = []
-    try:
-        workers += [Contestant(name, "bench.head", {**common, "name": name}) for name in [_PRODUCTS, *names]]
-        for tokens in options.tokens:
-            message = f"size {tokens} {vocab} {completion_of(tokens, options.completion)}"
-            first = {worker.name: worker.ask(message) for worker in workers}
-            check(names, first, options.dtype)
-            rounds = interleave(workers, options.rounds, "run")
-            runs = {name: [s for answer in answers for s in answer["seconds"]] for name, answers in rounds.items()}
-            products = [statistics.median(column) for column in zip(*runs[_PRODUCTS])]
-            found[str(tokens)] = {
-                name: {
-                    "mib": first[name]["mib"],
-                    **describe(name, runs[name], products, tokens * vocab * options.hidden),
-                }
-                for name in names
-            }
-    finally:
-        for worker in workers:
-            worker.close()
-    return found
+    common["gradients"] = any(every[name].products > 1 for name in names)
+    specs = {name: {**common, "name": name} for name in [REFERENCE, *names]}
+    sizes = {tokens: f"{tokens} {vocab} {completion_of(tokens, options.completion)}" for tokens in options.tokens}
+
+    def check(found: Found) -> None:
+        for name in names:
+            expected = found[REFERENCE]["results"][every[name].kind]
+            if wrong := disagreement(found[name]["results"], expected, options.dtype != "float32"):
+                raise RuntimeError(f"'{name}' computes something else: {wrong}")
+
+    measured = compete("bench.head", specs, list(sizes.values()), options.rounds, check)
+    return {
+        str(tokens): describe(names, measured[size], 2 * tokens * vocab * options.hidden)
+        for tokens, size in sizes.items()
+    }
+
+
+def describe(names: Sequence[str], found: Found, flops: int) -> Measured:
+    """Seconds, memory, and the floor: the medians of the products that are needed at least."""
+    products = [statistics.median(column) for column in zip(*found[REFERENCE]["runs"])]
+    described = {}
+    for name in names:
+        least = contestants()[name].products
+        floor, seconds = sum(products[:least]), summarise(found[name]["runs"])
+        described[name] = {
+            "seconds": seconds,
+            "runs": len(found[name]["runs"]),
+            "mib": found[name]["mib"],
+            "products": least,
+            "floor_s": floor,
+            "gflop_s": flops * least / floor / 1e9,
+            "of_floor": floor / seconds["median"],
+        }
+    return described
 
 
 def completion_of(tokens: int, longest: int) -> int:
     """The most tokens of a completion, within ``longest``, of which an even number make up all."""
     return next(n for n in range(min(longest, tokens // 2), 0, -1) if tokens % (2 * n) == 0)
-
-
-def check(names: Sequence[str], first: dict[str, dict[str, Any]], dtype: str) -> None:
-    for name in names:
-        expected = first[_PRODUCTS]["results"][contestants()[name].kind]
-        if wrong := disagreement(first[name]["results"], expected, dtype != "float32"):
-            raise RuntimeError(f"'{name}' computes something else: {wrong}")
-
-
-def describe(name: str, seconds: list[float], products: list[float], multiplications: int) -> dict[str, Any]:
-    least = PRODUCTS[contestants()[name].gradients]
-    floor = sum(products[:least])
-    summary = summarise(seconds)
-    return {
-        "seconds": summary,
-        "runs": len(seconds),
-        "products": least,
-        "floor_s": floor,
-        "gflop_s": 2 * least * multiplications / floor / 1e9,
-        "of_floor": floor / summary["median"],
-    }
 
 
 def peers_of(name: str, names: Sequence[str]) -> list[str]:
@@ -326,7 +242,7 @@ def report(options, names, absent, measured, logits, growth) -> str:
     lines = [
         f"head {options.hidden} x V, {options.dtype} on {options.device}; {options.rounds} rounds, interleaved",
         "x best peer: time of the fastest peer that differentiates the same / this one's",
-        "of floor: products x 2 N H V / rate / median; rate: of these very products alone, in this run, into memory that"
+        "of floor: products x 2 N H V / rate / median; rate: of these products alone, in this run, into memory that"
         " is there",
         "MiB: peak beyond the inputs",
     ]
