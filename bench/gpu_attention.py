@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cpt_kernels.data.packing import GroupLengths, pack, scatter_levels
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 from cpt_kernels.ops.attention_backends import capabilities, kernels
 from cpt_kernels.ops.varlen import Need
 
+from .attentions import Case, Groups, attended, flex, inputs_of, layout_of
 from .gpu_meter import Context, Row, describe, measure
-
-Groups = Sequence[tuple[int, Sequence[int]]]  # (prompt, completions) in tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Heads and scores of one comparison."""
-
-    heads: int = 8
-    kv_heads: int = 8
-    size: int = 64
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    dtype: torch.dtype = torch.bfloat16
-
-    def options(self) -> dict[str, int | float | None]:
-        return {"window": self.window, "softcap": self.softcap}
-
 
 # First of all what differs from an ordinary causal call: queries and keys of different lengths, aligned at their ends.
 CASES = {
@@ -50,36 +30,6 @@ TINY: Groups = [(5, [3, 1]), (1, [4])]
 
 # (prompt, completions): where sharing pays, and how much it can.
 SHAPES: dict[str, tuple[int, list[int]]] = {"P=C=2048": (2048, [2048, 2048]), "P=4096, C=512": (4096, [512, 512])}
-
-
-def layout_of(groups: Groups, share: bool, device: str) -> AttentionLayout:
-    layout = pack([GroupLengths(prompt, completions, share) for prompt, completions in groups])
-
-    def tensor(array) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    lengths = zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist())
-    levels = scatter_levels(layout.kv_index, len(layout.position_ids))
-    return AttentionLayout(
-        tensor(layout.cu_seqlens_q),
-        tensor(layout.cu_seqlens_k),
-        tensor(layout.kv_index),
-        [(tensor(to), tensor(source)) for to, source in levels],
-        list(lengths),
-        share,
-    )
-
-
-def inputs_of(case: Case, tokens: int, device: str) -> tuple[list[Tensor], Tensor]:
-    """([query, key, value, sinks], upstream gradient), rounded to the case's dtype."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def new(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator).to(case.dtype)
-
-    kv = (tokens, case.kv_heads, case.size)
-    leaves = [new(tokens, case.heads, case.size), new(*kv), new(*kv), *([new(case.heads)] if case.sinks else [])]
-    return leaves, new(tokens, case.heads, case.size)
 
 
 def run(case: Case, layout: AttentionLayout, leaves: list[Tensor], upstream: Tensor, backend: str, **options):
@@ -180,46 +130,19 @@ def _time_sharing(context: Context, name: str, prompt: int, completions: list[in
         leaves, upstream = inputs_of(case, int(layout.cu_seqlens_q[-1]), context.device)
         work = partial(run, case, layout, leaves, upstream, name, deterministic=deterministic)
         times[key] = measure(work, context, 0.7)
-    bound = _attended(prompt, completions, False) / _attended(prompt, completions, True)
+    bound = attended([(prompt, completions)], False) / attended([(prompt, completions)], True)
     gain = times["separate"]["ms"] / times["shared"]["ms"]
     notes = f"{gain:.2f}x over separate sequences", f"{gain / bound:.0%} of the bound {bound:.2f}x"
     atomics = f"{times['shared_atomics']['ms']:.2f} ms not deterministic"
     numbers = {"bound": bound, "gain": gain, "share_of_bound": gain / bound, **times}
-    rate = 14 * case.heads * case.size * _attended(prompt, completions, True) / times["shared"]["ms"] / 1e9
+    rate = 14 * case.heads * case.size * attended([(prompt, completions)], True) / times["shared"]["ms"] / 1e9
     return {"result": describe(times["shared"], *notes, atomics), "tflop_s": rate, **numbers}
-
-
-def _attended(prompt: int, completions: list[int], share: bool) -> int:
-    def causal(length: int) -> int:
-        return length * (length + 1) // 2
-
-    if not share:
-        return sum(causal(prompt + c) for c in completions)
-    return causal(prompt) + sum(prompt * c + causal(c) for c in completions)
 
 
 def _time_flex(context: Context, prompt: int, completions: list[int]) -> Row:
     """PyTorch's FlexAttention over the same packed row, with a mask for the shared prompt."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    case = _case(context)
-    part = torch.repeat_interleave(
-        torch.arange(len(completions) + 1, device=context.device),
-        torch.tensor([prompt, *completions], device=context.device),
-    )
-    tokens = len(part)
-
-    def mask(batch, head, q, k):
-        return (q >= k) & ((part[k] == 0) | (part[q] == part[k]))
-
-    block_mask = create_block_mask(mask, None, None, tokens, tokens, device=context.device)
-    leaves, upstream = inputs_of(case, tokens, context.device)
-    q, k, v = (x.transpose(0, 1)[None].contiguous().requires_grad_() for x in leaves)
-    upstream = upstream.transpose(0, 1)[None].contiguous()
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def run_flex() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(compiled(q, k, v, block_mask=block_mask, enable_gqa=True), (q, k, v), upstream)
-
-    found = measure(run_flex, context, 0.7)
+    leaves, upstream = inputs_of(_case(context), prompt + sum(completions), context.device)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    attention = flex([(prompt, completions)], context.device)
+    found = measure(lambda: torch.autograd.grad(attention(*leaves), leaves, upstream), context, 0.7)
     return {"result": describe(found), **found}

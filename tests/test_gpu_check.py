@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_attention, gpu_check, gpu_head, heads
+from bench import attentions, gpu_attention, gpu_check, gpu_head, heads
 from bench.gpu_check import Outcome, apart, check, parse, report
 from bench.gpu_meter import Context, measure
 from bench.gpu_parts import run_limited
@@ -101,8 +101,8 @@ def test_a_peer_that_is_not_here_is_one_row_that_says_why(monkeypatch):
 
 
 def test_the_flop_bound_of_sharing():
-    assert gpu_attention._attended(2, [1, 3], False) == 6 + 15
-    assert gpu_attention._attended(2, [1, 3], True) == 3 + (2 + 1) + (6 + 6)
+    assert attentions.attended([(2, [1, 3])], False) == 6 + 15
+    assert attentions.attended([(2, [1, 3])], True) == 3 + (2 + 1) + (6 + 6)
 
 
 # --- Rows ---

@@ -1,0 +1,305 @@
+"""Attention of completions that share their prompt, against its peers: time, memory, share of the roofline.
+
+    python -m bench attention --shape llama-1b --prompt 512,2048 --completions 2x256 8x128
+
+Every contestant attends over the same packed row of K completions behind one prompt, in a process of its own, rounds
+interleaved after a warm-up that compiles. Outputs and gradients are held to a reference before anything is timed.
+A round is as many runs as fit 50 ms. On CUDA the L2 cache is cold.
+
+    ours-BACKEND  shared_prompt_attention (--backends, default all that are there)
+    separate      every completion behind its own copy of the prompt: SDPA sequence by sequence on a CPU, one
+                  variable-length flash attention on CUDA; the copies' gradients are not yet summed
+    flex          FlexAttention, compiled, with a mask for the shared prompt; it has no backward on a CPU
+    dense         one call of SDPA with the mask written out
+
+``pairs`` is the number of (query, key) pairs that a contestant looks at over those that it has to, A: what time would
+be, in units of ours, if all ran at one rate. Dense SDPA looks at all T x T.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cpt_kernels.ops.attention_backends import capabilities
+
+from . import attentions
+from .attentions import Case, Groups, attended, copies_of, dense_mask, inputs_of, spread
+from .rounds import REFERENCE, Found, Products, Timed, compete, serve
+from .timing import add_output_options, finish, summarise, table
+from .work import SHAPES, Shape
+
+_PEERS = "separate,flex,dense"
+_WAYS = {"forward and backward": 14, "forward": 4}  # operations per head, its size and attended pair
+_SIDE = {"cpu": 1024, "cuda": 8192}  # of the square product whose rate is the roof
+_NO_BACKWARD = "FlexAttention has no backward on a CPU"
+
+# --- Worker ---
+
+
+def work(spec: dict[str, Any]) -> None:
+    """The worker of one contestant; a size is GROUPS PROMPT COMPLETIONS."""
+    device, case = spec["device"], case_of(spec)
+
+    def build(*size: str) -> Timed | Products:
+        groups = groups_of(*size)
+        if spec["name"] != REFERENCE:
+            return Run(groups, case, spec)
+        a, b = (torch.randn(2 * [_SIDE[device]], device=device).to(case.dtype) for _ in range(2))
+        return Products(device, expected(groups, case, device), (a, b))
+
+    serve(device, build)
+
+
+def case_of(spec: dict[str, Any]) -> Case:
+    return Case(*spec["heads"], dtype=getattr(torch, spec["dtype"]))
+
+
+def groups_of(count: str, prompt: str, completions: str) -> Groups:
+    """Completions, ``KxLENGTH`` or comma-separated lengths, behind each of ``count`` prompts."""
+    if repeated := re.fullmatch(r"(\d+)x(\d+)", completions):
+        lengths = int(repeated[1]) * [int(repeated[2])]
+    else:
+        lengths = [int(length) for length in completions.split(",")]
+    return [(int(prompt), lengths)] * int(count)
+
+
+class Run(Timed):
+    """One contestant on one layout."""
+
+    def __init__(self, groups: Groups, case: Case, spec: dict[str, Any]):
+        super().__init__(spec["device"])
+        name, self.backward = spec["name"], spec["backward"]
+        tokens = sum(prompt + sum(completions) for prompt, completions in groups)
+        self.leaves, self.upstream = inputs_of(case, tokens, self.device)
+        self.tokens, self.index = tokens, None
+        if name == "separate":
+            self.index = copies_of(groups).to(self.device)
+            self.leaves = [leaf[self.index] for leaf in self.leaves]
+            self.upstream = spread(self.upstream, self.index.cpu())
+        self.leaves = [leaf.requires_grad_(self.backward) for leaf in self.leaves]
+        backend = name.removeprefix("ours-")
+        if backend != name:
+            self.attention = attentions.ours(groups, self.device, backend)
+        else:
+            self.attention = getattr(attentions, name)(groups, self.device)
+        self.found: list[torch.Tensor] = []
+
+    def run(self) -> None:
+        with torch.set_grad_enabled(self.backward):
+            out = self.attention(*self.leaves)
+        grads = torch.autograd.grad(out, self.leaves, self.upstream) if self.backward else ()
+        self.found = [out.detach(), *grads]
+
+    def clear(self) -> None:
+        self.found = []
+
+    def results(self) -> dict[str, list[float]]:
+        if self.index is None:
+            return fingerprints(self.found)
+        out, *grads = self.found
+        first = out.new_zeros(self.tokens, *out.shape[1:])
+        first[self.index.flip(0)] = out.flip(0)  # copies of a row are the same, up to rounding
+        sums = [
+            grad.new_zeros(self.tokens, *grad.shape[1:]).float().index_add_(0, self.index, grad.float())
+            for grad in grads
+        ]
+        return fingerprints([first, *sums])
+
+
+def fingerprints(tensors: Sequence[torch.Tensor]) -> dict[str, list[float]]:
+    """Of output and gradients the Euclidean norm, and the product with random numbers, which knows the order."""
+    found = {}
+    for name, tensor in zip(("out", "dq", "dk", "dv"), tensors):
+        probe = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device)
+        found[name] = [tensor.float().norm().item(), (tensor.float() * probe).sum().item()]
+    return found
+
+
+def expected(groups: Groups, case: Case, device: str) -> dict[str, list[float]]:
+    """Softmax attention as one would write it, group by group in fp32, and its gradients."""
+    tokens = sum(prompt + sum(completions) for prompt, completions in groups)
+    leaves, upstream = inputs_of(case, tokens, device)
+    leaves = [leaf.float().requires_grad_() for leaf in leaves]
+    start, outs = 0, []
+    for prompt, completions in groups:
+        rows = slice(start, start + prompt + sum(completions))
+        mask, start = dense_mask([(prompt, completions)], device), rows.stop
+        q, *kv = (leaf[rows].transpose(0, 1) for leaf in leaves)
+        k, v = (x.repeat_interleave(case.heads // case.kv_heads, dim=0) for x in kv)
+        scores = (q @ k.mT * case.size**-0.5).masked_fill(~mask, -torch.inf)
+        outs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    out = torch.cat(outs)
+    return fingerprints([out.detach(), *torch.autograd.grad(out, leaves, upstream.float())])
+
+
+# --- Parent ---
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "bench attention", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="whose heads; on cuda default llama-8b")
+    parser.add_argument("--prompt", help="tokens, comma-separated; default 256,1024, on cuda 2048,4096")
+    parser.add_argument("--completions", nargs="+", help="KxLENGTH or LENGTH,LENGTH; default 2x256 8x128, on cuda x 4")
+    parser.add_argument("--groups", type=int, default=1, help="prompts in the row")
+    parser.add_argument("--backends", help="of ours, comma-separated, default all that are there")
+    parser.add_argument("--peers", default=_PEERS, help="comma-separated, of separate, flex, dense")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, cuda bfloat16")
+    parser.add_argument("--quick", action="store_true", help="short prompts, nothing compiled: does it run?")
+    add_output_options(parser)
+    options = parser.parse_args(arguments)
+    cuda = options.device == "cuda"
+    if cuda and options.shape == "small":
+        options.shape = "llama-8b"
+    if options.quick:
+        options.prompt, options.completions, options.rounds = "32", ["2x16", "9,1,5"], 2
+        options.peers = "separate,dense" if options.peers == _PEERS else options.peers
+    options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
+    options.prompt = [int(n) for n in (options.prompt or ("2048,4096" if cuda else "256,1024")).split(",")]
+    options.completions = options.completions or (["2x1024", "8x512"] if cuda else ["2x256", "8x128"])
+    for text in options.completions:
+        if not re.fullmatch(r"\d+x\d+|\d+(,\d+)*", text):
+            parser.error(f"--completions {text}: must be KxLENGTH or LENGTH,LENGTH,...")
+    options.peers = [peer for peer in options.peers.split(",") if peer]
+    if unknown := set(options.peers) - set(_PEERS.split(",")):
+        parser.error(f"unknown peers {sorted(unknown)}: choose of {_PEERS}")
+    there = backends_of(options.device)
+    options.backends = options.backends.split(",") if options.backends else there
+    if unknown := set(options.backends) - set(there):
+        parser.error(f"backends {sorted(unknown)} are not here: choose of {', '.join(there)}")
+    return options
+
+
+def backends_of(device: str) -> list[str]:
+    """Kernels of ours that run on a device; ``eager`` only on a CPU, for its scores fill the memory."""
+    found = [name for name, one in capabilities().items() if not isinstance(one, str) and one.device in (None, device)]
+    return found if device == "cpu" else [name for name in found if name != "eager"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    names = [*(f"ours-{backend}" for backend in options.backends), *options.peers]
+    absent = {"forward and backward": {"flex": _NO_BACKWARD}} if options.device == "cpu" and "flex" in names else {}
+    measured = run(names, absent, options)
+    print(report(options, absent, measured))
+    ratios = {
+        size: {way: {name: one["x_ours"] for name, one in found.items()} for way, found in ways.items()}
+        for size, ways in measured.items()
+    }
+    predicted = {
+        size: {name: round(one["pairs"], 3) for name, one in ways["forward"].items()} for size, ways in measured.items()
+    }
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "record")}
+    finish(
+        "attention",
+        {"options": settings, "measured": measured},
+        {"ratio": ratios, "predicted_ratio": predicted, "absent": absent},
+        options,
+    )
+
+
+def run(names: Sequence[str], absent: dict[str, dict[str, str]], options: argparse.Namespace) -> dict[str, Any]:
+    """size -> way -> contestant -> what was measured."""
+    shape = SHAPES[options.shape]
+    common = {"heads": [shape.heads, shape.kv_heads, shape.head_size], "device": options.device}
+    common["dtype"] = options.dtype
+    sizes = [f"{options.groups} {prompt} {text}" for prompt in options.prompt for text in options.completions]
+    specs = {REFERENCE: {**common, "name": REFERENCE}}
+    entries = {way: [name for name in names if name not in absent.get(way, {})] for way in _WAYS}
+    for way, some in entries.items():
+        specs |= {f"{name} {way}": {**common, "name": name, "backward": way != "forward"} for name in some}
+    found = compete("bench.attention", specs, sizes, options.rounds, lambda found: check(found, options.dtype))
+    return {
+        size: {way: describe(size, way, some, found[size], shape, options.device) for way, some in entries.items()}
+        for size in sizes
+    }
+
+
+def check(found: Found, dtype: str) -> None:
+    expected, tolerance = found[REFERENCE]["results"], 1e-3 if dtype == "float32" else 0.02
+    for name, one in found.items():
+        for part, (norm, product) in one["results"].items():
+            size, along = expected[part]
+            if not (abs(norm - size) <= tolerance * size and abs(product - along) <= tolerance * size):
+                raise RuntimeError(
+                    f"'{name}' computes something else: {part} has norm {norm:.6g} and product {product:.6g},"
+                    f" expected {size:.6g} and {along:.6g}"
+                )
+
+
+def describe(size: str, way: str, names: Sequence[str], found: Found, shape: Shape, device: str) -> dict[str, Any]:
+    groups = groups_of(*size.split())
+    least = attended(groups, True)
+    tokens = sum(prompt + sum(completions) for prompt, completions in groups)
+    pairs = {"separate": attended(groups, False), "dense": tokens**2}
+    seconds = {name: summarise(found[f"{name} {way}"]["runs"]) for name in names}
+    fastest = min(seconds[name]["median"] for name in names if name.startswith("ours"))
+    rate = 2 * _SIDE[device] ** 3 / statistics.median(product for (product,) in found[REFERENCE]["runs"])
+    floor = _WAYS[way] * shape.heads * shape.head_size * least / rate
+    return {
+        name: {
+            "seconds": seconds[name],
+            "mib": found[f"{name} {way}"]["mib"],
+            "pairs": pairs.get(name, least) / least,
+            "x_ours": round(seconds[name]["median"] / fastest, 3),
+            "gflop_s": rate / 1e9,
+            "floor_s": floor,
+            "of_floor": floor / seconds[name]["median"],
+        }
+        for name in names
+    }
+
+
+def report(options: argparse.Namespace, absent: dict[str, dict[str, str]], measured: dict[str, Any]) -> str:
+    shape = SHAPES[options.shape]
+    lines = [
+        f"attention, {shape.heads} heads on {shape.kv_heads} of size {shape.head_size}, {options.dtype} on"
+        f" {options.device}; {options.rounds} rounds, interleaved",
+        "x ours: time / that of our fastest; pairs: (query, key) pairs looked at / A, those that have to be",
+        "of floor: operations / rate / median; operations: 14 Hq D A forward and backward, 4 Hq D A forward; rate: of a"
+        f" square product of {_SIDE[options.device]}, in this run",
+        "MiB: peak beyond the inputs",
+    ]
+    header = ["contestant", "ms", "quartiles", "x best peer", "x ours", "pairs", "MiB", "of floor"]
+    for size, ways in measured.items():
+        count, prompt, completions = size.split()
+        for way, found in ways.items():
+            best = min((one["seconds"]["median"] for n, one in found.items() if n in _PEERS.split(",")), default=None)
+            rate = next(iter(found.values()))["gflop_s"]
+            what = f"{count} prompt{'s' * (count != '1')} of {prompt}, completions {completions}"
+            lines += ["", f"{what}: {way}; products at {rate:,.0f} GFLOP/s"]
+            lines += [table(header, [_row(name, one, best) for name, one in found.items()])]
+            lines += [f"{name}: not here, {reason}" for name, reason in absent.get(way, {}).items()]
+    return "\n".join([*lines, ""])
+
+
+def _row(name: str, one: dict[str, Any], best: float | None) -> list[str]:
+    seconds = one["seconds"]
+    return [
+        name,
+        f"{1e3 * seconds['median']:.2f}",
+        f"{1e3 * seconds['low']:.2f}-{1e3 * seconds['high']:.2f}",
+        "-" if best is None else f"{best / seconds['median']:.2f}",
+        f"{one['x_ours']:.2f}",
+        f"{one['pairs']:.2f}",
+        f"{one['mib']:.0f}",
+        f"{one['of_floor']:.0%}",
+    ]
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        work(json.loads(sys.argv[sys.argv.index("--worker") + 1]))
+    else:
+        main()
