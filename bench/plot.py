@@ -149,29 +149,66 @@ def draw_tokenize(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_head(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Peak memory against tokens, and time against tokens."""
+    """A row a vocabulary: time against tokens, and peak memory, of all that train the head, or else of all."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    tokens = sorted(map(int, result["logits_mib"]))
-    axes[0].plot(tokens, [result["logits_mib"][str(n)] for n in tokens], "k:", label="one matrix of logits")
-    for i, (mode, found) in enumerate(result["measured"].items()):
-        style = {"color": _PEERS[i % len(_PEERS)], "linestyle": "--"} if _is_peer(mode) else {"marker": "o"}
-        axes[0].plot(tokens, [found[str(n)]["mib"] for n in tokens], label=mode, **style)
-        axes[1].plot(tokens, [found[str(n)]["seconds"]["median"] for n in tokens], label=mode, **style)
-    axes[0].set_ylabel("peak memory beyond the inputs, MiB")
-    axes[1].set_ylabel("seconds, forward and backward")
-    for axis in axes:
-        axis.set_xlabel(f"completion tokens (vocabulary {result['options']['vocab']})")
-        axis.set_ylim(bottom=0)
-    axes[0].legend(fontsize=8, frameon=False)
+    measured = result["measured"]
+    figure, panels = plt.subplots(len(measured), 2, figsize=(10, 3.6 * len(measured)), squeeze=False)
+    for (time, memory), (vocab, sizes) in zip(panels, measured.items()):
+        tokens = [int(n) for n in sizes]
+        memory.plot(tokens, [result["logits_mib"][vocab][n] for n in sizes], "k:", label="one matrix of logits")
+        every = next(iter(sizes.values()))
+        most = max(one["products"] for one in every.values())
+        for i, name in enumerate(name for name, one in every.items() if one["products"] == most):
+            ours = name in ("trained", "general", "frozen", "score")
+            style = {"marker": "o", "color": (_OURS, _VARIANT)[i % 2]} if ours else {"marker": "s", "linestyle": "--"}
+            style |= {} if ours else {"color": _PEERS[i % len(_PEERS)]}
+            found = [size[name] for size in sizes.values()]
+            seconds = [one["seconds"]["median"] for one in found]
+            spread = [[abs(one["seconds"][end] - one["seconds"]["median"]) for one in found] for end in ("low", "high")]
+            time.errorbar(tokens, seconds, spread, label=name, **style)
+            memory.plot(tokens, [one["mib"] for one in found], label=name, **style)
+        time.set_ylabel("seconds, forward and backward")
+        memory.set_ylabel("peak memory beyond the inputs, MiB")
+        for axis in (time, memory):
+            axis.set_xlabel(
+                f"completion tokens, vocabulary {int(vocab):,}, hidden size {result['options']['hidden']:,}"
+            )
+            axis.set_ylim(bottom=0)
+        time.legend(fontsize=8, frameon=False)
     return _save(figure, result, folder / "head")
+
+
+def draw_attention(result: dict[str, Any], folder: Path) -> list[Path]:
+    """A column a size, above forward and backward, below forward: time, with what the attended pairs predict."""
+    import matplotlib.pyplot as plt
+
+    measured = result["measured"]
+    figure, panels = plt.subplots(2, len(measured), figsize=(1 + 3.4 * len(measured), 5), squeeze=False)
+    for column, (size, ways) in enumerate(measured.items()):
+        _, prompt, completions = size.split()
+        for panel, (way, found) in zip(panels[:, column], ways.items()):
+            names = list(found)[::-1]
+            milliseconds = [1e3 * found[name]["seconds"]["median"] for name in names]
+            fastest = min(ms for ms, name in zip(milliseconds, names) if name.startswith("ours"))
+            colours = [_OURS if name.startswith("ours") else _PEERS[i % len(_PEERS)] for i, name in enumerate(names)]
+            panel.bar_label(
+                panel.barh(names, milliseconds, color=colours), [f"{ms:.1f}" for ms in milliseconds], padding=3
+            )
+            expected = [fastest * found[name]["pairs"] for name in names]
+            panel.plot(expected, names, "k|", markersize=12, label="pairs / ours")
+            panel.set_xlim(0, 1.2 * max(milliseconds + expected))
+            panel.set_xlabel(f"ms, {way}")
+        panels[0, column].set_title(f"prompt {prompt}, completions {completions}", fontsize=9)
+    panels[0, 0].legend(fontsize=8, frameon=False)
+    return _save(figure, result, folder / "attention")
 
 
 DRAWINGS = {
     "step": draw_step,
     "scaling": draw_scaling,
     "head": draw_head,
+    "attention": draw_attention,
     "cache": draw_cache,
     "packing": draw_packing,
     "tokenize": draw_tokenize,

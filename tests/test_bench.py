@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bench import timing
+from bench import attention, attentions, head, heads, timing
 from bench.lengths import draw_groups, preference_rows
 from bench.trainers import build_model
 from bench.work import SHAPES, Shape, packed, padded
@@ -56,11 +57,67 @@ def test_step(tmp_path) -> None:
 
 def test_head(tmp_path) -> None:
     out = tmp_path / "result.json"
-    text, result = bench("head", "--quick", "--modes", "trained,eager", "--json", out)
-    assert "one matrix of logits" in text
-    assert set(result["growth"]) == {"trained", "eager"}
-    assert result["growth"]["trained"] < 0.5 < result["growth"]["eager"]
+    text, result = bench("head", "--quick", "--modes", "trained,score", "--peers", "eager,liger-ce", "--json", out)
+    for word in ("x best peer", "of floor", "GFLOP/s", "liger-ce: not here, cuda only", "one matrix of logits: 8 MiB"):
+        assert word in text
+    assert result["growth"]["4096"]["trained"] < 0.5 < result["growth"]["4096"]["eager"]
+    assert result["memory_ratio"]["4096"]["2048"]["trained"]["eager"] < 0.5
+    assert set(result["speed_ratio"]["4096"]["2048"]["trained"]) == {"eager"}
+    assert set(result["speed_ratio"]["4096"]["2048"]["score"]) == {"eager-score"}
+    found = json.loads(out.read_text())["head"]["measured"]["4096"]["512"]
+    assert found["trained"]["floor_s"] > found["score"]["floor_s"] > 0
     assert plotted(out, tmp_path) == ["head.png", "head.svg"]
+
+
+def test_head_takes_the_vocabulary_of_a_shape_and_completions_that_fit(capsys) -> None:
+    options = head.parse(["--shape", "llama-8b", "--tokens", "48,16"])
+    assert (options.hidden, options.vocab, options.tokens) == (4096, [128256], [16, 48])
+    assert head.parse(["--shape", "qwen-3b", "--hidden", "64"]).hidden == 64
+    assert [head.completion_of(n, 64) for n in (16, 48, 1024, 2, 126)] == [8, 24, 64, 1, 63]
+    for arguments, message in (["--tokens", "7"], "must be even"), (["--peers", "nobody"], "unknown peers"):
+        with pytest.raises(SystemExit):
+            head.parse(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_head_that_computes_something_else_is_found() -> None:
+    problem = heads.Problem.make(32, 16, 50, 4, "cpu", torch.float32)
+    expected = problem.expected()
+    for name, contestant in heads.contestants().items():
+        if contestant.absent("cpu") or contestant.compiles:
+            continue
+        hidden, weight = (x.clone().requires_grad_() for x in (problem.hidden, problem.weight))
+        loss = contestant.build(problem)(hidden, weight)
+        loss.backward()
+        found = {"loss": loss.item(), **heads.norms(hidden.grad, weight.grad)}
+        assert heads.disagreement(found, expected[contestant.kind], half=False) is None, name
+        wrong = {**found, "dW": 1.01 * found["dW"]}
+        assert "dW is" in heads.disagreement(wrong, expected[contestant.kind], half=False)
+
+
+def test_attention(tmp_path) -> None:
+    out = tmp_path / "result.json"
+    text, result = bench("attention", "--quick", "--backends", "sdpa", "--peers", "separate", "--json", out)
+    for word in ("x ours", "of floor", "14 Hq D A", "1 prompt of 32, completions 9,1,5: forward and backward"):
+        assert word in text
+    assert result["ratio"]["1 32 2x16"]["forward"]["ours-sdpa"] == 1
+    separate = 2 * 48 * 49 / 2 / (32 * 33 / 2 + 2 * (32 * 16 + 16 * 17 / 2))
+    assert result["predicted_ratio"]["1 32 2x16"]["separate"] == pytest.approx(separate, abs=1e-3)
+    assert plotted(out, tmp_path) == ["attention.png", "attention.svg"]
+    assert "flex" in attention.parse([]).peers
+
+
+def test_a_wrong_attention_is_found() -> None:
+    groups, case = [(5, [3, 1]), (1, [4])], attentions.Case(4, 2, 16, dtype=torch.float32)
+    found = {"reference": {"results": attention.expected(groups, case, "cpu")}}
+    for name in ("ours-sdpa", "ours-eager", "separate", "dense"):
+        contestant = attention.Run(groups, case, {"device": "cpu", "name": name, "backward": True})
+        contestant.run()
+        found[name] = {"results": contestant.results()}
+    attention.check(found, "float32")
+    contestant.found[1] = contestant.found[1].flip(0)  # the norm of dq is the same
+    with pytest.raises(RuntimeError, match="'dense' computes something else: dq"):
+        attention.check({**found, "dense": {"results": contestant.results()}}, "float32")
 
 
 def test_packing() -> None:
