@@ -140,6 +140,7 @@ def flex(groups: Groups, device: str) -> Attention:
         return (q >= k) & (group[q] == group[k]) & ((part[k] == 0) | (part[q] == part[k]))
 
     block_mask = create_block_mask(mask, None, None, len(part), len(part), device=device)
+    torch.compiler.reset()  # beyond a few shapes it would stay with eager, which writes all scores out
     compiled = torch.compile(flex_attention, dynamic=False)
     return _heads_first(lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True))
 

@@ -198,6 +198,7 @@ def _eager(p: Problem) -> Head:
 
 
 def _compiled(p: Problem) -> Head:
+    torch.compiler.reset()  # beyond a few shapes it would stay with eager
     return torch.compile(_eager(p), dynamic=False)
 
 
@@ -218,6 +219,7 @@ def _torch_ce(p: Problem) -> Head:
 
 def _liger_dpo(p: Problem) -> Head:
     """In chunks of pairs, not its default of a single one where completions are short."""
+    torch.compiler.reset()
     loss = import_module("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
     chunk = max(1, 1024 // (2 * p.completion))
     dpo = loss(beta=BETA, use_ref_model=False, compiled=True, chunk_size=chunk)
