@@ -205,9 +205,62 @@ def crash(result: dict[str, Any]) -> str:
     )
 
 
+def head(result: dict[str, Any]) -> str:
+    """All contestants at the most tokens; then how eager / ours goes with tokens."""
+    vocabs, ours = result["measured"], {3: "trained", 2: "frozen", 1: "score"}
+    tokens = list(next(iter(vocabs.values())))
+    header, rows = [""], []
+    for vocab in vocabs:
+        header += [f"ms at {int(vocab):,}", "× ours", "MiB", "of the floor"]
+    for name in next(iter(vocabs.values()))[tokens[-1]]:
+        cells = []
+        for sizes in vocabs.values():
+            found = sizes[tokens[-1]]
+            one, own = found[name], found.get(ours[found[name]["products"]])
+            ratio = f"{one['seconds']['median'] / own['seconds']['median']:.2f}" if own else ""
+            cells += [f"{1e3 * one['seconds']['median']:,.0f}", ratio, f"{one['mib']:,.0f}", f"{one['of_floor']:.0%}"]
+        rows.append([name, *cells])
+    speeds = []
+    for vocab, sizes in result["speed_ratio"].items():
+        over = [sizes[n].get("trained", {}).get("eager") for n in tokens]
+        if None not in over:
+            speeds.append(f"{', '.join(f'{ratio:.2f}' for ratio in over)} (vocabulary {int(vocab):,})")
+    absent = "; ".join(f"{name}: {reason}" for name, reason in result["absent"].items())
+    options = result["options"]
+    return (
+        f"The head, hidden size {options['hidden']:,}, {options['dtype']}, {int(tokens[-1]):,} completion tokens,"
+        f" forward and backward ({_where(result)}). The floor is the matrix products that are needed, alone; × ours is over the"
+        f" mode that differentiates the same:\n\n{_table(header, rows)}\n"
+        f"Eager / trained at {', '.join(f'{int(n):,}' for n in tokens)} tokens: {'; '.join(speeds) or 'not measured'}."
+        + (f" Not here: {absent}.\n" if absent else "\n")
+    )
+
+
+def attention(result: dict[str, Any]) -> str:
+    header = ["", "", "ours, ms", "of the floor"]
+    peers = dict.fromkeys(name for ways in result["ratio"].values() for found in ways.values() for name in found)
+    peers = [name for name in peers if not name.startswith("ours")]
+    header += [f"{name} / ours (by pairs)" for name in peers]
+    rows = []
+    for size, ways in result["measured"].items():
+        _, prompt, completions = size.split()
+        for way, found in ways.items():
+            own = min((one for name, one in found.items() if name.startswith("ours")), key=lambda one: one["x_ours"])
+            ratios = [f"{found[n]['x_ours']:.2f} ({found[n]['pairs']:.2f})" if n in found else "" for n in peers]
+            what = f"prompt {int(prompt):,}, completions {completions.replace('x', ' × ')}"
+            cells = [what, way, f"{1e3 * own['seconds']['median']:.1f}", f"{own['of_floor']:.0%}"]
+            rows.append([*cells, *ratios])
+    return (
+        f"Attention with a shared prompt, {result['options']['dtype']} ({_where(result)}); in brackets what the (query,"
+        f" key) pairs that are looked at predict:\n\n{_table(header, rows)}"
+    )
+
+
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step": step,
     "scaling": scaling,
+    "head": head,
+    "attention": attention,
     "packing": packing,
     "cache": cache,
     "tokenize": tokenize,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import attention, attentions, head, heads, timing
+from bench import attention, attentions, head, heads, readme, timing
 from bench.lengths import draw_groups, preference_rows
 from bench.trainers import build_model
 from bench.work import SHAPES, Shape, packed, padded
@@ -64,7 +64,9 @@ def test_head(tmp_path) -> None:
     assert result["memory_ratio"]["4096"]["2048"]["trained"]["eager"] < 0.5
     assert set(result["speed_ratio"]["4096"]["2048"]["trained"]) == {"eager"}
     assert set(result["speed_ratio"]["4096"]["2048"]["score"]) == {"eager-score"}
-    found = json.loads(out.read_text())["head"]["measured"]["4096"]["512"]
+    saved = json.loads(out.read_text())["head"]
+    assert "| trained |" in readme.head(saved) and "Not here: liger-ce: cuda only" in readme.head(saved)
+    found = saved["measured"]["4096"]["512"]
     assert found["trained"]["floor_s"] > found["score"]["floor_s"] > 0
     assert plotted(out, tmp_path) == ["head.png", "head.svg"]
 
@@ -104,6 +106,7 @@ def test_attention(tmp_path) -> None:
     separate = 2 * 48 * 49 / 2 / (32 * 33 / 2 + 2 * (32 * 16 + 16 * 17 / 2))
     assert result["predicted_ratio"]["1 32 2x16"]["separate"] == pytest.approx(separate, abs=1e-3)
     assert plotted(out, tmp_path) == ["attention.png", "attention.svg"]
+    assert "separate / ours (by pairs)" in readme.attention(json.loads(out.read_text())["attention"])
     assert "flex" in attention.parse([]).peers
 
 
