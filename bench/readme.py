@@ -229,8 +229,8 @@ def head(result: dict[str, Any]) -> str:
     options = result["options"]
     return (
         f"The head, hidden size {options['hidden']:,}, {options['dtype']}, {int(tokens[-1]):,} completion tokens,"
-        f" forward and backward ({_where(result)}). The floor is the matrix products that are needed, alone; × ours is over the"
-        f" mode that differentiates the same:\n\n{_table(header, rows)}\n"
+        f" forward and backward ({_where(result)}). The floor is the matrix products that are needed, alone; × ours is"
+        f" over the mode that differentiates the same:\n\n{_table(header, rows)}\n"
         f"Eager / trained at {', '.join(f'{int(n):,}' for n in tokens)} tokens: {'; '.join(speeds) or 'not measured'}."
         + (f" Not here: {absent}.\n" if absent else "\n")
     )
