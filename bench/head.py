@@ -100,11 +100,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=shapes, help="hidden size and vocabulary of a published model")
     parser.add_argument("--hidden", type=int, help="default the shape's, else 256")
     parser.add_argument("--vocab", help="comma-separated, default the shape's, else 32768,131072")
-    parser.add_argument("--tokens", help="comma-separated even numbers, default 64,256,1024,2048, on cuda 4096,16384")
+    parser.add_argument("--tokens", help="comma-separated even numbers, default 64,256,1024, on cuda 4096,16384")
     parser.add_argument("--completion", type=int, help="tokens of one, default 64, on cuda 512; less where it must be")
     parser.add_argument("--modes", default=_MODES, help="comma-separated, see above")
     parser.add_argument("--peers", help="comma-separated, see above; default all that run here")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default float32, on cuda bfloat16")
     parser.add_argument("--quick", action="store_true", help=f"small sizes, peers {_QUICK_PEERS}: does it run?")
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.peers = options.peers or _QUICK_PEERS
     options.hidden = options.hidden or (shape.hidden if shape else 256)
     options.vocab = _numbers(options.vocab or (str(shape.vocab) if shape else "32768,131072"))
-    options.tokens = _numbers(options.tokens or ("4096,16384" if cuda else "64,256,1024,2048"))
+    options.tokens = _numbers(options.tokens or ("4096,16384" if cuda else "64,256,1024"))
     options.completion = options.completion or (512 if cuda else 64)
     options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
     if bad := [n for n in options.tokens if n <= 0 or n % 2]:
