@@ -74,7 +74,7 @@ def scored_gradients(
     grad: Tensor,  # (N,) that arrives at the log-probs
     score_weight: Tensor | None,  # (N, H) G W
     score: Tensor | None,  # (N, V) G
-    hidden: Tensor,  # (N, H)
+    hidden: Tensor | None,  # (N, H), with the score
     wanted: Wanted,
     dtypes: tuple[torch.dtype | None, ...],  # of hidden, weight and bias
 ) -> tuple[Tensor | None, ...]:

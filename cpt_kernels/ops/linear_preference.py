@@ -121,7 +121,8 @@ class _LinearLogprobs(torch.autograd.Function):
         *out, score_weight, score = score_rows(hidden, weight, targets, bias, wanted, options, keep=True)
         ctx.wanted, ctx.options, ctx.dtypes = wanted, options, _dtypes(hidden, weight, bias)
         ctx.again = wanted.head and score is None
-        ctx.save_for_backward(*((hidden, weight, targets, bias) if ctx.again else (score_weight, score, hidden)))
+        rows = None if score is None else hidden
+        ctx.save_for_backward(*((hidden, weight, targets, bias) if ctx.again else (score_weight, score, rows)))
         ctx.mark_non_differentiable(*(tensor for tensor in out[1:] if tensor is not None))
         return tuple(out)
 
