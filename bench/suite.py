@@ -40,7 +40,7 @@ PARTS = {
     "compile_report": Part(wants="triton"),
     "step": Part(("--peers", _PEERS, "--steps", "10"), takes_device=True, wants="trl"),
     "scaling": Part(takes_device=True, wants="trl"),
-    "head": Part(takes_device=True, wants="trl"),
+    "head": Part(takes_device=True),
     "attention": Part(takes_device=True),
     "packing": Part(),
     "cache": Part(("--rows", "2000000", "--valued", "300000"), devices=("cpu",)),
