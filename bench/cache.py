@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--stores", default=",".join(STORES), help="comma-separated, of these")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    parser.add_argument("--quick", action="store_true", help="50,000 and 5,000 rows, toy steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="50,000 and 5,000 rows, one peer, toy steps: does it run?")
     add_output_options(parser)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({call.__name__: call for call in (fill, read, train)}[call](*arguments)))
         return
     if args.quick:
-        args.rows, args.valued = 50_000, 5_000
+        args.rows, args.valued, args.stores = 50_000, 5_000, "Ours,OursByTokens,SQLite"
     folder = Path(tempfile.mkdtemp(prefix="bench-cache-", dir=args.folder))
     try:
         stores = _compare(folder, args.stores.split(","), args.valued, args.tokens)

@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=4, help="pairs a step where the axis does not say")
     parser.add_argument("--steps", type=int, default=4, help="of every point; all but the first are timed")
     add_model_options(parser)
-    parser.add_argument("--quick", action="store_true", help="a toy model, a point of two axes: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a toy model, one point: does it run?")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     options.axes, options.peers = options.axes.split(","), options.peers.split(",")
@@ -70,10 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.quick:
         toy = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 64, "vocab": 500, "steps": 2}
         vars(options).update(toy)
-        options.points = {
-            "completions": {"3": AXES["completions"]["3"] | {"lengths": "tiny"}},
-            "ranks": {"2": AXES["ranks"]["2"] | {"lengths": "tiny"}},
-        }
+        options.points = {"ranks": {"2": {"ranks": 2, "completions": 3, "pairs": 3, "lengths": "tiny"}}}
     return options
 
 
