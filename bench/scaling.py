@@ -41,7 +41,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         for share in _SHARES
     },
     "completions": {
-        str(k): {"completions": k, "pairs": k * (k - 1) // 2, "lengths": "uniform:128:128"} for k in (2, 3, 4, 6, 8)
+        str(k): {"completions": k, "pairs": k * (k - 1) // 2, "lengths": "uniform:64:64"} for k in (2, 3, 4, 6, 8)
     },
     "lengths": {name: {"lengths": name} for name in ("mixed", "ultrafeedback", "hh", "long-prompt", "responses")},
     "ranks": {str(n): {"ranks": n} for n in (1, 2)},
@@ -54,8 +54,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--axes", default=",".join(AXES), help="comma-separated, see above")
     parser.add_argument("--peers", default="ours-unshared,trl-tuned", help="comma-separated, of `bench step`'s")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a step where the axis does not say")
-    parser.add_argument("--steps", type=int, default=4, help="of every point; all but the first are timed")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs a step where the axis does not say")
+    parser.add_argument("--steps", type=int, default=3, help="of every point; all but the first are timed")
     add_model_options(parser)
     parser.add_argument("--quick", action="store_true", help="a toy model, one point: does it run?")
     add_output_options(parser)

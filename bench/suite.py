@@ -38,7 +38,7 @@ _PEERS = "ours-unshared,ours-padded,trl,trl-tuned"
 PARTS = {
     "gpu_check": Part(devices=("cuda",)),
     "compile_report": Part(wants="triton"),
-    "step": Part(("--peers", _PEERS, "--steps", "10"), takes_device=True, wants="trl"),
+    "step": Part(("--peers", _PEERS, "--steps", "8"), takes_device=True, wants="trl"),
     "scaling": Part(takes_device=True, wants="trl"),
     "head": Part(takes_device=True),
     "attention": Part(takes_device=True),

@@ -195,8 +195,7 @@ class StepOnCommand(TrainerCallback):
             seconds = time.perf_counter() - self.started
             metrics = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
             self.channel.reply(seconds=seconds, peak_mib=self.peak_mib(), metrics=metrics)
-        if state.global_step < state.max_steps:
-            self.wait()
+        self.wait()  # after the last step, too: the end of one process would take time from the others' steps
 
     def wait(self) -> None:
         """Serve the parent until it asks for a step."""
