@@ -140,7 +140,9 @@ class ContrastiveConfig(TrainingArguments):
     head_memory_mb: float | None = _option(
         None, "Budget of a tile of logits, in MiB. Default: 1024 on a GPU, 512 rows on a CPU."
     )
-    head_mode: str = _option("auto", "auto, or general: token log-probs stay differentiable (one more matrix product beyond one tile).")
+    head_mode: str = _option(
+        "auto", "auto, or general: token log-probs stay differentiable, one more product beyond a tile."
+    )
 
     # Attention
     attention_backend: str = _option(
