@@ -2,7 +2,8 @@
 
 Every contestant takes queries, keys and values of the same packed row, (T, heads, size), to the output of all its rows,
 and the gradient of that output back. ``separate`` runs every completion behind its own copy of the prompt, with the
-best kernel there is for that; the gradients of the copies are summed, and only the first copy's output is used.
+best kernel there is for that. A prompt's upstream gradient arrives at its first copy; summing the gradients of the
+copies is left to whoever compares.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """All benchmarks of a machine, one after another, their results in one file, pictures beside it.
 
-    python -m bench suite --record        on a CPU under 20 minutes
-    python -m bench suite --quick         does everything run? under 2 minutes
+    python -m bench suite --record
+    python -m bench suite --quick         does everything run?
 
 Subjects that read a file of responses run where --data names one. On CUDA ``gpu_check`` comes first: is it right?
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import plot
-from .timing import ROOT, add_output_options, finish, result_path, table
+from .timing import ROOT, add_output_options, finish, result_path, table, write_result
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     total = sum(one.seconds for one in outcomes.values())
     print(table(["subject", "result", "seconds"], [*rows, ["all", "", f"{total:.0f}"]]))
     for target in filter(None, (options.json, result_path() if options.record else None)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(target.read_text()) if target.exists() else {}
-        target.write_text(json.dumps(known | results, indent=1) + "\n")
+        for subject, result in results.items():
+            write_result(subject, result, target)
         plot.main([str(target)])
     failed = [name for name, one in outcomes.items() if one.result.startswith("failed")]
     summary = {"ok": not failed, "failed": failed, "seconds": round(total, 1)}
