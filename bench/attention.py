@@ -31,9 +31,9 @@ import torch
 from cpt_kernels.ops.attention_backends import capabilities
 
 from . import attentions
-from .attentions import Case, Groups, attended, copies_of, dense_mask, inputs_of, spread
+from .attentions import Case, Groups, attended, copies_of, dense_mask, inputs_of, spread, tokens_of
 from .rounds import REFERENCE, Found, Products, Timed, compete, serve
-from .timing import add_output_options, finish, summarise, table
+from .timing import add_output_options, finish, milliseconds, summarise, table
 from .work import SHAPES, Shape
 
 _PEERS = "separate,flex,dense"
@@ -77,9 +77,8 @@ class Run(Timed):
     def __init__(self, groups: Groups, case: Case, spec: dict[str, Any]):
         super().__init__(spec["device"])
         name, self.backward = spec["name"], spec["backward"]
-        tokens = sum(prompt + sum(completions) for prompt, completions in groups)
-        self.leaves, self.upstream = inputs_of(case, tokens, self.device)
-        self.tokens, self.index = tokens, None
+        self.tokens, self.index = tokens_of(groups), None
+        self.leaves, self.upstream = inputs_of(case, self.tokens, self.device)
         if name == "separate":
             self.index = copies_of(groups).to(self.device)
             self.leaves = [leaf[self.index] for leaf in self.leaves]
@@ -125,8 +124,7 @@ def fingerprints(tensors: Sequence[torch.Tensor]) -> dict[str, list[float]]:
 
 def expected(groups: Groups, case: Case, device: str) -> dict[str, list[float]]:
     """Softmax attention as one would write it, group by group in fp32, and its gradients."""
-    tokens = sum(prompt + sum(completions) for prompt, completions in groups)
-    leaves, upstream = inputs_of(case, tokens, device)
+    leaves, upstream = inputs_of(case, tokens_of(groups), device)
     leaves = [leaf.float().requires_grad_() for leaf in leaves]
     start, outs = 0, []
     for prompt, completions in groups:
@@ -241,8 +239,7 @@ def check(found: Found, dtype: str) -> None:
 def describe(size: str, way: str, names: Sequence[str], found: Found, shape: Shape, device: str) -> dict[str, Any]:
     groups = groups_of(*size.split())
     least = attended(groups, True)
-    tokens = sum(prompt + sum(completions) for prompt, completions in groups)
-    pairs = {"separate": attended(groups, False), "dense": tokens**2}
+    pairs = {"separate": attended(groups, False), "dense": tokens_of(groups) ** 2}
     seconds = {name: summarise(found[f"{name} {way}"]["runs"]) for name in names}
     fastest = min(seconds[name]["median"] for name in names if name.startswith("ours"))
     rate = 2 * _SIDE[device] ** 3 / statistics.median(product for (product,) in found[REFERENCE]["runs"])
@@ -285,12 +282,9 @@ def report(options: argparse.Namespace, absent: dict[str, dict[str, str]], measu
 
 
 def _row(name: str, one: dict[str, Any], best: float | None) -> list[str]:
-    seconds = one["seconds"]
     return [
         name,
-        f"{1e3 * seconds['median']:.2f}",
-        f"{1e3 * seconds['low']:.2f}-{1e3 * seconds['high']:.2f}",
-        "-" if best is None else f"{best / seconds['median']:.2f}",
+        *milliseconds(one["seconds"], best),
         f"{one['x_ours']:.2f}",
         f"{one['pairs']:.2f}",
         f"{one['mib']:.0f}",

@@ -19,6 +19,8 @@ from torch import Tensor
 from cpt_kernels.data.packing import GroupLengths, pack, scatter_levels
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 
+from .work import attended_pairs
+
 Groups = Sequence[tuple[int, Sequence[int]]]  # (prompt, completions) in tokens
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -71,13 +73,12 @@ def inputs_of(case: Case, tokens: int, device: str) -> tuple[list[Tensor], Tenso
 
 def attended(groups: Groups, share: bool) -> int:
     """(query, key) pairs that have to be looked at."""
+    return sum(attended_pairs(GroupLengths(prompt, completions, share)) for prompt, completions in groups)
 
-    def causal(length: int) -> int:
-        return length * (length + 1) // 2
 
-    if not share:
-        return sum(causal(prompt + c) for prompt, completions in groups for c in completions)
-    return sum(causal(prompt) + sum(prompt * c + causal(c) for c in completions) for prompt, completions in groups)
+def tokens_of(groups: Groups) -> int:
+    """Rows of the packed row."""
+    return sum(GroupLengths(prompt, completions).tokens() for prompt, completions in groups)
 
 
 def copies_of(groups: Groups) -> Tensor:

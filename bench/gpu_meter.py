@@ -70,15 +70,15 @@ def measure(run: Callable[[], Any], context: Context, seconds: float = 3.0) -> R
     cache is written, in time that is not counted.
     """
     if context.device == "cpu":
-        times = [_wall_ms(run) for _ in range(3)][1:]
+        times = [1e3 * wall_seconds(run) for _ in range(3)][1:]
         return {"ms": statistics.median(times), "rounds": len(times), **_spread(times)}
     run()
     free_memory()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    once = _wall_ms(run)
+    once = wall_seconds(run)
     peak = torch.cuda.max_memory_allocated() - before
-    rounds = max(_LEAST, min(_MOST, int(min(seconds, context.left / 2) * 1e3 / (once + 1))))
+    rounds = max(_LEAST, min(_MOST, int(min(seconds, context.left / 2) / (once + 1e-3))))
     times = [1e3 * cold_seconds(run) for _ in range(rounds)]
     return {"ms": statistics.median(times), "rounds": rounds, "peak_mib": round(peak / MIB, 1), **_spread(times)}
 
@@ -94,12 +94,13 @@ def cold_seconds(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _wall_ms(run: Callable[[], Any]) -> float:
+def wall_seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one ``run``, on a GPU until it is done."""
     started = time.perf_counter()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1e3
+    return time.perf_counter() - started
 
 
 def _spread(times: list[float]) -> Row:

@@ -38,7 +38,7 @@ import torch
 
 from .heads import TRAINED, Problem, contestants, disagreement, norms
 from .rounds import REFERENCE, Found, Products, Timed, compete, serve
-from .timing import MIB, add_output_options, finish, summarise, table
+from .timing import MIB, add_output_options, finish, milliseconds, summarise, table
 from .work import SHAPES
 
 _MODES = "trained,general,frozen,score"
@@ -268,14 +268,11 @@ def report(options, names, absent, measured, logits, growth) -> str:
 
 def _row(name: str, names: Sequence[str], found: Measured) -> list[str]:
     one = found[name]
-    seconds = one["seconds"]
     best = min((found[peer]["seconds"]["median"] for peer in peers_of(name, names)), default=None)
     return [
         name,
         str(one["products"]),
-        f"{1e3 * seconds['median']:.2f}",
-        f"{1e3 * seconds['low']:.2f}-{1e3 * seconds['high']:.2f}",
-        "-" if best is None else f"{best / seconds['median']:.2f}",
+        *milliseconds(one["seconds"], best),
         f"{one['mib']:.0f}",
         f"{one['of_floor']:.0%}",
     ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plot
+from .step import compared_with
 from .timing import RESULTS, ROOT, folder_name
 
 README = ROOT / "README.md"
@@ -80,7 +81,7 @@ def step(result: dict[str, Any]) -> str:
     options, measured, predicted = result["options"], result["measured"], result["predicted"]
     rows = []
     for name, found in measured.items():
-        own = "ours-tuned" if name.endswith("tuned") and "ours-tuned" in measured else "ours"
+        own = compared_with(name, measured)
         ratio = _median(found) / _median(measured[own])
         operations = predicted[name]["total_gflop"] / predicted[own]["total_gflop"]
         rows.append(
@@ -175,7 +176,7 @@ def tokenize(result: dict[str, Any]) -> str:
 def reference_pass(result: dict[str, Any]) -> str:
     measured, rows = result["measured"], []
     for name, found in measured.items():
-        own = "ours-tuned" if name.endswith("tuned") else "ours"
+        own = compared_with(name, measured)
         seconds, ours = (statistics.median(one["seconds"] for one in measured[side]) for side in (name, own))
         counts = [f"{found[0][key]:,}" for key in ("completions", "prompts", "tokens")]
         operations = result["gflop"][name] / result["gflop"][own]

@@ -8,13 +8,13 @@ does not use is given back: all of them share the device.
 from __future__ import annotations
 
 import gc
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .gpu_meter import cold_seconds
+from .gpu_meter import cold_seconds, wall_seconds
 from .timing import MIB, Channel, Contestant, interleave, peak_mib, reset_peak, resident_mib
 
 REFERENCE = "reference"  # the contestant that has the expected results and the rate of the products
@@ -23,20 +23,21 @@ _ROUND = 0.05  # seconds
 Found = dict[str, dict[str, Any]]  # contestant -> what it answered, and "runs": all seconds
 
 
-class Timed:
+class Timed(ABC):
     """Something that can be run again and again."""
 
     def __init__(self, device: str):
         self.device = device
 
+    @abstractmethod
     def run(self) -> Any:
         """Once, all of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def results(self) -> dict[str, Any]:
         """Numbers of the last run that others must agree with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self) -> None:
         """Forget the last run."""
 
@@ -44,7 +45,7 @@ class Timed:
         self.run()
         self.clear()
         before = self._reset_memory()
-        seconds = _wall_seconds(self.run)
+        seconds = wall_seconds(self.run)
         peak = torch.cuda.max_memory_allocated() / MIB if self.device == "cuda" else peak_mib()
         results = self.results()
         self.clear()
@@ -77,7 +78,7 @@ class Products:
         self.products = [(*operands, operands[0] @ operands[1]) for operands in products]
 
     def first(self) -> dict[str, Any]:
-        self.repeats = repeats(sum(_wall_seconds(self._run(product)) for product in self.products))
+        self.repeats = repeats(sum(wall_seconds(self._run(product)) for product in self.products))
         return {"results": self.results}
 
     def round(self) -> list[list[float]]:
@@ -95,15 +96,7 @@ def repeats(seconds: float) -> int:
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
-    return cold_seconds(run) if device == "cuda" else _wall_seconds(run)
-
-
-def _wall_seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return cold_seconds(run) if device == "cuda" else wall_seconds(run)
 
 
 def serve(device: str, build: Callable[..., Timed | Products]) -> None:

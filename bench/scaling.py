@@ -30,9 +30,9 @@ from .step import CONTESTANTS, add_model_options, matmul_rates, predict, run, sh
 from .timing import add_output_options, finish, summarise, table
 from .work import Shape
 
-# axis -> its points: what they are called, and the options of the step that they change
 _SHARES = (0.125, 0.25, 0.5, 0.75, 0.875)
 _SEQUENCE = 512
+# axis -> its points: what they are called, and the options of the step that they change
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "pairs": {str(n): {"pairs": n} for n in (1, 2, 4, 8)},
     "tokens": {str(n): {"lengths": f"uniform:{n}:{n}", "pairs": 2} for n in (32, 128, 512)},
@@ -167,9 +167,9 @@ def report(axis: str, points: dict[str, dict[str, Any]], names: Sequence[str]) -
             cells += [f"{one['peak_mib']:.0f}", f"{one['tokens']:.0f}", f"{one['floor_s'] / seconds['median']:.0%}"]
             rows.append(cells)
     header = [TITLES[axis], "contestant", "s/step", "quartiles", "x ours", "predicted", "of it", "peak MiB", "tokens"]
-    median = statistics.median(p[n]["seconds"]["median"] / p["ours"]["seconds"]["median"] for p in points.values()
-                               for n in names[-1:])  # fmt: skip
-    return f"{table([*header, 'of floor'], rows)}\nmedian over the axis: {names[-1]} takes {median:.2f} x ours"
+    last = names[-1]
+    median = statistics.median(ratios(points, [last])[last].values())
+    return f"{table([*header, 'of floor'], rows)}\nmedian over the axis: {last} takes {median:.2f} x ours"
 
 
 if __name__ == "__main__":

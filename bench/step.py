@@ -30,7 +30,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from .lengths import HELP, pair_of
@@ -168,10 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more: Any) -> dict[str, dict[str, Any]]:
     """Every contestant's seconds of timed steps, peak memory, and all steps' metrics; ``more`` is told to workers."""
-    common = {
-        name: getattr(options, name)
-        for name in ("steps", "pairs", "completions", "lengths", "loss", "device", "learning_rate", "lora_rank")
-    } | {name: getattr(options, name) for name in ("gradient_checkpointing", "liger_layers")}
+    told = ("steps", "pairs", "completions", "lengths", "loss", "device", "learning_rate", "lora_rank")
+    common = {name: getattr(options, name) for name in (*told, "gradient_checkpointing", "liger_layers")}
     contestants: list[Contestant] = []
     try:
         for name in names:
@@ -239,7 +237,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]
     return {name: max(abs(a[name] - b[name]) for a, b in steps) for name in sorted(shared)}
 
 
-def compared_with(name: str, names: Sequence[str]) -> str:
+def compared_with(name: str, names: Collection[str]) -> str:
     """Ours, under the allocator settings of ``name``."""
     return "ours-tuned" if CONTESTANTS[name].tuned_allocator and "ours-tuned" in names else "ours"
 

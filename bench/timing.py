@@ -259,6 +259,12 @@ def finish(subject: str, result: Mapping[str, Any], summary: Mapping[str, Any], 
     print(json.dumps({**summary, **{name: result[name] for name in ("machine", "versions", "commit")}}))
 
 
+def milliseconds(seconds: Mapping[str, float], best: float | None) -> list[str]:
+    """Cells of a table: median, quartiles, and how many times as fast as the best peer, where there is one."""
+    median, low, high = (1e3 * seconds[name] for name in ("median", "low", "high"))
+    return [f"{median:.2f}", f"{low:.2f}-{high:.2f}", "-" if best is None else f"{1e3 * best / median:.2f}"]
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Text columns: the first to the left, the rest to the right."""
     cells = [list(map(str, row)) for row in (header, *rows)]

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cpt_kernels.data.packing import GroupLengths
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -128,12 +130,18 @@ def packed(pairs: Iterable[Pair], share_prompts: bool = True) -> Work:
         groups.setdefault(tuple(prompt), set()).update(map(tuple, sides))
     tokens = attended = rows = 0
     for prompt, completions in groups.items():
-        times = 1 if share_prompts else len(completions)
-        lengths = [len(completion) for completion in completions]
-        tokens += times * len(prompt) + sum(lengths)
-        attended += times * _causal(len(prompt)) + sum(len(prompt) * length + _causal(length) for length in lengths)
-        rows += sum(lengths)
+        group = GroupLengths(len(prompt), [len(completion) for completion in completions], share_prompts)
+        tokens += group.tokens()
+        attended += attended_pairs(group)
+        rows += sum(group.completions)
     return Work(tokens, attended, rows, head_gemms=3)
+
+
+def attended_pairs(group: GroupLengths) -> int:
+    """(query, key) pairs of a prompt and its completions."""
+    prompts = 1 if group.share else len(group.completions)
+    behind = sum(group.prompt * length + _causal(length) for length in group.completions)
+    return prompts * _causal(group.prompt) + behind
 
 
 def _causal(length: int) -> int:
