@@ -112,7 +112,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     cuda, shape = options.device == "cuda", SHAPES.get(options.shape)
     if options.quick:
-        options.vocab, options.hidden, options.rounds, options.tokens = "4096", 32, 2, "512,1024,2048"
+        options.vocab, options.hidden, options.rounds, options.tokens = "4096", 32, 2, "512,1024"
         options.peers = options.peers or _QUICK_PEERS
     options.hidden = options.hidden or (shape.hidden if shape else 256)
     options.vocab = _numbers(options.vocab or (str(shape.vocab) if shape else "32768,131072"))
@@ -216,10 +216,10 @@ def peers_of(name: str, names: Sequence[str]) -> list[str]:
 def ratios(names: Sequence[str], measured: dict[str, dict[str, Measured]], what: str) -> dict[str, Any]:
     """Vocabulary -> tokens -> our mode -> peer -> its time over ours, or our memory over its."""
 
-    def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
         if what == "speed":
             return round(theirs["seconds"]["median"] / ours["seconds"]["median"], 3)
-        return round(ours["mib"] / theirs["mib"], 4)
+        return round(ours["mib"] / theirs["mib"], 4) if theirs["mib"] else None  # too small a problem to see its memory
 
     ours = [name for name in names if not contestants()[name].peer]
     return {

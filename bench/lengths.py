@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,14 @@ def preference_rows(
             for chosen, rejected in combinations(texts, 2)
         ]
     return rows
+
+
+def rows_of(spec: Mapping[str, Any]) -> list[dict[str, list[int]]]:
+    """The pairs of all steps and ranks of ``bench step``'s contestants, in order."""
+    completions = spec.get("completions", 2)
+    pairs = spec["steps"] * spec["pairs"] * spec.get("ranks", 1)
+    prompts = pairs // (completions * (completions - 1) // 2)
+    return preference_rows(spec["lengths"], prompts, spec["shape"]["vocab"], completions)
 
 
 def draw_groups(lengths: str, prompts: int, completions: int, random: np.random.Generator) -> list[Group]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .gpu_meter import cold_seconds, wall_seconds
-from .timing import MIB, Channel, Contestant, interleave, peak_mib, reset_peak, resident_mib
+from .timing import MIB, Channel, Contestant, close_all, interleave, peak_mib, reset_peak, resident_mib
 
 REFERENCE = "reference"  # the contestant that has the expected results and the rate of the products
 _ROUND = 0.05  # seconds
@@ -135,6 +135,5 @@ def compete(
                 found[name]["runs"] = [seconds for answer in answers for seconds in answer["seconds"]]
             measured[size] = found
     finally:
-        for worker in workers:
-            worker.close()
+        close_all(workers)
     return measured

@@ -30,6 +30,8 @@ from .step import CONTESTANTS, add_model_options, matmul_rates, predict, run, sh
 from .timing import add_output_options, finish, summarise, table
 from .work import Shape
 
+_PEERS = "ours-unshared,trl-tuned"
+_QUICK_PEERS = "trl-completion-rows"
 _SHARES = (0.125, 0.25, 0.5, 0.75, 0.875)
 _SEQUENCE = 512
 # axis -> its points: what they are called, and the options of the step that they change
@@ -55,13 +57,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     single = ",".join(axis for axis in AXES if axis != "ranks")  # gloo's steps vary too much for a few of them
     parser.add_argument("--axes", default=single, help=f"comma-separated, see above; default {single}")
-    parser.add_argument("--peers", default="ours-unshared,trl-tuned", help="comma-separated, of `bench step`'s")
+    parser.add_argument("--peers", help=f"comma-separated, of `bench step`'s; default {_PEERS}")
     parser.add_argument("--pairs", type=int, default=2, help="pairs a step where the axis does not say")
     parser.add_argument("--steps", type=int, default=3, help="of every point; all but the first are timed")
     add_model_options(parser)
-    parser.add_argument("--quick", action="store_true", help="a toy model, one point: does it run?")
+    parser.add_argument("--quick", action="store_true", help=f"a toy model, one point, {_QUICK_PEERS}: does it run?")
     add_output_options(parser)
     options = parser.parse_args(arguments)
+    options.peers = options.peers or (_QUICK_PEERS if options.quick else _PEERS)
     options.axes, options.peers = options.axes.split(","), options.peers.split(",")
     for name, given, known in (("axes", options.axes, AXES), ("peers", options.peers, CONTESTANTS)):
         if unknown := set(given) - set(known):

@@ -33,8 +33,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from .lengths import HELP, pair_of
-from .timing import Contestant, add_output_options, finish, interleave, summarise, table
+from .lengths import HELP, pair_of, rows_of
+from .timing import Contestant, add_output_options, close_all, finish, interleave, summarise, table
 from .work import SHAPES, Pair, Shape, Work, packed, padded
 
 # glibc gives every large block back and faults its pages in again at the next step; these settings keep them.
@@ -44,6 +44,8 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "500000000",
     "MALLOC_ARENA_MAX": "1",
 }
+_PEERS = "trl,trl-tuned"
+_QUICK_PEERS = "trl"
 _TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=500)
 _BYTES = 16  # a parameter in training: weight, gradient, two moments, fp32
 
@@ -85,7 +87,7 @@ CONTESTANTS = {
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     peers = ", ".join(name for name in CONTESTANTS if name not in ("ours", "ours-tuned"))
-    parser.add_argument("--peers", default="trl,trl-tuned", help=f"comma-separated, of: {peers}")
+    parser.add_argument("--peers", help=f"comma-separated, of: {peers}; default {_PEERS}")
     parser.add_argument("--steps", type=int, default=20, help="training steps of every contestant")
     parser.add_argument("--rounds", type=int, help="timed steps, the last ones; default all but two")
     parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
@@ -94,10 +96,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_options(parser)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--loss", choices=["sigmoid", "hinge", "ipo", "sft"], default="sigmoid")
-    parser.add_argument("--quick", action="store_true", help="a toy model and four steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help=f"a toy model, four steps, {_QUICK_PEERS}: does it run?")
     add_output_options(parser)
     options = parser.parse_args(arguments)
-    options.peers = [name for name in options.peers.split(",") if name]
+    peers_asked = (_QUICK_PEERS if options.quick else _PEERS) if options.peers is None else options.peers
+    options.peers = [name for name in peers_asked.split(",") if name]
     if unknown := set(options.peers) - set(CONTESTANTS):
         parser.error(f"unknown peers {sorted(unknown)}: choose of {peers}")
     if options.quick:
@@ -183,8 +186,7 @@ def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more:
         resets = {contestant.name: contestant.ask("reset") for contestant in contestants}
         timed = interleave(contestants, options.rounds, "step")
     finally:
-        for contestant in contestants:
-            contestant.close()
+        close_all(contestants)
     return {
         name: {
             "seconds": [answer["seconds"] for answer in timed[name]],
@@ -204,8 +206,6 @@ def predict(
 
     Of several ranks: a padded step waits for the rank with most to do, ours are balanced.
     """
-    from .trainers import rows_of
-
     wanted = {name: getattr(options, name) for name in ("steps", "pairs", "completions", "lengths")}
     pairs = list(map(pair_of, rows_of({**wanted, "ranks": ranks, "shape": dataclasses.asdict(shape)})))
     batches = [pairs[i : i + options.pairs] for i in range(0, len(pairs), options.pairs)]

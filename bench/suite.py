@@ -16,8 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import plot
 from .timing import ROOT, add_output_options, finish, result_path, table, write_result
@@ -54,6 +56,7 @@ class Outcome:
 
     result: str  # "ok", or why not
     seconds: float = 0.0
+    found: dict[str, Any] | None = None  # what it wrote
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,10 +64,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subjects", default=",".join(PARTS), help="comma-separated, of these")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=Path, help="JSON lines with prompt, model, response")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: does everything run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes, on a CPU two subjects at once: does everything run?"
+    )
     add_output_options(parser)
     options = parser.parse_args(arguments)
     options.subjects = options.subjects.split(",")
+    options.at_once = 2 if options.quick and options.device == "cpu" else 1  # toy figures may disturb each other
     if unknown := set(options.subjects) - set(PARTS):
         parser.error(f"unknown subjects {sorted(unknown)}: choose of {', '.join(PARTS)}")
     return options
@@ -72,27 +78,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    outcomes = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "results.json")
-        for subject in options.subjects:
-            outcomes[subject] = run(subject, options, path)
-        results = json.loads(path.read_text()) if path.exists() else {}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.at_once) as pool:
+        outcomes = dict(zip(options.subjects, pool.map(lambda one: run(one, options, Path(folder)), options.subjects)))
+    seconds = time.perf_counter() - started
     rows = [[name, one.result, f"{one.seconds:.0f}"] for name, one in outcomes.items()]
-    total = sum(one.seconds for one in outcomes.values())
-    print(table(["subject", "result", "seconds"], [*rows, ["all", "", f"{total:.0f}"]]))
+    print(table(["subject", "result", "seconds"], [*rows, ["all", "", f"{seconds:.0f}"]]))
     for target in filter(None, (options.json, result_path() if options.record else None)):
-        for subject, result in results.items():
-            write_result(subject, result, target)
+        for name, one in outcomes.items():
+            if one.found is not None:
+                write_result(name, one.found, target)
         plot.main([str(target)])
     failed = [name for name, one in outcomes.items() if one.result.startswith("failed")]
-    summary = {"ok": not failed, "failed": failed, "seconds": round(total, 1)}
+    summary = {"ok": not failed, "failed": failed, "seconds": round(seconds, 1)}
     finish("suite", {}, summary, argparse.Namespace(json=None, record=False))
     return 1 if failed else 0
 
 
-def run(subject: str, options: argparse.Namespace, path: Path) -> Outcome:
-    """One subject in a process of its own; what it prints is seen as it comes, its result lands in ``path``."""
+def run(subject: str, options: argparse.Namespace, folder: Path) -> Outcome:
+    """One subject in a process of its own; alone, what it prints is seen as it comes."""
     part = PARTS[subject]
     if options.device not in part.devices:
         return Outcome(f"not on {options.device}")
@@ -103,11 +107,19 @@ def run(subject: str, options: argparse.Namespace, path: Path) -> Outcome:
     arguments = ["--device", options.device] if part.takes_device else []
     arguments += ["--data", str(options.data.resolve())] if part.takes_data else []
     arguments += ["--quick"] if options.quick and subject != "gpu_check" else part.arguments
-    print(f"\n### python -m bench {subject} {' '.join(arguments)}\n", flush=True)
+    heading = f"\n### python -m bench {subject} {' '.join(arguments)}\n"
+    path = folder / f"{subject}.json"
     command = [sys.executable, "-m", "bench", subject, *arguments, "--json", str(path)]
     started = time.perf_counter()
-    code = subprocess.run(command, cwd=ROOT).returncode
-    return Outcome("ok" if code == 0 else f"failed: exit code {code}", time.perf_counter() - started)
+    if options.at_once == 1:
+        print(heading, flush=True)
+        done = subprocess.run(command, cwd=ROOT)
+    else:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        print(f"{heading}\n{done.stdout}", flush=True)
+    seconds = time.perf_counter() - started
+    result = f"failed: exit code {done.returncode}" if done.returncode else "ok"
+    return Outcome(result, seconds, json.loads(path.read_text())[subject] if path.exists() else None)
 
 
 if __name__ == "__main__":

@@ -70,10 +70,15 @@ class Contestant:
         self.process.stdin.flush()
         return self._answer()
 
-    def close(self) -> None:
-        """End of input ends the worker."""
+    def end(self) -> None:
+        """End of input ends the worker. :func:`close_all` waits for several at once."""
         if self.process.poll() is None:
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """End the worker, and wait for it."""
+        self.end()
+        if self.process.poll() is None:
             try:
                 self.process.wait(timeout=30)
             except subprocess.TimeoutExpired:
@@ -104,6 +109,14 @@ class Channel:
     def reply(self, **values: Any) -> None:
         self._out.write(json.dumps(values) + "\n")
         self._out.flush()
+
+
+def close_all(contestants: Sequence[Contestant]) -> None:
+    """End them together: it takes each of them half a second to go."""
+    for contestant in contestants:
+        contestant.end()
+    for contestant in contestants:
+        contestant.close()
 
 
 def interleave(contestants: Sequence[Contestant], rounds: int, message: str) -> dict[str, list[dict[str, Any]]]:

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from cpt_kernels.data.collate import PackedBatch, PackedCollator
 from cpt_kernels.data.packing import scatter_levels
 
-from .lengths import preference_rows
+from .lengths import rows_of
 from .timing import MIB, Channel, peak_mib, reset_peak, resident_mib
 from .work import Shape
 
@@ -56,14 +56,6 @@ def build_model(shape: Shape, seed: int = 0, attention: str | None = None) -> Qw
 def best_attention(device: str) -> str:
     """Of transformers', for padded rows: flash attention on a GPU where it is installed."""
     return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
-
-
-def rows_of(spec: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """The pairs of all steps and ranks, in order."""
-    completions = spec.get("completions", 2)
-    pairs = spec["steps"] * spec["pairs"] * spec.get("ranks", 1)
-    prompts = pairs // (completions * (completions - 1) // 2)
-    return preference_rows(spec["lengths"], prompts, spec["shape"]["vocab"], completions)
 
 
 def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -61,14 +61,19 @@ def test_head(tmp_path) -> None:
     for word in ("x best peer", "of floor", "GFLOP/s", "liger-ce: not here, cuda only", "one matrix of logits: 8 MiB"):
         assert word in text
     assert result["growth"]["4096"]["trained"] < 0.5 < result["growth"]["4096"]["eager"]
-    assert result["memory_ratio"]["4096"]["2048"]["trained"]["eager"] < 0.5
-    assert set(result["speed_ratio"]["4096"]["2048"]["trained"]) == {"eager"}
-    assert set(result["speed_ratio"]["4096"]["2048"]["score"]) == {"eager-score"}
+    assert result["memory_ratio"]["4096"]["1024"]["trained"]["eager"] < 0.5
+    assert set(result["speed_ratio"]["4096"]["1024"]["trained"]) == {"eager"}
+    assert set(result["speed_ratio"]["4096"]["1024"]["score"]) == {"eager-score"}
     saved = json.loads(out.read_text())["head"]
     assert "| trained |" in readme.head(saved) and "Not here: liger-ce: cuda only" in readme.head(saved)
     found = saved["measured"]["4096"]["512"]
     assert found["trained"]["floor_s"] > found["score"]["floor_s"] > 0
     assert plotted(out, tmp_path) == ["head.png", "head.svg"]
+
+
+def test_a_head_too_small_to_see_its_memory_has_no_ratio() -> None:
+    found = {name: {"mib": 0.0, "seconds": {"median": 1.0}} for name in ("trained", "eager")}
+    assert head.ratios(list(found), {"64": {"2": found}}, "memory") == {"64": {"2": {"trained": {"eager": None}}}}
 
 
 def test_head_takes_the_vocabulary_of_a_shape_and_completions_that_fit(capsys) -> None:
