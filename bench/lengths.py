@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -89,8 +90,9 @@ def draw_groups(lengths: str, prompts: int, completions: int, random: np.random.
         ValueError: no such preset or file, or too few completions in it.
     """
     if lengths.startswith("uniform:"):
-        prompt, completion = map(int, lengths.split(":")[1:])
-        return [(prompt, [completion] * completions)] * prompts
+        if not (found := re.fullmatch(r"uniform:(\d+):(\d+)", lengths)):
+            raise ValueError(f"--lengths {lengths}: must be uniform:P:C, tokens of a prompt and of a completion")
+        return [(int(found[1]), [int(found[2])] * completions)] * prompts
     if preset := PRESETS.get(lengths):
         every = preset.prompt(random, prompts), preset.completion(random, (prompts * completions))
         return [
@@ -105,14 +107,31 @@ def draw_groups(lengths: str, prompts: int, completions: int, random: np.random.
 
 
 def groups_of(lengths: str) -> list[Group]:
-    """Lengths in the shipped table of responses, or in a file of the user's own."""
-    if lengths == "responses":
-        with _RESPONSES.open() as file:
-            return [(prompt, sides) for prompt, *sides in (list(map(int, row)) for row in list(csv.reader(file))[1:])]
-    path = Path(lengths)
+    """Lengths in the shipped table of responses, in another such table, or in a file of the user's own."""
+    path = _RESPONSES if lengths == "responses" else Path(lengths)
     if not path.is_file():
         raise ValueError(f"--lengths {lengths}: no preset and no file; there are {HELP}")
+    if path.suffix == ".csv":
+        with path.open() as file:
+            return [(prompt, sides) for prompt, *sides in (list(map(int, row)) for row in list(csv.reader(file))[1:])]
     return count_tokens([json.loads(line) for line in path.read_text().splitlines() if line.strip()], lengths)
+
+
+def checked(lengths: str, completions: int, folder: Path) -> str:
+    """What other processes are told: ``lengths``, or a table in ``folder`` of a JSONL file's, which are counted once.
+
+    Raises:
+        ValueError: as :func:`draw_groups`.
+    """
+    path = Path(lengths)
+    if path.is_file() and path.suffix != ".csv":
+        groups = groups_of(lengths)
+        path = folder / f"{path.stem}.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["prompt", "completions"], *([prompt, *sides] for prompt, sides in groups)])
+        lengths = str(path)
+    draw_groups(lengths, 1, completions, np.random.default_rng(0))
+    return lengths
 
 
 def count_tokens(rows: Sequence[dict[str, str]], name: str, vocab: int = 8000) -> list[Group]:
@@ -137,17 +156,25 @@ def count_tokens(rows: Sequence[dict[str, str]], name: str, vocab: int = 8000) -
     return groups
 
 
-def train_bpe(texts: Sequence[str], vocab: int):
-    """A byte-level BPE ``tokenizers.Tokenizer`` of the texts themselves."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def train_bpe(texts: Iterable[str], vocab: int, words: str | None = None, roles: Sequence[str] = ()):
+    """A byte-level BPE ``tokenizers.Tokenizer`` of the texts themselves.
+
+    Args:
+        words: the regular expression that cuts a text into words; default GPT-2's.
+        roles: special tokens beside ``<pad>`` and ``<eos>``.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = [] if words is None else [pre_tokenizers.Split(Regex(words), "isolated")]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "<eos>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab,
+        special_tokens=["<pad>", "<eos>", *roles],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

@@ -29,11 +29,14 @@ import argparse
 import dataclasses
 import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
-from .lengths import HELP, pair_of, rows_of
+from .lengths import HELP, checked, pair_of, rows_of
 from .timing import Contestant, add_output_options, close_all, finish, interleave, summarise, table
 from .work import SHAPES, Pair, Shape, Work, packed, padded
 
@@ -152,9 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ["ours", *(["ours-tuned"] if any("tuned" in peer for peer in options.peers) else []), *options.peers]
     names = list(dict.fromkeys(names))
     shape = shape_of(options, len(names))
-    rates = matmul_rates(shape, options.device)
-    measured = run(names, options, shape)
-    predicted = predict(names, options, shape, rates)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            lengths = checked(options.lengths, options.completions, Path(folder))
+        except ValueError as error:
+            sys.exit(f"bench step: error: {error}")
+        rates = matmul_rates(shape, options.device)
+        told = argparse.Namespace(**vars(options) | {"lengths": lengths})
+        measured = run(names, told, shape)
+        predicted = predict(names, told, shape, rates)
     agreement = {name: difference(measured["ours"], measured[name]) for name in names if name != "ours"}
     summary = summarise_run(names, measured, predicted, agreement)
     print(report(names, options, shape, measured, predicted, agreement))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plot
-from .timing import ROOT, add_output_options, finish, result_path, table, write_result
+from .timing import ROOT, add_output_options, print_summary, result_path, table, write_result
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_result(name, one.found, target)
         plot.main([str(target)])
     failed = [name for name, one in outcomes.items() if one.result.startswith("failed")]
-    summary = {"ok": not failed, "failed": failed, "seconds": round(seconds, 1)}
-    finish("suite", {}, summary, argparse.Namespace(json=None, record=False))
+    print_summary({"ok": not failed, "failed": failed, "seconds": round(seconds, 1)})
     return 1 if failed else 0
 
 

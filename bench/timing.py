@@ -269,7 +269,12 @@ def finish(subject: str, result: Mapping[str, Any], summary: Mapping[str, Any], 
     result = {**environment(), **summary, **result}
     for path in filter(None, (options.json, result_path() if options.record else None)):
         print(f"written: {write_result(subject, result, path)}")
-    print(json.dumps({**summary, **{name: result[name] for name in ("machine", "versions", "commit")}}))
+    print_summary(summary)
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The last line of a subject: what came out, where and with what, as JSON."""
+    print(json.dumps({**summary, "machine": machine(), "versions": versions(), "commit": commit()}))
 
 
 def milliseconds(seconds: Mapping[str, float], best: float | None) -> list[str]:

@@ -25,11 +25,11 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cpt_kernels.data.preparation import prepare
 
+from .lengths import train_bpe
 from .timing import add_output_options, finish, summarise, table
 
 # GPT-4's, which Llama 3 and Qwen use with small changes.
@@ -87,20 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train_tokenizer(answers: dict[str, dict[str, str]], vocab: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the texts themselves, with a chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([text for said in answers.values() for text in said.values()], trainer)
+    texts = (text for said in answers.values() for text in said.values())
+    tokenizer = train_bpe(texts, vocab, _WORDS, ("<|user|>", "<|assistant|>"))
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     wrapped.chat_template = _TEMPLATE
     return wrapped

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import attention, attentions, head, heads, readme, timing
-from bench.lengths import draw_groups, preference_rows
+from bench import attention, attentions, head, heads, readme, step, timing
+from bench.lengths import checked, draw_groups, preference_rows
 from bench.trainers import build_model
 from bench.work import SHAPES, Shape, packed, padded
 
@@ -238,6 +238,9 @@ def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
     path.write_text("\n".join(json.dumps({"prompt": words, "model": m, "response": r * 9}) for m, r in ("ab", "cd")))
     ((prompt, sides),) = draw_groups(str(path), 1, 2, np.random.default_rng(0))
     assert prompt > 0 and len(sides) == 2
+    table = checked(str(path), 2, tmp_path)
+    assert Path(table).name == "pairs.csv" and draw_groups(table, 1, 2, np.random.default_rng(0)) == [(prompt, sides)]
+    assert checked("hh", 2, tmp_path) == "hh"
     with pytest.raises(ValueError, match="no prompt has 3"):
         draw_groups(str(path), 1, 3, np.random.default_rng(0))
     path.write_text(json.dumps({"text": words}))
@@ -245,3 +248,7 @@ def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
         draw_groups(str(path), 1, 2, None)
     with pytest.raises(ValueError, match="no preset and no file"):
         draw_groups("nothing", 1, 2, None)
+    with pytest.raises(ValueError, match="must be uniform:P:C"):
+        draw_groups("uniform:5", 1, 2, None)
+    with pytest.raises(SystemExit, match="bench step: error: --lengths nothing: no preset and no file"):
+        step.main(["--lengths", "nothing"])
