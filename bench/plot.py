@@ -246,8 +246,9 @@ def _save(figure, result: dict[str, Any], stem: Path) -> list[Path]:
     figure.suptitle(_title(result), fontsize=9)
     figure.tight_layout()
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with plt.rc_context({"svg.hashsalt": stem.name}):  # the same result makes the same bytes
+        for path in paths:
+            figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return paths
 

@@ -29,6 +29,7 @@ _NAMES = {
     "trl": "TRL {trl} as installed",
     "trl-tuned": "TRL {trl} tuned",
 }
+_TRL = ("trl", "trl-tuned")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def block(subject: str, machine: str) -> str:
     """
     if subject not in BLOCKS:
         raise ValueError(f"README: no block for '{subject}'; there are {', '.join(BLOCKS)}")
-    result = newest(subject, machine)
+    result = newest("step" if subject == "headline" else subject, machine)
     return BLOCKS[subject](result).rstrip() + "\n"
 
 
@@ -75,6 +76,18 @@ def newest(subject: str, machine: str, folder: Path = RESULTS) -> dict[str, Any]
 
 
 # --- Blocks ---
+
+
+def headline(result: dict[str, Any]) -> str:
+    """What a step's table comes to."""
+    measured = result["measured"]
+    installed, tuned = (_median(measured[name]) / _median(measured[compared_with(name, measured)]) for name in _TRL)
+    memory = measured["trl"]["peak_mib"] / measured["ours"]["peak_mib"]
+    return (
+        f"The same training steps take TRL {result['versions']['trl']} {installed:.1f} times as long as it installs, in"
+        f" {memory:.1f} times the memory, and {tuned:.2f} times as long at its best settings ({_machine(result)};"
+        " [what was measured, and how](#measured)).\n"
+    )
 
 
 def step(result: dict[str, Any]) -> str:
@@ -258,6 +271,7 @@ def attention(result: dict[str, Any]) -> str:
 
 
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "headline": headline,
     "step": step,
     "scaling": scaling,
     "head": head,
@@ -281,10 +295,13 @@ def _millions(count: int) -> str:
 
 def _where(result: dict[str, Any]) -> str:
     """Machine, day and command, as they stand in a caption."""
-    machine = result["machine"]
-    where = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}"
     command = re.sub(r" --device cpu\b", "", result["command"]).removesuffix(" --record")
-    return f"{where}, {result['date'][:10]}, `{command}`"
+    return f"{_machine(result)}, {result['date'][:10]}, `{command}`"
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}"
 
 
 def _picture(result: dict[str, Any], subject: str) -> str:
