@@ -77,8 +77,9 @@ def scored_gradients(
     hidden: Tensor | None,  # (N, H), with the score
     wanted: Wanted,
     dtypes: tuple[torch.dtype | None, ...],  # of hidden, weight and bias
+    in_place: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias from the score of all rows."""
+    """Gradients of hidden, weight and bias from the score of all rows; ``in_place`` as below."""
     grad_weight = grad_bias = None
     if wanted.weight:
         gx = scale(hidden.to(score.dtype), grad[:, None], score.dtype)
@@ -90,7 +91,7 @@ def scored_gradients(
             grad_weight = grad_weight.to(dtypes[1])
     if wanted.bias:
         grad_bias = (score.t() @ grad[:, None].to(score.dtype))[:, 0].to(dtypes[2])
-    grad_hidden = None if score_weight is None else scale(score_weight, grad[:, None], dtypes[0])
+    grad_hidden = None if score_weight is None else scale(score_weight, grad[:, None], dtypes[0], in_place)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -179,23 +180,24 @@ def finished_gradients(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     dtypes: tuple[torch.dtype | None, ...],  # of hidden, weight and bias
+    in_place: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias; what they are made from stays as it is, for a second backward."""
+    """Gradients of hidden, weight and bias, ``in_place`` written over what they are made from, where dtypes allow."""
     return (
-        None if score_weight is None else scale(score_weight, (grad_loss * g)[:, None], dtypes[0]),
-        None if grad_weight is None else scale(grad_weight, grad_loss, dtypes[1]),
-        None if grad_bias is None else scale(grad_bias, grad_loss, dtypes[2]),
+        None if score_weight is None else scale(score_weight, (grad_loss * g)[:, None], dtypes[0], in_place),
+        None if grad_weight is None else scale(grad_weight, grad_loss, dtypes[1], in_place),
+        None if grad_bias is None else scale(grad_bias, grad_loss, dtypes[2], in_place),
     )
 
 
-def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def scale(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
     """``x * factor`` in the wider of their precisions, rounded once: small weights times half-precision rows underflow.
 
     In blocks of rows, as a CPU computes what it has to round or to widen in a temporary.
     """
     if x.dtype == factor.dtype == dtype:
-        return x * factor
-    out = torch.empty_like(x, dtype=dtype)
+        return x.mul_(factor) if in_place else x * factor
+    out = x if in_place and x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     factors = factor.split(_BLOCK_ROWS) if factor.dim() else [factor] * -(-len(x) // _BLOCK_ROWS)
     for part, some, into in zip(x.split(_BLOCK_ROWS), factors, out.split(_BLOCK_ROWS)):
         torch.mul(part, some, out=into)

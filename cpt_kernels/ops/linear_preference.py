@@ -132,7 +132,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if ctx.again:
             grads = row_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.options)
         else:
-            grads = scored_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.dtypes)
+            grads = scored_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.dtypes, _is_last_backward())
         grad_hidden, grad_weight, grad_bias = grads
         return grad_hidden, grad_weight, None, grad_bias, None, None
 
@@ -164,11 +164,18 @@ class _LinearPreference(torch.autograd.Function):
             raise RuntimeError(head_operators.REFUSAL)
         g, score_weight, grad_weight, grad_bias, score, rows = ctx.saved_tensors
         if score is None:
-            grads = finished_gradients(grad_loss, g, score_weight, grad_weight, grad_bias, ctx.dtypes)
+            made = (g, score_weight, grad_weight, grad_bias)
+            grads = finished_gradients(grad_loss, *made, ctx.dtypes, _is_last_backward())
         else:
-            grads = scored_gradients(grad_loss * g, score_weight, score, rows, ctx.wanted, ctx.dtypes)
+            weighed = (grad_loss * g, score_weight, score, rows)
+            grads = scored_gradients(*weighed, ctx.wanted, ctx.dtypes, _is_last_backward())
         grad_hidden, grad_weight, grad_bias = grads
         return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
+
+
+def _is_last_backward() -> bool:
+    """Whether what was saved may be written over: nobody keeps the graph for another backward."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _dtypes(*leaves: Tensor | None) -> tuple[torch.dtype | None, ...]:
