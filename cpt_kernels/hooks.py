@@ -147,6 +147,40 @@ def rope_per_sequence(rotaries: list[nn.Module], limit: int | None, segments: li
         yield
 
 
+def quantised_layers(model: nn.Module) -> list[nn.Module]:
+    """Linear layers of bitsandbytes, which on a CPU compute in another way in eval mode, see :func:`as_in_training`.
+
+    Raises:
+        ValueError: a forward in eval mode has packed 4-bit weights for inference already.
+    """
+    layers = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+    if any(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False) for layer in layers):
+        raise ValueError(
+            "a forward in eval mode on a CPU has made bitsandbytes pack the model's 4-bit weights for inference, which"
+            " has no gradient: load the model anew"
+        )
+    for layer in layers:  # nor shall anybody else's forward, such as generation between two steps
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return layers
+
+
+@contextlib.contextmanager
+def as_in_training(layers: list[nn.Module]) -> Iterator[None]:
+    """Let quantised layers compute as in training, so that a reference (eval mode) is scored as the policy is trained.
+
+    On a CPU, bitsandbytes' 8-bit layers round their inputs to 8 bits, too, in eval mode alone.
+    """
+    modes = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes):
+            layer.training = mode
+
+
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Let a module run ``forward`` instead of its own, behind its hooks."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,23 @@ def prepare_layers(model: nn.Module, args: ContrastiveConfig) -> None:
     """Do what ``args`` ask for, before transformers' Trainer is made, which would do it to the whole model.
 
     Raises:
-        ValueError: ``torch_compile`` of a model whose decoder layers are not to be found.
+        ValueError: ``torch_compile`` of a model whose decoder layers are not to be found; Liger's kernels where they
+            cannot run, or its head.
     """
     if args.use_liger_kernel:
+        _check_liger(args)
         args.liger_kernel_config = _LIGER_HEADS | (args.liger_kernel_config or {})
     if args.torch_compile:
         _compile_layers(model, args)
+
+
+def _check_liger(args: ContrastiveConfig) -> None:
+    if find_spec("liger_kernel") is None:
+        raise ValueError("use_liger_kernel needs the liger-kernel package: pip install liger-kernel")
+    if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("use_liger_kernel needs a GPU: leave it out on a CPU")
+    if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
+        raise ValueError("liger_kernel_config: leave fused_linear_cross_entropy out, the head here has its own kernels")
 
 
 def _compile_layers(model: nn.Module, args: ContrastiveConfig) -> None:

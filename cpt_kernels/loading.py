@@ -26,6 +26,7 @@ from .weight_files import load
 logger = logging.getLogger(__name__)
 
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+_WHOLE = ("lora_magnitude_vector", ".modules_to_save.", "trainable_tokens_delta")  # PEFT's names of what is no update
 
 
 def check_moved(names: Iterable[str]) -> None:
@@ -167,9 +168,17 @@ def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
         if zero_stage(args) == 3:  # it frees what a recomputation that is not reentrant looks at
             args.gradient_checkpointing_kwargs = (args.gradient_checkpointing_kwargs or {}) | {"use_reentrant": True}
         model.enable_input_require_grads()
-    if _is_quantised(model):  # QLoRA, arXiv 2305.14314, §3. DoRA's magnitudes would move by less than bf16 resolves
+    cast_adapter(model)
+
+
+def cast_adapter(model: nn.Module) -> None:
+    """Adapters of quantised weights to bf16 (QLoRA, arXiv 2305.14314, §3); PEFT makes and loads them in fp32.
+
+    What starts from values of the model stays: bf16 would round these, and then lose most steps.
+    """
+    if _is_quantised(model):
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            if parameter.requires_grad and not any(part in name for part in _WHOLE):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 

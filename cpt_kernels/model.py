@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from .data.collate import PackedBatch
 from .hooks import (
+    as_in_training,
     attention_over,
     length_dependent_rotaries,
     packed_forward,
+    quantised_layers,
     replaced_forward,
     rope_length_limit,
     rope_per_sequence,
@@ -66,6 +68,7 @@ class PackedModel:
         _check_architecture(base)
         base.set_attn_implementation(attention_over(base.config._attn_implementation))
         self.rotaries = length_dependent_rotaries(base)
+        self.quantised = quantised_layers(base)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = _head_options(base, self.head_memory_mb)
         _check_head(base, self.options)
@@ -112,6 +115,7 @@ class PackedModel:
         layout = AttentionLayout.of(batch)
         with (
             packed_forward(),
+            as_in_training(self.quantised),
             rope_per_sequence(self.rotaries, self.share_limit, batch["segment_lengths"]),
             replaced_forward(head, head_forward),
         ):
@@ -162,9 +166,13 @@ def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tenso
     if hasattr(head, "modules_to_save"):
         trained = not head.disable_adapters and head.active_adapters
         head = head.modules_to_save[head.active_adapters[0]] if trained else head.original_module
+    if hasattr(head, "token_adapter"):  # some tokens of an embedding that is tied to the head
+        tokens = head.token_adapter
+        trained = not (tokens.disable_adapters or tokens.merged) and tokens.active_adapters
+        return rows, tokens.get_merged_weights(trained or []), None if trained else tokens.base_layer.bias
     base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     weight, bias = base.weight, base.bias
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):  # 4 bits may be stored as any dtype
         raise ValueError(
             f"the output head is quantised ({weight.dtype}): load the model with the head left unquantised"
             " (llm_int8_skip_modules=['lm_head'])"
@@ -236,8 +244,8 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     head = model.get_output_embeddings()
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters()):
         return  # sharded already (ZeRO-3): the weight is there only in the wrapped model's forward
-    seen: list[Tensor] = []
-    hook = head.register_forward_hook(lambda _, args, output: seen.append(output.detach().clone()))
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, args, output: seen.append((args[0], output.detach().clone())))
     training = {module: module.training for module in model.modules()}
     device = head.weight.device if hasattr(head, "weight") else model.device
     try:
@@ -246,7 +254,8 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
         hook.remove()
         for module, mode in training.items():
             module.training = mode
-    (raw,) = seen
+    ((hidden, raw),) = seen
+    _head_operands(head, hidden[0])  # or what cannot be trained would be told when data are prepared
     targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
     expected = vocab_score(logits.float(), targets).logps
     found = vocab_score(

@@ -244,7 +244,8 @@ class Reference:
         lengths = torch.tensor(batch["completion_lengths"], device=completion_logps.device)
         reference = segment_sum(batch["ref_token_logps"], batch["cu_completions"])
         gap = ((completion_logps.float() - reference) / lengths).abs().mean().item()
-        if not gap <= _ROUNDING.get(self.compute_dtype, _HALF_ROUNDING):
+        trained = {p.dtype for p in self.policy.model.parameters() if p.requires_grad}
+        if not gap <= max(_ROUNDING.get(dtype, _HALF_ROUNDING) for dtype in {self.compute_dtype, *trained}):
             logger.warning(
                 f"the policy starts from the reference, and yet its log-probs differ by {gap:.2g} nats per token in"
                 f" the first step, so rewards do not start at 0. Likely: {self._likely_cause()}"

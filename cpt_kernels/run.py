@@ -284,7 +284,6 @@ def _quantization(model: ModelArguments, args: ContrastiveConfig) -> BitsAndByte
         bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
         bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["lm_head"],  # the head's kernels take plain weights
     )
 
 

@@ -27,6 +27,7 @@ from .evaluation import run_evaluation
 from .layers import offloaded_activations, prepare_layers
 from .loading import (
     aux_loss_coef,
+    cast_adapter,
     check_checkpoint,
     check_data,
     check_engine,
@@ -146,9 +147,7 @@ class ContrastiveTrainer(PackedLoop):
             optimizers=optimizers,
         )
         check_engine(args, self.accelerator)
-        attention = describe(args.attention_backend, args.device.type)
-        if PartialState().is_main_process:
-            logger.warning(attention)
+        _say([describe(args.attention_backend, args.device.type)])
         self.model_accepts_loss_kwargs = True  # our loss is over the whole step; transformers need not divide it
         ld_alpha = args.ld_alpha if loss is None else None
         self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}
@@ -375,6 +374,7 @@ class ContrastiveTrainer(PackedLoop):
         if isinstance(self.reference, MovingReference):
             self.reference.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        cast_adapter(self.packed.model)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """As transformers' ``evaluate``; a dataset given here may have any form that the constructor takes."""

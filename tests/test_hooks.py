@@ -53,6 +53,26 @@ def test_training_without_packing_stays_as_it_was():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters()))
 
 
+@torch.no_grad()
+def test_quantised_layers_compute_as_in_training_on_packed_rows_alone():
+    """On a CPU those of bitsandbytes look at the mode; this one is theirs by its module's name."""
+    modes = []
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+
+    Layer.__module__ = "bitsandbytes.nn.modules"
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj = Layer(32, 48, bias=False)
+    packed = PackedModel(model.eval())
+    modes.clear()
+    packed(make_batch(make_rows("slic"), packed), LOSSES["slic"])
+    model(torch.arange(3)[None])
+    assert modes == [True, False]
+
+
 def test_the_attention_is_registered_once_under_one_name():
     name = attention_over("sdpa")
     assert attention_over("sdpa") == name and attention_over(name) == name and name != attention_over("eager")

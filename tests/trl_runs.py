@@ -56,7 +56,15 @@ class Record(TrainerCallback):
 
 
 def run(
-    trainer_class, config_class, folder, rows: Dataset, model=None, ref_model=None, peft_config=None, **options
+    trainer_class,
+    config_class,
+    folder,
+    rows: Dataset,
+    model=None,
+    ref_model=None,
+    peft_config=None,
+    callbacks=(),
+    **options,
 ) -> Record:
     """Train with settings that both configurations know."""
     record = Record()
@@ -85,7 +93,7 @@ def run(
         args=config,
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=[record],
+        callbacks=[record, *callbacks],
         peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
