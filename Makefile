@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-zero lint clean
+.PHONY: demo test test-zero test-quantised lint clean
 
 demo: $(READY)
 	$(BIN)/cpt demo
@@ -19,6 +19,13 @@ test-zero: $(READY)
 		--upgrade --target .venv/deepspeed deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
 	PYTHONPATH=.venv/deepspeed DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
 		tests/test_sharding.py tests/test_loading.py
+
+# QLoRA's tests. bitsandbytes lies in a folder of its own: wherever it is found it is imported, by every process.
+test-quantised: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/bitsandbytes \
+		bitsandbytes==0.50.2
+	PYTHONPATH=.venv/bitsandbytes OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+		tests/test_quantised.py tests/test_trl_options.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -26,7 +26,8 @@ from .weight_files import load
 logger = logging.getLogger(__name__)
 
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-_WHOLE = ("lora_magnitude_vector", ".modules_to_save.", "trainable_tokens_delta")  # PEFT's names of what is no update
+# In PEFT's names of parameters that start from values of the model.
+_WHOLE = ("lora_magnitude_vector", ".modules_to_save.", "trainable_tokens_delta")
 
 
 def check_moved(names: Iterable[str]) -> None:
@@ -174,7 +175,7 @@ def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
 def cast_adapter(model: nn.Module) -> None:
     """Adapters of quantised weights to bf16 (QLoRA, arXiv 2305.14314, §3); PEFT makes and loads them in fp32.
 
-    What starts from values of the model stays: bf16 would round these, and then lose most steps.
+    What starts from values of the model stays as it is: bf16 would round these, and lose small steps.
     """
     if _is_quantised(model):
         for name, parameter in model.named_parameters():

@@ -29,28 +29,45 @@ _ADAPTERS = {
     "attention-and-head": {"target_modules": ["q_proj", "lm_head"]},
     "head": {"target_modules": ["lm_head"]},
     "whole-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "dora": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
 }
+_TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4, 5, 6, 7, 8]}
+_OF_TIED = {  # PEFT adapts either side alone, unless it is told that they are one
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "embedding-and-head": {"target_modules": ["embed_tokens", "lm_head"]},
+    "embedding-as-head": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "whole-embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "whole-embedding-as-head": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "tokens": _TOKENS,
+}
+_CASES = [*(("llama", adapter) for adapter in _ADAPTERS), *(("llama-tied", adapter) for adapter in _OF_TIED)]
+_TRAINED = ("lora", "modules_to_save", "trainable_tokens")
 
 
 def _adapted(adapter: str, dtype: torch.dtype, architecture: str = "llama", **changes) -> nn.Module:
     """A PEFT model whose adapter is not zero, as it is at the start, and whose head is frozen but for the adapter."""
-    config = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **_ADAPTERS[adapter], **changes)
+    config = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **(_ADAPTERS | _OF_TIED)[adapter], **changes)
     model = get_peft_model(tiny_model(architecture, dtype, weights=torch.float32), config)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora" in name or "modules_to_save" in name:
+        if any(part in name for part in _TRAINED):
             parameter.data = (parameter + 0.1 * torch.randn(parameter.shape)).float().to(dtype)
     return model.eval()
 
 
 @pytest.mark.parametrize("general", [False, True], ids=["fused", "general"])
-@pytest.mark.parametrize("adapter", _ADAPTERS)
-def test_adapters(adapter, general):
+@pytest.mark.parametrize(("architecture", "adapter"), _CASES)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_adapters(architecture, adapter, general):
     """Trainable adapters over a frozen base; the head is frozen but where the adapter is on it."""
     loss = LOSSES["sigmoid"]
     results = {}
     for key, dtype, packed in (("exact", torch.float64, 0), ("eager", torch.float32, 0), ("packed", torch.float32, 1)):
-        model, results[key] = _adapted(adapter, dtype), []
+        model, results[key] = _adapted(adapter, dtype, architecture), []
         scorer = PackedModel(model) if packed else None
         for seed in range(BATCHES):
             model.zero_grad()
@@ -60,15 +77,19 @@ def test_adapters(adapter, general):
             )
     trained = results["packed"][0].grads
     assert trained.keys() == results["exact"][0].grads.keys()
-    assert all(("lora" in name or "modules_to_save" in name) and grad.any() for name, grad in trained.items())
+    assert all(any(part in name for part in _TRAINED) and grad.any() for name, grad in trained.items())
     assert_as_exact(results["packed"], results["eager"], results["exact"], torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("adapter", ["attention-and-head", "whole-head"])
-def test_adapters_switched_off(adapter):
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [("llama", "attention-and-head"), ("llama", "whole-head"), *(("llama-tied", adapter) for adapter in _OF_TIED)],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_adapters_switched_off(architecture, adapter):
     """As a reference model: the base alone."""
-    model, rows = _adapted(adapter, torch.float64), make_rows("sft")
-    expected = run_alone(tiny_model("llama", torch.float64), rows, LOSSES["sft"])
+    model, rows = _adapted(adapter, torch.float64, architecture), make_rows("sft")
+    expected = run_alone(tiny_model(architecture, torch.float64), rows, LOSSES["sft"])
     packed = PackedModel(model)
     with torch.no_grad(), model.disable_adapter():
         found = packed(make_batch(rows)).completion_logps
@@ -89,7 +110,7 @@ def test_a_merged_adapter_on_the_head():
 def test_adapters_on_the_head_that_are_refused(changes):
     model = _adapted("head", torch.float32, **changes)
     with pytest.raises(ValueError, match="plain LoRA"):
-        PackedModel(model)(make_batch(make_rows("slic")), LOSSES["slic"])
+        PackedModel(model)
 
 
 def test_base_model_finds_the_model_inside():
@@ -194,7 +215,7 @@ def test_a_quantised_head_is_one_clear_error():
     model = tiny_model("llama")
     model.set_output_embeddings(Int8Head(model.lm_head.weight.detach()))
     with pytest.raises(ValueError, match="quantised"):
-        PackedModel(model)(make_batch(make_rows("slic")), LOSSES["slic"])
+        PackedModel(model)
 
 
 def test_the_probe_of_the_head_leaves_modes_as_they_were():

@@ -51,6 +51,15 @@ def lora(**changes) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
 
 
+def never_packed(folder: Path, **kind):
+    """For TRL, whose forwards in eval mode would let bitsandbytes pack 4-bit weights for inference."""
+    model = quantised(folder, **kind)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
 # --- Beside TRL ---
 
 
@@ -69,13 +78,9 @@ def test_every_step_is_trls(folder, tmp_path, kind, adapter):
     rows = tokenised_pairs(5 * PAIRS)
     options = {"max_steps": 10, "learning_rate": 1e-2, "peft_config": lora(**adapter), "callbacks": [InFp32()]}
     ours = run_ours(tmp_path / "ours", rows, quantised(folder, **KINDS[kind]), **options)
-    model = quantised(folder, **KINDS[kind])
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False  # TRL's forwards in eval mode shall not pack weights either
-    if kind == "int8":  # nor a reference that is scored ahead, in eval mode, round its inputs to 8 bits
-        options["precompute_ref_log_probs"] = False
-    theirs = run_trl(tmp_path / "trl", rows, model=model, **options)
+    # In eval mode TRL's reference, scored ahead, would have its inputs rounded to 8 bits.
+    options["precompute_ref_log_probs"] = kind != "int8"
+    theirs = run_trl(tmp_path / "trl", rows, model=never_packed(folder, **KINDS[kind]), **options)
     assert_same_steps(ours, theirs, (*REWARDS, *LOGPS))
     for name, gradient in theirs.gradients.items():
         torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
@@ -100,6 +105,24 @@ def test_what_is_trained_whole_is_not_rounded(folder, tmp_path, kind):
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert all(not torch.equal(p, start[n]) for n, p in trainer.model.named_parameters() if n in whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [("nf4", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}), ("int8", {})],
+    ids=["whole head", "scored in eval mode"],
+)
+def test_where_trls_rewards_do_not_start_at_0(folder, tmp_path, kind, adapter):
+    rows, options = tokenised_pairs(PAIRS), {"max_steps": 1, "peft_config": lora(**adapter)}
+    ours = run_ours(tmp_path / "ours", rows, quantised(folder, **KINDS[kind]), **options)
+    theirs = run_trl(tmp_path / "trl", rows, model=never_packed(folder, **KINDS[kind]), **options)
+    assert abs(theirs.logs[0]["rewards/margins"]) > 1e-5 > abs(ours.logs[0]["rewards/margins"])
+
+
+def test_rounding_of_an_adapter_is_no_warning(folder, tmp_path, caplog):
+    """DoRA takes norms in bf16, so its first log-probs are the reference's up to that."""
+    train(folder, tmp_path, peft_config=lora(use_dora=True))
+    assert "rewards do not start at 0" not in caplog.text
 
 
 # --- The reference ---
