@@ -202,13 +202,15 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python and the packages that a benchmark's numbers depend on, where they are installed."""
+    import torch
+
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with its CUDA, which metadata does not always name
 
 
 def commit() -> str:
