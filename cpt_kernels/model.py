@@ -239,7 +239,8 @@ def _check_architecture(model: PreTrainedModel) -> None:
 def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     """Compare the model's own logits of three tokens with what the head will make of the same hidden rows.
 
-    An unknown transform of the logits would otherwise train on a wrong softmax without a word.
+    An unknown transform of the logits would otherwise train on a wrong softmax without a word. Attention is eager here:
+    flash attention, which the model may have been loaded with, knows neither the CPU that it still is on nor fp32.
     """
     head = model.get_output_embeddings()
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters()):
@@ -247,9 +248,18 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, args, output: seen.append((args[0], output.detach().clone())))
     training = {module: module.training for module in model.modules()}
-    device = head.weight.device if hasattr(head, "weight") else model.device
+    ids = torch.arange(3, device=head.weight.device if hasattr(head, "weight") else model.device)
+    ends = torch.tensor([0, 3], dtype=torch.int32, device=ids.device)
+    layout = AttentionLayout(ends, ends, ids, [], [(3, 3)], shared=False)
     try:
-        logits = model.eval()(input_ids=torch.arange(3, device=device)[None], use_cache=False).logits[0]
+        with packed_forward():
+            logits = model.eval()(
+                input_ids=ids[None],
+                position_ids=ids[None],
+                use_cache=False,
+                layout=layout,
+                attention_backend="eager",
+            ).logits[0]
     finally:
         hook.remove()
         for module, mode in training.items():
