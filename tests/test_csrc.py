@@ -272,7 +272,8 @@ def test_an_nvcc_that_cannot_build_the_kernels(release, said, wanted, tmp_path):
         (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho '{release}'\n")
         (tmp_path / "nvcc").chmod(0o755)
     environment = {"PATH": str(tmp_path), "CUDA_HOME": "/nowhere", "CPT_BUILD_CUDA": wanted}
-    run = subprocess.run([sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "setup.py", "--name"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert said in run.stdout + run.stderr and (run.returncode == 0) == (not wanted)
 
 

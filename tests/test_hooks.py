@@ -86,7 +86,7 @@ def test_the_attention_is_registered_once_under_one_name():
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn3"])
 def test_a_model_that_was_loaded_with_flash_attention(name, monkeypatch):
-    """Its attention imports what the config names, and runs neither on a CPU nor in fp32: not where heads are checked."""
+    """Its attention imports what the config names, and knows neither CPU nor fp32: heads are checked without it."""
     own, named = ALL_ATTENTION_FUNCTIONS["sdpa"], []
 
     def flash(module, *args, **kwargs):
