@@ -231,7 +231,7 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} uses chunked or bidirectional attention, which packed rows do not support")
     if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(
-            f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map; a packed row runs"
+            f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map; packed rows run"
             " on one: leave device_map out, and for several GPUs start a process on each (accelerate launch, torchrun)"
         )
     if not model._can_set_attn_implementation() or model.get_output_embeddings() is None:
