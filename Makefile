@@ -37,7 +37,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel pybind11
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-build-isolation \
 		--constraint constraints.txt --editable '.[dev,peers]'
-	@$(BIN)/python -c 'import importlib.util as u; print("CUDA kernels:", u.find_spec("cpt_kernels._C") and "built" or "not built (no nvcc, or CPT_BUILD_CUDA=0)")'
+	@$(BIN)/python -c 'import importlib.util as u; print("CUDA kernels:", u.find_spec("cpt_kernels._C") and "built" or "not built (no nvcc of CUDA 12 or newer, no Python.h, or CPT_BUILD_CUDA=0)")'
 	@touch $@
 
 clean:

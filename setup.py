@@ -1,9 +1,10 @@
 """Builds the CUDA kernels in ``csrc`` into ``cpt_kernels._C`` where nvcc is found; the rest is in pyproject.toml.
 
-``CPT_BUILD_CUDA=1`` makes a missing nvcc an error, ``CPT_BUILD_CUDA=0`` skips the kernels.
+``CPT_BUILD_CUDA=1`` makes it an error if they cannot be built, ``CPT_BUILD_CUDA=0`` skips them.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -20,17 +21,31 @@ CODE = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=comp
 def find_nvcc():
     """The nvcc to build with, or None; says which in one line."""
     wanted = os.environ.get("CPT_BUILD_CUDA", "")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if wanted == "0":
-        nvcc = None
         print("cpt_kernels: CUDA kernels skipped (CPT_BUILD_CUDA=0)")
-    elif nvcc is None and wanted == "1":
-        raise SystemExit("cpt_kernels: CPT_BUILD_CUDA=1, but there is no nvcc on the PATH or in CUDA_HOME")
-    elif nvcc is None:
-        print("cpt_kernels: no nvcc found, CUDA kernels skipped; the Triton kernels are used")
-    else:
-        print(f"cpt_kernels: building the CUDA kernels with {nvcc}")
+        return None
+    if missing := what_is_missing(nvcc):
+        if wanted == "1":
+            raise SystemExit(f"cpt_kernels: CPT_BUILD_CUDA=1, but {missing}")
+        print(f"cpt_kernels: {missing}, CUDA kernels skipped; the Triton kernels are used")
+        return None
+    print(f"cpt_kernels: building the CUDA kernels with {nvcc}")
     return nvcc
+
+
+def what_is_missing(nvcc):
+    """What the kernels cannot be built without, or None."""
+    if nvcc is None:
+        return "there is no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", version)
+    if release is None or int(release[1]) < 12:  # no sm_90a
+        return f"{nvcc} is older than CUDA 12"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"Python.h is not in {sysconfig.get_path('include')} (install python3-dev)"
+    return None
 
 
 class BuildKernels(build_ext):

@@ -42,7 +42,7 @@ def run_limited(command: Sequence[str], seconds: float, **environment: str) -> t
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={"CUDA_VISIBLE_DEVICES": "0", **os.environ, **environment},
             start_new_session=True,
         )
         try:

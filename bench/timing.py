@@ -55,7 +55,7 @@ class Contestant:
             stderr=self.errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **(environment or {})},
+            env={"CUDA_VISIBLE_DEVICES": "0", **os.environ, **(environment or {})},  # all on one GPU
         )
 
     @functools.cached_property

@@ -8,7 +8,6 @@ installed, but for two switches: its data preparation is skipped (rows are token
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import socket
@@ -24,6 +23,7 @@ import torch.distributed
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
+from transformers.utils import is_flash_attn_2_available
 
 from cpt_kernels.data.collate import PackedBatch, PackedCollator
 from cpt_kernels.data.packing import scatter_levels
@@ -55,7 +55,7 @@ def build_model(shape: Shape, seed: int = 0, attention: str | None = None) -> Qw
 
 def best_attention(device: str) -> str:
     """Of transformers', for padded rows: flash attention on a GPU where it is installed."""
-    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+    return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
 
 
 def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:

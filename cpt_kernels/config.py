@@ -220,7 +220,7 @@ class ContrastiveConfig(TrainingArguments):
             raise ValueError("deepspeed needs the deepspeed package: pip install deepspeed")
         without_meaning = self._changed(WITHOUT_MEANING)  # transformers sets a few of them itself
         if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = not (self.fp16 or self.use_cpu) and _has_bf16()
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16=true needs a GPU: a CPU would compute in fp32 instead; set bf16, or leave it out")
@@ -275,6 +275,11 @@ class ContrastiveConfig(TrainingArguments):
     def _changed(self, names: Iterable[str]) -> list[str]:
         """Those of the options ``names`` that are not at their default."""
         return [name for name in names if getattr(self, name) != default_of(self.__dataclass_fields__[name])]
+
+
+def _has_bf16() -> bool:
+    """Whether there is a GPU that computes in bf16; those before Ampere emulate it, which is slower than fp32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def default_of(option: Field) -> Any:

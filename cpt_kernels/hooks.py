@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -37,7 +37,8 @@ def attention_over(implementation: str) -> str:
     """Name of the packed attention over ``implementation`` ("sdpa", "eager", ...), registered on first use."""
     if implementation.startswith(_PREFIX):
         return implementation
-    name = _PREFIX + implementation
+    # A name with "flash" or a slash in it transformers takes for a kernel that it has to import or to download.
+    name = _PREFIX + implementation.replace("flash", "fa").replace("/", "-")
     if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return name
 
@@ -54,7 +55,8 @@ def attention_over(implementation: str) -> str:
         if layout is None:
             eager = sys.modules[type(module).__module__].eager_attention_forward
             own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-            return own(module, query, key, value, attention_mask, **kwargs)
+            with _named(module.config, implementation) if "flash" in implementation else contextlib.nullcontext():
+                return own(module, query, key, value, attention_mask, **kwargs)
         out = _segments(
             *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             layout,
@@ -73,6 +75,16 @@ def attention_over(implementation: str) -> str:
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     return name
+
+
+@contextlib.contextmanager
+def _named(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
+    """transformers' flash attention imports the kernel that the config names."""
+    ours, config._attn_implementation_internal = config._attn_implementation_internal, implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = ours
 
 
 @contextlib.contextmanager

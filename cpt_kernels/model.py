@@ -229,6 +229,11 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder-decoder; only causal language models are supported")
     if "chunked_attention" in kinds or getattr(config, "use_bidirectional_attention", None):
         raise ValueError(f"{name} uses chunked or bidirectional attention, which packed rows do not support")
+    if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map; packed rows run"
+            " on one: leave device_map out, and for several GPUs start a process on each (accelerate launch, torchrun)"
+        )
     if not model._can_set_attn_implementation() or model.get_output_embeddings() is None:
         raise ValueError(
             f"{name} does not let its attention be replaced (transformers' AttentionInterface) or has no output head"
@@ -239,7 +244,8 @@ def _check_architecture(model: PreTrainedModel) -> None:
 def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     """Compare the model's own logits of three tokens with what the head will make of the same hidden rows.
 
-    An unknown transform of the logits would otherwise train on a wrong softmax without a word.
+    An unknown transform of the logits would otherwise train on a wrong softmax without a word. Attention is eager here:
+    flash attention, which the model may have been loaded with, knows neither the CPU that it still is on nor fp32.
     """
     head = model.get_output_embeddings()
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters()):
@@ -247,9 +253,18 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, args, output: seen.append((args[0], output.detach().clone())))
     training = {module: module.training for module in model.modules()}
-    device = head.weight.device if hasattr(head, "weight") else model.device
+    ids = torch.arange(3, device=head.weight.device if hasattr(head, "weight") else model.device)
+    ends = torch.tensor([0, 3], dtype=torch.int32, device=ids.device)
+    layout = AttentionLayout(ends, ends, ids, [], [(3, 3)], shared=False)
     try:
-        logits = model.eval()(input_ids=torch.arange(3, device=device)[None], use_cache=False).logits[0]
+        with packed_forward():
+            logits = model.eval()(
+                input_ids=ids[None],
+                position_ids=ids[None],
+                use_cache=False,
+                layout=layout,
+                attention_backend="eager",
+            ).logits[0]
     finally:
         hook.remove()
         for module, mode in training.items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cpt_kernels.losses import build_loss
 from cpt_kernels.ops import backends
 from cpt_kernels.ops.backends import BUILD_HINT, automatic, resolve
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs
-from cpt_kernels.ops.pair_loss import pair_loss
+from cpt_kernels.ops.pair_loss import kernel_options, pair_loss
 from cpt_kernels.ops.vocab_score import vocab_score
 
 FP32 = (torch.float32,)
@@ -92,3 +95,31 @@ def test_unknown_backends_and_dtypes():
     with pytest.raises(ValueError, match=r"takes torch.float32, not torch.float64"):
         resolve("triton", tensor, FP32)
     assert resolve("auto", tensor, FP32) == "eager"
+
+
+@pytest.mark.parametrize("name", ["vocab_score", "pair_loss"])
+def test_triton_launches_on_the_gpu_of_its_tensors(name, monkeypatch):
+    """Not on the current one, where their addresses mean nothing: a head may lie on another than the first."""
+    module, inside = importlib.import_module(f"cpt_kernels.ops.{name}.triton"), []
+
+    @contextlib.contextmanager
+    def on_device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: inside.append("launched")
+
+    monkeypatch.setattr(backends, "on_device_of", on_device_of)
+    monkeypatch.setattr(module, f"_{name}_kernel", Kernel())
+    if name == "vocab_score":
+        tensor, launches = torch.zeros(2, 5), 1
+        module.vocab_score_triton(tensor, torch.tensor([0, 1]), None, 1.0, None, 5, False, False)
+    else:
+        tensor, launches = torch.zeros(100), 2
+        options = kernel_options(build_loss("sft"))
+        index = torch.arange(100)
+        module.pair_loss_triton(tensor, torch.arange(101), index, None, None, None, "sft", 1.0, **options)
+    assert inside[0] is tensor and inside[1:] == ["launched"] * launches + ["left"]

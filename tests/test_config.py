@@ -8,6 +8,7 @@ import pickle
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
 from accelerate.parallelism_config import ParallelismConfig
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -51,6 +52,17 @@ def test_what_becomes_of_the_defaults_is_trls_but_for_the_precision(tmp_path):
     # TRL turns bf16 on wherever fp16 is off; here only an accelerator that has it does. Padding is off in both.
     expected = {"bf16": (True, False), "pad_to_multiple_of": (None, "auto"), **DIFFERENT_DEFAULTS}
     assert found == expected
+
+
+@pytest.mark.parametrize(("major", "options", "bf16"), [(8, {}, True), (7, {}, False), (8, {"fp16": True}, False)])
+def test_bf16_is_the_default_of_gpus_that_compute_in_it(major, options, bf16, tmp_path, monkeypatch):
+    """A T4 (7.5) emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    supported = lambda including_emulation=True: including_emulation or major >= 8  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # would ask for the GPU
+    monkeypatch.setattr(ContrastiveConfig, "device", torch.device("cuda"))
+    assert ContrastiveConfig(str(tmp_path), **options).bf16 is bf16
 
 
 def test_names_that_trl_does_not_have_are_ours():

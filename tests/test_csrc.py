@@ -234,7 +234,8 @@ def test_sources_are_portable():
 @pytest.mark.parametrize("cuda", ["0", "1"])
 def test_wheel(cuda, tmp_path):
     """Built with and without nvcc; says which in one line; carries the sources; imports where there is no GPU."""
-    if cuda == "1" and not shutil.which("nvcc"):
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    if cuda == "1" and not (shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
         with pytest.raises(subprocess.CalledProcessError):
             _build_wheel(cuda, tmp_path)
         return
@@ -254,6 +255,26 @@ def test_wheel(cuda, tmp_path):
         )
         run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "cpt_kernels", capture_output=True, text=True)
         assert "CUDA driver" in run.stdout or "no CUDA-capable device" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        ("Cuda compilation tools, release 11.5, V11.5.119", "nvcc is older than CUDA 12"),
+        ("bash: not a compiler", "nvcc is older than CUDA 12"),
+        (None, "there is no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"),
+    ],
+)
+def test_an_nvcc_that_cannot_build_the_kernels(release, said, wanted, tmp_path):
+    """Distributions' nvcc often is an old one; who did not ask for the kernels gets the rest."""
+    if release is not None:
+        (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho '{release}'\n")
+        (tmp_path / "nvcc").chmod(0o755)
+    environment = {"PATH": str(tmp_path), "CUDA_HOME": "/nowhere", "CPT_BUILD_CUDA": wanted}
+    command = [sys.executable, "setup.py", "--name"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert said in run.stdout + run.stderr and (run.returncode == 0) == (not wanted)
 
 
 def _build_wheel(cuda: str, tmp_path: Path) -> tuple[Path, str]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from architectures import LENGTH_DEPENDENT, VOCAB, tiny_model
 from exactness import LOSSES, make_batch, make_rows
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cpt_kernels.hooks import attention_over, length_dependent_rotaries, packed_forward, replaced_forward
 from cpt_kernels.model import PackedModel
@@ -80,6 +82,26 @@ def test_the_attention_is_registered_once_under_one_name():
     PackedModel(model)
     PackedModel(model)
     assert model.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn3"])
+def test_a_model_that_was_loaded_with_flash_attention(name, monkeypatch):
+    """Its attention imports what the config names, and knows neither CPU nor fp32: heads are checked without it."""
+    own, named = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def flash(module, *args, **kwargs):
+        named.append(module.config._attn_implementation)
+        return own(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, flash)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, name, lambda *args, **kwargs: None)
+    plain, model, ids = tiny_model("llama"), tiny_model("llama"), torch.tensor([[3, 4, 5, 6]])
+    model.config._attn_implementation = name
+    packed = PackedModel(model)
+    packed(make_batch(make_rows("slic"), packed), LOSSES["slic"])
+    assert named == [] and model.config._attn_implementation == attention_over(name)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert set(named) == {name} and model.config._attn_implementation == attention_over(name)
 
 
 def test_an_exception_in_a_packed_forward_leaves_nothing_behind():

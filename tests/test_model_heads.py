@@ -176,6 +176,16 @@ def test_architectures_that_cannot_be_packed(build, message):
         PackedModel(model)
 
 
+def test_layers_on_several_devices():
+    """Their attention would be given the layout of a row on another device than the row's."""
+    model = tiny_model("llama")
+    model.hf_device_map = {"": 0}
+    PackedModel(model)
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"spread over devices \(0, 1, cpu\) by its device_map"):
+        PackedModel(model)
+
+
 @pytest.mark.parametrize("transform", [lambda z: 2 * z, lambda z: z.clamp(max=0.5)], ids=["doubled", "clamped"])
 def test_an_unknown_transform_of_the_logits(transform):
     class Transforming(tf.LlamaForCausalLM):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import subprocess
@@ -71,7 +72,8 @@ CASES = [
     Case(BF16, 67, 1021, score=False, softcap=30.0, logit_scale=2.0),
     Case(FP16, 5, 1021, score=False, statistics=False, vocab_size=1016, bias=True, logit_scale=2.0, stride=1040),
     Case(FP32, 5, 1024, score=False),
-    Case(FP32, 1, 1024, vocab_size=1, statistics=False, softcap=30.0),
+    Case(FP32, 1, 1024, vocab_size=1, statistics=False, softcap=30.0),  # the one log-prob is 0, with no rounding
+    Case(FP32, 67, 2, vocab_size=1, statistics=False, logit_scale=0.7),
     Case(BF16, 5, 1021, spread=30.0, logit_scale=1.5),  # peaked: log-probs down to hundreds of nats
     Case(BF16, 3, 50257, vocab_size=50255, statistics=False, stride=50272),
     Case(FP16, 3, 50257, stride=50264, softcap=30.0),
@@ -290,6 +292,20 @@ def test_planted_bugs_are_found_in_triton(bug, tmp_path):
     with pytest.raises(AssertionError) if bug else contextlib.nullcontext():
         for stride in (1021, 1024):
             check(Case(FP32, 5, 1021, stride=stride), "triton", "cuda" if GPU else "cpu", run)
+
+
+@pytest.mark.parametrize(("scale", "softcap", "fused"), [(1.0, None, True), (0.7, None, False), (1.0, 30.0, False)])
+def test_a_product_that_rounds_is_not_fused_with_the_subtraction_behind_it(scale, softcap, fused, monkeypatch):
+    """The interpreter fuses nothing: on a GPU the cases above with one column of vocabulary would see it."""
+    module, given = importlib.import_module("cpt_kernels.ops.vocab_score.triton"), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: given.append(options["enable_fp_fusion"])
+
+    monkeypatch.setattr(module, "_vocab_score_kernel", Kernel())
+    module.vocab_score_triton(torch.randn(2, 5), torch.tensor([0, 1]), None, scale, softcap, 5, True, True)
+    assert given == [fused]
 
 
 @pytest.mark.parametrize("mutating", [False, True])

@@ -19,7 +19,7 @@ from .gather import Levels, gather_rows
 from .varlen import Call, Need, varlen_attention
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile (2.11) would look into it, and compile a layer again for other lengths
 class AttentionLayout:
     """Segments of a packed row of T tokens; fields as in ``data.collate.PackedBatch``."""
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backends
 from .reference import PairLossOutput
 
 # One program does it all up to these sizes: some tens of microseconds at the worst, for one completion of all tokens.
@@ -59,9 +60,10 @@ def pair_loss_triton(
         "PAIRS": _PAIRS,
         "num_warps": 8,
     }
-    if tokens <= _SINGLE_PROGRAM_TOKENS and completions <= _SINGLE_PROGRAM_COMPLETIONS:
-        _pair_loss_kernel[(1,)](*arguments, **constants, DO_SUMS=True, DO_LOSSES=True, SUMMED=16, TOKENS=256)
-    else:
+    with backends.on_device_of(token_logps):
+        if tokens <= _SINGLE_PROGRAM_TOKENS and completions <= _SINGLE_PROGRAM_COMPLETIONS:
+            _pair_loss_kernel[(1,)](*arguments, **constants, DO_SUMS=True, DO_LOSSES=True, SUMMED=16, TOKENS=256)
+            return out
         summing = {"DO_SUMS": True, "DO_LOSSES": False, "SUMMED": 1, "TOKENS": 4096}
         _pair_loss_kernel[(completions,)](*arguments, **constants, **summing)
         scoring = {"DO_SUMS": False, "DO_LOSSES": True, "SUMMED": 1, "TOKENS": 1}

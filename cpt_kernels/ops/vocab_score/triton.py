@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backends
 from .reference import VocabScore
 
 _TILE_BYTES = 8192
@@ -47,23 +48,26 @@ def vocab_score_triton(
     itemsize = logits.element_size()
     width = 16 // itemsize
     tile = min(_TILE_BYTES // itemsize, max(256, triton.next_power_of_2(columns)))
-    _vocab_score_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        targets.contiguous(),
-        None if bias is None else bias.contiguous(),
-        logit_scale,
-        softcap,
-        None if softcap is None else 1 / softcap,
-        columns,
-        vocab_size,
-        *out,
-        SCORE=score,
-        ALIGNED=logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0,
-        LANES=tile // width,
-        WIDTH=width,
-        num_warps=max(1, tile * itemsize // (32 * _BYTES_PER_THREAD)),
-    )
+    with backends.on_device_of(logits):
+        _vocab_score_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            targets.contiguous(),
+            None if bias is None else bias.contiguous(),
+            logit_scale,
+            softcap,
+            None if softcap is None else 1 / softcap,
+            columns,
+            vocab_size,
+            *out,
+            SCORE=score,
+            ALIGNED=logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0,
+            LANES=tile // width,
+            WIDTH=width,
+            num_warps=max(1, tile * itemsize // (32 * _BYTES_PER_THREAD)),
+            # A scaled logit minus the largest, fused, is the error of a rounding where it should be 0.
+            enable_fp_fusion=logit_scale == 1.0 and softcap is None,
+        )
     return out
 
 
