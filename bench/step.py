@@ -183,11 +183,12 @@ def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more:
     told = ("steps", "pairs", "completions", "lengths", "loss", "device", "learning_rate", "lora_rank")
     common = {name: getattr(options, name) for name in (*told, "gradient_checkpointing", "liger_layers")}
     contestants: list[Contestant] = []
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(more.get("ranks", 1)))))
     try:
         for name in names:
             entry = CONTESTANTS[name]
             spec = {**common, **entry.spec(), "shape": dataclasses.asdict(shape), **more}
-            environment = ALLOCATOR if entry.tuned_allocator else {}
+            environment = {"CUDA_VISIBLE_DEVICES": gpus} | (ALLOCATOR if entry.tuned_allocator else {})
             contestants.append(Contestant(name, "bench.trainers", spec, environment))
         if len({contestant.hello["checksum"] for contestant in contestants}) > 1:
             raise RuntimeError("the contestants did not start from the same weights")
