@@ -14,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
           "rejected"_a, "targets"_a, "pairs"_a, "ref_logps"_a, "loss"_a, "beta"_a, "label_smoothing"_a, "slic_delta"_a,
           "slic_lambda"_a, "slic_length_normalize"_a, "tokens_per_pair"_a, "completion_logps"_a, "losses"_a, "weights"_a,
           "stream"_a);
+    m.def("cuda_releases", &cuda_releases);
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 using Pointer = std::uintptr_t;
 
@@ -43,3 +44,6 @@ void pair_loss(Pointer token_logps,           // (tokens,) float32
                Pointer losses,                // (pairs,) float32, written
                Pointer weights,               // (completions,) float32, written
                Pointer stream);
+
+// Major CUDA releases: of the runtime that is linked in, and the newest that the driver serves (0: there is no driver).
+std::pair<int, int> cuda_releases();

@@ -21,20 +21,21 @@ FP32 = (torch.float32,)
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    automatic.cache_clear()
-    backends._announce.cache_clear()
+    for cached in (automatic, backends.extension_misses, backends._announce):
+        cached.cache_clear()
     yield
-    automatic.cache_clear()
+    for cached in (automatic, backends.extension_misses):
+        cached.cache_clear()
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Let there be a GPU, as far as choosing a backend sees one; gives a tensor on it."""
 
-    def make(capability=(9, 0), extension=True, hip=None):
+    def make(capability=(9, 0), extension=True, hip=None, releases=(13, 13)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(backends, "has_extension", lambda: extension)
-        monkeypatch.setattr(backends, "load_extension", lambda: None)
+        monkeypatch.setattr(backends, "load_extension", lambda: SimpleNamespace(cuda_releases=lambda: releases))
         monkeypatch.setattr(torch.version, "hip", hip)
         return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 
@@ -50,7 +51,14 @@ def gpu(monkeypatch):
         (
             {"capability": (7, 5)},
             "triton",
-            "kernels on cuda: Triton; the CUDA extension needs compute capability 8.0, not 7.5",
+            "kernels on cuda: Triton; the CUDA extension needs compute capability 8.0, and cuda:0 has 7.5",
+        ),
+        ({"releases": (12, 13)}, "cuda", "kernels on cuda: the CUDA extension"),
+        (
+            {"releases": (13, 12)},
+            "triton",
+            "kernels on cuda: Triton; the CUDA extension needs a driver for CUDA 13, and this one is for CUDA 12: build"
+            " it with that CUDA's nvcc",
         ),
         ({"hip": "6.4"}, "triton", "kernels on cuda: Triton"),
     ],
@@ -82,10 +90,19 @@ def test_nothing_is_said_where_nothing_was_chosen(caplog, monkeypatch):
 
 
 def test_a_gpu_that_the_extension_is_not_for(gpu):
-    with pytest.raises(RuntimeError, match=r"needs compute capability 8.0, and cuda:0 has 7.5: take backend='triton'"):
+    with pytest.raises(
+        RuntimeError, match=r"needs compute capability 8.0, and cuda:0 has 7.5; or take backend='triton'"
+    ):
         resolve("cuda", gpu(capability=(7, 5)), FP32)
-    assert resolve("cuda", gpu(capability=(8, 6)), FP32) == "cuda"
     assert resolve("eager", gpu(capability=(7, 5)), FP32) == "eager"
+    backends.extension_misses.cache_clear()
+    assert resolve("cuda", gpu(capability=(8, 6)), FP32) == "cuda"
+
+
+@pytest.mark.skipif(not backends.has_extension(), reason="the CUDA extension is not built")
+def test_the_extension_knows_its_cuda_and_the_drivers():
+    runtime, driver = backends.load_extension().cuda_releases()
+    assert runtime >= 12 and (driver > 0) == torch.cuda.is_available()
 
 
 def test_unknown_backends_and_dtypes():

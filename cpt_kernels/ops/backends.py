@@ -62,11 +62,20 @@ def automatic(device: torch.device) -> tuple[str, str]:
         return "triton", "Triton"
     if not has_extension():
         return "triton", f"Triton; the CUDA extension is not built ({BUILD_HINT})"
-    if (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
-        return "triton", "Triton; the CUDA extension needs compute capability {}.{}, not {}.{}".format(
-            *_CAPABILITY, *capability
-        )
+    if missing := extension_misses(device):
+        return "triton", f"Triton; the CUDA extension needs {missing}"
     return "cuda", "the CUDA extension"
+
+
+@functools.cache
+def extension_misses(device: torch.device) -> str | None:
+    """What the compiled extension needs and a GPU and its driver do not have, in words."""
+    if (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+        return "compute capability {}.{}, and {} has {}.{}".format(*_CAPABILITY, device, *capability)
+    runtime, driver = load_extension().cuda_releases()
+    if driver < runtime:
+        return f"a driver for CUDA {runtime}, and this one is for CUDA {driver}: build it with that CUDA's nvcc"
+    return None
 
 
 @functools.cache  # once
@@ -89,12 +98,8 @@ def _check_cuda(tensor: Tensor) -> None:
     load_extension()
     if tensor.device.type != "cuda":
         raise RuntimeError(f"backend 'cuda' needs CUDA tensors, not {tensor.device}; take backend='eager' on a CPU")
-    if (capability := torch.cuda.get_device_capability(tensor.device)) < _CAPABILITY:
-        raise RuntimeError(
-            "backend 'cuda' needs compute capability {}.{}, and {} has {}.{}: take backend='triton'".format(
-                *_CAPABILITY, tensor.device, *capability
-            )
-        )
+    if missing := extension_misses(tensor.device):
+        raise RuntimeError(f"backend 'cuda' needs {missing}; or take backend='triton'")
 
 
 def has_extension() -> bool:
