@@ -9,13 +9,12 @@ from contextlib import contextmanager
 import numpy as np
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from torch import nn
 
 from .data.collate import PackedCollator
 from .data.preparation import prepare
 from .parsing import parse
 from .reference import Reference
-from .reference_cache import ReferenceCache, default_cache_dir
+from .reference_cache import ReferenceCache
 from .run import make_trainer
 from .scoring import Missing, find_missing, iter_sequences
 from .trainer import ContrastiveTrainer
@@ -26,19 +25,8 @@ _SAMPLE_BATCH = 8  # completions scored together
 class _Unfilled(ContrastiveTrainer):
     """A trainer whose reference has not been asked anything yet."""
 
-    def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference:
-        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        datasets = {"train": self.train_dataset, **evals}
-        self.stored = {name: data for name, data in datasets.items() if isinstance(data, Dataset)}
-        return Reference(
-            self.packed,
-            ref_model,
-            new_adapter=new_adapter,
-            keep=False,
-            accelerator=self.accelerator,
-            cache_dir=self.args.ref_cache_dir or default_cache_dir(),
-            head_memory_mb=self.args.head_memory_mb,
-        )
+    def _fill(self, reference: Reference) -> None:
+        pass
 
 
 class DatasetReference:
@@ -48,23 +36,20 @@ class DatasetReference:
         self.trainer, self.raw = trainer, raw
         self.reference, self.collator = trainer.reference, trainer.collator
         self.cut = (trainer.collator.max_length, trainer.collator.truncation_mode)
+        self.stored = {name: data for name, data in trainer.datasets.items() if isinstance(data, Dataset)}
 
     def fill(self) -> None:
         """Score what is missing, on all ranks."""
-        for name, dataset in self.trainer.stored.items():
-            self.reference.fill(dataset, self.collator, self.trainer.args.max_tokens_per_batch, name)
+        ContrastiveTrainer._fill(self.trainer, self.reference)
 
     def missing(self) -> dict[str, Missing]:
         """What is missing of every dataset."""
-        return {
-            name: find_missing(dataset, self.reference.cache, *self.cut)
-            for name, dataset in self.trainer.stored.items()
-        }
+        return {name: find_missing(data, self.reference.cache, *self.cut) for name, data in self.stored.items()}
 
     def rescore(self, sample: int, seed: int) -> list[float]:
         """Nats per token that the stored log-probs of a random sample differ from new ones; the largest of each."""
         stored = {}
-        for dataset in self.trainer.stored.values():
+        for dataset in self.stored.values():
             for sequences in iter_sequences(dataset, *self.cut):
                 pairs = [sequence[2:] for sequence in sequences]
                 for (prompt, completion), values in zip(pairs, self.reference.cache.get_many(pairs)):
@@ -154,9 +139,10 @@ def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = (
         trainer = make_trainer(options, _Unfilled)
         if trainer.reference is None:
             raise ValueError(f"loss_type={trainer.loss.name} has no reference: there is nothing to score")
-        if not trainer.stored:
+        data = DatasetReference(trainer, _with_columns(options, trainer, keep_columns) if keep_columns else None)
+        if not data.stored:
             raise ValueError("a stream cannot be scored ahead: leave out dataset_streaming")
-        yield DatasetReference(trainer, _with_columns(options, trainer, keep_columns) if keep_columns else None)
+        yield data
 
 
 def _with_columns(options, trainer: _Unfilled, columns: Sequence[str]) -> Dataset:

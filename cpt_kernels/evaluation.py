@@ -10,14 +10,12 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from .metrics import pair_rewards
-
 if TYPE_CHECKING:
-    from .trainer import ContrastiveTrainer
+    from .training_loop import PackedLoop
 
 
 def run_evaluation(
-    trainer: ContrastiveTrainer, dataloader: DataLoader, prefix: str, keep_rewards: bool
+    trainer: PackedLoop, dataloader: DataLoader, prefix: str, keep_rewards: bool
 ) -> EvalLoopOutput:
     """Score all batches; the metrics are TRL's, each name after ``prefix_``.
 
@@ -28,21 +26,21 @@ def run_evaluation(
     if len(trainer.accelerator._models) == 0 and model is trainer.model:
         model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
     model.eval()
+    trainer.callback_handler.eval_dataloader = dataloader  # callbacks get it
     metrics = trainer.metrics["eval"]
     metrics.reset()
     predictions, pairs = [], 0
+    losses = torch.zeros((), device=trainer.args.device)
     for inputs in dataloader:
-        inputs = trainer._prepare_inputs(inputs)
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            tokens = inputs["num_chosen_tokens"] / max(inputs["num_pairs"], 1)
-            scores = trainer.score(model, inputs, tokens_per_pair=tokens or 1.0)
-        metrics.add(inputs, scores)
+        loss, rewards, _ = trainer.prediction_step(model, inputs, prediction_loss_only=not keep_rewards)
+        if inputs["num_pairs"]:
+            losses += loss.detach() * inputs["num_pairs"]
         pairs += inputs["num_pairs"]
         if keep_rewards:
-            rewards = pair_rewards(metrics.numbers(scores), trainer.args.beta)
             predictions.append(np.concatenate(gather_object([rewards.cpu().numpy()])))  # ranks differ in pairs
         trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
-    means = metrics.compute()
+    total = trainer.accelerator.reduce(torch.stack([losses, losses.new_tensor(pairs)]), "sum").tolist()
+    means = metrics.compute() | {"loss": total[0] / max(total[1], 1.0)}
     predictions = np.concatenate(predictions) if predictions else None
     if trainer.compute_metrics is not None and predictions is not None:
         last = {"compute_result": True} if trainer.args.batch_eval_metrics else {}  # one call, of all batches

@@ -92,7 +92,8 @@ def load_models(
     """Policy and reference; what is given by name or folder is loaded.
 
     Raises:
-        ValueError: ``quantization_config`` without a model to load, or twice; one object for both models.
+        ValueError: ``quantization_config`` without a model to load, or twice; one object for both models; different
+            vocabularies.
     """
     if ref_model is model and not isinstance(model, str):
         raise ValueError("model and ref_model are the same object: leave ref_model out to take the start weights")
@@ -101,7 +102,9 @@ def load_models(
             raise ValueError("quantization_config is for a model given by name, not for one that is loaded already")
         if args.model_init_kwargs and not isinstance(ref_model, str):
             logger.warning("model_init_kwargs has no effect: the model is loaded already")
-    return tuple(load_model(m, args, quantization_config) if isinstance(m, str) else m for m in (model, ref_model))
+    models = tuple(load_model(m, args, quantization_config) if isinstance(m, str) else m for m in (model, ref_model))
+    check_vocabularies(*models)
+    return models
 
 
 def _init_kwargs(args: ContrastiveConfig) -> dict[str, Any]:

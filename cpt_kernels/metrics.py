@@ -28,7 +28,7 @@ _MEAN_OVER = {
     "aux_loss": "micro_batches",
 }
 _COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "all_tokens", "micro_batches")
-_NAMES = (*_MEAN_OVER, *_COUNTS, "losses")
+_NAMES = (*_MEAN_OVER, *_COUNTS)
 
 
 def pair_rewards(numbers: PairLogps, beta: float) -> Tensor:
@@ -80,8 +80,6 @@ class Metrics:
             "mean_token_accuracy": per_completion["correct"][chosen].sum(),
         }
         sides = [chosen]
-        if scores.losses is not None:
-            sums["losses"] = scores.losses.sum()
         if scores.aux_loss is not None:
             sums["aux_loss"] = scores.aux_loss.detach()
         if rejected is not None:
@@ -107,13 +105,11 @@ class Metrics:
         self.total, self.seen = None, set()
 
     def compute(self) -> dict[str, float]:
-        """Means over all ranks since the last call, ``loss`` (mean over pairs) among them; the sums start again."""
+        """Means over all ranks since the last call; the sums start again."""
         if self.total is None:
             return {}
         total = dict(zip(_NAMES, self.accelerator.reduce(self.total, "sum").tolist()))
         means = {name: total[name] / max(total[count], 1.0) for name, count in _MEAN_OVER.items() if name in self.seen}
-        if "losses" in self.seen:
-            means["loss"] = total["losses"] / max(total["pairs"], 1.0)
         self.reset()
         return means
 

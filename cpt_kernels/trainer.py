@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalPrediction
 
 from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
@@ -23,7 +23,6 @@ from .data.loader import kept_columns, make_draws, make_loader, order_seed, repo
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
-from .evaluation import run_evaluation
 from .layers import offloaded_activations, prepare_layers
 from .loading import (
     aux_loss_coef,
@@ -32,7 +31,6 @@ from .loading import (
     check_data,
     check_engine,
     check_moved,
-    check_vocabularies,
     checked_config,
     checked_tokenizer,
     load_models,
@@ -109,7 +107,6 @@ class ContrastiveTrainer(PackedLoop):
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         if ref_tokenizer is not None:
             check_same_tokenizer(tokenizer, ref_tokenizer)
-        check_vocabularies(model, ref_model)
         if peft_config is not None:
             model = wrap_in_adapter(model, peft_config, args)
         if hasattr(model, "peft_config"):
@@ -205,17 +202,20 @@ class ContrastiveTrainer(PackedLoop):
             self.reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
         return dataset
 
+    @property
+    def datasets(self) -> dict[str, Dataset | IterableDataset]:
+        """The prepared datasets by name."""
+        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        return {name: data for name, data in {"train": self.train_dataset, **evals}.items() if data is not None}
+
     def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
         if self.args.sync_ref_model:
             reference = MovingReference(self.packed, ref_model, self.accelerator, self.args)
             self.add_callback(reference)
             return reference
-        datasets = {"train": self.train_dataset} if self.train_dataset is not None else {}
-        datasets |= self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        stored = {k: v for k, v in datasets.items() if isinstance(v, Dataset)}
         ahead = self.args.precompute_ref_log_probs
         if ahead is None:
-            ahead = len(stored) == sum(v is not None for v in datasets.values())
+            ahead = all(isinstance(data, Dataset) for data in self.datasets.values())
         reference = Reference(
             self.packed,
             ref_model,
@@ -228,9 +228,14 @@ class ContrastiveTrainer(PackedLoop):
         )
         if self.loss.needs_tails:
             reference.check_tokens()
-        for name, dataset in stored.items() if ahead else ():
-            reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
+        if ahead:
+            self._fill(reference)
         return reference
+
+    def _fill(self, reference: Reference) -> None:
+        for name, data in self.datasets.items():
+            if isinstance(data, Dataset):
+                reference.fill(data, self.collator, self.args.max_tokens_per_batch, name)
 
     def _loader(self, dataset: Dataset | IterableDataset, training: bool) -> DataLoader:
         collator = self.data_collator
@@ -333,11 +338,11 @@ class ContrastiveTrainer(PackedLoop):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            means = self.metrics["train"].compute()
-            del means["loss"]  # transformers' own, of the same value
-            logs |= means | {"num_tokens": self.count_tokens()}
+            logs |= self.metrics["train"].compute() | {"num_tokens": self.count_tokens()}
             if self.place_metrics is not None:
                 logs |= self.place_metrics.compute()
+        elif self.args.include_num_input_tokens_seen != "no":  # transformers logs what was counted last
+            self.count_tokens()
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
@@ -381,17 +386,6 @@ class ContrastiveTrainer(PackedLoop):
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             eval_dataset = self._new_data(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Metrics as means over pairs and tokens; transformers' loop weighs every packed row alike."""
-        return run_evaluation(self, dataloader, metric_key_prefix, keep_rewards=not prediction_loss_only)
 
 
 def _say(lines: Sequence[str]) -> None:

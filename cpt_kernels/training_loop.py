@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from .data.collate import PackedBatch
 from .data.loader import order_seed
-from .metrics import Metrics
+from .evaluation import run_evaluation
+from .metrics import Metrics, pair_rewards
 
 _ORDER = "order.json"  # of a checkpoint: what the order of pairs in steps depends on
 
@@ -28,7 +30,7 @@ class PackedLoop(Trainer):
     """What :class:`ContrastiveTrainer` changes in the loop itself."""
 
     metrics: dict[str, Metrics]
-    num_tokens = 0  # of this rank, since the run or its resumption began
+    num_tokens = 0  # of this rank, since they were last counted
     _filters_losses = False
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -61,12 +63,34 @@ class PackedLoop(Trainer):
             self.args.logging_nan_inf_filter = self._filters_losses
 
     def _track_num_input_tokens(self, inputs: PackedBatch) -> None:
-        """Nothing: transformers would count by a look at the device, in the number that `count_tokens` goes on from."""
+        """Nothing: transformers would look at the device in every step; `count_tokens` does when they are asked for."""
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         super()._update_auto_batch_size(batch_size)
         self.num_tokens = 0  # of a try that did not fit
         self.metrics["train"].reset()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: PackedBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """The loss of a batch, a mean over its pairs, and, where more than that is asked for, its rewards, (P, 2)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
+            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, pair_rewards(self.metrics["eval"].numbers(scores), self.args.beta), None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Metrics as means over pairs and tokens; transformers' loop weighs every packed row alike."""
+        return run_evaluation(self, dataloader, metric_key_prefix, keep_rewards=not prediction_loss_only)
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """6 x parameters x tokens of the row, as transformers estimates it."""
@@ -75,17 +99,17 @@ class PackedLoop(Trainer):
     def count_tokens(self) -> int:
         """Tokens of all ranks, those before the checkpoint that the run was resumed from included."""
         tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
-        return self.state.num_input_tokens_seen + int(tokens.item())
+        self.state.num_input_tokens_seen += int(tokens.item())
+        self.num_tokens = 0
+        return self.state.num_input_tokens_seen
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _ORDER).write_text(json.dumps(self._order(), indent=1))
-        before = self.state.num_input_tokens_seen
-        self.state.num_input_tokens_seen = self.count_tokens()
+        self.count_tokens()
         super()._save_checkpoint(model, trial)
-        self.state.num_input_tokens_seen = before
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         file = Path(resume_from_checkpoint, _ORDER)

@@ -192,7 +192,7 @@ def test_import_of_sums(home, tmp_path, capsys, caplog):
     from cpt_kernels.scoring import iter_sequences
 
     with open_dataset(options(home, scored), "test") as data:
-        (dataset,) = data.trainer.stored.values()
+        (dataset,) = data.stored.values()
         sums = {}
         for sequences in iter_sequences(dataset, 1024, "keep_start"):
             for row, position, *ids in sequences:
