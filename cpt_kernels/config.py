@@ -35,12 +35,15 @@ _WITHOUT_MEANING = {
     "evaluation runs in the precision of training": ("bf16_full_eval", "fp16_full_eval"),
     "only the columns of the data's form are read": ("remove_unused_columns", "label_names", "length_column_name"),
     "a step always averages over its pairs": ("average_tokens_across_devices",),
-    "num_tokens is always logged": ("include_num_input_tokens_seen",),
     "preferences are smoothed by label_smoothing": ("label_smoothing_factor",),
     "training keeps no key-value cache": ("use_cache",),
     "the launcher says it by LOCAL_RANK": ("local_rank",),
 }
 WITHOUT_MEANING = {name: reason for reason, names in _WITHOUT_MEANING.items() for name in names}
+_OF_LOADERS = {
+    "dispatch_batches": (True, "every process reads the data itself"),
+    "use_seedable_sampler": (False, "data_seed, or else seed, decides the order of rows"),
+}
 # Options that TRL had once: refused, and what to do is said.
 REMOVED = {
     "rpo_alpha": "set loss_type=[sigmoid, sft] and loss_weights=[1, rpo_alpha]",
@@ -228,6 +231,7 @@ class ContrastiveConfig(TrainingArguments):
             Curriculum.parse(self.curriculum)
             if self.train_sampling_strategy != "random":
                 raise ValueError("curriculum decides the order of rows: leave train_sampling_strategy at random")
+        self._check_accelerator_config()
         for name in without_meaning:
             if self.process_index == 0 and getattr(self, name) is not None:
                 logger.warning(f"{name}={getattr(self, name)} has no meaning here: {WITHOUT_MEANING[name]}")
@@ -271,6 +275,17 @@ class ContrastiveConfig(TrainingArguments):
             )
         if not self.sync_ref_model and (given := self._changed(["ref_model_mixup_alpha", "ref_model_sync_steps"])):
             raise ValueError(f"{given[0]} has no meaning without sync_ref_model=true")
+
+    def _check_accelerator_config(self) -> None:
+        """Complain of what is about accelerate's loaders, in whose place are ours."""
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "accelerator_config: split_batches would cut packed batches; leave it out, and divide"
+                " per_device_train_batch_size by the number of processes"
+            )
+        for name, (value, reason) in _OF_LOADERS.items():
+            if getattr(self.accelerator_config, name) is value and self.process_index == 0:
+                logger.warning(f"{name}={value} of accelerator_config has no meaning here: {reason}")
 
     def _changed(self, names: Iterable[str]) -> list[str]:
         """Those of the options ``names`` that are not at their default."""

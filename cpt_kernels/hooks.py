@@ -194,6 +194,35 @@ def as_in_training(layers: list[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def noise_per_sequence(embeddings: nn.Module, segments: list[tuple[int, int]]) -> Iterator[None]:
+    """Let NEFTune's noise (arXiv 2310.05914, algorithm 1), uniform within ``alpha / sqrt(L d)``, take every sequence's
+    own length for L. That which transformers adds while training would take the row's.
+
+    ``segments`` are the (queries, keys) of the row.
+    """
+    alpha = getattr(embeddings, "neftune_noise_alpha", None)
+    if alpha is None or not embeddings.training:
+        yield
+        return
+    queries, keys = torch.tensor(segments).unbind(1)
+    forward = embeddings.forward
+
+    @torch.compiler.disable  # a graph of it would hold for one batch's lengths alone
+    def noisy(ids: Tensor) -> Tensor:
+        rows = forward(ids)  # (1, T, d)
+        bound = alpha / (keys.repeat_interleave(queries) * rows.shape[-1]).sqrt()
+        noise = torch.empty_like(rows).uniform_(-1, 1)
+        return rows + noise * bound.to(rows.device, rows.dtype, non_blocking=True)[:, None]
+
+    embeddings.neftune_noise_alpha = 0.0
+    try:
+        with replaced_forward(embeddings, noisy):
+            yield
+    finally:
+        embeddings.neftune_noise_alpha = alpha
+
+
+@contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Let a module run ``forward`` instead of its own, behind its hooks."""
     own = module.__dict__.get("forward")  # set on the instance, e.g. by accelerate's hooks

@@ -28,6 +28,17 @@ logger = logging.getLogger(__name__)
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # In PEFT's names of parameters that start from values of the model.
 _WHOLE = ("lora_magnitude_vector", ".modules_to_save.", "trainable_tokens_delta")
+_LOADERS = "packed micro-batches choose their rows themselves; set train_sampling_strategy=sequential or a curriculum, or"
+# Methods that a trainer of TRL, or transformers', calls, and this one does not.
+_NEVER_CALLED = {
+    **dict.fromkeys(("_compute_loss", "get_batch_loss_metrics", "get_batch_loss_metric"), "override compute_loss"),
+    "dpo_loss": "pass a function of PairLogps as loss, or override compute_loss",
+    **dict.fromkeys(("concatenated_forward", "get_batch_logps"), "override compute_loss, or score"),
+    **dict.fromkeys(("tokenize_row", "process_row", "build_tokenized_answer"), "override _prepare_dataset"),
+    **dict.fromkeys(("_precompute_ref_logps", "compute_reference_log_probs"), "override compute_ref_log_probs"),
+    "_get_train_sampler": f"{_LOADERS} override get_train_dataloader",
+    "_get_eval_sampler": f"{_LOADERS} override get_eval_dataloader",
+}
 
 
 def check_moved(names: Iterable[str]) -> None:
@@ -41,6 +52,26 @@ def check_moved(names: Iterable[str]) -> None:
         if name not in options:
             raise TypeError(f"the trainer has no argument {name}")
         raise ValueError(f"{name} is no argument any more: set it in args=DPOConfig({name}=...)")
+
+
+def check_overrides(given: type, base: type) -> None:
+    """Raise ValueError where a subclass ``given`` of the trainer ``base`` has a method of TRL's that no one calls here."""
+    for name, mend in _NEVER_CALLED.items():
+        if getattr(given, name, None) is not getattr(base, name, None):
+            raise ValueError(f"{given.__name__}.{name} would never be called: {mend}")
+
+
+def check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
+    """Raise ValueError where no one of several evaluation sets has the metric that is to choose the best checkpoint."""
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no" or not isinstance(evaluation_sets, dict):
+        return
+    name = metric.removeprefix("eval_")
+    if not name.startswith(tuple(f"{evaluation_set}_" for evaluation_set in evaluation_sets)):
+        raise ValueError(
+            f"metric_for_best_model={metric} is of no evaluation set: with several, a metric carries the name of its set;"
+            f" set {next(iter(evaluation_sets))}_{name}"
+        )
 
 
 def checked_config(model: str | nn.Module, args: ContrastiveConfig | None) -> ContrastiveConfig:
@@ -79,9 +110,15 @@ def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(model: str | nn.Module, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model, of the revision that ``model_init_kwargs`` name."""
+    """The tokenizer that belongs to a model, of the revision that ``model_init_kwargs`` name.
+
+    Raises:
+        ValueError: the model has no name, as it was made and not loaded.
+    """
     if not isinstance(model, str):
-        return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code)
+        if not (name := model.config._name_or_path):
+            raise ValueError("the model was loaded from nowhere, so its tokenizer is not known: pass processing_class")
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     revision = _init_kwargs(args).get("revision") or "main"
     return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
 
@@ -120,8 +157,8 @@ def load_model(name: str, args: ContrastiveConfig, quantization_config: Any = No
         if "quantization_config" in kwargs:
             raise ValueError("quantization_config is given to the trainer and in model_init_kwargs: leave one out")
         kwargs["quantization_config"] = quantization_config
-    if args.world_size > 1:
-        kwargs.pop("device_map", None)  # each rank has the whole model, or a shard of its engine's
+    if args.world_size > 1 and kwargs.pop("device_map", None) is not None and args.process_index == 0:
+        logger.warning("device_map has no effect on several processes: each has the whole model, or its engine's shard")
     with whole_weights():
         return load(AutoModelForCausalLM, name, **kwargs)
 
@@ -164,6 +201,18 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
     # ZeRO-3 gathers into buffers of one dtype: an adapter in fp32 beside weights in bf16 would fail.
     cast = zero_stage(args) != 3 or _is_quantised(model)
     return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError where no weight of a model would be trained."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model's adapter is frozen: load it by peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable="
+            "True) and pass that"
+        )
+    raise ValueError("no weight of the model is to be trained: all of them have requires_grad=False")
 
 
 def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
@@ -242,17 +291,18 @@ def may_share_prompts(model: nn.Module, ref_model: nn.Module | None, args: Contr
     """Whether completions may share their prompt, once dropout is as ``args`` want it.
 
     Raises:
-        ValueError: they shall, and there is dropout.
+        ValueError: they shall, and there is dropout or noise.
     """
     if args.disable_dropout:
         disable_dropout(model)
         disable_dropout(ref_model)
-    elif dropout(model) and args.share_prompts == "true":
+    random = args.neftune_noise_alpha is not None or dropout(model) > 0
+    if args.share_prompts == "true" and random:
         raise ValueError(
-            "share_prompts=true with dropout would give all completions of a prompt the same mask: set"
-            " disable_dropout=true, or share_prompts=false"
+            "share_prompts=true with dropout or NEFTune's noise would give all completions of a prompt the same: set"
+            " disable_dropout=true and leave out neftune_noise_alpha, or set share_prompts=false"
         )
-    return args.share_prompts == "true" or (args.share_prompts == "auto" and not dropout(model))
+    return args.share_prompts == "true" or (args.share_prompts == "auto" and not random)
 
 
 def aux_loss_coef(model: PreTrainedModel, option: float | None) -> float:

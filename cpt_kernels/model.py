@@ -20,6 +20,7 @@ from .hooks import (
     as_in_training,
     attention_over,
     length_dependent_rotaries,
+    noise_per_sequence,
     packed_forward,
     quantised_layers,
     replaced_forward,
@@ -111,12 +112,14 @@ class PackedModel:
             scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None, numbers))
             return ((out.loss - out.loss.detach()) / options.logit_scale).reshape(1, 1, 1)
 
-        head = base_model(self.model).get_output_embeddings()
+        base = base_model(self.model)
+        head = base.get_output_embeddings()
         layout = AttentionLayout.of(batch)
         with (
             packed_forward(),
             as_in_training(self.quantised),
             rope_per_sequence(self.rotaries, self.share_limit, batch["segment_lengths"]),
+            noise_per_sequence(base.get_input_embeddings(), batch["segment_lengths"]),
             replaced_forward(head, head_forward),
         ):
             outputs = (self.model if wrapped is None else wrapped)(

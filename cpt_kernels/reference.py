@@ -254,6 +254,8 @@ class Reference:
     def _likely_cause(self) -> str:
         if dropout(self.policy.model):
             return "dropout is on while training; set disable_dropout=true"
+        if hasattr(base_model(self.policy.model).get_input_embeddings(), "neftune_noise_alpha"):
+            return "the noise that neftune_noise_alpha adds while training"
         if self.adapters_off:
             return "the adapter does not start at zero (init_lora_weights)"
         if any(shard.kind == "sums" for shard in self.cache.shards):

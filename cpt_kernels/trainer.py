@@ -27,10 +27,13 @@ from .layers import offloaded_activations, prepare_layers
 from .loading import (
     aux_loss_coef,
     cast_adapter,
+    check_best_metric,
     check_checkpoint,
     check_data,
     check_engine,
     check_moved,
+    check_overrides,
+    check_trainable,
     checked_config,
     checked_tokenizer,
     load_models,
@@ -77,7 +80,7 @@ class ContrastiveTrainer(PackedLoop):
     """
 
     dataset_name: str | None = None  # of the training data, for the model card
-    loss_is_scaled_for_ga = True  # over the pairs of the whole optimizer step, see compute_loss
+    loss_is_scaled_for_ga = False  # see compute_loss
 
     def __init__(
         self,
@@ -99,9 +102,11 @@ class ContrastiveTrainer(PackedLoop):
         **moved: Any,
     ) -> None:
         check_moved(moved)
+        check_overrides(type(self), ContrastiveTrainer)
         args = checked_config(model, args)
         if train_dataset is None and eval_dataset is None:
             raise ValueError("there is no data: give train_dataset or eval_dataset")
+        check_best_metric(args, eval_dataset)
         set_seed(args.seed)  # a new adapter's weights are random
         tokenizer = load_tokenizer(model, args) if processing_class is None else checked_tokenizer(processing_class)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
@@ -124,6 +129,7 @@ class ContrastiveTrainer(PackedLoop):
 
         self.curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
         if train_dataset is not None:
+            check_trainable(model)
             train_dataset = self._prepared(train_dataset, args, "train")
             self.draws = make_draws(self.curriculum, train_dataset, order_seed(args))
         if isinstance(eval_dataset, dict):
@@ -145,7 +151,7 @@ class ContrastiveTrainer(PackedLoop):
         )
         check_engine(args, self.accelerator)
         _say([describe(args.attention_backend, args.device.type)])
-        self.model_accepts_loss_kwargs = True  # our loss is over the whole step; transformers need not divide it
+        self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga says, before transformers 5.19
         ld_alpha = args.ld_alpha if loss is None else None
         self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
@@ -272,7 +278,9 @@ class ContrastiveTrainer(PackedLoop):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        """Loss of a micro-batch, its share of the mean over the pairs of the optimizer step.
+        """Loss of a micro-batch, whose mean over the micro-batches and ranks of a step is the mean over the step's pairs.
+
+        transformers takes that mean, so that what an override adds counts as it does in TRL.
 
         Args:
             num_items_in_batch: (2,) pairs and chosen tokens of the step on all ranks; default this batch's own.
@@ -282,14 +290,14 @@ class ContrastiveTrainer(PackedLoop):
         """
         if num_items_in_batch is None:
             pairs, tokens = (max(inputs[name], 1) for name in ("num_pairs", "num_chosen_tokens"))
-            world = 1
+            batches = 1
         else:
             pairs, tokens = num_items_in_batch.clamp(min=1)
-            world = self.args.world_size  # DDP and FSDP average gradients over ranks; the mean is over all pairs
+            batches = self.args.world_size * self.current_gradient_accumulation_steps
         scores = self.score(model, inputs, tokens / pairs)
-        loss = scores.loss * (world / pairs)
+        loss = scores.loss * (batches / pairs)
         if scores.aux_loss is not None:
-            loss = loss + self._aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * world / pairs)
+            loss = loss + self._aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * batches / pairs)
         self.metrics["train" if model.training else "eval"].add(inputs, scores)
         same = self.reference is not None and not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs)
         if model.training and same and self.state.global_step == 0:

@@ -17,6 +17,7 @@ from .data.collate import PackedBatch
 from .data.loader import order_seed
 from .evaluation import run_evaluation
 from .metrics import Metrics, pair_rewards
+from .model import Scores
 
 _ORDER = "order.json"  # of a checkpoint: what the order of pairs in steps depends on
 
@@ -30,8 +31,14 @@ class PackedLoop(Trainer):
     """What :class:`ContrastiveTrainer` changes in the loop itself."""
 
     metrics: dict[str, Metrics]
+    current_gradient_accumulation_steps = 1  # until transformers counts a step's
     num_tokens = 0  # of this rank, since they were last counted
     _filters_losses = False
+
+    @property
+    def beta(self) -> float:
+        """``args.beta``. TRL's trainer lets it be set; here the loss has it bound, and to set it is an error."""
+        return self.args.beta
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """An optimizer step's micro-batches, and what it averages over: pairs and chosen tokens of all ranks."""
@@ -79,6 +86,11 @@ class PackedLoop(Trainer):
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        if not isinstance(scores, Scores):
+            raise ValueError(
+                f"compute_loss returned {type(scores).__name__} beside the loss, of which compute_metrics and predict"
+                " cannot make rewards: return what super().compute_loss(..., return_outputs=True) does"
+            )
         return loss, pair_rewards(self.metrics["eval"].numbers(scores), self.args.beta), None
 
     def evaluation_loop(

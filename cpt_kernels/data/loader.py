@@ -91,7 +91,7 @@ def make_loader(
     )
     workers = dict(
         num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
@@ -120,6 +120,11 @@ def make_loader(
         **world,
     )
     if training:
+        if not len(sampler):
+            raise ValueError(
+                f"dataloader_drop_last leaves nothing of {len(dataset)} rows, which fill no step: set it to false, or"
+                " lower per_device_train_batch_size"
+            )
         epochs = args.num_train_epochs
         if args.max_steps > 0:
             epochs = args.max_steps / math.ceil(len(sampler) / accumulation)
