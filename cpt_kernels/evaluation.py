@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from .training_loop import PackedLoop
 
 
-def run_evaluation(
-    trainer: PackedLoop, dataloader: DataLoader, prefix: str, keep_rewards: bool
-) -> EvalLoopOutput:
+def run_evaluation(trainer: PackedLoop, dataloader: DataLoader, prefix: str, keep_rewards: bool) -> EvalLoopOutput:
     """Score all batches; the metrics are TRL's, each name after ``prefix_``.
 
     With ``keep_rewards`` the predictions are (pairs, 2), the rewards of chosen and rejected on all ranks, and what

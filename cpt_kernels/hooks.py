@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
@@ -204,15 +205,14 @@ def noise_per_sequence(embeddings: nn.Module, segments: list[tuple[int, int]]) -
     if alpha is None or not embeddings.training:
         yield
         return
-    queries, keys = torch.tensor(segments).unbind(1)
+    queries, keys = zip(*segments)
     forward = embeddings.forward
 
     @torch.compiler.disable  # a graph of it would hold for one batch's lengths alone
     def noisy(ids: Tensor) -> Tensor:
         rows = forward(ids)  # (1, T, d)
-        bound = alpha / (keys.repeat_interleave(queries) * rows.shape[-1]).sqrt()
-        noise = torch.empty_like(rows).uniform_(-1, 1)
-        return rows + noise * bound.to(rows.device, rows.dtype, non_blocking=True)[:, None]
+        bound = torch.from_numpy(alpha / np.sqrt(np.repeat(keys, queries) * rows.shape[-1]))[:, None]
+        return rows + torch.empty_like(rows).uniform_(-1, 1) * bound.to(rows.device, rows.dtype, non_blocking=True)
 
     embeddings.neftune_noise_alpha = 0.0
     try:

@@ -28,16 +28,14 @@ logger = logging.getLogger(__name__)
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # In PEFT's names of parameters that start from values of the model.
 _WHOLE = ("lora_magnitude_vector", ".modules_to_save.", "trainable_tokens_delta")
-_LOADERS = "packed micro-batches choose their rows themselves; set train_sampling_strategy=sequential or a curriculum, or"
-# Methods that a trainer of TRL, or transformers', calls, and this one does not.
-_NEVER_CALLED = {
-    **dict.fromkeys(("_compute_loss", "get_batch_loss_metrics", "get_batch_loss_metric"), "override compute_loss"),
+# Methods that TRL's trainer calls, or called once, and this one does not, and what does their work.
+NEVER_CALLED = {
+    **dict.fromkeys(("_compute_loss", "get_batch_loss_metrics", "concatenated_forward"), "override compute_loss"),
     "dpo_loss": "pass a function of PairLogps as loss, or override compute_loss",
-    **dict.fromkeys(("concatenated_forward", "get_batch_logps"), "override compute_loss, or score"),
-    **dict.fromkeys(("tokenize_row", "process_row", "build_tokenized_answer"), "override _prepare_dataset"),
-    **dict.fromkeys(("_precompute_ref_logps", "compute_reference_log_probs"), "override compute_ref_log_probs"),
-    "_get_train_sampler": f"{_LOADERS} override get_train_dataloader",
-    "_get_eval_sampler": f"{_LOADERS} override get_eval_dataloader",
+    "tokenize_row": "override _prepare_dataset",
+    "_precompute_ref_logps": "override compute_ref_log_probs",
+    "_get_train_sampler": "set train_sampling_strategy=sequential or a curriculum, or override get_train_dataloader",
+    "_get_eval_sampler": "override get_eval_dataloader",
 }
 
 
@@ -55,10 +53,12 @@ def check_moved(names: Iterable[str]) -> None:
 
 
 def check_overrides(given: type, base: type) -> None:
-    """Raise ValueError where a subclass ``given`` of the trainer ``base`` has a method of TRL's that no one calls here."""
-    for name, mend in _NEVER_CALLED.items():
+    """Raise ValueError where ``given``, a trainer derived from ``base``, has a method that only TRL's calls."""
+    for name, mend in NEVER_CALLED.items():
         if getattr(given, name, None) is not getattr(base, name, None):
-            raise ValueError(f"{given.__name__}.{name} would never be called: {mend}")
+            raise ValueError(
+                f"{given.__name__}.{name} would not be called by the trainer: {mend}; rename it if you call it yourself"
+            )
 
 
 def check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
@@ -69,7 +69,7 @@ def check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
     name = metric.removeprefix("eval_")
     if not name.startswith(tuple(f"{evaluation_set}_" for evaluation_set in evaluation_sets)):
         raise ValueError(
-            f"metric_for_best_model={metric} is of no evaluation set: with several, a metric carries the name of its set;"
+            f"metric_for_best_model={metric} is of no evaluation set: with several, metrics carry their set's name;"
             f" set {next(iter(evaluation_sets))}_{name}"
         )
 

@@ -278,9 +278,9 @@ class ContrastiveTrainer(PackedLoop):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        """Loss of a micro-batch, whose mean over the micro-batches and ranks of a step is the mean over the step's pairs.
+        """Loss of a micro-batch; its mean over the micro-batches and ranks of a step is the mean over the step's pairs.
 
-        transformers takes that mean, so that what an override adds counts as it does in TRL.
+        transformers and DDP take that mean, so that what an override adds counts as it does in TRL.
 
         Args:
             num_items_in_batch: (2,) pairs and chosen tokens of the step on all ranks; default this batch's own.

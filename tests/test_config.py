@@ -83,6 +83,19 @@ def test_options_without_meaning_are_accepted_and_the_reason_is_logged(tmp_path,
     assert message.startswith(f"{name}=") and message.endswith(f" has no meaning here: {WITHOUT_MEANING[name]}")
 
 
+def test_options_of_accelerates_loaders(tmp_path, caplog):
+    with pytest.raises(ValueError, match="split_batches would cut packed batches"):
+        config(tmp_path, accelerator_config={"split_batches": True})
+    with caplog.at_level(logging.WARNING, logger="cpt_kernels"):
+        config(tmp_path, accelerator_config={"dispatch_batches": False, "even_batches": False})
+        assert not caplog.records
+        config(tmp_path, accelerator_config={"dispatch_batches": True, "use_seedable_sampler": False})
+    assert [record.getMessage().split(" of ")[0] for record in caplog.records] == [
+        "dispatch_batches=True",
+        "use_seedable_sampler=False",
+    ]
+
+
 def test_defaults_log_nothing(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="cpt_kernels"):
         config(tmp_path)

@@ -8,8 +8,15 @@ from architectures import LENGTH_DEPENDENT, VOCAB, tiny_model
 from exactness import LOSSES, make_batch, make_rows
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations.neftune import neftune_post_forward_hook
 
-from cpt_kernels.hooks import attention_over, length_dependent_rotaries, packed_forward, replaced_forward
+from cpt_kernels.hooks import (
+    attention_over,
+    length_dependent_rotaries,
+    noise_per_sequence,
+    packed_forward,
+    replaced_forward,
+)
 from cpt_kernels.model import PackedModel
 
 _ARCHITECTURES = [
@@ -139,6 +146,26 @@ def test_hooks_on_a_rotary_embedding_survive(name):
 def test_rope_that_does_not_depend_on_lengths_is_left_alone(name):
     packed = PackedModel(tiny_model(name))
     assert packed.rotaries == [] and packed.share_limit is None
+
+
+def test_noise_is_scaled_by_the_length_of_each_sequence():
+    """NEFTune's: uniform within alpha / sqrt(L d), for a prompt that is shared, too; none in evaluation."""
+    embeddings, ids = torch.nn.Embedding(10, 4096), torch.zeros(1, 60, dtype=torch.int64)
+    embeddings.neftune_noise_alpha = 5.0
+    handle = embeddings.register_forward_hook(neftune_post_forward_hook)
+    segments = [(10, 10), (4, 8), (46, 46)]
+    clean = torch.nn.functional.embedding(ids, embeddings.weight)
+    with noise_per_sequence(embeddings, segments):
+        noise = (embeddings(ids) - clean)[0].split([queries for queries, _ in segments])
+    for part, (_, keys) in zip(noise, segments):
+        assert part.abs().max().item() == pytest.approx(5 / (keys * 4096) ** 0.5, rel=1e-2)
+        assert abs(part.mean().item()) < 1e-3 and part.std().item() == pytest.approx(
+            part.abs().max().item() / 3**0.5, rel=0.02
+        )
+    assert embeddings.neftune_noise_alpha == 5.0 and "forward" not in vars(embeddings)
+    with noise_per_sequence(embeddings.eval(), segments):
+        assert torch.equal(embeddings(ids), clean)
+    handle.remove()
 
 
 def test_replaced_forwards_and_packed_forwards_nest():

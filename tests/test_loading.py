@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 
-from cpt_kernels.loading import check_engine, whole_weights
+from cpt_kernels import ContrastiveConfig
+from cpt_kernels.loading import check_engine, load_model, whole_weights
 
 
 def test_fsdp_loads_whole_weights(tmp_path, monkeypatch):
@@ -31,6 +32,16 @@ def test_fsdp_loads_whole_weights(tmp_path, monkeypatch):
     assert is_fsdp_enabled() and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_device_map_is_for_one_process_and_this_is_said(tmp_path, caplog, monkeypatch, world):
+    given = []
+    monkeypatch.setattr("cpt_kernels.loading.load", lambda _, name, **kwargs: given.append(kwargs))
+    monkeypatch.setattr(ContrastiveConfig, "world_size", world)
+    load_model("model", config(tmp_path, model_init_kwargs={"device_map": "auto"}))
+    assert ("device_map" in given[0]) == (world == 1)
+    assert ("device_map has no effect on several processes" in caplog.text) == (world == 2)
 
 
 def test_fsdp1_is_refused(tmp_path):

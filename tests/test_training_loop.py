@@ -256,8 +256,25 @@ def test_tokens_are_counted_once(tmp_path):
     for option in ("no", "all"):
         trainer = make_trainer(tmp_path, include_num_input_tokens_seen=option)
         trainer.train()
-        counts.append([entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry])
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        counts.append([entry["num_tokens"] for entry in steps])
     assert counts[0] == counts[1] and counts[0][0] > 0
+    assert [entry["num_input_tokens_seen"] for entry in steps] == counts[0]
+    last = trainer.state.log_history[-1]
+    assert (
+        "train_loss" in last and last["num_input_tokens_seen"] == trainer.state.num_input_tokens_seen == counts[0][-1]
+    )
+
+
+def test_a_step_that_no_rows_fill(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_drop_last leaves nothing of 16 rows"):
+        make_trainer(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=32).train()
+
+
+def test_nothing_is_pinned_for_a_cpu(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.args.dataloader_pin_memory = True  # the default, which use_cpu changes
+    assert not trainer.get_train_dataloader().pin_memory
 
 
 def test_another_order_of_pairs_is_not_resumed(tmp_path):

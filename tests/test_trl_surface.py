@@ -1,108 +1,26 @@
-"""What users of TRL pass to the trainer, override in it and call: collators, optimizers, adapters, methods."""
+"""What users of TRL pass to the trainer, and call of it: collators, optimizers, adapters, methods."""
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from architectures import tiny_model
-from datasets import Dataset, DatasetDict
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from toy import config, losses, preference_data, preference_rows, word_tokenizer
-from trl_runs import LOGPS, REWARDS, assert_same_steps, one_thread, run, run_ours, run_trl
+from datasets import DatasetDict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from toy import config, losses, preference_data, word_tokenizer
+from transformers import AutoModelForCausalLM
+from trl_runs import LOGPS, REWARDS, assert_same_steps, both, make_trainer, one_thread, rows, run_ours, run_trl
 
-from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
+from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.loading import prepare_adapter
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
 collators = pytest.importorskip("trl.trainer.dpo_trainer")
-
-
-def make_trainer(folder, cls=ContrastiveTrainer, model=None, **arguments) -> ContrastiveTrainer:
-    names = [field.name for field in dataclasses.fields(ContrastiveConfig)]
-    options = {name: arguments.pop(name) for name in names if name in arguments}
-    return cls(
-        tiny_model("llama") if model is None else model,
-        args=config(folder, **{"max_steps": 2, **options}),
-        **{"train_dataset": preference_data(8), "processing_class": word_tokenizer(), **arguments},
-    )
-
-
-def rows(count: int = 24) -> Dataset:
-    return Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(count)])
-
-
-def both(folder, ours=ContrastiveTrainer, theirs=trl.DPOTrainer, **options) -> None:
-    """Train by both, and compare."""
-    options = {"max_steps": 6, "per_device_train_batch_size": 4, **options}
-    cache = {"ref_cache_dir": f"{folder}/cache"}
-    a = run(ours, ContrastiveConfig, folder / "ours", rows(), **options, **cache)
-    b = run(theirs, trl.DPOConfig, folder / "trl", rows(), **options)
-    assert_same_steps(a, b, (*REWARDS, *LOGPS))
-    assert a.logs[-1]["loss"] != pytest.approx(a.logs[0]["loss"], abs=1e-3)
-
-
-# --- Overridden ---
-
-
-def shifted(base):
-    """A trainer whose reference finds every chosen side half a nat less likely."""
-
-    class Shifted(base):
-        def compute_ref_log_probs(self, model, inputs):
-            chosen, rejected = super().compute_ref_log_probs(model, inputs)
-            return chosen - 0.5, rejected
-
-    return Shifted
-
-
-def test_reference_log_probs_of_the_users_own(tmp_path):
-    both(tmp_path, shifted(ContrastiveTrainer), shifted(trl.DPOTrainer), beta=1.0)
-
-
-def test_they_count_where_nothing_is_precomputed_too(tmp_path):
-    """TRL then never calls the method."""
-    trainer = make_trainer(tmp_path, shifted(ContrastiveTrainer), precompute_ref_log_probs=False, beta=1.0)
-    trainer.train()
-    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.5, abs=1e-4)
-
-
-def test_they_are_sums(tmp_path):
-    with pytest.raises(ValueError, match="ld_alpha looks at tokens"):
-        make_trainer(tmp_path, shifted(ContrastiveTrainer), ld_alpha=0.5).train()
-
-
-def test_preparation_of_the_users_own(tmp_path):
-    class Fewer(ContrastiveTrainer):
-        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-            return super()._prepare_dataset(dataset.select(range(4)), processing_class, args, dataset_name)
-
-    class Tokenised(ContrastiveTrainer):
-        """As TRL's own returns them."""
-
-        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-            ids = lambda text: processing_class(text)["input_ids"]  # noqa: E731
-            return dataset.map(
-                lambda row: {
-                    "prompt_ids": ids(row["prompt"]),
-                    **{f"{side}_ids": [*ids(row[side]), 2] for side in ("chosen", "rejected")},
-                },
-                remove_columns=dataset.column_names,
-            )
-
-    assert len(make_trainer(tmp_path, Fewer).train_dataset) == 4
-    usual, own = make_trainer(tmp_path), make_trainer(tmp_path, Tokenised)
-    for trainer in (usual, own):
-        trainer.train()
-    assert losses(own) == losses(usual)
-    stream = make_trainer(tmp_path, Tokenised, train_dataset=preference_data(8).to_iterable_dataset())
-    stream.train()
-    assert len(losses(stream)) == 2
 
 
 # --- Passed ---
@@ -232,6 +150,35 @@ def test_two_adapters(tmp_path):
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="has an adapter already"):
         make_trainer(tmp_path, model=adapted, peft_config=LoraConfig())
+
+
+def test_an_adapter_that_is_frozen(tmp_path):
+    """As PEFT loads it unless told otherwise, and as transformers loads a folder that holds one."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
+    for model in (adapted, str(tmp_path / "adapter")):
+        with pytest.raises(ValueError, match=r"the model's adapter is frozen.*is_trainable=True"):
+            make_trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match="no weight of the model is to be trained"):
+        make_trainer(tmp_path, model=tiny_model("llama").requires_grad_(False))
+    assert make_trainer(tmp_path, model=adapted, train_dataset=None, eval_dataset=preference_data(4)).evaluate()
+
+
+def test_a_model_that_came_from_nowhere_has_no_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="pass processing_class"):
+        make_trainer(tmp_path, processing_class=None)
+
+
+def test_the_best_of_several_evaluation_sets(tmp_path):
+    sets = {"a": preference_data(4, seed=3), "b": preference_data(5, seed=4)}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "eval_dataset": sets}
+    with pytest.raises(ValueError, match=r"of no evaluation set.*set a_rewards/margins$"):
+        make_trainer(tmp_path, metric_for_best_model="rewards/margins", **options)
+    trainer = make_trainer(tmp_path, metric_for_best_model="eval_b_loss", greater_is_better=False, **options)
+    trainer.train()
+    assert trainer.state.best_metric == min(e["eval_b_loss"] for e in trainer.state.log_history if "eval_b_loss" in e)
 
 
 def test_init_kwargs_of_a_model_that_is_loaded(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from datasets import Dataset
-from toy import word_tokenizer
+from toy import config, preference_data, preference_rows, word_tokenizer
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
@@ -122,3 +123,28 @@ def assert_same_steps(ours: Record, theirs: Record, metrics: tuple[str, ...]) ->
         for name in ("loss", *metrics):
             tolerance = LOSS_TOLERANCE if name == "loss" else METRIC_TOLERANCE
             assert abs(a[name] - b[name]) <= tolerance, f"step {step}, {name}: ours {a[name]}, TRL's {b[name]}"
+
+
+def make_trainer(folder, cls=ContrastiveTrainer, model=None, **arguments) -> ContrastiveTrainer:
+    names = [field.name for field in dataclasses.fields(ContrastiveConfig)]
+    options = {name: arguments.pop(name) for name in names if name in arguments}
+    return cls(
+        tiny_model("llama") if model is None else model,
+        args=config(folder, **{"max_steps": 2, **options}),
+        **{"train_dataset": preference_data(8), "processing_class": word_tokenizer(), **arguments},
+    )
+
+
+def rows(count: int = 24) -> Dataset:
+    return Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in preference_rows(count)])
+
+
+def both(folder, ours=ContrastiveTrainer, theirs=None, **options) -> None:
+    """Train by TRL's trainer, or a class of it, and by ours, and compare."""
+    trl = pytest.importorskip("trl", reason="parity needs TRL: pip install trl==1.16.0")
+    options = {"max_steps": 6, "per_device_train_batch_size": 4, **options}
+    cache = {"ref_cache_dir": f"{folder}/cache"}
+    a = run(ours, ContrastiveConfig, folder / "ours", rows(), **options, **cache)
+    b = run(theirs or trl.DPOTrainer, trl.DPOConfig, folder / "trl", rows(), **options)
+    assert_same_steps(a, b, (*REWARDS, *LOGPS))
+    assert a.logs[-1]["loss"] != pytest.approx(a.logs[0]["loss"], abs=1e-3)
