@@ -192,7 +192,8 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, Digest]:
         # Reading a chunk of what is not contiguous copies all of it, so that is one task.
         tasks += [(tensor, range(i, i + 1)) for i in chunks] if tensor.is_contiguous() else [(tensor, chunks)]
     digests = {key: sha256() for key in unique}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashlib releases the GIL
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
+    with ThreadPoolExecutor(cores) as pool:  # hashlib releases the GIL
         for (tensor, _), digest in zip(tasks, pool.map(_chunk_digests, tasks)):
             digests[id(tensor)].update(digest)
     return {

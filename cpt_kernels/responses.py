@@ -6,7 +6,6 @@ row says how it was drawn, so that nothing is ever mixed up: a model's responses
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .prompts import Answer, Prompt, Request, Sampling
 
@@ -55,25 +56,36 @@ class ResponseFile:
             **origin,
         }
         self.answered: set[tuple[str, int]] = set()  # (key of the prompt, sample)
+        # Beside the file, as Windows lets no one read a locked one.
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         self._synced = 0.0
 
     def __enter__(self) -> ResponseFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
             self._file = self.path.open("ab", buffering=0)
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path} is being written by another process: wait for it to end, or choose another file"
+            ) from error
         except OSError as error:
+            self._lock.release()
             raise ValueError(f"{self.path} cannot be written to ({error.strerror})") from error
         try:
-            self._lock()
             self._read()
         except BaseException:
-            self._file.close()
+            self._close()
             raise
         return self
 
     def __exit__(self, *_) -> None:
         os.fsync(self._file.fileno())
-        self._file.close()  # which gives the lock back
+        self._close()
+
+    def _close(self) -> None:
+        self._file.close()
+        self._lock.release()
 
     def add(self, answers: Sequence[tuple[Request, Answer]]) -> None:
         """Append rows.
@@ -119,14 +131,6 @@ class ResponseFile:
         return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
     # -- what is there already ----------------------------------------------------------------------------------------
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{self.path} is being written by another process: wait for it to end, or choose another file"
-            ) from error
 
     def _read(self) -> None:
         is_whole = True

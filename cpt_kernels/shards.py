@@ -245,6 +245,8 @@ def publish(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if os.name == "nt":  # where no folder can be opened
+        return
     for entry in (path, *made):  # a name is durable when the folder that holds it is synced
         descriptor = os.open(entry.parent, os.O_RDONLY)
         try:

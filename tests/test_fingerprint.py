@@ -78,6 +78,11 @@ def test_memory_layout_does_not_count(model, plain, monkeypatch):
     assert digest(model) == digest(tiny_model("llama"))
 
 
+def test_systems_that_do_not_say_which_cores_a_process_has(model, plain, monkeypatch):
+    monkeypatch.delattr(module.os, "sched_getaffinity")
+    assert digest(model) == plain
+
+
 def test_chunks_are_not_interchangeable(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 4)
     values = torch.arange(10.0)

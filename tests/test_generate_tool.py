@@ -262,7 +262,7 @@ def test_alpaca_eval(home, tmp_path, capsys):
         {"dataset": "koala", "instruction": prompt, "output": responses[prompt], "generator": "tiny"}
         for prompt in ("w3", "w1", "w2")
     ]
-    assert {path.name for path in output.parent.iterdir()} == {"responses.jsonl", "model_outputs.json"}
+    assert {path.name for path in output.parent.glob("[!.]*")} == {"responses.jsonl", "model_outputs.json"}
     capsys.readouterr()
     assert cli.main([*command, "--model_label", "other"]) == 2
     assert "has the outputs of tiny: choose a folder for each model" in error_of(capsys)
