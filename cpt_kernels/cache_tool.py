@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import weight_files
-from .options import Parser
+from .options import Help, Parser
 from .reference_cache import ReferenceCache, default_cache_dir
 from .shards import KEY_BYTES, UNREADABLE, DamagedShardError, Shard
 
@@ -29,6 +29,8 @@ _TEMPORARY_AGE = 3600.0  # seconds after which nobody is still writing a tempora
 _DAY = 86400.0
 _ROUNDING = 1e-3  # nats per token that two packings of one model may differ by in fp32
 _SUMS = ("ref_chosen_logps", "ref_rejected_logps")
+# Of a dataset, which the options of cpt-train name; always, or as an alternative to all that is stored.
+_OF_DATASET = {"build": True, "import": True, "info": False, "verify": False}
 
 
 def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
@@ -38,13 +40,17 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
         ValueError: an unknown command or option, or one that cannot be done; the message says why.
     """
     args, rest = _parser(prog).parse_known_args(argv)
-    if rest and args.command not in ("build", "info", "verify", "import"):
+    if rest and args.command not in _OF_DATASET:
         raise ValueError(f"unknown option {rest[0]}; see {prog} {args.command} --help")
     args.directory = Path(args.ref_cache_dir).expanduser() if args.ref_cache_dir else default_cache_dir()
     args.training = [*rest, *(["--ref_cache_dir", str(args.directory)] if rest else [])]
     args.prog = f"{prog} {args.command}"
-    if args.command in ("build", "import") and not rest:
+    if not rest and _OF_DATASET.get(args.command):
         raise ValueError(f"{args.prog} needs a model and a dataset: give the options of cpt-train")
+    if rest and getattr(args, "reference", None):
+        raise ValueError(
+            "--reference chooses among all that is stored: leave it out, as the options of cpt-train name one"
+        )
     if args.command in ("info", "verify") and not rest and not args.directory.is_dir():
         raise ValueError(f"there is no cache in {args.directory}")
     _COMMANDS[args.command][0](args)
@@ -213,10 +219,17 @@ _COMMANDS = {
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (_, help) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False, formatter_class=Help)
+        if name in _OF_DATASET:
+            command.usage = f"{prog} {name} [--config run.yaml] [--option value ...]"
+            command.epilog = (
+                "The data and the reference are named by options of cpt-train: --config, --dataset_name, ..."
+            )
+            if not _OF_DATASET[name]:
+                command.epilog += "\nWithout them it is about all that is stored."
         command.add_argument("--ref_cache_dir", metavar="FOLDER", help="the cache; default as in training")
         if name in ("info", "verify", "prune", "merge", "export"):
             command.add_argument("--reference", metavar="HEX", help="the first digits of one reference's fingerprint")

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from .arguments import defaults
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).with_name("accelerate_configs").glob("*.yaml"))}
 _LAUNCHED = "CPT_TRAIN_LAUNCHED"  # set for the processes that were launched
+# accelerate's own defaults, which it would list in a warning where it was not configured.
+_UNSAID = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
 _NOT_PASSED_ON = {"help", "module", "no_python", "training_script", "training_script_args", "env", "vm"}
 
 
@@ -80,6 +83,8 @@ def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool
         options["config_file"] = str(CONFIGS.get(name, name))
         if name in CONFIGS and name != "single_gpu":
             options.setdefault("num_processes", str(max(torch.cuda.device_count(), 1)))
+    elif "config_file" not in options and not os.path.isfile(default_config_file):
+        options = _UNSAID | options
     if use_cpu and options.get("num_processes") not in (None, "1"):
         options["multi_gpu"] = None  # torchrun, that is; accelerate itself starts but one process on a CPU
     flags = [part for name, value in options.items() for part in (f"--{name}", value) if part is not None]

@@ -28,7 +28,7 @@ from rich.console import Console
 from .data.pairs import build_pairs, held_out
 from .data.sources import load
 from .data.strength import Which, parse_order, parse_which
-from .options import Parser
+from .options import Help, Parser
 from .pairs_data import group_batches, is_conversational, load_responses, pair_batches, replacing, write
 from .pairs_report import make_report, report_lines, report_table, write_report
 
@@ -173,9 +173,7 @@ def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: st
 
 def _parser(prog: str) -> argparse.ArgumentParser:
 
-    parser = Parser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog=prog, description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="a .jsonl or .parquet file; the report beside it"

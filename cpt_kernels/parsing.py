@@ -63,7 +63,7 @@ def read_options(argv: Sequence[str], prog: str) -> dict[str, Any]:
 def convert(value: Any, hint: Any) -> Any:
     """``value``, text from a flag or anything from YAML, as the type ``hint``.
 
-    Numbers may be text (YAML reads ``1e-5`` as text); ``none`` unsets an option that is no text.
+    Numbers may be text; ``none`` unsets an option that is no text.
 
     Raises:
         ValueError: it is of another type; the message says which was expected.
@@ -180,6 +180,23 @@ def _convert_named(name: str, value: Any, where: str) -> Any:
 # --- YAML ---
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-5`` as a number, as YAML 1.2 has it, and refuses an option that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def read_file(argv: Sequence[str]) -> dict[str, Any]:
     """What the YAML file that ``--config`` names holds, as it stands there; nothing without ``--config``.
 
@@ -190,7 +207,7 @@ def read_file(argv: Sequence[str]) -> dict[str, Any]:
     if name is None:
         return {}
     try:
-        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        values = yaml.load(Path(name).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
         raise ValueError(f"--config {name} cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
@@ -289,8 +306,10 @@ def _add_flag(group: Any, name: str, kinds: dict[type, Any], default: Any, help:
     if "Default: " in help:
         text = help
     elif default not in (None, False, "", []):
-        text += f" [{str(default).lower() if default is True else default}]"
-    words = {bool: "BOOL", int: "INT", float: "NUMBER", list: "NAME ...", dict: "JSON", str: "TEXT"}
+        shown = " ".join(default) if isinstance(default, list) else str(default).lower() if default is True else default
+        text += f" [{shown}]"
+    item = {float: "NUMBER", dict: "JSON"}.get(kinds.get(list), "NAME")
+    words = {bool: "BOOL", int: "INT", float: "NUMBER", list: f"{item} ...", dict: "JSON", str: "TEXT"}
     extra: dict[str, Any] = {"metavar": next(word for kind, word in words.items() if kind in kinds)}
     spellings = [f"--{name}", f"--{name.replace('_', '-')}"]
     if list in kinds:

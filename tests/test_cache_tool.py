@@ -223,6 +223,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["forget"], "invalid choice"),
         (["info", "--ref_cache_dir", str(tmp_path / "none")], "there is no cache"),
         (["verify", "--sample", "0"], "0 is no number of completions"),
+        (["info", "--reference", "ab", "--beta", "1"], "--reference chooses among all that is stored: leave it out"),
         (["export", "--ref_cache_dir", str(tmp_path), "--to", "x"], "--reference must name one of the 0"),
     ):
         assert cli.main(["cache", *argv]) == 2

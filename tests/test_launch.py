@@ -85,6 +85,7 @@ def test_two_launched_processes_take_the_steps_of_one(tmp_path):
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "not passed to `accelerate launch`" not in done.stderr
     one, two = ([r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("one", "two"))
     assert len(one) == 6 and two == pytest.approx(one, abs=1e-4)
     saved = yaml.safe_load((tmp_path / "two" / "training_config.yaml").read_text())

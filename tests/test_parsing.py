@@ -25,7 +25,7 @@ def test_flags_override_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "written", "read"),
     [
-        ("learning_rate", "1e-5", 1e-5),  # text, says YAML
+        ("learning_rate", "1e-5", 1e-5),  # text, says YAML 1.1
         ("learning_rate", "1", 1.0),
         ("max_length", "null", None),
         ("bf16", "false", False),
@@ -39,6 +39,7 @@ def test_flags_override_the_file(tmp_path):
         ("columns", "{question: prompt, chosen: chosen}", ["question=prompt", "chosen=chosen"]),
         ("curriculum", "{schedule: linear, levels: [a>b, a>c]}", {"schedule": "linear", "levels": ["a>b", "a>c"]}),
         ("resume_from_checkpoint", "true", "true"),
+        ("lr_scheduler_kwargs", "{min_lr: 1e-5, eta: +2E3, name: e5}", {"min_lr": 1e-5, "eta": 2e3, "name": "e5"}),
         ("lr_scheduler_type", "cosine", "cosine"),
         ("run_name", "2024", "2024"),
     ],
@@ -156,6 +157,7 @@ def test_convert_says_what_it_expected():
         ("dataset_streaming: true", "needs max_steps"),
         ("from_scratch: true\nmodel_init_kwargs: {x: 1}", "from_scratch=true loads none"),
         ("beta: 0.1\n  max_steps: 3", "run.yaml, line 2: mapping values are not allowed here"),
+        ("beta: 0.1\nseed: 1\nbeta: 0.2", "run.yaml, line 3: beta is there twice"),
         ("- beta", "expected lines of 'option: value', found list"),
         ("model_init_kwargs: '{x}'", "is not a JSON object"),
         ("curriculum: {schedule: linar, levels: 2}", "curriculum: schedule='linar' is unknown: choose one of linear"),
