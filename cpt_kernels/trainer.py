@@ -244,7 +244,7 @@ class ContrastiveTrainer(PackedLoop):
                 reference.fill(data, self.collator, self.args.max_tokens_per_batch, name)
 
     def _loader(self, dataset: Dataset | IterableDataset, training: bool) -> DataLoader:
-        collator = self.data_collator
+        collator = packed_collator(self.data_collator, self.collator)  # which users may set, too
         if self.reference is not None:
             collator = with_reference(collator, self.reference.lookup)
         draws = self.draws if training else None

@@ -58,6 +58,24 @@ def test_an_unknown_configuration(tmp_path, capsys):
     assert "accelerate_config=fsdp3 is no file; choose one, or fsdp2, multi_gpu" in one_error(capsys)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_processes": "2"}, True),
+        ({"accelerate_config": "multi_gpu"}, False),
+        ({"config_file": "mine.yaml"}, False),
+    ],
+)
+def test_accelerate_is_told_its_own_defaults_where_no_file_does(tmp_path, monkeypatch, options, said):
+    given = []
+    monkeypatch.setattr(launch, "launch_command", given.append)
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "none.yaml"))
+    monkeypatch.setattr(launch.os, "environ", dict(os.environ))
+    launch.launch(options, ["--beta", "1"])
+    found = {given[0].num_machines, given[0].mixed_precision, given[0].dynamo_backend}
+    assert found == ({1, "no"} if said else {None})
+
+
 def test_two_launched_processes_take_the_steps_of_one(tmp_path):
     """As a user types it; the number of processes, a mixture and a variable come from the file."""
     pairs = word_pairs(24)

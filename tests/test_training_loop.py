@@ -271,6 +271,12 @@ def test_a_step_that_no_rows_fill(tmp_path):
         make_trainer(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=32).train()
 
 
+def test_a_stream_is_read_by_one_process(tmp_path):
+    stream = preference_data(16).to_iterable_dataset(num_shards=2)
+    with pytest.raises(ValueError, match="a stream is read by one process: set dataloader_num_workers to 0 or 1"):
+        make_trainer(tmp_path, train_dataset=stream, dataloader_num_workers=2).train()
+
+
 def test_nothing_is_pinned_for_a_cpu(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.args.dataloader_pin_memory = True  # the default, which use_cpu changes

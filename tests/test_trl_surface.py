@@ -80,6 +80,17 @@ def test_collators_that_do_not_fit(tmp_path, collate, message):
         make_trainer(tmp_path, data_collator=collate).train()
 
 
+def test_what_is_set_after_the_trainer_was_made(tmp_path):
+    usual, changed = make_trainer(tmp_path), make_trainer(tmp_path)
+    changed.data_collator = collators.DataCollatorForPreference(pad_token_id=0)
+    for trainer in (usual, changed):
+        trainer.train()
+    assert losses(changed) == losses(usual)
+    changed.eval_dataset = preference_data(4, seed=5)
+    with pytest.raises(ValueError, match="is not tokenised: give it to the trainer's constructor, to evaluate"):
+        changed.evaluate()
+
+
 def test_an_optimizer_and_a_schedule(tmp_path):
     def optimizing(base):
         class Optimizing(base):

@@ -84,8 +84,14 @@ def make_loader(
         batch_size: rows of a micro-batch, where ``args`` give no budget of tokens.
 
     Raises:
-        ValueError: a row is longer than the budget of a micro-batch, or a stream would be read by several processes.
+        ValueError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or a stream would be
+            read by several processes.
     """
+    if dataset.column_names is not None and "completion_ids" not in dataset.column_names:
+        raise ValueError(
+            f"the dataset with the columns {', '.join(dataset.column_names)} is not tokenised: give it to the trainer's"
+            " constructor, to evaluate or to predict, instead of setting it as an attribute"
+        )
     count_tokens = partial(
         row_tokens, max_length=args.max_length, truncation_mode=args.truncation_mode, share_prompts=share_prompts
     )

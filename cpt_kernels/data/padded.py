@@ -39,7 +39,7 @@ class UnpaddingCollator:
 
 def packed_collator(given: Callable | None, default: PackedCollator) -> PackedCollator | UnpaddingCollator:
     """What a user gave, as a collator of packed batches, in the way of ``default``."""
-    if given is None or isinstance(given, PackedCollator):
+    if given is None or isinstance(given, (PackedCollator, UnpaddingCollator)):
         return given or default
     return UnpaddingCollator(given, default)
 
