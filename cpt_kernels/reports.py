@@ -45,6 +45,7 @@ class RunReport(TrainerCallback):
 
     Attributes:
         records: all that was logged, as in the file.
+        tokens_before: tokens of the checkpoint that this training goes on from.
     """
 
     def __init__(self, folder: str | Path, title: str = "") -> None:
@@ -52,6 +53,7 @@ class RunReport(TrainerCallback):
         self.records: list[Record] = []
         self.files: list[Path] = []
         self._session = 0  # the first record of this training
+        self.tokens_before = 0
 
     @property
     def metrics_file(self) -> Path:
@@ -61,6 +63,7 @@ class RunReport(TrainerCallback):
         # The state of a checkpoint holds every log up to it; before a fresh run there may have been an evaluation.
         self.records = [_order(record) for record in state.log_history] or self.records
         self._session = len(self.records)
+        self.tokens_before = state.num_input_tokens_seen
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.metrics_file.write_text("".join(map(_line, self.records)), encoding="utf-8")

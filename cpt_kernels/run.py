@@ -82,7 +82,7 @@ def train(options: Options) -> ContrastiveTrainer:
         trainer.evaluate()
         report.on_train_end(args, trainer.state, trainer.control)  # with what came after its end
     trainer.save_model(str(output))
-    tokens = trainer.accelerator.reduce(torch.tensor(trainer.num_tokens, device=args.device), "sum").item()
+    tokens = trainer.count_tokens() - report.tokens_before
     if trainer.is_world_process_zero():
         _print_closing(trainer, report, tokens)
     return trainer

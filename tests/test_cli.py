@@ -225,12 +225,15 @@ def test_sft_then_dpo(home, tmp_path, capsys):
     assert again == [record["loss"] for record in train]
 
 
-def test_resume(home, tmp_path):
+def test_resume(home, tmp_path, capsys):
     options = ["--config", home / "dpo.yaml", "--save_strategy", "steps", "--save_steps", 12, "--max_steps", 24]
     assert run(*options, "--output_dir", tmp_path / "out") == 0
     whole = read_metrics(tmp_path / "out")
+    tokens = {record["step"]: record["num_tokens"] for record in whole if "loss" in record}
+    assert f"{tokens[24]:,} tokens, " in capsys.readouterr().out
     first = tmp_path / "out" / "checkpoint-12"
     assert run(*options, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", first) == 0
+    assert f"{tokens[24] - tokens[12]:,} tokens, " in capsys.readouterr().out
     resumed = read_metrics(tmp_path / "out")
     keys = ("step", "loss", "eval_loss", "eval_rewards/margins")
     assert [[record.get(key) for key in keys] for record in resumed] == [[r.get(key) for key in keys] for r in whole]
