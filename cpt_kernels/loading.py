@@ -61,8 +61,24 @@ def check_overrides(given: type, base: type) -> None:
             )
 
 
-def check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
-    """Raise ValueError where no one of several evaluation sets has the metric that is to choose the best checkpoint."""
+def checked_config(
+    model: str | nn.Module, args: ContrastiveConfig | None, evaluation_sets: Any = None
+) -> ContrastiveConfig:
+    """The configuration of a trainer, by default one with an ``output_dir`` after the model.
+
+    Raises:
+        ValueError: it is another package's, or chooses the best checkpoint by what no evaluation set has.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")
+    if not isinstance(args, ContrastiveConfig):
+        raise ValueError(f"args is a {type(args).__name__} of {type(args).__module__}: import it from cpt_kernels, too")
+    _check_best_metric(args, evaluation_sets)
+    return args
+
+
+def _check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy == "no" or not isinstance(evaluation_sets, dict):
         return
@@ -72,20 +88,6 @@ def check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
             f"metric_for_best_model={metric} is of no evaluation set: with several, metrics carry their set's name;"
             f" set {next(iter(evaluation_sets))}_{name}"
         )
-
-
-def checked_config(model: str | nn.Module, args: ContrastiveConfig | None) -> ContrastiveConfig:
-    """The configuration of a trainer, by default one with an ``output_dir`` after the model.
-
-    Raises:
-        ValueError: it is another package's.
-    """
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")
-    if not isinstance(args, ContrastiveConfig):
-        raise ValueError(f"args is a {type(args).__name__} of {type(args).__module__}: import it from cpt_kernels, too")
-    return args
 
 
 def check_engine(args: ContrastiveConfig, accelerator: Accelerator) -> None:

@@ -27,7 +27,6 @@ from .layers import offloaded_activations, prepare_layers
 from .loading import (
     aux_loss_coef,
     cast_adapter,
-    check_best_metric,
     check_checkpoint,
     check_data,
     check_engine,
@@ -80,7 +79,6 @@ class ContrastiveTrainer(PackedLoop):
     """
 
     dataset_name: str | None = None  # of the training data, for the model card
-    loss_is_scaled_for_ga = False  # see compute_loss
 
     def __init__(
         self,
@@ -103,10 +101,9 @@ class ContrastiveTrainer(PackedLoop):
     ) -> None:
         check_moved(moved)
         check_overrides(type(self), ContrastiveTrainer)
-        args = checked_config(model, args)
+        args = checked_config(model, args, eval_dataset)
         if train_dataset is None and eval_dataset is None:
             raise ValueError("there is no data: give train_dataset or eval_dataset")
-        check_best_metric(args, eval_dataset)
         set_seed(args.seed)  # a new adapter's weights are random
         tokenizer = load_tokenizer(model, args) if processing_class is None else checked_tokenizer(processing_class)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
@@ -354,9 +351,7 @@ class ContrastiveTrainer(PackedLoop):
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        with contextlib.ExitStack() as stack:
-            if self.reference is not None:
-                stack.enter_context(self.reference.training())
+        with self.reference.training() if self.reference is not None else contextlib.nullcontext():
             output = super().train(*args, **kwargs)
         if isinstance(self.train_dataset, IterableDataset):
             _say(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))

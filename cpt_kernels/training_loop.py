@@ -31,6 +31,7 @@ class PackedLoop(Trainer):
     """What :class:`ContrastiveTrainer` changes in the loop itself."""
 
     metrics: dict[str, Metrics]
+    loss_is_scaled_for_ga = False  # transformers divides by the micro-batches of a step, as it does for TRL
     current_gradient_accumulation_steps = 1  # until transformers counts a step's
     num_tokens = 0  # of this rank, since they were last counted
     _filters_losses = False
