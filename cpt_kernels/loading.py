@@ -212,7 +212,7 @@ def check_trainable(model: nn.Module) -> None:
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "the model's adapter is frozen: load it by peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable="
-            "True) and pass that"
+            "True) and pass that, or merge it into its model and train a new one"
         )
     raise ValueError("no weight of the model is to be trained: all of them have requires_grad=False")
 

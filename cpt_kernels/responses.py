@@ -31,7 +31,7 @@ class ResponseFile:
     """Rows of ``prompt, model, response``, of one model added to those that are there. A context manager.
 
     Args:
-        path: the JSONL file; it is made if need be, its folder too.
+        path: the JSONL file; it is made if need be, its folder too, and beside it the file of a lock, ``.NAME.lock``.
         model: the name in the column ``model``.
         sampling: how this model's responses are drawn.
         origin: what else they depend on: the weights, or what an endpoint is sent besides.
