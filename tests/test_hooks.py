@@ -6,9 +6,9 @@ import pytest
 import torch
 from architectures import LENGTH_DEPENDENT, VOCAB, tiny_model
 from exactness import LOSSES, make_batch, make_rows
+from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from cpt_kernels.hooks import (
     attention_over,
