@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from cpt_kernels import ContrastiveConfig, DPOConfig
 from cpt_kernels.config import REMOVED, WITHOUT_MEANING
@@ -62,7 +63,7 @@ def test_bf16_is_the_default_of_gpus_that_compute_in_it(major, options, bf16, tm
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # would ask for the GPU
     monkeypatch.setattr(ContrastiveConfig, "device", torch.device("cuda"))
-    assert ContrastiveConfig(str(tmp_path), **options).bf16 is bf16
+    assert ContrastiveConfig(str(tmp_path), accelerator_config=AcceleratorConfig(), **options).bf16 is bf16
 
 
 def test_names_that_trl_does_not_have_are_ours():
