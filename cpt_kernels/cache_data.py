@@ -135,7 +135,9 @@ def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = (
         ValueError: it cannot be trained with, is a stream, or the loss has no reference.
     """
     with tempfile.TemporaryDirectory(prefix="cpt-cache-") as folder:  # a trainer makes its output folder
-        options = parse([*argv, "--output_dir", folder, "--precompute_ref_log_probs", "true"], prog)
+        options = parse([*argv, "--output_dir", folder], prog)
+        if options.training.sync_ref_model:
+            raise ValueError("sync_ref_model moves the reference, so its log-probs are not cached: leave it out")
         trainer = make_trainer(options, _Unfilled)
         if trainer.reference is None:
             raise ValueError(f"loss_type={trainer.loss.name} has no reference: there is nothing to score")

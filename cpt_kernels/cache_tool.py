@@ -28,6 +28,7 @@ _ABOUT = "reference.json"
 _TEMPORARY_AGE = 3600.0  # seconds after which nobody is still writing a temporary file
 _DAY = 86400.0
 _ROUNDING = 1e-3  # nats per token that two packings of one model may differ by in fp32
+_SAMPLE = {"sample": 64, "seed": 0, "tolerance": _ROUNDING}
 _SUMS = ("ref_chosen_logps", "ref_rejected_logps")
 # Of a dataset, which the options of cpt-train name; always, or as an alternative to all that is stored.
 _OF_DATASET = {"build": True, "import": True, "info": False, "verify": False}
@@ -51,6 +52,11 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
         raise ValueError(
             "--reference chooses among all that is stored: leave it out, as the options of cpt-train name one"
         )
+    for name, default in _SAMPLE.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, default)
+        elif not rest:
+            raise ValueError(f"--{name} is of the sample that is scored again: give the options of cpt-train, too")
     if args.command in ("info", "verify") and not rest and not args.directory.is_dir():
         raise ValueError(f"there is no cache in {args.directory}")
     _COMMANDS[args.command][0](args)
@@ -234,10 +240,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name in ("info", "verify", "prune", "merge", "export"):
             command.add_argument("--reference", metavar="HEX", help="the first digits of one reference's fingerprint")
         if name in ("verify", "import"):
-            command.add_argument("--sample", type=_count, default=64, help="completions to score again [64]")
-            command.add_argument("--seed", type=int, default=0, help="of the sample [0]")
+            command.add_argument("--sample", type=_count, help="completions to score again [64]")
+            command.add_argument("--seed", type=int, help="of the sample [0]")
             command.add_argument(
-                "--tolerance", type=float, default=_ROUNDING, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]"
+                "--tolerance", type=float, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]"
             )
         if name == "prune":
             command.add_argument("--older_than", type=float, metavar="DAYS", help="shards written before that")

@@ -93,6 +93,17 @@ def test_nothing_to_verify(home, tmp_path):
         main(["verify", *options(home, tmp_path)])
 
 
+@pytest.mark.parametrize("option", ["sample", "seed", "tolerance"])
+def test_a_sample_is_of_a_dataset(tmp_path, option):
+    with pytest.raises(ValueError, match=f"--{option} is of the sample that is scored again: give the options of"):
+        main(["verify", f"--{option}", "1", "--ref_cache_dir", str(tmp_path)])
+
+
+def test_a_moving_reference_is_not_cached(home, tmp_path):
+    with pytest.raises(ValueError, match="sync_ref_model moves the reference, so its log-probs are not cached"):
+        main(["build", *options(home, tmp_path), "--sync_ref_model", "true"])
+
+
 def test_verify_notices_values_of_another_model(home, tmp_path):
     cache = tmp_path / "cache"
     main(["build", *options(home, cache)])
