@@ -242,9 +242,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name in ("verify", "import"):
             command.add_argument("--sample", type=_count, help="completions to score again [64]")
             command.add_argument("--seed", type=int, help="of the sample [0]")
-            command.add_argument(
-                "--tolerance", type=float, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]"
-            )
+            command.add_argument("--tolerance", type=float, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]")
         if name == "prune":
             command.add_argument("--older_than", type=float, metavar="DAYS", help="shards written before that")
             command.add_argument("--max_gb", type=float, metavar="GB", help="the oldest shards beyond so much")
