@@ -18,7 +18,16 @@ TITLES = {
     "lengths": "lengths",
     "ranks": "ranks",
 }
+STORES = {
+    "Ours": "reference cache, by key",
+    "OursByTokens": "the same, from tokens",
+    "LMDB": "LMDB, by key",
+    "SQLite": "SQLite, by key",
+    "ArrowColumn": "an Arrow column, by row number",
+}
 _OURS, _VARIANT, _PEERS = "#1f6fb4", "#7fb3de", ("#b4562f", "#d9a441", "#7a7a7a", "#6b8f3a", "#8f5aa3")
+_TRL = {"trl-tuned": _PEERS[0], "trl": _PEERS[1]}  # the same in every picture
+_PREDICTED = "what operations predict"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,7 +68,7 @@ def draw_step(result: dict[str, Any], folder: Path) -> list[Path]:
         axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
         axis.set_xlabel(label)
         axis.set_xlim(0, 1.15 * max(values))
-    axes[0].plot(expected, names, "k|", markersize=14, label="operations / ours")
+    axes[0].plot(expected, names, "k|", markersize=14, label=_PREDICTED)
     axes[0].legend(fontsize=8, frameon=False)
     return _save(figure, result, folder / "step")
 
@@ -78,13 +87,15 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> list[Path]:
             seconds = [one["seconds"]["median"] for one in found]
             spread = [[abs(one["seconds"][end] - one["seconds"]["median"]) for one in found] for end in ("low", "high")]
             colour = _colour(contestant, i)
-            panel.errorbar(values, seconds, spread, color=colour, marker=_marker(contestant), label=contestant)
+            line = "none" if name == "lengths" else "-"  # presets have no order that a line could follow
+            style = {"color": colour, "marker": _marker(contestant), "linestyle": line}
+            panel.errorbar(values, seconds, spread, label=contestant, **style)
             if contestant != "ours":
                 expected = [
                     p["ours"]["seconds"]["median"] * p[contestant]["gflop"] / p["ours"]["gflop"]
                     for p in points.values()
                 ]
-                panel.plot(values, expected, ":", color=colour)
+                panel.plot(values, expected, "_" if name == "lengths" else ":", color=colour, markersize=14)
         panel.set_xlabel(TITLES[name])
         panel.set_ylim(bottom=0)
         if name == "lengths":
@@ -92,6 +103,7 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> list[Path]:
     for panel in panels.flat[len(result["axes"]) :]:
         panel.axis("off")
     panels[0, 0].set_ylabel("seconds a step")
+    panels[0, 0].plot([], [], "k:", label=_PREDICTED)
     panels[0, 0].legend(fontsize=8, frameon=False)
     return _save(figure, result, folder / "scaling")
 
@@ -101,16 +113,20 @@ def draw_cache(result: dict[str, Any], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     stores = result["stores"]
-    names = [name for name in stores if name != "TrlColumns"][::-1]  # its columns hold sums, no values
+    names = [name for name in STORES if name in stores][::-1]  # not TRL's columns, which hold sums and no values
+    texts = [STORES[name] for name in names]
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.45 * len(names) + 1.4), sharey=True)
     colours = [_OURS if name.startswith("Ours") else _PEERS[i % len(_PEERS)] for i, name in enumerate(names)]
     for axis, key, label in zip(
         axes, ("lookups_per_s", "fill_mb_per_s"), ("look-ups a second", "MB a second, filling")
     ):
         values = [stores[name].get(key, 0) for name in names]
-        axis.bar_label(axis.barh(names, values, color=colours), [f"{v:,.0f}" if v else "" for v in values], padding=3)
+        bars = axis.barh(texts, values, color=colours)
+        axis.bar_label(bars, [f"{v:,.0f}" if v else "reads what the first wrote" for v in values], padding=3)
         axis.set_xlabel(label)
-        axis.set_xlim(0, 1.2 * max(values))
+        axis.set_xlim(0, 1.25 * max(values))
+        axis.locator_params("x", nbins=4)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     return _save(figure, result, folder / "cache")
 
 
@@ -118,11 +134,10 @@ def draw_packing(result: dict[str, Any], folder: Path) -> list[Path]:
     """Budget filled, and how far apart the ranks of a step are."""
     import matplotlib.pyplot as plt
 
-    names = [f"{r['budget']} tokens, {r['ranks']} ranks" for r in result["results"]][::-1]
+    names = [f"{r['budget']:,} tokens, {r['ranks']} rank{'s' * (r['ranks'] > 1)}" for r in result["results"]][::-1]
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.35 * len(names) + 1.4), sharey=True)
-    for axis, key, label in zip(
-        axes, ("fill", "imbalance_worst"), ("budget filled, %", "most - fewest tokens of a rank, worst step, %")
-    ):
+    labels = "budget filled, mean of all steps, %", "most - fewest tokens of a rank, worst step, %"
+    for axis, key, label in zip(axes, ("fill", "imbalance_worst"), labels):
         values = [100 * r[key] for r in result["results"]][::-1]
         axis.bar_label(axis.barh(names, values, color=_OURS), [f"{value:.1f}" for value in values], padding=3)
         axis.set_xlabel(label)
@@ -156,7 +171,7 @@ def draw_head(result: dict[str, Any], folder: Path) -> list[Path]:
     figure, panels = plt.subplots(len(measured), 2, figsize=(10, 3.6 * len(measured)), squeeze=False)
     for (time, memory), (vocab, sizes) in zip(panels, measured.items()):
         tokens = [int(n) for n in sizes]
-        memory.plot(tokens, [result["logits_mib"][vocab][n] for n in sizes], "k:", label="one matrix of logits")
+        one_matrix = memory.plot(tokens, [result["logits_mib"][vocab][n] for n in sizes], "k:")
         every = next(iter(sizes.values()))
         most = max(one["products"] for one in every.values())
         for i, name in enumerate(name for name, one in every.items() if one["products"] == most):
@@ -176,6 +191,7 @@ def draw_head(result: dict[str, Any], folder: Path) -> list[Path]:
             )
             axis.set_ylim(bottom=0)
         time.legend(fontsize=8, frameon=False)
+        memory.legend(one_matrix, ["one matrix of logits"], fontsize=8, frameon=False)
     return _save(figure, result, folder / "head")
 
 
@@ -184,6 +200,8 @@ def draw_attention(result: dict[str, Any], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     measured = result["measured"]
+    peers = list(next(iter(measured.values()))["forward"])  # of all of them some have no backward
+    colours = {name: _OURS if name.startswith("ours") else _PEERS[2:][i % 3] for i, name in enumerate(peers)}
     figure, panels = plt.subplots(2, len(measured), figsize=(1 + 3.4 * len(measured), 5), squeeze=False)
     for column, (size, ways) in enumerate(measured.items()):
         _, prompt, completions = size.split()
@@ -191,16 +209,15 @@ def draw_attention(result: dict[str, Any], folder: Path) -> list[Path]:
             names = list(found)[::-1]
             milliseconds = [1e3 * found[name]["seconds"]["median"] for name in names]
             fastest = min(ms for ms, name in zip(milliseconds, names) if name.startswith("ours"))
-            colours = [_OURS if name.startswith("ours") else _PEERS[i % len(_PEERS)] for i, name in enumerate(names)]
-            panel.bar_label(
-                panel.barh(names, milliseconds, color=colours), [f"{ms:.1f}" for ms in milliseconds], padding=3
-            )
+            panel.barh(names, milliseconds, color=[colours[name] for name in names])
+            for name, ms in zip(names, milliseconds):  # inside, where no mark is
+                panel.text(0, name, f" {ms:.1f}", color="white", va="center", fontsize=9)
             expected = [fastest * found[name]["pairs"] for name in names]
-            panel.plot(expected, names, "k|", markersize=12, label="pairs / ours")
+            panel.plot(expected, names, "k|", markersize=12, label="attended pairs predict")
             panel.set_xlim(0, 1.2 * max(milliseconds + expected))
             panel.set_xlabel(f"ms, {way}")
         panels[0, column].set_title(f"prompt {prompt}, completions {completions}", fontsize=9)
-    panels[0, 0].legend(fontsize=8, frameon=False)
+    panels[0, 0].legend(fontsize=8, frameon=False, loc="upper right", borderpad=0, handletextpad=0.2)
     return _save(figure, result, folder / "attention")
 
 
@@ -225,7 +242,7 @@ def _marker(name: str) -> str:
 
 def _colour(name: str, index: int) -> str:
     if _is_peer(name):
-        return _PEERS[index % len(_PEERS)]
+        return _TRL.get(name, _PEERS[index % len(_PEERS)])
     return _VARIANT if name.partition("-")[2] in ("unshared", "padded") else _OURS
 
 

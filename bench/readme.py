@@ -84,9 +84,9 @@ def headline(result: dict[str, Any]) -> str:
     installed, tuned = (_median(measured[name]) / _median(measured[compared_with(name, measured)]) for name in _TRL)
     memory = measured["trl"]["peak_mib"] / measured["ours"]["peak_mib"]
     return (
-        f"The same training steps take TRL {result['versions']['trl']} {installed:.1f} times as long as it installs, in"
-        f" {memory:.1f} times the memory, and {tuned:.2f} times as long at its best settings ({_machine(result)};"
-        " [what was measured, and how](#measured)).\n"
+        f"For the same training steps TRL {result['versions']['trl']} takes {installed:.1f} times as long, in"
+        f" {memory:.1f} times the memory, as it installs, and {tuned:.2f} times as long with its head on completion"
+        f" rows and a tuned allocator ({_machine(result)}; [what was measured, and how](#measured)).\n"
     )
 
 
@@ -132,30 +132,27 @@ def scaling(result: dict[str, Any]) -> str:
                 cells.append(f"{value}: {ratio:.2f} ({point[name]['gflop'] / point['ours']['gflop']:.2f})")
             rows.append([plot.TITLES[axis], _NAMES[name].format(**result["versions"]), "; ".join(cells)])
     return (
-        f"As work grows, seconds of a step × ours, in brackets what the operations predict ({_where(result)};"
+        f"As work grows, seconds of a step × ours, medians of {result['options']['steps'] - 1} steps, in brackets what"
+        f" the operations predict; TRL has its allocator settings, ours has none ({_where(result)};"
         f" [picture]({_picture(result, 'scaling')})):\n\n{_table(['', '', '× ours'], rows)}"
     )
 
 
 def packing(result: dict[str, Any]) -> str:
-    options = result["options"]
+    options, worst = result["options"], max(result["results"], key=lambda one: one["imbalance_worst"])
+    budgets, ranks = (sorted({one[name] for one in result["results"]}) for name in ("budget", "ranks"))
     return (
-        f"Packing of {options['rows']} pairs of {options['lengths']} lengths ({_where(result)}): {result['pads']} pad"
-        f" tokens, micro-batches at least {100 * result['fill']:.1f} % full, and in the worst step of 4 ranks one has"
-        f" {100 * result['imbalance_worst']:.1f} % fewer tokens than another. Right-padded batches of"
-        f" {options['pairs']} such pairs are {100 * result['padded_share']:.0f} % pads.\n"
+        f"Packing of {options['rows']} pairs of {options['lengths']} lengths into micro-batches of {budgets[0]:,} to"
+        f" {budgets[-1]:,} tokens on {ranks[0]} to {ranks[-1]} ranks ({_where(result)}): {result['pads']} pad tokens,"
+        f" micro-batches at least {100 * result['fill']:.1f} % full in the mean over {options['epochs']} epochs, and in"
+        f" the worst step, on {worst['ranks']} ranks, one has {100 * worst['imbalance_worst']:.1f} % fewer tokens than"
+        f" another. Right-padded batches of {options['pairs']} such pairs are {100 * result['padded_share']:.0f} %"
+        " pads.\n"
     )
 
 
 def cache(result: dict[str, Any]) -> str:
     stores, large = result["stores"], result["large"]
-    names = {
-        "Ours": "reference cache, by key",
-        "OursByTokens": "the same, from tokens",
-        "LMDB": "LMDB, by key",
-        "SQLite": "SQLite, by key",
-        "ArrowColumn": "an Arrow column, by row number",
-    }
     rows = [
         [
             text,
@@ -163,7 +160,7 @@ def cache(result: dict[str, Any]) -> str:
             f"{stores[name]['lookups_per_s']:,.0f}",
             f"{large[name]['lookups_per_s']:,.0f}" if name in large else "",
         ]
-        for name, text in names.items()
+        for name, text in plot.STORES.items()
         if name in stores
     ]
     header = ["", "fill MB/s", f"look-ups/s at {_millions(result['valued'])}", f"at {_millions(result['index_of'])}"]
@@ -179,7 +176,8 @@ def cache(result: dict[str, Any]) -> str:
 def tokenize(result: dict[str, Any]) -> str:
     ratios = {(one["pairs"], one["form"]): one["ratio"] for one in result["results"]}
     return (
-        f"Tokenising {result['rows']:,} pairs of real lengths, TRL's tokens ({_where(result)}):"
+        f"Tokenising {result['rows']:,} pairs of real lengths, TRL's tokens,"
+        f" {_runs(len(result['results'][0]['seconds']['trl']))} ({_where(result)}):"
         f" {ratios['all pairs', 'text']:.1f} times TRL's rate (chats {ratios['all pairs', 'chat']:.1f}) for all"
         f" pairs of four models, where a response is in several pairs, and {ratios['one pair a prompt', 'text']:.1f}"
         f" ({ratios['one pair a prompt', 'chat']:.1f}) where every text is there once.\n"
@@ -197,8 +195,9 @@ def reference_pass(result: dict[str, Any]) -> str:
         rows.append([_NAMES[name].format(**result["versions"]), *cells])
     header = ["", "seconds", "× ours", "operations × ours", "completions", "prompts", "tokens run"]
     return (
-        f"Scoring the reference, once, for all pairs of the responses of four models ({_where(result)}); log-probs of"
-        f" completions differ by at most {result['largest_difference']:.1e}:\n\n{_table(header, rows)}"
+        f"Scoring the reference, once, for all pairs of the responses of four models,"
+        f" {_runs(len(measured['ours']))} ({_where(result)}); log-probs of completions differ by at most"
+        f" {result['largest_difference']:.1e}:\n\n{_table(header, rows)}"
     )
 
 
@@ -243,8 +242,9 @@ def head(result: dict[str, Any]) -> str:
     options = result["options"]
     return (
         f"The head, hidden size {options['hidden']:,}, {options['dtype']}, {int(tokens[-1]):,} completion tokens,"
-        f" forward and backward ({_where(result)}). The floor is the matrix products that are needed, alone; × ours is"
-        f" over the mode that differentiates the same:\n\n{_table(header, rows)}\n"
+        f" forward and backward, {_runs(options['rounds'], 'rounds')} ({_where(result)}). The floor is the matrix"
+        " products that are needed, alone; × ours is over the mode that differentiates the same:\n\n"
+        f"{_table(header, rows)}\n"
         f"Eager / trained at {', '.join(f'{int(n):,}' for n in tokens)} tokens: {'; '.join(speeds) or 'not measured'}."
         + (f" Not here: {absent}.\n" if absent else "\n")
     )
@@ -265,8 +265,9 @@ def attention(result: dict[str, Any]) -> str:
             cells = [what, way, f"{1e3 * own['seconds']['median']:.1f}", f"{own['of_floor']:.0%}"]
             rows.append([*cells, *ratios])
     return (
-        f"Attention with a shared prompt, {result['options']['dtype']} ({_where(result)}); in brackets what the (query,"
-        f" key) pairs that are looked at predict:\n\n{_table(header, rows)}"
+        f"Attention with a shared prompt, {result['options']['dtype']}, {_runs(result['options']['rounds'], 'rounds')}"
+        f" ({_where(result)}); in brackets what the (query, key) pairs that are looked at predict:\n\n"
+        f"{_table(header, rows)}"
     )
 
 
@@ -287,6 +288,10 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def _median(found: dict[str, Any]) -> float:
     return statistics.median(found["seconds"])
+
+
+def _runs(count: int, what: str = "runs") -> str:
+    return f"medians of {count} {what}" if count > 1 else "one run each"
 
 
 def _millions(count: int) -> str:

@@ -1,5 +1,5 @@
-"""Contrastive post-training of language models, made fast: packed prompt groups, a head that never recomputes, a cached
-reference.
+"""Contrastive post-training of language models, made fast: packed prompt groups, a head that uses up each tile of
+logits while it is there, a cached reference.
 
 The names below are imported when they are first used, so that kernels and losses need torch alone.
 """

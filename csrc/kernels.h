@@ -20,11 +20,11 @@ void vocab_score(Pointer logits,              // (rows, columns) of dtype, rows 
                  Pointer bias,                // (columns,) float32, or 0
                  float logit_scale,
                  float softcap,               // 0 for none
-                 Pointer logps, Pointer lse, // (rows,) float32
-                 Pointer entropy,           // (rows,) float32, or 0 as the next three: no statistics
-                 Pointer mean_logit,         // (rows,) float32
-                 Pointer correct,            // (rows,) bool
-                 Pointer log_sum_sq,         // (rows,) float32
+                 Pointer logps, Pointer lse,  // (rows,) float32
+                 Pointer entropy,             // (rows,) float32, or 0 as the next three: no statistics
+                 Pointer mean_logit,          // (rows,) float32
+                 Pointer correct,             // (rows,) bool
+                 Pointer log_sum_sq,          // (rows,) float32
                  bool score, Pointer stream);
 
 // Token log-probs -> completion log-probs -> losses -> one weight per completion. See cpt_kernels/ops/pair_loss.

@@ -113,7 +113,7 @@ struct SharedStatistics {
     Online<kStatistics> block;
 };
 
-// The statistics of a whole row, the same in every thread.
+// The statistics of a whole row: m and s the same in every thread, w, q and total in lane 0 of each warp.
 template <bool kSplit, bool kStatistics>
 __device__ Online<kStatistics> merge_row(Online<kStatistics> mine, SharedStatistics<kStatistics>* shared) {
     const int lane = threadIdx.x % kWarp;
@@ -130,7 +130,7 @@ __device__ Online<kStatistics> merge_row(Online<kStatistics> mine, SharedStatist
     }
     mine.m = __shfl_sync(kAllLanes, mine.m, 0);
     mine.s = __shfl_sync(kAllLanes, mine.s, 0);
-    return mine;  // w, q and total are right in lane 0 only
+    return mine;
 }
 
 }  // namespace

@@ -21,8 +21,8 @@
 
 namespace {
 
-constexpr int kMaxThreads = 256;       // at 64 registers each, four blocks share a multiprocessor
-constexpr int kVectorsPerThread = 16;  // sought: 256 bytes in flight per thread
+constexpr int kMaxThreads = 256;          // at 64 registers each, four blocks share a multiprocessor
+constexpr int kVectorsPerThread = 16;     // sought: 256 bytes in flight per thread
 constexpr int64_t kReservedBytes = 1024;  // of shared memory per block, by the CUDA runtime
 
 struct Params {
@@ -66,8 +66,6 @@ __device__ inline void unpack(const Params& p, const Row<T>& row, int vector, co
             if (!inside(first + i, p.vocab_size)) z[i] = -INFINITY;
     }
 }
-
-// ---- The kernel -----------------------------------------------------------------------------------------------------
 
 // A cluster (kResident) or a block per row. kResident: dynamic shared memory holds the block's share of the row.
 template <typename T, bool kResident, bool kStatistics>
@@ -193,8 +191,6 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
     if (kResident) Cluster::sync();  // no block may leave while others read its statistics
 }
 
-// ---- Host -----------------------------------------------------------------------------------------------------------
-
 struct Plan {
     bool resident;
     int cluster;  // blocks per row
@@ -248,7 +244,8 @@ void launch(const Params& p, int64_t rows, bool statistics, cudaStream_t stream)
     constexpr int kWidth = Vector<T>::kWidth;
     // A row that starts just before a 16-byte boundary touches one vector more.
     const int64_t row_vectors = ceil_divide(p.columns + kWidth - 1, kWidth);
-    const int64_t statistics_bytes = ceil_divide(statistics ? sizeof(SharedStatistics<true>) : sizeof(SharedStatistics<false>), 16) * 16;
+    const int64_t unaligned = statistics ? sizeof(SharedStatistics<true>) : sizeof(SharedStatistics<false>);
+    const int64_t statistics_bytes = ceil_divide(unaligned, 16) * 16;
     const Plan plan = make_plan(row_vectors, statistics_bytes, p.score);
     require(rows <= INT32_MAX / plan.cluster, "vocab_score: too many rows for one launch");
     if (plan.resident) {

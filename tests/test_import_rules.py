@@ -1,4 +1,4 @@
-"""The rules of DESIGN.md §3: who may import whom, what must stay lazy, and how long a file may be."""
+"""Rules of the package: who may import whom, what must stay lazy, and how long a file may be."""
 
 from __future__ import annotations
 

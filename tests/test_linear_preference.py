@@ -343,6 +343,24 @@ def test_what_a_loss_needs():
         linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_tokens, desensitised)
 
 
+@pytest.mark.parametrize("general", [False, True])
+def test_pairs_that_are_not_of_these_rows(general):
+    """Rows of no unit would be in no tile: their gradients would be whatever was in memory."""
+    head = Head().tile(7, 4)
+    leaves, pairs = head.leaves(FP32), head.pairs()
+    wrong = {
+        "completion_lengths are of": replace(pairs, completion_lengths=[*pairs.completion_lengths[:-1], 1000]),
+        "with .* tokens": replace(pairs, completion_lengths=pairs.completion_lengths[:-1]),
+        "units hold": replace(pairs, units=pairs.units[:-1]),
+        "units hold .* pairs": replace(pairs, units=[*pairs.units[:-1], (pairs.units[-1][0], 0)]),
+    }
+    for message, given in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            linear_preference_loss(
+                leaves["hidden"], leaves["weight"], head.targets, given, head.loss, None, head.options, general
+            )
+
+
 def test_a_loss_that_is_declared_separable_but_is_not():
     with pytest.raises(ValueError, match="separable"):
         user_loss(lambda numbers: numbers.chosen - numbers.chosen.mean(), separable=True)

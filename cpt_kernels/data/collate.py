@@ -44,9 +44,7 @@ class PackedBatch(TypedDict):
     rejected: Tensor | None  # (P,) int64; None for supervised rows
     sft_targets: Tensor  # (P,) int64, the completion of the regulariser
     gaps: Tensor | None  # (P,) fp32, by how much chosen is better; None where rows do not say
-    units: list[
-        tuple[int, int]
-    ]  # (completions, pairs) of every unit: a smallest run of completions that no pair leaves
+    units: list[tuple[int, int]]  # (completions, pairs) of units: the smallest runs of completions that no pair leaves
     ref_token_logps: Tensor | None  # (N,) fp32; NaN where missing
     ref_missing: list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # (completion, prompt ids, completion ids)
     num_pairs: int

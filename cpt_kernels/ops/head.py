@@ -31,11 +31,13 @@ class Wanted(NamedTuple):
 
     @classmethod
     def of(cls, *tensors: Tensor | None) -> Wanted:
+        """Of hidden, weight and bias, those that take a gradient here and now."""
         enabled = torch.is_grad_enabled()
         return cls(*(enabled and tensor is not None and tensor.requires_grad for tensor in tensors))
 
     @property
     def head(self) -> bool:
+        """Whether the head is trained."""
         return self.weight or self.bias
 
 
@@ -302,6 +304,7 @@ def empty_gradients(
 
 
 def empty_score(x: Tensor, options: HeadOptions) -> VocabScore:
+    """Room for the statistics of all rows, of those that the options ask for."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     kinds = (dtype, dtype, *((dtype, dtype, torch.bool, dtype) if options.statistics else (None,) * 4))
     return VocabScore(*(None if kind is None else x.new_empty(x.shape[0], dtype=kind) for kind in kinds))

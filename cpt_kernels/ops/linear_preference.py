@@ -10,6 +10,7 @@ With ``G = onehot(y) - softmax(X W^T)`` and a loss that sees the batch only thro
     no gradient wanted       1 GEMM    logits
     head frozen              2 GEMMs   logits, G W (kept unscaled, (N, H)); the backward scales rows; any loss
     head trained, separable  3 GEMMs   logits, G W, G^T (g X); tiles hold whole units of pairs, so g is known at once
+                                       (4 for a unit with more rows than a tile: its logits again, once g is known)
     head trained, general    4 GEMMs   log-sum-exp kept, logits again in the backward; any use of token log-probs
     the same, one tile       3 GEMMs   where one tile holds all rows it is kept, scored, until the backward
 
@@ -52,7 +53,7 @@ def linear_logprobs(
     bias: Tensor | None = None,  # (V,)
     options: HeadOptions | None = None,
 ) -> VocabScore:
-    """Log-probs of ``targets`` under ``softmax(hidden @ weight.T + bias)`` and statistics, (N,) each, fp32.
+    """Log-probs of ``targets`` under ``softmax(hidden @ weight.T + bias)`` and statistics, (N,) each, fp32 (or fp64).
 
     ``logps`` is differentiable in hidden, weight and bias, with any upstream gradient; the rest is not. Memory beside
     the inputs: one tile of logits, kept until the backward where it holds all rows and the head is trained, and (N, H)
@@ -62,7 +63,8 @@ def linear_logprobs(
         score.logps.sum().backward()
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together; on a CPU, a target outside the vocabulary.
+        RuntimeError: the backend asked for is not available.
     """
     options = options or HeadOptions()
     _check(hidden, weight, targets, bias, options)
@@ -87,17 +89,19 @@ def linear_preference_loss(
 
     With a trained head and a separable loss, gradients are finished here (3 GEMMs): then ``loss`` is the only
     differentiable output, and a backward through the log-probs raises. ``general=True`` keeps everything differentiable
-    (4 GEMMs). Example::
+    (4 GEMMs). A unit of pairs with more rows than a tile takes 4 as well. Example::
 
         out = linear_preference_loss(hidden, head.weight, targets, pairs, build_loss("sigmoid", beta=0.1))
         (out.loss / num_pairs).backward()
 
     Raises:
-        ValueError: shapes that do not fit together, or the loss needs what the pairs do not have.
+        ValueError: shapes that do not fit together, or the loss needs what the pairs do not have; on a CPU, a target
+            outside the vocabulary.
+        RuntimeError: the backend asked for is not available.
     """
     options = options or HeadOptions()
     _check(hidden, weight, targets, bias, options)
-    pairs.check(loss, hidden.device)
+    pairs.check(loss, hidden.device, len(hidden))
     if loss.needs_log_sum_sq:
         options = replace(options, statistics=True)
     wanted = Wanted.of(hidden, weight, bias)

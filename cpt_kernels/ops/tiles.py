@@ -47,6 +47,7 @@ class HeadOptions:
         return max(1, int(budget * 2**20) // (row_stride(weight.shape[0]) * itemsize))
 
     def score(self, logits: Tensor, targets: Tensor, bias: Tensor | None, score: bool, backend: str) -> VocabScore:
+        """``vocab_score`` of a tile with these options, on a resolved backend."""
         vocab_size = logits.shape[1] if self.vocab_size is None else self.vocab_size
         between = (bias, self.logit_scale, self.softcap, vocab_size)
         return score_tile(logits, targets, *between, self.statistics, score, backend)
@@ -61,14 +62,18 @@ class Pairs:
     chosen: Tensor  # (P,) int64
     rejected: Tensor | None  # (P,)
     sft_targets: Tensor  # (P,)
-    units: Sequence[tuple[int, int]]  # (completions, pairs) of every unit
+    units: Sequence[tuple[int, int]]  # (completions, pairs) of every unit, in order; no pair reaches into another unit
     ref_logps: Tensor | None = None  # (S,) reference log-probs
     tokens_per_pair: Tensor | float = 1.0
     ref_token_logps: Tensor | None = None  # (N,) for losses with needs_tails
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
 
-    def check(self, loss: Loss, device: torch.device) -> None:
-        """Raise ValueError where the loss needs what these pairs do not have, or they are not what they should be."""
+    def check(self, loss: Loss, device: torch.device, rows: int) -> None:
+        """Hold the pairs of so many rows on a device to what they should be, and to what the loss needs.
+
+        Raises:
+            ValueError: they do not fit.
+        """
         if loss.needs_reference and self.ref_logps is None:
             raise ValueError(f"loss '{loss.name}' needs reference log-probs")
         if loss.needs_rejected and self.rejected is None:
@@ -79,6 +84,22 @@ class Pairs:
             raise ValueError(f"loss '{loss.name}' needs the gap of every pair")
         sides = (self.chosen, self.rejected, self.sft_targets)
         check_pairs(device, self.cu_completions, *sides, self.ref_logps)
+        if not torch.compiler.is_compiling():
+            self._check_units(rows)
+
+    def _check_units(self, rows: int) -> None:
+        """What is known on the host. Rows that no unit holds would be in no tile, and their gradients never written."""
+        found = len(self.completion_lengths), sum(self.completion_lengths)
+        if found != (expected := (len(self.cu_completions) - 1, rows)):
+            raise ValueError(
+                "completion_lengths are of {} completions with {} tokens; cu_completions and hidden have {} and"
+                " {}".format(*found, *expected)
+            )
+        found = tuple(sum(unit[i] for unit in self.units) for i in (0, 1))
+        if found != (expected := (len(self.completion_lengths), len(self.chosen))):
+            raise ValueError(
+                "units hold {} completions and {} pairs, and there are {} and {}".format(*found, *expected)
+            )
 
     def numbers(
         self,

@@ -65,6 +65,7 @@ class Need:
         sinks: Tensor | None,
         dropout: float,
     ) -> Need:
+        """Of a call with these arguments, as :func:`cpt_kernels.ops.attention.shared_prompt_attention` has them."""
         return cls(
             query.device.type,
             torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0),
