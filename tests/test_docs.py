@@ -47,6 +47,20 @@ def test_commands_name_modules_and_files_that_exist():
         assert (ROOT / file).is_file(), file
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/losses.md", "docs/coming-from-trl.md", "bench/NOTES.md"])
+def test_links_and_anchors_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+
+
 def test_claims_beside_trl_name_tests_that_exist():
     page = (ROOT / "docs" / "coming-from-trl.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ") and "held by" not in line]
