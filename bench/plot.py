@@ -200,8 +200,8 @@ def draw_attention(result: dict[str, Any], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     measured = result["measured"]
-    peers = list(next(iter(measured.values()))["forward"])  # of all of them some have no backward
-    colours = {name: _OURS if name.startswith("ours") else _PEERS[2:][i % 3] for i, name in enumerate(peers)}
+    every = next(iter(measured.values()))["forward"]  # some have no backward
+    colours = {name: _OURS if name.startswith("ours") else _PEERS[2:][i % 3] for i, name in enumerate(every)}
     figure, panels = plt.subplots(2, len(measured), figsize=(1 + 3.4 * len(measured), 5), squeeze=False)
     for column, (size, ways) in enumerate(measured.items()):
         _, prompt, completions = size.split()
