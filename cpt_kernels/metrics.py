@@ -16,18 +16,18 @@ from .ops.gather import segment_sum
 # Metric -> the count that it is a mean over.
 _MEAN_OVER = {
     "rewards/chosen": "pairs",
-    "rewards/rejected": "pairs",
-    "rewards/accuracies": "pairs",
-    "rewards/margins": "pairs",
+    "rewards/rejected": "preferences",
+    "rewards/accuracies": "preferences",
+    "rewards/margins": "preferences",
     "logps/chosen": "pairs",
-    "logps/rejected": "pairs",
+    "logps/rejected": "preferences",
     "logits/chosen": "chosen_tokens",
     "logits/rejected": "rejected_tokens",
     "entropy": "all_tokens",
     "mean_token_accuracy": "chosen_tokens",
-    "aux_loss": "micro_batches",
+    "aux_loss": "aux_losses",
 }
-_COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "all_tokens", "micro_batches")
+_COUNTS = ("pairs", "preferences", "chosen_tokens", "rejected_tokens", "all_tokens", "aux_losses")
 _NAMES = (*_MEAN_OVER, *_COUNTS)
 
 
@@ -52,7 +52,6 @@ class Metrics:
     def __init__(self, accelerator: Accelerator, beta: float, ld_alpha: float | None = None) -> None:
         self.accelerator, self.beta, self.ld_alpha = accelerator, beta, ld_alpha
         self.total: Tensor | None = None  # (len(_NAMES),) on the device
-        self.reset()
 
     def numbers(self, scores: Scores) -> PairLogps:
         """The log-probs of a micro-batch's pairs that metrics are made of."""
@@ -71,8 +70,7 @@ class Metrics:
             "correct": segment_sum(scores.tokens.correct.float(), offsets),
         }
         sums = {
-            "pairs": torch.full((), float(batch["num_pairs"]), device=lengths.device),
-            "micro_batches": torch.ones((), device=lengths.device),
+            "pairs": lengths.new_full((), batch["num_pairs"]),
             "chosen_tokens": lengths[chosen].sum(),
             "logps/chosen": numbers.chosen.sum(),
             "rewards/chosen": rewards[0].sum(),
@@ -81,10 +79,11 @@ class Metrics:
         }
         sides = [chosen]
         if scores.aux_loss is not None:
-            sums["aux_loss"] = scores.aux_loss.detach()
+            sums |= {"aux_losses": lengths.new_ones(()), "aux_loss": scores.aux_loss.detach()}
         if rejected is not None:
             margins = rewards[0] - rewards[1]
             sums |= {
+                "preferences": sums["pairs"],
                 "rejected_tokens": lengths[rejected].sum(),
                 "logps/rejected": numbers.rejected.sum(),
                 "rewards/rejected": rewards[1].sum(),
@@ -98,20 +97,18 @@ class Metrics:
         zero = lengths.new_zeros(())
         vector = torch.stack([sums.get(name, zero).float() for name in _NAMES])
         self.total = vector if self.total is None else self.total + vector
-        self.seen |= sums.keys()
 
     def reset(self) -> None:
         """Forget all sums."""
-        self.total, self.seen = None, set()
+        self.total = None
 
     def compute(self) -> dict[str, float]:
-        """Means over all ranks since the last call; the sums start again."""
+        """Means over all ranks since the last call, of what occurred on any of them; the sums start again."""
         if self.total is None:
             return {}
         total = dict(zip(_NAMES, self.accelerator.reduce(self.total, "sum").tolist()))
-        means = {name: total[name] / max(total[count], 1.0) for name, count in _MEAN_OVER.items() if name in self.seen}
         self.reset()
-        return means
+        return {name: total[name] / total[count] for name, count in _MEAN_OVER.items() if total[count]}
 
 
 class PlaceMetrics:

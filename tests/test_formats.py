@@ -124,6 +124,7 @@ def test_ranked(tokenizer):
         {"prompt": "p", "completions": ["a"], "scores": [2.0]},
         {"prompt": "p", "completions": ["a", "b"], "scores": [2.0]},
         {"prompt": "p", "completions": ["a", "b"], "scores": [2.0, float("nan")]},
+        {"prompt": "p", "completions": ["a", "b"], "scores": [float("inf"), 1.0]},
     ]
     kept, report = prepared(rows, tokenizer)
     assert [decoded(row, tokenizer) for row in kept] == [[c + EOS for c in "abc"], [c + EOS for c in "ab"]]
@@ -132,9 +133,9 @@ def test_ranked(tokenizer):
         "tied scores": (1, [2]),
         "identical sides": (1, [3]),
         "empty completion": (1, [4]),
-        "malformed row": (3, [5, 6, 7]),
+        "malformed row": (4, [5, 6, 7, 8]),
     }
-    assert (report.pairs, report.pairs_dropped) == (4, 2)
+    assert (report.pairs, report.pairs_dropped) == (4, 5)  # three with the empty completion
     (extremes, *_), _ = prepared(rows[:1], tokenizer, ranked_pairs="extremes")
     assert decoded(extremes, tokenizer) == ["a" + EOS, "c" + EOS]  # "b" is in no pair
 
@@ -163,6 +164,7 @@ def test_ranked_rows_may_say_their_pairs(tokenizer):
     ]
     assert sides == [[(" a", " c"), (" b", " a"), (" c", " a")], [(" a", " b")], [(" a", " b")]]
     assert reasons(report) == {"identical sides": (1, [3]), "empty completion": (1, [4])}
+    assert (report.pairs, report.pairs_dropped) == (5, 1)  # that of row 1 with the empty completion
 
 
 @pytest.mark.parametrize("pairs", [[], [[0]], [[0, 0]], [[0, 2]], [[-1, 0]], [[0, 1, 1]], [[[0], [1]]], ["01"]])

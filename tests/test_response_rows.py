@@ -34,6 +34,10 @@ FORMS = {
         {"prompt": "p", "chosen": user("p") + assistant("yes"), "rejected": user("p") + assistant("no")}
         | {"chosen_model": "a", "rejected_model": "b"}
     ],
+    "chat, whole conversations with a key that others use": [
+        {"prompt": "p", "model": "a", "response": [{**turn, "name": None} for turn in user("p") + assistant("yes")]},
+        {"prompt": "p", "model": "b", "response": [{**turn, "name": None} for turn in user("p") + assistant("no")]},
+    ],
 }
 RATED = {
     "long": [{"prompt": "p", "response": "yes", "score": "4"}, {"prompt": "p", "response": "no", "score": "1.0"}],
@@ -137,6 +141,9 @@ def test_rows_that_cannot_be_read():
     ]
     (response,) = read([{"prompt": image, "model": "a", "response": "yes"}])
     assert response["drop"] == Drop.MALFORMED_ROW and "`prompt` is neither text nor a list of" in response["detail"]
+    (response,) = read([{"prompt": "p", "model": "a", "response": user("another") + assistant("yes")}])
+    assert response["drop"] == Drop.MALFORMED_ROW
+    assert response["detail"] == "`response` begins with a turn of user that the prompt does not begin with"
 
 
 def test_tokens_are_counted():

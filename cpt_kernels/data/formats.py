@@ -93,10 +93,15 @@ class Example:
     tools: list | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None: what `ranked_pairs` gives
+    asked: list = field(default_factory=list)  # the row's own pairs, or else its scores, with those of empty completions
 
     @property
     def is_chat(self) -> bool:
         return not isinstance(self.prompt, str)
+
+    def count_pairs(self, mode: RankedPairs) -> int:
+        """Pairs that the row asks for, also those that an empty completion takes away."""
+        return len(ranked_pairs(self.asked, mode) if self.pairs is None else self.asked)
 
 
 def parse_row(
@@ -120,8 +125,10 @@ def parse_row(
     if len(filled) < needed:
         empty = [f"`{names[i]}`" for i in range(len(sides)) if i not in filled]
         raise RowError(EMPTY, f"{', '.join(empty)} without text")
+    all_scores = scores
     names, sides, scores = ([values[i] for i in filled] for values in (names, sides, scores))
     pairs = _read_pairs(row, names) if form is Form.RANKED else None
+    asked = all_scores if pairs is None else row["pairs"]
     if target_column is not None:
         names.append(target_column)
         sides.append(_read_text(target_column, row.get(target_column)))
@@ -137,7 +144,7 @@ def parse_row(
         if _is_empty(side):  # a conversation whose last turn says nothing
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
     tools, template_kwargs = _read_tools(row), _read_template_kwargs(row)
-    return Example(prompt, sides, scores, target_column is not None, tools, template_kwargs, pairs)
+    return Example(prompt, sides, scores, target_column is not None, tools, template_kwargs, pairs, asked)
 
 
 def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
@@ -208,8 +215,8 @@ def _read_ranking(row: Mapping[str, Any]) -> tuple[list[str], list[Text | None],
         return names, sides, [float(-i) for i in range(len(sides))]
     if not isinstance(scores, list) or len(scores) != len(sides):
         raise RowError(MALFORMED, f"`scores` is not a list of {len(sides)} numbers, one for each of `completions`")
-    if not all(isinstance(score, (int, float)) and not math.isnan(score) for score in scores):
-        raise RowError(MALFORMED, f"`scores` holds a value that is no number: {scores}")
+    if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
+        raise RowError(MALFORMED, f"`scores` holds a value that is no finite number: {scores}")
     order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep the row's order
     return [names[i] for i in order], [sides[i] for i in order], [float(scores[i]) for i in order]
 

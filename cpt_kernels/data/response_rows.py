@@ -124,7 +124,7 @@ class ReadResponses:
 
     readings: tuple[Reading, ...]
     tokenizer: PreTrainedTokenizerBase | None = None
-    version: int = 1
+    version: int = 2
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         columns = {name: batch[name] for name in set().union(*(reading.columns() for reading in self.readings))}
@@ -274,12 +274,14 @@ def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
         return value or "", TEXT
     turns = []
     for message in value if isinstance(value, list) else [value]:
-        given = {key: part for key, part in message.items() if part is not None} if isinstance(message, dict) else {}
+        given = _without_nulls(message)
         if given.keys() != {"role", "content"} or not isinstance(given["content"], str):
             raise RowError(MALFORMED, f"`{name}` is neither text nor a list of messages of role and content, both text")
         turns.append([given["role"], given["content"]])
     if [turn[0] for turn in turns] == [role]:
         return turns[0][1], TURN
+    if turns and role == "assistant" and turns[0][0] in ("system", "user"):
+        raise RowError(MALFORMED, f"`{name}` begins with a turn of {turns[0][0]} that the prompt does not begin with")
     return json.dumps(turns, ensure_ascii=False) if turns else "", TURNS if turns else TEXT
 
 
@@ -288,7 +290,13 @@ def _without_prompt(response: Any, prompt: Any) -> Any:
     if not isinstance(response, list):
         return response
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return response[len(turns) :] if response[: len(turns)] == turns else response
+    start = list(map(_without_nulls, response[: len(turns)]))
+    return response[len(turns) :] if start == list(map(_without_nulls, turns)) else response
+
+
+def _without_nulls(message: Any) -> dict[str, Any]:
+    """A message as it was written: Arrow gives every message of a column the keys of all."""
+    return {key: part for key, part in message.items() if part is not None} if isinstance(message, dict) else {}
 
 
 def _plain(text: str, shape: int) -> str:

@@ -63,6 +63,7 @@ REMARK_FEATURES = Features(
     {"reason": Value("string"), "detail": Value("string"), "seam": Value("string"), "pairs_given": Value("int32")}
 )
 
+_LARGEST_ID = 2**31 - 1  # of GROUP_FEATURES' int32
 _PART = 250  # rows that are encoded together
 
 _NO_GROUP = {"prompt_ids": [], "completion_ids": [], "chosen": [], "rejected": [], "targets": [], "scores": []}
@@ -82,7 +83,7 @@ class Tokenization:
     ranked_pairs: RankedPairs = "all"
     keep: tuple[str, ...] = ()
     gap_column: str | None = None
-    version: int = 3
+    version: int = 4
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         read = READ_COLUMNS.union([self.target_column, self.gap_column], self.keep)
@@ -199,8 +200,7 @@ class Tokenization:
         seam = repr(self.tokenizer.decode(prompt_ids[length:])) if length < len(prompt_ids) else ""
         completions = [whole[length:] for whole in wholes]
         group = self._build_group(prompt_ids[:length], completions, example.scores, example.has_target, example.pairs)
-        given = ranked_pairs(example.scores, self.ranked_pairs) if example.pairs is None else example.pairs
-        return group | {"seam": seam, "pairs_given": len(given)}
+        return group | {"seam": seam, "pairs_given": example.count_pairs(self.ranked_pairs)}
 
     def _build_group(
         self,
@@ -212,39 +212,38 @@ class Tokenization:
     ) -> dict[str, Any]:
         """Pairs of the different completions: those given, or by score, where one given more than once counts with its
         best."""
-        target = completions[-1] if has_target else None
-        ranked: list[list[int]] = []
-        ranked_scores = []
-        for ids, score in zip(completions, scores):
-            if ids and ids not in ranked:
-                ranked.append(ids)
+        sides = [tuple(ids) for ids in completions]
+        number: dict[tuple[int, ...], int] = {}  # of each different completion, those without tokens left out
+        ranked_scores: list[float] = []
+        for ids, score in zip(sides, scores):
+            if ids and ids not in number:
+                number[ids] = len(number)
                 ranked_scores.append(score)
         if self.form in (Form.SUPERVISED, Form.MESSAGES):
-            edges = [(i,) for i in range(len(ranked))]
+            edges = [(i,) for i in range(len(number))]
         elif pairs is not None:
-            sides = [[completions[i] for i in pair] for pair in pairs]
-            edges = [tuple(map(ranked.index, side)) for side in sides if all(side) and side[0] != side[1]]
-            edges = list(dict.fromkeys(edges))
+            named = dict.fromkeys(tuple(number.get(sides[i]) for i in pair) for pair in pairs)
+            edges = [edge for edge in named if None not in edge and edge[0] != edge[1]]
         else:
             edges = ranked_pairs(ranked_scores, self.ranked_pairs)
-        if target == [] or (not edges and not all(completions)):
+        if (has_target and not sides[-1]) or (not edges and not all(sides)):
             raise RowError(EMPTY, "a completion without tokens")
-        if not edges and (len(ranked) == 1 or pairs is not None):
+        if not edges and (len(number) == 1 or pairs is not None):
             raise RowError(IDENTICAL, f"all {'completions' if pairs is None else 'pairs'} have the same tokens")
         if not edges:
             raise RowError(TIED, f"ranked_pairs={self.ranked_pairs!r} finds no two different scores in {scores}")
         group: dict[str, Any] = {"chosen": [], "rejected": [], "targets": [], "scores": []}
-        used: list[list[int]] = []
-        score_of = {tuple(ids): score for ids, score in zip(ranked, ranked_scores)}
+        target = number.setdefault(sides[-1], len(number)) if has_target else None
+        used: dict[int, int] = {}  # number of a completion -> its place in the group
         for edge in edges:
-            named = dict(zip(("chosen", "rejected"), (ranked[i] for i in edge)))
-            for name, ids in {**named, "targets": target or named["chosen"]}.items():
-                if ids not in used:
-                    used.append(ids)
-                group[name].append(used.index(ids))
+            named = dict(zip(("chosen", "rejected"), edge))
+            for name, i in {**named, "targets": named["chosen"] if target is None else target}.items():
+                group[name].append(used.setdefault(i, len(used)))
         if (self.form is Form.RANKED or self.gap_column is not None) and _has_gaps(ranked_scores, edges):
-            group["scores"] = [score_of.get(tuple(ids), 0.0) for ids in used]  # a target is in no pair by itself
-        return {"prompt_ids": prompt_ids, "completion_ids": used} | group
+            ranked_scores.append(0.0)  # of a target that is in no pair by itself
+            group["scores"] = [ranked_scores[i] for i in used]
+        tokens = list(number)
+        return {"prompt_ids": prompt_ids, "completion_ids": [list(tokens[i]) for i in used]} | group
 
 
 def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, int]]) -> bool:
@@ -327,6 +326,6 @@ def _group_by_template_arguments(examples: dict[int, Example]) -> list[dict[int,
 
 
 def _token_list(value: Any, field: str) -> list[int]:
-    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token <= _LARGEST_ID for token in value):
         raise RowError(MALFORMED, f"`{field}` is not a list of token ids")
     return value
