@@ -69,17 +69,20 @@ def load_responses(
 
     Args:
         names, config, split: as for ``data.sources.load``.
-        columns: {name in the data: name here}, renamed where it is.
+        columns: {name in the data: name here}, renamed in those sources that have it.
         models, rating, tokenizer, num_proc: as for ``data.response_rows.read_responses``.
         max_length: {"characters" or "tokens": how many prompt and response may have together}.
 
     Raises:
-        ValueError: a source cannot be read, or has a rating that is no number; the message says where.
+        ValueError: a source cannot be read, or has a rating that is no number, or no source has a column to rename; the
+            message says where.
     """
     parts, sources, total = [], {}, 0
+    unknown = dict.fromkeys(columns or ())
     for name in dict.fromkeys(names):
         dataset = load(name, config=config, split=split)
         renamed = {old: new for old, new in (columns or {}).items() if old in dataset.column_names}
+        unknown = {old: dataset.column_names for old in unknown if old not in renamed}
         if taken := [new for new in renamed.values() if new in dataset.column_names]:
             raise ValueError(f"{name} has a column `{taken[0]}` already: no other can be renamed to it")
         part = read_responses(
@@ -87,6 +90,8 @@ def load_responses(
         )
         sources[name], total = total, total + len(part)
         parts.append(part)
+    for old, there in unknown.items():
+        raise ValueError(f"columns names `{old}`, which no source has; {name} has {', '.join(there)}")
     table = concatenate_datasets(parts).with_format("arrow")[:]
     named = table["model"].combine_chunks().dictionary_encode()
     drops = table["drop"].to_numpy().astype(np.int8)

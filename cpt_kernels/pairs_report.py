@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from .data.pairs import Drop, Pairs
@@ -28,6 +31,11 @@ _COLUMNS = {
     "length\nratio": ("length_ratio", ".2f"),
     "chosen\nlonger": ("chosen_is_longer", ".0%"),
     "prompt\nshare": ("prompt_share", ".0%"),
+}
+# How training reads the form that is written.
+_FORMS = {
+    "text": "trained on as it is; for a model that is asked through a chat template, give --conversational",
+    "messages": "trained on through the chat template of the model's tokenizer",
 }
 _EXAMPLES = 5  # rows named for each reason
 _MOST_ROWS, _MOST_BARS = 24, 12  # model pairs in the table and in the picture
@@ -47,7 +55,8 @@ def make_report(
         responses, pairs: from which, and what.
         held_out: (P,) which pairs are for validation.
         unit: "characters" or "tokens", of all lengths.
-        about: what was asked for; it comes first. By its ``strength``, if there is one, models are sorted.
+        about: what was asked for; it comes first. By its ``strength``, if there is one, models are sorted; its ``form``
+            is that of the rows, "text" or "messages".
 
     Returns:
         ``responses``: in, kept, and dropped by reason; in == kept + all dropped. ``prompts``: in, in pairs, held out.
@@ -66,12 +75,14 @@ def make_report(
         reason: model[some[:, 0]] * len(names) + model[some[:, 1]]
         for reason, some in (("identical", pairs.identical), ("tied", pairs.tied))
     }
+    counts = {reason: Counter(codes.tolist()) for reason, codes in lost.items()}
+    order = np.argsort(code, kind="stable")
     by_models = []
     for key in np.unique(np.concatenate([code, *lost.values()])).tolist():
-        some = np.flatnonzero(code == key)
+        some = order[slice(*np.searchsorted(code, [key, key + 1], sorter=order))]
         entry = {"chosen": names[key // len(names)], "rejected": names[key % len(names)]}
         entry |= _describe(pairs, some, lengths, held_out)
-        by_models.append(entry | {reason: int((codes == key).sum()) for reason, codes in lost.items()})
+        by_models.append(entry | {reason: found[key] for reason, found in counts.items()})
     ranking = about["strength"] or {}
     by_models.sort(key=lambda e: (-ranking.get(e["chosen"], 0), -ranking.get(e["rejected"], 0), -e["pairs"]))
     repeated, opposed = pairs.count_echoes()
@@ -146,7 +157,7 @@ def report_table(report: dict[str, Any]) -> Table:
             table.add_section()
         cells = (_COLUMNS[column] for column in columns)
         row = (f"{entry[name]:{form}}" if name in entry else "-" for name, form in cells)
-        table.add_row(entry["chosen"], entry["rejected"], *row)
+        table.add_row(escape(entry["chosen"]), escape(entry["rejected"]), *row)
     return table
 
 
@@ -162,6 +173,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if prompts["validation"]:
         line += f"; {prompts['validation']:,} of them, with {pairs['validation']:,} pairs, are for validation"
     lines.append(line)
+    lines.append(f"written as {report['form']}: {_FORMS[report['form']]}")
     if pairs["repeated"] or pairs["opposed"]:
         lines.append(
             f"as models gave identical responses, {pairs['repeated']:,} pairs repeat another and {pairs['opposed']:,}"
@@ -189,6 +201,8 @@ def write_report(report: dict[str, Any], json_file: Path, *pictures: Path) -> No
         bars = len(entries) if axis is not drops else len(report["responses"]["dropped"]) + 1
         axis.set_ylim(bars - rows - 0.6, bars - 0.4)  # bars of one height, from the top
         axis.spines[["top", "right"]].set_visible(False)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name may hold dollars
     for picture in pictures:
         figure.savefig(picture, dpi=120)
 

@@ -69,14 +69,15 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         responses.prompt_keys, responses.models, responses.response_keys, strength, which, drops=responses.drops
     )
     for_validation = held_out(responses.prompt_keys, args.validation)[pairs.chosen]
+    chat = args.conversational or is_conversational(responses)
     about = {
         "sources": list(responses.sources),
         "which": args.pairs or (f"against {args.base}" if args.base else "all"),
         "gap": f"difference in {meaning}",
         "strength": ranking,
+        "form": "messages" if chat else "text",
     }
     report = make_report(responses, pairs, for_validation, "tokens" if args.tokenizer else "characters", about)
-    chat = args.conversational or is_conversational(responses)
     parts = {output: ~for_validation}
     if args.validation:
         parts[output.with_suffix(f".validation{output.suffix}")] = for_validation
@@ -172,7 +173,6 @@ def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: st
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-
     parser = Parser(prog=prog, description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")
     parser.add_argument(
@@ -193,7 +193,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; lengths are then in tokens")
     group = parser.add_argument_group("output")
     group.add_argument("--grouped", action="store_true", help="a row for each prompt, with all its responses once")
-    group.add_argument("--conversational", action="store_true", help="messages, also where the data is text")
+    group.add_argument("--conversational", action="store_true", help="messages, also where the data is text: for a chat template")
     group.add_argument(
         "--validation", type=float, default=0.0, metavar="SHARE", help="of prompts, by their text, in a file beside [0]"
     )

@@ -21,16 +21,22 @@ ROWS = [  # prompts of 2 characters
     {"prompt": "p3", "model": "a", "response": "alone"},
     {"prompt": "p3", "model": "b", "response": ""},
 ]
-ABOUT = {"strength": {"a": 2.0, "b": 1.0, "c": 0.0}}
+
+
+def make(tmp_path, names=("a", "b", "c")):
+    rows = [{**row, "model": names["abc".index(row["model"])]} for row in ROWS]
+    responses = load_responses([str(write_rows(tmp_path / "rows.jsonl", rows))])
+    strength = dict(zip(names, (2.0, 1.0, 0.0)))
+    pairs = build_pairs(
+        responses.prompt_keys, responses.models, responses.response_keys, strength, drops=responses.drops
+    )
+    about = {"strength": strength, "form": "text"}
+    return make_report(responses, pairs, pairs.prompt[pairs.chosen] == 1, "characters", about)
 
 
 @pytest.fixture
 def report(tmp_path):
-    responses = load_responses([str(write_rows(tmp_path / "rows.jsonl", ROWS))])
-    pairs = build_pairs(
-        responses.prompt_keys, responses.models, responses.response_keys, "a > b > c", drops=responses.drops
-    )
-    return make_report(responses, pairs, pairs.prompt[pairs.chosen] == 1, "characters", ABOUT)
+    return make(tmp_path)
 
 
 def test_figures(report):
@@ -60,6 +66,16 @@ def test_figures(report):
     pairs = report["pairs"]
     assert (pairs["pairs"], pairs["identical"], pairs["tied"], pairs["repeated"], pairs["opposed"]) == (5, 1, 0, 1, 0)
     assert pairs["validation"] == 2 and pairs["gap"] == pytest.approx((1 + 1 + 2 + 2 + 1) / 5)
+
+
+def test_names_are_no_markup(tmp_path):
+    names = ["a[/b]", r"$\no{math$", "[red]c"]
+    report = make(tmp_path, names)
+    write_report(report, tmp_path / "report.json", tmp_path / "report.svg")
+    console = Console(width=200, file=StringIO())
+    console.print(report_table(report))
+    rows = [line.split()[:2] for line in console.file.getvalue().splitlines()]
+    assert [rows.count(pair) for pair in (names[:2], names[::2], names[1:])] == [1, 1, 1]
 
 
 def test_it_can_be_looked_at(report, tmp_path):

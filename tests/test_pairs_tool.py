@@ -87,6 +87,7 @@ def test_one_file(source, tmp_path, output, capsys):
     rows = build(source, "--order", ORDER, "--output", tmp_path / output)
     assert count(rows) == expected() and list(rows[0]) == PAIR_COLUMNS
     out = capsys.readouterr().out
+    assert "written as text: trained on as it is; for a model that is asked through a chat template" in out
     assert "120 of 120 responses are in pairs" in out and f"written: {tmp_path / output}" in out
     assert {path.name for path in tmp_path.iterdir()} == {
         *("responses.jsonl", output, "pairs.report.json", "pairs.report.png", "pairs.report.svg")
@@ -200,9 +201,10 @@ def test_grouped_rows_train_as_the_pairs_do(tmp_path):
         assert results[0] == results[1]
 
 
-def test_conversational(source, tmp_path):
+def test_conversational(source, tmp_path, capsys):
     rows = build(source, "--order", ORDER, "--conversational", "--output", tmp_path / "pairs.parquet")
     assert rows[0]["prompt"] == user("prompt 0") and rows[0]["chosen"] == assistant("gpt4 answer to 0")
+    assert "written as messages: trained on through the chat template" in capsys.readouterr().out
     rows = build(source, "--order", ORDER, "--conversational", "--grouped", "--output", tmp_path / "groups.parquet")
     assert rows[1]["completions"] == [assistant(f"{model} answer to 1") for model in MODELS]
     kept, _ = prepared(load(tmp_path / "groups.parquet").to_list(), make_tokenizer())
@@ -312,6 +314,7 @@ def test_nasty_rows(tmp_path):
         (("--order", ORDER, "--tokenizer", "/no/such"), "--tokenizer /no/such cannot be loaded"),
         (("--order", ORDER, "--columns", "response"), "'response' is not OLD=NEW"),
         (("--order", ORDER, "--columns", "model=prompt"), "has a column `prompt` already"),
+        (("--order", ORDER, "--columns", "modle=model"), "columns names `modle`, which no source has; "),
         (("--order", ORDER, "--ordr", "x"), "unrecognized arguments: --ordr x"),
         (("--win_rates", "no.csv"), "no.csv does not exist"),
     ],
