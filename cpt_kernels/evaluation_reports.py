@@ -229,6 +229,10 @@ def _label(axis: Any, names: Sequence[str]) -> None:
 
 
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name may hold dollars
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.{format}" for format in _FORMATS]
     for file in files:

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from xxhash import xxh3_64
 
+from .data.preparation import Drop
 from .data.sources import load
 from .options import Help, Parser, json_object
 from .prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
@@ -78,6 +79,10 @@ class _Run:
         texts = sum(isinstance(request.prompt.content, str) for request in requests)
         if self.sampling.system_prompt is not None and texts and not self.sampling.chat:
             raise ValueError("system_prompt needs a conversation, but the prompts are text: give --prompt_format chat")
+        if self.sampling.template_kwargs and texts == len(requests) and not self.sampling.chat:
+            raise ValueError(
+                "chat_template_kwargs has no effect on text that is continued as text: give --prompt_format chat"
+            )
         if texts:
             print(
                 "text prompts are", "a user's turn of the chat template" if self.sampling.chat else "continued as text"
@@ -142,13 +147,13 @@ class _Run:
         return "; ".join(parts)
 
 
-def _report_prompts(prompts: Sequence[Prompt | None], unique: Mapping[str, Prompt], dropped: Mapping[str, int]) -> None:
+def _report_prompts(
+    prompts: Sequence[Prompt | None], unique: Mapping[str, Prompt], dropped: Mapping[str, Drop]
+) -> None:
+    drops = [f"dropped, {reason}: {drop}" for reason, drop in dropped.items()]
     if not unique:
-        raise ValueError(f"no row of {len(prompts)} has a prompt ({', '.join(dropped)})")
-    line = f"{len(prompts)} rows, {len(unique)} different prompts"
-    if dropped:
-        line += "; dropped: " + ", ".join(f"{count} for {reason}" for reason, count in dropped.items())
-    print(line)
+        raise ValueError("; ".join([f"no row of {len(prompts)} has a prompt", *drops]))
+    print(f"{len(prompts)} rows, {len(unique)} different prompts", *drops, sep="\n")
 
 
 # --- Models ---

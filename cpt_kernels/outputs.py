@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .data.formats import RowError, parse_prompt
 from .data.sources import load
 from .prompts import without_nulls
 from .shards import publish
@@ -78,7 +79,10 @@ def read_outputs(path: str | Path) -> dict[str, Outputs]:
             name = form[1] if prompt else form[0]
             raise ValueError(f"{path}, row {number} (from 0): {name} is {row.get(name)!r}, expected text")
         model = Path(path).stem if model is None else str(model)
-        text, is_conversation = _text(prompt)
+        try:
+            text, is_conversation = _text(parse_prompt(row, form[0]).prompt)
+        except RowError as error:
+            raise ValueError(f"{path}, row {number} (from 0): {error.detail}") from error
         if is_conversation:
             conversations.add(text)
         responses.setdefault(model, {}).setdefault(text, []).append(response)

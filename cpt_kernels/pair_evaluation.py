@@ -43,7 +43,7 @@ ALL = "all pairs"
 MODEL_PAIR, LENGTH_RATIO, CHOSEN_LENGTH = "model pair", "chosen / rejected tokens", "chosen tokens"
 _MODELS = ("chosen_model", "rejected_model")
 _GROUPED = ("completions", "models", "pairs")
-_RESERVED = ("model", "chosen_tokens", "rejected_tokens")  # columns of the table of pairs
+_RESERVED = ("model", "row", "chosen", "rejected", "chosen_tokens", "rejected_tokens")  # columns of the table of pairs
 _ORIGIN = ("pair_row", "pair_chosen", "pair_rejected")  # of a pair that was in a grouped row
 _MOST_VALUES = 100  # that a table can have
 
@@ -297,8 +297,10 @@ def _split_groups(data: Dataset) -> Dataset:
     def split(batch: Mapping[str, list], numbers: list[int]) -> dict[str, list]:
         split: dict[str, list] = {name: [] for name in (*kept, "chosen", "rejected", *_MODELS, *_ORIGIN)}
         for i, number in enumerate(numbers):
-            completions, models = batch["completions"][i], batch["models"][i]
-            for pair in batch["pairs"][i]:
+            completions, models, pairs = (batch[name][i] for name in _GROUPED)
+            if lacking := [name for name in _GROUPED if batch[name][i] is None]:
+                raise ValueError(f"row {number} has no {lacking[0]}, as grouped rows do: give it some, or leave it out")
+            for pair in pairs:
                 are_there = len(pair) == 2 and 0 <= min(pair) <= max(pair) < len(models) == len(completions)
                 if not are_there:
                     raise ValueError(
@@ -316,12 +318,16 @@ def _split_groups(data: Dataset) -> Dataset:
 
 def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
     """A hash of every prepared row's prompt: of what the data has, as its last tokens may depend on what follows."""
+    hashes: list[int | None] = [None] * len(dataset)
     if "prompt" in data.column_names and "prompt_ids" not in data.column_names:
         parts = data.with_format(None).select_columns(["prompt"]).iter(1000)
-        hashes = [xxh3_64_intdigest(json.dumps(prompt).encode()) for part in parts for prompt in part["prompt"]]
-        return np.array(hashes, np.uint64)[dataset.with_format("numpy", columns=["row"])[:]["row"]]
-    parts = dataset.with_format("numpy", columns=["prompt_ids"]).iter(1000)
-    return np.array([xxh3_64_intdigest(ids.tobytes()) for part in parts for ids in part["prompt_ids"]], np.uint64)
+        given = [None if p is None else xxh3_64_intdigest(json.dumps(p).encode()) for part in parts for p in part["prompt"]]
+        hashes = [given[row] for row in dataset.with_format("arrow").select_columns(["row"])[:]["row"].to_pylist()]
+    if None in hashes:  # prompts that are the common start of their completions
+        parts = dataset.with_format("numpy", columns=["prompt_ids"]).iter(1000)
+        of_tokens = (xxh3_64_intdigest(ids.tobytes()) for part in parts for ids in part["prompt_ids"])
+        hashes = [tokens if known is None else known for tokens, known in zip(of_tokens, hashes)]
+    return np.array(hashes, np.uint64)
 
 
 def _column_groupings(

@@ -6,7 +6,6 @@ No tokenizer and no model here, so that an endpoint can be asked without them.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from .data.formats import READ_COLUMNS, Form, RowError, Text, parse_prompt, parse_row
+from .data.preparation import Drop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -126,8 +126,8 @@ _WITH_COMPLETIONS = {
 _ALONE = ("prompt", "instruction", "messages")
 
 
-def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prompt | None], Counter[str]]:
-    """The prompt of every row, as training reads it; and how many rows have none, by reason.
+def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prompt | None], dict[str, Drop]]:
+    """The prompt of every row, as training reads it; and the rows that have none, by reason.
 
     Args:
         dataset: rows with a column of text or messages, or with completions as for training.
@@ -142,16 +142,18 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
     if form is None:
         column = _find_column(names, column)
     prompts: list[Prompt | None] = []
-    dropped: Counter[str] = Counter()
-    for row in dataset.select_columns(sorted(names & {*READ_COLUMNS, column, "input"})):
+    dropped: dict[str, Drop] = {}
+    for number, row in enumerate(dataset.select_columns(sorted(names & {*READ_COLUMNS, column, "input"}))):
         if column == "instruction" and row.get("input"):
-            raise ValueError("the column `input` adds to `instruction`: join them into a column `prompt` first")
+            raise ValueError(
+                f"row {number}: the column `input` adds to `instruction`: join them into a column `prompt` first"
+            )
         try:
             example = parse_row(row, form) if form else parse_prompt(row, column)
             prompts.append(Prompt(example.prompt, example.tools, example.template_kwargs))
         except RowError as error:
             prompts.append(None)
-            dropped[error.reason] += 1
+            dropped.setdefault(error.reason, Drop(detail=error.detail)).add(number)
     return prompts, dropped
 
 

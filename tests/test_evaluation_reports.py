@@ -110,9 +110,10 @@ def test_win_rate_table_and_notes():
 
 
 def test_pictures(tmp_path):
-    files = draw_pairs(summary(("start", "a", "b")), tmp_path / "new", "title")
+    """Whatever the names hold: a dollar begins no formula."""
+    files = draw_pairs(summary(("start", r"a$\no{math$", "b")), tmp_path / "new", r"a$\b$")
     files += draw_pairs(summary(("start",)), tmp_path / "tied", "title")
-    files += draw_win_rates([rates(), rates(model="n", length_controlled=None)], tmp_path)
+    files += draw_win_rates([rates(), rates(model=r"$\n$", length_controlled=None)], tmp_path)
     assert [file.name for file in files] == [*["pairs.png", "pairs.svg"] * 2, "win_rate.png", "win_rate.svg"]
     for file in files:
         if file.suffix == ".svg":

@@ -51,6 +51,27 @@ def test_a_test_set_is_taken_off_the_same_way_each_time(folder):
     assert prompts(test) == prompts(again["test"])
 
 
+def test_columns_are_chosen_and_renamed_however_a_part_is_read(folder):
+    columns = {"prompt": "prompt", "chosen": "completion"}
+    for part in ({"path": str(folder / "a.jsonl")}, {"path": "json", "data_files": str(folder / "a.jsonl")}):
+        whole, _ = load_mixture([{**part, "columns": columns}])
+        assert whole[0] == {"prompt": "a0", "completion": "x"}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"path": "c.jsonl"}, r"datasets\[1\]: .*c.jsonl does not exist"),
+        ({"path": "json", "data_files": "c.jsonl"}, r"datasets\[1\]: .*c.jsonl"),
+        ({"path": "json", "data_files": "b.jsonl", "columns": ["answer"]}, r"datasets\[1\]: .*\['answer'\].*prompt"),
+    ],
+)
+def test_parts_that_cannot_be_loaded(folder, monkeypatch, part, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=message):
+        load_mixture([{"path": "a.jsonl"}, part])
+
+
 @pytest.mark.parametrize(
     ("second", "options", "message"),
     [

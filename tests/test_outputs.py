@@ -53,6 +53,7 @@ def test_a_file_without_names_gives_its_own(tmp_path):
         ([{"prompt": "p", "chosen": "x"}], "has the columns .*outputs have prompt, response, model or instruction"),
         ([{"prompt": "p", "response": "x"}, {"prompt": "q", "response": None}], "row 1 .*response is None"),
         ([{"prompt": "", "response": "x"}], "row 0 .*prompt is ''"),
+        ([{"prompt": ["p"], "response": "x"}], "row 0 .*`prompt` is a list of str; expected text or a list of"),
     ],
 )
 def test_what_is_no_output(tmp_path, made, message):

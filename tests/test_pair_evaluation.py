@@ -176,6 +176,10 @@ def test_a_prompt_is_one_however_it_is_tokenised(tmp_path):
     tokens = evaluate_pairs({"m": model}, prepared, tokenizer, args=config(tmp_path))
     assert len(set(tokens.prompts.tolist())) == 3
     np.testing.assert_array_equal(tokens.logps["m"], found.logps["m"])
+    made += [pair("the sun", "the sun is", "the sun!"), pair("the sun", "the sky is", "the sky!")]
+    made = [{**row, "prompt": row["prompt"] if i < 3 else None} for i, row in enumerate(made)]
+    some = evaluate_pairs({"m": model}, Dataset.from_list(made), tokenizer, args=config(tmp_path))
+    assert len(set(some.prompts.tolist())) == 4 and (some.prompts[:3] == found.prompts).all()
 
 
 def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
@@ -220,6 +224,9 @@ def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
     grouped[3]["pairs"] = [[0, 3]]
     with pytest.raises(ValueError, match="row 3: models and pairs do not belong to its 3 completions"):
         evaluate_pairs({"policy": tiny_model("llama")}, Dataset.from_list(grouped), word_tokenizer())
+    grouped[2]["pairs"] = None
+    with pytest.raises(ValueError, match="row 2 has no pairs, as grouped rows do"):
+        evaluate_pairs({"policy": tiny_model("llama")}, Dataset.from_list(grouped), word_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -227,6 +234,7 @@ def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
     [
         ({"by": ["nowhere"]}, "by names the column 'nowhere'"),
         ({"by": ["model"]}, "by names the column 'model', which the result has itself"),
+        ({"by": ["chosen"]}, "by names the column 'chosen', which the result has itself"),
         ({"by": ["number"]}, "number has 120 different values"),
         ({"ratio_edges": [2, 1]}, "must increase"),
         ({"models": {}}, "no model"),

@@ -14,7 +14,7 @@ from cpt_kernels.prompts import Prompt, Request, Sampling, as_completion, read_p
 
 def contents(rows, column=None):
     prompts, dropped = read_prompts(Dataset.from_list(rows), column)
-    return [prompt and prompt.content for prompt in prompts], dict(dropped)
+    return [prompt and prompt.content for prompt in prompts], {reason: drop.count for reason, drop in dropped.items()}
 
 
 def test_forms():

@@ -142,7 +142,6 @@ def pack_rows(
     rest: list[int] = []
     for start in range(0, len(rows), window):
         batches = _best_fit([*rest, *rows[start : start + window]], tokens, budget)
-        rest = []
         done = [batch for batch in batches if tokens[batch].sum() >= _FULL * budget]
         rest = [row for batch in batches if tokens[batch].sum() < _FULL * budget for row in batch]
         if random is not None:

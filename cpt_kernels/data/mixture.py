@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
-from .sources import load
+from .sources import choose_columns, load
 
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 
@@ -37,7 +38,7 @@ def load_mixture(
         raise ValueError("datasets: fraction is given for some and not for others; set it for all, or for none")
     if streaming and test_size is not None:
         raise ValueError("test_split_size needs the number of rows, which a stream does not say: split the data itself")
-    loaded = [_load(part, streaming) for part in parts]
+    loaded = [_load(part, f"datasets[{number}]", streaming) for number, part in enumerate(parts)]
     if parts[0].get("fraction") is not None:
         loaded = _shares(loaded, [part["fraction"] for part in parts])
     whole = concatenate_datasets(loaded)
@@ -59,13 +60,17 @@ def _check(part: Mapping[str, Any], where: str, streaming: bool) -> None:
         raise ValueError(f"{where}: fraction is {fraction!r}, expected a number above 0")
 
 
-def _load(part: Mapping[str, Any], streaming: bool) -> Dataset | IterableDataset:
+def _load(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset | IterableDataset:
+    path, name, columns = (part.get(key) for key in ("path", "name", "columns"))
     options = {"split": part.get("split", "train"), "streaming": streaming}
     files = {key: part[key] for key in ("data_dir", "data_files") if part.get(key) is not None}
-    if not files:
-        return load(part["path"], config=part.get("name"), columns=part.get("columns"), **options)
-    dataset = load_dataset(part["path"], part.get("name"), **files, **options)
-    return dataset if part.get("columns") is None else dataset.select_columns(part["columns"])
+    try:
+        if not files:
+            return load(path, config=name, columns=columns, **options)
+        dataset = load_dataset(path, name, **files, **options)
+        return dataset if columns is None else choose_columns(dataset, columns, path)
+    except (ValueError, FileNotFoundError, DatasetGenerationError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _shares(loaded: Sequence[Dataset], fractions: Sequence[float]) -> list[Dataset]:

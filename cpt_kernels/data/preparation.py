@@ -45,6 +45,11 @@ class Drop:
     rows: list[int] = field(default_factory=list)
     detail: str = ""
 
+    def add(self, row: int) -> None:
+        """Count a row."""
+        self.count += 1
+        self.rows += [row] if len(self.rows) < _EXAMPLE_ROWS else []
+
     def __str__(self) -> str:
         rows = ", ".join(map(str, self.rows)) + (", ..." if self.count > len(self.rows) else "")
         return f"{self.count} (rows {rows}{f'; the first: {self.detail}' if self.detail else ''})"
@@ -81,9 +86,7 @@ class PreparationReport:
         """Count one row, given as a row of the filter's output."""
         self.rows_in += 1
         if reason := verdict["reason"]:
-            drop = self.dropped.setdefault(reason, Drop(detail=verdict["detail"]))
-            drop.count += 1
-            drop.rows += [verdict["row"]] if len(drop.rows) < _EXAMPLE_ROWS else []
+            self.dropped.setdefault(reason, Drop(detail=verdict["detail"])).add(verdict["row"])
             return
         self.kept += 1
         self.pairs += len(verdict["rejected"])

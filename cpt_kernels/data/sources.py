@@ -46,7 +46,7 @@ def load(
     else:
         dataset = _load_hub(str(name_or_path), config, split, streaming)
     dataset = _choose_split(dataset, split, name_or_path)
-    return dataset if columns is None else _choose_columns(dataset, columns, name_or_path)
+    return dataset if columns is None else choose_columns(dataset, columns, name_or_path)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -165,9 +165,14 @@ def _choose_split(dataset, split: str | None, name: str | Path):
     return dataset[wanted]
 
 
-def _choose_columns(
+def choose_columns(
     dataset: Dataset | IterableDataset, columns: Sequence[str] | Mapping[str, str], name: str | Path
 ) -> Dataset | IterableDataset:
+    """Only these columns; a mapping {name in the data: name here} renames them too.
+
+    Raises:
+        ValueError: one is not there.
+    """
     present = dataset.column_names or list(next(iter(dataset)))
     if missing := [column for column in columns if column not in present]:
         raise ValueError(f"columns names {missing}, but {name} has the columns {present}")
