@@ -20,7 +20,8 @@ from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .prompts import Answer, Failure, Record, Request, Sampling, without_nulls
+from .data.formats import without_nulls
+from .prompts import Answer, Failure, Record, Request, Sampling
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

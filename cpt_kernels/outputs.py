@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data.formats import RowError, parse_prompt
+from .data.formats import RowError, parse_prompt, without_nulls
 from .data.sources import load
-from .prompts import without_nulls
 from .shards import publish
 
 # Columns of a file: prompt, output, name of the model. Without a name, the file's own serves.

@@ -321,7 +321,8 @@ def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
     hashes: list[int | None] = [None] * len(dataset)
     if "prompt" in data.column_names and "prompt_ids" not in data.column_names:
         parts = data.with_format(None).select_columns(["prompt"]).iter(1000)
-        given = [None if p is None else xxh3_64_intdigest(json.dumps(p).encode()) for part in parts for p in part["prompt"]]
+        prompts = (prompt for part in parts for prompt in part["prompt"])
+        given = [None if prompt is None else xxh3_64_intdigest(json.dumps(prompt).encode()) for prompt in prompts]
         hashes = [given[row] for row in dataset.with_format("arrow").select_columns(["row"])[:]["row"].to_pylist()]
     if None in hashes:  # prompts that are the common start of their completions
         parts = dataset.with_format("numpy", columns=["prompt_ids"]).iter(1000)

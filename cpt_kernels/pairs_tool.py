@@ -193,7 +193,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; lengths are then in tokens")
     group = parser.add_argument_group("output")
     group.add_argument("--grouped", action="store_true", help="a row for each prompt, with all its responses once")
-    group.add_argument("--conversational", action="store_true", help="messages, also where the data is text: for a chat template")
+    group.add_argument(
+        "--conversational", action="store_true", help="messages for a chat template, also where the data is text"
+    )
     group.add_argument(
         "--validation", type=float, default=0.0, metavar="SHARE", help="of prompts, by their text, in a file beside [0]"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
-from .data.formats import READ_COLUMNS, Form, RowError, Text, parse_prompt, parse_row
+from .data.formats import READ_COLUMNS, Form, RowError, Text, parse_prompt, parse_row, without_nulls
 from .data.preparation import Drop
 
 if TYPE_CHECKING:
@@ -75,11 +75,6 @@ class Prompt:
         turns = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else list(self.content)
         has_own = turns and turns[0]["role"] in ("system", "developer")
         return turns if system_prompt is None or has_own else [{"role": "system", "content": system_prompt}, *turns]
-
-
-def without_nulls(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as its author wrote it: Arrow gives every message of a column the keys of all."""
-    return {name: value for name, value in turn.items() if value is not None}
 
 
 class Request(NamedTuple):

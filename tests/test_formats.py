@@ -44,6 +44,15 @@ def test_target_column(tokenizer):
     assert reasons(report) == {"empty completion": (1, [2])}
 
 
+def test_implicit_prompt_of_messages_with_other_keys():
+    """Arrow gives the messages of a column the keys of all, and `rejected` never had a name."""
+    chosen, rejected = user("the sky?") + assistant("blue"), user("the sky?") + assistant("red")
+    row = {"chosen": [{**turn, "name": None} for turn in chosen], "rejected": rejected}
+    example = parse_row(row, Form.PREFERENCE)
+    assert [turn["content"] for turn in example.prompt] == ["the sky?"]
+    assert example.completions == [row["chosen"][1:], rejected[1:]]
+
+
 def test_target_of_an_implicit_prompt_starts_with_it(tokenizer):
     sides = {"chosen": "the sky is blue", "rejected": "the sky was"}
     kept, report = prepared(

@@ -307,7 +307,10 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
         ({"n": 2, **column}, "add_column takes one response"),
         ({"n": 2, "format": "alpaca_eval"}, "alpaca_eval takes one response"),
         ({"dataset_name": tmp_path / "turns.jsonl", "format": "alpaca_eval"}, "a prompt has 2 turns"),
-        ({"dataset_name": tmp_path / "empty.jsonl"}, "no row of 1 has a prompt; dropped, no prompt: 1 (rows 0; the first: `prompt` without text)"),
+        (
+            {"dataset_name": tmp_path / "empty.jsonl"},
+            "no row of 1 has a prompt; dropped, no prompt: 1 (rows 0; the first: `prompt`",
+        ),
         ({"system_prompt": "Be brief."}, "give --prompt_format chat"),
         ({"chat_template_kwargs": '{"x": 1}', "prompt_format": "text"}, "has no effect on text that is continued"),
         ({"model_name_or_path": tmp_path / "none"}, "there is no such folder"),

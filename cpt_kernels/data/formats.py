@@ -93,7 +93,7 @@ class Example:
     tools: list | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None: what `ranked_pairs` gives
-    asked: list = field(default_factory=list)  # the row's own pairs, or else its scores, with those of empty completions
+    asked: list = field(default_factory=list)  # as `pairs`, or else as `scores`, with empty completions
 
     @property
     def is_chat(self) -> bool:
@@ -176,6 +176,11 @@ def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, 
     return [(i, j) for i, j in candidates if scores[i] > scores[j]]
 
 
+def without_nulls(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as its author wrote it: Arrow gives every message of a column the keys of all."""
+    return {name: value for name, value in turn.items() if value is not None}
+
+
 def read_gap(row: Mapping[str, Any], column: str) -> float:
     """By how much the chosen side of a row's pair is better.
 
@@ -251,13 +256,13 @@ def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], rank
         return prompt, sides
     if isinstance(prompt, list):
         raise RowError(MALFORMED, f"`prompt` is a list of messages, but `{names[0]}` is text")
-    cut = _shared_length(sides[:ranked])
+    bare = [list(map(without_nulls, side)) for side in sides] if is_chat else sides  # columns may have different keys
+    cut = _shared_length(bare[:ranked])
     if is_chat and cut == 0:
         raise RowError(MALFORMED, f"no turn comes before the completion in {_names(names[:ranked])}: no prompt")
-    prompt = sides[0][:cut]
-    if any(side[:cut] != prompt for side in sides[ranked:]):
+    if any(side[:cut] != bare[0][:cut] for side in bare[ranked:]):
         raise RowError(MALFORMED, f"`{names[-1]}` does not start with the prompt that the other sides share")
-    return prompt, [side[cut:] for side in sides]
+    return sides[0][:cut], [side[cut:] for side in sides]
 
 
 def _shared_length(sides: Sequence[Text]) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import Dataset, Features, LargeList, List, Value
 
-from .formats import MALFORMED, RowError
+from .formats import MALFORMED, RowError, without_nulls
 from .pairs import Drop, prompt_key
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
         return value or "", TEXT
     turns = []
     for message in value if isinstance(value, list) else [value]:
-        given = _without_nulls(message)
+        given = without_nulls(message) if isinstance(message, dict) else {}
         if given.keys() != {"role", "content"} or not isinstance(given["content"], str):
             raise RowError(MALFORMED, f"`{name}` is neither text nor a list of messages of role and content, both text")
         turns.append([given["role"], given["content"]])
@@ -287,16 +287,11 @@ def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
 
 def _without_prompt(response: Any, prompt: Any) -> Any:
     """A response that is the whole conversation is cut where the prompt ends."""
-    if not isinstance(response, list):
+    if not isinstance(response, list) or not all(isinstance(message, dict) for message in response):
         return response
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    start = list(map(_without_nulls, response[: len(turns)]))
-    return response[len(turns) :] if start == list(map(_without_nulls, turns)) else response
-
-
-def _without_nulls(message: Any) -> dict[str, Any]:
-    """A message as it was written: Arrow gives every message of a column the keys of all."""
-    return {key: part for key, part in message.items() if part is not None} if isinstance(message, dict) else {}
+    start = list(map(without_nulls, response[: len(turns)]))
+    return response[len(turns) :] if start == list(map(without_nulls, turns)) else response
 
 
 def _plain(text: str, shape: int) -> str:
