@@ -213,6 +213,11 @@ class ContrastiveConfig(TrainingArguments):
                 "auto_find_batch_size halves per_device_train_batch_size, which max_tokens_per_batch replaces: leave"
                 " out one of them"
             )
+        if self.dataloader_drop_last and self.max_tokens_per_batch is not None:
+            raise ValueError(
+                "dataloader_drop_last has no effect with max_tokens_per_batch, which spreads the last rows evenly: leave"
+                " it out"
+            )
         sharded = {name: getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
         if self.parallelism_config is not None and max(sharded.values()) > 1:
             raise ValueError(

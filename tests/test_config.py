@@ -170,6 +170,7 @@ def test_every_loss_is_built_from_its_options(tmp_path, name):
         ({"truncation_mode": "middle"}, "truncation_mode='middle' is unknown: choose one of keep_start, keep_end"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"auto_find_batch_size": True, "max_tokens_per_batch": 64}, "auto_find_batch_size halves"),
+        ({"dataloader_drop_last": True, "max_tokens_per_batch": 64}, "dataloader_drop_last has no effect"),
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "tensor, context and sequence parallelism"),
         ({"fp16": True}, "fp16=true needs a GPU"),
     ],
