@@ -215,8 +215,8 @@ class ContrastiveConfig(TrainingArguments):
             )
         if self.dataloader_drop_last and self.max_tokens_per_batch is not None:
             raise ValueError(
-                "dataloader_drop_last has no effect with max_tokens_per_batch, which spreads the last rows evenly: leave"
-                " it out"
+                "dataloader_drop_last has no effect with max_tokens_per_batch, which spreads the last rows evenly:"
+                " leave it out"
             )
         sharded = {name: getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
         if self.parallelism_config is not None and max(sharded.values()) > 1:

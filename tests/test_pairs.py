@@ -211,7 +211,13 @@ ROWS = (["p", "p", "q"], ["a", "b", "a"], ["x", "y", "z"])
         (ROWS, [1, float("inf"), 2], "all", "row 1: the rating is infinite"),
         (ROWS, [1, 1, 2], "all", "no pair can be built of 3 responses: 1 no other response, 2 no pair left; .* 1 tied"),
         ((ROWS[0], ROWS[1], ["x", "", "z"]), "a > b", "all", "no response of b can be used: 1 empty response"),
-        ((["p", "q"], ["a", "b"], ["x", "y"]), "a > b", "all", "a answers 1, b answers 1 prompts, none in common"),
+        ((["p", "q"], ["a", "b"], ["x", "y"]), "a > b", "all", "a answers 1, b answers 1 prompts, none in common. "),
+        (
+            (["p", "p"], ["a", "b"], ["x", "y"]),
+            [1.0, None],
+            "all",
+            r"a answers 1 .* in common \(dropped: 1 no rating\)",
+        ),
     ],
 )
 def test_what_cannot_be_paired(rows, strength, which, message):

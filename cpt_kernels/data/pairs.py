@@ -352,9 +352,10 @@ def _explain_no_pair(pairs: Pairs, names: list[str], model: NDArray) -> str:
     if alone.any() and not (pairs.drops == Drop.NO_PAIR_LEFT).any():
         counts = np.bincount(model[alone], minlength=len(names))
         answers = ", ".join(f"{names[i]} answers {count}" for i, count in enumerate(counts) if count)
+        others = f" (dropped: {describe_drops(pairs.drops[~alone])})" if not alone.all() else ""
         return (
-            f"no prompt has two responses to compare: {answers} prompts, none in common. Prompts are joined when their"
-            " text is the same to the character"
+            f"no prompt has two responses to compare: {answers} prompts, none in common{others}. Prompts are joined"
+            " when their text is the same to the character"
         )
     more = f"; {len(pairs.identical)} pairs are identical, {len(pairs.tied)} tied"
     return f"no pair can be built of {len(pairs.drops)} responses: {describe_drops(pairs.drops)}{more}"
