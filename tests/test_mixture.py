@@ -76,6 +76,9 @@ def test_parts_that_cannot_be_loaded(folder, monkeypatch, part, message):
     ("second", "options", "message"),
     [
         ({"name": "x"}, {}, r"datasets\[1\] has no path"),
+        ("b.jsonl", {}, r"datasets\[1\] is 'b.jsonl', expected a mapping"),
+        ({"path": "b.jsonl", "columns": "prompt"}, {}, r"datasets\[1\]: columns is 'prompt', expected a list of names"),
+        ({"path": "b.jsonl", "fraction": float("inf")}, {}, r"datasets\[1\]: fraction is inf"),
         ({"path": "b.jsonl", "weight": 2}, {}, r"datasets\[1\] has the unknown key weight; it takes path, name"),
         ({"path": "b.jsonl", "fraction": 1}, {}, "fraction is given for some and not for others"),
         ({"path": "b.jsonl", "fraction": -1}, {}, r"datasets\[1\]: fraction is -1, expected a number above 0"),
@@ -86,3 +89,8 @@ def test_parts_that_cannot_be_loaded(folder, monkeypatch, part, message):
 def test_bad_parts(second, options, message):
     with pytest.raises(ValueError, match=message):
         load_mixture([{"path": "a.jsonl"}, second], **options)
+
+
+def test_no_parts():
+    with pytest.raises(ValueError, match="datasets names no dataset"):
+        load_mixture([])

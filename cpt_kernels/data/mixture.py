@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def load_mixture(
     Raises:
         ValueError: a part that is malformed or cannot be loaded; the message says which.
     """
+    if not parts:
+        raise ValueError("datasets names no dataset: give at least one, as a mapping with a path")
     for number, part in enumerate(parts):
         _check(part, f"datasets[{number}]", streaming)
     if len({part.get("fraction") is None for part in parts}) > 1:
@@ -49,6 +52,8 @@ def load_mixture(
 
 
 def _check(part: Mapping[str, Any], where: str, streaming: bool) -> None:
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where} is {part!r}, expected a mapping such as {{path: train.jsonl}}")
     if not part.get("path"):
         raise ValueError(f"{where} has no path: a file, a folder or a name on the hub")
     if unknown := [key for key in part if key not in _KEYS]:
@@ -56,8 +61,10 @@ def _check(part: Mapping[str, Any], where: str, streaming: bool) -> None:
     fraction = part.get("fraction")
     if fraction is not None and streaming:
         raise ValueError(f"{where}: fraction needs the number of rows, which a stream does not say: leave it out")
-    if fraction is not None and not (isinstance(fraction, (int, float)) and fraction > 0):
+    if fraction is not None and not (isinstance(fraction, (int, float)) and 0 < fraction < math.inf):
         raise ValueError(f"{where}: fraction is {fraction!r}, expected a number above 0")
+    if isinstance(part.get("columns"), str):
+        raise ValueError(f"{where}: columns is {part['columns']!r}, expected a list of names")
 
 
 def _load(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset | IterableDataset:
