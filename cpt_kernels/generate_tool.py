@@ -81,7 +81,7 @@ class _Run:
             raise ValueError("system_prompt needs a conversation, but the prompts are text: give --prompt_format chat")
         if self.sampling.template_kwargs and texts == len(requests) and not self.sampling.chat:
             raise ValueError(
-                "chat_template_kwargs has no effect on text that is continued as text: give --prompt_format chat"
+                "chat_template_kwargs has no effect where prompts are continued as text: give --prompt_format chat"
             )
         if texts:
             print(

@@ -188,6 +188,13 @@ def test_ranked_conversations(tokenizer):
     assert decoded(kept, tokenizer) == [c + EOS for c in "abc"]
 
 
+def test_token_ids_that_no_vocabulary_has(tokenizer):
+    rows = [{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [id]} for id in (7, -1, 2**31)]
+    kept, report = prepared(rows, tokenizer)
+    assert len(kept) == 1 and reasons(report) == {"malformed row": (2, [1, 2])}
+    assert "`rejected_ids` is not a list of token ids" in str(report.dropped["malformed row"])
+
+
 def test_tokens_pass_through(tokenizer):
     rows = [
         {

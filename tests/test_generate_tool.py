@@ -312,7 +312,10 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
             "no row of 1 has a prompt; dropped, no prompt: 1 (rows 0; the first: `prompt`",
         ),
         ({"system_prompt": "Be brief."}, "give --prompt_format chat"),
-        ({"chat_template_kwargs": '{"x": 1}', "prompt_format": "text"}, "has no effect on text that is continued"),
+        (
+            {"chat_template_kwargs": '{"x": 1}', "prompt_format": "text"},
+            "has no effect where prompts are continued as text",
+        ),
         ({"model_name_or_path": tmp_path / "none"}, "there is no such folder"),
         ({"backend": "vllm"}, "pip install vllm"),
     ):

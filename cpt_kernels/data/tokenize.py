@@ -222,8 +222,8 @@ class Tokenization:
         if self.form in (Form.SUPERVISED, Form.MESSAGES):
             edges = [(i,) for i in range(len(number))]
         elif pairs is not None:
-            named = dict.fromkeys(tuple(number.get(sides[i]) for i in pair) for pair in pairs)
-            edges = [edge for edge in named if None not in edge and edge[0] != edge[1]]
+            asked = dict.fromkeys(tuple(number.get(sides[i]) for i in pair) for pair in pairs)
+            edges = [edge for edge in asked if None not in edge and edge[0] != edge[1]]
         else:
             edges = ranked_pairs(ranked_scores, self.ranked_pairs)
         if (has_target and not sides[-1]) or (not edges and not all(sides)):
