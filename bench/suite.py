@@ -40,8 +40,8 @@ _PEERS = "ours-unshared,ours-padded,trl,trl-tuned"
 PARTS = {
     "gpu_check": Part(devices=("cuda",)),
     "compile_report": Part(wants="triton"),
-    "step": Part(("--peers", _PEERS, "--steps", "5", "--rounds", "3"), takes_device=True, wants="trl"),
-    "scaling": Part(("--axes", "pairs,completions"), takes_device=True, wants="trl"),
+    "step": Part(("--peers", _PEERS, "--steps", "4", "--rounds", "3"), takes_device=True, wants="trl"),
+    "scaling": Part(("--axes", "completions"), takes_device=True, wants="trl"),
     "head": Part(("--tokens", "64,1024"), takes_device=True),
     "attention": Part(takes_device=True),
     "packing": Part(),
