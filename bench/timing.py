@@ -78,11 +78,10 @@ class Contestant:
     def close(self) -> None:
         """End the worker, and wait for it."""
         self.end()
-        if self.process.poll() is None:
-            try:
-                self.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
         self.process.stdout.close()
         self.errors.close()
 
