@@ -80,7 +80,7 @@ class Head:
 
     def tile(self, rows: int, itemsize: int) -> Head:
         """The same with a budget for tiles of so many rows."""
-        return self.with_options(memory_mb=rows * row_stride(self.columns) * itemsize / 2**20)
+        return self.with_options(memory_mb=rows * row_stride(self.columns, self.targets.device) * itemsize / 2**20)
 
     def pairs(self) -> Pairs:
         cumulative = torch.tensor([0, *self.lengths]).cumsum(0)

@@ -10,6 +10,7 @@ from heads import FROZEN, FUSED, GENERAL, UNITS, CountProducts, Head, check, in_
 from numerics import assert_close
 
 from cpt_kernels.losses import PairLogps, build_loss, user_loss
+from cpt_kernels.ops import tiles
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
 from cpt_kernels.ops.vocab_score import VocabScore
 
@@ -27,6 +28,21 @@ def _ids(value) -> str:
 def test_every_mode_and_tile_size(mode, dtype, rows):
     """At one row and at seven most units are larger than the tile."""
     check(Head().tile(rows, dtype.itemsize), mode, dtype)
+
+
+@pytest.mark.parametrize("few_rows", [0, 1000], ids=["whole", "pieces"])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_in_one_product_and_in_transposed_pieces(mode, few_rows, monkeypatch):
+    monkeypatch.setattr(tiles, "_CPU_FEW_ROWS", few_rows)
+    monkeypatch.setattr(tiles, "_CPU_PIECE", 100)  # of 301 columns
+    check(Head().tile(25, 4), mode, FP32)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 1000, 32000, 32768, 131072])
+def test_rows_of_a_tile_do_not_evict_each_other(columns):
+    stride = tiles.row_stride(columns, torch.device("cpu"))
+    assert columns <= stride < columns + 128
+    assert len({row * stride * 4 % 4096 for row in range(16)}) == 16
 
 
 @pytest.mark.parametrize("rows", [22, 23, 24, 30])

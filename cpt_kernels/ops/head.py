@@ -15,7 +15,7 @@ from torch import Tensor
 from ..losses import Loss
 from . import backends, pair_loss, vocab_score
 from .gather import segment_sum
-from .tiles import HeadOptions, Pairs, Tile, logits_tiles, tile_buffer, unit_tiles
+from .tiles import HeadOptions, Pairs, Tile, logits_tiles, tile_buffer, tile_logits, unit_tiles
 from .vocab_score import VocabScore
 
 _BLOCK_ROWS = 4096
@@ -60,7 +60,7 @@ def score_rows(
     kept = keep and wanted.head
     wants_score_weight = wanted.hidden and (keep or not wanted.head)
     if len(buffer) == len(x):
-        logits = torch.mm(x, w.t(), out=buffer)
+        logits = tile_logits(x, w, buffer)
         out = options.score(logits, targets, bias, kept or wants_score_weight, backend)
         return *out, torch.mm(logits, w) if wants_score_weight else None, logits if kept else None
     out = empty_score(x, options)
@@ -146,7 +146,7 @@ def score_units(
     x, w, backend = _operands(hidden, weight, targets, options)
     buffer = tile_buffer(x, w, options)
     if keep and len(buffer) == len(x):
-        logits = torch.mm(x, w.t(), out=buffer)
+        logits = tile_logits(x, w, buffer)
         tokens = options.score(logits, targets, bias, True, backend)
         everything = Tile(slice(0, len(x)), (0, 0), (len(pairs.completion_lengths), len(pairs.chosen)))
         completion_logps, losses, g = _weigh_units(everything, tokens, pairs, loss, options.backend)
