@@ -37,14 +37,10 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, rows, one, two):
     assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
     for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
         assert both["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-3), key
-    for ours, theirs in zip(both["history"], alone["history"]):
-        for key in set(theirs) & {
-            "rewards/chosen",
-            "rewards/accuracies",
-            "entropy",
-            "num_tokens",
-            "mean_token_accuracy",
-        }:
+    keys = {"rewards/chosen", "rewards/accuracies", "entropy", "num_tokens", "mean_token_accuracy"}
+    for step, (ours, theirs) in enumerate(zip(both["history"], alone["history"])):
+        # Before the first update the policy is the reference: which of two rewards is larger is rounding.
+        for key in keys & set(theirs) - ({"rewards/accuracies"} if step == 0 else set()):
             assert ours[key] == pytest.approx(theirs[key], abs=1e-3), key
     reference = torch.load(tmp_path / "one-0.pt")
     for rank in (0, 1):
