@@ -5,7 +5,8 @@
 FILE has rows ``{"prompt", "model", "response"}``; a pair is what two models said to one prompt. Pairs are repeated with
 a number in front of the prompt until there are enough of them. A byte-level BPE tokenizer with the pre-tokenizer of
 recent models is trained on the file's own text. What is timed is all that the trainers do to the rows before the first
-step: TRL's ``_prepare_dataset`` and our ``prepare``, with datasets' cache off and one process each.
+step: TRL's ``_prepare_dataset``, as it is and with a process for each core (``dataset_num_proc``), and our ``prepare``,
+in one process, with datasets' cache off.
 
     one pair a prompt    the best model's response and the worst's: every text is there once
     all pairs            of all models: a response is in several pairs
@@ -18,7 +19,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations, count, islice
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dataset = Dataset.from_list(rows if form == "text" else list(map(as_chat, rows)))
             results.append({"pairs": name, "form": form, **measure(dataset, tokenizer, options)})
     print(report(results, options))
-    summary = {f"{r['form']}, {r['pairs']}": round(r["ratio"], 2) for r in results}
-    finish("tokenize", {"results": results, "data": options.data.name, "rows": options.pairs}, summary, options)
+    summary = {
+        f"{r['form']}, {r['pairs']}": [round(r[key], 2) for key in ("ratio", "ratio_processes")] for r in results
+    }
+    more = {"data": options.data.name, "rows": options.pairs, "processes": cores()}
+    finish("tokenize", {"results": results, **more}, summary, options)
 
 
 def train_tokenizer(answers: dict[str, dict[str, str]], vocab: int) -> PreTrainedTokenizerFast:
@@ -109,26 +114,35 @@ def as_chat(row: dict[str, str]) -> dict[str, Any]:
 
 
 def measure(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of both, interleaved; their tokens are compared first."""
+    """Seconds of all, interleaved; their tokens are compared first."""
     theirs = make_trl(dataset.select(range(2)), tokenizer, options.max_length)
-    few = dataset.select(range(min(len(dataset), 500)))
-    check_same(prepare(few, tokenizer, max_length=options.max_length)[0], theirs(few))
-    times: dict[str, list[float]] = {"trl": [], "ours": []}
     contestants = {
-        "trl": theirs,
+        "trl": partial(theirs, processes=None),
+        "trl_processes": partial(theirs, processes=cores()),
         "ours": lambda data: prepare(data, tokenizer, max_length=options.max_length)[0],
     }
+    few = dataset.select(range(min(len(dataset), 500)))
+    check_same(contestants["ours"](few), contestants["trl"](few))
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.rounds):
         for name, run in contestants.items():
             start = time.perf_counter()
             run(dataset)
             times[name].append(time.perf_counter() - start)
     medians = {name: summarise(values)["median"] for name, values in times.items()}
-    return {"seconds": times, "ratio": medians["trl"] / medians["ours"], **medians}
+    ratios = {
+        "ratio": medians["trl"] / medians["ours"],
+        "ratio_processes": medians["trl_processes"] / medians["ours"],
+    }
+    return {"seconds": times, **ratios, **medians}
 
 
-def make_trl(few: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int):
-    """TRL's preparation, from a trainer made for the purpose."""
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def make_trl(few: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Callable[..., Dataset]:
+    """TRL's preparation in so many processes, from a trainer made for the purpose."""
     from trl import DPOConfig, DPOTrainer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +151,12 @@ def make_trl(few: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int):
         LlamaForCausalLM(LlamaConfig(**tokens, **sizes)).save_pretrained(folder)
         args = DPOConfig(folder, use_cpu=True, bf16=False, report_to="none", max_length=max_length)
         trainer = DPOTrainer(folder, args=args, train_dataset=few, processing_class=tokenizer)
-    return lambda data: trainer._prepare_dataset(data, tokenizer, args, "train")
+
+    def run(data: Dataset, processes: int | None) -> Dataset:
+        args.dataset_num_proc = processes
+        return trainer._prepare_dataset(data, tokenizer, args, "train")
+
+    return run
 
 
 def check_same(ours: Dataset, theirs: Dataset) -> None:
@@ -148,14 +167,15 @@ def check_same(ours: Dataset, theirs: Dataset) -> None:
 
 
 def report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
-    header = ["", "TRL s", "ours s", "TRL rows/s", "ours rows/s", "ratio"]
+    names = {"trl": "TRL", "trl_processes": f"TRL, {cores()} processes", "ours": "ours"}
+    header = ["", *(f"{name} rows/s" for name in names.values()), "TRL / ours, s", "with processes"]
     lines = [
-        [f"{r['form']}, {r['pairs']}", f"{r['trl']:.1f}", f"{r['ours']:.1f}"]
-        + [f"{options.pairs / r[name]:,.0f}" for name in ("trl", "ours")]
-        + [f"{r['ratio']:.2f}"]
+        [f"{r['form']}, {r['pairs']}"]
+        + [f"{options.pairs / r[name]:,.0f}" for name in names]
+        + [f"{r['ratio']:.2f}", f"{r['ratio_processes']:.2f}"]
         for r in results
     ]
-    threads = os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0))
+    threads = os.environ.get("RAYON_NUM_THREADS") or cores()
     return (
         f"{options.pairs} pairs of {options.data.name}; {threads} threads for the Rust tokenizer\n\n"
         f"{table(header, lines)}\n"
