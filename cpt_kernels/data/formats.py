@@ -161,18 +161,23 @@ def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
     return Example(prompt, [], [], tools=_read_tools(row), template_kwargs=_read_template_kwargs(row))
 
 
+def check_ranked_pairs(mode: str) -> None:
+    """Raise ValueError, naming the option, unless `ranked_pairs` knows the mode."""
+    if mode not in get_args(RankedPairs):
+        raise ValueError(f"ranked_pairs={mode!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
+
+
 def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, int]]:
     """(better, worse) positions in `scores`, which are descending. `all`: every two; `adjacent`: each with the next;
     `extremes`: the first with the last. Two with equal scores are no pair."""
+    check_ranked_pairs(mode)
     last = len(scores) - 1
     if mode == "all":
         candidates = [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
     elif mode == "adjacent":
         candidates = [(i, i + 1) for i in range(last)]
-    elif mode == "extremes":
-        candidates = [(0, last)] if last > 0 else []
     else:
-        raise ValueError(f"ranked_pairs={mode!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
+        candidates = [(0, last)] if last > 0 else []
     return [(i, j) for i, j in candidates if scores[i] > scores[j]]
 
 

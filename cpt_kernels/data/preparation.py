@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, Form, RankedPairs, detect_form
+from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, Form, RankedPairs, check_ranked_pairs, detect_form
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
 
@@ -219,56 +219,41 @@ def prepare(
     Raises:
         ValueError: unknown form or option, unusable tokenizer, or no row is left (the message counts the reasons).
     """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        hint = f"; choose one of its splits: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
-        raise ValueError(f"the {name} data is {type(dataset).__name__}, expected a datasets.Dataset or stream{hint}")
+    _check_type(dataset, name)
     check_truncation(max_length, truncation_mode)
-    if ranked_pairs not in get_args(RankedPairs):
-        raise ValueError(f"ranked_pairs={ranked_pairs!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
+    check_ranked_pairs(ranked_pairs)
     check_tokenizer(tokenizer)
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+    given = dataset.column_names or list(next(iter(dataset), {}))
+    if not given or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"the {name} data has no rows")
-    form = detect_form(columns)
-    keep = _kept_columns(columns, form, target_column, gap_column, keep_columns)
+    form = detect_form(given)
+    keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
     features = None
     if dataset.features is not None:
         features = Features(GROUP_FEATURES | REMARK_FEATURES | {column: dataset.features[column] for column in keep})
-    report = PreparationReport(name, max_length)
     tokenise = partial(
         dataset.with_format(None).map,
         Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column),
         with_indices=True,
         batched=True,
         batch_size=batch_size,
-        remove_columns=columns,
+        remove_columns=given,
         features=features,
     )
+    report = PreparationReport(name, max_length)
     filtration = Filter(max_length, truncation_mode)
     columns = (*GROUP_FEATURES, *keep)
     if isinstance(dataset, IterableDataset):
         return _filter_stream(tokenise(), filtration, report, columns, batch_size), report
     with _uncollected():
         tokenised = tokenise(num_proc=num_proc, desc=f"Tokenising {name} data")
-        # The verdicts are a small table beside the tokens, which are not written again.
-        verdicts = tokenised.map(
-            filtration,
-            batched=True,
-            batch_size=batch_size,
-            remove_columns=tokenised.column_names,
-            features=_VERDICT_FEATURES,
-            num_proc=num_proc,
-            desc=f"Filtering {name} data",
-        )
-    for batch in verdicts.iter(batch_size):
-        for verdict in _rows(batch):
-            report.add(verdict)
-    if not report.kept:
-        raise ValueError("\n  ".join(["no row can be trained on", *report.summary()]))
-    kept = [index for index, reason in enumerate(verdicts["reason"]) if not reason]
-    tokens = tokenised.remove_columns([*_EDGES, *REMARK_FEATURES])
-    groups = concatenate_datasets([tokens, verdicts.select_columns(list(_EDGES))], axis=1)
-    return groups.select_columns(list(columns)).select(kept), report
+        return _filter_rows(tokenised, filtration, report, columns, batch_size, num_proc), report
+
+
+def _check_type(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        hint = f"; choose one of its splits: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
+        raise ValueError(f"the {name} data is {type(dataset).__name__}, expected a datasets.Dataset or stream{hint}")
 
 
 @contextlib.contextmanager
@@ -282,6 +267,35 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _filter_rows(
+    tokenised: Dataset,
+    filtration: Filter,
+    report: PreparationReport,
+    columns: tuple[str, ...],
+    batch_size: int,
+    num_proc: int | None,
+) -> Dataset:
+    # The verdicts are a small table beside the tokens, which are not written again.
+    verdicts = tokenised.map(
+        filtration,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=tokenised.column_names,
+        features=_VERDICT_FEATURES,
+        num_proc=num_proc,
+        desc=f"Filtering {report.name} data",
+    )
+    for batch in verdicts.iter(batch_size):
+        for verdict in _rows(batch):
+            report.add(verdict)
+    if not report.kept:
+        raise ValueError("\n  ".join(["no row can be trained on", *report.summary()]))
+    kept = [index for index, reason in enumerate(verdicts["reason"]) if not reason]
+    tokens = tokenised.remove_columns([*_EDGES, *REMARK_FEATURES])
+    groups = concatenate_datasets([tokens, verdicts.select_columns(list(_EDGES))], axis=1)
+    return groups.select_columns(list(columns)).select(kept)
 
 
 def _filter_stream(
