@@ -63,6 +63,9 @@ class EndpointOptions:
                 raise ValueError(f"{name}={getattr(self, name)} is too small")
 
 
+ENDPOINT_DEFAULTS = {name: value for name, value in vars(EndpointOptions("")).items() if name != "model"}
+
+
 class Endpoint:
     """Answers requests, each on its own and many at a time.
 
@@ -167,7 +170,7 @@ class Endpoint:
             reply = await client.chat.completions.create(messages=turns, **arguments)
         return _read(reply)
 
-    # -- when a request may be sent -----------------------------------------------------------------------------------
+    # --- When a request may be sent ---
 
     async def _wait_for_turn(self) -> None:
         interval = 60 / self.options.requests_per_minute if self.options.requests_per_minute else 0.0
@@ -183,7 +186,7 @@ class Endpoint:
             logger.warning("the endpoint asks to be left alone for %.0f s", seconds)
         self._not_before = max(self._not_before, now + seconds)
 
-    # -- what went wrong ----------------------------------------------------------------------------------------------
+    # --- What went wrong ---
 
     def _count_failure(self, failure: Failure, refused: bool) -> Failure:
         """Between answers a refusal is about its prompt; before any it may be about the options."""

@@ -15,7 +15,6 @@ import argparse
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +33,7 @@ from .checkpoints import (
     read_options,
 )
 from .data.sources import load
-from .endpoint import EndpointOptions
+from .endpoint import ENDPOINT_DEFAULTS, EndpointOptions
 from .evaluation_reports import (
     difference_lines,
     draw_pairs,
@@ -45,7 +44,7 @@ from .evaluation_reports import (
     win_rate_table,
 )
 from .judge import TEMPLATE, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
-from .options import Help, Parser, json_object
+from .options import Help, Parser, add_endpoint_options
 from .output_evaluation import OutputEvaluation, differences
 from .outputs import Comparisons, choose, join, read_outputs, write_alpaca_eval
 from .pair_evaluation import LENGTH_EDGES, RATIO_EDGES, evaluate_pairs
@@ -187,7 +186,7 @@ def _make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
             raise ValueError(f"{given[0]} has no effect on a Python function: it belongs to --judge_model")
         judge = load_judge(args.judge)
         return lambda comparisons: ask_function(judge, comparisons, args.both_orders)
-    endpoint = EndpointOptions(args.judge_model, **{name: getattr(args, name) for name in _ENDPOINT_DEFAULTS})
+    endpoint = EndpointOptions(args.judge_model, **{name: getattr(args, name) for name in ENDPOINT_DEFAULTS})
     sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, chat=True)
     template = JudgePrompt(args.judge_template)
     file = args.judge_file or args.output_dir / _JUDGE_FILE
@@ -249,13 +248,8 @@ _COMMANDS = {
     "win-rate": (judge_outputs, "win rate against a baseline's outputs, also length-controlled"),
     "export": (export, "outputs in the form of alpaca_eval's model_outputs.json"),
 }
-_ENDPOINT_DEFAULTS = {
-    option.name: option.default if option.default is not MISSING else option.default_factory()
-    for option in fields(EndpointOptions)
-    if option.name != "model"
-}
 _JUDGE_MODEL_DEFAULTS = {
-    **_ENDPOINT_DEFAULTS,
+    **ENDPOINT_DEFAULTS,
     **{"judge_file": None, "judge_template": TEMPLATE, "max_new_tokens": 1024, "temperature": 0.0},
 }
 
@@ -322,7 +316,8 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
     )
     judge.add_argument("--judge_model", metavar="NAME", help="a model behind an OpenAI-compatible endpoint")
     group.add_argument("--both_orders", action="store_true", help="swap the outputs, too; a judging model's always are")
-    add = parser.add_argument_group("The judging model").add_argument
+    group = parser.add_argument_group("The judging model")
+    add = group.add_argument
     add(
         "--judge_file",
         type=Path,
@@ -332,11 +327,5 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
     add("--judge_template", type=Path, metavar="FILE", help=f"jinja: prompt, output_1, output_2 [{TEMPLATE.name}]")
     add("--max_new_tokens", type=int, metavar="N", help="[%(default)s]")
     add("--temperature", type=float, metavar="T", help="[%(default)s]")
-    add("--base_url", metavar="URL", help="[$OPENAI_BASE_URL, or OpenAI's]")
-    add("--api_key_env", metavar="NAME", help="variable that holds the key [%(default)s]")
-    add("--concurrency", type=int, metavar="N", help="requests at a time [%(default)s]")
-    add("--requests_per_minute", type=float, metavar="N", help="[as many as there are replies]")
-    add("--max_retries", type=int, metavar="N", help="of one request [%(default)s]")
-    add("--timeout", type=float, metavar="SECONDS", help="of one try [%(default)g]")
-    add("--extra_body", type=json_object, metavar="JSON", help="sent with every request")
+    add_endpoint_options(group)
     parser.set_defaults(**_JUDGE_MODEL_DEFAULTS)

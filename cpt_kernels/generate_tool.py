@@ -23,7 +23,8 @@ from xxhash import xxh3_64
 
 from .data.preparation import Drop
 from .data.sources import load
-from .options import Help, Parser, json_object
+from .endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
+from .options import Help, Parser, add_endpoint_options, json_object
 from .prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from .response_exports import ALPACA_FILE, check_exports, write_exports
 from .responses import ResponseFile
@@ -69,7 +70,8 @@ class _Run:
         self.sampling = _sampling(args)
         self.origin: dict[str, Any] = {}
         if args.backend == "openai":
-            self.endpoint = _endpoint(args, self.sampling)
+            options = {name: getattr(args, name) for name in ENDPOINT_DEFAULTS}
+            self.endpoint = Endpoint(EndpointOptions(args.model_name_or_path, **options), self.sampling)
             self.origin["extra_body"] = json.dumps(args.extra_body, sort_keys=True)
         else:
             self.tokenizer = _load_tokenizer(args)
@@ -175,22 +177,6 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     )
 
 
-def _endpoint(args: argparse.Namespace, sampling: Sampling) -> Any:
-    from .endpoint import Endpoint, EndpointOptions
-
-    options = EndpointOptions(
-        model=args.model_name_or_path,
-        base_url=args.base_url,
-        api_key_env=args.api_key_env,
-        concurrency=args.concurrency,
-        requests_per_minute=args.requests_per_minute,
-        max_retries=args.max_retries,
-        timeout=args.timeout,
-        extra_body=args.extra_body,
-    )
-    return Endpoint(options, sampling)
-
-
 def _load_tokenizer(args: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
@@ -250,9 +236,7 @@ _OF_BACKENDS = {
         *("model_revision", "tokenizer_name", "dtype", "batch_size", "model_kwargs", "trust_remote_code"),
         "chat_template_kwargs",
     ),
-    ("openai",): (
-        *("base_url", "api_key_env", "concurrency", "requests_per_minute", "max_retries", "timeout", "extra_body"),
-    ),
+    ("openai",): tuple(ENDPOINT_DEFAULTS),
 }
 
 
@@ -280,7 +264,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("What is asked").add_argument
+    _add_prompt_options(parser.add_argument_group("What is asked"))
+    _add_model_options(parser.add_argument_group("Which model"))
+    _add_sampling_options(parser.add_argument_group("How it is sampled"))
+    add_endpoint_options(parser.add_argument_group("The endpoint (--backend openai)"))
+    _add_output_options(parser.add_argument_group("What is written"))
+    return parser
+
+
+def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--dataset_name", required=True, metavar="DATA", help="file, folder or hub name")
     add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset_split", metavar="NAME", help="split, such as test or train[:100] [train]")
@@ -293,14 +286,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--prompt_format",
         choices=("auto", "chat", "text"),
         default="auto",
-        help="a text prompt is a user's turn of"
-        " the chat template, or is continued as text; auto: chat if there is a template, text with --add_column,"
-        " as in training [auto]",
+        help="a text prompt is a user's turn of the chat template, or is continued as text; auto: chat if there is a"
+        " template, text with --add_column, as in training [auto]",
     )
     add("--system_prompt", metavar="TEXT", help="for conversations without one")
     add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON", help="for the chat template")
 
-    add = parser.add_argument_group("Which model").add_argument
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="folder or hub name; the endpoint's name for it")
     add("--model_label", metavar="NAME", help="what the column model says [the same]")
     add("--backend", choices=("transformers", "vllm", "openai"), default="transformers", help="[transformers]")
@@ -323,8 +317,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--trust_remote_code", action="store_true", help="run code that comes with a hub model")
 
-    add = parser.add_argument_group("How it is sampled").add_argument
-    default = Sampling()
+
+def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
+    add, default = group.add_argument, Sampling()
     add("--n", type=_positive, default=1, help="responses to each prompt [1]")
     add("--max_new_tokens", type=int, default=default.max_new_tokens, metavar="N", help="[%(default)s]")
     add("--temperature", type=float, default=default.temperature, metavar="T", help="0 is greedy [%(default)s]")
@@ -333,16 +328,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a response and are no part of it")
     add("--seed", type=_seed, default=default.seed, metavar="N", help="none: nothing is repeatable [%(default)s]")
 
-    add = parser.add_argument_group("The endpoint (--backend openai)").add_argument
-    add("--base_url", metavar="URL", help="[$OPENAI_BASE_URL, or OpenAI's]")
-    add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key [%(default)s]")
-    add("--concurrency", type=int, default=16, metavar="N", help="requests at a time [%(default)s]")
-    add("--requests_per_minute", type=float, metavar="N", help="[as many as there are replies]")
-    add("--max_retries", type=int, default=8, metavar="N", help="of one request [%(default)s]")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="of one try [%(default)g]")
-    add("--extra_body", type=json_object, default={}, metavar="JSON", help="sent with every request")
 
-    add = parser.add_argument_group("What is written").add_argument
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--output", type=Path, required=True, metavar="FILE", help="the .jsonl file to append to")
     add(
         "--format",
@@ -356,4 +344,3 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="also write the dataset with the responses in a column of this name, such as y_ref",
     )
     add("--dataset_output", type=Path, metavar="FILE", help="where to, .jsonl or .parquet")
-    return parser

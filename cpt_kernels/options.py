@@ -21,6 +21,21 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=38, width=118)
 
 
+def add_endpoint_options(group: argparse._ArgumentGroup) -> None:
+    """The options of :class:`EndpointOptions` but for the model, under its names and with its defaults."""
+    from .endpoint import ENDPOINT_DEFAULTS  # brings datasets along, which other commands do without
+
+    add = group.add_argument
+    add("--base_url", metavar="URL", help="[$OPENAI_BASE_URL, or OpenAI's]")
+    add("--api_key_env", metavar="NAME", help="variable that holds the key [%(default)s]")
+    add("--concurrency", type=int, metavar="N", help="requests at a time [%(default)s]")
+    add("--requests_per_minute", type=float, metavar="N", help="[as many as there are replies]")
+    add("--max_retries", type=int, metavar="N", help="of one request [%(default)s]")
+    add("--timeout", type=float, metavar="SECONDS", help="of one try [%(default)g]")
+    add("--extra_body", type=json_object, metavar="JSON", help="sent with every request")
+    group.set_defaults(**ENDPOINT_DEFAULTS)
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A value that is a JSON object.
 
