@@ -17,7 +17,7 @@ from datasets import concatenate_datasets
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .data.pairs import Drop, Pairs
+from .data.pairs import Drop, Pairs, mark
 from .data.response_rows import TEXT, as_messages, read_responses
 from .data.sources import load
 
@@ -78,11 +78,11 @@ def load_responses(
             message says where.
     """
     parts, sources, total = [], {}, 0
-    unknown = dict.fromkeys(columns or ())
+    unknown = list(columns or ())
     for name in dict.fromkeys(names):
         dataset = load(name, config=config, split=split)
         renamed = {old: new for old, new in (columns or {}).items() if old in dataset.column_names}
-        unknown = {old: dataset.column_names for old in unknown if old not in renamed}
+        unknown = [old for old in unknown if old not in renamed]
         if taken := [new for new in renamed.values() if new in dataset.column_names]:
             raise ValueError(f"{name} has a column `{taken[0]}` already: no other can be renamed to it")
         part = read_responses(
@@ -90,24 +90,28 @@ def load_responses(
         )
         sources[name], total = total, total + len(part)
         parts.append(part)
-    for old, there in unknown.items():
-        raise ValueError(f"columns names `{old}`, which no source has; {name} has {', '.join(there)}")
+    if unknown:
+        there = ", ".join(dataset.column_names)
+        raise ValueError(f"columns names `{unknown[0]}`, which no source has; {name} has {there}")
     table = concatenate_datasets(parts).with_format("arrow")[:]
-    named = table["model"].combine_chunks().dictionary_encode()
     drops = table["drop"].to_numpy().astype(np.int8)
-    no_model = named.is_null().to_numpy(zero_copy_only=False)
     if rating is None:
-        drops[no_model & (drops == Drop.KEPT)] = Drop.NO_MODEL_NAMED
+        mark(drops, table["model"].is_null().to_numpy(), Drop.NO_MODEL_NAMED)
     for unit, most in (max_length or {}).items():
         length = table[f"prompt_{unit}"].to_numpy() + table[f"response_{unit}"].to_numpy()
-        drops[(length > most) & (drops == Drop.KEPT)] = Drop.TOO_LONG
-    known = np.array([*named.dictionary.to_pylist(), _UNKNOWN_MODEL], object)
-    codes = named.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
+        mark(drops, length > most, Drop.TOO_LONG)
     keys = [_digests(table[name]) for name in ("prompt_key", "response_key")]
-    responses = Responses(table, sources, known[codes], *keys, drops)
+    responses = Responses(table, sources, _model_names(table["model"]), *keys, drops)
     if wrong := np.flatnonzero(drops == Drop.NO_RATING).tolist():
         raise ValueError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
     return responses
+
+
+def _model_names(column: pa.ChunkedArray) -> NDArray[np.object_]:
+    """One text for each different name, however many responses have it."""
+    encoded = column.combine_chunks().dictionary_encode()
+    names = np.array([*encoded.dictionary.to_pylist(), _UNKNOWN_MODEL], object)
+    return names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
 
 
 def _digests(column: pa.ChunkedArray) -> NDArray[np.bytes_]:

@@ -17,7 +17,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .data.pairs import Drop, Pairs
+from .data.pairs import Drop, Pairs, number
 from .pairs_data import Responses
 
 # Column of the table -> figure and its format.
@@ -67,22 +67,7 @@ def make_report(
     prompt = responses.numbers(f"prompt_{unit}")[pairs.chosen]
     lengths = responses.numbers(f"response_{unit}")
     lengths = {"prompt": prompt, "chosen": lengths[pairs.chosen], "rejected": lengths[pairs.rejected]}
-    names = list(dict.fromkeys(responses.models))
-    index = {name: i for i, name in enumerate(names)}
-    model = np.fromiter((index[name] for name in responses.models), np.int64, len(responses))
-    code = model[pairs.chosen] * len(names) + model[pairs.rejected]
-    lost = {
-        reason: model[some[:, 0]] * len(names) + model[some[:, 1]]
-        for reason, some in (("identical", pairs.identical), ("tied", pairs.tied))
-    }
-    counts = {reason: Counter(codes.tolist()) for reason, codes in lost.items()}
-    order = np.argsort(code, kind="stable")
-    by_models = []
-    for key in np.unique(np.concatenate([code, *lost.values()])).tolist():
-        some = order[slice(*np.searchsorted(code, [key, key + 1], sorter=order))]
-        entry = {"chosen": names[key // len(names)], "rejected": names[key % len(names)]}
-        entry |= _describe(pairs, some, lengths, held_out)
-        by_models.append(entry | {reason: found[key] for reason, found in counts.items()})
+    by_models = _describe_models(pairs, responses.models, lengths, held_out)
     ranking = about["strength"] or {}
     by_models.sort(key=lambda e: (-ranking.get(e["chosen"], 0), -ranking.get(e["rejected"], 0), -e["pairs"]))
     repeated, opposed = pairs.count_echoes()
@@ -96,9 +81,10 @@ def make_report(
             "in_pairs": everything.pop("prompts"),
             "validation": pairs.count_prompts(held_out),
         },
-        "pairs": everything
-        | {reason: len(codes) for reason, codes in lost.items()}
-        | {"repeated": repeated, "opposed": opposed},
+        "pairs": {
+            **everything,
+            **{"identical": len(pairs.identical), "tied": len(pairs.tied), "repeated": repeated, "opposed": opposed},
+        },
         "by_models": by_models,
     }
 
@@ -114,6 +100,28 @@ def _account(responses: Responses, pairs: Pairs) -> dict[str, Any]:
         if detail := responses.table["detail"][rows[0]].as_py():
             dropped[reason.label]["detail"] = detail
     return {"in": len(responses), "kept": int(counts[Drop.KEPT]), "dropped": dropped}
+
+
+def _describe_models(
+    pairs: Pairs, models: Sequence[str], lengths: dict, held_out: NDArray[np.bool_]
+) -> list[dict[str, Any]]:
+    """As `_describe`, for each two models that have pairs, or candidates that were dropped."""
+    names, model = list(dict.fromkeys(models)), number(models)
+
+    def code(chosen: NDArray[np.int64], rejected: NDArray[np.int64]) -> NDArray[np.int64]:
+        return model[chosen] * len(names) + model[rejected]
+
+    codes = code(pairs.chosen, pairs.rejected)
+    dropped = {"identical": code(*pairs.identical.T), "tied": code(*pairs.tied.T)}
+    counts = {reason: Counter(of_reason.tolist()) for reason, of_reason in dropped.items()}
+    order = np.argsort(codes, kind="stable")
+    entries = []
+    for key in np.unique(np.concatenate([codes, *dropped.values()])).tolist():
+        some = order[slice(*np.searchsorted(codes, [key, key + 1], sorter=order))]
+        entry = {"chosen": names[key // len(names)], "rejected": names[key % len(names)]}
+        entry |= _describe(pairs, some, lengths, held_out)
+        entries.append(entry | {reason: found[key] for reason, found in counts.items()})
+    return entries
 
 
 def _describe(pairs: Pairs, some: NDArray[np.int64], lengths: dict, held_out: NDArray[np.bool_]) -> dict[str, Any]:

@@ -161,18 +161,16 @@ def build_pairs(
     drops = _find_empty(prompts, responses) if drops is None else drops.astype(np.int8)
     prompt = number(prompts)
     content = number(prompt * n + number(responses))
-    names = list(dict.fromkeys(models))
-    model = number(models)
+    names, model = list(dict.fromkeys(models)), number(models)
+    ranking = None
     if isinstance(strength, Mapping):
         ranking = _check_ranking(strength, names, which)
         score = np.array([ranking.get(name, np.nan) for name in names])[model]
-        _mark(drops, np.isnan(score), Drop.MODEL_NOT_RANKED)
-        level = np.searchsorted(-np.unique(list(ranking.values()))[::-1], -score)  # best first, models alike together
+        mark(drops, np.isnan(score), Drop.MODEL_NOT_RANKED)
     else:
-        ranking, level = None, None
         score = _read_ratings(strength, n)
         _check_known(which.models(), names, "the choice of pairs")
-        _mark(drops, np.isnan(score), Drop.NO_RATING)
+        mark(drops, np.isnan(score), Drop.NO_RATING)
     _mark_repeats(drops, [content, model], Drop.DUPLICATE)
     if ranking is not None:
         _mark_repeats(drops, [prompt, model], Drop.SECOND_RESPONSE)
@@ -182,33 +180,27 @@ def build_pairs(
     order = usable[np.lexsort((usable, -score[usable], prompt[usable]))]  # a prompt's together, its best first
     cu_prompts = _boundaries(prompt[order])
     drops[order[cu_prompts[:-1][np.diff(cu_prompts) == 1]]] = Drop.NO_OTHER_RESPONSE
-    if level is None:
-        level = np.zeros(n, np.int64)
-        level[order] = np.cumsum(np.diff(score[order], prepend=np.inf) != 0)
-    chosen, rejected = order[_enumerate(order, cu_prompts, _Asked(which, names, model, level))]
-    identical = content[chosen] == content[rejected]
-    tied = ~identical & (score[chosen] == score[rejected])
-    kept = ~identical & ~tied
-    in_pair = np.zeros(n, bool)
-    in_pair[chosen[kept]] = in_pair[rejected[kept]] = True
-    _mark(drops, ~in_pair, Drop.NO_PAIR_LEFT)
-    pairs = Pairs(
-        chosen[kept],
-        rejected[kept],
-        score[chosen[kept]] - score[rejected[kept]],
-        np.stack([chosen, rejected], axis=1)[identical],
-        np.stack([chosen, rejected], axis=1)[tied],
-        drops,
-        score,
-        prompt,
-        content,
-    )
+    asked = _Asked(which, names, model, _levels(score, order, ranking))
+    candidates = order[_enumerate(order, cu_prompts, asked)]
+    pairs = _choose(candidates, drops, score, prompt, content)
     if not len(pairs):
         raise ValueError(_explain_no_pair(pairs, names, model))
     return pairs
 
 
 # --- Which pairs ---
+
+
+def _levels(
+    score: NDArray[np.float64], order: NDArray[np.int64], ranking: Mapping[str, float] | None
+) -> NDArray[np.int64]:
+    """(n,) place of each response in strength, best first, by which two are `adjacent` or not. A model's is among all
+    that are ranked: one that did not answer stands between two as well. A rating's is among those of its prompt."""
+    if ranking is not None:
+        return np.searchsorted(-np.unique(list(ranking.values()))[::-1], -score)
+    level = np.zeros(len(score), np.int64)
+    level[order] = np.cumsum(np.diff(score[order], prepend=np.inf) != 0)
+    return level
 
 
 def _enumerate(order: NDArray[np.int64], cu_prompts: NDArray[np.int64], asked: _Asked) -> NDArray[np.int64]:
@@ -222,6 +214,34 @@ def _enumerate(order: NDArray[np.int64], cu_prompts: NDArray[np.int64], asked: _
         offset += 1
     pairs = np.concatenate(found, axis=1)
     return pairs[:, np.lexsort(pairs[::-1])]
+
+
+def _choose(
+    candidates: NDArray[np.int64],  # (2, P) chosen and rejected
+    drops: NDArray[np.int8],
+    score: NDArray[np.float64],
+    prompt: NDArray[np.int64],
+    content: NDArray[np.int64],
+) -> Pairs:
+    """The candidates of different text and strength, and apart from them the others; what is in none is dropped."""
+    chosen, rejected = candidates
+    identical = content[chosen] == content[rejected]
+    tied = ~identical & (score[chosen] == score[rejected])
+    kept = ~identical & ~tied
+    in_pair = np.zeros(len(drops), bool)
+    in_pair[candidates[:, kept]] = True
+    mark(drops, ~in_pair, Drop.NO_PAIR_LEFT)
+    return Pairs(
+        chosen[kept],
+        rejected[kept],
+        score[chosen[kept]] - score[rejected[kept]],
+        candidates.T[identical],
+        candidates.T[tied],
+        drops,
+        score,
+        prompt,
+        content,
+    )
 
 
 class _Asked:
@@ -280,7 +300,8 @@ def _boundaries(sorted_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.append(starts, len(sorted_numbers))
 
 
-def _mark(drops: NDArray[np.int8], where: NDArray[np.bool_], reason: Drop) -> None:
+def mark(drops: NDArray[np.int8], where: NDArray[np.bool_], reason: Drop) -> None:
+    """Drop responses, given by a mask (n,), but for those that are dropped already."""
     drops[where & (drops == Drop.KEPT)] = reason
 
 
@@ -297,7 +318,7 @@ def _find_empty(prompts: Values, responses: Values) -> NDArray[np.int8]:
     drops = np.zeros(len(prompts), np.int8)
     for values, reason in ((prompts, Drop.EMPTY_PROMPT), (responses, Drop.EMPTY_RESPONSE)):
         blank = (value is None or (isinstance(value, str) and not value.strip()) for value in values)
-        _mark(drops, np.fromiter(blank, bool, len(values)), reason)
+        mark(drops, np.fromiter(blank, bool, len(values)), reason)
     return drops
 
 
