@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .data.pairs import number
 from .judge import Verdicts
 from .outputs import Comparisons
 from .win_rate import CONFIDENCE, RESAMPLES, interval, length_controlled_win_rate, win_rate
@@ -47,7 +48,7 @@ class OutputEvaluation:
         wins = self.verdicts.preferences[judged]
         lengths = np.array([len(text) for text in pairs.outputs])[judged]
         baseline_lengths = np.array([len(text) for text in pairs.baseline_outputs])[judged]
-        prompts = np.array(self._numbers())[judged]
+        prompts = number(pairs.prompts)[judged]
         controlled = length_controlled_win_rate(wins, lengths, baseline_lengths, prompts=prompts, **bootstrap)
         return {
             "model": pairs.model,
@@ -96,11 +97,6 @@ class OutputEvaluation:
                 sums[prompt] += preference
                 counts[prompt] += 1
         return {prompt: float(sums[prompt] / count) for prompt, count in counts.items()}
-
-    def _numbers(self) -> list[int]:
-        """Number of each comparison's prompt."""
-        numbers: dict[str, int] = {}
-        return [numbers.setdefault(prompt, len(numbers)) for prompt in self.comparisons.prompts]
 
 
 def differences(

@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 
 from .config import ContrastiveConfig
 from .data.collate import PackedCollator
+from .data.pairs import number
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_tokenizer
 from .loading import load_model
@@ -184,20 +185,11 @@ def evaluate_pairs(
     Raises:
         ValueError: a stream, no pairs, an unknown column, or a model that does not fit the tokenizer.
     """
-    if not isinstance(data, Dataset):
-        raise ValueError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset that is no stream")
     args = ContrastiveConfig() if args is None else args
-    if not models:
-        raise ValueError("there is no model to evaluate")
-    present = data.column_names
-    if lacking := [name for name in by if name not in present]:
-        raise ValueError(f"by names the column {lacking[0]!r}, but the data has {sorted(present)}")
-    if taken := [name for name in by if name in _RESERVED]:
-        raise ValueError(f"by names the column {taken[0]!r}, which the result has itself: rename it in the data")
-    if {*_GROUPED} <= {*present}:
+    _check(models, data, by)
+    if _has(data, _GROUPED):
         data = _split_groups(data)
-    of_models = _MODELS if {*_MODELS} <= {*data.column_names} else ()
-    origin = _ORIGIN if {*_ORIGIN} <= {*data.column_names} else ()
+    keep = [name for names in (_MODELS, _ORIGIN) if _has(data, names) for name in names]
     with args.main_process_first(desc="tokenising the held-out data"):  # the others find it in datasets' cache
         dataset, report = prepare(
             data,
@@ -205,7 +197,7 @@ def evaluate_pairs(
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             ranked_pairs=args.ranked_pairs,
-            keep_columns=list(dict.fromkeys([*of_models, *by, *origin])),
+            keep_columns=list(dict.fromkeys([*keep, *by])),
             num_proc=args.dataset_num_proc,
             name="held-out",
         )
@@ -214,14 +206,11 @@ def evaluate_pairs(
     scorer = _Scorer(dataset, tokenizer, args, report.max_token_id)
     lengths = scorer.lengths[scorer.members]
     groupings = [
-        *_column_groupings(dataset, of_models, by, scorer.rows),
+        *_column_groupings(dataset, by, scorer.rows),
         _buckets(LENGTH_RATIO, lengths[:, 0] / lengths[:, 1], ratio_edges),
         _buckets(CHOSEN_LENGTH, lengths[:, 0], length_edges),
     ]
-    places = np.concatenate([scorer.source[scorer.rows, None], scorer.sides], axis=1)
-    if origin:
-        table = dataset.with_format("arrow").select_columns(list(origin))[:]
-        places = np.stack([table[name].to_numpy() for name in origin], axis=1)[scorer.rows]
+    places = _places(dataset, scorer)
     return PairEvaluation(
         rows=places[:, 0],
         completions=places[:, 1:],
@@ -233,6 +222,21 @@ def evaluate_pairs(
         beta=args.beta,
         report=report,
     )
+
+
+def _check(models: Mapping[str, Model], data: Any, by: Sequence[str]) -> None:
+    if not isinstance(data, Dataset):
+        raise ValueError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset that is no stream")
+    if not models:
+        raise ValueError("there is no model to evaluate")
+    if lacking := [name for name in by if name not in data.column_names]:
+        raise ValueError(f"by names the column {lacking[0]!r}, but the data has {sorted(data.column_names)}")
+    if taken := [name for name in by if name in _RESERVED]:
+        raise ValueError(f"by names the column {taken[0]!r}, which the result has itself: rename it in the data")
+
+
+def _has(data: Dataset, columns: Sequence[str]) -> bool:
+    return set(columns) <= set(data.column_names)
 
 
 class _Scorer:
@@ -270,7 +274,7 @@ class _Scorer:
         if not getattr(base_model(model), "is_quantized", False):  # those are where they were loaded to
             model.to(self.accelerator.device)
         packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
-        scorer = Reference(
+        reference = Reference(
             packed,
             None,
             new_adapter=False,
@@ -279,8 +283,8 @@ class _Scorer:
             cache_dir=args.ref_cache_dir or default_cache_dir(),
         )
         collator = PackedCollator(*self.cut, args.share_prompts != "false", packed.share_limit)
-        scorer.fill(self.dataset, collator, args.max_tokens_per_batch, "held-out", name)
-        return np.concatenate(list(self._sums(scorer.cache)))
+        reference.fill(self.dataset, collator, args.max_tokens_per_batch, "held-out", name)
+        return np.concatenate(list(self._sums(reference.cache)))
 
     def _sums(self, cache: ReferenceCache) -> Iterator[NDArray[np.float64]]:
         for sequences in iter_sequences(self.dataset, *self.cut):
@@ -294,26 +298,32 @@ def _split_groups(data: Dataset) -> Dataset:
     """Rows of ``completions``, ``models`` and ``pairs`` as a row for each pair; each response is scored once still."""
     kept = [name for name in data.column_names if name not in (*_GROUPED, "scores")]
 
-    def split(batch: Mapping[str, list], numbers: list[int]) -> dict[str, list]:
+    def split(batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
         split: dict[str, list] = {name: [] for name in (*kept, "chosen", "rejected", *_MODELS, *_ORIGIN)}
-        for i, number in enumerate(numbers):
+        for i, row in enumerate(rows):
             completions, models, pairs = (batch[name][i] for name in _GROUPED)
             if lacking := [name for name in _GROUPED if batch[name][i] is None]:
-                raise ValueError(f"row {number} has no {lacking[0]}, as grouped rows do: give it some, or leave it out")
+                raise ValueError(f"row {row} has no {lacking[0]}, as grouped rows do: give it some, or leave it out")
             for pair in pairs:
                 are_there = len(pair) == 2 and 0 <= min(pair) <= max(pair) < len(models) == len(completions)
                 if not are_there:
-                    raise ValueError(
-                        f"row {number}: models and pairs do not belong to its {len(completions)} completions"
-                    )
+                    raise ValueError(f"row {row}: models and pairs do not belong to its {len(completions)} completions")
                 sides = [values[side] for values in (completions, models) for side in pair]
-                for name, value in zip(("chosen", "rejected", *_MODELS, *_ORIGIN), (*sides, number, *pair)):
+                for name, value in zip(("chosen", "rejected", *_MODELS, *_ORIGIN), (*sides, row, *pair)):
                     split[name].append(value)
                 for name in kept:
                     split[name].append(batch[name][i])
         return split
 
     return data.map(split, batched=True, with_indices=True, remove_columns=data.column_names, desc="Splitting groups")
+
+
+def _places(dataset: Dataset, scorer: _Scorer) -> NDArray[np.int64]:
+    """(P, 3) row of each pair in the data given, and which of the row's completions are chosen and rejected."""
+    if not _has(dataset, _ORIGIN):
+        return np.concatenate([scorer.source[scorer.rows, None], scorer.sides], axis=1)
+    table = dataset.with_format("arrow").select_columns(list(_ORIGIN))[:]
+    return np.stack([table[name].to_numpy() for name in _ORIGIN], axis=1)[scorer.rows]
 
 
 def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
@@ -331,23 +341,22 @@ def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
     return np.array(hashes, np.uint64)
 
 
-def _column_groupings(
-    dataset: Dataset, of_models: Sequence[str], by: Sequence[str], row_of_pair: NDArray
-) -> Iterator[Grouping]:
-    columns = list(dict.fromkeys([*of_models, *by]))
+def _column_groupings(dataset: Dataset, by: Sequence[str], row_of_pair: NDArray) -> Iterator[Grouping]:
+    has_models = _has(dataset, _MODELS)
+    columns = list(dict.fromkeys([*(_MODELS if has_models else ()), *by]))
     table = dataset.with_format("arrow").select_columns(columns)[:] if columns else None
-    if of_models:
-        sides = zip(*(table[name].to_pylist() for name in of_models))
+    if has_models:
+        sides = zip(*(table[name].to_pylist() for name in _MODELS))
         yield _grouping(MODEL_PAIR, [f"{chosen} > {rejected}" for chosen, rejected in sides], row_of_pair)
     for name in by:
         yield _grouping(name, list(map(str, table[name].to_pylist())), row_of_pair)
 
 
 def _grouping(name: str, of_rows: list[str], row_of_pair: NDArray) -> Grouping:
-    numbers = {value: number for number, value in enumerate(dict.fromkeys(of_rows))}
-    if len(numbers) > _MOST_VALUES:
-        raise ValueError(f"{name} has {len(numbers)} different values; at most {_MOST_VALUES} make a table")
-    return Grouping(name, list(numbers), np.array([numbers[value] for value in of_rows])[row_of_pair])
+    values = list(dict.fromkeys(of_rows))
+    if len(values) > _MOST_VALUES:
+        raise ValueError(f"{name} has {len(values)} different values; at most {_MOST_VALUES} make a table")
+    return Grouping(name, values, number(of_rows)[row_of_pair])
 
 
 def _buckets(name: str, values: NDArray, edges: Sequence[float]) -> Grouping:
