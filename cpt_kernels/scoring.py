@@ -102,8 +102,7 @@ def scoring_batches(
     edges = np.flatnonzero(missing.prompts[order][1:] != missing.prompts[order][:-1]) + 1
     for members in np.split(order, edges):
         prompt, lengths = int(missing.prompt_lengths[members[0]]), missing.lengths[members]
-        limit = collator.share_limit
-        shares = collator.share_prompts and (limit is None or prompt + lengths.max() <= limit)
+        shares = collator.shares(prompt + int(lengths.max()))
         start, total = 0, 0
         for i, length in enumerate(lengths.tolist()):
             more = length if shares and total else prompt + length

@@ -6,7 +6,7 @@ response is run once however many pairs it is in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -110,22 +110,13 @@ class PackedCollator:
                 groups.setdefault(prompt, {})[completion] = None
         if not sequences:  # a rank whose last micro-batch is empty still takes part in every collective
             groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
-        lengths = [
-            GroupLengths(len(prompt), [len(c) for c in completions], self._shares(prompt, completions))
-            for prompt, completions in groups.items()
-        ]
+        lengths = [self._lengths(prompt, completions) for prompt, completions in groups.items()]
         layout = pack(lengths)
         tokens = [(prompt, list(completions)) for prompt, completions in groups.items()]
-        number = {(p, c): s for s, (p, c) in enumerate((p, c) for p, cs in tokens for c in cs)}
-        pairs = [tuple(number[sequence] for sequence in edge) for edge in edges]
-        boundaries = unit_boundaries(len(number), pairs)
-        order = sorted(range(len(pairs)), key=lambda p: min(pairs[p]))  # a unit's pairs are consecutive too; stable
-        pairs, gaps = ([values[p] for p in order] for values in (pairs, gaps))
-        pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
-        chosen, sft_targets, *rejected = (
-            np.array(pairs, dtype=np.int64).reshape(len(pairs), -1).T if pairs else [[], []]
-        )
-        has_rejected = bool(len(rejected)) or not pairs
+        number = {sequence: s for s, sequence in enumerate((p, c) for p, completions in tokens for c in completions)}
+        pairs, order, units = _number_pairs(edges, number)
+        gaps = [gaps[p] for p in order]
+        chosen, sft_targets, *rejected = np.array(pairs, np.int64).T if pairs else np.zeros((3, 0), np.int64)
         row_count = len(layout.position_ids)
         sequence_lengths = [len(prompt) + len(completion) for prompt, completion in number]
         completion_lengths = np.diff(layout.cu_completions)
@@ -144,23 +135,27 @@ class PackedCollator:
             cu_completions=_ints(layout.cu_completions),
             completion_lengths=completion_lengths.tolist(),
             chosen=_ints(chosen),
-            rejected=_ints(rejected[0] if len(rejected) else []) if has_rejected else None,
+            rejected=_ints(rejected[0]) if rejected else None,
             sft_targets=_ints(sft_targets),
             gaps=None if None in gaps else torch.tensor(gaps, dtype=torch.float32),
-            units=list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist())),
+            units=units,
             **self._reference_logps(number, scored=bool(edges)),
             num_pairs=len(pairs),
-            num_chosen_tokens=int(completion_lengths[np.asarray(chosen, dtype=np.int64)].sum()),
+            num_chosen_tokens=int(completion_lengths[chosen].sum()),
             num_sequence_tokens=sum(sequence_lengths[s] for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
             places=places,
             shared=any(g.share and len(g.completions) > 1 for g in lengths),
         )
 
-    def _shares(self, prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]]) -> bool:
-        longest = len(prompt) + max(map(len, completions))
+    def shares(self, longest: int) -> bool:
+        """Whether a prompt is run once for completions of which the longest makes, with it, so many tokens."""
         return self.share_prompts and (self.share_limit is None or longest <= self.share_limit)
 
-    def _reference_logps(self, number: Mapping[tuple[tuple, tuple], int], scored: bool) -> dict[str, Any]:
+    def _lengths(self, prompt: Sequence[int], completions: Iterable[Sequence[int]]) -> GroupLengths:
+        lengths = [len(completion) for completion in completions]
+        return GroupLengths(len(prompt), lengths, self.shares(len(prompt) + max(lengths)))
+
+    def _reference_logps(self, number: Mapping[Tokens, int], scored: bool) -> dict[str, Any]:
         if self.reference is None:
             return {"ref_token_logps": None, "ref_missing": []}
         sequences = list(number)
@@ -168,6 +163,18 @@ class PackedCollator:
         logps = self.reference(sequences) if scored else np.zeros(stops[-1], np.float32)
         missing = [(s, *sequences[s]) for s in np.flatnonzero(np.isnan(logps[stops - 1])).tolist()]
         return {"ref_token_logps": torch.from_numpy(logps), "ref_missing": missing}
+
+
+def _number_pairs(
+    edges: Sequence[tuple[Tokens, ...]], number: Mapping[Tokens, int]
+) -> tuple[list[tuple[int, ...]], list[int], list[tuple[int, int]]]:
+    """Pairs as numbers of completions, a unit's one after another; the place that each had; and the units."""
+    pairs = [tuple(number[sequence] for sequence in edge) for edge in edges]
+    order = sorted(range(len(pairs)), key=lambda p: min(pairs[p]))  # so a unit's are consecutive; stable
+    pairs = [pairs[p] for p in order]
+    boundaries = unit_boundaries(len(number), pairs)
+    pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
+    return pairs, order, list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist()))
 
 
 def gap_of(row: Mapping[str, Any], chosen: int, rejected: int | None = None) -> float | None:
