@@ -95,14 +95,7 @@ def make_loader(
     count_tokens = partial(
         row_tokens, max_length=args.max_length, truncation_mode=args.truncation_mode, share_prompts=share_prompts
     )
-    workers = dict(
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-        persistent_workers=args.dataloader_persistent_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        in_order=args.dataloader_in_order,
-    )
+    workers = _worker_options(args)
     world = dict(world_size=args.world_size, rank=args.process_index)
     accumulation = args.gradient_accumulation_steps
     if isinstance(dataset, IterableDataset):
@@ -126,28 +119,46 @@ def make_loader(
         **world,
     )
     if training:
-        if not len(sampler):
-            raise ValueError(
-                f"dataloader_drop_last leaves nothing of {len(dataset)} rows, which fill no step: set it to false, or"
-                " lower per_device_train_batch_size"
-            )
-        epochs = args.num_train_epochs
-        if args.max_steps > 0:
-            epochs = args.max_steps / math.ceil(len(sampler) / accumulation)
-        if draws is not None:
-            draws.end_with_run(epochs)
-        sampler.plan_epochs(math.ceil(epochs))
+        _plan_run(sampler, args)
     rows = dataset if draws is None else DrawnRows(dataset, draws)
     return EpochLoader(rows, batch_sampler=sampler, collate_fn=collator, **workers)
 
 
+def _worker_options(args: Any) -> dict[str, Any]:
+    return dict(
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+    )
+
+
+def _plan_run(sampler: BatchSampler, args: Any) -> None:
+    """Tell sampler and curriculum how long the run is."""
+    if not len(sampler):
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing of {len(sampler.tokens)} rows, which fill no step: set it to false,"
+            " or lower per_device_train_batch_size"
+        )
+    epochs = args.max_steps / _steps_per_epoch(sampler, args) if args.max_steps > 0 else args.num_train_epochs
+    if sampler.draws is not None:
+        sampler.draws.end_with_run(epochs)
+    sampler.plan_epochs(math.ceil(epochs))
+
+
+def _steps_per_epoch(sampler: BatchSampler, args: Any) -> int:
+    return math.ceil(len(sampler) / args.gradient_accumulation_steps)
+
+
 def report_draws(loader: EpochLoader, draws: Draws, args: Any) -> list[str]:
     """Lines of text: how often a run draws the rows of each level, of all ranks together."""
-    sampler, accumulation = loader.batch_sampler, args.gradient_accumulation_steps
+    sampler = loader.batch_sampler
     steps = args.max_steps
     if steps <= 0:
-        steps = math.ceil(args.num_train_epochs * math.ceil(len(sampler) / accumulation))
-    return draws.report(sampler.count_draws(steps, accumulation))
+        steps = math.ceil(args.num_train_epochs * _steps_per_epoch(sampler, args))
+    return draws.report(sampler.count_draws(steps, args.gradient_accumulation_steps))
 
 
 def report_stream(report: PreparationReport, draws: StreamDraws | None, args: Any, steps: int) -> list[str]:
