@@ -130,7 +130,7 @@ class ResponseFile:
         # An endpoint may end a text in the middle of a surrogate pair, which is no UTF-8.
         return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    # -- what is there already ----------------------------------------------------------------------------------------
+    # --- What is there already ---
 
     def _read(self) -> None:
         is_whole = True

@@ -104,7 +104,7 @@ class Tokenization:
                 output[name].append(value)
         return output | {name: columns[name] for name in self.keep}
 
-    # -- rows that bring their tokens ---------------------------------------------------------------------------------
+    # --- Rows that bring their tokens ---
 
     def _read_group(self, row: dict[str, Any]) -> dict[str, list]:
         prompt_ids = _token_list(row["prompt_ids"], "prompt_ids")
@@ -132,7 +132,7 @@ class Tokenization:
             group["scores"] = []
         return group
 
-    # -- rows of text and messages ------------------------------------------------------------------------------------
+    # --- Rows of text and messages ---
 
     def _encode_groups(self, rows: list[dict]) -> list[dict | RowError]:
         parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
