@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from .data.collate import PackedCollator
 from .data.preparation import prepare
+from .data.sources import load
 from .parsing import parse
 from .reference import Reference
 from .reference_cache import ReferenceCache
@@ -148,8 +149,6 @@ def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = (
 
 
 def _with_columns(options, trainer: _Unfilled, columns: Sequence[str]) -> Dataset:
-    from .data.sources import load
-
     script, args = options.script, options.training
     data = load(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
     if lacking := sorted(set(columns) - set(data.column_names)):

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,7 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
 def info(args: argparse.Namespace) -> None:
     """Print what is stored; with a dataset, how much of it."""
     if args.training:
-        from .cache_data import open_dataset
-
-        with open_dataset(args.training, args.prog) as data:
+        with _open_dataset(args) as data:
             for name, missing in data.missing().items():
                 share = missing.found / max(missing.completions, 1)
                 _say(f"{name} data: {missing.found} of {missing.completions} completions are stored ({share:.1%})")
@@ -96,9 +95,7 @@ def verify(args: argparse.Namespace) -> None:
         ValueError: a shard is damaged, or a value differs by more than rounding explains.
     """
     if args.training:
-        from .cache_data import open_dataset
-
-        with open_dataset(args.training, args.prog) as data:
+        with _open_dataset(args) as data:
             gaps = data.rescore(args.sample, args.seed)
         if not gaps:
             raise ValueError("no completion of this dataset is stored, so there is nothing to verify")
@@ -196,19 +193,21 @@ def export(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Score what the cache lacks of a dataset, on any number of ranks. Killed, it goes on where it was."""
-    from .cache_data import open_dataset
-
-    with open_dataset(args.training, args.prog) as data:
+    with _open_dataset(args) as data:
         data.fill()
 
 
 def import_sums(args: argparse.Namespace) -> None:
     """Take over the sums that TRL put into a dataset, after a sample of them has been scored again."""
-    from .cache_data import open_dataset
-
-    with open_dataset(args.training, args.prog, keep_columns=_SUMS) as data:
+    with _open_dataset(args, keep_columns=_SUMS) as data:
         added, gaps = data.import_sums(_SUMS, args.sample, args.seed, args.tolerance)
     _say(f"{added} completions imported; of {len(gaps)} scored again the largest difference is {max(gaps):.3g} a token")
+
+
+def _open_dataset(args: argparse.Namespace, keep_columns: Sequence[str] = ()) -> AbstractContextManager:
+    from .cache_data import open_dataset  # takes seconds, as it brings transformers along
+
+    return open_dataset(args.training, args.prog, keep_columns)
 
 
 # --- Options ---

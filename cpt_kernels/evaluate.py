@@ -32,7 +32,7 @@ from .checkpoints import (
     read_configs,
     read_options,
 )
-from .data.sources import load
+from .data.sources import load, parse_columns
 from .endpoint import ENDPOINT_DEFAULTS, EndpointOptions
 from .evaluation_reports import (
     difference_lines,
@@ -86,7 +86,7 @@ def score_pairs(args: argparse.Namespace) -> None:
     tokenizer = load_shared_tokenizer(names, options)
     evaluation = evaluate_pairs(
         {name: loader(model, "models", options) for name, model in models.items()},
-        load(args.data, split=args.split, columns=_columns(args.columns)),
+        load(args.data, split=args.split, columns=parse_columns(args.columns)),
         tokenizer,
         reference=None if reference is None else loader(reference, "reference", options),
         args=options.training,
@@ -208,10 +208,6 @@ def _check_output(args: argparse.Namespace) -> None:
         raise ValueError(f"output_dir={args.output_dir} cannot be written to ({error.strerror})") from error
 
 
-def _columns(given: Sequence[str] | None) -> dict[str, str] | None:
-    return None if given is None else dict((name.split("=", 1) * 2)[:2] for name in given)
-
-
 def _write_json(path: Path, results: dict[str, Any]) -> Path:
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     publish(path, lambda file: file.write(text.encode()))
@@ -250,7 +246,10 @@ _COMMANDS = {
 }
 _JUDGE_MODEL_DEFAULTS = {
     **ENDPOINT_DEFAULTS,
-    **{"judge_file": None, "judge_template": TEMPLATE, "max_new_tokens": 1024, "temperature": 0.0},
+    "judge_file": None,
+    "judge_template": TEMPLATE,
+    "max_new_tokens": 1024,
+    "temperature": 0.0,
 }
 
 

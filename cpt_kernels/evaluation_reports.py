@@ -16,6 +16,16 @@ from .pair_evaluation import ALL
 Row = dict[str, Any]
 
 _FORMATS = ("png", "svg")
+# Metric of a pair -> what to call it, factor, format.
+_METRICS = {
+    "rewards/accuracies": ("reward accuracy, %", 100, ".1f"),
+    "rewards/margins": ("reward margin", 1, ".3f"),
+    "rewards/chosen": ("reward, chosen", 1, ".3f"),
+    "rewards/rejected": ("reward, rejected", 1, ".3f"),
+    "logps/accuracies": ("chosen is likelier, %", 100, ".1f"),
+    "logps/chosen": ("log-prob, chosen", 1, ".1f"),
+    "logps/rejected": ("log-prob, rejected", 1, ".1f"),
+}
 
 
 # --- Held-out pairs ---
@@ -39,17 +49,6 @@ def own_references(summary: Sequence[Row]) -> list[str]:
     """Models whose rewards are 0 throughout: there is nothing to see in their groups."""
     whole = [row for row in summary if row["by"] == ALL]
     return [row["model"] for row in whole if not any(row["rewards/margins"].values())]
-
-
-_METRICS = {
-    "rewards/accuracies": ("reward accuracy, %", 100, ".1f"),
-    "rewards/margins": ("reward margin", 1, ".3f"),
-    "rewards/chosen": ("reward, chosen", 1, ".3f"),
-    "rewards/rejected": ("reward, rejected", 1, ".3f"),
-    "logps/accuracies": ("chosen is likelier, %", 100, ".1f"),
-    "logps/chosen": ("log-prob, chosen", 1, ".1f"),
-    "logps/rejected": ("log-prob, rejected", 1, ".1f"),
-}
 
 
 def _group_table(by: str, rows: Sequence[Row]) -> Table:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined, TemplateError
@@ -24,11 +24,10 @@ from jinja2.meta import find_undeclared_variables
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from .endpoint import Endpoint, EndpointOptions
 from .outputs import Comparisons
-
-if TYPE_CHECKING:
-    from .endpoint import EndpointOptions
-    from .prompts import Sampling
+from .prompts import Answer, Failure, Prompt, Request, Sampling
+from .responses import ResponseFile, prompt_of
 
 Judge = Callable[[str, str, str], "float | str"]  # (prompt, output_1, output_2) -> preference, or one of _WINNERS
 
@@ -192,10 +191,6 @@ def ask_endpoint(
     Raises:
         ValueError: the endpoint refuses, or ``file`` holds something else.
     """
-    from .endpoint import Endpoint
-    from .prompts import Answer, Failure, Prompt, Request
-    from .responses import ResponseFile, prompt_of
-
     prompt = prompt or JudgePrompt()
     rows = list(zip(comparisons.prompts, comparisons.outputs, comparisons.baseline_outputs))
     different = [i for i, (_, output, baseline) in enumerate(rows) if output != baseline]

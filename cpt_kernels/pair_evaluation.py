@@ -187,9 +187,8 @@ def evaluate_pairs(
     """
     args = ContrastiveConfig() if args is None else args
     _check(models, data, by)
-    if _has(data, _GROUPED):
+    if _present(_GROUPED, data):
         data = _split_groups(data)
-    keep = [name for names in (_MODELS, _ORIGIN) if _has(data, names) for name in names]
     with args.main_process_first(desc="tokenising the held-out data"):  # the others find it in datasets' cache
         dataset, report = prepare(
             data,
@@ -197,7 +196,7 @@ def evaluate_pairs(
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             ranked_pairs=args.ranked_pairs,
-            keep_columns=list(dict.fromkeys([*keep, *by])),
+            keep_columns=list(dict.fromkeys([*_present(_MODELS, data), *by, *_present(_ORIGIN, data)])),
             num_proc=args.dataset_num_proc,
             name="held-out",
         )
@@ -235,8 +234,9 @@ def _check(models: Mapping[str, Model], data: Any, by: Sequence[str]) -> None:
         raise ValueError(f"by names the column {taken[0]!r}, which the result has itself: rename it in the data")
 
 
-def _has(data: Dataset, columns: Sequence[str]) -> bool:
-    return set(columns) <= set(data.column_names)
+def _present(names: tuple[str, ...], data: Dataset) -> tuple[str, ...]:
+    """The columns, if the data has all of them, else none."""
+    return names if {*names} <= {*data.column_names} else ()
 
 
 class _Scorer:
@@ -320,7 +320,7 @@ def _split_groups(data: Dataset) -> Dataset:
 
 def _places(dataset: Dataset, scorer: _Scorer) -> NDArray[np.int64]:
     """(P, 3) row of each pair in the data given, and which of the row's completions are chosen and rejected."""
-    if not _has(dataset, _ORIGIN):
+    if not _present(_ORIGIN, dataset):
         return np.concatenate([scorer.source[scorer.rows, None], scorer.sides], axis=1)
     table = dataset.with_format("arrow").select_columns(list(_ORIGIN))[:]
     return np.stack([table[name].to_numpy() for name in _ORIGIN], axis=1)[scorer.rows]
@@ -342,11 +342,11 @@ def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
 
 
 def _column_groupings(dataset: Dataset, by: Sequence[str], row_of_pair: NDArray) -> Iterator[Grouping]:
-    has_models = _has(dataset, _MODELS)
-    columns = list(dict.fromkeys([*(_MODELS if has_models else ()), *by]))
+    of_models = _present(_MODELS, dataset)
+    columns = list(dict.fromkeys([*of_models, *by]))
     table = dataset.with_format("arrow").select_columns(columns)[:] if columns else None
-    if has_models:
-        sides = zip(*(table[name].to_pylist() for name in _MODELS))
+    if of_models:
+        sides = zip(*(table[name].to_pylist() for name in of_models))
         yield _grouping(MODEL_PAIR, [f"{chosen} > {rejected}" for chosen, rejected in sides], row_of_pair)
     for name in by:
         yield _grouping(name, list(map(str, table[name].to_pylist())), row_of_pair)

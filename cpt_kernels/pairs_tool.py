@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")  # the last is AlpacaEval's: it has no name
-_WIDTH = 120  # of the table where no terminal says
+_WIDTH = 120  # of a table that does not go to a terminal
 _WIN_RATE_COLUMNS = ("length_controlled_winrate", "win_rate")
 
 
@@ -232,8 +232,8 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _print(report: Mapping[str, Any], files: Sequence[Path]) -> None:
     console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(soft_wrap=True, width=_WIDTH)
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = _WIDTH
     console.print(report_table(report))
     for line in report_lines(report):
         console.print(line, markup=False, highlight=False)

@@ -47,6 +47,11 @@ class Reference:
         keep: the reference is needed while training (streams): a copy of the policy is kept if need be.
         cache_dir: folder of the cache.
         progress: show a bar while data are scored.
+
+    Attributes:
+        packed: the model that scores; None while there is the cache alone.
+        owned: it is not the policy, so that it may be moved from device to device.
+        live: it can score while the policy is trained.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ from . import launch
 from .arguments import ModelArguments, Options, ScriptArguments
 from .config import ContrastiveConfig
 from .data.mixture import load_mixture
-from .data.sources import load
+from .data.sources import load, parse_columns
 from .loading import whole_weights
 from .parsing import environment, parse, read_file, read_options
 from .reports import ProgressLines, RunReport, eval_records, metrics_table
@@ -172,8 +172,7 @@ def _is_evaluated(trainer: ContrastiveTrainer, report: RunReport) -> bool:
 
 
 def _load_data(script: ScriptArguments, args: ContrastiveConfig):
-    columns = None if script.columns is None else dict((name.split("=", 1) * 2)[:2] for name in script.columns)
-    options: dict[str, Any] = {"streaming": script.dataset_streaming, "columns": columns}
+    options: dict[str, Any] = {"streaming": script.dataset_streaming, "columns": parse_columns(script.columns)}
     test_data = None
     if script.datasets is not None:
         train_data, test_data = load_mixture(

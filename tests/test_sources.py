@@ -6,7 +6,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from cpt_kernels.data.sources import find_json_fault, load
+from cpt_kernels.data.sources import find_json_fault, load, parse_columns
 
 ROWS = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -178,3 +178,10 @@ def test_columns(folder, streaming):
         ValueError, match=r"columns names \['best'\], but .*a\.jsonl has the columns \['prompt', 'chosen'"
     ):
         load(path, columns=["prompt", "best"], streaming=streaming)
+
+
+def test_parse_columns(folder):
+    assert parse_columns(None) is None
+    columns = parse_columns(["prompt", "chosen=completion"])
+    assert columns == {"prompt": "prompt", "chosen": "completion"} and parse_columns(["a=b=c"]) == {"a": "b=c"}
+    assert load(write_rows(folder / "a.jsonl"), columns=columns).column_names == ["prompt", "completion"]

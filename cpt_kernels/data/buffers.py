@@ -130,7 +130,7 @@ class StreamDraws:
                 break
             self.others[keys[0]] += 1
         self.read[level] += 1
-        self._since = [0 if other == level else rows + 1 for other, rows in enumerate(self._since)]
+        self._since = [0 if other == level else since + 1 for other, since in enumerate(self._since)]
         self._waiting[level].append(row)
         if sum(map(len, self._waiting)) > self.capacity:
             fullest = max(range(len(self._waiting)), key=lambda other: (len(self._waiting[other]), other != level))

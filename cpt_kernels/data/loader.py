@@ -125,6 +125,7 @@ def make_loader(
 
 
 def _worker_options(args: Any) -> dict[str, Any]:
+    """Options of a DataLoader, from those of the run that begin with ``dataloader_``."""
     return dict(
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",

@@ -165,6 +165,13 @@ def _choose_split(dataset, split: str | None, name: str | Path):
     return dataset[wanted]
 
 
+def parse_columns(names: Sequence[str] | None) -> dict[str, str] | None:
+    """`name`, or `name in the data=name here`, of each column -> the mapping that `load` takes."""
+    if names is None:
+        return None
+    return {old: new if equals else old for old, equals, new in (name.partition("=") for name in names)}
+
+
 def choose_columns(
     dataset: Dataset | IterableDataset, columns: Sequence[str] | Mapping[str, str], name: str | Path
 ) -> Dataset | IterableDataset:
