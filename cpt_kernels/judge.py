@@ -199,6 +199,21 @@ def ask_endpoint(
         for text, output, baseline in (rows[i] for i in different)
     ]
     requests = list({question.key: Request(question) for both in questions for question in both}.values())
+    replies, failures = _collect_replies(requests, options, sampling, file)
+    verdicts = {key: prompt.read(reply) for key, reply in replies.items()}
+    orders = np.full((len(rows), 2), 0.5)
+    for i, (forward, backward) in zip(different, questions):
+        first, second = (verdicts.get(question.key) for question in (forward, backward))
+        orders[i] = (np.nan if first is None else first, np.nan if second is None else 1 - second)
+    if unread := sum(verdicts.get(request.prompt.key, 0.0) is None for request in requests):
+        failures[NO_VERDICT] += unread
+    return Verdicts(orders, dict(failures), len(rows) - len(different))
+
+
+def _collect_replies(
+    requests: Sequence[Request], options: EndpointOptions, sampling: Sampling, file: Path
+) -> tuple[dict[str, str], Counter[str]]:
+    """Key of a question -> the reply, once the endpoint was asked what the file lacks; and reason -> failures."""
     failures: Counter[str] = Counter()
     origin = {"extra_body": json.dumps(dict(options.extra_body), sort_keys=True)}
     with ResponseFile(file, options.model, sampling, origin) as replies:
@@ -212,11 +227,4 @@ def ask_endpoint(
                     bar.update(len(results))
 
                 Endpoint(options, sampling).answer(requests, record, answered)
-        verdicts = {prompt_of(row).key: prompt.read(row["response"]) for row in replies.rows()}
-    orders = np.full((len(rows), 2), 0.5)
-    for i, (forward, backward) in zip(different, questions):
-        first, second = (verdicts.get(question.key) for question in (forward, backward))
-        orders[i] = (np.nan if first is None else first, np.nan if second is None else 1 - second)
-    if unread := sum(verdicts.get(request.prompt.key, 0.0) is None for request in requests):
-        failures[NO_VERDICT] += unread
-    return Verdicts(orders, dict(failures), len(rows) - len(different))
+        return {prompt_of(row).key: row["response"] for row in replies.rows()}, failures

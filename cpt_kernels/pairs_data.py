@@ -108,7 +108,7 @@ def load_responses(
 
 
 def _model_names(column: pa.ChunkedArray) -> NDArray[np.object_]:
-    """One text for each different name, however many responses have it."""
+    """(n,) names, `_UNKNOWN_MODEL` for null; of each there is one text, however many responses have it."""
     encoded = column.combine_chunks().dictionary_encode()
     names = np.array([*encoded.dictionary.to_pylist(), _UNKNOWN_MODEL], object)
     return names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]

@@ -27,7 +27,7 @@ ARM_BATCH = ARM_OPTIONS["per_device_train_batch_size"]  # prompts a step
 DECODINGS = {"sampled": 1.0, "greedy": 0.0}  # -> temperature
 _PRETRAINING = {"loss_type": "sft", "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
 _SFT = {"loss_type": "sft", "learning_rate": 5e-4, "lr_scheduler_type": "linear"}
-_STRONG, _MEDIUM, _WEAK = TEACHERS
+_STRONG, _MEDIUM, _ = TEACHERS
 
 Row = dict[str, Any]
 # Called with a stage's title and the number of sequences that it did since the last call.
