@@ -9,12 +9,14 @@ import logging
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
 
 from .data.curriculum import Curriculum
+from .data.formats import RankedPairs
+from .data.truncation import TruncationMode
 from .losses import F_DIVERGENCES, LOSSES, Loss, build_loss, loss_names, loss_options
 from .ops.attention_backends import BACKENDS
 
@@ -188,44 +190,11 @@ class ContrastiveConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.loss_type = loss_names(self.loss_type)
-        _one_of("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy='{self.train_sampling_strategy}': packed batches are random or sequential; to"
-                " even out lengths set max_tokens_per_batch"
-            )
-        _one_of("ranked_pairs", self.ranked_pairs, ("all", "adjacent", "extremes"))
         self.share_prompts = str(self.share_prompts).lower()  # YAML reads true and false as booleans
-        _one_of("share_prompts", self.share_prompts, ("auto", "true", "false"))
-        _one_of("head_mode", self.head_mode, ("auto", "general"))
-        _one_of("attention_backend", self.attention_backend, BACKENDS)
-        for name in ("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps", "discopop_tau"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value}: must be positive, or not set")
-        for name in ("ld_alpha", "ref_model_mixup_alpha"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: must lie in [0, 1]")
+        self._check_values()
         self._check_loss(self.build_loss())
-        if self.auto_find_batch_size and self.max_tokens_per_batch is not None:
-            raise ValueError(
-                "auto_find_batch_size halves per_device_train_batch_size, which max_tokens_per_batch replaces: leave"
-                " out one of them"
-            )
-        if self.dataloader_drop_last and self.max_tokens_per_batch is not None:
-            raise ValueError(
-                "dataloader_drop_last has no effect with max_tokens_per_batch, which spreads the last rows evenly:"
-                " leave it out"
-            )
-        sharded = {name: getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
-        if self.parallelism_config is not None and max(sharded.values()) > 1:
-            raise ValueError(
-                "parallelism_config: tensor, context and sequence parallelism would cut packed rows, and are not"
-                " supported; use FSDP or DeepSpeed"
-            )
-        if self.deepspeed and find_spec("deepspeed") is None:
-            raise ValueError("deepspeed needs the deepspeed package: pip install deepspeed")
+        self._check_batches()
+        self._check_parallelism()
         without_meaning = self._changed(WITHOUT_MEANING)  # transformers sets a few of them itself
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and _has_bf16()
@@ -259,6 +228,26 @@ class ContrastiveConfig(TrainingArguments):
             **{name: getattr(self, name) for loss in self.loss_type for name in _options_of(loss)},
         )
 
+    def _check_values(self) -> None:
+        _one_of("truncation_mode", self.truncation_mode, get_args(TruncationMode))
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy='{self.train_sampling_strategy}': packed batches are random or sequential; to"
+                " even out lengths set max_tokens_per_batch"
+            )
+        _one_of("ranked_pairs", self.ranked_pairs, get_args(RankedPairs))
+        _one_of("share_prompts", self.share_prompts, ("auto", "true", "false"))
+        _one_of("head_mode", self.head_mode, ("auto", "general"))
+        _one_of("attention_backend", self.attention_backend, BACKENDS)
+        for name in ("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps", "discopop_tau"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: must be positive, or not set")
+        for name in ("ld_alpha", "ref_model_mixup_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}: must lie in [0, 1]")
+
     def _check_loss(self, loss: Loss) -> None:
         """What does not go together among the options of the loss and of its reference, or would be ignored."""
         if not 0 <= self.label_smoothing < 0.5:
@@ -280,6 +269,29 @@ class ContrastiveConfig(TrainingArguments):
             )
         if not self.sync_ref_model and (given := self._changed(["ref_model_mixup_alpha", "ref_model_sync_steps"])):
             raise ValueError(f"{given[0]} has no meaning without sync_ref_model=true")
+
+    def _check_batches(self) -> None:
+        """What does not go together with a budget of tokens."""
+        if self.auto_find_batch_size and self.max_tokens_per_batch is not None:
+            raise ValueError(
+                "auto_find_batch_size halves per_device_train_batch_size, which max_tokens_per_batch replaces: leave"
+                " out one of them"
+            )
+        if self.dataloader_drop_last and self.max_tokens_per_batch is not None:
+            raise ValueError(
+                "dataloader_drop_last has no effect with max_tokens_per_batch, which spreads the last rows evenly:"
+                " leave it out"
+            )
+
+    def _check_parallelism(self) -> None:
+        sharded = {name: getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
+        if self.parallelism_config is not None and max(sharded.values()) > 1:
+            raise ValueError(
+                "parallelism_config: tensor, context and sequence parallelism would cut packed rows, and are not"
+                " supported; use FSDP or DeepSpeed"
+            )
+        if self.deepspeed and find_spec("deepspeed") is None:
+            raise ValueError("deepspeed needs the deepspeed package: pip install deepspeed")
 
     def _check_accelerator_config(self) -> None:
         """Complain of what is about accelerate's loaders, in whose place are ours."""
