@@ -113,7 +113,7 @@ def _read(files: list[Path], loader: str, streaming: bool, **arguments):
                 part.data.validate(full=True)  # the JSON loader lets text through that is not UTF-8
             if not has_rows:
                 raise ValueError("no rows")
-    except (DatasetGenerationError, ValueError) as error:
+    except (DatasetGenerationError, ValueError, AttributeError) as error:  # the last: pandas 2, of a list's items
         # What datasets and pyarrow say names no line, and often neither the file nor the fault.
         for file in files:
             if _LOADERS[file.suffix] == "json" and (fault := find_json_fault(file)):
