@@ -47,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         ValueError: an option or the data cannot be used, or there is no pair; the message says why.
     """
     args = _parser(prog).parse_args(argv)
-    output = _check_output(args)
+    files = _check(args)
     which = parse_which(args.pairs or "all") if args.base is None else Which("base", base=args.base)
     ranking, meaning = _read_ranking(args)
     limits = {unit: most for unit in ("characters", "tokens") if (most := getattr(args, f"max_{unit}")) is not None}
@@ -78,29 +78,23 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         "form": "messages" if chat else "text",
     }
     report = make_report(responses, pairs, for_validation, "tokens" if args.tokenizer else "characters", about)
-    parts = {output: ~for_validation}
+    parts = [~for_validation]
     if args.validation:
-        parts[output.with_suffix(f".validation{output.suffix}")] = for_validation
+        parts.append(for_validation)
         _check_split(args.validation, report)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     batches = group_batches if args.grouped else pair_batches
-    files = [*parts, *(output.with_suffix(f".report{suffix}") for suffix in (".json", ".png", ".svg"))]
     with replacing(*files) as temporary:
-        for written, (path, part) in zip(temporary, parts.items()):
+        for written, path, part in zip(temporary, files, parts):
             total = pairs.count_prompts(part) if args.grouped else int(part.sum())
             write(written, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
         write_report(report, *temporary[len(parts) :])
     _print(report, files)
 
 
-def _check_output(args: argparse.Namespace) -> Path:
-    output = Path(args.output).expanduser()
-    if output.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--output {args.output}: the name must end in .jsonl or .parquet")
-    if output.is_dir():
-        raise ValueError(f"--output {args.output} is a folder: name a file")
-    if output.resolve() in [Path(name).expanduser().resolve() for name in args.responses]:
-        raise ValueError(f"--output {args.output} would replace what is read")
+def _check(args: argparse.Namespace) -> list[Path]:
+    """The files to be written: pairs, those for validation where they are wanted, the report and its pictures."""
+    files = _check_output(args)
     if sum(option is not None for option in (args.order, args.ratings, args.win_rates)) != 1:
         raise ValueError(
             "say once which responses are better: by --order 'gpt4 > chatgpt > td003', by --ratings COLUMN, or by"
@@ -116,7 +110,28 @@ def _check_output(args: argparse.Namespace) -> Path:
     for option in ("max_characters", "max_tokens", "num_proc"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option} {value}: it is at least 1")
-    return output
+    return files
+
+
+def _check_output(args: argparse.Namespace) -> list[Path]:
+    output = Path(args.output).expanduser()
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output {args.output}: the name must end in .jsonl or .parquet")
+    validation = output.with_suffix(f".validation{output.suffix}")
+    parts = [output, validation] if args.validation else [output]
+    files = [*parts, *(output.with_suffix(f".report{suffix}") for suffix in (".json", ".png", ".svg"))]
+    read = [Path(name).expanduser().resolve() for name in (*args.responses, args.win_rates) if name is not None]
+    for path in files:
+        if path.is_dir():
+            raise ValueError(f"--output {args.output} cannot be: {path} is a folder; choose another name")
+        if path.is_file() and any(part in read for part in (path.resolve(), *path.resolve().parents)):
+            raise ValueError(f"--output {args.output} would replace what is read: {path}; choose another name")
+    if validation not in files and validation.is_file():
+        raise ValueError(
+            f"--output {args.output}: {validation} is of an earlier run, and without --validation the new pairs would"
+            " have its prompts; remove it, or choose another name"
+        )
+    return files
 
 
 def _check_split(share: float, report: Mapping[str, Any]) -> None:

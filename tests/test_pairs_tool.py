@@ -367,10 +367,42 @@ def test_data_that_makes_no_pair(tmp_path, capsys, rows, options, message):
 
 def test_outputs_that_cannot_be(source, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "pairs.report.png").mkdir()
     for output, message in (
         (tmp_path / "pairs.csv", r"must end in .jsonl or .parquet"),
-        (tmp_path / "folder.jsonl", "is a folder: name a file"),
-        (source, "would replace what is read"),
+        (tmp_path / "folder.jsonl", "folder.jsonl is a folder"),
+        (tmp_path / "pairs.jsonl", "pairs.report.png is a folder"),
+        (source, "would replace what is read: .*responses.jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
             main([str(source), "--order", ORDER, "--output", str(output)])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.validation.jsonl", "x.report.json"])
+def test_no_output_replaces_what_is_read(tmp_path, name):
+    """Also where it is in a folder that is read."""
+    output, table = tmp_path / "data" / "x.jsonl", tmp_path / "other.jsonl"
+    output.parent.mkdir()
+    file = write_rows(output.with_name(name), long_rows())
+    write_rows(table, long_rows())
+    before = file.read_bytes()
+    for strength in (
+        (file, "--order", ORDER),
+        (output.parent, "--order", ORDER),
+        (table, "--win_rates", file),
+    ):
+        with pytest.raises(ValueError, match=f"would replace what is read: .*{name}; choose another name"):
+            build(*strength, "--validation", 0.2, "--output", output)
+    assert file.read_bytes() == before and list(output.parent.iterdir()) == [file]
+
+
+def test_prompts_that_an_earlier_run_held_out(source, tmp_path):
+    output = tmp_path / "pairs.jsonl"
+    build(source, "--order", ORDER, "--validation", 0.2, "--output", output)
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=r"pairs.validation.jsonl is of an earlier run"):
+        build(source, "--order", ORDER, "--output", output)
+    assert output.read_bytes() == before
+    build(source, "--order", ORDER, "--validation", 0.3, "--output", output)  # which splits all prompts anew
+    held = {row["prompt"] for row in read(tmp_path / "pairs.validation.jsonl")}
+    assert not held & {row["prompt"] for row in read(output)}
