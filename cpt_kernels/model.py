@@ -276,6 +276,8 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     _head_operands(head, hidden[0])  # or what cannot be trained would be told when data are prepared
     targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
     expected = vocab_score(logits.float(), targets).logps
+    if not expected.isfinite().all():
+        raise ValueError(f"{type(model).__name__} gives logits that are not finite: {_why_not_finite(model)}")
     found = vocab_score(
         raw[0].float(), targets, logit_scale=options.logit_scale, softcap=options.softcap, vocab_size=options.vocab_size
     ).logps
@@ -286,3 +288,14 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
             f"{type(model).__name__} transforms its logits in a way that the head does not know (log-probs differ by"
             f" {difference:.3g}); scale {options.logit_scale} and soft-cap {options.softcap} were read from its config"
         )
+
+
+def _why_not_finite(model: PreTrainedModel) -> str:
+    tensors = *model.named_parameters(), *model.named_buffers()
+    if broken := [name for name, tensor in tensors if not tensor.float().isfinite().all()]:
+        return (
+            f"{len(broken)} of its weights hold NaN or inf, such as {broken[0]}: its files are damaged, or training"
+            " had gone wrong when they were saved; load an earlier checkpoint"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"its weights are finite, and what it computes overflows in {dtype}; load it with dtype bfloat16 or float32"

@@ -202,6 +202,32 @@ def test_an_unknown_transform_of_the_logits(transform):
     PackedModel(plain)
 
 
+def _broken(name: str) -> tf.PreTrainedModel:
+    model = tiny_model("llama")
+    model.get_parameter(name).data[1, 2] = torch.nan
+    return model
+
+
+def _overflowing() -> tf.PreTrainedModel:
+    model = tiny_model("llama").half()
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(6e4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: _broken("lm_head.weight"), "1 of its weights hold NaN or inf, such as lm_head.weight:"),
+        (lambda: _broken("model.layers.0.mlp.up_proj.weight"), ".*such as model.layers.0.mlp.up_proj.weight"),
+        (_overflowing, "its weights are finite, .* overflows in float16; load it with dtype bfloat16 or float32"),
+    ],
+    ids=["head", "layer", "overflow"],
+)
+def test_logits_that_are_not_finite(build, message):
+    with pytest.raises(ValueError, match=f"^LlamaForCausalLM gives logits that are not finite: {message}"):
+        PackedModel(build())
+
+
 def test_a_shift_of_the_logits_is_no_transform():
     class Shifted(tf.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
