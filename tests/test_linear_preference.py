@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from numerics import assert_close
 from cpt_kernels.losses import PairLogps, build_loss, user_loss
 from cpt_kernels.ops import tiles
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
-from cpt_kernels.ops.vocab_score import VocabScore
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 MODES = [FROZEN, FUSED, GENERAL]
@@ -359,42 +358,6 @@ def test_what_a_loss_needs():
         linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_tokens, desensitised)
 
 
-@pytest.mark.parametrize("general", [False, True])
-def test_pairs_that_are_not_of_these_rows(general):
-    """Rows of no unit would be in no tile: their gradients would be whatever was in memory."""
-    head = Head().tile(7, 4)
-    leaves, pairs = head.leaves(FP32), head.pairs()
-    wrong = {
-        "completion_lengths are of": replace(pairs, completion_lengths=[*pairs.completion_lengths[:-1], 1000]),
-        "with .* tokens": replace(pairs, completion_lengths=pairs.completion_lengths[:-1]),
-        "units hold": replace(pairs, units=pairs.units[:-1]),
-        "units hold .* pairs": replace(pairs, units=[*pairs.units[:-1], (pairs.units[-1][0], 0)]),
-    }
-    for message, given in wrong.items():
-        with pytest.raises(ValueError, match=message):
-            linear_preference_loss(
-                leaves["hidden"], leaves["weight"], head.targets, given, head.loss, None, head.options, general
-            )
-
-
 def test_a_loss_that_is_declared_separable_but_is_not():
     with pytest.raises(ValueError, match="separable"):
         user_loss(lambda numbers: numbers.chosen - numbers.chosen.mean(), separable=True)
-
-
-def test_pairs_numbers_of_a_part():
-    """What a loss sees of the pairs of one tile is what it sees of them in the whole."""
-    head = Head()
-    loss = user_loss(lambda numbers: numbers.chosen, needs_tails=True, needs_log_sum_sq=True, needs_gap=True)
-    pairs, sums = head.pairs(), torch.arange(len(head.lengths), dtype=FP64)
-    tokens = VocabScore(*torch.rand(6, sum(head.lengths), dtype=FP64))
-    whole, completion, pair = pairs.numbers(sums, loss=loss, tokens=tokens), 0, 0
-    for completions, unit_pairs in pairs.units:
-        last = (completion + completions, pair + unit_pairs)
-        rows = slice(pairs.cu_completions[completion], pairs.cu_completions[last[0]])
-        part_tokens = VocabScore(*(tensor[rows] for tensor in tokens))
-        part = pairs.numbers(sums[completion : last[0]], (completion, pair), last, loss, part_tokens)
-        for name in (field.name for field in fields(PairLogps) if field.name != "tokens_per_pair"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]]), name
-        completion, pair = last
-    assert (completion, pair) == (len(head.lengths), len(head.chosen))

@@ -96,7 +96,7 @@ def linear_preference_loss(
 
     Raises:
         ValueError: shapes that do not fit together, or the loss needs what the pairs do not have; on a CPU, a target
-            outside the vocabulary.
+            outside the vocabulary, or a pair that reaches into another unit.
         RuntimeError: the backend asked for is not available.
     """
     options = options or HeadOptions()

@@ -104,6 +104,21 @@ class Pairs:
             raise ValueError(
                 "units hold {} completions and {} pairs, and there are {} and {}".format(*found, *expected)
             )
+        if self.chosen.device.type == "cpu":  # else to look at indices is to wait for the device
+            self._check_sides()
+
+    def _check_sides(self) -> None:
+        """A pair that reaches into another unit would be given wrong log-probs where that lies in another tile."""
+        owners = dict(enumerate(unit for unit, (completions, _) in enumerate(self.units) for _ in range(completions)))
+        expected = [unit for unit, (_, pairs) in enumerate(self.units) for _ in range(pairs)]
+        for name in ("chosen", "rejected", "sft_targets"):
+            if (side := getattr(self, name)) is None or [*map(owners.get, indices := side.tolist())] == expected:
+                continue
+            pair, index = next((p, i) for p, i in enumerate(indices) if owners.get(i) != expected[p])
+            place = f"of unit {owners[index]}" if index in owners else "of no unit"
+            raise ValueError(
+                f"{name} of pair {pair} is completion {index} {place}, and the pair is of unit {expected[pair]}"
+            )
 
     def numbers(
         self,
