@@ -164,8 +164,15 @@ def quantised_layers(model: nn.Module) -> list[nn.Module]:
     """Linear layers of bitsandbytes, which on a CPU compute in another way in eval mode, see :func:`as_in_training`.
 
     Raises:
-        ValueError: a forward in eval mode has packed 4-bit weights for inference already.
+        ValueError: a forward in eval mode has packed 4-bit weights for inference already; DoRA over 8 bits on a CPU.
     """
+    for module in model.modules():
+        # After each forward there PEFT puts weights in place that have no scales, which the next one lacks.
+        if getattr(module, "lora_magnitude_vector", None) and _is_int8_on_cpu(module.get_base_layer()):
+            raise ValueError(
+                "DoRA over weights of 8 bits cannot be run by PEFT on a CPU: load the model in 4 bits (nf4 or fp4), or"
+                " set use_dora=False"
+            )
     layers = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
     if any(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False) for layer in layers):
         raise ValueError(
@@ -176,6 +183,10 @@ def quantised_layers(model: nn.Module) -> list[nn.Module]:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return layers
+
+
+def _is_int8_on_cpu(layer: nn.Module) -> bool:
+    return layer.weight.dtype == torch.int8 and layer.weight.device.type == "cpu"
 
 
 @contextlib.contextmanager

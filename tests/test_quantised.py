@@ -235,6 +235,16 @@ def test_a_quantised_head(folder, kind):
         PackedModel(quantised(folder, **kind, llm_int8_skip_modules=["nothing"]))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_dora_over_8_bits(folder, tmp_path, wrapped):
+    """PEFT's own error, in the first step, is that None has no attribute."""
+    model, adapter = quantised(folder, **KINDS["int8"]), lora(use_dora=True)
+    with pytest.raises(ValueError, match=r"8 bits .*: load the model in 4 bits \(nf4 or fp4\), or set use_dora=False"):
+        if wrapped:
+            model, adapter = get_peft_model(model, adapter), None
+        train(folder, tmp_path, model, peft_config=adapter)
+
+
 def test_weights_that_are_packed_for_inference(folder):
     """By a forward in eval mode on some CPUs: it rounds scales, and has no gradient."""
     model = quantised(folder, **_NF4)
