@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -54,6 +54,23 @@ def test_losses_of_another_divergence(name, kind):
     assert loss.options is None and loss.separable
     leaves = [side.clone().requires_grad_() for side in (pairs.chosen, pairs.rejected)]
     assert torch.autograd.gradcheck(lambda w, x: loss(replace(pairs, chosen=w, rejected=x)), leaves)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_DIFFERENCE if name != "ipo"])  # which grows without bound
+def test_forward_kl_of_a_rejected_side_that_has_become_unlikely(name):
+    """In fp32, where exp(-d) overflows, as in fp64, where it does not."""
+    loss, pairs = build_loss(name, beta=0.1, f_divergence_type="forward_kl"), random_pairs(4, scale=4.0)
+    pairs = replace(pairs, rejected=pairs.ref_rejected - torch.tensor([88.0, 90.0, 200.0, 600.0]))
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        given = {f.name: v.to(dtype) for f in fields(pairs) if isinstance(v := getattr(pairs, f.name), torch.Tensor)}
+        leaves = [given[side].requires_grad_() for side in ("chosen", "rejected")]
+        losses = loss(replace(pairs, **given))
+        results[dtype] = [losses, *torch.autograd.grad(losses.sum(), leaves)]
+    for found, expected in zip(results[torch.float32], results[torch.float64]):
+        torch.testing.assert_close(found.double(), expected)
+    far = replace(pairs, rejected=pairs.ref_rejected - 1e4)
+    assert loss(far).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,18 @@ def f_divergence(logps: PairLogps, kind: str, alpha_coef: float = 0.5) -> PairLo
 
     Forward KL ``1 - exp(-d)``, Jensen-Shannon ``log 2 + log s(d)``, alpha ``(exp((a-1) d) - 1) / (a-1)``. Only for
     losses of the *difference* of the two: each alone lacks a term of the prompt that is unknown.
+
+    Forward KL's value for a chosen ratio below about -88 is beyond fp32: the loss is inf, as TRL's is.
     """
     derivative = F_DIVERGENCES[kind]
     if derivative is None:
         return logps
     coef = (alpha_coef,) if kind == "alpha_divergence" else ()
-    chosen, rejected = (derivative(ratio, *coef) for ratio in logps.log_ratios())
+    chosen, rejected = logps.log_ratios()
+    if kind == "forward_kl":  # the loss is flat long before a rejected side's exp(-d) is inf, and 0 times inf is NaN
+        limits = torch.finfo(rejected.dtype)
+        rejected = rejected.clamp(min=-math.log(limits.max) * (1 - limits.eps))
+    chosen, rejected = (derivative(ratio, *coef) for ratio in (chosen, rejected))
     zero = torch.zeros_like(chosen)
     return replace(logps, chosen=chosen, rejected=rejected, ref_chosen=zero, ref_rejected=zero)
 
