@@ -67,6 +67,11 @@ class MovingReference(TrainerCallback):
                 " and runs in every step"
             )
 
+    @property
+    def model(self) -> nn.Module:
+        """The reference as it is now."""
+        return self.packed.model
+
     @torch.no_grad()
     def complete(self, batch: PackedBatch) -> None:
         """Score a batch by the reference as it is now."""

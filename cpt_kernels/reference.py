@@ -138,6 +138,11 @@ class Reference:
             )
 
     @property
+    def model(self) -> nn.Module | None:
+        """A model of its own, that is held in memory; on the CPU where training has not needed it yet."""
+        return self.packed.model if self.owned else None
+
+    @property
     def lookup(self) -> ReferenceLookup:
         """Log-probs from the cache. Of the cache alone: a DataLoader's workers may get it pickled, without a model."""
         return self.cache.log_probs

@@ -18,6 +18,8 @@ from .data.loader import order_seed
 from .evaluation import run_evaluation
 from .metrics import Metrics, pair_rewards
 from .model import Scores
+from .moving_reference import MovingReference
+from .reference import Reference
 
 _ORDER = "order.json"  # of a checkpoint: what the order of pairs in steps depends on
 
@@ -31,6 +33,7 @@ class PackedLoop(Trainer):
     """What :class:`ContrastiveTrainer` changes in the loop itself."""
 
     metrics: dict[str, Metrics]
+    reference: Reference | MovingReference | None = None
     loss_is_scaled_for_ga = False  # transformers divides by the micro-batches of a step, as it does for TRL
     current_gradient_accumulation_steps = 1  # until transformers counts a step's
     num_tokens = 0  # of this rank, since they were last counted
@@ -40,6 +43,13 @@ class PackedLoop(Trainer):
     def beta(self) -> float:
         """``args.beta``. TRL's trainer lets it be set; here the loss has it bound, and to set it is an error."""
         return self.args.beta
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference model in memory. As in TRL there is none where log-probs are known ahead or adapters are off,
+        unless one was given.
+        """
+        return None if self.reference is None else self.reference.model
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """An optimizer step's micro-batches, and what it averages over: pairs and chosen tokens of all ranks."""

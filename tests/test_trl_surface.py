@@ -23,6 +23,14 @@ trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
 collators = pytest.importorskip("trl.trainer.dpo_trainer")
 
 
+def make_trl_trainer(folder, model, ref_model=None, peft_config=None, **options):
+    options |= {"output_dir": str(folder / "trl"), "use_cpu": True, "bf16": False, "report_to": "none"}
+    return trl.DPOTrainer(
+        model, ref_model, trl.DPOConfig(**options), train_dataset=rows(), processing_class=word_tokenizer(),
+        peft_config=peft_config,
+    )  # fmt: skip
+
+
 # --- Passed ---
 
 
@@ -233,6 +241,48 @@ def test_adapters_are_prepared_as_trl_does_it(tmp_path):
 
 
 # --- Called ---
+
+
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [
+        ({"ref_model": 1}, 1),
+        ({"ref_model": 1, "precompute_ref_log_probs": True}, 1),
+        ({"precompute_ref_log_probs": True}, None),
+        ({}, 0),
+        ({"sync_ref_model": True}, 0),
+        ({"peft_config": LoraConfig(r=4, target_modules="all-linear")}, None),
+    ],
+    ids=["given", "given and precomputed", "precomputed", "start weights", "moving", "adapter"],
+)
+def test_the_reference_in_memory(tmp_path, options, held):
+    """Its weights are those of the given reference, made from seed 1, or of the start, from seed 0."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    options = {"precompute_ref_log_probs": False, "model": model, **options}
+    if "ref_model" in options:
+        options["ref_model"] = tiny_model("llama", seed=options["ref_model"])
+    for make in (make_trainer, make_trl_trainer):
+        found = make(tmp_path, **options).ref_model
+        if held is None:
+            assert found is None
+            continue
+        expected = tiny_model("llama", seed=held)
+        assert found is not model and not found.training
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found.parameters(), expected.parameters()))
+        assert "ref_model" not in options or found is options["ref_model"]
+
+
+def test_the_reference_is_read(tmp_path):
+    """Also after training, and as any model of transformers."""
+    given, ids = tiny_model("llama", seed=1), torch.tensor([[5, 6, 7]])
+    expected = tiny_model("llama", seed=1)(ids).logits
+    trainer = make_trainer(tmp_path, ref_model=given)
+    trainer.train()
+    torch.testing.assert_close(trainer.ref_model(ids).logits, expected)
+    with pytest.raises(AttributeError):
+        trainer.ref_model = None
+    assert make_trainer(tmp_path, ref_model=given, loss_type="sft").ref_model is None
 
 
 def test_evaluation_of_whatever_is_given(tmp_path):
