@@ -31,7 +31,7 @@ WAITING = {
 }
 WAITERS = [torch.Tensor.item, torch.Tensor.tolist, bool, torch.nonzero]  # a few of them
 READING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
-ON_A_CPU = {"_closed_form"}  # functions that read a tensor where it is on a CPU, and there alone
+ON_A_CPU = {"_closed_form", "_check_sides"}  # functions that read a tensor where it is on a CPU, and there alone
 
 
 class Waited(AssertionError):
