@@ -131,11 +131,9 @@ def load_models(
     """Policy and reference; what is given by name or folder is loaded.
 
     Raises:
-        ValueError: ``quantization_config`` without a model to load, or twice; one object for both models; different
+        ValueError: ``quantization_config`` without a model to load, or twice; weights that both models have; different
             vocabularies.
     """
-    if ref_model is model and not isinstance(model, str):
-        raise ValueError("model and ref_model are the same object: leave ref_model out to take the start weights")
     if not isinstance(model, str):
         if quantization_config is not None:
             raise ValueError("quantization_config is for a model given by name, not for one that is loaded already")
@@ -143,6 +141,7 @@ def load_models(
             logger.warning("model_init_kwargs has no effect: the model is loaded already")
     models = tuple(load_model(m, args, quantization_config) if isinstance(m, str) else m for m in (model, ref_model))
     check_vocabularies(*models)
+    check_apart(*models)
     return models
 
 
@@ -256,6 +255,13 @@ def check_vocabularies(model: nn.Module, ref_model: nn.Module | None) -> None:
             f"the reference has a vocabulary of {reference} tokens, the policy of {policy}: use a reference of the"
             " policy's family and tokenizer"
         )
+
+
+def check_apart(model: nn.Module, ref_model: nn.Module | None) -> None:
+    """Raise ValueError where policy and reference have weights in common, as an adapter has with the model in it."""
+    ours = {id(parameter) for parameter in model.parameters()}
+    if ref_model is not None and any(id(parameter) in ours for parameter in ref_model.parameters()):
+        raise ValueError("model and ref_model are the same weights: leave ref_model out to take those of the start")
 
 
 def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:

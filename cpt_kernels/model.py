@@ -277,7 +277,7 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
     expected = vocab_score(logits.float(), targets).logps
     if not expected.isfinite().all():
-        raise ValueError(f"{type(model).__name__} gives logits that are not finite: {_why_not_finite(model)}")
+        raise ValueError(f"{type(model).__name__} gives logits that are not finite: {why_not_finite(model)}")
     found = vocab_score(
         raw[0].float(), targets, logit_scale=options.logit_scale, softcap=options.softcap, vocab_size=options.vocab_size
     ).logps
@@ -290,7 +290,8 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
         )
 
 
-def _why_not_finite(model: PreTrainedModel) -> str:
+def why_not_finite(model: PreTrainedModel) -> str:
+    """The likely cause of log-probs that are NaN or inf, and the mend."""
     tensors = *model.named_parameters(), *model.named_buffers()
     if broken := [name for name, tensor in tensors if not tensor.float().isfinite().all()]:
         return (

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .data.collate import PackedBatch, PackedCollator, ReferenceLookup
 from .fingerprint import describe, fingerprint
 from .loading import dropout, whole_weights, zero_stage
-from .model import PackedModel, base_model
+from .model import PackedModel, base_model, why_not_finite
 from .ops.gather import segment_sum
 from .reference_cache import ReferenceCache
 from .scoring import Missing, find_missing, scoring_batches, scoring_rows
@@ -296,8 +296,8 @@ class Reference:
         except OSError as error:
             raise ValueError(
                 "reference log-probs are missing for this data, and the start weights that they would be scored with"
-                f" have been trained, and cannot be loaded again ({error}): pass the data when the trainer is made, set"
-                " precompute_ref_log_probs=false, or pass a ref_model"
+                f" have been trained, and cannot be loaded again ({error}): pass the data when the trainer is made, for"
+                " a stream set precompute_ref_log_probs=false, or pass a ref_model"
             ) from error
         model.requires_grad_(False).eval()
         return PackedModel(model, self.policy.head_memory_mb, self.policy.attention_backend)
@@ -316,7 +316,11 @@ class Reference:
 
     @torch.no_grad()
     def _score(self, batch: PackedBatch) -> list[np.ndarray]:
-        """Per-token reference log-probs of a batch's completions, S arrays of fp32."""
+        """Per-token reference log-probs of a batch's completions, S arrays of fp32.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         model = self._model()
         if self.owned:
             model.to(self.accelerator.device)
@@ -328,13 +332,28 @@ class Reference:
                 logps = self.packed(batch).tokens.logps
         finally:
             model.train(training)
-        return np.split(logps.float().cpu().numpy(), np.cumsum(batch["completion_lengths"])[:-1])
+        values = logps.float().cpu().numpy()
+        if not np.isfinite(values).all():
+            cause = why_not_finite(base_model(model))
+            raise ValueError(f"reference log-probs of some completion are not finite: {cause}")
+        return np.split(values, np.cumsum(batch["completion_lengths"])[:-1])
 
 
 def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
-    """Give a batch reference log-probs of its pairs' sides, (P,) each, as those of their first tokens."""
+    """Give a batch reference log-probs of its pairs' sides, (P,) each, as those of their first tokens.
+
+    Raises:
+        ValueError: a completion that is in several pairs has different ones there.
+    """
     first = batch["cu_completions"][:-1]
     tokens = torch.zeros_like(batch["targets"], dtype=torch.float32)
-    for side, logps in (("chosen", chosen), ("rejected", rejected)):
-        tokens[first[batch[side]]] = logps.to(tokens.dtype)
+    sides = [(first[batch["chosen"]], chosen.to(tokens.dtype)), (first[batch["rejected"]], rejected.to(tokens.dtype))]
+    for places, logps in sides:
+        tokens[places] = logps
+    repeated = any(pairs > 1 for _, pairs in batch["units"])
+    if repeated and not all(torch.equal(tokens[places], logps) for places, logps in sides):
+        raise ValueError(
+            "compute_ref_log_probs gives a completion another log-prob in another of its pairs: give it one, or train"
+            " on rows of one pair each"
+        )
     batch["ref_token_logps"] = tokens

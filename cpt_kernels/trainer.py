@@ -353,7 +353,7 @@ class ContrastiveTrainer(PackedLoop):
     def train(self, *args, **kwargs):
         with self.reference.training() if self.reference is not None else contextlib.nullcontext():
             output = super().train(*args, **kwargs)
-        if isinstance(self.train_dataset, IterableDataset):
+        if isinstance(self.train_dataset, IterableDataset) and "train" in self.reports:  # else prepared by an override
             _say(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))
         return output
 

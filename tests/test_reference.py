@@ -216,6 +216,26 @@ def test_the_start_reports_hits_misses_seconds_and_bytes(tmp_path, caplog):
     assert all("MB written" in message and " s, " in message for message in messages)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_log_probs_that_are_not_finite(tmp_path, keep):
+    """None is stored: the completion would have them for ever."""
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[9] = torch.nan
+    with pytest.raises(ValueError, match=r"reference log-probs of some .* not finite: 1 of .*embed_tokens.weight"):
+        train(tmp_path, model=model, precompute_ref_log_probs=not keep)[0].train()
+
+
+def test_a_stream_is_not_scored_ahead(tmp_path):
+    trainer = ContrastiveTrainer(
+        tiny_model("llama"),
+        args=config(tmp_path, max_steps=1, precompute_ref_log_probs=True),
+        train_dataset=dataset(ROWS).to_iterable_dataset(),
+        processing_class=word_tokenizer(),
+    )
+    with pytest.raises(ValueError, match="for a stream set precompute_ref_log_probs=false"):
+        trainer.train()
+
+
 def test_a_stream_reports_what_it_found_and_scored(tmp_path, caplog):
     def stream(rows) -> str:
         caplog.clear()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from toy import losses, preference_data
 from transformers import TrainerCallback
 from trl_runs import both, make_trainer, one_thread
 
 from cpt_kernels import ContrastiveTrainer
+from cpt_kernels.data.preparation import prepare
 from cpt_kernels.loading import NEVER_CALLED
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -40,6 +42,15 @@ def test_they_count_where_nothing_is_precomputed_too(tmp_path):
 def test_they_are_sums(tmp_path):
     with pytest.raises(ValueError, match="ld_alpha looks at tokens"):
         make_trainer(tmp_path, shifted(ContrastiveTrainer), ld_alpha=0.5).train()
+
+
+def test_they_are_a_completions_and_no_pairs(tmp_path):
+    """In w1 > w2 > w3 the shifted trainer gives w2 one value as chosen, another as rejected."""
+    ranked = Dataset.from_list([{"prompt": "w4 ", "completions": ["w1 ", "w2 ", "w3 "]}])
+    trainer = make_trainer(tmp_path, shifted(ContrastiveTrainer), train_dataset=ranked)
+    with pytest.raises(ValueError, match="a completion another log-prob in another of its pairs: give it one"):
+        trainer.train()
+    make_trainer(tmp_path, shifted(ContrastiveTrainer), train_dataset=ranked, ranked_pairs="extremes").train()
 
 
 def test_preparation_of_the_users_own(tmp_path):
@@ -121,6 +132,20 @@ def test_methods_that_would_never_be_called(tmp_path, name):
     own = type("Own", (ContrastiveTrainer,), {name: lambda self, *_: None})
     with pytest.raises(ValueError, match=rf"^Own\.{name} would not be called by the trainer: .*override"):
         make_trainer(tmp_path, own)
+
+
+def test_preparation_of_a_stream_without_ours(tmp_path):
+    """Nothing is known of what was dropped, and training ends as it does else."""
+
+    class Prepared(ContrastiveTrainer):
+        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+            return prepare(dataset, processing_class)[0]
+
+    stream = preference_data(8).to_iterable_dataset()
+    trainers = [make_trainer(tmp_path, cls, train_dataset=stream) for cls in (ContrastiveTrainer, Prepared)]
+    for trainer in trainers:
+        trainer.train()
+    assert losses(trainers[0]) == losses(trainers[1])
 
 
 def test_callbacks_get_what_transformers_gives_them(tmp_path):
