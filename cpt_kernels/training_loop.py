@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from .data.collate import PackedBatch
 from .data.loader import order_seed
 from .evaluation import run_evaluation
-from .metrics import Metrics, pair_rewards
+from .metrics import Metrics, PlaceMetrics, pair_rewards
 from .model import Scores
 from .moving_reference import MovingReference
 from .reference import Reference
@@ -33,6 +33,7 @@ class PackedLoop(Trainer):
     """What :class:`ContrastiveTrainer` changes in the loop itself."""
 
     metrics: dict[str, Metrics]
+    place_metrics: PlaceMetrics | None = None
     reference: Reference | MovingReference | None = None
     loss_is_scaled_for_ga = False  # transformers divides by the micro-batches of a step, as it does for TRL
     current_gradient_accumulation_steps = 1  # until transformers counts a step's
@@ -73,6 +74,7 @@ class PackedLoop(Trainer):
         return torch.where(loss.isfinite(), loss, self._tr_loss / steps)
 
     def train(self, *args, **kwargs):
+        self._count_anew()  # an earlier call may have ended between two logs
         # transformers looks at every micro-batch's loss for what logging_nan_inf_filter replaces, and waits for it.
         self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
@@ -85,8 +87,13 @@ class PackedLoop(Trainer):
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         super()._update_auto_batch_size(batch_size)
-        self.num_tokens = 0  # of a try that did not fit
+        self._count_anew()  # without the try that did not fit
+
+    def _count_anew(self) -> None:
+        self.num_tokens = 0
         self.metrics["train"].reset()
+        if self.place_metrics is not None:
+            self.place_metrics.reset()
 
     def prediction_step(
         self, model: nn.Module, inputs: PackedBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None

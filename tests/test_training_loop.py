@@ -320,3 +320,13 @@ def test_a_stream_has_the_same_rows_in_a_step_on_any_number_of_ranks(tmp_path, b
         return [sorted(part) for part in parts]
 
     assert steps(2) == steps(1) and all(steps(1))
+
+
+def test_training_twice(tmp_path):
+    """The third step is logged nowhere; nor is it among what the second call logs first."""
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0, **OPTIONS["curriculum"])
+    logs = []
+    for _ in range(2):
+        trainer.train()
+        logs.append({k: v for k, v in trainer.state.log_history[0].items() if k != "grad_norm"})
+    assert logs[0] == logs[1] and "logps/chosen" in logs[0] and any("curriculum" in name for name in logs[0])
