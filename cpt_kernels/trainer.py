@@ -386,7 +386,7 @@ class ContrastiveTrainer(PackedLoop):
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """As transformers' ``evaluate``; a dataset given here may have any form that the constructor takes."""
-        if isinstance(eval_dataset, (Dataset, IterableDataset)):
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):  # transformers asks for each in turn
             eval_dataset = self._new_data(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

@@ -297,6 +297,8 @@ def test_evaluation_of_whatever_is_given(tmp_path):
     assert one["held_out_logps/chosen"] == expected["eval_b_logps/chosen"]
     stream = trainer.evaluate(sets["a"].to_iterable_dataset())
     assert stream["eval_logps/chosen"] == pytest.approx(expected["eval_a_logps/chosen"], abs=1e-4)
+    with pytest.raises(ValueError, match=r"the eval data is list, expected a datasets.Dataset or stream"):
+        trainer.evaluate(list(sets["a"]))
 
 
 def test_predictions_are_rewards(tmp_path):
