@@ -20,8 +20,6 @@ from .model import PackedModel
 
 logger = logging.getLogger(__name__)
 
-_FILE = "reference.safetensors"
-
 
 class MovingReference(TrainerCallback):
     """A reference in memory that is run for every batch; nothing is cached, as its values do not last.
@@ -38,6 +36,7 @@ class MovingReference(TrainerCallback):
             reference of another architecture.
     """
 
+    FILE = "reference.safetensors"  # of a checkpoint
     lookup = None  # nothing is known ahead
 
     def __init__(
@@ -98,7 +97,7 @@ class MovingReference(TrainerCallback):
 
     def on_save(self, args, state, control, **_) -> None:
         if state.is_world_process_zero and not args.save_only_model:
-            save_model(self.packed.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE))
+            save_model(self.packed.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE))
 
     def load(self, checkpoint: str) -> None:
         """Go on as the checkpoint left it.
@@ -106,7 +105,7 @@ class MovingReference(TrainerCallback):
         Raises:
             ValueError: the checkpoint has no reference.
         """
-        file = Path(checkpoint) / _FILE
+        file = Path(checkpoint) / self.FILE
         if not file.is_file():
-            raise ValueError(f"{checkpoint} holds no {_FILE}: it was not saved by a run with sync_ref_model")
+            raise ValueError(f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model")
         load_model(self.packed.model, file, device=str(self.accelerator.device))

@@ -379,8 +379,6 @@ class ContrastiveTrainer(PackedLoop):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint, self.packed.model)
-        if isinstance(self.reference, MovingReference):
-            self.reference.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         cast_adapter(self.packed.model)
 

@@ -152,6 +152,13 @@ class PackedLoop(Trainer):
                     f" {differences}. On another number of processes keep processes x gradient_accumulation_steps"
                     " (x per_device_train_batch_size) as it was; ignore_data_skip=true begins the epoch again instead"
                 )
+        if isinstance(self.reference, MovingReference):
+            self.reference.load(resume_from_checkpoint)
+        elif self.reference is not None and Path(resume_from_checkpoint, MovingReference.FILE).is_file():
+            raise ValueError(
+                f"{resume_from_checkpoint} was saved by a run with sync_ref_model, whose reference is not the start"
+                " weights any more: resume it with sync_ref_model=true, or begin a new run from its model"
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _order(self) -> dict[str, int | str | None]:

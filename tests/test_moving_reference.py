@@ -79,6 +79,9 @@ def test_resume_continues_with_the_reference_as_it_was(tmp_path):
     assert losses(resumed) == losses(whole)
     ours, theirs = (t.reference.packed.model.state_dict() for t in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    still = {name: value for name, value in options.items() if "ref_model" not in name}
+    with pytest.raises(ValueError, match=r"saved by a run with sync_ref_model, .* resume it with sync_ref_model=true"):
+        make_trainer(tmp_path / "a", **still).train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-3"))
     (tmp_path / "a/out/checkpoint-3/reference.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no reference\.safetensors: it was not saved by a run with sync"):
         make_trainer(tmp_path / "a", **options).train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-3"))
