@@ -146,15 +146,20 @@ def draw_packing(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_tokenize(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Pairs a second, TRL's and ours."""
+    """Pairs a second, TRL's, its processes' and ours."""
     import matplotlib.pyplot as plt
 
     found = result["results"][::-1]
     pairs = result["rows"]
-    figure, axis = plt.subplots(figsize=(7, 0.7 * len(found) + 1.2))
-    for offset, (side, colour) in zip((0.2, -0.2), (("trl", _PEERS[0]), ("ours", _OURS))):
+    figure, axis = plt.subplots(figsize=(7, 0.9 * len(found) + 1.2))
+    sides = {
+        "trl": ("trl", _PEERS[0]),
+        "trl_processes": (f"trl, {result['processes']} processes", _PEERS[1]),
+        "ours": ("ours, one process", _OURS),
+    }
+    for offset, (side, (label, colour)) in zip((0.27, 0, -0.27), sides.items()):
         values = [pairs / one[side] for one in found]
-        bars = axis.barh([i + offset for i in range(len(found))], values, 0.4, color=colour, label=side)
+        bars = axis.barh([i + offset for i in range(len(found))], values, 0.27, color=colour, label=label)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
     axis.set_yticks(range(len(found)), [f"{one['form']}, {one['pairs']}" for one in found])
     axis.set_xlabel("pairs a second")

@@ -174,13 +174,18 @@ def cache(result: dict[str, Any]) -> str:
 
 
 def tokenize(result: dict[str, Any]) -> str:
-    ratios = {(one["pairs"], one["form"]): one["ratio"] for one in result["results"]}
+    found = {(one["pairs"], one["form"]): one for one in result["results"]}
+    every, once, alone = "all pairs", "one pair a prompt", result["processes"]
+
+    def ratios(pairs: str, key: str) -> str:
+        return f"{found[pairs, 'text'][key]:.1f} (chats {found[pairs, 'chat'][key]:.1f})"
+
     return (
         f"Tokenising {result['rows']:,} pairs of real lengths, TRL's tokens,"
-        f" {_runs(len(result['results'][0]['seconds']['trl']))} ({_where(result)}):"
-        f" {ratios['all pairs', 'text']:.1f} times TRL's rate (chats {ratios['all pairs', 'chat']:.1f}) for all"
-        f" pairs of four models, where a response is in several pairs, and {ratios['one pair a prompt', 'text']:.1f}"
-        f" ({ratios['one pair a prompt', 'chat']:.1f}) where every text is there once.\n"
+        f" {_runs(len(result['results'][0]['seconds']['trl']))} ({_where(result)}): {ratios(every, 'ratio')} times"
+        f" TRL's rate for all pairs of four models, where a response is in several pairs, and {ratios(once, 'ratio')}"
+        f" where every text is there once; where TRL has `dataset_num_proc={alone}`,"
+        f" {ratios(every, 'ratio_processes')} and {ratios(once, 'ratio_processes')}.\n"
     )
 
 

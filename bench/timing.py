@@ -213,7 +213,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with ``+`` where files differ from it; 'none' outside of git."""
+    """Short hash of the checkout, with ``+`` where files besides results differ from it; 'none' outside of git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -223,7 +223,7 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short=10", "HEAD")
-    return "none" if head is None else head + ("+" if git("status", "--porcelain") else "")
+    return "none" if head is None else head + ("+" if git("status", "--porcelain", ".", ":!bench/results") else "")
 
 
 def _module_and_arguments() -> list[str]:
