@@ -107,5 +107,8 @@ class MovingReference(TrainerCallback):
         """
         file = Path(checkpoint) / self.FILE
         if not file.is_file():
-            raise ValueError(f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model")
+            raise ValueError(
+                f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model, or that run died"
+                " while it was; resume from an earlier one"
+            )
         load_model(self.packed.model, file, device=str(self.accelerator.device))

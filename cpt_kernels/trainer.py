@@ -154,6 +154,8 @@ class ContrastiveTrainer(PackedLoop):
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
         base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
         self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
+        if ref_model is not None and self.reference is None:
+            _say([f"ref_model is not used: the loss '{self.loss.name}' has no reference"])
 
     # --- Data ---
 

@@ -273,7 +273,7 @@ def test_the_reference_in_memory(tmp_path, options, held):
         assert "ref_model" not in options or found is options["ref_model"]
 
 
-def test_the_reference_is_read(tmp_path):
+def test_the_reference_is_read(tmp_path, caplog):
     """Also after training, and as any model of transformers."""
     given, ids = tiny_model("llama", seed=1), torch.tensor([[5, 6, 7]])
     expected = tiny_model("llama", seed=1)(ids).logits
@@ -282,7 +282,9 @@ def test_the_reference_is_read(tmp_path):
     torch.testing.assert_close(trainer.ref_model(ids).logits, expected)
     with pytest.raises(AttributeError):
         trainer.ref_model = None
+    assert "is not used" not in caplog.text
     assert make_trainer(tmp_path, ref_model=given, loss_type="sft").ref_model is None
+    assert "ref_model is not used: the loss 'sft' has no reference" in caplog.text
 
 
 def test_evaluation_of_whatever_is_given(tmp_path):
