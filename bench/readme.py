@@ -175,7 +175,7 @@ def cache(result: dict[str, Any]) -> str:
 
 def tokenize(result: dict[str, Any]) -> str:
     found = {(one["pairs"], one["form"]): one for one in result["results"]}
-    every, once, alone = "all pairs", "one pair a prompt", result["processes"]
+    every, once = "all pairs", "one pair a prompt"
 
     def ratios(pairs: str, key: str) -> str:
         return f"{found[pairs, 'text'][key]:.1f} (chats {found[pairs, 'chat'][key]:.1f})"
@@ -184,7 +184,7 @@ def tokenize(result: dict[str, Any]) -> str:
         f"Tokenising {result['rows']:,} pairs of real lengths, TRL's tokens,"
         f" {_runs(len(result['results'][0]['seconds']['trl']))} ({_where(result)}): {ratios(every, 'ratio')} times"
         f" TRL's rate for all pairs of four models, where a response is in several pairs, and {ratios(once, 'ratio')}"
-        f" where every text is there once; where TRL has `dataset_num_proc={alone}`,"
+        f" where every text is there once; where TRL has `dataset_num_proc={result['processes']}`,"
         f" {ratios(every, 'ratio_processes')} and {ratios(once, 'ratio_processes')}.\n"
     )
 

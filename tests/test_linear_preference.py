@@ -37,13 +37,6 @@ def test_logits_in_one_product_and_in_transposed_pieces(mode, few_rows, monkeypa
     check(Head().tile(25, 4), mode, FP32)
 
 
-@pytest.mark.parametrize("columns", [1, 64, 1000, 32000, 32768, 131072])
-def test_rows_of_a_tile_do_not_evict_each_other(columns):
-    stride = tiles.row_stride(columns, torch.device("cpu"))
-    assert columns <= stride < columns + 128
-    assert len({row * stride * 4 % 4096 for row in range(16)}) == 16
-
-
 @pytest.mark.parametrize("rows", [22, 23, 24, 30])
 def test_tiles_that_just_hold_the_largest_units(rows):
     check(Head().tile(rows, 4), FUSED, FP32)

@@ -1,4 +1,4 @@
-"""Pairs: what they are held to, and what a loss sees of the pairs of one tile."""
+"""Pairs: what they are held to, and what a loss sees of the pairs of one tile; how far a tile's rows are apart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from heads import Head
 
 from cpt_kernels.losses import PairLogps, user_loss
 from cpt_kernels.ops.linear_preference import linear_preference_loss
+from cpt_kernels.ops.tiles import row_stride
 from cpt_kernels.ops.vocab_score import VocabScore
 
 
@@ -66,3 +67,10 @@ def test_pairs_numbers_of_a_part():
             assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]]), name
         completion, pair = last
     assert (completion, pair) == (len(head.lengths), len(head.chosen))
+
+
+@pytest.mark.parametrize("columns", [1, 64, 1000, 32000, 32768, 131072])
+def test_rows_of_a_tile_do_not_evict_each_other(columns):
+    stride = row_stride(columns, torch.device("cpu"))
+    assert columns <= stride < columns + 128
+    assert len({row * stride * 4 % 4096 for row in range(16)}) == 16
