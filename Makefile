@@ -18,14 +18,14 @@ test-zero: $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--upgrade --target .venv/deepspeed deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
 	PYTHONPATH=.venv/deepspeed DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-		tests/test_sharding.py tests/test_loading.py
+		tests/training/test_sharding.py tests/model/test_loading.py
 
 # QLoRA's tests. bitsandbytes lies in a folder of its own: wherever it is found it is imported, by every process.
 test-quantised: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/bitsandbytes \
 		bitsandbytes==0.50.2
 	PYTHONPATH=.venv/bitsandbytes OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-		tests/test_quantised.py tests/test_trl_options.py
+		tests/model/test_quantised.py tests/trl/test_options.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

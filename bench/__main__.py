@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m bench SUBJECT [options]", *lines, sep="\n")
         return 0 if arguments in ([], ["-h"], ["--help"]) else 2
     subject, *rest = arguments
-    return importlib.import_module(f"bench.{subject}").main(rest) or 0
+    module = "gpu.check" if subject == "gpu_check" else subject
+    return importlib.import_module(f"bench.{module}").main(rest) or 0
 
 
 if __name__ == "__main__":

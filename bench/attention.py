@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from cpt_kernels.ops.attention_backends import capabilities
+from cpt_kernels.ops.attention.select import capabilities
 
 from . import attentions
 from .attentions import Case, Groups, attended, copies_of, dense_mask, inputs_of, spread, tokens_of

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cpt_kernels.reference_cache import ReferenceCache
-from cpt_kernels.row_keys import Sequences
+from cpt_kernels.reference.cache import ReferenceCache
+from cpt_kernels.reference.keys import Sequences
 
 from .timing import add_output_options, finish, table
 

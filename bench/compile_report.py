@@ -120,9 +120,9 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
 def triton_cases(torch, quick: bool):
     """(description, function that launches) for everything to be compiled."""
     from cpt_kernels.losses import build_loss
+    from cpt_kernels.ops.head.tiles import row_stride
     from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, kernel_options
     from cpt_kernels.ops.pair_loss.triton import pair_loss_triton
-    from cpt_kernels.ops.tiles import row_stride
     from cpt_kernels.ops.vocab_score.triton import vocab_score_triton
 
     def vocab_score(vocab, dtype, softcap=None, bias=False, statistics=True, stride=None):

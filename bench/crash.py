@@ -34,11 +34,11 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 
-import cpt_kernels.reference as reference_module
+import cpt_kernels.reference.scorer as reference_module
 from cpt_kernels.data.collate import PackedCollator
-from cpt_kernels.model import PackedModel
-from cpt_kernels.reference import Reference
-from cpt_kernels.reference_cache import ReferenceCache
+from cpt_kernels.model.packed_model import PackedModel
+from cpt_kernels.reference.cache import ReferenceCache
+from cpt_kernels.reference.scorer import Reference
 
 from .timing import add_output_options, finish
 from .trainers import build_model

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cpt_kernels import weight_files
-from cpt_kernels.fingerprint import fingerprint
+from cpt_kernels.reference import weight_files
+from cpt_kernels.reference.fingerprint import fingerprint
 
 from .timing import add_output_options, finish, table
 

@@ -133,7 +133,7 @@ def run_trl(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder:
 
 def run_ours(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> tuple[Pass, np.ndarray]:
     from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
-    from cpt_kernels.reference import Reference
+    from cpt_kernels.reference.scorer import Reference
 
     done = Pass()
     fill, score = Reference.fill, Reference._score

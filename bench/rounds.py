@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .gpu_meter import cold_seconds, wall_seconds
+from .gpu.meter import cold_seconds, wall_seconds
 from .timing import MIB, Channel, Contestant, close_all, interleave, peak_mib, reset_peak, resident_mib
 
 REFERENCE = "reference"  # the contestant that has the expected results and the rate of the products

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import ContrastiveConfig
     from .losses import Loss, PairLogps, build_loss, user_loss
-    from .model import PackedModel
+    from .model.packed_model import PackedModel
     from .ops.attention import AttentionLayout, shared_prompt_attention
     from .ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
     from .ops.pair_loss import pair_loss
@@ -25,7 +25,7 @@ _MODULES = {
     "ContrastiveTrainer": "trainer",
     "HeadOptions": "ops.linear_preference",
     "Loss": "losses",
-    "PackedModel": "model",
+    "PackedModel": "model.packed_model",
     "PairLogps": "losses",
     "Pairs": "ops.linear_preference",
     "build_loss": "losses",

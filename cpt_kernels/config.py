@@ -18,7 +18,7 @@ from .data.curriculum import Curriculum
 from .data.formats import RankedPairs
 from .data.truncation import TruncationMode
 from .losses import F_DIVERGENCES, LOSSES, Loss, build_loss, loss_names, loss_options
-from .ops.attention_backends import BACKENDS
+from .ops.attention.select import BACKENDS
 
 logger = logging.getLogger(__name__)
 

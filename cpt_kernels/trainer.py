@@ -23,8 +23,9 @@ from .data.loader import kept_columns, make_draws, make_loader, order_seed, repo
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
-from .layers import offloaded_activations, prepare_layers
-from .loading import (
+from .losses import Loss, user_loss
+from .model.layers import offloaded_activations, prepare_layers
+from .model.loading import (
     aux_loss_coef,
     cast_adapter,
     check_checkpoint,
@@ -41,16 +42,15 @@ from .loading import (
     prepare_adapter,
     wrap_in_adapter,
 )
-from .losses import Loss, user_loss
-from .metrics import Metrics, PlaceMetrics
-from .model import PackedModel, Scores, base_model
-from .model_card import write_model_card
-from .moving_reference import MovingReference
-from .ops.attention_backends import describe
+from .model.packed_model import PackedModel, Scores, base_model
+from .ops.attention.select import describe
 from .ops.gather import segment_sum
-from .reference import Reference, put_sums
-from .reference_cache import default_cache_dir
-from .training_loop import PackedLoop, is_overridden
+from .reference.cache import default_cache_dir
+from .reference.moving import MovingReference
+from .reference.scorer import Reference, put_sums
+from .training.loop import PackedLoop, is_overridden
+from .training.metrics import Metrics, PlaceMetrics
+from .training.model_card import write_model_card
 
 logger = logging.getLogger(__name__)
 

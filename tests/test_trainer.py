@@ -7,11 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from architectures import tiny_model
 from datasets import Dataset
-from toy import config, losses, preference_data, preference_rows, word_tokenizer
 
 from cpt_kernels import ContrastiveTrainer, PairLogps, user_loss
+from tests.helpers.architectures import tiny_model
+from tests.helpers.toy import config, losses, preference_data, preference_rows, word_tokenizer
 
 
 def make_trainer(folder, rows=16, model=None, **options) -> ContrastiveTrainer:

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from .batches import BatchSampler, pack_in_order, pack_rows
-from .buffers import StreamDraws
 from .curriculum import PLACE, Curriculum, Draws, read_keys
 from .preparation import PreparationReport
+from .stream_curriculum import StreamDraws
 
 # Rows of a stream that are packed together under a token budget.
 _STREAM_WINDOW = 512

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from ..config import ContrastiveConfig
-from ..reports import RunReport
 from ..trainer import ContrastiveTrainer
+from ..training.report import RunReport
 
 EASY, HARD = "strong>weak", "strong>medium"  # chosen>rejected
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
-from ..data.pairs import build_pairs
-from ..generate import generate_local
-from ..prompts import Sampling
+from ..generation.local import generate_local
+from ..generation.prompts import Sampling
+from ..pairs.build import build_pairs
 from .arms import ARM_OPTIONS, ARMS, EASY, HARD, Trained, make_model, train
 from .judge import Verdict, judge, prefer
 from .teachers import TEACHERS, Teacher

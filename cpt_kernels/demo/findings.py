@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..win_rate import WinRate, interval, win_rate
+from ..evaluation.win_rate import WinRate, interval, win_rate
 from .arms import ARMS
 from .experiment import DECODINGS, Result, SeedResult
 from .judge import Verdict

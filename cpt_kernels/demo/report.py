@@ -15,8 +15,8 @@ from jinja2 import Environment, StrictUndefined
 from rich.box import SIMPLE
 from rich.table import Table
 
-from ..reports import train_records
-from ..win_rate import WinRate
+from ..evaluation.win_rate import WinRate
+from ..training.report import train_records
 from .arms import ARM_OPTIONS, ARMS, HARD
 from .experiment import ARM_BATCH, BATCH, DECODINGS, FULL, SeedResult, Size
 from .findings import SHARES, Findings

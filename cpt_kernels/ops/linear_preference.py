@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..losses import Loss
-from . import head_operators
 from .gather import segment_sum
-from .head import Wanted, finished_gradients, row_gradients, score_rows, score_units, scored_gradients
+from .head import compiled as head_operators
+from .head.passes import Wanted, finished_gradients, row_gradients, score_rows, score_units, scored_gradients
+from .head.tiles import HeadOptions, Pairs
 from .pair_loss import has_kernel
-from .tiles import HeadOptions, Pairs
 from .vocab_score import VocabScore
 
 __all__ = ["HeadOptions", "Pairs", "PreferenceOutput", "linear_logprobs", "linear_preference_loss"]

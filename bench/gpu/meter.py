@@ -1,0 +1,167 @@
+"""What the parts of ``gpu_check`` share: rows of the report, failures that are recorded, medians with a cold cache."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..timing import MIB, summarise
+
+Row = dict[str, Any]  # what, result, and numbers; "failed" holds a traceback, "skipped" a reason
+
+_LEAST, _MOST = 5, 30  # rounds of a measurement
+
+
+@dataclass
+class Context:
+    """Where a part runs and how long it may."""
+
+    device: str
+    tiny: bool  # shapes that a CPU runs in a moment
+    deadline: float  # time.monotonic()
+    rates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def attempt(
+        self, what: str, work: Callable[[], Row | None], seconds: float = 2.0, peer: bool = False
+    ) -> Iterator[Row]:
+        """One row: what ``work`` returns, or that it failed and how, or that there was no time for it.
+
+        A ``peer`` may be missing here, or need more memory than there is: no failure of ours.
+        """
+        if self.left < (0 if self.tiny else seconds):
+            yield {"what": what, "skipped": f"no time left ({max(self.left, 0):.0f} s)"}
+            return
+        try:
+            found = work() or {}
+        except Exception as error:  # recorded whole, and the next row is tried
+            if peer and isinstance(error, ModuleNotFoundError):
+                found = {"result": f"not installed: {error.name}"}
+            elif peer and isinstance(error, torch.cuda.OutOfMemoryError):
+                found = {"result": "out of memory"}
+            else:
+                found = {"failed": traceback.format_exc()}
+            del error  # with it the frames that hold its tensors
+            free_memory()
+        yield {"what": what, **found}
+
+
+def free_memory() -> None:
+    """Give what is no longer used back to the device: the next contestant starts with all of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measure(run: Callable[[], Any], context: Context, seconds: float = 3.0) -> Row:
+    """Median milliseconds of ``run`` with a cold L2 cache, and the most memory beside what was there before.
+
+    Two runs warm up (compilation, autotuning); then as many as ``seconds`` allow. Before each, a buffer larger than the
+    cache is written, in time that is not counted.
+    """
+    if context.device == "cpu":
+        times = [1e3 * wall_seconds(run) for _ in range(3)][1:]
+        return {"ms": statistics.median(times), "rounds": len(times), **_spread(times)}
+    run()
+    free_memory()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    once = wall_seconds(run)
+    peak = torch.cuda.max_memory_allocated() - before
+    rounds = max(_LEAST, min(_MOST, int(min(seconds, context.left / 2) / (once + 1e-3))))
+    times = [1e3 * cold_seconds(run) for _ in range(rounds)]
+    return {"ms": statistics.median(times), "rounds": rounds, "peak_mib": round(peak / MIB, 1), **_spread(times)}
+
+
+def cold_seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one ``run`` on the GPU with a cold L2 cache."""
+    _cache_buffer().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def wall_seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one ``run``, on a GPU until it is done."""
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _spread(times: list[float]) -> Row:
+    quartiles = summarise(times)
+    return {"low_ms": quartiles["low"], "high_ms": quartiles["high"]}
+
+
+@functools.cache
+def _cache_buffer() -> torch.Tensor:
+    size = max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 128 * MIB)
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def kernel_microseconds(run: Callable[[], Any], repeat: int = 50) -> float:
+    """Device time of one ``run`` without the host's part in it: many in a CUDA graph, replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a capture needs everything compiled and allocated before
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeat):
+            run()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) * 1e3 / repeat
+
+
+def machine_rates(context: Context) -> Iterator[Row]:
+    """Copy bandwidth (bytes read + written) and the rate of a large bf16 product: what the rest is compared with."""
+    dtype = torch.float32 if context.tiny else torch.bfloat16
+
+    def copy() -> Row:
+        source = torch.ones(MIB if context.tiny else 1024 * MIB, dtype=torch.int8, device=context.device)
+        target = torch.empty_like(source)
+        found = measure(lambda: target.copy_(source), context, 0.5)
+        context.rates["copy_gb_s"] = 2 * source.numel() / found["ms"] / 1e6
+        return {"result": f"{context.rates['copy_gb_s']:.0f} GB/s", **context.rates, **found}
+
+    def product() -> Row:
+        size = 128 if context.tiny else 8192
+        a, b = (torch.randn(size, size, dtype=dtype, device=context.device) for _ in range(2))
+        found = measure(lambda: a @ b, context, 0.5)
+        context.rates["matmul_tflop_s"] = 2 * size**3 / found["ms"] / 1e9
+        return {"result": f"{context.rates['matmul_tflop_s']:.0f} TFLOP/s", **context.rates, **found}
+
+    yield from context.attempt("copy bandwidth", copy)
+    yield from context.attempt(f"{str(dtype)[6:]} matrix product", product)
+
+
+def describe(found: Mapping[str, Any], *notes: str) -> str:
+    """Milliseconds, memory and notes as one cell."""
+    parts = [f"{found['ms']:.2f} ms"]
+    if "peak_mib" in found:
+        parts.append(f"{found['peak_mib']:.0f} MiB")
+    return ", ".join([*parts, *filter(None, notes)])

@@ -1,0 +1,164 @@
+"""Models to be evaluated: their names, and the reference, tokenizer and options that they were trained with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..data.tokenize import check_same_tokenizer
+from ..losses import LOSSES, loss_names
+from .options import Options, defaults
+from .parsing import parse
+from .train import CONFIG_FILE, load_ref_tokenizer, load_tokenizer, load_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+# Options of cpt-train that an evaluation depends on.
+SETTINGS = (
+    *("beta", "max_length", "truncation_mode", "ranked_pairs", "dataset_num_proc"),
+    *("share_prompts", "max_tokens_per_batch", "head_memory_mb", "attention_backend", "ref_cache_dir"),
+    *("tokenizer_name", "dtype", "attn_implementation", "model_init_kwargs", "trust_remote_code"),
+    *("load_in_4bit", "load_in_8bit", "bf16", "fp16", "use_cpu"),
+)
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+Configs = Mapping[Path, Mapping[str, Any]]  # files that `cpt-train` wrote or reads, and what they hold
+
+
+def name_models(given: Sequence[str]) -> dict[str, str]:
+    """Name -> model, from NAME=MODEL, or from the last parts of the model's path, as many as tell all apart.
+
+    Raises:
+        ValueError: a name that is there twice.
+    """
+    named = [part.split("=", 1) if re.match(r"[^/=]+=", part) else (None, part) for part in given]
+    paths = [path.rstrip("/") for _, path in named]
+    for parts in range(1, max(path.count("/") for path in paths) + 2):
+        names = [name or "/".join(path.split("/")[-parts:]) for (name, _), path in zip(named, paths)]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths))
+    raise ValueError(f"models names {next(name for name in names if names.count(name) > 1)} twice")
+
+
+def read_configs(models: Sequence[str], config: Path | None) -> Configs:
+    """The one training configuration given, or else those beside the models, in their folder or above a checkpoint's;
+    first those whose loss has a reference.
+
+    Raises:
+        ValueError: a model that is nowhere, or a file that is no such configuration.
+    """
+    for model in models:
+        path = Path(model).expanduser()
+        if not path.is_dir() and (not _HUB_NAME.fullmatch(model) or ("/" in model and path.parent.is_dir())):
+            raise ValueError(f"models={model}: there is no such folder")
+    files = [config] if config else []
+    for folder in (Path(model).expanduser() for model in models if config is None):
+        files += [file for file in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if file.is_file()][:1]
+    configs = {file: _read_yaml(file) for file in files}
+    return dict(sorted(configs.items(), key=lambda item: not _has_reference(item[1])))
+
+
+def choose_reference(given: str | None, configs: Configs, models: Sequence[str]) -> str | None:
+    """The reference asked for, or else the one that the models were trained against; where their losses have none, what
+    they started from.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    if given is not None:
+        return None if given.lower() == "none" else given
+    against = {path: values for path, values in configs.items() if _has_reference(values)} or configs
+    names = {}
+    for path, values in against.items():
+        name = values.get("ref_model_name_or_path") or values.get("model_name_or_path")
+        if name is None or (values.get("from_scratch") and not values.get("ref_model_name_or_path")):
+            raise ValueError(f"{path} names no reference that could be loaded: give --reference, or --reference none")
+        names[name] = path
+    if not names:
+        raise ValueError(
+            f"there is no {CONFIG_FILE} beside {' or '.join(models)} to tell the reference: give --reference MODEL, or"
+            " --reference none for log-probs alone"
+        )
+    if len(names) > 1:
+        raise ValueError(f"the models were trained against {' and '.join(names)}: choose one by --reference")
+    return next(iter(names))
+
+
+def read_options(
+    configs: Configs, flags: Sequence[str], *, model: str, data: str, output_dir: Path, reference: str | None, prog: str
+) -> Options:
+    """The options of ``cpt-train`` that count here: those of the first configuration, flags over them.
+
+    Raises:
+        ValueError: an option without effect here, or a value that cannot be.
+    """
+    for text in flags:
+        name = text[2:].split("=")[0].replace("-", "_").removeprefix("no_")
+        if text.startswith("--") and name not in SETTINGS:
+            raise ValueError(f"unknown option {text}; see {prog} --help")
+    values = dict(next(iter(configs.values()), {}))
+    argv = []
+    for name in SETTINGS:
+        if name in values and values[name] != defaults()[name]:
+            argv += [f"--{name}", _as_flag(values[name])]
+    argv += flags
+    if {"--load_in_4bit", "--load_in_8bit"} & {*argv}:
+        argv.append("--use_peft")  # which quantised weights need in training; no adapter is made here
+    argv += ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(output_dir)]
+    return parse([*argv, *(["--ref_model_name_or_path", reference] if reference else [])], prog)
+
+
+def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrainedTokenizerBase:
+    """The tokenizer of all models, or the one named for them.
+
+    Raises:
+        ValueError: they have different ones, or the reference has.
+    """
+    model, training = options.model, options.training
+    if model.tokenizer_name is not None:
+        first, models = load_tokenizer(model.tokenizer_name, "tokenizer_name", model, training), ()
+    else:
+        first = load_tokenizer(models[0], "models", model, training)
+    for name in models[1:]:
+        other = load_tokenizer(name, "models", model, training)
+        if other.get_vocab() != first.get_vocab() or other.chat_template != first.chat_template:
+            raise ValueError(
+                f"{name} has another tokenizer or chat template than {models[0]}: name one for all by --tokenizer_name,"
+                " or evaluate them apart"
+            )
+    if (reference := load_ref_tokenizer(model, training)) is not None:
+        check_same_tokenizer(first, reference)
+    return first
+
+
+def loader(name: str, option: str, options: Options) -> Callable[[], nn.Module]:
+    """A function that loads a model, of the type and quantisation asked for."""
+    return lambda: load_weights(name, option, options.model, options.training)
+
+
+def _has_reference(values: Mapping[str, Any]) -> bool:
+    losses = loss_names(values.get("loss_type", defaults()["loss_type"]))
+    return any(loss in LOSSES and LOSSES[loss].needs_reference for loss in losses)
+
+
+def _as_flag(value: Any) -> str:
+    """A value of a YAML file as a flag has it."""
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines of 'option: value', found {type(values).__name__}")
+    return values

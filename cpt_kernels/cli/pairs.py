@@ -1,0 +1,255 @@
+"""``cpt pairs``: responses of models of different strength -> a preference dataset, with a report of what was built.
+
+    cpt pairs gpt4.jsonl chatgpt.jsonl davinci.jsonl --order "gpt4 > chatgpt > td003" --output pairs.jsonl
+
+Sources are .jsonl, .json, .parquet or .csv files, folders, or hub datasets. Their rows are
+    prompt, model, response          one response; also as instruction, generator, output
+    prompt, MODEL, MODEL, ...        a column for each model that is ranked
+    prompt, completions              a list of {model, response, ratings}, as in UltraFeedback
+    prompt, generations, generation_models, ratings      lists side by side
+    prompt, chosen, rejected         with chosen_model, rejected_model, chosen_rating, rejected_rating
+with text or chat messages. Responses are joined by the text of their prompts.
+
+Output rows are prompt, chosen, rejected, chosen_model, rejected_model, gap: the difference in ranks, win rates or
+ratings, always above 0. With --grouped: prompt, completions (best first), scores, models, and pairs, a list of [chosen,
+rejected] positions among the completions. cpt-train takes both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..data.sources import load
+from ..pairs.build import build_pairs, held_out
+from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, replacing, write
+from ..pairs.order import Which, parse_order, parse_which
+from ..pairs.report import make_report, report_lines, report_table, write_report
+from .parsers import Help, Parser
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")  # the last is AlpacaEval's: it has no name
+_WIDTH = 120  # of a table that does not go to a terminal
+_WIN_RATE_COLUMNS = ("length_controlled_winrate", "win_rate")
+
+
+def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
+    """Build pairs, and write them, their report and its picture.
+
+    Raises:
+        ValueError: an option or the data cannot be used, or there is no pair; the message says why.
+    """
+    args = _parser(prog).parse_args(argv)
+    files = _check(args)
+    which = parse_which(args.pairs or "all") if args.base is None else Which("base", base=args.base)
+    ranking, meaning = _read_ranking(args)
+    limits = {unit: most for unit in ("characters", "tokens") if (most := getattr(args, f"max_{unit}")) is not None}
+    responses = load_responses(
+        args.responses,
+        config=args.config,
+        split=args.split,
+        columns=args.columns,
+        models=list(ranking or ()),
+        rating=args.ratings,
+        tokenizer=_load_tokenizer(args.tokenizer) if args.tokenizer else None,
+        max_length=limits,
+        num_proc=args.num_proc,
+    )
+    if args.win_rates:
+        ranking = _choose_ranked(ranking, responses.models, args.win_rates)
+    strength = responses.numbers("rating") if ranking is None else ranking
+    pairs = build_pairs(
+        responses.prompt_keys, responses.models, responses.response_keys, strength, which, drops=responses.drops
+    )
+    for_validation = held_out(responses.prompt_keys, args.validation)[pairs.chosen]
+    chat = args.conversational or is_conversational(responses)
+    about = {
+        "sources": list(responses.sources),
+        "which": args.pairs or (f"against {args.base}" if args.base else "all"),
+        "gap": f"difference in {meaning}",
+        "strength": ranking,
+        "form": "messages" if chat else "text",
+    }
+    report = make_report(responses, pairs, for_validation, "tokens" if args.tokenizer else "characters", about)
+    parts = [~for_validation]
+    if args.validation:
+        parts.append(for_validation)
+        _check_split(args.validation, report)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    batches = group_batches if args.grouped else pair_batches
+    with replacing(*files) as temporary:
+        for written, path, part in zip(temporary, files, parts):
+            total = pairs.count_prompts(part) if args.grouped else int(part.sum())
+            write(written, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
+        write_report(report, *temporary[len(parts) :])
+    _print(report, files)
+
+
+def _check(args: argparse.Namespace) -> list[Path]:
+    """The files to be written: pairs, those for validation where they are wanted, the report and its pictures."""
+    files = _check_output(args)
+    if sum(option is not None for option in (args.order, args.ratings, args.win_rates)) != 1:
+        raise ValueError(
+            "say once which responses are better: by --order 'gpt4 > chatgpt > td003', by --ratings COLUMN, or by"
+            " --win_rates FILE"
+        )
+    for option, other in (("max_tokens", "tokenizer"), ("win_rate_column", "win_rates")):
+        if getattr(args, option) is not None and getattr(args, other) is None:
+            raise ValueError(f"--{option} needs --{other}")
+    if args.base is not None and args.pairs is not None:
+        raise ValueError("--base and --pairs each say which pairs are built: give one of them")
+    if not 0 <= args.validation < 1:
+        raise ValueError(f"--validation {args.validation} is no share of the prompts: it is at least 0 and below 1")
+    for option in ("max_characters", "max_tokens", "num_proc"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise ValueError(f"--{option} {value}: it is at least 1")
+    return files
+
+
+def _check_output(args: argparse.Namespace) -> list[Path]:
+    output = Path(args.output).expanduser()
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output {args.output}: the name must end in .jsonl or .parquet")
+    validation = output.with_suffix(f".validation{output.suffix}")
+    parts = [output, validation] if args.validation else [output]
+    files = [*parts, *(output.with_suffix(f".report{suffix}") for suffix in (".json", ".png", ".svg"))]
+    read = [Path(name).expanduser().resolve() for name in (*args.responses, args.win_rates) if name is not None]
+    for path in files:
+        if path.is_dir():
+            raise ValueError(f"--output {args.output} cannot be: {path} is a folder; choose another name")
+        if path.is_file() and any(part in read for part in (path.resolve(), *path.resolve().parents)):
+            raise ValueError(f"--output {args.output} would replace what is read: {path}; choose another name")
+    if validation not in files and validation.is_file():
+        raise ValueError(
+            f"--output {args.output}: {validation} is of an earlier run, and without --validation the new pairs would"
+            " have its prompts; remove it, or choose another name"
+        )
+    return files
+
+
+def _check_split(share: float, report: Mapping[str, Any]) -> None:
+    prompts = report["prompts"]
+    if prompts["validation"] in (0, prompts["in_pairs"]):
+        raise ValueError(
+            f"--validation {share} puts {prompts['validation']} of {prompts['in_pairs']} prompts into the validation"
+            " data: nothing is left on one side; choose another share"
+        )
+
+
+# --- Strength ---
+
+
+def _read_ranking(args: argparse.Namespace) -> tuple[dict[str, float] | None, str]:
+    """Strength by model, None where ratings say it, and what a gap is measured in."""
+    if args.order is not None:
+        return parse_order(args.order), "ranks"
+    if args.ratings is not None:
+        return None, f"the rating {args.ratings}"
+    table = load(args.win_rates)
+    model = next((name for name in _MODEL_COLUMNS if name in table.column_names), None)
+    wanted = [args.win_rate_column] if args.win_rate_column else _WIN_RATE_COLUMNS
+    column = next((name for name in wanted if name in table.column_names), None)
+    if model is None or column is None:
+        missing = "no column that names the models" if model is None else f"no column {' or '.join(wanted)}"
+        raise ValueError(f"{args.win_rates} has {missing}; its columns are {', '.join(table.column_names)}")
+    rates: dict[str, float] = {}
+    for row, (name, rate) in enumerate(zip(table[model], table[column])):
+        if name in rates:
+            raise ValueError(f"{args.win_rates} row {row}: the model {name} is there twice")
+        try:
+            rates[name] = float("nan" if rate is None else rate)
+        except ValueError as error:
+            raise ValueError(f"{args.win_rates} row {row}: the {column} of {name} is {rate!r}, no number") from error
+    return rates, column
+
+
+def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: str) -> dict[str, float]:
+    """The part of a leaderboard that is about the models of the data."""
+    here = list(dict.fromkeys(models))
+    chosen = {name: rates[name] for name in here if name in rates}
+    if unknown := [name for name, rate in chosen.items() if math.isnan(rate)]:
+        raise ValueError(f"{source} has no win rate of {unknown[0]} there; choose another column by --win_rate_column")
+    if len(chosen) < 2:
+        raise ValueError(
+            f"{source} has win rates of {', '.join(chosen) or 'none'} of the models {', '.join(here[:8])}: two are"
+            f" needed; it names {', '.join(map(str, list(rates)[:8]))}, ..."
+        )
+    return chosen
+
+
+# --- Options ---
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="a .jsonl or .parquet file; the report beside it"
+    )
+    group = parser.add_argument_group("what is better, one of")
+    group.add_argument("--order", metavar="TEXT", help="'gpt4 > chatgpt > td003'; = between models that are equal")
+    group.add_argument("--ratings", metavar="COLUMN", help="rating of each response; of pairs without chosen_")
+    group.add_argument("--win_rates", metavar="FILE", help="table of models and win rates, as AlpacaEval's leaderboard")
+    group.add_argument(
+        "--win_rate_column", metavar="COLUMN", help=f"of that table [{', else '.join(_WIN_RATE_COLUMNS)}]"
+    )
+    group = parser.add_argument_group("which pairs")
+    group.add_argument("--pairs", metavar="TEXT", help="all, adjacent, or 'gpt4 > td003, ...' [all]")
+    group.add_argument("--base", metavar="MODEL", help="only pairs with this model on one side")
+    group.add_argument("--max_characters", type=int, metavar="N", help="of prompt and response together")
+    group.add_argument("--max_tokens", type=int, metavar="N", help="the same in tokens, without a chat template's own")
+    group.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; lengths are then in tokens")
+    group = parser.add_argument_group("output")
+    group.add_argument("--grouped", action="store_true", help="a row for each prompt, with all its responses once")
+    group.add_argument(
+        "--conversational", action="store_true", help="messages for a chat template, also where the data is text"
+    )
+    group.add_argument(
+        "--validation", type=float, default=0.0, metavar="SHARE", help="of prompts, by their text, in a file beside [0]"
+    )
+    group = parser.add_argument_group("reading")
+    group.add_argument(
+        "--columns", type=_rename, action=_Renames, metavar="OLD=NEW", nargs="+", help="columns to rename"
+    )
+    group.add_argument("--config", metavar="NAME", help="configuration of a hub dataset")
+    group.add_argument("--split", metavar="NAME", help="split of a folder or hub dataset [train]")
+    group.add_argument("--num_proc", type=int, metavar="N", help="processes that read")
+    return parser
+
+
+class _Renames(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, dict(values))
+
+
+def _rename(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
+    return old, new
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
+        raise ValueError(f"--tokenizer {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _print(report: Mapping[str, Any], files: Sequence[Path]) -> None:
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = _WIDTH
+    console.print(report_table(report))
+    for line in report_lines(report):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"written: {', '.join(map(str, files))}", markup=False, highlight=False)

@@ -1,0 +1,119 @@
+"""Judged outputs beside a baseline's: win rate, length-controlled win rate, and what to know of the judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pairs.build import number
+from .judge import Verdicts
+from .outputs import Comparisons
+from .win_rate import CONFIDENCE, RESAMPLES, interval, length_controlled_win_rate, win_rate
+
+
+@dataclass(frozen=True)
+class OutputEvaluation:
+    """Comparisons and their verdicts.
+
+    Raises:
+        ValueError: the judge gave no preference at all.
+    """
+
+    comparisons: Comparisons
+    verdicts: Verdicts
+
+    def __post_init__(self) -> None:
+        if not self.judged.any():
+            reasons = ", ".join(f"{count} for {reason}" for reason, count in self.verdicts.failures.items())
+            raise ValueError(f"the judge compared no output of {self.comparisons.model} ({reasons})")
+
+    @property
+    def judged(self) -> NDArray[np.bool_]:
+        """(n,) whether there is a preference."""
+        return ~np.isnan(self.verdicts.preferences)
+
+    def summary(self, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0) -> dict[str, Any]:
+        """Rates with bootstrap intervals over prompts, lengths in characters, counts, and the judge's position bias.
+
+        A comparison without a verdict is in none of the rates. ``length_controlled`` is None where it is not
+        identified, see :func:`length_controlled_win_rate`.
+        """
+        bootstrap = {"resamples": resamples, "confidence": confidence, "seed": seed}
+        pairs, judged = self.comparisons, self.judged
+        wins = self.verdicts.preferences[judged]
+        lengths = np.array([len(text) for text in pairs.outputs])[judged]
+        baseline_lengths = np.array([len(text) for text in pairs.baseline_outputs])[judged]
+        prompts = number(pairs.prompts)[judged]
+        controlled = length_controlled_win_rate(wins, lengths, baseline_lengths, prompts=prompts, **bootstrap)
+        return {
+            "model": pairs.model,
+            "baseline": pairs.baseline,
+            "win_rate": win_rate(wins, prompts=prompts, **bootstrap)._asdict(),
+            "length_controlled": None if controlled is None else controlled._asdict(),
+            "prompts": len(np.unique(prompts)),
+            "wins": int((wins > 0.5).sum()),
+            "ties": int((wins == 0.5).sum()),
+            "losses": int((wins < 0.5).sum()),
+            "characters": float(lengths.mean()),
+            "baseline_characters": float(baseline_lengths.mean()),
+            "longer": float((lengths > baseline_lengths).mean()),
+            "first_rate": self.verdicts.first_rate(),
+            "consistency": self.verdicts.consistency(),
+            "identical": self.verdicts.identical,
+            "not_judged": int((~judged).sum()),
+            "failures": dict(self.verdicts.failures),
+            "without_baseline": pairs.without_baseline,
+            "without_output": pairs.without_output,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each comparison: texts, preference (None without a verdict), and that of each order asked."""
+        pairs, rows = self.comparisons, []
+        for i, preference in enumerate(self.verdicts.preferences.tolist()):
+            orders = [None if np.isnan(value) else value for value in self.verdicts.orders[i].tolist()]
+            rows.append(
+                {
+                    "prompt": pairs.prompts[i],
+                    "model": pairs.model,
+                    "baseline": pairs.baseline,
+                    "preference": None if np.isnan(preference) else preference,
+                    "preference_in_each_order": orders,
+                    "output": pairs.outputs[i],
+                    "baseline_output": pairs.baseline_outputs[i],
+                }
+            )
+        return rows
+
+    def by_prompt(self) -> dict[str, float]:
+        """Prompt -> mean preference, of what was judged."""
+        sums, counts = Counter[str](), Counter[str]()
+        for prompt, preference, judged in zip(self.comparisons.prompts, self.verdicts.preferences, self.judged):
+            if judged:
+                sums[prompt] += preference
+                counts[prompt] += 1
+        return {prompt: float(sums[prompt] / count) for prompt, count in counts.items()}
+
+
+def differences(
+    evaluations: Sequence[OutputEvaluation],
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Win rate of every further model minus that of the first, over the prompts that both were judged on."""
+    first, *others = ((each.comparisons.model, each.by_prompt()) for each in evaluations)
+    rows = []
+    for model, preferences in others:
+        values = np.array([value - first[1][prompt] for prompt, value in preferences.items() if prompt in first[1]])
+        row = {"model": model, "minus": first[0], "prompts": len(values)}
+        if len(values):
+            low, high = interval(values, resamples=resamples, confidence=confidence, seed=seed)
+            row["win_rate"] = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+            rows.append(row)
+    return rows

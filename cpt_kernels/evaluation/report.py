@@ -1,0 +1,239 @@
+"""Evaluations to look at: tables for a terminal, pictures as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from .judge import NO_VERDICT
+from .pairs import ALL
+
+Row = dict[str, Any]
+
+_FORMATS = ("png", "svg")
+# Metric of a pair -> what to call it, factor, format.
+_METRICS = {
+    "rewards/accuracies": ("reward accuracy, %", 100, ".1f"),
+    "rewards/margins": ("reward margin", 1, ".3f"),
+    "rewards/chosen": ("reward, chosen", 1, ".3f"),
+    "rewards/rejected": ("reward, rejected", 1, ".3f"),
+    "logps/accuracies": ("chosen is likelier, %", 100, ".1f"),
+    "logps/chosen": ("log-prob, chosen", 1, ".1f"),
+    "logps/rejected": ("log-prob, rejected", 1, ".1f"),
+}
+
+
+# --- Held-out pairs ---
+
+
+def pair_tables(summary: Sequence[Row], confidence: float) -> list[Table]:
+    """Every metric over all pairs, a column for each model; then a table for each grouping."""
+    whole = [row for row in summary if row["by"] == ALL]
+    table = _table(f"{whole[0]['pairs']:,} pairs of {whole[0]['prompts']:,} prompts, mean [{confidence:.0%} interval]")
+    table.add_column("")
+    for row in whole:
+        table.add_column(escape(row["model"]), justify="right", overflow="fold")
+    for metric, (title, factor, format) in _METRICS.items():
+        table.add_row(title, *(_with_ends(row[metric], factor, format) for row in whole))
+    tied = set(own_references(summary))
+    grouped = [row for row in summary if row["by"] != ALL and row["model"] not in tied]
+    return [table, *(_group_table(by, rows) for by, rows in _split(grouped).items())]
+
+
+def own_references(summary: Sequence[Row]) -> list[str]:
+    """Models whose rewards are 0 throughout: there is nothing to see in their groups."""
+    whole = [row for row in summary if row["by"] == ALL]
+    return [row["model"] for row in whole if not any(row["rewards/margins"].values())]
+
+
+def _group_table(by: str, rows: Sequence[Row]) -> Table:
+    table = _table(f"By {escape(by)}")
+    several = len({row["model"] for row in rows}) > 1
+    for heading in (escape(by), "model"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("pairs", "accuracy, %", "margin", "log-prob, chosen", "rejected"):
+        table.add_column(heading, justify="right")
+    last = None
+    for row in rows:
+        if several and last not in (None, row["value"]):
+            table.add_section()
+        table.add_row(
+            "" if row["value"] == last else escape(row["value"]),
+            escape(row["model"]),
+            f"{row['pairs']:,}",
+            _with_ends(row["rewards/accuracies"], 100, ".1f"),
+            _with_ends(row["rewards/margins"], 1, ".3f"),
+            *(f"{row[f'logps/{side}']['mean']:.1f}" for side in ("chosen", "rejected")),
+        )
+        last = row["value"]
+    return table
+
+
+def difference_lines(differences: Iterable[Row], metrics: dict[str, tuple[str, float, str]]) -> list[str]:
+    """A line for each model that is compared with the first.
+
+    Args:
+        metrics: name in the row -> what to call it, factor, format.
+    """
+    lines = []
+    for row in differences:
+        parts = [
+            f"{title} {_with_ends(row[name], factor, format)}" for name, (title, factor, format) in metrics.items()
+        ]
+        lines.append(f"{row['model']} minus {row['minus']}, on the same prompts: {', '.join(parts)}")
+    return lines
+
+
+def draw_pairs(summary: Sequence[Row], folder: Path, title: str) -> list[Path]:
+    """Accuracy and margin with their intervals, a row of panels for each grouping; returns the files."""
+    tied = set(own_references(summary))
+    groupings = _split([row for row in summary if row["model"] not in tied] or summary)
+    models = list(dict.fromkeys(row["model"] for rows in groupings.values() for row in rows))
+    values = {by: list(dict.fromkeys(row["value"] for row in rows)) for by, rows in groupings.items()}
+    heights = [0.6 + 0.28 * len(names) * max(1, 0.6 * len(models)) for names in values.values()]
+    figure = _figure(11, 1 + sum(heights))
+    figure.suptitle(title, fontsize="medium")
+    ratios = {"height_ratios": heights}
+    axes = figure.subplots(len(groupings), 2, squeeze=False, sharex="col", gridspec_kw=ratios)
+    metrics = (("rewards/accuracies", 100, "reward accuracy, %", 50), ("rewards/margins", 1, "reward margin", 0))
+    for (by, rows), of_grouping in zip(groupings.items(), axes):
+        for axis, (metric, factor, label, even) in zip(of_grouping, metrics):
+            for number, model in enumerate(models):
+                mine = [row for row in rows if row["model"] == model]
+                places = [values[by].index(row["value"]) for row in mine]
+                _draw_points(axis, [row[metric] for row in mine], places, factor, number, len(models), model)
+            axis.axvline(even, color="grey", linewidth=0.8, linestyle=":")
+            counts = {row["value"]: row["pairs"] for row in rows}
+            names = [f"{name}  ({counts[name]:,})" for name in values[by]]
+            _label(axis, names if axis is of_grouping[0] else [""] * len(names))
+            if by == list(groupings)[-1]:
+                axis.set_xlabel(label)
+        of_grouping[0].set_title(f"by {by} (pairs)" if by != ALL else "", loc="left", fontsize="medium")
+    axes[0][0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    return _save(figure, folder, "pairs")
+
+
+# --- Judged outputs ---
+
+
+def win_rate_table(summaries: Sequence[Row], confidence: float) -> Table:
+    """A line for each model."""
+    table = _table(f"Against {escape(summaries[0]['baseline'])}, mean [{confidence:.0%} interval]")
+    table.add_column("model", overflow="fold")
+    headings = ("win rate, %", "length-controlled, %", "wins / ties / losses")
+    for heading in (*headings, "prompts", "characters", "baseline's", "longer"):
+        table.add_column(heading, justify="right")
+    for row in summaries:
+        controlled = row["length_controlled"]
+        table.add_row(
+            escape(row["model"]),
+            _with_ends(row["win_rate"], 100, ".1f", "rate"),
+            "not identified" if controlled is None else _with_ends(controlled, 100, ".1f", "rate"),
+            f"{row['wins']} / {row['ties']} / {row['losses']}",
+            f"{row['prompts']:,}",
+            f"{row['characters']:,.0f}",
+            f"{row['baseline_characters']:,.0f}",
+            f"{row['longer']:.0%}",
+        )
+    return table
+
+
+def win_rate_notes(summary: Row) -> list[str]:
+    """What must be known to read a model's line: what was not compared, and what the judge leans to."""
+    model, notes = summary["model"], []
+    unmatched = (("without_baseline", summary["baseline"]), ("without_output", model))
+    notes += [
+        f"{model}: {summary[name]} prompts were left out, as {other} did not answer them"
+        for name, other in unmatched
+        if summary[name]
+    ]
+    if summary["not_judged"]:
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in summary["failures"].items())
+        again = "; start again to ask for what failed" if {*summary["failures"]} - {NO_VERDICT} else ""
+        notes.append(
+            f"{model}: {summary['not_judged']} comparisons have no verdict and are in no rate (missing answers:"
+            f" {reasons}{again})"
+        )
+    if summary["identical"]:
+        notes.append(f"{model}: {summary['identical']} outputs are the baseline's own, which is a tie")
+    if summary["first_rate"] is not None:
+        notes.append(
+            f"{model}: the judge preferred what stood first in {summary['first_rate']:.1%} (50% is no bias), and gave"
+            f" both orders the same winner in {summary['consistency']:.1%}"
+        )
+    if summary["length_controlled"] is None:
+        longer = "longer" if summary["longer"] else "shorter"
+        notes.append(
+            f"{model}: all its outputs are {longer} than the baseline's, so that being better and being {longer} look"
+            " the same: no length-controlled rate"
+        )
+    return notes
+
+
+def draw_win_rates(summaries: Sequence[Row], folder: Path) -> list[Path]:
+    """Both rates of every model with their intervals; returns the files."""
+    figure = _figure(8, 1.4 + 0.5 * len(summaries))
+    axis = figure.subplots()
+    for number, (name, label) in enumerate((("win_rate", "win rate"), ("length_controlled", "length-controlled"))):
+        there = [(place, row[name]) for place, row in enumerate(summaries) if row[name] is not None]
+        estimates = [{"mean": rate["rate"], "low": rate["low"], "high": rate["high"]} for _, rate in there]
+        _draw_points(axis, estimates, [place for place, _ in there], 100, number, 2, label)
+    axis.axvline(50, color="grey", linewidth=0.8, linestyle=":")
+    _label(axis, [f"{row['model']}  ({row['prompts']:,})" for row in summaries])
+    axis.set_xlabel(f"% preferred over {summaries[0]['baseline']} (prompts)")
+    axis.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    return _save(figure, folder, "win_rate")
+
+
+# --- Both ---
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _split(summary: Sequence[Row]) -> dict[str, list[Row]]:
+    return {by: [row for row in summary if row["by"] == by] for by in dict.fromkeys(row["by"] for row in summary)}
+
+
+def _with_ends(estimate: dict[str, float], factor: float, format: str, mean: str = "mean") -> str:
+    value, low, high = (estimate[name] * factor for name in (mean, "low", "high"))
+    return f"{value:{format}} [{low:{format}}, {high:{format}}]"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # takes half a second
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_points(
+    axis: Any, estimates: Sequence[Row], places: Sequence[int], factor: float, number: int, of: int, label: str
+) -> None:
+    heights = [place + 0.6 * (number - (of - 1) / 2) / of for place in places]
+    means = [factor * estimate["mean"] for estimate in estimates]
+    ends = [[factor * abs(estimate["mean"] - estimate[end]) for estimate in estimates] for end in ("low", "high")]
+    axis.errorbar(means, heights, xerr=ends, fmt="o", markersize=4, capsize=2, color=f"C{number}", label=label)
+
+
+def _label(axis: Any, names: Sequence[str]) -> None:
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name may hold dollars
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.{format}" for format in _FORMATS]
+    for file in files:
+        figure.savefig(file, dpi=120)
+    return files

@@ -1,0 +1,235 @@
+"""Responses in files -> pairs in files: the columnar side of ``cpt pairs``. Text stays on disk until it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import concatenate_datasets
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from ..data.sources import load
+from .build import Drop, Pairs, mark
+from .responses import TEXT, as_messages, read_responses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 8192  # responses of one side written at a time
+_MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+_UNKNOWN_MODEL = "unknown"
+
+
+@dataclass(frozen=True)
+class Responses:
+    """n responses of one or several sources."""
+
+    table: pa.Table = field(repr=False)  # RESPONSE_FEATURES
+    sources: dict[str, int]  # name -> its first response
+    models: NDArray[np.object_]  # (n,) names
+    prompt_keys: NDArray[np.bytes_]  # (n,)
+    response_keys: NDArray[np.bytes_]  # (n,)
+    drops: NDArray[np.int8]  # (n,) what cannot be used, whatever is asked for
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def numbers(self, column: str) -> NDArray:
+        """(n,) values of a column of numbers."""
+        return self.table[column].to_numpy()
+
+    def where(self, row: int) -> str:
+        """File and row of a response."""
+        name, _ = max(((name, start) for name, start in self.sources.items() if start <= row), key=lambda s: s[1])
+        return f"{name} row {self.table['row'][row].as_py()}"
+
+
+def load_responses(
+    names: Sequence[str],
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    models: Sequence[str] = (),
+    rating: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: dict[str, int] | None = None,
+    num_proc: int | None = None,
+) -> Responses:
+    """Read all responses of the named files, folders or hub datasets.
+
+    Args:
+        names, config, split: as for ``data.sources.load``.
+        columns: {name in the data: name here}, renamed in those sources that have it.
+        models, rating, tokenizer, num_proc: as for ``data.response_rows.read_responses``.
+        max_length: {"characters" or "tokens": how many prompt and response may have together}.
+
+    Raises:
+        ValueError: a source cannot be read, or has a rating that is no number, or no source has a column to rename; the
+            message says where.
+    """
+    parts, sources, total = [], {}, 0
+    unknown = list(columns or ())
+    for name in dict.fromkeys(names):
+        dataset = load(name, config=config, split=split)
+        renamed = {old: new for old, new in (columns or {}).items() if old in dataset.column_names}
+        unknown = [old for old in unknown if old not in renamed]
+        if taken := [new for new in renamed.values() if new in dataset.column_names]:
+            raise ValueError(f"{name} has a column `{taken[0]}` already: no other can be renamed to it")
+        part = read_responses(
+            dataset.rename_columns(renamed), models, rating, tokenizer=tokenizer, num_proc=num_proc, name=name
+        )
+        sources[name], total = total, total + len(part)
+        parts.append(part)
+    if unknown:
+        there = ", ".join(dataset.column_names)
+        raise ValueError(f"columns names `{unknown[0]}`, which no source has; {name} has {there}")
+    table = concatenate_datasets(parts).with_format("arrow")[:]
+    drops = table["drop"].to_numpy().astype(np.int8)
+    if rating is None:
+        mark(drops, table["model"].is_null().to_numpy(), Drop.NO_MODEL_NAMED)
+    for unit, most in (max_length or {}).items():
+        length = table[f"prompt_{unit}"].to_numpy() + table[f"response_{unit}"].to_numpy()
+        mark(drops, length > most, Drop.TOO_LONG)
+    keys = [_digests(table[name]) for name in ("prompt_key", "response_key")]
+    responses = Responses(table, sources, _model_names(table["model"]), *keys, drops)
+    if wrong := np.flatnonzero(drops == Drop.NO_RATING).tolist():
+        raise ValueError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
+    return responses
+
+
+def _model_names(column: pa.ChunkedArray) -> NDArray[np.object_]:
+    """(n,) names, `_UNKNOWN_MODEL` for null; of each there is one text, however many responses have it."""
+    encoded = column.combine_chunks().dictionary_encode()
+    names = np.array([*encoded.dictionary.to_pylist(), _UNKNOWN_MODEL], object)
+    return names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
+
+
+def _digests(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
+    return np.concatenate([np.array(chunk.to_pylist(), "S16") for chunk in column.chunks])
+
+
+# --- Rows to write ---
+
+
+def pair_batches(responses: Responses, pairs: Pairs, part: NDArray, chat: bool) -> Iterator[pa.Table]:
+    """Rows of a preference dataset, for the pairs where ``part`` (P,) is true."""
+    numbers = np.flatnonzero(part)
+    for start in range(0, len(numbers), _BATCH):
+        some = numbers[start : start + _BATCH]
+        chosen, rejected = pairs.chosen[some], pairs.rejected[some]
+        yield pa.table(
+            {
+                "prompt": _texts(responses, "prompt", chosen, chat),
+                "chosen": _texts(responses, "response", chosen, chat),
+                "rejected": _texts(responses, "response", rejected, chat),
+                "chosen_model": pa.array(responses.models[chosen], pa.string()),
+                "rejected_model": pa.array(responses.models[rejected], pa.string()),
+                "gap": pairs.gap[some],
+            }
+        )
+
+
+def group_batches(responses: Responses, pairs: Pairs, part: NDArray, chat: bool) -> Iterator[pa.Table]:
+    """Rows of a ranked dataset, a prompt each, for the prompts of the pairs where ``part`` (P,) is true."""
+    groups = pairs.group()
+    numbers = np.flatnonzero(part[groups.cu_edges[:-1]])
+    size = max(_BATCH * len(groups) // len(groups.members), 1)
+    for start in range(0, len(numbers), size):
+        some = numbers[start : start + size]
+        at, offsets = _ranges(groups.cu_members, some)
+        edges, edge_offsets = _ranges(groups.cu_edges, some)
+        members = groups.members[at]
+        ends = pa.array(np.arange(0, 2 * len(edges) + 1, 2), pa.int32())
+        positions = pa.ListArray.from_arrays(ends, groups.edges[edges].reshape(-1))
+        yield pa.table(
+            {
+                "prompt": _texts(responses, "prompt", groups.members[groups.cu_members[some]], chat),
+                "completions": pa.ListArray.from_arrays(offsets, _texts(responses, "response", members, chat)),
+                "scores": pa.ListArray.from_arrays(offsets, pairs.strength[members]),
+                "models": pa.ListArray.from_arrays(offsets, pa.array(responses.models[members], pa.string())),
+                "pairs": pa.ListArray.from_arrays(edge_offsets, positions),
+            }
+        )
+
+
+def _ranges(boundaries: NDArray[np.int64], numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], pa.Array]:
+    """What lies in the numbered ranges, one after the other, and where each begins."""
+    lengths = boundaries[numbers + 1] - boundaries[numbers]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    inside = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    return np.repeat(boundaries[numbers], lengths) + inside, pa.array(offsets, pa.int32())
+
+
+def _texts(responses: Responses, name: str, rows: NDArray[np.int64], chat: bool) -> pa.Array:
+    texts = take(responses.table[name], rows)
+    if not chat:
+        return texts.cast(pa.string())
+    role = "user" if name == "prompt" else "assistant"
+    shapes = take(responses.table[f"{name}_shape"], rows)
+    return pa.array([as_messages(*row, role) for row in zip(texts.to_pylist(), shapes.to_pylist())], _MESSAGES)
+
+
+def take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.Array:
+    """The values at ``rows``. Chunks are not joined, so that a column of any size stays on disk."""
+    starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+    order = np.argsort(rows, kind="stable")
+    ends = np.searchsorted(rows[order], starts)
+    parts = [
+        column.chunk(number).take(pa.array(rows[order[ends[number] : ends[number + 1]]] - starts[number]))
+        for number in np.flatnonzero(np.diff(ends))
+    ]
+    return pa.concat_arrays(parts).take(pa.array(np.argsort(order))) if parts else pa.array([], column.type)
+
+
+# --- Files ---
+
+
+def write(path: Path, batches: Iterator[pa.Table], total: int, title: str) -> None:
+    """Write rows as JSONL or Parquet, by the suffix, with a progress bar."""
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("wb"))
+        bar = stack.enter_context(tqdm(total=total, desc=title, unit=" rows", dynamic_ncols=True, disable=None))
+        writer = None
+        for batch in batches:
+            if path.suffix == ".jsonl":
+                _write_lines(file, batch)
+            else:
+                writer = writer or stack.enter_context(pq.ParquetWriter(file, batch.schema))
+                writer.write_table(batch)
+            bar.update(len(batch))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_lines(file: IO[bytes], batch: pa.Table) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
+    file.write("".join(lines).encode())
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary files beside ``paths``, which take their places together when all is written, and else are deleted."""
+    temporary = [path.with_name(f".{os.getpid()}.{path.name}") for path in paths]
+    try:
+        yield temporary
+        for written, path in zip(temporary, paths):
+            written.replace(path)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def is_conversational(responses: Responses) -> bool:
+    """Whether some usable prompt or response came as messages."""
+    usable = responses.drops == Drop.KEPT
+    return any((responses.numbers(f"{name}_shape")[usable] != TEXT).any() for name in ("prompt", "response"))

@@ -1,0 +1,311 @@
+"""Every accepted form of model responses -> one row for each response, with what is needed to pair it.
+
+    long     prompt, model, response               or as AlpacaEval has it: instruction, generator, output
+    wide     prompt, and a column for each model
+    pairs    prompt, chosen, rejected              with chosen_model, rejected_model and ratings; -, _ or reversed
+    nested   prompt, completions                   a list of {model, response, ...}, as in UltraFeedback
+    lists    prompt, generations, generation_models, ratings      lists side by side, as distilabel writes them
+
+Prompts and responses are text or chat messages. A prompt of one user turn and its text are the same prompt, a response
+of one assistant turn and its text the same response.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from datasets import Dataset, Features, LargeList, List, Value
+
+from ..data.formats import MALFORMED, RowError, without_nulls
+from .build import Drop, prompt_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Text is large: a batch of long responses may exceed the 2 GiB of Arrow's `string`. Lengths are characters and tokens.
+RESPONSE_FEATURES = Features(
+    {
+        **{"prompt": Value("large_string"), "prompt_shape": Value("int8"), "prompt_key": Value("binary")},
+        **{"response": Value("large_string"), "response_shape": Value("int8"), "response_key": Value("binary")},
+        **{"model": Value("string"), "rating": Value("float64"), "row": Value("int64")},
+        **{"drop": Value("int8"), "detail": Value("string")},
+        **{f"{text}_{unit}": Value("int64") for text in ("prompt", "response") for unit in ("characters", "tokens")},
+    }
+)
+TEXT, TURN, TURNS = range(3)  # shapes: text; the text of one turn; turns as JSON, [[role, content], ...]
+
+_PROMPT = ("prompt", "instruction")
+_MODEL = ("model", "generator", "model_name")
+_RESPONSE = ("response", "output", "completion")
+_LISTS = ("completions", "generations", "responses")
+_MODEL_LISTS = ("models", "generation_models", "model_names")
+_SIDES = ("chosen", "rejected")
+_UNRATED = {"", "n/a", "na", "nan", "none", "null"}
+
+
+class Side(NamedTuple):
+    """One response of a row: the columns that hold it, its model and its rating."""
+
+    response: str
+    model: str | None = None
+    name: str | None = None  # of the model, where no column has it
+    rating: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A way to read rows. A list has one side, whose columns hold lists; nested, `rating` is a key of its items."""
+
+    prompt: str
+    sides: tuple[Side, ...]
+    is_list: bool = False
+    is_nested: bool = False
+
+    def columns(self) -> set[str]:
+        sides = [side._replace(rating=None) for side in self.sides] if self.is_nested else self.sides
+        return {self.prompt, *(name for side in sides for name in (side.response, side.model, side.rating) if name)}
+
+
+def find_readings(features: Features, models: Sequence[str] = (), rating: str | None = None) -> tuple[Reading, ...]:
+    """How rows of these columns can be read; each row is by the first reading whose responses are not all null.
+
+    Args:
+        models: the models that are ranked, which may have columns of their own.
+        rating: the column or key that ranks responses, of pairs without `chosen_`; None where models are ranked.
+
+    Raises:
+        ValueError: no prompt, no responses, or no such rating; the message says what is there.
+    """
+    there = ", ".join(f"`{name}`" for name in features)
+    prompt = _first(_PROMPT, features)
+    if prompt is None:
+        raise ValueError(f"there is no column `prompt` or `instruction`, but {there}; rename one by --columns")
+    readings = []
+    if (column := _first(_LISTS, features)) and isinstance(features[column], (List, LargeList)):
+        item = features[column].feature
+        is_nested = isinstance(item, dict) and _first(_RESPONSE, item) is not None
+        lists = Side(column, _first(_MODEL_LISTS, features), rating=rating)
+        readings.append(Reading(prompt, (Side(column, rating=rating) if is_nested else lists,), True, is_nested))
+    if set(_SIDES) <= features.keys():
+        sides = (Side(s, _first(_spellings(s, "model"), features), s, _rating_of(s, rating, features)) for s in _SIDES)
+        readings.append(Reading(prompt, tuple(sides)))
+    response, model = _first(_RESPONSE, features), _first(_MODEL, features)
+    if response and (model or rating):
+        readings.append(Reading(prompt, (Side(response, model, rating=rating),)))
+    own = [name for name in models if name in features and name != prompt]
+    if not readings and own:
+        readings.append(Reading(prompt, tuple(Side(name, name=name) for name in own)))
+    if not readings:
+        ranked = f" nor columns for the models {', '.join(models)}" if models else ""
+        raise ValueError(
+            f"there are the columns {there}, but no `model` with `response`, no list of `completions`, no `chosen` and"
+            f" `rejected`{ranked}; rename columns by --columns"
+        )
+    if rating is None:
+        return tuple(readings)
+    rated = [reading for reading in readings if _has_rating(reading, features)]
+    if not rated:
+        raise ValueError(f"there is no rating `{rating}` of responses; the columns are {_describe(features)}")
+    return tuple(rated)
+
+
+@dataclass(frozen=True)
+class ReadResponses:
+    """Batched `datasets.map` function (with indices): rows -> RESPONSE_FEATURES, a row for each response.
+
+    A row that cannot be read at all becomes one dropped response, and so does a response whose rating is no number;
+    `detail` says what is wrong. Its fields are all that the result depends on, and datasets' cache is keyed by them.
+    `version` goes up whenever this module's output changes.
+    """
+
+    readings: tuple[Reading, ...]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    version: int = 2
+
+    def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        columns = {name: batch[name] for name in set().union(*(reading.columns() for reading in self.readings))}
+        records = []
+        for index, values in zip(indices, zip(*columns.values())):
+            records += self._read(dict(zip(columns, values)), index)
+        for name in ("prompt", "response"):
+            plain = [_plain(record[name], record[f"{name}_shape"]) for record in records]
+            tokens = self._count_tokens(plain)
+            for record, text in zip(records, plain):
+                record[f"{name}_characters"], record[f"{name}_tokens"] = len(text), tokens[text]
+                record[f"{name}_key"] = prompt_key(record[name])
+                if record["drop"] == Drop.KEPT and not text.strip():
+                    record["drop"] = Drop.EMPTY_PROMPT if name == "prompt" else Drop.EMPTY_RESPONSE
+        return {name: [record[name] for record in records] for name in RESPONSE_FEATURES}
+
+    def _read(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
+        reading = next((r for r in self.readings if any(row[side.response] for side in r.sides)), self.readings[-1])
+        nothing = {"prompt": "", "prompt_shape": TEXT, "response": "", "response_shape": TEXT, "model": None}
+        nothing |= {"rating": math.nan, "row": index, "drop": Drop.KEPT, "detail": ""}
+        records = []
+        try:
+            prompt = _read_text(reading.prompt, row[reading.prompt], "user")
+            for where, value, model, rating in _items(row, reading):
+                record = {**nothing, "model": None if model is None else str(model)}
+                try:
+                    response = _read_text(where, _without_prompt(value, row[reading.prompt]), "assistant")
+                    record |= dict(zip(("prompt", "prompt_shape", "response", "response_shape"), (*prompt, *response)))
+                except RowError as error:
+                    record |= {"drop": Drop.MALFORMED_ROW, "detail": error.detail}
+                try:
+                    record["rating"] = _read_rating(rating)
+                except (TypeError, ValueError):
+                    record |= {"drop": Drop.NO_RATING, "detail": f"the rating of `{where}` is {rating!r}, no number"}
+                records.append(record)
+        except RowError as error:
+            return [nothing | {"drop": Drop.MALFORMED_ROW, "detail": error.detail}]
+        return records or [nothing | {"drop": Drop.MALFORMED_ROW, "detail": f"`{reading.sides[0].response}` is empty"}]
+
+    def _count_tokens(self, texts: list[str]) -> dict[str, int | None]:
+        unique = list(dict.fromkeys(texts))
+        if self.tokenizer is None or not unique:
+            return dict.fromkeys(unique)
+        # verbose=False: a text longer than the model's maximum is what this is to find.
+        ids = self.tokenizer(text=unique, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {text: len(tokens) for text, tokens in zip(unique, ids["input_ids"])}
+
+
+def read_responses(
+    dataset: Dataset,
+    models: Sequence[str] = (),
+    rating: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_proc: int | None = None,
+    name: str = "responses",
+) -> Dataset:
+    """The responses in a dataset of any form above, as RESPONSE_FEATURES.
+
+    Raises:
+        ValueError: no form that is known; the message begins with `name`.
+    """
+    try:
+        readings = find_readings(dataset.features, models, rating)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return dataset.with_format(None).map(
+        ReadResponses(readings, tokenizer),
+        with_indices=True,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=RESPONSE_FEATURES,
+        num_proc=num_proc,
+        writer_batch_size=8192,  # random access costs a call for each of the pieces
+        desc=f"Reading {name}",
+    )
+
+
+def as_messages(text: str, shape: int, role: str) -> list[dict[str, str]]:
+    """Messages of a prompt (role "user") or response (role "assistant"), whatever its shape."""
+    turns = json.loads(text) if shape == TURNS else [[role, text]]
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+# --- Columns ---
+
+
+def _first(names: Sequence[str], there: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in there), None)
+
+
+def _spellings(side: str, name: str) -> list[str]:
+    return [f"{side}_{name}", f"{side}-{name}", f"{name}_{side}", f"{name}-{side}"]
+
+
+def _rating_of(side: str, rating: str | None, features: Features) -> str | None:
+    return _first(_spellings(side, rating), features) if rating else None
+
+
+def _has_rating(reading: Reading, features: Features) -> bool:
+    there = features[reading.sides[0].response].feature if reading.is_nested else features
+    return all(side.rating in there for side in reading.sides)
+
+
+def _describe(features: Features) -> str:
+    """Column names; of a list of objects, with their keys."""
+    items = {name: kind.feature for name, kind in features.items() if isinstance(kind, (List, LargeList))}
+    return ", ".join(
+        f"`{name}`" + (f" of {{{', '.join(items[name])}}}" if isinstance(items.get(name), dict) else "")
+        for name in features
+    )
+
+
+# --- Values ---
+
+
+def _items(row: dict[str, Any], reading: Reading) -> Iterator[tuple[str, Any, Any, Any]]:
+    """(what to call it, response, model, rating) of each response of a row."""
+    if not reading.is_list:
+        for side in reading.sides:
+            model = row[side.model] if side.model else side.name
+            yield side.response, row[side.response], model, row[side.rating] if side.rating else None
+        return
+    (side,) = reading.sides
+    items = row[side.response]
+    if not isinstance(items, list):
+        raise RowError(MALFORMED, f"`{side.response}` is {type(items).__name__}; expected a list")
+    names = [f"{side.response}[{i}]" for i in range(len(items))]
+    if reading.is_nested:
+        for where, item in zip(names, items):
+            values = item or {}
+            model = values.get(_first(_MODEL, values))
+            yield where, values.get(_first(_RESPONSE, values)), model, values.get(side.rating)
+        return
+    more = [row[column] if column else [None] * len(items) for column in (side.model, side.rating)]
+    for column, values in zip((side.model, side.rating), more):
+        if not isinstance(values, list) or len(values) != len(items):
+            raise RowError(
+                MALFORMED, f"`{column}` is no list of {len(items)} values, one for each of `{side.response}`"
+            )
+    yield from zip(names, items, *more)
+
+
+def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
+    """Text and shape. Null is empty text."""
+    if value is None or isinstance(value, str):
+        return value or "", TEXT
+    turns = []
+    for message in value if isinstance(value, list) else [value]:
+        given = without_nulls(message) if isinstance(message, dict) else {}
+        if given.keys() != {"role", "content"} or not isinstance(given["content"], str):
+            raise RowError(MALFORMED, f"`{name}` is neither text nor a list of messages of role and content, both text")
+        turns.append([given["role"], given["content"]])
+    if [turn[0] for turn in turns] == [role]:
+        return turns[0][1], TURN
+    if turns and role == "assistant" and turns[0][0] in ("system", "user"):
+        raise RowError(MALFORMED, f"`{name}` begins with a turn of {turns[0][0]} that the prompt does not begin with")
+    return json.dumps(turns, ensure_ascii=False) if turns else "", TURNS if turns else TEXT
+
+
+def _without_prompt(response: Any, prompt: Any) -> Any:
+    """A response that is the whole conversation is cut where the prompt ends."""
+    if not isinstance(response, list) or not all(isinstance(message, dict) for message in response):
+        return response
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    start = list(map(without_nulls, response[: len(turns)]))
+    return response[len(turns) :] if start == list(map(without_nulls, turns)) else response
+
+
+def _plain(text: str, shape: int) -> str:
+    return "\n".join(content for _, content in json.loads(text)) if shape == TURNS else text
+
+
+def _read_rating(value: Any) -> float:
+    """A number, its text, or an object of aspects, whose mean counts; nan where there is none."""
+    if isinstance(value, dict):
+        aspects = [_read_rating(v.get("Rating") if isinstance(v, dict) else v) for v in value.values()]
+        known = [aspect for aspect in aspects if not math.isnan(aspect)]
+        return sum(known) / len(known) if known else math.nan
+    if value is None or (isinstance(value, str) and value.strip().lower() in _UNRATED):
+        return math.nan
+    if isinstance(value, bool) or math.isinf(float(value)):
+        raise ValueError("no finite number")
+    return float(value)

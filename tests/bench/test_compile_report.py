@@ -1,0 +1,52 @@
+"""The compile report runs, and what is compiled neither spills nor has a stack frame."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bench.compile_report import Usage, table, template_arguments
+from tests.helpers import ROOT
+
+
+def report(*arguments: str) -> dict:
+    """The report of a process of its own: here, kernels may be defined for the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", "compile_report", "--quick", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def check(found: dict, kernels: set[tuple[str, str]]) -> None:
+    assert found["ok"]
+    assert {(usage["kernel"], usage["architecture"]) for usage in found["kernels"]} == kernels
+    assert all(usage["registers"] > 0 and usage["stack"] == usage["spills"] == 0 for usage in found["kernels"])
+
+
+def test_triton():
+    names = ("vocab_score_kernel", "pair_loss_kernel")
+    found = report("--only", "triton")
+    check(found, {(name, f"sm_{arch}") for name in names for arch in (80, 90, 100)})
+    wide = [usage["wide"] for usage in found["kernels"] if "head's tile" in usage["case"]]
+    # Rows of an odd vocabulary: 16 bytes at once in the first pass, and in the second to load and to store.
+    assert len(wide) == 3 and all(count >= 6 for count in wide)
+
+
+def test_cuda():
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    found = report("--only", "cuda")
+    check(found, {("vocab_score", "sm_90a"), ("pair_loss", "sm_90a")})
+    assert len(found["kernels"]) == 13
+
+
+def test_spills_fail():
+    usage = Usage("nvcc", "sm_90a", "kernel", "", 255, 0, stack=8, spills=0)
+    assert not usage.clean and "255" in table([usage])
+    assert template_arguments("_ZN18vocab_score_kernelI6__halfLb1ELb0EEEvNS_6ParamsE") == "fp16, resident"

@@ -1,0 +1,96 @@
+"""``datasets`` of a run's file: order, shares, a test set, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import load_dataset
+
+from cpt_kernels.data.mixture import load_mixture
+from tests.helpers.command import write_rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, count in (("a", 10), ("b", 30)):
+        write_rows(
+            tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "chosen": "x", "rejected": "y"} for i in range(count)]
+        )
+    return tmp_path
+
+
+def prompts(dataset) -> list[str]:
+    return [row["prompt"] for row in dataset]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_stand_one_after_another(folder, streaming):
+    parts = [
+        {"path": str(folder / "a.jsonl")},
+        {"path": "json", "data_files": str(folder / "b.jsonl"), "columns": ["prompt"]},
+    ]
+    whole, test = load_mixture(parts, streaming=streaming)
+    assert prompts(whole) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(30)] and test is None
+
+
+def test_fractions_are_shares_of_the_mixture_as_in_trl(folder):
+    parts = [
+        {"path": "json", "data_files": str(folder / f"{name}.jsonl"), "fraction": share}
+        for name, share in (("a", 2), ("b", 3))
+    ]
+    whole, _ = load_mixture(parts)
+    assert prompts(whole) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(15)]  # a is the scarce one
+    trl = pytest.importorskip("trl.scripts.utils")
+    theirs = trl.get_dataset(trl.DatasetMixtureConfig(datasets=[trl.DatasetConfig(**part) for part in parts]))
+    assert prompts(whole) == prompts(theirs["train"])
+
+
+def test_a_test_set_is_taken_off_the_same_way_each_time(folder):
+    train, test = load_mixture([{"path": str(folder / "b.jsonl")}], test_size=0.2, seed=7)
+    assert len(test) == 6 and sorted(prompts(train) + prompts(test)) == sorted(f"b{i}" for i in range(30))
+    again = load_dataset("json", data_files=str(folder / "b.jsonl"), split="train").train_test_split(0.2, seed=7)
+    assert prompts(test) == prompts(again["test"])
+
+
+def test_columns_are_chosen_and_renamed_however_a_part_is_read(folder):
+    columns = {"prompt": "prompt", "chosen": "completion"}
+    for part in ({"path": str(folder / "a.jsonl")}, {"path": "json", "data_files": str(folder / "a.jsonl")}):
+        whole, _ = load_mixture([{**part, "columns": columns}])
+        assert whole[0] == {"prompt": "a0", "completion": "x"}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"path": "c.jsonl"}, r"datasets\[1\]: .*c.jsonl does not exist"),
+        ({"path": "json", "data_files": "c.jsonl"}, r"datasets\[1\]: .*c.jsonl"),
+        ({"path": "json", "data_files": "b.jsonl", "columns": ["answer"]}, r"datasets\[1\]: .*\['answer'\].*prompt"),
+    ],
+)
+def test_parts_that_cannot_be_loaded(folder, monkeypatch, part, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=message):
+        load_mixture([{"path": "a.jsonl"}, part])
+
+
+@pytest.mark.parametrize(
+    ("second", "options", "message"),
+    [
+        ({"name": "x"}, {}, r"datasets\[1\] has no path"),
+        ("b.jsonl", {}, r"datasets\[1\] is 'b.jsonl', expected a mapping"),
+        ({"path": "b.jsonl", "columns": "prompt"}, {}, r"datasets\[1\]: columns is 'prompt', expected a list of names"),
+        ({"path": "b.jsonl", "fraction": float("inf")}, {}, r"datasets\[1\]: fraction is inf"),
+        ({"path": "b.jsonl", "weight": 2}, {}, r"datasets\[1\] has the unknown key weight; it takes path, name"),
+        ({"path": "b.jsonl", "fraction": 1}, {}, "fraction is given for some and not for others"),
+        ({"path": "b.jsonl", "fraction": -1}, {}, r"datasets\[1\]: fraction is -1, expected a number above 0"),
+        ({"path": "b.jsonl", "fraction": 1}, {"streaming": True}, r"datasets\[1\]: fraction needs the number of rows"),
+        ({"path": "b.jsonl"}, {"streaming": True, "test_size": 0.1}, "test_split_size needs the number of rows"),
+    ],
+)
+def test_bad_parts(second, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_mixture([{"path": "a.jsonl"}, second], **options)
+
+
+def test_no_parts():
+    with pytest.raises(ValueError, match="datasets names no dataset"):
+        load_mixture([])

@@ -1,0 +1,145 @@
+"""What a curriculum draws of a stream: shares, order, what is passed over or replaced, and its account of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from cpt_kernels.data.curriculum import PLACE, SCHEDULES, Curriculum
+from cpt_kernels.data.stream_curriculum import StreamDraws
+
+DRAWS = 10_000
+
+
+def rows_of(levels: str, start: int = 0) -> list[dict]:
+    """A row for each letter: ``b`` is the pair a>b, and its score the letter's place in the alphabet."""
+    return [
+        {"row": i, "chosen_model": "a", "rejected_model": letter, "score": float(ord(letter))}
+        for i, letter in enumerate(levels, start)
+    ]
+
+
+def draw(option: dict, rows: list[dict], count: int = DRAWS, seed: int = 0, rows_read: list | None = None):
+    """So many rows of a stream, and what drew them; the same rows in every pass."""
+    draws = StreamDraws(Curriculum.parse(option), seed)
+    taken: list[dict] = []
+
+    def read(number: int):
+        for row in rows:
+            if rows_read is not None:
+                rows_read.append(row["row"])
+            yield row
+
+    stream = draws.draw(read, lambda: len(taken) / count)
+    while len(taken) < count:
+        taken.append(next(stream))
+    return taken, draws
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_shares_follow_the_schedule(schedule):
+    """Of a stream with a quarter of hard rows, too; only `none` takes them as they come."""
+    letters = "".join(np.random.default_rng(0).choice(["b", "c"], p=[0.75, 0.25], size=DRAWS))
+    taken, draws = draw({"schedule": schedule, "levels": ["a>b", "a>c"], "buffer": 256}, rows_of(letters))
+    hard = np.array([row[PLACE] for row in taken])
+    t = np.arange(DRAWS) / DRAWS
+    alpha = {"linear": t, "reversed": 1 - t, "staged": (t >= 0.5).astype(float), "none": np.full(DRAWS, 0.25)}.get(
+        schedule, np.full(DRAWS, 0.5)
+    )
+    assert [row["rejected_model"] == "c" for row in taken] == hard.tolist()
+    for part in np.array_split(np.arange(DRAWS), 20):
+        deviation = np.sqrt((alpha[part] * (1 - alpha[part])).sum())
+        assert abs(hard[part].sum() - alpha[part].sum()) <= 4 * deviation + 1e-6
+    assert not draws.replaced and draws.passes == (0 if schedule == "none" else draws.passes)
+    assert (sum(draws.passed_over.values()) == 0) == (schedule == "none")
+
+
+def test_no_row_is_lost_or_drawn_twice_in_a_pass():
+    """Read = drawn + passed over + still waiting, for each level; rows of a level come in the stream's order."""
+    letters = "".join(np.random.default_rng(1).choice(["b", "c", "x"], size=3000))
+    taken, draws = draw({"levels": ["a>b", "a>c"], "buffer": 100}, rows_of(letters), count=600)
+    assert draws.passes == 0
+    waiting = [len(rows) for rows in draws._waiting]
+    for level in (0, 1):
+        assert draws.read[level] == draws.drawn[level] + draws.passed_over[level] + waiting[level]
+        numbers = [row["row"] for row in taken if row[PLACE] == level]
+        assert numbers == sorted(set(numbers)) and draws.drawn[level] == len(numbers)
+    assert sum(waiting) <= 100 and draws.passed_over[0] + draws.passed_over[1] > 0
+    lines = draws.report()
+    assert lines[0] == "curriculum, linear: 0 whole passes over the stream"
+    counts = f"a>c: {draws.read[1]} rows read, {draws.drawn[1]} drawn, {draws.passed_over[1]} passed over"
+    assert lines[2].startswith(counts) and f", {waiting[1]} still waiting; 0 times" in lines[2]
+    assert lines[3] == f"in no level, so never drawn: {draws.others['a>x']} rows (a>x)"
+
+
+def test_a_level_that_is_missing_is_replaced_by_its_neighbour_and_counted():
+    """Hard rows stand at the end of the stream, further away than the buffers reach."""
+    rows = rows_of("b" * 300 + "c" * 500)
+    read: list[int] = []
+    taken, draws = draw({"schedule": "constant", "levels": ["a>b", "a>c"], "buffer": 50}, rows, 400, rows_read=read)
+    places = [row[PLACE] for row in taken]
+    first_hard = places.index(1)
+    assert draws.replaced[1] > 50 and first_hard > 200
+    assert len(read) < 700, "a level that is missing must not be searched through the whole stream for every draw"
+    assert f"{draws.replaced[1]} times another level stepped in" in draws.report()[2]
+    near, draws = draw({"schedule": "constant", "levels": ["a>b", "a>c"], "buffer": 500}, rows, 400)
+    assert sum(row[PLACE] for row in near) == pytest.approx(200, abs=4 * 10) and not draws.replaced
+
+
+def test_full_buffers_give_up_the_oldest_row_of_the_fullest_level():
+    draws = StreamDraws(Curriculum.parse({"levels": ["a>b", "a>c"], "buffer": 4}), 0)
+    stream = draws.draw(lambda _: rows_of("cccbcccb"), lambda: 0.0)
+    assert [next(stream)["row"] for _ in range(2)] == [3, 7]
+    assert [row["row"] for row in draws._waiting[1]] == [4, 5, 6] and draws.passed_over == Counter({1: 3})
+
+
+def test_three_levels_and_one_row_of_room():
+    taken, draws = draw({"levels": ["a>b", "a>c", "a>d"], "buffer": 1}, rows_of("bcd" * 50), 60)
+    assert len(taken) == 60 and all(len(rows) <= 1 for rows in draws._waiting)
+
+
+def test_the_stream_starts_again_and_what_waits_is_kept():
+    taken, draws = draw({"levels": ["a>b", "a>c"]}, rows_of("bc" * 20), 100)
+    assert draws.passes >= 1 and not draws.passed_over
+    times = Counter(row["row"] for row in taken)
+    for parity in (0, 1):
+        of_level = [times[row] for row in range(parity, 40, 2)]
+        assert max(of_level) - min(of_level) <= 1
+
+
+def test_the_same_stream_and_seed_give_the_same_rows():
+    rows = rows_of("".join(np.random.default_rng(2).choice(["b", "c"], size=300)))
+    option = {"levels": ["a>b", "a>c"], "buffer": 20}
+    once, draws = draw(option, rows, 200)
+    assert draw(option, rows, 200)[0] == once and draw(option, rows, 200, seed=1)[0] != once
+    again = draws.draw(lambda _: rows, lambda: 0.0)  # the same object from the start, as a resumed run
+    first = list(itertools.islice(again, 50))
+    assert all(row[PLACE] == 0 for row in first) and draws.drawn == Counter({0: 50})
+
+
+def test_levels_by_a_column_are_those_of_the_first_rows():
+    letters = "".join(np.random.default_rng(3).permutation([chr(c) for c in range(97, 123)] * 20))
+    taken, draws = draw({"levels": 2, "column": "score", "buffer": 400}, rows_of(letters), 300)
+    assert draws.levels.names == ("score_1of2", "score_2of2")
+    assert all(row[PLACE] == (row["rejected_model"] > "m") for row in taken)
+    taken, draws = draw({"levels": "score", "buffer": 400}, rows_of(letters), 300)
+    third = [np.mean([row[PLACE] for row in part]) for part in (taken[:100], taken[100:200], taken[200:])]
+    assert third == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.06)
+    assert len(draws.report()) == 2 and draws.report()[1].startswith("score in 26 parts: ")
+
+
+def test_streams_that_are_refused():
+    for rows, message in (
+        (rows_of("bbb"), r"level a>c has no row; there are a>b \(3 rows\)"),
+        (rows_of("xx"), r"level a>b has no row; there are a>x \(2 rows\)"),
+        ([], "level a>b has no row; there are no rows at all"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw({"levels": ["a>b", "a>c"]}, rows)
+    with pytest.raises(ValueError, match="there is no row to find levels of score in"):
+        draw({"levels": 2, "column": "score"}, [])
+    with pytest.raises(ValueError, match="score of row 1 is 'high', not a number"):
+        draw({"levels": 2, "column": "score"}, [*rows_of("b"), {**rows_of("c", 1)[0], "score": "high"}])

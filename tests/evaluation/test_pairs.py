@@ -1,0 +1,260 @@
+"""Held-out pairs: every number against eager log-probs of each sequence alone, and against the trainer's evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cpt_kernels.data.preparation import prepare
+from cpt_kernels.evaluation.pairs import CHOSEN_LENGTH, LENGTH_RATIO, MODEL_PAIR, evaluate_pairs
+from cpt_kernels.evaluation.win_rate import interval, win_rate
+from cpt_kernels.trainer import ContrastiveTrainer
+from tests.helpers.architectures import tiny_model
+from tests.helpers.rows import make_tokenizer, pair
+from tests.helpers.toy import config, preference_rows, word_tokenizer
+
+
+def rows() -> list[dict]:
+    """24 pairs of 12 prompts and 3 model pairs; of them two that are dropped, the first among them."""
+    made = preference_rows(24)
+    models = ["strong", "middle", "weak"]
+    for i, row in enumerate(made):
+        row["prompt"] = made[i % 12]["prompt"]
+        row["chosen_model"], row["rejected_model"] = models[i % 3 // 2], models[1 + i % 3 % 2]
+        row["topic"] = "even" if i % 2 == 0 else "odd"
+    made[0]["rejected"] = made[0]["chosen"]
+    made[7]["chosen"] = ""
+    return made
+
+
+@torch.no_grad()
+def eager_logps(model, prompt: list[int], completion: list[int]) -> float:
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum().item()
+
+
+def models():
+    torch.manual_seed(1)
+    other = tiny_model("llama")
+    for p in other.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return tiny_model("llama"), other
+
+
+def test_every_number_against_eager(tmp_path):
+    data, tokenizer = Dataset.from_list(rows()), word_tokenizer()
+    reference, policy = models()
+    found = evaluate_pairs({"policy": policy}, data, tokenizer, reference=reference, args=config(tmp_path, beta=0.3))
+    kept = [i for i in range(24) if i not in (0, 7)]
+    assert found.rows.tolist() == kept and found.report.kept == 22
+    assert (found.completions == [0, 1]).all()
+    prepared, _ = prepare(data, tokenizer, max_length=1024)
+    reference, policy = models()
+    for i, row in enumerate(prepared):
+        for side, name in enumerate(("chosen", "rejected")):
+            ids = row["prompt_ids"], row["completion_ids"][row[name][0]]
+            assert found.lengths[i, side] == len(ids[1])
+            assert found.ref_logps[i, side] == pytest.approx(eager_logps(reference, *ids), abs=1e-4)
+            assert found.logps["policy"][i, side] == pytest.approx(eager_logps(policy, *ids), abs=1e-4)
+    metrics = found.metrics("policy")
+    rewards = 0.3 * (found.logps["policy"] - found.ref_logps)
+    np.testing.assert_allclose(metrics["rewards/margins"], rewards[:, 0] - rewards[:, 1])
+    np.testing.assert_array_equal(metrics["rewards/accuracies"], rewards[:, 0] > rewards[:, 1])
+    np.testing.assert_array_equal(metrics["logps/accuracies"], np.diff(found.logps["policy"])[:, 0] < 0)
+    assert 0 < metrics["rewards/accuracies"].mean() < 1
+    assert len(set(found.prompts.tolist())) == 12
+    assert [found.prompts[kept.index(i)] == found.prompts[kept.index(i + 12)] for i in (1, 2, 11)] == [True] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 12, "truncation_mode": "keep_end"}, {"share_prompts": "false"}])
+def test_agrees_with_the_trainers_evaluation(tmp_path, options):
+    data, tokenizer = Dataset.from_list(rows()), word_tokenizer()
+    reference, policy = models()
+    args = config(tmp_path, **options)
+    found = evaluate_pairs({"policy": policy}, data, tokenizer, reference=reference, args=args).summary(resamples=10)[0]
+    reference, policy = models()
+    trainer = ContrastiveTrainer(policy, reference, args, eval_dataset=data, processing_class=tokenizer)
+    expected = trainer.evaluate()
+    assert found["by"] == "all pairs" and found["model"] == "policy" and found["pairs"] == trainer.reports["eval"].pairs
+    for metric in ("accuracies", "margins", "chosen", "rejected"):
+        assert found[f"rewards/{metric}"]["mean"] == pytest.approx(expected[f"eval_rewards/{metric}"], abs=1e-5)
+    assert found["logps/chosen"]["mean"] == pytest.approx(expected["eval_logps/chosen"], abs=1e-3)
+
+
+def test_summary_by_groups(tmp_path):
+    data, tokenizer = Dataset.from_list(rows()), word_tokenizer()
+    reference, policy = models()
+    found = evaluate_pairs(
+        {"start": reference, "policy": policy},
+        data,
+        tokenizer,
+        reference=reference,
+        args=config(tmp_path),
+        by=["topic"],
+        ratio_edges=[1],
+        length_edges=[4, 8],
+    )
+    summary = found.summary(resamples=50)
+    table = found.table().to_pandas()
+    assert len(table) == 44 and set(table["model"]) == {"start", "policy"}
+    kept = [row for i, row in enumerate(rows()) if i not in (0, 7)]
+    counts = {(row["by"], row["value"]): row["pairs"] for row in summary if row["model"] == "policy"}
+    pairs = [f"{row['chosen_model']} > {row['rejected_model']}" for row in kept]
+    lengths = [[len(row[side].split()) + 1 for side in ("chosen", "rejected")] for row in kept]  # eos counts
+    assert counts == {
+        ("all pairs", "all pairs"): 22,
+        **{(MODEL_PAIR, pair): pairs.count(pair) for pair in ("strong > middle", "strong > weak", "middle > middle")},
+        **{("topic", topic): sum(row["topic"] == topic for row in kept) for topic in ("even", "odd")},
+        (LENGTH_RATIO, "below 1"): sum(c < r for c, r in lengths),
+        (LENGTH_RATIO, "from 1"): sum(c >= r for c, r in lengths),
+        (CHOSEN_LENGTH, "below 4"): sum(c < 4 for c, _ in lengths),
+        (CHOSEN_LENGTH, "4 to 8"): sum(4 <= c < 8 for c, _ in lengths),
+        (CHOSEN_LENGTH, "from 8"): sum(c >= 8 for c, _ in lengths),
+    }
+    for row in summary:
+        of_row = table[(table["model"] == row["model"])]
+        of_row = of_row if row["by"] == "all pairs" else of_row[of_row[row["by"]] == row["value"]]
+        assert row["rewards/margins"]["mean"] == pytest.approx(of_row["rewards/margins"].mean())
+        assert row["logps/rejected"]["mean"] == pytest.approx(of_row["logps/rejected"].mean())
+        assert (
+            row["rewards/accuracies"]["low"] <= row["rewards/accuracies"]["mean"] <= row["rewards/accuracies"]["high"]
+        )
+    start = summary[0]
+    assert start["model"] == "start" and start["rewards/accuracies"]["mean"] == 0.5, "its own reference: all tied"
+    overall = summary[1]
+    assert overall["prompts"] == 12
+    values = found.metrics("policy")
+    expected = interval(values["rewards/margins"], prompts=found.prompts, resamples=50)
+    assert [overall["rewards/margins"][end] for end in ("low", "high")] == pytest.approx(expected.tolist())
+    accuracy = win_rate(values["rewards/accuracies"], prompts=found.prompts, resamples=50)
+    assert overall["rewards/accuracies"] == {"mean": accuracy.rate, "low": accuracy.low, "high": accuracy.high}
+    (difference,) = found.differences(resamples=50)
+    assert (difference["model"], difference["minus"]) == ("policy", "start")
+    assert difference["rewards/accuracies"]["mean"] == pytest.approx(accuracy.rate - 0.5)
+
+
+def test_nothing_is_scored_twice(tmp_path, caplog):
+    data, tokenizer = Dataset.from_list(rows()), word_tokenizer()
+    reference, policy = models()
+    args = config(tmp_path)
+    first = evaluate_pairs({"policy": policy}, data, tokenizer, reference=reference, args=args)
+    assert "held-out data: policy log-probs of 44 completions: 0 found" in caplog.text
+    caplog.clear()
+    again = evaluate_pairs({"policy": lambda: policy}, data, tokenizer, reference=reference, args=args, by=["topic"])
+    assert caplog.text.count(" 0 missing") == 2
+    np.testing.assert_array_equal(first.logps["policy"], again.logps["policy"])
+
+
+def test_ranked_rows_have_several_pairs(tmp_path):
+    made = preference_rows(4)
+    data = Dataset.from_list(
+        [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"], r["sampled"]]} for r in made]
+    )
+    policy = tiny_model("llama")
+    found = evaluate_pairs({"policy": policy}, data, word_tokenizer(), args=config(tmp_path))
+    assert found.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert found.completions[:3].tolist() == [[0, 1], [0, 2], [1, 2]]
+    logps = found.logps["policy"]
+    assert logps[0, 1] == logps[2, 0] and logps[1, 1] == logps[2, 1]
+    assert [grouping.name for grouping in found.groupings] == [LENGTH_RATIO, CHOSEN_LENGTH]
+    np.testing.assert_allclose(found.metrics("policy")["rewards/chosen"], 0.1 * logps[:, 0])
+
+
+def test_a_prompt_is_one_however_it_is_tokenised(tmp_path):
+    """The prompt's last tokens change with what follows; without a column of prompts, tokens are all there is."""
+    tokenizer = make_tokenizer()
+    made = [pair("the sk", "y is blue", "y"), pair("the sk", " is", "!"), pair("the sun", " is", "!")]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    found = evaluate_pairs({"m": model}, Dataset.from_list(made), tokenizer, args=config(tmp_path))
+    assert found.report.merged == 1
+    assert found.prompts[0] == found.prompts[1] != found.prompts[2]
+    prepared, _ = prepare(Dataset.from_list(made), tokenizer)
+    tokens = evaluate_pairs({"m": model}, prepared, tokenizer, args=config(tmp_path))
+    assert len(set(tokens.prompts.tolist())) == 3
+    np.testing.assert_array_equal(tokens.logps["m"], found.logps["m"])
+    made += [pair("the sun", "the sun is", "the sun!"), pair("the sun", "the sky is", "the sky!")]
+    made = [{**row, "prompt": row["prompt"] if i < 3 else None} for i, row in enumerate(made)]
+    some = evaluate_pairs({"m": model}, Dataset.from_list(made), tokenizer, args=config(tmp_path))
+    assert len(set(some.prompts.tolist())) == 4 and (some.prompts[:3] == found.prompts).all()
+
+
+def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
+    """As `cpt pairs` groups them: a prompt's completions, best first, their models, and which of them are pairs."""
+    made = preference_rows(6)
+    names = ["strong", "middle", "weak"]
+    grouped = [
+        {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"], row["sampled"]],
+            "scores": [3.0, 2.0, 1.0],
+            "models": names,
+            "pairs": [[0, 2], [1, 2]] if i % 2 else [[0, 1]],
+            "topic": f"topic {i % 3}",
+        }
+        for i, row in enumerate(made)
+    ]
+    pairs = [
+        {
+            "prompt": row["prompt"],
+            **{name: row["completions"][side] for name, side in zip(("chosen", "rejected"), pair)},
+            **{f"{name}_model": names[side] for name, side in zip(("chosen", "rejected"), pair)},
+            "topic": row["topic"],
+        }
+        for row in grouped
+        for pair in row["pairs"]
+    ]
+    found, expected = (
+        evaluate_pairs(
+            {"policy": tiny_model("llama")},
+            Dataset.from_list(rows),
+            word_tokenizer(),
+            args=config(tmp_path),
+            by=["topic"],
+        )
+        for rows in (grouped, pairs)
+    )
+    assert found.summary(resamples=20) == expected.summary(resamples=20)
+    assert found.groupings[0].values == ["strong > middle", "strong > weak", "middle > weak"]
+    assert found.rows.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5]
+    assert found.completions.tolist() == [pair for row in grouped for pair in row["pairs"]]
+    grouped[3]["pairs"] = [[0, 3]]
+    with pytest.raises(ValueError, match="row 3: models and pairs do not belong to its 3 completions"):
+        evaluate_pairs({"policy": tiny_model("llama")}, Dataset.from_list(grouped), word_tokenizer())
+    grouped[2]["pairs"] = None
+    with pytest.raises(ValueError, match="row 2 has no pairs, as grouped rows do"):
+        evaluate_pairs({"policy": tiny_model("llama")}, Dataset.from_list(grouped), word_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"by": ["nowhere"]}, "by names the column 'nowhere'"),
+        ({"by": ["model"]}, "by names the column 'model', which the result has itself"),
+        ({"by": ["chosen"]}, "by names the column 'chosen', which the result has itself"),
+        ({"by": ["number"]}, "number has 120 different values"),
+        ({"ratio_edges": [2, 1]}, "must increase"),
+        ({"models": {}}, "no model"),
+        ({"columns": ["prompt", "completion"]}, "has no pairs"),
+    ],
+)
+def test_mistakes(tmp_path, change, message):
+    made = [
+        {**row, "number": i, "model": "m", "completion": row["chosen"]} for i, row in enumerate(preference_rows(120))
+    ]
+    columns = change.pop("columns", ["prompt", "chosen", "rejected", "number", "model"])
+    data = Dataset.from_list(made).select_columns(columns)
+    given = {"models": {"policy": tiny_model("llama")}} | change
+    with pytest.raises(ValueError, match=message):
+        evaluate_pairs(data=data, tokenizer=word_tokenizer(), args=config(tmp_path), **given)
+
+
+def test_tokenizer_of_another_model(tmp_path):
+    policy = tiny_model("llama")
+    policy.resize_token_embeddings(20)
+    data = Dataset.from_list(preference_rows(5))
+    with pytest.raises(ValueError, match="beyond the model's vocabulary of 20"):
+        evaluate_pairs({"policy": policy}, data, word_tokenizer(), args=config(tmp_path))

@@ -1,0 +1,122 @@
+"""Tables, lines and pictures of evaluations."""
+
+from __future__ import annotations
+
+import io
+from xml.etree import ElementTree
+
+from rich.console import Console
+
+from cpt_kernels.evaluation.report import (
+    difference_lines,
+    draw_pairs,
+    draw_win_rates,
+    own_references,
+    pair_tables,
+    win_rate_notes,
+    win_rate_table,
+)
+
+
+def estimate(mean: float, half: float = 0.1) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def summary(models=("a", "b")) -> list[dict]:
+    """Model `start` is its own reference."""
+    rows = []
+    for by, value in (("all pairs", "all pairs"), ("topic", "first"), ("topic", "second")):
+        for number, model in enumerate(models):
+            row = {"model": model, "by": by, "value": value, "pairs": 1000 if by == "all pairs" else 500, "prompts": 40}
+            row |= {"rewards/accuracies": estimate(0.6 + number / 10), "logps/accuracies": estimate(0.5)}
+            names = ("rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+            row |= {name: estimate(-12.345 * place - number) for place, name in enumerate(names)}
+            if model == "start":
+                row["rewards/margins"] = {"mean": 0.0, "low": 0.0, "high": 0.0}
+            rows.append(row)
+    return rows
+
+
+def rates(**changes) -> dict:
+    rate = {"rate": 0.625, "low": 0.5, "high": 0.75, "n": 8}
+    row = {"model": "m", "baseline": "base", "win_rate": rate, "length_controlled": rate | {"rate": 0.4}, "prompts": 8}
+    row |= {"wins": 4, "ties": 2, "losses": 2, "characters": 1234.5, "baseline_characters": 99.0, "longer": 0.75}
+    row |= {"first_rate": None, "consistency": None, "identical": 0, "not_judged": 0, "failures": {}}
+    return row | {"without_baseline": 0, "without_output": 0} | changes
+
+
+def text(*tables) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()
+
+
+def test_pair_tables():
+    out = text(*pair_tables(summary(), 0.9))
+    assert "1,000 pairs of 40 prompts, mean [90% interval]" in out and "By topic" in out
+    assert "60.0 [50.0, 70.0]" in out and "-12.345 [-12.445, -12.245]" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[:3] for line in lines if "500" in line] == [
+        ["first", "a", "500"],
+        ["b", "500", "70.0"],
+        ["second", "a", "500"],
+        ["b", "500", "70.0"],
+    ]
+
+
+def test_own_references_are_left_out_of_groups():
+    rows = summary(("start", "a"))
+    assert own_references(rows) == ["start"] and own_references(summary()) == []
+    whole, grouped = pair_tables(rows, 0.95)
+    assert "start" in text(whole) and "start" not in text(grouped)
+
+
+def test_lines():
+    differences = [{"model": "b", "minus": "a", "win_rate": estimate(0.05, 0.01)}]
+    assert difference_lines(differences, {"win_rate": ("win rate", 100, "+.1f")}) == [
+        "b minus a, on the same prompts: win rate +5.0 [+4.0, +6.0]"
+    ]
+
+
+def test_win_rate_table_and_notes():
+    out = text(win_rate_table([rates(), rates(model="n", length_controlled=None)], 0.95))
+    assert "Against base" in out and "62.5 [50.0, 75.0]" in out and "40.0 [50.0, 75.0]" in out
+    assert "not identified" in out and "4 / 2 / 2" in out and "1,234" in out and "75%" in out
+    assert win_rate_notes(rates()) == []
+    notes = win_rate_notes(
+        rates(
+            without_baseline=3,
+            without_output=4,
+            not_judged=2,
+            failures={"HTTP 400": 3},
+            identical=1,
+            first_rate=0.61,
+            consistency=0.9,
+            length_controlled=None,
+            longer=0.0,
+        )
+    )
+    for expected in (
+        "m: 3 prompts were left out, as base did not answer them",
+        "m: 4 prompts were left out, as m did not answer them",
+        "2 comparisons have no verdict and are in no rate (missing answers: 3 by HTTP 400; start again to ask",
+        "m: 1 outputs are the baseline's own, which is a tie",
+        "what stood first in 61.0% (50% is no bias), and gave both orders the same winner in 90.0%",
+        "all its outputs are shorter than the baseline's",
+    ):
+        assert any(expected in note for note in notes), expected
+    assert len(notes) == 6
+
+
+def test_pictures(tmp_path):
+    """Whatever the names hold: a dollar begins no formula."""
+    files = draw_pairs(summary(("start", r"a$\no{math$", "b")), tmp_path / "new", r"a$\b$")
+    files += draw_pairs(summary(("start",)), tmp_path / "tied", "title")
+    files += draw_win_rates([rates(), rates(model=r"$\n$", length_controlled=None)], tmp_path)
+    assert [file.name for file in files] == [*["pairs.png", "pairs.svg"] * 2, "win_rate.png", "win_rate.svg"]
+    for file in files:
+        if file.suffix == ".svg":
+            ElementTree.parse(file)
+        else:
+            assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5_000

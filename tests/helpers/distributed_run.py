@@ -1,0 +1,57 @@
+"""One rank of test_distributed.py: trains, writes what rank 0 logged and each rank's gradients of the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from cpt_kernels import ContrastiveTrainer
+from tests.helpers.architectures import tiny_model
+from tests.helpers.toy import config, losses, pairs_of, preference_data, word_tokenizer
+
+
+class Recording(ContrastiveTrainer):
+    gradients: dict[str, torch.Tensor] | None = None
+    pairs: dict[int, list[str]]  # of this rank, by optimizer step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.pairs.setdefault(self.state.global_step, []).extend(pairs_of(inputs))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model):
+        if self.gradients is None:
+            unwrapped = self.accelerator.unwrap_model(model)
+            self.gradients = {n: p.grad.clone() for n, p in unwrapped.named_parameters() if p.grad is not None}
+        return super()._clip_grad_norm(model)
+
+
+def main(folder: Path, name: str, rows: int, options: dict) -> None:
+    torch.set_num_threads(1)
+    data = preference_data(rows)
+    if options.pop("stream", False):
+        data = data.to_iterable_dataset()
+    checkpoint = options.pop("resume", None)
+    trainer = Recording(
+        tiny_model(options.pop("model", "llama")),
+        args=config(folder / name, **options),
+        train_dataset=data,
+        eval_dataset=preference_data(5, seed=1),
+        processing_class=word_tokenizer(),
+    )
+    trainer.pairs = {}
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    rank = int(os.environ.get("RANK", 0))
+    torch.save(trainer.gradients, folder / f"{name}-{rank}.pt")
+    (folder / f"{name}-{rank}-pairs.json").write_text(json.dumps(trainer.pairs))
+    if rank == 0:
+        logged = {"losses": losses(trainer), "metrics": metrics, "history": trainer.state.log_history}
+        (folder / f"{name}.json").write_text(json.dumps(logged))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))

@@ -1,0 +1,64 @@
+"""Runs of test_resume.py. As a script: each case in a process of its own that kills itself in the middle of a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+
+from cpt_kernels import ContrastiveTrainer
+from tests.helpers.architectures import tiny_model
+from tests.helpers.toy import config, preference_data, word_tokenizer
+
+STEPS, SAVED, KILLED = 20, 10, 14
+CASES = {
+    "rows": {},
+    "accumulated": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
+    "token budget": {"max_tokens_per_batch": 60, "gradient_accumulation_steps": 2},
+    "curriculum": {
+        **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        "curriculum": {"levels": ["a>b", "a>c"]},
+    },
+    "stream": {},
+    "stream of shuffled rows": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+}
+
+
+class Dying(ContrastiveTrainer):
+    """Kills its process in the last micro-batch of step KILLED, before the optimizer's turn."""
+
+    seen = 0
+
+    def training_step(self, *args, **kwargs):
+        self.seen += 1
+        if self.seen == KILLED * self.args.gradient_accumulation_steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(*args, **kwargs)
+
+
+def data(case: str) -> Dataset | IterableDataset:
+    rows = preference_data(30)
+    if "stream" not in case:
+        return rows
+    stream = rows.to_iterable_dataset()
+    return stream.shuffle(seed=3, buffer_size=8) if "shuffled" in case else stream
+
+
+def make_trainer(folder: Path, case: str, cls: type[ContrastiveTrainer] = ContrastiveTrainer) -> ContrastiveTrainer:
+    torch.set_num_threads(1)
+    saving = {"save_strategy": "steps", "save_steps": SAVED, "max_steps": STEPS}
+    args = config(folder / case, **{**saving, **CASES[case]})
+    return cls(tiny_model("llama"), args=args, train_dataset=data(case), processing_class=word_tokenizer())
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        child = os.fork()
+        if child == 0:
+            make_trainer(Path(sys.argv[1]), case, Dying).train()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, case

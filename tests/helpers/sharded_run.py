@@ -1,0 +1,136 @@
+"""Steps of AdamW on packed batches on one process, or as a rank of test_sharding.py under FSDP2 or DeepSpeed ZeRO.
+
+accelerate has neither on a CPU (it turns both into DDP), so the model is sharded here as accelerate does it on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cpt_kernels.losses import build_loss
+from cpt_kernels.model.packed_model import PackedModel
+from tests.helpers.architectures import tiny_model
+from tests.helpers.exactness import make_batch, make_rows
+
+MODELS = ("llama", "llama-tied")
+STEPS = 20
+UNEVEN = 5  # in every so many steps the last rank has no rows
+
+
+class FullySharded:
+    """``fully_shard`` on layers, head (where it is not tied) and root, over a mesh of CPUs."""
+
+    def __init__(self, model: nn.Module, offload: bool = False) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        options = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+        for layer in model.model.layers:
+            fully_shard(layer, **options)
+        if not model.config.tie_word_embeddings:
+            fully_shard(model.lm_head, **options)
+        self.wrapped = fully_shard(model, **options)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def step(self, loss: Tensor) -> dict[str, Tensor]:
+        loss.backward()
+        gradients = {name: p.grad.full_tensor().clone() for name, p in self.wrapped.named_parameters()}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return gradients
+
+
+class ZeRO:
+    """DeepSpeed's engine at a stage; every parameter is gathered for its own module and freed after it."""
+
+    def __init__(self, model: nn.Module, stage: int) -> None:
+        import deepspeed
+
+        self.wrapped, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters(), lr=3e-3),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 0.0,  # the default is 1
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            },
+        )
+
+    def step(self, loss: Tensor) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        self.wrapped.backward(loss)
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in self.wrapped.module.named_parameters()}
+        self.wrapped.step()
+        return gradients
+
+
+class Alone:
+    """The same steps on one process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wrapped = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def step(self, loss: Tensor) -> dict[str, Tensor]:
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in self.wrapped.named_parameters()}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return gradients
+
+
+ENGINES = {
+    "alone": Alone,
+    "fsdp2": FullySharded,
+    "fsdp2 with offload": lambda model: FullySharded(model, offload=True),
+    "zero2": lambda model: ZeRO(model, 2),
+    "zero3": lambda model: ZeRO(model, 3),
+}
+
+
+def rows_of(step: int, rank: int, world: int) -> list[dict]:
+    rows = make_rows("sigmoid", seed=step + 1)
+    if world > 1 and step % UNEVEN == UNEVEN - 1:
+        return rows if rank == 0 else []
+    return rows[rank::world]
+
+
+def train(engine: str, name: str, rank: int = 0, world: int = 1) -> tuple[list[float], dict[str, Tensor]]:
+    """Loss of every step over the pairs of all ranks, and the first step's gradients, whole."""
+    model = tiny_model(name)
+    packed = PackedModel(model)
+    sharded = ENGINES[engine](model)
+    loss = build_loss("sigmoid", beta=0.3)
+    losses, first = [], None
+    for step in range(STEPS):
+        batch = make_batch(rows_of(step, rank, world))
+        scores = packed(batch, loss, wrapped=sharded.wrapped)
+        total = torch.stack([torch.tensor(float(batch["num_pairs"])), scores.losses.sum()])
+        if world > 1:
+            dist.all_reduce(total)
+        pairs, step_loss = total.tolist()
+        gradients = sharded.step(scores.loss * (world / pairs))  # engines average over ranks
+        first = gradients if first is None else first
+        losses.append(step_loss / pairs)
+    return losses, first
+
+
+def main(folder: Path, engines: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for engine in engines:
+        for model in MODELS:
+            torch.save(train(engine, model, rank, world), folder / f"{engine}-{model}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,231 @@
+"""Which attention runs: signatures of releases, the capability table, fall-backs and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+
+import pytest
+import torch
+
+from cpt_kernels.ops.attention import select as attention_backends
+from cpt_kernels.ops.attention.flash import flash_kernel
+from cpt_kernels.ops.attention.select import capabilities, choose, describe, kernels
+from cpt_kernels.ops.attention.varlen import Abilities, Need, TorchKernel
+from cpt_kernels.trainer import ContrastiveTrainer
+from tests.helpers import dense_flash
+from tests.helpers.architectures import tiny_model
+from tests.helpers.toy import config, preference_data, word_tokenizer
+
+BF16, FP64 = torch.bfloat16, torch.float64
+HERE = Abilities(device="cpu", head_size=256)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Let these be all the kernels that there are."""
+
+    def put(**found):
+        monkeypatch.setattr(attention_backends, "kernels", lambda: found)
+        choose.cache_clear()
+        attention_backends._announce.cache_clear()
+
+    yield put
+    choose.cache_clear()
+
+
+# --- Signatures ---
+
+
+def test_the_operators_of_this_torch_take_what_is_passed():
+    for name, stand_in in vars(dense_flash.torch_operators()).items():
+        schema = getattr(torch.ops.aten, name).default._schema
+        has = {a.name: a.kwarg_only for a in schema.arguments}
+        parameters = inspect.signature(stand_in).parameters.values()
+        positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        assert [n for n, keyword in has.items() if not keyword] == positional
+        assert {p.name for p in parameters} <= set(has)
+
+
+def test_options_that_a_release_does_not_have_are_not_passed_but_lacking():
+    old = flash_kernel("flash_attn_2", dense_flash.flash_attn_2_5(), "2.5.9", HERE)
+    assert not old.abilities.softcap and not old.abilities.sinks and old.abilities.window and old.abilities.dropout
+    three = flash_kernel("flash_attn_3", dense_flash.flash_attn_3(), "3.0", HERE)
+    assert three.abilities.softcap and three.abilities.sinks and not three.abilities.dropout
+    with pytest.raises(ImportError, match=r"flash_attn_2 2.3.0 is too old: no deterministic"):
+        flash_kernel("flash_attn_2", dense_flash.flash_attn_2_3(), "2.3.0", HERE)
+    with pytest.raises(ImportError, match="has no flash_attn_varlen_func"):
+        flash_kernel("flash_attn_2", object(), "4", HERE)
+
+
+def test_inner_functions_that_are_custom_operators():
+    """From 2.7 and in 3 they are ``torch.library.custom_op``, whose Python signature is ``(*args, **kwargs)``."""
+
+    @torch.library.custom_op("cpt_test_varlen::forward", mutates_args=())
+    def inner(
+        q: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        unknown: int,
+        window_size_left: int = -1,
+    ) -> torch.Tensor:
+        return q.clone()
+
+    module = dense_flash.flash_attn_2_8()
+    module._flash_attn_varlen_forward = inner
+    kernel = flash_kernel("flash_attn_2", module, "9", HERE)
+    assert not kernel.abilities.sinks  # it wants something that nobody here knows
+
+    @torch.library.custom_op("cpt_test_varlen::known_forward", mutates_args=())
+    def known(q: torch.Tensor, cu_seqlens_q: torch.Tensor, window_size_left: int = -1) -> torch.Tensor:
+        return q.clone()
+
+    module._flash_attn_varlen_forward = known
+    assert flash_kernel("flash_attn_2", module, "9", HERE).abilities.sinks
+
+
+# --- Which one runs ---
+
+H200 = Need("cuda", (9, 0), BF16, 128)
+B200 = dataclasses.replace(H200, architecture=(10, 0))
+
+
+def on_cuda(name: str, **changes):
+    """The stand-in of a kernel with its real limits."""
+    module = {
+        "flash_attn_2": dense_flash.flash_attn_2_8,
+        "flash_attn_3": dense_flash.flash_attn_3,
+        "flash_attn_4": dense_flash.flash_attn_4,
+    }
+    return TorchKernel(version="2.13") if name == "varlen" else flash_kernel(name, module[name](), "1.0")
+
+
+ALL = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen")
+
+
+@pytest.mark.parametrize(
+    ("installed", "need", "expected"),
+    [
+        (("varlen",), H200, "varlen"),
+        (("flash_attn_2", "varlen"), H200, "flash_attn_2"),
+        (ALL, H200, "flash_attn_3"),
+        (ALL, B200, "flash_attn_4"),
+        (ALL, dataclasses.replace(H200, architecture=(8, 0)), "flash_attn_2"),
+        (ALL, dataclasses.replace(H200, head_size=256), "flash_attn_2"),
+        (ALL, dataclasses.replace(H200, head_size=320), "sdpa"),
+        (ALL, dataclasses.replace(H200, dtype=torch.float32), "sdpa"),
+        (ALL, dataclasses.replace(H200, dtype=torch.float32, softcap=True), "eager"),
+        (ALL, dataclasses.replace(H200, dtype=torch.float16, gqa=True, window=True, sinks=True), "flash_attn_3"),
+        (ALL, dataclasses.replace(H200, dropout=True), "flash_attn_2"),
+        (ALL, dataclasses.replace(H200, dropout=True, sinks=True), "eager"),
+        (ALL, dataclasses.replace(H200, architecture=(7, 5)), "sdpa"),
+        (ALL, Need("cpu", (0, 0), BF16, 128), "sdpa"),
+        (ALL, Need("cpu", (0, 0), FP64, 128, sinks=True), "eager"),
+        (("varlen",), dataclasses.replace(H200, softcap=True), "eager"),
+        (("varlen",), dataclasses.replace(H200, sinks=True), "varlen"),
+        ((), H200, "sdpa"),
+    ],
+)
+def test_auto_takes_the_first_that_can(install, installed, need, expected):
+    install(**{name: on_cuda(name) if name in installed else "not installed" for name in ALL})
+    found = choose("auto", need)
+    assert (found if isinstance(found, str) else found.name) == expected
+
+
+def test_a_fall_back_is_announced_once_with_its_reason(install, caplog):
+    install(flash_attn_2="not installed", varlen=on_cuda("varlen"))
+    with caplog.at_level(logging.WARNING):
+        choose("auto", H200)
+        choose("auto", Need("cpu", (0, 0), BF16, 64))
+        assert not caplog.messages
+        for head_size in (64, 128, 64):  # different calls, the same reason
+            choose("auto", dataclasses.replace(H200, head_size=head_size, softcap=True))
+    assert caplog.messages == [
+        "attention runs segment by segment (eager), slow where there are many: varlen 2.13 lacks soft-cap"
+    ]
+    caplog.clear()
+    install(flash_attn_3=on_cuda("flash_attn_3"), varlen=on_cuda("varlen"))
+    choose("auto", dataclasses.replace(H200, architecture=(8, 6)))
+    assert caplog.messages == ["attention runs on varlen 2.13: flash_attn_3 1.0 lacks compute capability 8.6"]
+    caplog.clear()
+    install(flash_attn_2="not installed", varlen="this PyTorch has no CUDA flash attention")
+    choose("auto", H200)
+    assert "not installed; varlen: this PyTorch has no CUDA flash attention" in caplog.text
+
+
+def test_a_backend_asked_for_by_name_says_what_it_lacks(install):
+    install(flash_attn_3=on_cuda("flash_attn_3"), flash_attn_2="not installed", varlen=on_cuda("varlen"))
+    with pytest.raises(ValueError, match=r"'varlen' cannot do this: varlen 2.13 lacks float32, soft-cap"):
+        choose("varlen", dataclasses.replace(H200, dtype=torch.float32, softcap=True))
+    with pytest.raises(ValueError, match=r"'flash_attn' cannot do this: flash_attn_3 1.0 lacks head size 256"):
+        choose("flash_attn", dataclasses.replace(H200, head_size=256))
+    with pytest.raises(ValueError, match="lacks tensors on cpu"):
+        choose("varlen", Need("cpu", (0, 0), BF16, 64))
+    with pytest.raises(ValueError, match="'sdpa' lacks soft-cap, sinks: take eager"):
+        choose("sdpa", dataclasses.replace(H200, softcap=True, sinks=True))
+    with pytest.raises(ValueError, match="unknown attention backend 'flash': choose one of auto, sdpa"):
+        choose("flash", H200)
+    with pytest.raises(RuntimeError, match=r"'flash_attn_2' is not available \(flash_attn_2: not installed\)"):
+        choose("flash_attn_2", H200)
+    assert choose("eager", H200) == "eager" and choose("flash_attn", H200).name == "flash_attn_3"
+
+
+def test_description(install):
+    install(flash_attn_3="not installed", flash_attn_2=on_cuda("flash_attn_2"), varlen=on_cuda("varlen"))
+    tail = "segment by segment (sdpa or eager)"
+    assert describe("auto", "cuda") == f"attention: flash_attn_2 1.0, else varlen 2.13, else {tail}"
+    assert describe("auto", "cpu") == f"attention: {tail}"
+    assert describe("flash_attn", "cuda") == "attention: flash_attn_2 1.0"
+    assert describe("eager", "cpu") == "attention: segment by segment, eager"
+    with pytest.raises(ValueError, match=r"varlen 2.13 lacks tensors on cpu"):
+        describe("varlen", "cpu")
+    with pytest.raises(RuntimeError, match="'flash_attn_3' is not available"):
+        describe("flash_attn_3", "cuda")
+
+
+def test_packages_that_are_absent_or_broken(monkeypatch):
+    def import_module(name):
+        if name == "flash_attn.cute.interface":
+            raise ImportError("libcudart.so.13: cannot open\nshared object file")
+        if name == "flash_attn_interface":
+            raise ModuleNotFoundError("No module named 'flash_attn_3'", name="flash_attn_3")
+        raise ModuleNotFoundError("No module named 'flash_attn'", name=name.rpartition(".")[0])
+
+    monkeypatch.setattr(attention_backends.importlib, "import_module", import_module)
+    found = kernels.__wrapped__()
+    assert found["flash_attn_2"] == "not installed"
+    assert found["flash_attn_3"] == "does not import (ModuleNotFoundError: No module named 'flash_attn_3')"
+    assert found["flash_attn_4"] == "does not import (ImportError: libcudart.so.13: cannot open"
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert isinstance(kernels.__wrapped__()["varlen"], TorchKernel)
+
+
+def test_the_capability_table_names_all():
+    assert list(capabilities()) == [*ALL, "sdpa", "eager"]
+
+
+# --- The trainer's option ---
+
+
+def test_the_trainer_says_what_attention_runs_on(tmp_path, caplog):
+    ContrastiveTrainer(
+        tiny_model("llama"),
+        args=config(tmp_path, attention_backend="eager"),
+        train_dataset=preference_data(4),
+        processing_class=word_tokenizer(),
+    )
+    assert "attention: segment by segment, eager" in caplog.messages
+
+
+def test_the_trainer_refuses_a_backend_that_cannot_run_before_any_work(tmp_path, install):
+    install(flash_attn_2="not installed", varlen=on_cuda("varlen"))
+    for name, error in (("varlen", ValueError), ("flash_attn", RuntimeError)):
+        with pytest.raises(error, match=f"attention backend '{name}'"):
+            ContrastiveTrainer(
+                tiny_model("llama"),
+                args=config(tmp_path, attention_backend=name),
+                train_dataset=preference_data(4),
+                processing_class=word_tokenizer(),
+            )
+    with pytest.raises(ValueError, match="attention_backend='flex' is unknown"):
+        config(tmp_path, attention_backend="flex")

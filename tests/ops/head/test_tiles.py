@@ -1,0 +1,76 @@
+"""Pairs: what they are held to, and what a loss sees of the pairs of one tile; how far a tile's rows are apart."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from cpt_kernels.losses import PairLogps, user_loss
+from cpt_kernels.ops.head.tiles import row_stride
+from cpt_kernels.ops.linear_preference import linear_preference_loss
+from cpt_kernels.ops.vocab_score import VocabScore
+from tests.helpers.heads import Head
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_pairs_that_are_not_of_these_rows(general):
+    """Rows of no unit would be in no tile: their gradients would be whatever was in memory."""
+    head = Head().tile(7, 4)
+    leaves, pairs = head.leaves(torch.float32), head.pairs()
+    wrong = {
+        "completion_lengths are of": replace(pairs, completion_lengths=[*pairs.completion_lengths[:-1], 1000]),
+        "with .* tokens": replace(pairs, completion_lengths=pairs.completion_lengths[:-1]),
+        "units hold": replace(pairs, units=pairs.units[:-1]),
+        "units hold .* pairs": replace(pairs, units=[*pairs.units[:-1], (pairs.units[-1][0], 0)]),
+    }
+    for message, given in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            linear_preference_loss(
+                leaves["hidden"], leaves["weight"], head.targets, given, head.loss, None, head.options, general
+            )
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected", "sft_targets"])
+def test_a_pair_that_reaches_into_another_unit(side):
+    """Cut between the two units, it would have log-probs of other completions, or of none."""
+    head = Head(units=[([4, 3], [(0, 1, 0)]), ([2, 5, 3], [(0, 1, 2)] * 2)])
+    leaves, pairs = head.leaves(torch.float32), head.pairs()
+    for pair, index, message in (
+        (0, 2, "pair 0 is completion 2 of unit 1, and the pair is of unit 0"),
+        (2, 1, "pair 2 is completion 1 of unit 0, and the pair is of unit 1"),
+        (1, -1, "pair 1 is completion -1 of no unit"),
+        (1, 5, "pair 1 is completion 5 of no unit"),
+    ):
+        wrong = getattr(pairs, side).clone()
+        wrong[pair] = index
+        with pytest.raises(ValueError, match=f"{side} of {message}"):
+            linear_preference_loss(
+                leaves["hidden"], leaves["weight"], head.targets, replace(pairs, **{side: wrong}), head.loss
+            )
+
+
+def test_pairs_numbers_of_a_part():
+    """What a loss sees of the pairs of one tile is what it sees of them in the whole."""
+    head = Head()
+    loss = user_loss(lambda numbers: numbers.chosen, needs_tails=True, needs_log_sum_sq=True, needs_gap=True)
+    pairs, sums = head.pairs(), torch.arange(len(head.lengths), dtype=torch.float64)
+    tokens = VocabScore(*torch.rand(6, sum(head.lengths), dtype=torch.float64))
+    whole, completion, pair = pairs.numbers(sums, loss=loss, tokens=tokens), 0, 0
+    for completions, unit_pairs in pairs.units:
+        last = (completion + completions, pair + unit_pairs)
+        rows = slice(pairs.cu_completions[completion], pairs.cu_completions[last[0]])
+        part_tokens = VocabScore(*(tensor[rows] for tensor in tokens))
+        part = pairs.numbers(sums[completion : last[0]], (completion, pair), last, loss, part_tokens)
+        for name in (field.name for field in fields(PairLogps) if field.name != "tokens_per_pair"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]]), name
+        completion, pair = last
+    assert (completion, pair) == (len(head.lengths), len(head.chosen))
+
+
+@pytest.mark.parametrize("columns", [1, 64, 1000, 32000, 32768, 131072])
+def test_rows_of_a_tile_do_not_evict_each_other(columns):
+    stride = row_stride(columns, torch.device("cpu"))
+    assert columns <= stride < columns + 128
+    assert len({row * stride * 4 % 4096 for row in range(16)}) == 16

@@ -1,0 +1,356 @@
+"""The head against autograd through all logits: values, gradients and work of every mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cpt_kernels.losses import PairLogps, build_loss, user_loss
+from cpt_kernels.ops.head import tiles
+from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
+from tests.helpers.heads import FROZEN, FUSED, GENERAL, UNITS, CountProducts, Head, check, in_mode
+from tests.numerics import assert_close
+
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+MODES = [FROZEN, FUSED, GENERAL]
+
+
+def _ids(value) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10_000], ids="tile{}".format)
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_tile_size(mode, dtype, rows):
+    """At one row and at seven most units are larger than the tile."""
+    check(Head().tile(rows, dtype.itemsize), mode, dtype)
+
+
+@pytest.mark.parametrize("few_rows", [0, 1000], ids=["whole", "pieces"])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_in_one_product_and_in_transposed_pieces(mode, few_rows, monkeypatch):
+    monkeypatch.setattr(tiles, "_CPU_FEW_ROWS", few_rows)
+    monkeypatch.setattr(tiles, "_CPU_PIECE", 100)  # of 301 columns
+    check(Head().tile(25, 4), mode, FP32)
+
+
+@pytest.mark.parametrize("rows", [22, 23, 24, 30])
+def test_tiles_that_just_hold_the_largest_units(rows):
+    check(Head().tile(rows, 4), FUSED, FP32)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "slic", "sft"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_loss(mode, loss):
+    options = {"slic": {"slic_delta": 20.0}, "hinge": {"beta": 0.05}}.get(loss, {})
+    check(Head(build_loss(loss, **options)).tile(25, 4), mode, FP32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU; on a GPU see test_head_backends.py")
+@pytest.mark.parametrize(("loss", "rows"), [("slic", 7), ("sigmoid", 25)])
+def test_kernels_between_the_products(loss, rows):
+    """The Triton kernels, interpreted, on uneven units: several pairs, none, larger than the tile."""
+    options = {"slic": {"slic_delta": 20.0, "slic_lambda": 0.3}, "sigmoid": {"beta": 0.3}}[loss]
+    head = Head(build_loss(loss, **options), columns=61).with_options(backend="triton")
+    check(head.tile(rows, 4), FUSED, FP32, draws=2)
+
+
+_VARIANTS = {
+    "bias": {"bias": True},
+    "scale": {"options": HeadOptions(logit_scale=0.25)},
+    "softcap": {"options": HeadOptions(softcap=2.0)},
+    "padded-vocabulary": {"options": HeadOptions(vocab_size=290)},
+    "all": {"bias": True, "options": HeadOptions(logit_scale=1.5, softcap=3.0, vocab_size=290)},
+}
+
+
+@pytest.mark.parametrize("variant", _VARIANTS)
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_between_product_and_softmax(mode, dtype, variant):
+    check(Head(**_VARIANTS[variant]).tile(25, dtype.itemsize), mode, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode):
+    """fp32 weights, bf16 products: gradients come back in fp32."""
+    head = Head(bias=True).with_options(compute_dtype=BF16)
+    check(head.tile(25, 2), mode, FP32, autocast=True)
+    assert in_mode(head, mode).run(FP32)["grad hidden"].dtype == FP32
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_peaked_rows(mode, dtype):
+    check(Head(scale=100.0).tile(25, dtype.itemsize), mode, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_weights_of_the_pairs_do_not_underflow(mode):
+    """In fp16, g (G W) is below the smallest number before the loss scale is on it."""
+    tiny = user_loss(lambda numbers: 5e-5 * (numbers.rejected - numbers.chosen), needs_reference=False, separable=True)
+    check(Head(tiny, upstream=2.0**12), mode, FP16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_columns_that_are_masked_with_minus_infinity(mode):
+    head = Head(bias=True)
+    unused = torch.ones(head.columns, dtype=torch.bool)
+    unused[head.targets] = False
+    head.tensors["bias"][unused.nonzero()[::3, 0]] = -torch.inf
+    head = _trained(head, ("hidden",) if mode == FROZEN else ("hidden", "weight"))
+    found = head.run(FP32, general=mode == GENERAL)
+    eager, reference = (head.eager(dtype, rounded=FP32) for dtype in (FP32, FP64))
+    for name in eager:
+        assert_close(found[name], eager[name], reference[name], name)
+
+
+def _trained(head: Head, trained: tuple[str, ...]) -> Head:
+    """The same problem with other leaves trained; ``replace`` would draw its tensors again."""
+    other = replace(head, trained=trained)
+    other.tensors = head.tensors
+    return other
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_is_not_hidden(mode):
+    head = in_mode(Head(), mode)
+    head.tensors["hidden"][3, 5] = torch.nan
+    found = head.run(FP32, general=mode == GENERAL)
+    assert found["loss"].isnan() and found["logps"][3].isnan() and found["grad hidden"][3].isnan().all()
+    assert not found["logps"][4:].isnan().any()
+    if mode != FROZEN:
+        assert found["grad weight"].isnan().any()
+
+
+# -- which leaves are trained ---
+
+
+@pytest.mark.parametrize("general", [False, True], ids=[FUSED, GENERAL])
+@pytest.mark.parametrize(
+    "trained", [("weight",), ("bias",), ("weight", "bias"), ("hidden", "bias"), ("hidden", "weight")], ids="+".join
+)
+def test_only_some_leaves_are_trained(trained, general):
+    head = Head(bias=True, trained=trained).tile(25, 8)
+    found, reference = head.run(FP64, general=general), head.eager(FP64)
+    assert found.keys() == reference.keys()
+    for name in found:
+        assert_close(found[name], reference[name], reference[name], name, 1e-13)
+
+
+def test_without_gradients_nothing_is_saved():
+    head = Head(trained=())
+    with torch.no_grad():
+        leaves = replace(head, trained=("hidden", "weight")).leaves(FP32)
+        out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+    assert out.loss.grad_fn is None and out.tokens.logps.grad_fn is None
+    leaves = head.leaves(FP32)
+    out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+    assert out.loss.grad_fn is None
+
+
+# -- work ---
+
+
+def _products(head: Head, mode: str, no_grad: bool = False, trained: tuple[str, ...] | None = None) -> float:
+    """Matrix products in units of the logits' (N V H multiplications)."""
+    head = replace(in_mode(head, mode), **({"trained": trained} if trained else {}))
+    with CountProducts() as products:
+        if no_grad:
+            with torch.no_grad():
+                leaves = head.leaves(FP32)
+                linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+        else:
+            head.run(FP32, general=mode == GENERAL)
+    return products.count / (sum(head.lengths) * head.columns * head.width)
+
+
+@pytest.mark.parametrize("rows", [25, 10_000], ids="tile{}".format)
+def test_number_of_products(rows):
+    head = Head().tile(rows, 4)
+    assert _products(head, FROZEN) == 2
+    assert _products(head, FUSED) == 3
+    assert _products(head, GENERAL) == (4 if rows == 25 else 3)  # one tile is kept, several are computed again
+    for mode in MODES:
+        assert _products(head, mode, no_grad=True) == 1
+    assert _products(head, FUSED, trained=("weight",)) == 2
+
+
+def test_only_units_beyond_the_budget_are_computed_twice():
+    """Tiles of 22 rows: the unit of 23 rows needs its logits again."""
+    head = Head().tile(22, 4)
+    assert max(sum(lengths) for lengths, _ in UNITS) == 23
+    oversize = [sum(lengths) for lengths, _ in UNITS if sum(lengths) > 22]
+    assert _products(head, FUSED) == pytest.approx(3 + sum(oversize) / sum(head.lengths))
+    assert _products(head, FROZEN) == 2
+
+
+def test_losses_that_are_not_separable_take_the_general_route():
+    loss = user_loss(lambda numbers: torch.relu(1 - numbers.chosen + numbers.chosen.mean()), needs_reference=False)
+    assert _products(Head(loss).tile(25, 4), FUSED) == 4
+    assert _products(Head(loss), FROZEN) == 2
+    for mode in MODES:
+        check(Head(loss).tile(25, 8), mode, FP64)
+
+
+def test_user_losses_that_are_separable_are_fused():
+    def loss(numbers: PairLogps) -> torch.Tensor:
+        return torch.exp(-0.1 * numbers.log_ratio_difference() / numbers.chosen_length)
+
+    head = Head(user_loss(loss, separable=True))
+    assert _products(head, FUSED) == 3
+    check(head, FUSED, FP32)
+
+
+# -- one differentiable output ---
+
+
+@pytest.mark.parametrize("output", ["completion_logps", "tokens"])
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_a_gradient_through_the_log_probs_of_the_fused_mode_raises(output, with_loss):
+    head = Head()
+    leaves = head.leaves(FP32)
+    out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+    logps = out.tokens.logps if output == "tokens" else out.completion_logps
+    with pytest.raises(RuntimeError, match="general=True"):
+        (logps.sum() + out.loss * with_loss).backward()
+
+
+@pytest.mark.parametrize("mode", [FROZEN, GENERAL])
+def test_a_gradient_through_loss_and_log_probs(mode):
+    head = in_mode(Head().tile(25, 8), mode)
+    leaves = head.leaves(FP64)
+    out = linear_preference_loss(
+        leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, head.options, general=True
+    )
+    (2 * out.loss + out.completion_logps[3] ** 2 + (out.tokens.logps[5:9] * 0.5).sum()).backward()
+    found = {name: leaves[name].grad for name in leaves if leaves[name].requires_grad}
+
+    leaves = head.leaves(FP64)
+    logps = (leaves["hidden"] @ leaves["weight"].t()).log_softmax(-1).gather(1, head.targets[:, None])[:, 0]
+    sums = torch.stack([part.sum() for part in logps.split(head.lengths)])
+    loss = head.loss(head.pairs().numbers(sums)).sum()
+    (2 * loss + sums[3] ** 2 + (logps[5:9] * 0.5).sum()).backward()
+    for name, grad in found.items():
+        assert_close(grad, leaves[name].grad, leaves[name].grad, name, 1e-13)
+
+
+@pytest.mark.parametrize("rows", [25, 10_000], ids="tile{}".format)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_twice(mode, dtype, rows):
+    """Only a graph that nobody keeps is written over."""
+    head = in_mode(Head().tile(rows, dtype.itemsize), mode)
+    leaves = head.leaves(dtype)
+    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    out = linear_preference_loss(
+        leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, head.options, mode == GENERAL
+    )
+    upstream = torch.tensor(0.5)
+    first = torch.autograd.grad(out.loss, trained, upstream, retain_graph=True)
+    second = torch.autograd.grad(out.loss, trained, upstream)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second))
+    if mode == FUSED:
+        with pytest.raises(RuntimeError, match=r"does not require grad|differentiate twice"):
+            out = linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss)
+            (grad,) = torch.autograd.grad(out.loss, leaves["hidden"], create_graph=True)
+            grad.sum().backward()
+
+
+# -- linear_logprobs ---
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", FROZEN])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=_ids)
+def test_linear_logprobs_with_any_upstream_gradient(dtype, frozen):
+    head = Head(
+        bias=True, options=HeadOptions(statistics=True), trained=("hidden",) if frozen else ("hidden", "weight")
+    )
+    upstream = torch.randn(len(head.targets), generator=torch.Generator().manual_seed(1))
+    results = []
+    for kind in (dtype, dtype, FP64):
+        leaves = head.leaves(kind, dtype)
+        if not results:
+            options = head.tile(25, dtype.itemsize).options
+            out = linear_logprobs(leaves["hidden"], leaves["weight"], head.targets, leaves["bias"], options)
+            logps = out.logps
+            assert not any(field.requires_grad for field in out[1:])
+        else:
+            logits = torch.nn.functional.linear(leaves["hidden"], leaves["weight"], leaves["bias"])
+            log_softmax = logits.to(logps.dtype if kind != FP64 else FP64).log_softmax(-1)
+            logps = log_softmax.gather(1, head.targets[:, None])[:, 0]
+            if kind == FP64:
+                p = log_softmax.exp()
+                entropy, log_sum_sq = -(p * log_softmax).sum(-1), p.square().sum(-1).log()
+        (logps * upstream).sum().backward()
+        results.append({"logps": logps.detach()} | {n: leaves[n].grad for n in head.trained})
+    found, eager, reference = results
+    for name in found:
+        assert_close(found[name], eager[name], reference[name], name, torch.finfo(dtype).eps)
+    tolerance = 100 * torch.finfo(dtype).eps
+    assert (out.entropy - entropy).abs().max() < tolerance and (out.log_sum_sq - log_sum_sq).abs().max() < tolerance
+
+
+def test_no_rows():
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    out = linear_logprobs(hidden, torch.ones(7, 4, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+    out.logps.sum().backward()
+    assert out.logps.shape == (0,) and hidden.grad.shape == (0, 4)
+
+
+# -- nothing that was not written is read ---
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty and its kin give NaN (and the largest integer)."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=_ids)
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_was_not_written_is_not_read(mode, dtype):
+    check(Head(**_VARIANTS["all"]).tile(25, dtype.itemsize), mode, dtype)
+    check(Head().tile(7, dtype.itemsize), mode, dtype)
+
+
+def test_shapes_that_do_not_fit():
+    hidden, weight, targets = torch.zeros(5, 4), torch.zeros(7, 4), torch.zeros(5, dtype=torch.int64)
+    for arguments in ((hidden, weight[:, :3], targets), (hidden[0], weight, targets), (hidden, weight, targets[:4])):
+        with pytest.raises(ValueError, match=r"do not fit|must have shape"):
+            linear_logprobs(*arguments)
+    with pytest.raises(ValueError, match="bias"):
+        linear_logprobs(hidden, weight, targets, torch.zeros(6))
+    with pytest.raises(ValueError, match="targets must lie"):
+        linear_logprobs(hidden, weight, targets + 7)
+
+
+def test_what_a_loss_needs():
+    head = Head()
+    leaves = head.leaves(FP32)
+    without_reference = replace(head.pairs(), ref_logps=None)
+    with pytest.raises(ValueError, match="'sigmoid' needs reference"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_reference, head.loss)
+    without_rejected = replace(head.pairs(), rejected=None)
+    with pytest.raises(ValueError, match="'slic' needs pairs with a rejected"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_rejected, build_loss("slic"))
+    linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_rejected, build_loss("sft"))
+    without_gaps = replace(head.pairs(), gaps=None)
+    with pytest.raises(ValueError, match="'odpo' needs the gap"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_gaps, build_loss("odpo"))
+    without_tokens = replace(head.pairs(), ref_token_logps=None)
+    desensitised = build_loss("ipo", ld_alpha=0.5)
+    with pytest.raises(ValueError, match="'ipo' with ld_alpha needs the reference log-prob of every token"):
+        linear_preference_loss(leaves["hidden"], leaves["weight"], head.targets, without_tokens, desensitised)
+
+
+def test_a_loss_that_is_declared_separable_but_is_not():
+    with pytest.raises(ValueError, match="separable"):
+        user_loss(lambda numbers: numbers.chosen - numbers.chosen.mean(), separable=True)

@@ -1,0 +1,248 @@
+"""A curriculum in training: what is drawn, logged, resumed and refused, with budgets, streams and a killed run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from cpt_kernels import ContrastiveTrainer
+from tests.helpers import ROOT
+from tests.helpers.architectures import tiny_model
+from tests.helpers.command import (
+    bpe_tokenizer,
+    one_error,
+    read_metrics,
+    run,
+    word_pairs,
+    write_model,
+    write_options,
+    write_rows,
+)
+from tests.helpers.toy import config, losses, pairs_of, preference_data, preference_rows, word_tokenizer
+
+PAIRS = {"levels": ["a>b", "a>c"]}
+
+
+class Recording(ContrastiveTrainer):
+    """Keeps the pairs of every micro-batch that it trained on."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.__dict__.setdefault("seen", []).append(sorted(pairs_of(inputs)))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def make_trainer(folder, rows=30, data=None, stream=False, eval_dataset=None, **options) -> Recording:
+    data = preference_data(rows) if data is None else data
+    return Recording(
+        tiny_model("llama"),
+        args=config(folder, **options),
+        train_dataset=data.to_iterable_dataset() if stream else data,
+        eval_dataset=eval_dataset,
+        processing_class=word_tokenizer(),
+    )
+
+
+def shares(trainer, name="curriculum/a>c") -> list[float]:
+    return [record[name] for record in trainer.state.log_history if "loss" in record]
+
+
+def test_shares_are_logged_and_rows_accounted_for(tmp_path, caplog):
+    """30 rows, 10 of them hard: over the first epoch half the draws are hard, after it all are."""
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, num_train_epochs=2, curriculum=PAIRS, per_device_train_batch_size=3)
+        trainer.train()
+    found = shares(trainer)
+    assert len(found) == 20 and found[10:] == [1.0] * 10 and sum(found[:3]) < sum(found[7:10])
+    easy = [record["curriculum/a>b"] for record in trainer.state.log_history if "loss" in record]
+    assert [a + b for a, b in zip(easy, found)] == [1.0] * 20
+    by_pair = Counter(pair for pairs in trainer.seen for pair in pairs)
+    drawn = sum(found) * 3
+    assert sum(by_pair.values()) == 60
+    text = caplog.text
+    assert "curriculum, linear over 1 epochs: an epoch is 30 draws; levels from easy to hard:" in text
+    never = 20 - round(60 - drawn)
+    assert f"a>b: 20 rows, drawn {never} never, {20 - never} once" in text
+    assert f"a>c: 10 rows, drawn 10 more often, up to {-(-round(drawn) // 10)} times" in text
+
+
+def test_the_reference_scores_every_pair_once_whatever_the_curriculum(tmp_path):
+    make_trainer(tmp_path, max_steps=1, curriculum={**PAIRS, "schedule": "staged"})
+    again = make_trainer(tmp_path, max_steps=2, curriculum={"levels": 3})
+    assert again.reference.cache.num_rows == 60 and len(list((tmp_path / "ref").rglob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_train_epochs": 3, "curriculum": {**PAIRS, "epochs": 3}},
+        {"num_train_epochs": 3, "curriculum": PAIRS, "max_tokens_per_batch": 100, "gradient_accumulation_steps": 2},
+        {"max_steps": 7, "curriculum": {"levels": "gap"}, "per_device_train_batch_size": 2},
+        {"max_steps": 20, "curriculum": PAIRS, "stream": True},
+        {"max_steps": 20, "curriculum": {"levels": 2, "buffer": 8}, "max_tokens_per_batch": 100, "stream": True},
+    ],
+    ids=["rows", "budget", "max_steps", "stream", "stream, budget"],
+)
+def test_a_resumed_run_draws_the_pairs_that_remained(tmp_path, options):
+    """From a checkpoint within an epoch or a pass over the stream, and at another step of the optimizer."""
+    saving = dict(save_strategy="steps", save_steps=5, **options)
+    whole = make_trainer(tmp_path, **saving)
+    whole.train()
+    resumed = make_trainer(tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
+    taken = 5 * options.get("gradient_accumulation_steps", 1)
+    assert resumed.seen == whole.seen[taken:] and len(resumed.seen) > 1
+    assert losses(resumed) == losses(whole)
+    (name, *_) = [name for name in whole.state.log_history[0] if name.startswith("curriculum/")]
+    assert shares(resumed, name) == shares(whole, name)
+
+
+def test_a_budget_and_accumulation_train_on_what_is_drawn(tmp_path):
+    held_out = preference_data(5, seed=1).remove_columns(["chosen_model", "rejected_model", "gap"])
+    trainer = make_trainer(
+        tmp_path,
+        num_train_epochs=2,
+        curriculum=PAIRS,
+        max_tokens_per_batch=100,
+        gradient_accumulation_steps=3,
+        eval_dataset=held_out,
+    )
+    rows = preference_rows(30)
+    trainer.train()
+    assert not [name for name in trainer.evaluate() if "curriculum" in name]
+    drawn = [row for epoch in (0, 1) for row in trainer.draws.epoch(epoch)]
+    assert sum(map(len, trainer.seen)) == len(drawn) == 60
+    hard = sum(rows[row]["rejected_model"] == "c" for row in drawn[:30])
+    counts = Counter(pair for pairs in trainer.seen for pair in pairs)
+    assert len(counts) == len(set(drawn)) and 0 < hard < 30
+
+
+def test_none_is_an_epoch_of_the_levels_in_random_order(tmp_path):
+    plain = make_trainer(tmp_path, num_train_epochs=1)
+    plain.train()
+    control = make_trainer(tmp_path, num_train_epochs=1, curriculum={**PAIRS, "schedule": "none"})
+    control.train()
+    once = [Counter(pair for pairs in trainer.seen for pair in pairs) for trainer in (plain, control)]
+    assert once[0] == once[1] and control.seen != plain.seen
+
+
+def test_streams_draw_by_the_schedule(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, stream=True, max_steps=30, curriculum={**PAIRS, "schedule": "reversed"})
+        trainer.train()
+    found = shares(trainer)
+    assert sum(found[:10]) / 10 > 0.7 and sum(found[-10:]) / 10 < 0.3
+    assert "a>c: " in caplog.text and "rows read" in caplog.text and "whole passes over the stream" in caplog.text
+
+
+def test_a_stream_that_a_worker_reads(tmp_path, caplog):
+    own = make_trainer(tmp_path, stream=True, max_steps=4, curriculum=PAIRS)
+    own.train()
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, stream=True, max_steps=4, curriculum=PAIRS, dataloader_num_workers=1)
+        trainer.train()
+    assert trainer.seen == own.seen and shares(trainer) == shares(own)
+    assert "was counted in a worker: set dataloader_num_workers=0" in caplog.text
+    nothing = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w2"}] * 3)
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="no row of the stream can be trained on"):
+            make_trainer(tmp_path, data=nothing, stream=True, max_steps=1, dataloader_num_workers=workers).train()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("change", "option", "message"),
+    [
+        ({}, {"levels": ["a>b", "a>d"]}, r"level a>d has no row; there are a>b \(.*, a>c \("),
+        ({"gap": None}, {"levels": 2}, "reads the column gap, but the data has the columns"),
+        ({"gap": "wide"}, {"levels": 2}, "gap of row 0 is 'wide', not a number"),
+        ({"chosen_model": ["a", "b"]}, PAIRS, r"chosen_model of row 0 is \['a', 'b'\], .* several pairs"),
+        ({"gap": 1.0}, {"levels": 2}, "have 1 different values: they make no levels"),
+    ],
+)
+def test_data_without_the_levels_is_one_clear_error(tmp_path, stream, change, option, message):
+    rows = [row | change for row in preference_rows(12)]
+    if change == {"gap": None}:
+        rows = [{name: value for name, value in row.items() if name != "gap"} for row in rows]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            tmp_path, data=Dataset.from_list(rows), stream=stream, max_steps=20, curriculum=option, logging_steps=20
+        ).train()
+
+
+def test_options_that_only_one_kind_of_data_has(tmp_path):
+    with pytest.raises(ValueError, match="buffer is for streams"):
+        make_trainer(tmp_path, curriculum={**PAIRS, "buffer": 10})
+    with pytest.raises(ValueError, match="epochs has no effect on a stream"):
+        make_trainer(tmp_path, stream=True, max_steps=2, curriculum={**PAIRS, "epochs": 1})
+
+
+# --- As a user runs it ---
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("curriculum")
+    rows = [
+        {**row, "chosen_model": "gpt4", "rejected_model": ("td003", "chatgpt")[i % 2], "gap": float(i % 2)}
+        for i, row in enumerate(word_pairs(60))
+    ]
+    write_model(home / "start", bpe_tokenizer(row["chosen"] + row["rejected"] for row in rows))
+    write_rows(home / "pairs.jsonl", rows)
+    write_options(
+        home / "run.yaml",
+        **{"model_name_or_path": str(home / "start"), "from_scratch": True, "dataset_name": str(home / "pairs.jsonl")},
+        **{"max_steps": 40, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 4, "max_tokens_per_batch": 200},
+        **{"gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True, "ref_cache_dir": str(home / "ref")},
+    )
+    return home
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_kill_9_and_resume(home, tmp_path, streaming):
+    curriculum = {"schedule": "linear", "levels": ["gpt4>td003", "gpt4>chatgpt"]}
+    curriculum |= {"buffer": 20} if streaming else {"epochs": 6.6}  # 40 steps of a sixth of the data
+    options = ["--config", str(home / "run.yaml"), "--curriculum", json.dumps(curriculum)]
+    options += ["--dataset_streaming", str(streaming).lower()]
+    assert run(*options, "--output_dir", tmp_path / "whole") == 0
+    command = [sys.executable, "-m", "cpt_kernels.cli", "train", *options, "--output_dir", str(tmp_path / "killed")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 11:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert run(*options, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "last") == 0
+    keys = ("step", "loss", "curriculum/gpt4>td003", "curriculum/gpt4>chatgpt")
+    runs = [
+        [[r[key] for key in keys] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("whole", "killed")
+    ]
+    assert len(runs[0]) == 40 and runs[0] == runs[1]
+    hard = [share for *_, share in runs[0]]
+    assert sum(hard[:10]) < 3 and sum(hard[-10:]) > 7
+    assert "<svg" in (tmp_path / "killed" / "curves.svg").read_text()
+
+
+def test_errors_of_the_command(home, tmp_path, capsys):
+    for value, message in (
+        (
+            '{"levels": ["gpt4>td003", "gpt4>gpt3"]}',
+            "curriculum: level gpt4>gpt3 has no row; there are gpt4>chatgpt (30",
+        ),
+        ('{"levels": 2, "column": "score"}', "curriculum reads the column score, but the data has the columns"),
+        ('{"levels": 2, "schedule": "up"}', "curriculum: schedule='up' is unknown: choose one of linear, reversed"),
+    ):
+        assert run("--config", home / "run.yaml", "--output_dir", tmp_path / "out", "--curriculum", value) == 2
+        assert message in one_error(capsys)
