@@ -14,7 +14,7 @@ SUBJECTS = {
     "tokenize": "tokenising pairs of real lengths, against TRL's",
     "packing": "pads, fill and balance of packed micro-batches over a file of responses",
     "cache": "the reference cache: filling, opening, look-ups, beside SQLite, LMDB and Arrow columns",
-    "fingerprint": "digesting a reference's weights, and finding the digest by their files",
+    "fingerprint": "digesting the weights of a reference",
     "crash": "builds of the reference cache, killed at random: nothing lost, nothing wrong",
     "reference_pass": "the reference pass over all pairs of a file of responses, against TRL's",
     "gpu_check": "all that wants a GPU: tests, comparisons and benchmarks, in eight minutes",

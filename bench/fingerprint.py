@@ -1,7 +1,7 @@
-"""``python -m bench fingerprint``: how fast a reference's weights are digested, and found by their files.
+"""``python -m bench fingerprint``: how fast the weights of a reference are digested.
 
 A Llama-shaped model of random bits in bf16 is saved in shards and loaded as ``cpt-train`` loads one. Its fingerprint is
-taken from the tensors, on one core and on all, and then by the files that they came from.
+taken on one core and on all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cpt_kernels.reference import weight_files
 from cpt_kernels.reference.fingerprint import fingerprint
 
 from .timing import add_output_options, finish, table
@@ -46,39 +45,35 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-fingerprint-", dir=args.folder) as folder:
         save_random_model(Path(folder) / "model", args.gb)
-        time.sleep(weight_files._SETTLED / 1e9)
         result = _run(Path(folder))
     finish("fingerprint", {}, result, args)
 
 
 def _run(folder: Path) -> dict[str, float]:
     started = time.perf_counter()
-    model = weight_files.load(AutoModelForCausalLM, str(folder / "model"), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(str(folder / "model"), dtype=torch.bfloat16)
     loading = time.perf_counter() - started
-    files = weight_files.claim(model)
     gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     cores = os.sched_getaffinity(0)
 
-    def take(**options) -> str:
-        return fingerprint(model, compute_dtype=torch.bfloat16, attention="shared_prompt", **options)
+    def take() -> str:
+        return fingerprint(model, compute_dtype=torch.bfloat16, attention="shared_prompt")
 
     os.sched_setaffinity(0, {min(cores)})
     one = _timed(take)
     os.sched_setaffinity(0, cores)
     every = _timed(take)
-    kept = _timed(lambda: take(files=files, directory=folder))
-    found = _timed(lambda: take(files=files, directory=folder))
-    if len({digest for digest, *_ in (one, every, kept, found)}) != 1:
+    if one[0] != every[0]:
         raise RuntimeError("fingerprints of one model differ")
-    names = ("one core", f"{len(cores)} cores", "digested and kept", "found by files")
+    names = ("one core", f"{len(cores)} cores")
     rows = [
         [name, f"{seconds:.3f}", f"{cpu:.3f}", f"{gigabytes / seconds:.2f}"]
-        for name, (_, seconds, cpu) in zip(names, (one, every, kept, found))
+        for name, (_, seconds, cpu) in zip(names, (one, every))
     ]
     print(f"{gigabytes:.2f} GB of bf16 weights, loaded in {loading:.1f} s")
     print(table(["fingerprint", "seconds", "of CPU", "GB/s"], rows))
     rates = {"gb": gigabytes, "gb_per_s_one_core": gigabytes / one[1], "gb_per_s": gigabytes / every[1]}
-    return rates | {"gb_per_cpu_s": gigabytes / every[2], "found_s": found[1], "loading_s": loading}
+    return rates | {"gb_per_cpu_s": gigabytes / every[2], "loading_s": loading}
 
 
 def _timed(take: Callable[[], str]) -> tuple[str, float, float]:

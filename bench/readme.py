@@ -209,8 +209,7 @@ def reference_pass(result: dict[str, Any]) -> str:
 def fingerprint(result: dict[str, Any]) -> str:
     return (
         f"The digest of {result['gb']:.1f} GB of weights takes {result['gb'] / result['gb_per_s']:.1f} s"
-        f" ({result['gb_per_s']:.2f} GB/s, {result['gb_per_s_one_core']:.2f} on one core; {_where(result)}), and"
-        f" {1e3 * result['found_s']:.0f} ms where the files were digested before.\n"
+        f" ({result['gb_per_s']:.2f} GB/s, {result['gb_per_s_one_core']:.2f} on one core; {_where(result)}).\n"
     )
 
 

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from .data.curriculum import Curriculum
 from .data.formats import RankedPairs
 from .data.truncation import TruncationMode
+from .errors import UserError
 from .losses import F_DIVERGENCES, LOSSES, Loss, build_loss, loss_names, loss_options
 from .ops.attention.select import BACKENDS
 
@@ -96,7 +97,7 @@ class ContrastiveConfig(TrainingArguments):
     ``gradient_checkpointing`` on, bf16 where an accelerator supports it.
 
     Raises:
-        ValueError: an unknown value of one of the options below.
+        UserError: an unknown value of one of the options below.
     """
 
     learning_rate: float = _option(1e-6, "The initial learning rate.")
@@ -185,7 +186,7 @@ class ContrastiveConfig(TrainingArguments):
 
     def __new__(cls, *_, **options):
         for name in REMOVED.keys() & options.keys():
-            raise ValueError(f"{name} is no option any more: {REMOVED[name]}")
+            raise UserError(f"{name} is no option any more: {REMOVED[name]}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -200,11 +201,11 @@ class ContrastiveConfig(TrainingArguments):
             self.bf16 = not (self.fp16 or self.use_cpu) and _has_bf16()
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16=true needs a GPU: a CPU would compute in fp32 instead; set bf16, or leave it out")
+            raise UserError("fp16=true needs a GPU: a CPU would compute in fp32 instead; set bf16, or leave it out")
         if self.curriculum is not None:
             Curriculum.parse(self.curriculum)
             if self.train_sampling_strategy != "random":
-                raise ValueError("curriculum decides the order of rows: leave train_sampling_strategy at random")
+                raise UserError("curriculum decides the order of rows: leave train_sampling_strategy at random")
         self._check_accelerator_config()
         for name in without_meaning:
             if self.process_index == 0 and getattr(self, name) is not None:
@@ -231,7 +232,7 @@ class ContrastiveConfig(TrainingArguments):
     def _check_values(self) -> None:
         _one_of("truncation_mode", self.truncation_mode, get_args(TruncationMode))
         if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
+            raise UserError(
                 f"train_sampling_strategy='{self.train_sampling_strategy}': packed batches are random or sequential; to"
                 " even out lengths set max_tokens_per_batch"
             )
@@ -242,43 +243,43 @@ class ContrastiveConfig(TrainingArguments):
         for name in ("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps", "discopop_tau"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name}={value}: must be positive, or not set")
+                raise UserError(f"{name}={value}: must be positive, or not set")
         for name in ("ld_alpha", "ref_model_mixup_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: must lie in [0, 1]")
+                raise UserError(f"{name}={value}: must lie in [0, 1]")
 
     def _check_loss(self, loss: Loss) -> None:
         """What does not go together among the options of the loss and of its reference, or would be ignored."""
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: a flip probability must lie in [0, 0.5)")
+            raise UserError(f"label_smoothing={self.label_smoothing}: a flip probability must lie in [0, 0.5)")
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
-            raise ValueError("loss_type 'exo_pair' needs label_smoothing above 0: its paper has 1e-3")
+            raise UserError("loss_type 'exo_pair' needs label_smoothing above 0: its paper has 1e-3")
         every_option = {name for other in LOSSES for name in loss_options(other)} - {"beta"}  # a factor of rewards
         taken = {name for one in self.loss_type for name in loss_options(one)}
         if given := self._changed(sorted(every_option - taken)):
-            raise ValueError(f"{given[0]} has no meaning for loss_type '{loss.name}': leave it out")
+            raise UserError(f"{given[0]} has no meaning for loss_type '{loss.name}': leave it out")
         if self.f_divergence_type != "alpha_divergence" and self._changed(["f_alpha_divergence_coef"]):
-            raise ValueError("f_alpha_divergence_coef has no meaning without f_divergence_type=alpha_divergence")
+            raise UserError("f_alpha_divergence_coef has no meaning without f_divergence_type=alpha_divergence")
         if self.sync_ref_model and not loss.needs_reference:
-            raise ValueError(f"sync_ref_model has no meaning for loss_type '{loss.name}', which has no reference")
+            raise UserError(f"sync_ref_model has no meaning for loss_type '{loss.name}', which has no reference")
         if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError(
+            raise UserError(
                 "sync_ref_model=true moves the reference, so its log-probs cannot be precomputed: leave out one of"
                 " sync_ref_model and precompute_ref_log_probs"
             )
         if not self.sync_ref_model and (given := self._changed(["ref_model_mixup_alpha", "ref_model_sync_steps"])):
-            raise ValueError(f"{given[0]} has no meaning without sync_ref_model=true")
+            raise UserError(f"{given[0]} has no meaning without sync_ref_model=true")
 
     def _check_batches(self) -> None:
         """What does not go together with a budget of tokens."""
         if self.auto_find_batch_size and self.max_tokens_per_batch is not None:
-            raise ValueError(
+            raise UserError(
                 "auto_find_batch_size halves per_device_train_batch_size, which max_tokens_per_batch replaces: leave"
                 " out one of them"
             )
         if self.dataloader_drop_last and self.max_tokens_per_batch is not None:
-            raise ValueError(
+            raise UserError(
                 "dataloader_drop_last has no effect with max_tokens_per_batch, which spreads the last rows evenly:"
                 " leave it out"
             )
@@ -286,17 +287,17 @@ class ContrastiveConfig(TrainingArguments):
     def _check_parallelism(self) -> None:
         sharded = {name: getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
         if self.parallelism_config is not None and max(sharded.values()) > 1:
-            raise ValueError(
+            raise UserError(
                 "parallelism_config: tensor, context and sequence parallelism would cut packed rows, and are not"
                 " supported; use FSDP or DeepSpeed"
             )
         if self.deepspeed and find_spec("deepspeed") is None:
-            raise ValueError("deepspeed needs the deepspeed package: pip install deepspeed")
+            raise UserError("deepspeed needs the deepspeed package: pip install deepspeed")
 
     def _check_accelerator_config(self) -> None:
         """Complain of what is about accelerate's loaders, in whose place are ours."""
         if self.accelerator_config.split_batches:
-            raise ValueError(
+            raise UserError(
                 "accelerator_config: split_batches would cut packed batches; leave it out, and divide"
                 " per_device_train_batch_size by the number of processes"
             )
@@ -325,4 +326,4 @@ def _options_of(loss: str) -> list[str]:
 
 def _one_of(name: str, value: str, allowed) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}='{value}' is unknown: choose one of {', '.join(allowed)}")
+        raise UserError(f"{name}='{value}' is unknown: choose one of {', '.join(allowed)}")

@@ -23,6 +23,7 @@ from .data.loader import kept_columns, make_draws, make_loader, order_seed, repo
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
+from .errors import UserError
 from .losses import Loss, user_loss
 from .model.layers import offloaded_activations, prepare_layers
 from .model.loading import (
@@ -75,7 +76,7 @@ class ContrastiveTrainer(PackedLoop):
         moved: arguments of old, to be refused with where they have gone.
 
     Raises:
-        ValueError: data, model or options that cannot be trained with; the message says what and the mend.
+        UserError: data, model or options that cannot be trained with; the message says what and the mend.
     """
 
     dataset_name: str | None = None  # of the training data, for the model card
@@ -103,7 +104,7 @@ class ContrastiveTrainer(PackedLoop):
         check_overrides(type(self), ContrastiveTrainer)
         args = checked_config(model, args, eval_dataset)
         if train_dataset is None and eval_dataset is None:
-            raise ValueError("there is no data: give train_dataset or eval_dataset")
+            raise UserError("there is no data: give train_dataset or eval_dataset")
         set_seed(args.seed)  # a new adapter's weights are random
         tokenizer = load_tokenizer(model, args) if processing_class is None else checked_tokenizer(processing_class)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
@@ -252,7 +253,7 @@ class ContrastiveTrainer(PackedLoop):
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
-            raise ValueError("training needs a train_dataset")
+            raise UserError("training needs a train_dataset")
         loader = self._loader(self.train_dataset, training=True)
         if isinstance(self.draws, Draws) and self.is_world_process_zero():
             _say(report_draws(loader, self.draws, self.args))
@@ -262,7 +263,7 @@ class ContrastiveTrainer(PackedLoop):
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
         if eval_dataset is None:
-            raise ValueError("evaluation needs an eval_dataset")
+            raise UserError("evaluation needs an eval_dataset")
         return self._loader(eval_dataset, training=False)
 
     def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
@@ -333,7 +334,7 @@ class ContrastiveTrainer(PackedLoop):
             self.reference.complete(inputs)
             return
         if self.loss.needs_tails:
-            raise ValueError("ld_alpha looks at tokens, and the overridden compute_ref_log_probs gives sums")
+            raise UserError("ld_alpha looks at tokens, and the overridden compute_ref_log_probs gives sums")
         put_sums(inputs, *self.compute_ref_log_probs(model, inputs))
 
     def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:

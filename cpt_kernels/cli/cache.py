@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..reference import weight_files
+from ..errors import UserError
 from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.shards import KEY_BYTES, UNREADABLE, DamagedShardError, Shard
 from .parsers import Help, Parser
@@ -39,27 +39,27 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
     """Run one of the commands.
 
     Raises:
-        ValueError: an unknown command or option, or one that cannot be done; the message says why.
+        UserError: an unknown command or option, or one that cannot be done; the message says why.
     """
     args, rest = _parser(prog).parse_known_args(argv)
     if rest and args.command not in _OF_DATASET:
-        raise ValueError(f"unknown option {rest[0]}; see {prog} {args.command} --help")
+        raise UserError(f"unknown option {rest[0]}; see {prog} {args.command} --help")
     args.directory = Path(args.ref_cache_dir).expanduser() if args.ref_cache_dir else default_cache_dir()
     args.training = [*rest, *(["--ref_cache_dir", str(args.directory)] if rest else [])]
     args.prog = f"{prog} {args.command}"
     if not rest and _OF_DATASET.get(args.command):
-        raise ValueError(f"{args.prog} needs a model and a dataset: give the options of cpt-train")
+        raise UserError(f"{args.prog} needs a model and a dataset: give the options of cpt-train")
     if rest and getattr(args, "reference", None):
-        raise ValueError(
+        raise UserError(
             "--reference chooses among all that is stored: leave it out, as the options of cpt-train name one"
         )
     for name, default in _SAMPLE.items():
         if getattr(args, name, None) is None:
             setattr(args, name, default)
         elif not rest:
-            raise ValueError(f"--{name} is of the sample that is scored again: give the options of cpt-train, too")
+            raise UserError(f"--{name} is of the sample that is scored again: give the options of cpt-train, too")
     if args.command in ("info", "verify") and not rest and not args.directory.is_dir():
-        raise ValueError(f"there is no cache in {args.directory}")
+        raise UserError(f"there is no cache in {args.directory}")
     _COMMANDS[args.command][0](args)
 
 
@@ -92,16 +92,16 @@ def verify(args: argparse.Namespace) -> None:
     """Check every checksum; with a dataset, score a random sample of it again.
 
     Raises:
-        ValueError: a shard is damaged, or a value differs by more than rounding explains.
+        UserError: a shard is damaged, or a value differs by more than rounding explains.
     """
     if args.training:
         with _open_dataset(args) as data:
             gaps = data.rescore(args.sample, args.seed)
         if not gaps:
-            raise ValueError("no completion of this dataset is stored, so there is nothing to verify")
+            raise UserError("no completion of this dataset is stored, so there is nothing to verify")
         _say(f"{len(gaps)} completions scored again; largest difference {max(gaps):.3g} nats per token")
         if max(gaps) > args.tolerance:
-            raise ValueError(
+            raise UserError(
                 f"values differ by up to {max(gaps):.3g} nats per token, more than --tolerance {args.tolerance}: they"
                 " are of another model, kernel or precision; remove them with cpt cache prune --reference"
             )
@@ -115,21 +115,16 @@ def verify(args: argparse.Namespace) -> None:
                 damaged += 1
                 print(f"{path}: {error}", file=sys.stderr)
     if damaged:
-        raise ValueError(f"{damaged} shards are damaged; readers ignore them, and they can be deleted")
+        raise UserError(f"{damaged} shards are damaged; readers ignore them, and they can be deleted")
     print("every checksum is right")
 
 
 def prune(args: argparse.Namespace) -> None:
-    """Delete a reference, old shards, or the oldest beyond a size; and always what killed writers left.
-
-    Digests of weights go with old shards: they are found again.
-    """
+    """Delete a reference, old shards, or the oldest beyond a size; and always what killed writers left."""
     if not args.directory.is_dir():
-        raise ValueError(f"there is no cache in {args.directory}")
+        raise UserError(f"there is no cache in {args.directory}")
     now = time.time()
     folders = list(_references(args.directory, args.reference))
-    if not args.reference and (args.directory / weight_files.FOLDER).is_dir():
-        folders.append(args.directory / weight_files.FOLDER)
     files = [(path, path.stat()) for folder in folders for path in _files(folder)]
     shards = sorted((about.st_mtime, path, about.st_size) for path, about in files if path.suffix == ".arrow")
     doomed = {path for path, about in files if path.suffix == ".tmp" and now - about.st_mtime > _TEMPORARY_AGE}
@@ -172,7 +167,7 @@ def export(args: argparse.Namespace) -> None:
     """Write one reference's rows to a Parquet file: key (16 bytes), logps, and kind (see ``shards.KINDS``)."""
     folders = list(_references(args.directory, args.reference))
     if len(folders) != 1:
-        raise ValueError(f"--reference must name one of the {len(folders)} references in {args.directory}")
+        raise UserError(f"--reference must name one of the {len(folders)} references in {args.directory}")
     schema = pa.schema({"key": pa.binary(KEY_BYTES), "logps": pa.list_(pa.float32()), "kind": pa.string()})
     cache = ReferenceCache(args.directory, folders[0].name)
     with pq.ParquetWriter(args.to, schema.with_metadata({"fingerprint": folders[0].name})) as writer:
@@ -180,7 +175,7 @@ def export(args: argparse.Namespace) -> None:
             try:
                 rows = shard.rows()
             except DamagedShardError as error:
-                raise ValueError(f"{shard.path}: {error}; delete it, and what it held is scored again") from error
+                raise UserError(f"{shard.path}: {error}; delete it, and what it held is scored again") from error
             stops = np.cumsum([0, *map(len, rows.values())], dtype=np.int32)
             logps = pa.ListArray.from_arrays(stops, np.concatenate(list(rows.values())))
             keys = pa.array(list(rows), schema.field("key").type)
@@ -266,7 +261,7 @@ def _say(text: str) -> None:
 def _references(directory: Path, prefix: str | None) -> Iterator[Path]:
     found = [path for path in sorted(directory.glob(_FINGERPRINT)) if path.name.startswith(prefix or "")]
     if prefix and not found:
-        raise ValueError(f"--reference {prefix}: there is none in {directory} that begins so")
+        raise UserError(f"--reference {prefix}: there is none in {directory} that begins so")
     yield from found
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 from ..data.collate import PackedCollator
 from ..data.preparation import prepare
 from ..data.sources import load
+from ..errors import UserError
 from ..reference.cache import ReferenceCache
 from ..reference.missing import Missing, find_missing, iter_sequences
 from ..reference.scorer import Reference
@@ -73,7 +74,7 @@ class DatasetReference:
             Completions added, and how far the sums of the sample are off, in nats per token.
 
         Raises:
-            ValueError: the data has no such columns, or its sums are not this reference's.
+            UserError: the data has no such columns, or its sums are not this reference's.
         """
         sums: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
         for row, position, prompt, completion in (
@@ -88,7 +89,7 @@ class DatasetReference:
             for sequence, new in self._score(self._draw(list(sums), sample, seed))
         ]
         if max(gaps) > tolerance:
-            raise ValueError(
+            raise UserError(
                 f"the sums in {' and '.join(columns)} are off by up to {max(gaps):.3g} nats per token from this"
                 f" reference's, more than --tolerance {tolerance}: another model, precision or truncation gave them"
             )
@@ -133,18 +134,18 @@ def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = (
     """Load what the options of ``cpt-train`` name.
 
     Raises:
-        ValueError: it cannot be trained with, is a stream, or the loss has no reference.
+        UserError: it cannot be trained with, is a stream, or the loss has no reference.
     """
     with tempfile.TemporaryDirectory(prefix="cpt-cache-") as folder:  # a trainer makes its output folder
         options = parse([*argv, "--output_dir", folder], prog)
         if options.training.sync_ref_model:
-            raise ValueError("sync_ref_model moves the reference, so its log-probs are not cached: leave it out")
+            raise UserError("sync_ref_model moves the reference, so its log-probs are not cached: leave it out")
         trainer = make_trainer(options, _Unfilled)
         if trainer.reference is None:
-            raise ValueError(f"loss_type={trainer.loss.name} has no reference: there is nothing to score")
+            raise UserError(f"loss_type={trainer.loss.name} has no reference: there is nothing to score")
         data = DatasetReference(trainer, _with_columns(options, trainer, keep_columns) if keep_columns else None)
         if not data.stored:
-            raise ValueError("a stream cannot be scored ahead: leave out dataset_streaming")
+            raise UserError("a stream cannot be scored ahead: leave out dataset_streaming")
         yield data
 
 
@@ -152,7 +153,7 @@ def _with_columns(options, trainer: _Unfilled, columns: Sequence[str]) -> Datase
     script, args = options.script, options.training
     data = load(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
     if lacking := sorted(set(columns) - set(data.column_names)):
-        raise ValueError(f"{script.dataset_name} has no column {lacking[0]}: there is nothing to import")
+        raise UserError(f"{script.dataset_name} has no column {lacking[0]}: there is nothing to import")
     return prepare(
         data,
         trainer.processing_class,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..data.tokenize import check_same_tokenizer
+from ..errors import UserError
 from ..losses import LOSSES, loss_names
 from .options import Options, defaults
 from .parsing import parse
@@ -37,7 +38,7 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
     """Name -> model, from NAME=MODEL, or from the last parts of the model's path, as many as tell all apart.
 
     Raises:
-        ValueError: a name that is there twice.
+        UserError: a name that is there twice.
     """
     named = [part.split("=", 1) if re.match(r"[^/=]+=", part) else (None, part) for part in given]
     paths = [path.rstrip("/") for _, path in named]
@@ -45,7 +46,7 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
         names = [name or "/".join(path.split("/")[-parts:]) for (name, _), path in zip(named, paths)]
         if len(set(names)) == len(names):
             return dict(zip(names, paths))
-    raise ValueError(f"models names {next(name for name in names if names.count(name) > 1)} twice")
+    raise UserError(f"models names {next(name for name in names if names.count(name) > 1)} twice")
 
 
 def read_configs(models: Sequence[str], config: Path | None) -> Configs:
@@ -53,12 +54,12 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
     first those whose loss has a reference.
 
     Raises:
-        ValueError: a model that is nowhere, or a file that is no such configuration.
+        UserError: a model that is nowhere, or a file that is no such configuration.
     """
     for model in models:
         path = Path(model).expanduser()
         if not path.is_dir() and (not _HUB_NAME.fullmatch(model) or ("/" in model and path.parent.is_dir())):
-            raise ValueError(f"models={model}: there is no such folder")
+            raise UserError(f"models={model}: there is no such folder")
     files = [config] if config else []
     for folder in (Path(model).expanduser() for model in models if config is None):
         files += [file for file in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if file.is_file()][:1]
@@ -71,7 +72,7 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
     they started from.
 
     Raises:
-        ValueError: there is none, or there are several.
+        UserError: there is none, or there are several.
     """
     if given is not None:
         return None if given.lower() == "none" else given
@@ -80,15 +81,15 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
     for path, values in against.items():
         name = values.get("ref_model_name_or_path") or values.get("model_name_or_path")
         if name is None or (values.get("from_scratch") and not values.get("ref_model_name_or_path")):
-            raise ValueError(f"{path} names no reference that could be loaded: give --reference, or --reference none")
+            raise UserError(f"{path} names no reference that could be loaded: give --reference, or --reference none")
         names[name] = path
     if not names:
-        raise ValueError(
+        raise UserError(
             f"there is no {CONFIG_FILE} beside {' or '.join(models)} to tell the reference: give --reference MODEL, or"
             " --reference none for log-probs alone"
         )
     if len(names) > 1:
-        raise ValueError(f"the models were trained against {' and '.join(names)}: choose one by --reference")
+        raise UserError(f"the models were trained against {' and '.join(names)}: choose one by --reference")
     return next(iter(names))
 
 
@@ -98,12 +99,12 @@ def read_options(
     """The options of ``cpt-train`` that count here: those of the first configuration, flags over them.
 
     Raises:
-        ValueError: an option without effect here, or a value that cannot be.
+        UserError: an option without effect here, or a value that cannot be.
     """
     for text in flags:
         name = text[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if text.startswith("--") and name not in SETTINGS:
-            raise ValueError(f"unknown option {text}; see {prog} --help")
+            raise UserError(f"unknown option {text}; see {prog} --help")
     values = dict(next(iter(configs.values()), {}))
     argv = []
     for name in SETTINGS:
@@ -120,7 +121,7 @@ def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrained
     """The tokenizer of all models, or the one named for them.
 
     Raises:
-        ValueError: they have different ones, or the reference has.
+        UserError: they have different ones, or the reference has.
     """
     model, training = options.model, options.training
     if model.tokenizer_name is not None:
@@ -130,7 +131,7 @@ def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrained
     for name in models[1:]:
         other = load_tokenizer(name, "models", model, training)
         if other.get_vocab() != first.get_vocab() or other.chat_template != first.chat_template:
-            raise ValueError(
+            raise UserError(
                 f"{name} has another tokenizer or chat template than {models[0]}: name one for all by --tokenizer_name,"
                 " or evaluate them apart"
             )
@@ -158,7 +159,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected lines of 'option: value', found {type(values).__name__}")
+        raise UserError(f"{path}: expected lines of 'option: value', found {type(values).__name__}")
     return values

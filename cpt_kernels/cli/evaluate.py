@@ -24,6 +24,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from ..data.sources import load, parse_columns
+from ..errors import UserError
 from ..evaluation.judge import TEMPLATE, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
 from ..evaluation.judged import OutputEvaluation, differences
 from ..evaluation.outputs import Comparisons, choose, join, read_outputs, write_alpaca_eval
@@ -38,9 +39,9 @@ from ..evaluation.report import (
     win_rate_table,
 )
 from ..evaluation.win_rate import CONFIDENCE, RESAMPLES
+from ..files import replacing, write_text
 from ..generation.endpoint import ENDPOINT_DEFAULTS, EndpointOptions
 from ..generation.prompts import Sampling
-from ..reference.shards import publish
 from .checkpoints import (
     SETTINGS,
     choose_reference,
@@ -62,12 +63,12 @@ def main(argv: Sequence[str], prog: str = "cpt eval") -> None:
     """Run one of the commands.
 
     Raises:
-        ValueError: an unknown command or option, or data, models or a judge that cannot be used; the message says why.
+        UserError: an unknown command or option, or data, models or a judge that cannot be used; the message says why.
     """
     args, rest = _parser(prog).parse_known_args(argv)
     args.prog = f"{prog} {args.command}"
     if rest and args.command != "pairs":
-        raise ValueError(f"unknown option {rest[0]}; see {args.prog} --help")
+        raise UserError(f"unknown option {rest[0]}; see {args.prog} --help")
     args.training = rest
     if args.command != "export":
         _check_output(args)
@@ -154,7 +155,7 @@ def export(args: argparse.Namespace) -> None:
     found = read_outputs(args.outputs)
     chosen = choose(found, [args.model] if args.model else list(found), "model")
     if len(chosen) > 1:
-        raise ValueError(f"{args.outputs} has outputs of {', '.join(found)}: choose one by --model")
+        raise UserError(f"{args.outputs} has outputs of {', '.join(found)}: choose one by --model")
     write_alpaca_eval(chosen[0], args.to)
     print(f"{len(chosen[0])} outputs of {chosen[0].model} written to {args.to}")
 
@@ -166,12 +167,12 @@ def _read_comparisons(args: argparse.Namespace) -> list[Comparisons]:
     of_baseline = read_outputs(args.baseline)
     wanted = [args.baseline_model] if args.baseline_model else list(of_baseline)
     if len(wanted) > 1:
-        raise ValueError(f"{args.baseline} has outputs of {', '.join(wanted)}: choose one by --baseline_model")
+        raise UserError(f"{args.baseline} has outputs of {', '.join(wanted)}: choose one by --baseline_model")
     (baseline,) = choose(of_baseline, wanted, "baseline_model")
     outputs = [each for path in args.outputs for each in read_outputs(path).values()]
     names = [each.model for each in outputs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"outputs of {twice[0]} are in several files: give one of them")
+        raise UserError(f"outputs of {twice[0]} are in several files: give one of them")
     if args.models:
         outputs = choose({each.model: each for each in outputs}, args.models, "models")
     elif len(outputs) > 1:
@@ -183,7 +184,7 @@ def _make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
     if args.judge:
         given = [name for name, default in _JUDGE_MODEL_DEFAULTS.items() if getattr(args, name) != default]
         if given:
-            raise ValueError(f"{given[0]} has no effect on a Python function: it belongs to --judge_model")
+            raise UserError(f"{given[0]} has no effect on a Python function: it belongs to --judge_model")
         judge = load_judge(args.judge)
         return lambda comparisons: ask_function(judge, comparisons, args.both_orders)
     endpoint = EndpointOptions(args.judge_model, **{name: getattr(args, name) for name in ENDPOINT_DEFAULTS})
@@ -199,18 +200,17 @@ def _make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
 def _check_output(args: argparse.Namespace) -> None:
     """What would make the end fail, before anything is scored or asked."""
     if not 0 < args.confidence < 1 or args.resamples < 1:
-        raise ValueError("confidence lies between 0 and 1, and resamples are at least 1")
+        raise UserError("confidence lies between 0 and 1, and resamples are at least 1")
     if args.details and args.details.suffix not in _WRITERS:
-        raise ValueError(f"details={args.details}: expected a {' or '.join(_WRITERS)} file")
+        raise UserError(f"details={args.details}: expected a {' or '.join(_WRITERS)} file")
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output_dir={args.output_dir} cannot be written to ({error.strerror})") from error
+        raise UserError(f"output_dir={args.output_dir} cannot be written to ({error.strerror})") from error
 
 
 def _write_json(path: Path, results: dict[str, Any]) -> Path:
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    publish(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
@@ -223,7 +223,8 @@ _WRITERS = {".jsonl": _write_jsonl, ".parquet": pq.write_table}
 
 
 def _write_details(path: Path, table: pa.Table) -> Path:
-    publish(path, lambda file: _WRITERS[path.suffix](table, file))
+    with replacing(path) as (temporary,), temporary.open("wb") as file:
+        _WRITERS[path.suffix](table, file)
     return path
 
 

@@ -23,6 +23,7 @@ from xxhash import xxh3_64
 
 from ..data.preparation import Drop
 from ..data.sources import load
+from ..errors import UserError
 from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, check_exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
@@ -38,7 +39,7 @@ def main(argv: Sequence[str], prog: str = "cpt generate") -> None:
     """Ask a model for what is missing of the responses, and say what came of it.
 
     Raises:
-        ValueError: options, data or a model that cannot be used, or responses that are missing in the end; the message
+        UserError: options, data or a model that cannot be used, or responses that are missing in the end; the message
             says why.
     """
     args = _parse(argv, prog)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str], prog: str = "cpt generate") -> None:
     print(f"written to {', '.join(map(str, [args.output, *written]))}")
     if run.failures:
         reason, detail = run.example
-        raise ValueError(
+        raise UserError(
             f"{sum(run.failures.values())} of {len(requests)} responses are missing, one by {reason}: {detail};"
             " the same command asks for them again"
         )
@@ -80,9 +81,9 @@ class _Run:
             self.origin |= {"revision": args.model_revision, "weights": _digest(args.model_name_or_path)}
         texts = sum(isinstance(request.prompt.content, str) for request in requests)
         if self.sampling.system_prompt is not None and texts and not self.sampling.chat:
-            raise ValueError("system_prompt needs a conversation, but the prompts are text: give --prompt_format chat")
+            raise UserError("system_prompt needs a conversation, but the prompts are text: give --prompt_format chat")
         if self.sampling.template_kwargs and texts == len(requests) and not self.sampling.chat:
-            raise ValueError(
+            raise UserError(
                 "chat_template_kwargs has no effect where prompts are continued as text: give --prompt_format chat"
             )
         if texts:
@@ -154,7 +155,7 @@ def _report_prompts(
 ) -> None:
     drops = [f"dropped, {reason}: {drop}" for reason, drop in dropped.items()]
     if not unique:
-        raise ValueError("; ".join([f"no row of {len(prompts)} has a prompt", *drops]))
+        raise UserError("; ".join([f"no row of {len(prompts)} has a prompt", *drops]))
     print(f"{len(prompts)} rows, {len(unique)} different prompts", *drops, sep="\n")
 
 
@@ -246,13 +247,13 @@ def _parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
     for backends, names in _OF_BACKENDS.items():
         given = [name for name in names if getattr(args, name) != parser.get_default(name)]
         if given and args.backend not in backends:
-            raise ValueError(
+            raise UserError(
                 f"--{given[0]} has no effect with --backend {args.backend}, only with {' or '.join(backends)}"
             )
     if args.n > 1 and args.temperature == 0:
-        raise ValueError(f"--n {args.n} with --temperature 0 would give the same response {args.n} times")
+        raise UserError(f"--n {args.n} with --temperature 0 would give the same response {args.n} times")
     if args.device is not None and "device_map" in args.model_kwargs:
-        raise ValueError("--device and the device_map of --model_kwargs are two ways to say the same: leave one out")
+        raise UserError("--device and the device_map of --model_kwargs are two ways to say the same: leave one out")
     return args
 
 

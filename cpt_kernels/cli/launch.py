@@ -17,6 +17,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+from ..errors import UserError
 from .options import defaults
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).with_name("accelerate_configs").glob("*.yaml"))}
@@ -38,7 +39,7 @@ def split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
     """Options for ``accelerate launch`` (``None``: it takes no value), and the other arguments.
 
     Raises:
-        ValueError: an option without its value.
+        UserError: an option without its value.
     """
     options: dict[str, str | None] = {}
     rest = []
@@ -53,7 +54,7 @@ def split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
         elif (value := next(tokens, None)) is not None:
             options[name] = value
         else:
-            raise ValueError(f"--{name}: expected a value")
+            raise UserError(f"--{name}: expected a value")
     return options, rest
 
 
@@ -73,13 +74,13 @@ def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool
     """Run ``cpt-train`` with ``argv`` under ``accelerate launch``; returns when all its processes are done.
 
     Raises:
-        ValueError: an unknown ``accelerate_config``.
+        UserError: an unknown ``accelerate_config``.
         SystemExit: accelerate refuses an option, or a process failed; either has said why.
     """
     options = dict(options)
     if (name := options.pop("accelerate_config", None)) is not None:
         if name not in CONFIGS and not Path(name).is_file():
-            raise ValueError(f"accelerate_config={name} is no file; choose one, or {', '.join(CONFIGS)}")
+            raise UserError(f"accelerate_config={name} is no file; choose one, or {', '.join(CONFIGS)}")
         options["config_file"] = str(CONFIGS.get(name, name))
         if name in CONFIGS and name != "single_gpu":
             options.setdefault("num_processes", str(max(torch.cuda.device_count(), 1)))

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from ..config import WITHOUT_MEANING, ContrastiveConfig, default_of
+from ..errors import UserError
 from ..losses import LOSSES, loss_names
 
 
@@ -187,21 +188,21 @@ def check_together(values: dict[str, Any]) -> None:
     adapter = sorted(name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
     quantised = sorted(given & {"load_in_4bit", "load_in_8bit"})
     if adapter and not values["use_peft"]:
-        raise ValueError(f"{adapter[0]} has no effect without an adapter: set use_peft=true, or leave it out")
+        raise UserError(f"{adapter[0]} has no effect without an adapter: set use_peft=true, or leave it out")
     if "load_in_4bit" not in given and (four := sorted(name for name in given if "bnb_" in name)):
-        raise ValueError(f"{four[0]} has no effect without load_in_4bit=true: set it, or leave this out")
+        raise UserError(f"{four[0]} has no effect without load_in_4bit=true: set it, or leave this out")
     if len(quantised) == 2:
-        raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        raise UserError("load_in_4bit and load_in_8bit exclude each other")
     if quantised and not values["use_peft"]:
-        raise ValueError(f"{quantised[0]} needs use_peft=true: quantised weights cannot be trained themselves")
+        raise UserError(f"{quantised[0]} needs use_peft=true: quantised weights cannot be trained themselves")
     if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantised):
-        raise ValueError(f"{loading[0]} is for weights that are loaded, and from_scratch=true loads none")
+        raise UserError(f"{loading[0]} is for weights that are loaded, and from_scratch=true loads none")
     if values["datasets"] and (one := sorted(given & {"dataset_name", "dataset_config", "columns"})):
-        raise ValueError(f"{one[0]} is for one dataset: leave it out, or say it in datasets")
+        raise UserError(f"{one[0]} is for one dataset: leave it out, or say it in datasets")
     if values["test_split_size"] and (values["eval_dataset_name"] or not values["datasets"]):
-        raise ValueError("test_split_size splits datasets, where no eval_dataset_name is given: leave it out")
+        raise UserError("test_split_size splits datasets, where no eval_dataset_name is given: leave it out")
     if values["dataset_streaming"] and values["max_steps"] <= 0:
-        raise ValueError("dataset_streaming=true needs max_steps: a stream does not say how long it is")
+        raise UserError("dataset_streaming=true needs max_steps: a stream does not say how long it is")
     losses = loss_names(values["loss_type"])
     if set(losses) <= set(LOSSES):  # else ContrastiveConfig complains
         _check_loss(losses, given)
@@ -211,7 +212,7 @@ def _check_loss(losses: list[str], given: set[str]) -> None:
     named = f"loss_type={' '.join(losses)}"
     for column, loss in (("target_column", "slic"), ("gap_column", "odpo")):
         if column in given and loss not in losses:
-            raise ValueError(f"{column} has no effect with {named}: leave it out, or set loss_type={loss}")
+            raise UserError(f"{column} has no effect with {named}: leave it out, or set loss_type={loss}")
     of_reference = {"ref_model_name_or_path", "precompute_ref_log_probs"} & given
     if of_reference and not any(LOSSES[loss].needs_reference for loss in losses):
-        raise ValueError(f"{min(of_reference)} has no effect with {named}, which has no reference: leave it out")
+        raise UserError(f"{min(of_reference)} has no effect with {named}, which has no reference: leave it out")

@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..data.sources import load
+from ..errors import UserError
+from ..files import replacing
 from ..pairs.build import build_pairs, held_out
-from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, replacing, write
+from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, write
 from ..pairs.order import Which, parse_order, parse_which
 from ..pairs.report import make_report, report_lines, report_table, write_report
 from .parsers import Help, Parser
@@ -44,7 +46,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     """Build pairs, and write them, their report and its picture.
 
     Raises:
-        ValueError: an option or the data cannot be used, or there is no pair; the message says why.
+        UserError: an option or the data cannot be used, or there is no pair; the message says why.
     """
     args = _parser(prog).parse_args(argv)
     files = _check(args)
@@ -82,13 +84,13 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     if args.validation:
         parts.append(for_validation)
         _check_split(args.validation, report)
-    files[0].parent.mkdir(parents=True, exist_ok=True)
     batches = group_batches if args.grouped else pair_batches
     with replacing(*files) as temporary:
         for written, path, part in zip(temporary, files, parts):
             total = pairs.count_prompts(part) if args.grouped else int(part.sum())
-            write(written, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
-        write_report(report, *temporary[len(parts) :])
+            write(written, path.suffix, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
+        kinds = [path.suffix[1:] for path in files[len(parts) + 1 :]]
+        write_report(report, temporary[len(parts)], dict(zip(kinds, temporary[len(parts) + 1 :])))
     _print(report, files)
 
 
@@ -96,38 +98,38 @@ def _check(args: argparse.Namespace) -> list[Path]:
     """The files to be written: pairs, those for validation where they are wanted, the report and its pictures."""
     files = _check_output(args)
     if sum(option is not None for option in (args.order, args.ratings, args.win_rates)) != 1:
-        raise ValueError(
+        raise UserError(
             "say once which responses are better: by --order 'gpt4 > chatgpt > td003', by --ratings COLUMN, or by"
             " --win_rates FILE"
         )
     for option, other in (("max_tokens", "tokenizer"), ("win_rate_column", "win_rates")):
         if getattr(args, option) is not None and getattr(args, other) is None:
-            raise ValueError(f"--{option} needs --{other}")
+            raise UserError(f"--{option} needs --{other}")
     if args.base is not None and args.pairs is not None:
-        raise ValueError("--base and --pairs each say which pairs are built: give one of them")
+        raise UserError("--base and --pairs each say which pairs are built: give one of them")
     if not 0 <= args.validation < 1:
-        raise ValueError(f"--validation {args.validation} is no share of the prompts: it is at least 0 and below 1")
+        raise UserError(f"--validation {args.validation} is no share of the prompts: it is at least 0 and below 1")
     for option in ("max_characters", "max_tokens", "num_proc"):
         if (value := getattr(args, option)) is not None and value < 1:
-            raise ValueError(f"--{option} {value}: it is at least 1")
+            raise UserError(f"--{option} {value}: it is at least 1")
     return files
 
 
 def _check_output(args: argparse.Namespace) -> list[Path]:
     output = Path(args.output).expanduser()
     if output.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--output {args.output}: the name must end in .jsonl or .parquet")
+        raise UserError(f"--output {args.output}: the name must end in .jsonl or .parquet")
     validation = output.with_suffix(f".validation{output.suffix}")
     parts = [output, validation] if args.validation else [output]
     files = [*parts, *(output.with_suffix(f".report{suffix}") for suffix in (".json", ".png", ".svg"))]
     read = [Path(name).expanduser().resolve() for name in (*args.responses, args.win_rates) if name is not None]
     for path in files:
         if path.is_dir():
-            raise ValueError(f"--output {args.output} cannot be: {path} is a folder; choose another name")
+            raise UserError(f"--output {args.output} cannot be: {path} is a folder; choose another name")
         if path.is_file() and any(part in read for part in (path.resolve(), *path.resolve().parents)):
-            raise ValueError(f"--output {args.output} would replace what is read: {path}; choose another name")
+            raise UserError(f"--output {args.output} would replace what is read: {path}; choose another name")
     if validation not in files and validation.is_file():
-        raise ValueError(
+        raise UserError(
             f"--output {args.output}: {validation} is of an earlier run, and without --validation the new pairs would"
             " have its prompts; remove it, or choose another name"
         )
@@ -137,7 +139,7 @@ def _check_output(args: argparse.Namespace) -> list[Path]:
 def _check_split(share: float, report: Mapping[str, Any]) -> None:
     prompts = report["prompts"]
     if prompts["validation"] in (0, prompts["in_pairs"]):
-        raise ValueError(
+        raise UserError(
             f"--validation {share} puts {prompts['validation']} of {prompts['in_pairs']} prompts into the validation"
             " data: nothing is left on one side; choose another share"
         )
@@ -158,15 +160,15 @@ def _read_ranking(args: argparse.Namespace) -> tuple[dict[str, float] | None, st
     column = next((name for name in wanted if name in table.column_names), None)
     if model is None or column is None:
         missing = "no column that names the models" if model is None else f"no column {' or '.join(wanted)}"
-        raise ValueError(f"{args.win_rates} has {missing}; its columns are {', '.join(table.column_names)}")
+        raise UserError(f"{args.win_rates} has {missing}; its columns are {', '.join(table.column_names)}")
     rates: dict[str, float] = {}
     for row, (name, rate) in enumerate(zip(table[model], table[column])):
         if name in rates:
-            raise ValueError(f"{args.win_rates} row {row}: the model {name} is there twice")
+            raise UserError(f"{args.win_rates} row {row}: the model {name} is there twice")
         try:
             rates[name] = float("nan" if rate is None else rate)
         except ValueError as error:
-            raise ValueError(f"{args.win_rates} row {row}: the {column} of {name} is {rate!r}, no number") from error
+            raise UserError(f"{args.win_rates} row {row}: the {column} of {name} is {rate!r}, no number") from error
     return rates, column
 
 
@@ -175,9 +177,9 @@ def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: st
     here = list(dict.fromkeys(models))
     chosen = {name: rates[name] for name in here if name in rates}
     if unknown := [name for name, rate in chosen.items() if math.isnan(rate)]:
-        raise ValueError(f"{source} has no win rate of {unknown[0]} there; choose another column by --win_rate_column")
+        raise UserError(f"{source} has no win rate of {unknown[0]} there; choose another column by --win_rate_column")
     if len(chosen) < 2:
-        raise ValueError(
+        raise UserError(
             f"{source} has win rates of {', '.join(chosen) or 'none'} of the models {', '.join(here[:8])}: two are"
             f" needed; it names {', '.join(map(str, list(rates)[:8]))}, ..."
         )
@@ -242,7 +244,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
-        raise ValueError(f"--tokenizer {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--tokenizer {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _print(report: Mapping[str, Any], files: Sequence[Path]) -> None:

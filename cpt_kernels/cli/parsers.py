@@ -6,12 +6,14 @@ import argparse
 import json
 from typing import Any
 
+from ..errors import UserError
+
 
 class Parser(argparse.ArgumentParser):
     """Complains by ``ValueError``, which :mod:`cpt_kernels.cli` prints as one line."""
 
     def error(self, message: str):
-        raise ValueError(message)
+        raise UserError(message)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

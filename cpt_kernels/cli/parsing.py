@@ -21,6 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from ..config import REMOVED
+from ..errors import UserError
 from . import launch
 from .options import CLASSES, HELP, NAMES, NOT_OPTIONS, Options, check_together, defaults, groups, type_hints
 
@@ -32,12 +33,12 @@ def parse(argv: Sequence[str], prog: str = "cpt-train") -> Options:
     """Options from flags over those of the YAML file that ``--config`` names. ``--help`` prints and exits.
 
     Raises:
-        ValueError: an unknown option, a value of the wrong type, or options that do not go together.
+        UserError: an unknown option, a value of the wrong type, or options that do not go together.
     """
     given = read_options(argv, prog)
     for name, kind in (("model_name_or_path", "a folder or hub name"), ("dataset_name", "a file, folder or hub name")):
         if not given.get(name) and not (name == "dataset_name" and given.get("datasets")):
-            raise ValueError(f"{name} is missing: give --{name} with {kind}, or set it in the file of --config")
+            raise UserError(f"{name} is missing: give --{name} with {kind}, or set it in the file of --config")
     if given.get("output_dir") is None:
         given["output_dir"] = f"{Path(given['model_name_or_path']).name}-CPT"
     values = defaults() | given
@@ -50,7 +51,7 @@ def read_options(argv: Sequence[str], prog: str) -> dict[str, Any]:
     """The options that flags and file give, each converted, before they are looked at together.
 
     Raises:
-        ValueError: an unknown option, or a value of the wrong type.
+        UserError: an unknown option, or a value of the wrong type.
     """
     flags = _read_flags(argv, prog)
     flags.pop("config", None)
@@ -66,7 +67,7 @@ def convert(value: Any, hint: Any) -> Any:
     Numbers may be text; ``none`` unsets an option that is no text.
 
     Raises:
-        ValueError: it is of another type; the message says which was expected.
+        UserError: it is of another type; the message says which was expected.
     """
     kinds = _kinds(hint)
     if value is None and type(None) in kinds:
@@ -76,7 +77,7 @@ def convert(value: Any, hint: Any) -> Any:
     if isinstance(value, list) and list in kinds:
         return [convert(item, kinds[list]) for item in value]
     if value is None or isinstance(value, (dict, list)):
-        raise ValueError(f"{value!r} is not {_expected(kinds)}")
+        raise UserError(f"{value!r} is not {_expected(kinds)}")
     text = _text(value, kinds)
     if text.lower() in ("none", "null") and type(None) in kinds and str not in kinds:
         return None
@@ -89,7 +90,7 @@ def convert(value: Any, hint: Any) -> Any:
         return text
     if list in kinds:
         return [convert(text, kinds[list])]
-    raise ValueError(f"{value!r} is not {_expected(kinds)}{_suggest(text, kinds.get(str) or ())}")
+    raise UserError(f"{value!r} is not {_expected(kinds)}{_suggest(text, kinds.get(str) or ())}")
 
 
 def _kinds(hint: Any) -> dict[type, Any]:
@@ -140,7 +141,7 @@ def _read_json(text: str) -> dict:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{text!r} is not a JSON object: {error}") from None
+        raise UserError(f"{text!r} is not a JSON object: {error}") from None
 
 
 def _expected(kinds: dict[type, Any]) -> str:
@@ -161,11 +162,11 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 def _check_name(name: str, where: str, dashes: str = "") -> None:
     if name in REMOVED:
-        raise ValueError(f"{where}{dashes}{name} is no option any more: {REMOVED[name]}")
+        raise UserError(f"{where}{dashes}{name} is no option any more: {REMOVED[name]}")
     if name in NOT_OPTIONS:
-        raise ValueError(f"{where}{dashes}{name} is no option here: {NOT_OPTIONS[name]}")
+        raise UserError(f"{where}{dashes}{name} is no option here: {NOT_OPTIONS[name]}")
     if name not in defaults():
-        raise ValueError(f"{where}unknown option {dashes}{name}{_suggest(name, defaults(), dashes)}")
+        raise UserError(f"{where}unknown option {dashes}{name}{_suggest(name, defaults(), dashes)}")
 
 
 def _convert_named(name: str, value: Any, where: str) -> Any:
@@ -174,7 +175,7 @@ def _convert_named(name: str, value: Any, where: str) -> Any:
     try:
         return convert(value, type_hints()[name])
     except ValueError as error:
-        raise ValueError(f"{where}{name}: {error}") from None
+        raise UserError(f"{where}{name}: {error}") from None
 
 
 # --- YAML ---
@@ -201,7 +202,7 @@ def read_file(argv: Sequence[str]) -> dict[str, Any]:
     """What the YAML file that ``--config`` names holds, as it stands there; nothing without ``--config``.
 
     Raises:
-        ValueError: it cannot be read, or is no YAML mapping.
+        UserError: it cannot be read, or is no YAML mapping.
     """
     name = _file_name(argv)
     if name is None:
@@ -209,13 +210,13 @@ def read_file(argv: Sequence[str]) -> dict[str, Any]:
     try:
         values = yaml.load(Path(name).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
-        raise ValueError(f"--config {name} cannot be read ({error.strerror})") from error
+        raise UserError(f"--config {name} cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{name}, line {error.problem_mark.line + 1}: {error.problem}") from error
+        raise UserError(f"{name}, line {error.problem_mark.line + 1}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is no YAML text: {error}") from error
+        raise UserError(f"{name} is no YAML text: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected lines of 'option: value', found {type(values).__name__}")
+        raise UserError(f"{name}: expected lines of 'option: value', found {type(values).__name__}")
     return values
 
 
@@ -223,11 +224,11 @@ def environment(values: dict[str, Any]) -> dict[str, str]:
     """Environment variables that a file sets under ``env``.
 
     Raises:
-        ValueError: ``env`` is no mapping.
+        UserError: ``env`` is no mapping.
     """
     variables = values.get("env") or {}
     if not isinstance(variables, dict):
-        raise ValueError(f"env: expected a mapping of variables, found {type(variables).__name__}")
+        raise UserError(f"env: expected a mapping of variables, found {type(variables).__name__}")
     return {name: str(value) for name, value in variables.items()}
 
 
@@ -255,7 +256,7 @@ def _read_flags(argv: Sequence[str], prog: str) -> dict[str, Any]:
     for text in rest:
         if not text.startswith("--"):
             hint = f"; did you mean --config {text}?" if text.endswith((".yaml", ".yml")) else ""
-            raise ValueError(f"unexpected argument {text!r}{hint}")
+            raise UserError(f"unexpected argument {text!r}{hint}")
         _check_name(text[2:].split("=")[0].replace("-", "_"), "", "--")
     values = vars(raw)
     for name in values.keys() - {"config"}:
@@ -268,7 +269,7 @@ def _read_flags(argv: Sequence[str], prog: str) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
+        raise UserError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
 
 
 class _Help(argparse.HelpFormatter):

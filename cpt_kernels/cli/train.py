@@ -29,8 +29,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config import ContrastiveConfig
 from ..data.mixture import load_mixture
 from ..data.sources import load, parse_columns
+from ..errors import UserError
 from ..model.loading import whole_weights
-from ..reference.weight_files import load as load_with_files
 from ..trainer import ContrastiveTrainer
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from . import launch
@@ -44,7 +44,7 @@ def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
     """Parse the options, train, save, and print how it went; on several processes if options say so.
 
     Raises:
-        ValueError: the user's input cannot be trained with; the message says why.
+        UserError: the user's input cannot be trained with; the message says why.
     """
     flags, argv = launch.split(argv)
     file = read_file(argv)
@@ -60,7 +60,7 @@ def train(options: Options) -> ContrastiveTrainer:
     """Train as asked for, and write model, tokenizer, options, metrics and curves to ``output_dir``.
 
     Raises:
-        ValueError: data, model, tokenizer or options that cannot be trained with, or an output folder that cannot be
+        UserError: data, model, tokenizer or options that cannot be trained with, or an output folder that cannot be
             written to: all but a few before anything long starts.
     """
     args = options.training
@@ -94,7 +94,7 @@ def make_trainer(
     """A trainer with data, models and tokenizer as asked for.
 
     Raises:
-        ValueError: one of them cannot be trained with.
+        UserError: one of them cannot be trained with.
     """
     args = options.training
     train_data, eval_data = _load_data(options.script, args)
@@ -139,13 +139,13 @@ def _check_output(output: Path, model: ModelArguments) -> None:
     for name in ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name"):
         source = getattr(model, name)
         if source is not None and output.resolve() == Path(source).resolve():
-            raise ValueError(f"output_dir={output} is also {name}, which would be overwritten: choose another folder")
+            raise UserError(f"output_dir={output} is also {name}, which would be overwritten: choose another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir={output} cannot be written to ({error.strerror})") from error
+        raise UserError(f"output_dir={output} cannot be written to ({error.strerror})") from error
 
 
 def _find_checkpoint(args: ContrastiveConfig) -> str | None:
@@ -155,10 +155,10 @@ def _find_checkpoint(args: ContrastiveConfig) -> str | None:
     if wanted.lower() in ("true", "last"):
         last = get_last_checkpoint(args.output_dir)
         if last is None:
-            raise ValueError(f"resume_from_checkpoint={wanted}: there is no checkpoint in {args.output_dir}")
+            raise UserError(f"resume_from_checkpoint={wanted}: there is no checkpoint in {args.output_dir}")
         return last
     if not Path(wanted).is_dir():
-        raise ValueError(f"resume_from_checkpoint={wanted}: there is no such folder")
+        raise UserError(f"resume_from_checkpoint={wanted}: there is no such folder")
     return wanted
 
 
@@ -196,7 +196,7 @@ def _load_data(script: ScriptArguments, args: ContrastiveConfig):
             script.dataset_name, config=script.dataset_config, split=script.dataset_test_split, **options
         )
     except ValueError as error:
-        raise ValueError(f"{error}; evaluation needs the split dataset_test_split, or eval_dataset_name") from error
+        raise UserError(f"{error}; evaluation needs the split dataset_test_split, or eval_dataset_name") from error
 
 
 # --- Models ---
@@ -206,12 +206,12 @@ def from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
     """``cls.from_pretrained``, its errors as one that names the option."""
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"{option}={name}: there is no such folder")
+        raise UserError(f"{option}={name}: there is no such folder")
     try:
         source = str(path) if path.exists() else name
         with whole_weights():
             if cls is AutoModelForCausalLM:
-                return load_with_files(cls, source, **kwargs)
+                return cls.from_pretrained(source, **kwargs)
             return cls.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
         message = str(error).splitlines()[0].rstrip(".:")
@@ -221,7 +221,7 @@ def from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
             message += "; to start from random weights set from_scratch=true"
         elif not path.exists():
             message += f"; nor is there a folder {path.absolute()}"
-        raise ValueError(f"{option}={name} cannot be loaded: {message}") from error
+        raise UserError(f"{option}={name} cannot be loaded: {message}") from error
 
 
 def load_tokenizer(
@@ -273,7 +273,7 @@ def load_weights(name: str, option: str, model: ModelArguments, args: Contrastiv
 
 def _quantization(model: ModelArguments, args: ContrastiveConfig) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit and load_in_8bit need the bitsandbytes package: pip install bitsandbytes")
+        raise UserError("load_in_4bit and load_in_8bit need the bitsandbytes package: pip install bitsandbytes")
     given = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else given
     return BitsAndBytesConfig(
@@ -288,7 +288,7 @@ def _quantization(model: ModelArguments, args: ContrastiveConfig) -> BitsAndByte
 
 def _lora(model: ModelArguments) -> Any:
     if find_spec("peft") is None:
-        raise ValueError("use_peft needs the peft package: pip install peft")
+        raise UserError("use_peft needs the peft package: pip install peft")
     from peft import LoraConfig
 
     modules = model.lora_target_modules

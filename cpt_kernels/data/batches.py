@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from .curriculum import Draws
 
 Row = TypeVar("Row")
@@ -42,7 +43,7 @@ class BatchSampler:
         draws: the rows of each epoch and their order, in place of all rows shuffled.
 
     Raises:
-        ValueError: a row is longer than the budget.
+        UserError: a row is longer than the budget.
     """
 
     tokens: NDArray[np.int64]
@@ -61,7 +62,7 @@ class BatchSampler:
         self.tokens = np.asarray(self.tokens, dtype=np.int64)
         if self.max_tokens is not None and self.tokens.max(initial=0) > self.max_tokens:
             row = int(self.tokens.argmax())
-            raise ValueError(
+            raise UserError(
                 f"row {row} takes {self.tokens[row]} tokens, more than max_tokens_per_batch={self.max_tokens}:"
                 f" raise it to at least {self.tokens[row]}, or lower max_length"
             )

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
+
 SCHEDULES = ("linear", "reversed", "constant", "staged", "none")
 PAIR_COLUMNS = ("chosen_model", "rejected_model")
 NO_LEVEL = -1
@@ -63,63 +65,63 @@ class Curriculum:
         """The curriculum that a mapping, or its JSON, describes.
 
         Raises:
-            ValueError: an unknown key or value, or keys that do not go together; the message names the key.
+            UserError: an unknown key or value, or keys that do not go together; the message names the key.
         """
         if isinstance(option, str):
             try:
                 option = json.loads(option)
             except json.JSONDecodeError as error:
-                raise ValueError(f"curriculum={option!r} is not a JSON object: {error}") from None
+                raise UserError(f"curriculum={option!r} is not a JSON object: {error}") from None
         if not isinstance(option, Mapping):
-            raise ValueError(f"curriculum={option!r} is not a mapping such as {{schedule: linear, levels: 2}}")
+            raise UserError(f"curriculum={option!r} is not a mapping such as {{schedule: linear, levels: 2}}")
         known = [f.name for f in fields(cls)]
         if unknown := [str(key) for key in option if key not in known]:
-            raise ValueError(f"curriculum has no key {unknown[0]!r}: its keys are {', '.join(known)}")
+            raise UserError(f"curriculum has no key {unknown[0]!r}: its keys are {', '.join(known)}")
         if option.get("levels") is None:
-            raise ValueError("curriculum needs levels: model pairs, a number of quantiles of gap, or a column")
+            raise UserError("curriculum needs levels: model pairs, a number of quantiles of gap, or a column")
         sequences = {key: tuple(value) for key, value in option.items() if isinstance(value, list)}
         return cls(**{**option, **sequences})
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"curriculum: schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+            raise UserError(f"curriculum: schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
         if isinstance(self.levels, tuple):
             object.__setattr__(self, "levels", tuple(map(_parse_pair, self.levels)))
             if twice := [pair for pair, count in Counter(self.levels).items() if count > 1]:
-                raise ValueError(f"curriculum: levels names {twice[0]} twice")
+                raise UserError(f"curriculum: levels names {twice[0]} twice")
         elif not (_is_int(self.levels) and self.levels > 1) and not (
             self.is_continuous and self.levels and ">" not in self.levels
         ):
-            raise ValueError(
+            raise UserError(
                 f"curriculum: levels={self.levels!r} is neither a list of model pairs, nor a number of quantiles (2 or"
                 " more), nor the name of a column"
             )
         if self.levels == ():
-            raise ValueError("curriculum: levels is an empty list")
+            raise UserError("curriculum: levels is an empty list")
         if self.column is not None and not (_is_int(self.levels) and isinstance(self.column, str)):
-            raise ValueError("curriculum: column names what a number of levels are quantiles of; leave it out")
+            raise UserError("curriculum: column names what a number of levels are quantiles of; leave it out")
         if self.easy is not None and isinstance(self.levels, tuple):
-            raise ValueError("curriculum: easy has no effect on model pairs, which stand from easy to hard")
+            raise UserError("curriculum: easy has no effect on model pairs, which stand from easy to hard")
         if self.easy not in (None, "high", "low"):
-            raise ValueError(f"curriculum: easy={self.easy!r} is neither high nor low")
+            raise UserError(f"curriculum: easy={self.easy!r} is neither high nor low")
         if self.epochs is not None and self.schedule not in _WITH_PROGRESS:
-            raise ValueError(f"curriculum: epochs has no effect with schedule={self.schedule}: leave it out")
+            raise UserError(f"curriculum: epochs has no effect with schedule={self.schedule}: leave it out")
         if self.epochs is not None and not (_is_number(self.epochs) and self.epochs > 0):
-            raise ValueError(f"curriculum: epochs={self.epochs!r} must be a positive number")
+            raise UserError(f"curriculum: epochs={self.epochs!r} must be a positive number")
         if self.buffer is not None and not (_is_int(self.buffer) and self.buffer > 0):
-            raise ValueError(f"curriculum: buffer={self.buffer!r} must be a positive whole number")
+            raise UserError(f"curriculum: buffer={self.buffer!r} must be a positive whole number")
         self._check_shares()
 
     def _check_shares(self) -> None:
         if self.shares is None:
             return
         if self.schedule != "constant" or isinstance(self.levels, str):
-            raise ValueError("curriculum: shares is the mix of schedule=constant over a list or number of levels")
+            raise UserError("curriculum: shares is the mix of schedule=constant over a list or number of levels")
         levels = len(self.levels) if isinstance(self.levels, tuple) else self.levels
         if not isinstance(self.shares, tuple) or len(self.shares) != levels:
-            raise ValueError(f"curriculum: shares={self.shares!r} must be {levels} numbers, one for each level")
+            raise UserError(f"curriculum: shares={self.shares!r} must be {levels} numbers, one for each level")
         if not all(_is_number(share) and share >= 0 for share in self.shares) or sum(self.shares) <= 0:
-            raise ValueError(f"curriculum: shares={list(self.shares)} must be numbers from 0 on, not all of them 0")
+            raise UserError(f"curriculum: shares={list(self.shares)} must be numbers from 0 on, not all of them 0")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ class Curriculum:
         """Raise ValueError unless the data has what the levels are read from."""
         present = set(present)
         if missing := [name for name in self.columns if name not in present]:
-            raise ValueError(
+            raise UserError(
                 f"curriculum reads the column {missing[0]}, but the data has the columns {sorted(present)}; those that"
                 " `cpt pairs` writes without --grouped are chosen_model, rejected_model and gap"
             )
@@ -205,7 +207,7 @@ def read_keys(curriculum: Curriculum, columns: Sequence[Sequence], rows: Sequenc
         rows: their numbers in the source, for the message.
 
     Raises:
-        ValueError: a value is missing or of the wrong type; the message names column and row.
+        UserError: a value is missing or of the wrong type; the message names column and row.
     """
     by_pair = isinstance(curriculum.levels, tuple)
     for name, values in zip(curriculum.columns, columns):
@@ -213,7 +215,7 @@ def read_keys(curriculum: Curriculum, columns: Sequence[Sequence], rows: Sequenc
             if not (isinstance(value, str) if by_pair else _is_number(value)):
                 hint = "; a row of several pairs is in no one level" if isinstance(value, list) else ""
                 kind = "the name of a model" if by_pair else "a number"
-                raise ValueError(f"curriculum: {name} of row {row} is {value!r}, not {kind}{hint}")
+                raise UserError(f"curriculum: {name} of row {row} is {value!r}, not {kind}{hint}")
     if by_pair:
         pairs = {pair: ">".join(pair) for pair in set(zip(*columns))}  # one text, not one for each row
         return [pairs[pair] for pair in zip(*columns)]
@@ -227,13 +229,13 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
     Equal scores are of one level, by their mean rank.
 
     Raises:
-        ValueError: equal scores leave a quantile without rows, or there are no rows.
+        UserError: equal scores leave a quantile without rows, or there are no rows.
     """
     if isinstance(curriculum.levels, tuple):
         return Levels(curriculum.levels, {pair: i for i, pair in enumerate(curriculum.levels)}, np.zeros(0))
     name = curriculum.columns[0]
     if not len(keys):
-        raise ValueError(f"curriculum: there is no row to find levels of {name} in")
+        raise UserError(f"curriculum: there is no row to find levels of {name} in")
     values, counts = np.unique(keys, return_counts=True)
     mean_rank = (np.cumsum(counts) - counts / 2) / counts.sum()
     wanted = _PERCENTILES if curriculum.is_continuous else int(curriculum.levels)
@@ -243,7 +245,7 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
         empty = min(set(range(wanted)).difference(used.tolist())) + 1
         possible = next(n for n in range(wanted - 1, 0, -1) if len(np.unique(_parts(mean_rank, n))) == n)
         mend = f"set levels to {possible} at most" if possible > 1 else "they make no levels"
-        raise ValueError(
+        raise UserError(
             f"curriculum: quantile {empty} of {wanted} of the column {name} has no row, as {counts.sum()} rows have"
             f" {len(values)} different values: {mend}"
         )
@@ -265,7 +267,7 @@ class Draws:
         epochs: length of the schedule.
 
     Raises:
-        ValueError: a level without rows.
+        UserError: a level without rows.
     """
 
     def __init__(self, curriculum: Curriculum, keys: Keys, seed: int) -> None:
@@ -342,7 +344,7 @@ def check_levels(levels: Levels, sizes: Sequence[int] | NDArray, others: Mapping
     """
     if empty := [name for name, size in zip(levels.names, sizes) if not size]:
         found = {name: int(size) for name, size in zip(levels.names, sizes) if size} | dict(others)
-        raise ValueError(f"curriculum: level {empty[0]} has no row; there are {_counts(found) or 'no rows at all'}")
+        raise UserError(f"curriculum: level {empty[0]} has no row; there are {_counts(found) or 'no rows at all'}")
 
 
 def seeded(seed: int, *key: int) -> np.random.Generator:
@@ -380,9 +382,7 @@ def _counts(pairs: Mapping[str, int]) -> str:
 def _parse_pair(text: Any) -> str:
     parts = [part.strip() for part in text.split(">")] if isinstance(text, str) else []
     if len(parts) != 2 or not all(parts):
-        raise ValueError(
-            f"curriculum: level {text!r} is no model pair; expected chosen>rejected, as gpt4>gpt-3.5-turbo"
-        )
+        raise UserError(f"curriculum: level {text!r} is no model pair; expected chosen>rejected, as gpt4>gpt-3.5-turbo")
     return ">".join(parts)
 
 

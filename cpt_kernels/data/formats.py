@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, get_args
 
+from ..errors import UserError
+
 Text = str | list  # plain text, or chat messages: a list of {"role": ..., "content": ...}
 RankedPairs = Literal["all", "adjacent", "extremes"]
 
@@ -29,7 +31,7 @@ NO_PROMPT = "no prompt"
 _RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """A row that cannot be trained on: `reason` is one of this module's constants, `detail` names the field."""
 
     def __init__(self, reason: str, detail: str):
@@ -65,17 +67,17 @@ def detect_form(columns: Iterable[str]) -> Form:
     """The form that these column names have.
 
     Raises:
-        ValueError: images, unpaired preferences, or no known form; the message says what was found and expected.
+        UserError: images, unpaired preferences, or no known form; the message says what was found and expected.
     """
     columns = set(columns)
     if images := columns & {"image", "images"}:
-        raise ValueError(f"the dataset has the column {_names(images)}: images are not supported; remove the column")
+        raise UserError(f"the dataset has the column {_names(images)}: images are not supported; remove the column")
     form = next((form for form, required in _REQUIRED.items() if columns.issuperset(required)), None)
     if form is None:
         expected = "; ".join(_names(required) for required in _REQUIRED.values())
-        raise ValueError(f"the dataset has the columns {_names(sorted(columns))}; expected one of: {expected}")
+        raise UserError(f"the dataset has the columns {_names(sorted(columns))}; expected one of: {expected}")
     if form is Form.SUPERVISED and "label" in columns:
-        raise ValueError(
+        raise UserError(
             "the dataset has the columns `prompt`, `completion`, `label`: unpaired preferences would be trained on as "
             "if every completion were good; build pairs (`chosen`, `rejected`), or remove `label` if it is no verdict"
         )
@@ -164,7 +166,7 @@ def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
 def check_ranked_pairs(mode: str) -> None:
     """Raise ValueError, naming the option, unless `ranked_pairs` knows the mode."""
     if mode not in get_args(RankedPairs):
-        raise ValueError(f"ranked_pairs={mode!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
+        raise UserError(f"ranked_pairs={mode!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
 
 
 def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
+from ..errors import UserError
 from .batches import BatchSampler, pack_in_order, pack_rows
 from .curriculum import PLACE, Curriculum, Draws, read_keys
 from .preparation import PreparationReport
@@ -29,7 +30,7 @@ def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]
     """Columns of a dataset, before it is prepared, that the curriculum will read.
 
     Raises:
-        ValueError: there is no such column.
+        UserError: there is no such column.
     """
     if curriculum is None or not isinstance(dataset, (Dataset, IterableDataset)):
         return ()
@@ -48,16 +49,16 @@ def make_draws(
     """What the curriculum draws of a prepared dataset.
 
     Raises:
-        ValueError: a row without a level's columns, or a level without rows.
+        UserError: a row without a level's columns, or a level without rows.
     """
     if curriculum is None:
         return None
     if isinstance(dataset, IterableDataset):
         if curriculum.epochs is not None:
-            raise ValueError("curriculum: epochs has no effect on a stream, whose schedule ends with max_steps")
+            raise UserError("curriculum: epochs has no effect on a stream, whose schedule ends with max_steps")
         return StreamDraws(curriculum, seed)
     if curriculum.buffer is not None:
-        raise ValueError("curriculum: buffer is for streams and has no effect on this dataset: leave it out")
+        raise UserError("curriculum: buffer is for streams and has no effect on this dataset: leave it out")
     table = dataset.select_columns([*curriculum.columns, "row"]).with_format("arrow")[:]
     columns = [table[name].to_pylist() for name in curriculum.columns]
     return Draws(curriculum, read_keys(curriculum, columns, table["row"].to_pylist()), seed)
@@ -84,11 +85,11 @@ def make_loader(
         batch_size: rows of a micro-batch, where ``args`` give no budget of tokens.
 
     Raises:
-        ValueError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or a stream would be
+        UserError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or a stream would be
             read by several processes.
     """
     if dataset.column_names is not None and "completion_ids" not in dataset.column_names:
-        raise ValueError(
+        raise UserError(
             f"the dataset with the columns {', '.join(dataset.column_names)} is not tokenised: give it to the trainer's"
             " constructor, to evaluate or to predict, instead of setting it as an attribute"
         )
@@ -100,7 +101,7 @@ def make_loader(
     accumulation = args.gradient_accumulation_steps
     if isinstance(dataset, IterableDataset):
         if args.dataloader_num_workers > 1:
-            raise ValueError("a stream is read by one process: set dataloader_num_workers to 0 or 1")
+            raise UserError("a stream is read by one process: set dataloader_num_workers to 0 or 1")
         cut = (batch_size, args.max_tokens_per_batch, count_tokens)
         if draws is None:
             batches = StreamBatches(dataset, *cut, **world, endless=training)
@@ -139,7 +140,7 @@ def _worker_options(args: Any) -> dict[str, Any]:
 def _plan_run(sampler: BatchSampler, args: Any) -> None:
     """Tell sampler and curriculum how long the run is."""
     if not len(sampler):
-        raise ValueError(
+        raise UserError(
             f"dataloader_drop_last leaves nothing of {len(sampler.tokens)} rows, which fill no step: set it to false,"
             " or lower per_device_train_batch_size"
         )
@@ -166,10 +167,10 @@ def report_stream(report: PreparationReport, draws: StreamDraws | None, args: An
     """Lines of text: what was read of a stream, and dropped, in so many steps.
 
     Raises:
-        ValueError: there was no step.
+        UserError: there was no step.
     """
     if not steps:
-        raise ValueError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
+        raise UserError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
     if args.dataloader_num_workers:
         return ["what was read and dropped of the stream was counted in a worker: set dataloader_num_workers=0"]
     return [*report.summary(), *(draws.report() if draws is not None else [])]
@@ -293,7 +294,7 @@ class StreamBatches(TorchIterableDataset):
     def _count(self, rows: list[dict]) -> NDArray[np.int64]:
         tokens = self.count_tokens(rows)
         if tokens.max() > self.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"row {rows[int(tokens.argmax())]['row']} takes {tokens.max()} tokens, more than"
                 f" max_tokens_per_batch={self.max_tokens}: raise it, or lower max_length"
             )

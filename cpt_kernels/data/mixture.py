@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from ..errors import UserError
 from .sources import choose_columns, load
 
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
@@ -31,16 +32,16 @@ def load_mixture(
         The dataset, and the test set or None.
 
     Raises:
-        ValueError: a part that is malformed or cannot be loaded; the message says which.
+        UserError: a part that is malformed or cannot be loaded; the message says which.
     """
     if not parts:
-        raise ValueError("datasets names no dataset: give at least one, as a mapping with a path")
+        raise UserError("datasets names no dataset: give at least one, as a mapping with a path")
     for number, part in enumerate(parts):
         _check(part, f"datasets[{number}]", streaming)
     if len({part.get("fraction") is None for part in parts}) > 1:
-        raise ValueError("datasets: fraction is given for some and not for others; set it for all, or for none")
+        raise UserError("datasets: fraction is given for some and not for others; set it for all, or for none")
     if streaming and test_size is not None:
-        raise ValueError("test_split_size needs the number of rows, which a stream does not say: split the data itself")
+        raise UserError("test_split_size needs the number of rows, which a stream does not say: split the data itself")
     loaded = [_load(part, f"datasets[{number}]", streaming) for number, part in enumerate(parts)]
     if parts[0].get("fraction") is not None:
         loaded = _shares(loaded, [part["fraction"] for part in parts])
@@ -53,18 +54,18 @@ def load_mixture(
 
 def _check(part: Mapping[str, Any], where: str, streaming: bool) -> None:
     if not isinstance(part, Mapping):
-        raise ValueError(f"{where} is {part!r}, expected a mapping such as {{path: train.jsonl}}")
+        raise UserError(f"{where} is {part!r}, expected a mapping such as {{path: train.jsonl}}")
     if not part.get("path"):
-        raise ValueError(f"{where} has no path: a file, a folder or a name on the hub")
+        raise UserError(f"{where} has no path: a file, a folder or a name on the hub")
     if unknown := [key for key in part if key not in _KEYS]:
-        raise ValueError(f"{where} has the unknown key {unknown[0]}; it takes {', '.join(_KEYS)}")
+        raise UserError(f"{where} has the unknown key {unknown[0]}; it takes {', '.join(_KEYS)}")
     fraction = part.get("fraction")
     if fraction is not None and streaming:
-        raise ValueError(f"{where}: fraction needs the number of rows, which a stream does not say: leave it out")
+        raise UserError(f"{where}: fraction needs the number of rows, which a stream does not say: leave it out")
     if fraction is not None and not (isinstance(fraction, (int, float)) and 0 < fraction < math.inf):
-        raise ValueError(f"{where}: fraction is {fraction!r}, expected a number above 0")
+        raise UserError(f"{where}: fraction is {fraction!r}, expected a number above 0")
     if isinstance(part.get("columns"), str):
-        raise ValueError(f"{where}: columns is {part['columns']!r}, expected a list of names")
+        raise UserError(f"{where}: columns is {part['columns']!r}, expected a list of names")
 
 
 def _load(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset | IterableDataset:
@@ -77,7 +78,7 @@ def _load(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset | Ite
         dataset = load_dataset(path, name, **files, **options)
         return dataset if columns is None else choose_columns(dataset, columns, path)
     except (ValueError, FileNotFoundError, DatasetGenerationError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def _shares(loaded: Sequence[Dataset], fractions: Sequence[float]) -> list[Dataset]:

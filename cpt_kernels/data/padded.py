@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import UserError
 from .collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens, gap_of
 from .curriculum import PLACE
 
@@ -23,7 +24,7 @@ class UnpaddingCollator:
         packing: packs what is left.
 
     Raises:
-        ValueError: rows that are no pairs, or a batch that is no such batch.
+        UserError: rows that are no pairs, or a batch that is no such batch.
     """
 
     padding: Callable[[list[dict]], Mapping[str, Any]]
@@ -55,7 +56,7 @@ def with_reference(
 
 def _examples(row: Mapping[str, Any]) -> list[dict]:
     if not row["rejected"] or row["targets"] != row["chosen"]:
-        raise ValueError(
+        raise UserError(
             f"row {row['row']} is more or less than pairs of chosen and rejected, which is all that a data_collator for"
             " padded batches takes: leave it out, or give a PackedCollator"
         )
@@ -69,13 +70,13 @@ def _examples(row: Mapping[str, Any]) -> list[dict]:
 def _sequences(batch: Mapping[str, Any], pairs: int) -> list[Tokens]:
     """(prompt, completion) of all chosen sides, then of all rejected ones."""
     if not all(name in batch for name in _PADDED):
-        raise ValueError(
+        raise UserError(
             f"data_collator returned {', '.join(batch)}: it must be a PackedCollator, or give the padded batches of"
             f" TRL's DataCollatorForPreference, with {', '.join(_PADDED)}"
         )
     ids, attended, completed = (batch[name].tolist() for name in _PADDED)
     if len(ids) != 2 * pairs:
-        raise ValueError(f"data_collator returned {len(ids)} sequences for {pairs} pairs, expected {2 * pairs}")
+        raise UserError(f"data_collator returned {len(ids)} sequences for {pairs} pairs, expected {2 * pairs}")
     return [_sequence(*row) for row in zip(ids, attended, completed)]
 
 
@@ -83,10 +84,10 @@ def _sequence(ids: list[int], attended: list[int], completed: list[int]) -> Toke
     tokens = [(token, bool(inside)) for token, seen, inside in zip(ids, attended, completed) if seen]
     start = next((i for i, (_, inside) in enumerate(tokens) if inside), len(tokens))
     if not all(inside for _, inside in tokens[start:]):
-        raise ValueError("data_collator's completion_mask has gaps: a completion must be the end of its sequence")
+        raise UserError("data_collator's completion_mask has gaps: a completion must be the end of its sequence")
     start = max(start, 1)  # nothing predicts the first token
     if start >= len(tokens):
-        raise ValueError(
+        raise UserError(
             "data_collator left nothing of a completion: let it cut at a greater length, or set max_length to its own,"
             " for which such rows are dropped beforehand"
         )

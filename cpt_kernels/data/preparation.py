@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
+from ..errors import UserError
 from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, Form, RankedPairs, check_ranked_pairs, detect_form
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
@@ -217,7 +218,7 @@ def prepare(
         ranked row may hold a completion that no pair refers to any more. A stream is filtered as it is read.
 
     Raises:
-        ValueError: unknown form or option, unusable tokenizer, or no row is left (the message counts the reasons).
+        UserError: unknown form or option, unusable tokenizer, or no row is left (the message counts the reasons).
     """
     _check_type(dataset, name)
     check_truncation(max_length, truncation_mode)
@@ -225,7 +226,7 @@ def prepare(
     check_tokenizer(tokenizer)
     given = dataset.column_names or list(next(iter(dataset), {}))
     if not given or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"the {name} data has no rows")
+        raise UserError(f"the {name} data has no rows")
     form = detect_form(given)
     keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
     features = None
@@ -253,7 +254,7 @@ def prepare(
 def _check_type(dataset: Any, name: str) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         hint = f"; choose one of its splits: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
-        raise ValueError(f"the {name} data is {type(dataset).__name__}, expected a datasets.Dataset or stream{hint}")
+        raise UserError(f"the {name} data is {type(dataset).__name__}, expected a datasets.Dataset or stream{hint}")
 
 
 @contextlib.contextmanager
@@ -291,7 +292,7 @@ def _filter_rows(
         for verdict in _rows(batch):
             report.add(verdict)
     if not report.kept:
-        raise ValueError("\n  ".join(["no row can be trained on", *report.summary()]))
+        raise UserError("\n  ".join(["no row can be trained on", *report.summary()]))
     kept = [index for index, reason in enumerate(verdicts["reason"]) if not reason]
     tokens = tokenised.remove_columns([*_EDGES, *REMARK_FEATURES])
     groups = concatenate_datasets([tokens, verdicts.select_columns(list(_EDGES))], axis=1)
@@ -334,12 +335,12 @@ def _kept_columns(
     named = {option: [name] if name else [] for option, name in single.items()} | {"keep_columns": keep_columns}
     for option, names in named.items():
         if missing := [name for name in names if name not in columns]:
-            raise ValueError(f"{option} names {missing}, but the dataset has the columns {sorted(columns)}")
+            raise UserError(f"{option} names {missing}, but the dataset has the columns {sorted(columns)}")
     if target_column and form in (Form.GROUP, Form.SUPERVISED, Form.MESSAGES):
-        raise ValueError(f"target_column={target_column!r} belongs to pairs; the dataset's form is {form.value}")
+        raise UserError(f"target_column={target_column!r} belongs to pairs; the dataset's form is {form.value}")
     if gap_column and form not in (Form.PREFERENCE, Form.TOKENS):
-        raise ValueError(f"gap_column={gap_column!r} belongs to rows of one pair; the dataset's form is {form.value}")
+        raise UserError(f"gap_column={gap_column!r} belongs to rows of one pair; the dataset's form is {form.value}")
     if taken := set(keep_columns) & {*GROUP_FEATURES, *REMARK_FEATURES}:
-        raise ValueError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself; rename them")
+        raise UserError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself; rename them")
     references = _REFERENCE_COLUMNS if form is Form.TOKENS else ()
     return tuple(dict.fromkeys([*keep_columns, *(name for name in references if name in columns)]))

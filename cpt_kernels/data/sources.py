@@ -10,6 +10,8 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from ..errors import UserError
+
 # File suffix -> the loader of `datasets`.
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -33,12 +35,12 @@ def load(
         columns: keep only these; a mapping {name in the data: name here} renames them too.
 
     Raises:
-        ValueError: nothing is there, or it is empty or malformed (for JSON, with the line); an unknown split or column.
+        UserError: nothing is there, or it is empty or malformed (for JSON, with the line); an unknown split or column.
             Of a stream only the start is checked here; what is malformed further on raises datasets' own error there.
     """
     path = Path(name_or_path).expanduser()
     if not path.exists() and _looks_like_path(str(name_or_path)):
-        raise ValueError(f"{name_or_path} does not exist (looked for {path.absolute()})")
+        raise UserError(f"{name_or_path} does not exist (looked for {path.absolute()})")
     if path.is_file():
         dataset = _load_file(path, config, split, streaming)
     elif path.is_dir():
@@ -59,11 +61,11 @@ def _looks_like_path(name: str) -> bool:
 
 def _load_file(path: Path, config: str | None, split: str | None, streaming: bool):
     if path.suffix not in _LOADERS:
-        raise ValueError(f"{path} is no {', '.join(_LOADERS)} file")
+        raise UserError(f"{path} is no {', '.join(_LOADERS)} file")
     if config is not None:
-        raise ValueError(f"config={config!r} chooses a configuration of a hub dataset, but {path} is a file")
+        raise UserError(f"config={config!r} chooses a configuration of a hub dataset, but {path} is a file")
     if split is not None and split.split("[")[0] != "train":
-        raise ValueError(f"{path} is one file and has only the split 'train', not {split!r}")
+        raise UserError(f"{path} is one file and has only the split 'train', not {split!r}")
     return _read([path], _LOADERS[path.suffix], streaming, data_files=str(path), split=split)
 
 
@@ -72,11 +74,11 @@ def _load_folder(path: Path, config: str | None, split: str | None, streaming: b
         return _load_saved(path, split, streaming)
     files = sorted(file for file in path.rglob("*") if file.suffix in _LOADERS and file.name != "dataset_info.json")
     if not files:
-        raise ValueError(f"the folder {path} holds no {', '.join(_LOADERS)} file and is not from `save_to_disk`")
+        raise UserError(f"the folder {path} holds no {', '.join(_LOADERS)} file and is not from `save_to_disk`")
     # With a README, the folder is a copy of a hub dataset, which says itself which files count.
     loaders = {_LOADERS[file.suffix] for file in files}
     if len(loaders) > 1 and not (path / "README.md").exists():
-        raise ValueError(f"the folder {path} mixes {' and '.join(sorted(loaders))} files: choose one file")
+        raise UserError(f"the folder {path} mixes {' and '.join(sorted(loaders))} files: choose one file")
     return _read(files, str(path), streaming, name=config, split=split)
 
 
@@ -85,7 +87,7 @@ def _load_saved(path: Path, split: str | None, streaming: bool):
     if isinstance(saved, Dataset):
         own = str(saved.split or "train")
         if split not in (None, own):
-            raise ValueError(f"{path} was saved as one dataset and has only the split {own!r}, not {split!r}")
+            raise UserError(f"{path} was saved as one dataset and has only the split {own!r}, not {split!r}")
         return saved.to_iterable_dataset() if streaming else saved
     chosen = _choose_split(saved, split, path)
     return chosen.to_iterable_dataset() if streaming else chosen
@@ -95,14 +97,14 @@ def _load_hub(name: str, config: str | None, split: str | None, streaming: bool)
     try:
         return load_dataset(name, config, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no local file or folder, and the hub did not give a dataset of this name: {error}"
         ) from error
 
 
 def _read(files: list[Path], loader: str, streaming: bool, **arguments):
     if empty := [str(file) for file in files if file.stat().st_size == 0]:
-        raise ValueError(f"{empty[0]} is an empty file")
+        raise UserError(f"{empty[0]} is an empty file")
     try:
         dataset = load_dataset(loader, streaming=streaming, **arguments)
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
@@ -112,13 +114,13 @@ def _read(files: list[Path], loader: str, streaming: bool, **arguments):
                 has_rows = len(part) > 0
                 part.data.validate(full=True)  # the JSON loader lets text through that is not UTF-8
             if not has_rows:
-                raise ValueError("no rows")
+                raise UserError("no rows")
     except (DatasetGenerationError, ValueError, AttributeError) as error:  # the last: pandas 2, of a list's items
         # What datasets and pyarrow say names no line, and often neither the file nor the fault.
         for file in files:
             if _LOADERS[file.suffix] == "json" and (fault := find_json_fault(file)):
-                raise ValueError(f"{file}: {fault}") from error
-        raise ValueError(f"{arguments.get('data_files', loader)} cannot be read: {error.__cause__ or error}") from error
+                raise UserError(f"{file}: {fault}") from error
+        raise UserError(f"{arguments.get('data_files', loader)} cannot be read: {error.__cause__ or error}") from error
     return dataset
 
 
@@ -161,7 +163,7 @@ def _choose_split(dataset, split: str | None, name: str | Path):
         return dataset
     wanted = split or ("train" if len(dataset) > 1 else next(iter(dataset)))
     if wanted not in dataset:
-        raise ValueError(f"{name} has the splits {', '.join(map(repr, dataset))}, not {wanted!r}: choose one of them")
+        raise UserError(f"{name} has the splits {', '.join(map(repr, dataset))}, not {wanted!r}: choose one of them")
     return dataset[wanted]
 
 
@@ -178,11 +180,11 @@ def choose_columns(
     """Only these columns; a mapping {name in the data: name here} renames them too.
 
     Raises:
-        ValueError: one is not there.
+        UserError: one is not there.
     """
     present = dataset.column_names or list(next(iter(dataset)))
     if missing := [column for column in columns if column not in present]:
-        raise ValueError(f"columns names {missing}, but {name} has the columns {present}")
+        raise UserError(f"columns names {missing}, but {name} has the columns {present}")
     dataset = dataset.select_columns(list(columns))
     if isinstance(columns, Mapping):
         dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})

@@ -49,7 +49,7 @@ class StreamDraws:
             progress: t of the next draw, 1 where the schedule ends.
 
         Raises:
-            ValueError: the stream is empty, or a whole pass has no row of some level.
+            UserError: the stream is empty, or a whole pass has no row of some level.
         """
         self._forget()
         head: list[Row] = []

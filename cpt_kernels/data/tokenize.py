@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Features, List, Value
 from jinja2 import TemplateError
 
+from ..errors import UserError
 from .encoding import encode, encode_groups, has_own_backend
 from .formats import (
     EMPTY,
@@ -170,7 +171,7 @@ class Tokenization:
         """As `_encode_texts`, for conversations that share their template arguments."""
         first = next(iter(examples.values()))
         if getattr(self.tokenizer, "chat_template", "") is None and "chat_template" not in first.template_kwargs:
-            raise ValueError(
+            raise UserError(
                 "the dataset is conversational, but the tokenizer has no chat template: set `tokenizer.chat_template`, "
                 "or use text columns"
             )
@@ -267,10 +268,10 @@ def check_tokenizer(
     the model has rows is fine as long as none of them occurs.
 
     Raises:
-        ValueError: no eos token, or a token that the model has no embedding for.
+        UserError: no eos token, or a token that the model has no embedding for.
     """
     if tokenizer.eos_token is None:
-        raise ValueError(
+        raise UserError(
             "the tokenizer has no eos token, so the model could not learn where a completion ends: set "
             '`tokenizer.eos_token` to one of its tokens, for instance "</s>"'
         )
@@ -279,7 +280,7 @@ def check_tokenizer(
     ids = {"eos_token_id": tokenizer.eos_token_id, "largest token id in the data": max_token_id}
     for name, token_id in ids.items():
         if vocab_size is not None and token_id is not None and token_id >= vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the {name}, {token_id} ({tokenizer.convert_ids_to_tokens(token_id)!r}), is beyond the model's "
                 f"vocabulary of {vocab_size} (the tokenizer has {len(tokenizer)} tokens): use the model's own "
                 "tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`"
@@ -292,7 +293,7 @@ def check_same_tokenizer(policy: PreTrainedTokenizerBase, reference: PreTrainedT
     Tokens that only the reference has are fine, and so is a pad token that only the policy has.
 
     Raises:
-        ValueError: some token differs; the message names the first.
+        UserError: some token differs; the message names the first.
     """
     theirs = reference.get_vocab()
     different = [
@@ -302,7 +303,7 @@ def check_same_tokenizer(policy: PreTrainedTokenizerBase, reference: PreTrainedT
     ]
     if different:
         token_id, token = min(different)
-        raise ValueError(
+        raise UserError(
             f"policy and reference do not share a tokenizer: {len(different)} tokens differ, the first is {token!r}, "
             f"{token_id} for the policy and {theirs.get(token, 'unknown')} for the reference; use a reference of the "
             "policy's family"

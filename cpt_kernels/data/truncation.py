@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from ..errors import UserError
+
 TruncationMode = Literal["keep_start", "keep_end"]
 
 
 def check_truncation(max_length: int | None, mode: str) -> None:
     """Raise ValueError, naming the option, unless `truncate` can work with these two."""
     if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length={max_length} leaves no token; give a positive number, or None for no cut")
+        raise UserError(f"max_length={max_length} leaves no token; give a positive number, or None for no cut")
     if mode not in get_args(TruncationMode):
-        raise ValueError(f"truncation_mode={mode!r} is unknown; it is one of {', '.join(get_args(TruncationMode))}")
+        raise UserError(f"truncation_mode={mode!r} is unknown; it is one of {', '.join(get_args(TruncationMode))}")
 
 
 def truncate(
@@ -29,7 +31,7 @@ def truncate(
     so it cannot be scored. The completion that comes back may be empty.
 
     Raises:
-        ValueError: `max_length` is below 1, or `mode` is unknown.
+        UserError: `max_length` is below 1, or `mode` is unknown.
     """
     check_truncation(max_length, mode)
     excess = 0 if max_length is None else len(prompt_ids) + len(completion_ids) - max_length

@@ -22,6 +22,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..errors import UserError
 from . import report
 from .arms import ARMS
 from .experiment import FULL, QUICK, Experiment, SeedResult, Size
@@ -32,7 +33,7 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
     """Run the experiment, print the table and what follows from it, and write the report.
 
     Raises:
-        ValueError: the folder cannot be written to.
+        UserError: the folder cannot be written to.
     """
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace("``", ""))
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to [%(default)s]")
@@ -43,7 +44,7 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {options.output} cannot be written to ({error.strerror})") from error
+        raise UserError(f"--output {options.output} cannot be written to ({error.strerror})") from error
     torch.set_num_threads(1)  # for matrices this small more threads gain little, and lose much on a busy machine
     logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # of data made here there is nothing to report
     datasets.disable_progress_bars()

@@ -24,6 +24,7 @@ from jinja2.meta import find_undeclared_variables
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..generation.endpoint import Endpoint, EndpointOptions
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling
 from ..generation.response_file import ResponseFile, prompt_of
@@ -83,11 +84,11 @@ def load_judge(name: str) -> Judge:
     """The function that ``module:function`` names; modules of the working directory are found, too.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     module, _, function = name.partition(":")
     if not module or not function:
-        raise ValueError(f"judge={name}: expected module:function, such as my_package.judges:prefer")
+        raise UserError(f"judge={name}: expected module:function, such as my_package.judges:prefer")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the command `cpt` does not have it there
     try:
@@ -95,13 +96,13 @@ def load_judge(name: str) -> Judge:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something that the module itself needs
-        raise ValueError(f"judge={name}: there is no module {error.name}") from error
+        raise UserError(f"judge={name}: there is no module {error.name}") from error
     for part in function.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"judge={name}: {module} has no {function}")
+            raise UserError(f"judge={name}: {module} has no {function}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"judge={name}: {function} is {type(found).__name__}, not a function")
+        raise UserError(f"judge={name}: {function} is {type(found).__name__}, not a function")
     return found
 
 
@@ -112,7 +113,7 @@ def ask_function(judge: Judge, comparisons: Comparisons, both_orders: bool = Fal
         both_orders: call it with the outputs swapped, too.
 
     Raises:
-        ValueError: it returned neither a preference in [0, 1] nor "output_1", "output_2" or "tie".
+        UserError: it returned neither a preference in [0, 1] nor "output_1", "output_2" or "tie".
     """
     orders = np.empty((len(comparisons), 1 + both_orders))
     rows = zip(comparisons.prompts, comparisons.outputs, comparisons.baseline_outputs)
@@ -129,7 +130,7 @@ def _preference(value: Any, number: int) -> float:
         return _WINNERS[found]
     if isinstance(found, Real) and 0 <= found <= 1:
         return float(found)
-    raise ValueError(
+    raise UserError(
         f"the judge returned {value!r} for comparison {number}: expected a preference for output_1 between 0 and 1, or"
         f" one of {', '.join(map(repr, _WINNERS))}"
     )
@@ -144,7 +145,7 @@ class JudgePrompt:
     The reply's last line must hold one verdict: ``[[1]]``, ``[[2]]`` or ``[[tie]]``.
 
     Raises:
-        ValueError: no such file, no jinja, or other variables than these three.
+        UserError: no such file, no jinja, or other variables than these three.
     """
 
     def __init__(self, path: str | Path = TEMPLATE) -> None:
@@ -154,9 +155,9 @@ class JudgePrompt:
             variables = find_undeclared_variables(environment.parse(source))
             self._template = environment.from_string(source)
         except (OSError, UnicodeDecodeError, TemplateError) as error:
-            raise ValueError(f"judge_template={path} cannot be used: {error}") from error
+            raise UserError(f"judge_template={path} cannot be used: {error}") from error
         if variables != _VARIABLES:
-            raise ValueError(
+            raise UserError(
                 f"judge_template={path} has the variables {sorted(variables)}, expected {sorted(_VARIABLES)}"
             )
 
@@ -189,7 +190,7 @@ def ask_endpoint(
         file: rows of ``prompt, model, response``.
 
     Raises:
-        ValueError: the endpoint refuses, or ``file`` holds something else.
+        UserError: the endpoint refuses, or ``file`` holds something else.
     """
     prompt = prompt or JudgePrompt()
     rows = list(zip(comparisons.prompts, comparisons.outputs, comparisons.baseline_outputs))

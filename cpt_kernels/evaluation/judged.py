@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from ..pairs.build import number
 from .judge import Verdicts
 from .outputs import Comparisons
@@ -21,7 +22,7 @@ class OutputEvaluation:
     """Comparisons and their verdicts.
 
     Raises:
-        ValueError: the judge gave no preference at all.
+        UserError: the judge gave no preference at all.
     """
 
     comparisons: Comparisons
@@ -30,7 +31,7 @@ class OutputEvaluation:
     def __post_init__(self) -> None:
         if not self.judged.any():
             reasons = ", ".join(f"{count} for {reason}" for reason, count in self.verdicts.failures.items())
-            raise ValueError(f"the judge compared no output of {self.comparisons.model} ({reasons})")
+            raise UserError(f"the judge compared no output of {self.comparisons.model} ({reasons})")
 
     @property
     def judged(self) -> NDArray[np.bool_]:

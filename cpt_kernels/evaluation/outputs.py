@@ -10,7 +10,8 @@ from typing import Any
 
 from ..data.formats import RowError, parse_prompt, without_nulls
 from ..data.sources import load
-from ..reference.shards import publish
+from ..errors import UserError
+from ..files import write_text
 
 # Columns of a file: prompt, output, name of the model. Without a name, the file's own serves.
 _FORMS = (("prompt", "response", "model"), ("instruction", "output", "generator"))
@@ -63,25 +64,25 @@ def read_outputs(path: str | Path) -> dict[str, Outputs]:
     A conversation of one turn, besides a system prompt, is the same prompt as that turn's text.
 
     Raises:
-        ValueError: no such file, other columns, or a row without a prompt or a response; the message names it.
+        UserError: no such file, other columns, or a row without a prompt or a response; the message names it.
     """
     data = load(path)
     form = next((form for form in _FORMS if set(form[:2]) <= set(data.column_names)), None)
     if form is None:
         expected = " or ".join(", ".join(form) for form in _FORMS)
-        raise ValueError(f"{path} has the columns {sorted(data.column_names)}; outputs have {expected}")
+        raise UserError(f"{path} has the columns {sorted(data.column_names)}; outputs have {expected}")
     responses: dict[str, dict[str, list[str]]] = {}
     conversations = set()
     for number, row in enumerate(data.select_columns([name for name in form if name in data.column_names])):
         prompt, response, model = (row.get(name) for name in form)
         if not prompt or not isinstance(response, str):
             name = form[1] if prompt else form[0]
-            raise ValueError(f"{path}, row {number} (from 0): {name} is {row.get(name)!r}, expected text")
+            raise UserError(f"{path}, row {number} (from 0): {name} is {row.get(name)!r}, expected text")
         model = Path(path).stem if model is None else str(model)
         try:
             text, is_conversation = _text(parse_prompt(row, form[0]).prompt)
         except RowError as error:
-            raise ValueError(f"{path}, row {number} (from 0): {error.detail}") from error
+            raise UserError(f"{path}, row {number} (from 0): {error.detail}") from error
         if is_conversation:
             conversations.add(text)
         responses.setdefault(model, {}).setdefault(text, []).append(response)
@@ -95,10 +96,10 @@ def choose(found: Mapping[str, Outputs], names: Sequence[str], option: str) -> l
     """Some of a file's models.
 
     Raises:
-        ValueError: one is not there.
+        UserError: one is not there.
     """
     if lacking := [name for name in names if name not in found]:
-        raise ValueError(f"{option}={lacking[0]}: the outputs are of {', '.join(found)}")
+        raise UserError(f"{option}={lacking[0]}: the outputs are of {', '.join(found)}")
     return [found[name] for name in names]
 
 
@@ -109,13 +110,13 @@ def join(outputs: Outputs, baseline: Outputs) -> Comparisons:
     answered it once, this one is compared with all of the other's.
 
     Raises:
-        ValueError: no prompt is in both, or one was answered by them a different number of times.
+        UserError: no prompt is in both, or one was answered by them a different number of times.
     """
     prompts, mine, theirs = [], [], []
     for prompt, answers in baseline.responses.items():
         own = outputs.responses.get(prompt, [])
         if own and len(own) != len(answers) and min(len(own), len(answers)) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{outputs.model} has {len(own)} responses to {_short(prompt)}, {baseline.model} has {len(answers)}:"
                 " give the same number of each, or one"
             )
@@ -124,7 +125,7 @@ def join(outputs: Outputs, baseline: Outputs) -> Comparisons:
         mine += own * (count // max(len(own), 1))
         theirs += answers * (count // len(answers))
     if not prompts:
-        raise ValueError(
+        raise UserError(
             f"no prompt of {outputs.model} is among those of {baseline.model}: the first are"
             f" {_short(next(iter(outputs.responses)))} and {_short(next(iter(baseline.responses)))}"
         )
@@ -137,22 +138,22 @@ def write_alpaca_eval(outputs: Outputs, path: str | Path) -> None:
     """Write ``model_outputs.json`` for ``alpaca_eval``: a list of ``instruction, output, generator``.
 
     Raises:
-        ValueError: a prompt has several responses or several turns, which ``alpaca_eval`` does not know.
+        UserError: a prompt has several responses or several turns, which ``alpaca_eval`` does not know.
     """
     if outputs.conversations:
-        raise ValueError(
+        raise UserError(
             f"alpaca_eval compares single instructions, but {len(outputs.conversations)} prompts of {outputs.model}"
             " have several turns"
         )
     rows = []
     for prompt, responses in outputs.responses.items():
         if len(responses) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{outputs.model} has {len(responses)} responses to {_short(prompt)}; alpaca_eval takes one"
             )
         rows.append({"instruction": prompt, "output": responses[0], "generator": outputs.model})
     text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
-    publish(Path(path), lambda file: file.write(text.encode()))
+    write_text(Path(path), text)
 
 
 def _text(prompt: Any) -> tuple[str, bool]:

@@ -24,6 +24,7 @@ from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
 from ..data.preparation import PreparationReport, prepare
 from ..data.tokenize import check_tokenizer
+from ..errors import UserError
 from ..model.loading import load_model
 from ..model.packed_model import PackedModel, base_model
 from ..pairs.build import number
@@ -183,7 +184,7 @@ def evaluate_pairs(
             tokens.
 
     Raises:
-        ValueError: a stream, no pairs, an unknown column, or a model that does not fit the tokenizer.
+        UserError: a stream, no pairs, an unknown column, or a model that does not fit the tokenizer.
     """
     args = ContrastiveConfig() if args is None else args
     _check(models, data, by)
@@ -201,7 +202,7 @@ def evaluate_pairs(
             name="held-out",
         )
     if not report.pairs:
-        raise ValueError("the held-out data has no pairs: give rows with chosen and rejected")
+        raise UserError("the held-out data has no pairs: give rows with chosen and rejected")
     scorer = _Scorer(dataset, tokenizer, args, report.max_token_id)
     lengths = scorer.lengths[scorer.members]
     groupings = [
@@ -225,13 +226,13 @@ def evaluate_pairs(
 
 def _check(models: Mapping[str, Model], data: Any, by: Sequence[str]) -> None:
     if not isinstance(data, Dataset):
-        raise ValueError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset that is no stream")
+        raise UserError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset that is no stream")
     if not models:
-        raise ValueError("there is no model to evaluate")
+        raise UserError("there is no model to evaluate")
     if lacking := [name for name in by if name not in data.column_names]:
-        raise ValueError(f"by names the column {lacking[0]!r}, but the data has {sorted(data.column_names)}")
+        raise UserError(f"by names the column {lacking[0]!r}, but the data has {sorted(data.column_names)}")
     if taken := [name for name in by if name in _RESERVED]:
-        raise ValueError(f"by names the column {taken[0]!r}, which the result has itself: rename it in the data")
+        raise UserError(f"by names the column {taken[0]!r}, which the result has itself: rename it in the data")
 
 
 def _present(names: tuple[str, ...], data: Dataset) -> tuple[str, ...]:
@@ -290,7 +291,7 @@ class _Scorer:
         for sequences in iter_sequences(self.dataset, *self.cut):
             found = cache.get_many([sequence[2:] for sequence in sequences])
             if any(values is None for values in found):
-                raise ValueError(f"log-probs written to {cache.folder} just now are not there any more: run it again")
+                raise UserError(f"log-probs written to {cache.folder} just now are not there any more: run it again")
             yield np.array([values.sum(dtype=np.float64) for values in found])
 
 
@@ -303,11 +304,11 @@ def _split_groups(data: Dataset) -> Dataset:
         for i, row in enumerate(rows):
             completions, models, pairs = (batch[name][i] for name in _GROUPED)
             if lacking := [name for name in _GROUPED if batch[name][i] is None]:
-                raise ValueError(f"row {row} has no {lacking[0]}, as grouped rows do: give it some, or leave it out")
+                raise UserError(f"row {row} has no {lacking[0]}, as grouped rows do: give it some, or leave it out")
             for pair in pairs:
                 are_there = len(pair) == 2 and 0 <= min(pair) <= max(pair) < len(models) == len(completions)
                 if not are_there:
-                    raise ValueError(f"row {row}: models and pairs do not belong to its {len(completions)} completions")
+                    raise UserError(f"row {row}: models and pairs do not belong to its {len(completions)} completions")
                 sides = [values[side] for values in (completions, models) for side in pair]
                 for name, value in zip(("chosen", "rejected", *_MODELS, *_ORIGIN), (*sides, row, *pair)):
                     split[name].append(value)
@@ -355,13 +356,13 @@ def _column_groupings(dataset: Dataset, by: Sequence[str], row_of_pair: NDArray)
 def _grouping(name: str, of_rows: list[str], row_of_pair: NDArray) -> Grouping:
     values = list(dict.fromkeys(of_rows))
     if len(values) > _MOST_VALUES:
-        raise ValueError(f"{name} has {len(values)} different values; at most {_MOST_VALUES} make a table")
+        raise UserError(f"{name} has {len(values)} different values; at most {_MOST_VALUES} make a table")
     return Grouping(name, values, number(of_rows)[row_of_pair])
 
 
 def _buckets(name: str, values: NDArray, edges: Sequence[float]) -> Grouping:
     if list(edges) != sorted(set(edges)) or not len(edges):
-        raise ValueError(f"edges of {name} must increase, not {list(edges)}")
+        raise UserError(f"edges of {name} must increase, not {list(edges)}")
     labels = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     return Grouping(name, [f"below {edges[0]:g}", *labels, f"from {edges[-1]:g}"], np.digitize(values, edges))
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..errors import UserError
+
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 # Weights of theta^2 / 2 and phi^2 / 2: normal priors with standard deviations of 3.2 and 100 in log-odds.
@@ -49,7 +51,7 @@ def win_rate(
         prompts: (n,) which prompt each outcome belongs to, where a prompt has several; default one each.
 
     Raises:
-        ValueError: no outcome, or one outside of [0, 1].
+        UserError: no outcome, or one outside of [0, 1].
     """
     wins = _outcomes(wins, "wins")
     low, high = interval(wins, prompts=prompts, resamples=resamples, confidence=confidence, seed=seed)
@@ -136,12 +138,12 @@ def length_controlled_win_rate(
         that a better model and a preference for length look the same.
 
     Raises:
-        ValueError: no preference, one outside of [0, 1], or lengths of another number.
+        UserError: no preference, one outside of [0, 1], or lengths of another number.
     """
     wins = _outcomes(preferences, "preferences")
     lengths, baseline_lengths = (np.asarray(each, np.float64) for each in (lengths, baseline_lengths))
     if not wins.shape == lengths.shape == baseline_lengths.shape:
-        raise ValueError(
+        raise UserError(
             f"{len(wins)} preferences, {len(lengths)} lengths and {len(baseline_lengths)} baseline lengths: one of"
             " each is needed for every prompt"
         )
@@ -220,7 +222,7 @@ def _logistic(scores: NDArray | float) -> NDArray:
 def _outcomes(values: ArrayLike, name: str) -> NDArray[np.float64]:
     outcomes = np.asarray(values, np.float64)
     if outcomes.ndim != 1 or not len(outcomes):
-        raise ValueError(f"{name} must be a list of at least one outcome, not of shape {outcomes.shape}")
+        raise UserError(f"{name} must be a list of at least one outcome, not of shape {outcomes.shape}")
     if len(outside := np.flatnonzero(~((outcomes >= 0) & (outcomes <= 1)))):
-        raise ValueError(f"{name}[{outside[0]}] is {outcomes[outside[0]]}: an outcome lies between 0 and 1")
+        raise UserError(f"{name}[{outside[0]}] is {outcomes[outside[0]]}: an outcome lies between 0 and 1")
     return outcomes

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..data.formats import without_nulls
+from ..errors import UserError
 from .prompts import Answer, Failure, Record, Request, Sampling
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class EndpointOptions:
     """Which endpoint, and how it is treated.
 
     Raises:
-        ValueError: a value out of its range; the message names it.
+        UserError: a value out of its range; the message names it.
     """
 
     model: str
@@ -60,7 +61,7 @@ class EndpointOptions:
             ("timeout", self.timeout > 0),
         ):
             if not valid:
-                raise ValueError(f"{name}={getattr(self, name)} is too small")
+                raise UserError(f"{name}={getattr(self, name)} is too small")
 
 
 ENDPOINT_DEFAULTS = {name: value for name, value in vars(EndpointOptions("")).items() if name != "model"}
@@ -70,17 +71,17 @@ class Endpoint:
     """Answers requests, each on its own and many at a time.
 
     Raises:
-        ValueError: the openai package or the key is missing.
+        UserError: the openai package or the key is missing.
     """
 
     def __init__(self, options: EndpointOptions, sampling: Sampling) -> None:
         if find_spec("openai") is None:
-            raise ValueError("an endpoint is asked through the openai package: pip install 'cpt-kernels[openai]'")
+            raise UserError("an endpoint is asked through the openai package: pip install 'cpt-kernels[openai]'")
         self.options, self.sampling = options, sampling
         base_url = options.base_url or os.environ.get("OPENAI_BASE_URL")
         self._key = os.environ.get(options.api_key_env)
         if not self._key and base_url is None:
-            raise ValueError(f"there is no key: set {options.api_key_env} in the environment, or give a base_url")
+            raise UserError(f"there is no key: set {options.api_key_env} in the environment, or give a base_url")
         self._client_options = {"api_key": self._key or "none", "base_url": base_url, "max_retries": 0}
         self._not_before = 0.0  # when the next request may be sent, on the clock of time.monotonic
         self._in_vain = 0
@@ -90,7 +91,7 @@ class Endpoint:
         """Answer the requests that are not ``answered``, in their order but as the replies come.
 
         Raises:
-            ValueError: the endpoint refuses the key or knows no such model, or does not answer any more. What was
+            UserError: the endpoint refuses the key or knows no such model, or does not answer any more. What was
                 recorded stands.
         """
         asyncio.run(self._answer(requests, record, answered))
@@ -193,7 +194,7 @@ class Endpoint:
         if not refused or not self._has_answered:
             self._in_vain += 1
         if self._in_vain >= _GIVE_UP:
-            raise ValueError(
+            raise UserError(
                 f"the last {_GIVE_UP} requests to the endpoint failed, the last one by {failure.reason}:"
                 f" {failure.detail}; stopped, and what was answered is kept"
             )
@@ -201,16 +202,16 @@ class Endpoint:
 
     def _check_fatal(self, error: Any, failure: Failure) -> None:
         if error.status_code == 401:
-            raise ValueError(
+            raise UserError(
                 f"the endpoint refuses the key of {self.options.api_key_env} ({failure.reason}: {failure.detail})"
             )
         if error.status_code == 404 and not self._has_answered:
-            raise ValueError(
+            raise UserError(
                 f"the endpoint has no model {self.options.model!r}, or its base_url is wrong (it often ends in /v1):"
                 f" {failure.reason}: {failure.detail}"
             )
         if error.code == "insufficient_quota":
-            raise ValueError(f"the endpoint's quota is used up: {failure.detail}")
+            raise UserError(f"the endpoint's quota is used up: {failure.detail}")
 
     def _describe(self, error: BaseException) -> str:
         body = getattr(error, "body", None)

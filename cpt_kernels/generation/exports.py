@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..reference.shards import publish
+from ..errors import UserError
+from ..files import replacing, write_text
 from .prompts import Prompt, as_completion
 from .response_file import ResponseFile, prompt_of
 
@@ -21,18 +22,18 @@ ALPACA_FILE = "model_outputs.json"
 def check_exports(args: argparse.Namespace, model: str, dataset: Dataset, prompts: Iterable[Prompt]) -> None:
     """What would make the end fail, before anything is asked."""
     if args.output.suffix != ".jsonl":
-        raise ValueError(f"output={args.output}: responses go to a .jsonl file")
+        raise UserError(f"output={args.output}: responses go to a .jsonl file")
     if args.add_column and (args.dataset_output is None or args.dataset_output.suffix not in (".jsonl", ".parquet")):
-        raise ValueError("add_column needs dataset_output, a .jsonl or .parquet file")
+        raise UserError("add_column needs dataset_output, a .jsonl or .parquet file")
     if args.dataset_output is not None and not args.add_column:
-        raise ValueError("dataset_output needs add_column, the name of the column")
+        raise UserError("dataset_output needs add_column, the name of the column")
     if args.dataset_output is not None and args.dataset_output.resolve() == Path(args.dataset_name).resolve():
-        raise ValueError(f"dataset_output={args.dataset_output} is the dataset itself: choose another file")
+        raise UserError(f"dataset_output={args.dataset_output} is the dataset itself: choose another file")
     if args.add_column in dataset.column_names:
-        raise ValueError(f"add_column={args.add_column}: the dataset has that column already")
+        raise UserError(f"add_column={args.add_column}: the dataset has that column already")
     if args.n > 1 and (args.add_column or args.format == "alpaca_eval"):
         option = "add_column" if args.add_column else "alpaca_eval"
-        raise ValueError(f"n={args.n}: {option} takes one response to a prompt")
+        raise UserError(f"n={args.n}: {option} takes one response to a prompt")
     if args.format == "alpaca_eval":
         for prompt in prompts:
             _instruction(prompt)
@@ -45,9 +46,9 @@ def _check_generator(path: Path, model: str) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} exists and is no file of alpaca_eval outputs: move it away") from error
+        raise UserError(f"{path} exists and is no file of alpaca_eval outputs: move it away") from error
     if there - {model}:
-        raise ValueError(f"{path} has the outputs of {', '.join(sorted(there))}: choose a folder for each model")
+        raise UserError(f"{path} has the outputs of {', '.join(sorted(there))}: choose a folder for each model")
 
 
 def write_exports(
@@ -66,16 +67,14 @@ def write_exports(
             for row, prompt, text in zip(dataset, prompts, texts)
         ]
         with_column = dataset.add_column(args.add_column, values)
-        publish(
-            args.dataset_output,
-            with_column.to_parquet if args.dataset_output.suffix == ".parquet" else with_column.to_json,
-        )
+        with replacing(args.dataset_output) as (temporary,), temporary.open("wb") as out:
+            (with_column.to_parquet if args.dataset_output.suffix == ".parquet" else with_column.to_json)(out)
         written.append(args.dataset_output)
         print(f"{len(values) - values.count(None)} of {len(values)} rows have `{args.add_column}`")
     if args.format == "alpaca_eval":
         written.append(args.output.with_name(ALPACA_FILE))
         outputs = _alpaca_outputs(file.model, dataset, prompts, texts)
-        publish(written[-1], lambda out: out.write(json.dumps(outputs, indent=2, ensure_ascii=False).encode()))
+        write_text(written[-1], json.dumps(outputs, indent=2, ensure_ascii=False))
     return written
 
 
@@ -95,5 +94,5 @@ def _alpaca_outputs(
 def _instruction(prompt: Prompt) -> str:
     turns = [turn for turn in prompt.messages() if turn["role"] != "system"]
     if len(turns) != 1 or not isinstance(turns[0].get("content"), str):
-        raise ValueError(f"alpaca_eval compares single instructions, but a prompt has {len(turns)} turns")
+        raise UserError(f"alpaca_eval compares single instructions, but a prompt has {len(turns)} turns")
     return turns[0]["content"]

@@ -25,6 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..errors import UserError
 from .prompts import Answer, Failure, Prompt, Record, Request, Sampling, Text
 
 
@@ -49,7 +50,7 @@ def generate_local(
         progress: called with the number of responses after every batch.
 
     Raises:
-        ValueError: a prompt that cannot be answered (too long, or no chat template), or too large a batch.
+        UserError: a prompt that cannot be answered (too long, or no chat template), or too large a batch.
     """
     requests = [Request(Prompt(prompt), sample) for prompt in prompts for sample in range(n)]
     texts = [""] * len(requests)
@@ -57,7 +58,7 @@ def generate_local(
     def record(answers: Sequence[tuple[int, Answer | Failure]]) -> None:
         for index, answer in answers:
             if isinstance(answer, Failure):
-                raise ValueError(f"prompt {index // n}: {answer.reason}: {answer.detail}")
+                raise UserError(f"prompt {index // n}: {answer.reason}: {answer.detail}")
             texts[index] = answer.text
         if progress is not None:
             progress(len(answers))
@@ -162,7 +163,7 @@ class LocalModel:
         """Answer the requests that are not ``answered``, longest prompts first.
 
         Raises:
-            ValueError: a batch does not fit into memory. What was recorded stands.
+            UserError: a batch does not fit into memory. What was recorded stands.
         """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         encoded = _encode_all(self.tokenizer, requests, self.sampling, context, record, answered)
@@ -207,7 +208,7 @@ class LocalModel:
         try:
             out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **extra)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"{len(prompts)} prompts of up to {width} tokens do not fit into memory together: lower batch_size"
             ) from error
         return [self._cut(row) for row in out[:, width:].tolist()]
@@ -288,14 +289,14 @@ class VllmModel:
         options: for ``vllm.LLM``.
 
     Raises:
-        ValueError: the vllm package is missing.
+        UserError: the vllm package is missing.
     """
 
     def __init__(
         self, name: str, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 1024, **options: Any
     ) -> None:
         if find_spec("vllm") is None:
-            raise ValueError("--backend vllm needs the vllm package: pip install vllm")
+            raise UserError("--backend vllm needs the vllm package: pip install vllm")
         from vllm import LLM
 
         self.llm = LLM(model=name, **options)

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from ..data.formats import READ_COLUMNS, Form, RowError, Text, parse_prompt, parse_row, without_nulls
 from ..data.preparation import Drop
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +27,7 @@ class Sampling:
     does not depend on what else is asked.
 
     Raises:
-        ValueError: a value out of its range; the message names it.
+        UserError: a value out of its range; the message names it.
     """
 
     max_new_tokens: int = 512
@@ -48,7 +49,7 @@ class Sampling:
             ("stop", all(self.stop), "texts that are not empty"),
         ):
             if not valid:
-                raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
+                raise UserError(f"{name}={getattr(self, name)} must be {wanted}")
 
     @property
     def is_greedy(self) -> bool:
@@ -130,7 +131,7 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
             ``messages``.
 
     Raises:
-        ValueError: no such column, or none in which prompts are to be expected.
+        UserError: no such column, or none in which prompts are to be expected.
     """
     names = set(dataset.column_names)
     form = None if column else next((form for form, has in _WITH_COMPLETIONS.items() if names.issuperset(has)), None)
@@ -140,7 +141,7 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
     dropped: dict[str, Drop] = {}
     for number, row in enumerate(dataset.select_columns(sorted(names & {*READ_COLUMNS, column, "input"}))):
         if column == "instruction" and row.get("input"):
-            raise ValueError(
+            raise UserError(
                 f"row {number}: the column `input` adds to `instruction`: join them into a column `prompt` first"
             )
         try:
@@ -156,7 +157,7 @@ def _find_column(names: Iterable[str], column: str | None) -> str:
     found = next((name for name in ([column] if column else _ALONE) if name in names), None)
     if found is None:
         wanted = f"`{column}`" if column else "`chosen` and `rejected`, `prompt`, `instruction` or `messages`"
-        raise ValueError(f"the dataset has the columns {', '.join(sorted(names))}; prompts are expected in {wanted}")
+        raise UserError(f"the dataset has the columns {', '.join(sorted(names))}; prompts are expected in {wanted}")
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..errors import UserError
 from .prompts import Answer, Prompt, Request, Sampling
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class ResponseFile:
         origin: what else they depend on: the weights, or what an endpoint is sent besides.
 
     Raises:
-        ValueError: on entering, where another process writes the file, it holds something else than responses, or
+        UserError: on entering, where another process writes the file, it holds something else than responses, or
             responses of this model that were drawn in another way.
     """
 
@@ -66,12 +67,12 @@ class ResponseFile:
             self._lock.acquire(timeout=0)
             self._file = self.path.open("ab", buffering=0)
         except Timeout as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} is being written by another process: wait for it to end, or choose another file"
             ) from error
         except OSError as error:
             self._lock.release()
-            raise ValueError(f"{self.path} cannot be written to ({error.strerror})") from error
+            raise UserError(f"{self.path} cannot be written to ({error.strerror})") from error
         try:
             self._read()
         except BaseException:
@@ -91,7 +92,7 @@ class ResponseFile:
         """Append rows.
 
         Raises:
-            ValueError: they cannot be written (a full disk); the file is as before.
+            UserError: they cannot be written (a full disk); the file is as before.
         """
         lines = memoryview(b"".join(self._line(request, answer) for request, answer in answers))
         size = os.fstat(self._file.fileno()).st_size
@@ -103,7 +104,7 @@ class ResponseFile:
                 self._synced = time.monotonic()
         except OSError as error:
             self._file.truncate(size)
-            raise ValueError(f"{self.path} cannot be written to ({error.strerror})") from error
+            raise UserError(f"{self.path} cannot be written to ({error.strerror})") from error
         self.answered.update((request.prompt.key, request.sample) for request, _ in answers)
 
     def rows(self) -> Iterator[Row]:
@@ -156,7 +157,7 @@ class ResponseFile:
                     continue
                 row = _parse(line)
                 if row is None and not _is_torn(line):
-                    raise ValueError(
+                    raise UserError(
                         f"{self.path}, line {number}: not a response (an object with {', '.join(_NEEDED)}): is this"
                         " the file to add to?"
                     )
@@ -167,7 +168,7 @@ class ResponseFile:
         changed = {name for name, value in self.settings.items() if name in theirs and theirs[name] != value}
         if changed:
             ways = "; ".join(f"{name} was {theirs[name]!r} and is {self.settings[name]!r}" for name in sorted(changed))
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has responses of {self.model} that were drawn in another way ({ways}): choose another"
                 " file, or with cpt generate another --model_label"
             )

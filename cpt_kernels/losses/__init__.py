@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from . import functions
 from .logps import PairLogps
 from .transforms import F_DIVERGENCES, desensitize, f_divergence, wpo_weights
@@ -60,7 +61,7 @@ class Loss:
         """Hold a declared ``separable`` to its meaning on random numbers.
 
         Raises:
-            ValueError: the losses of some pairs change when other pairs leave the batch.
+            UserError: the losses of some pairs change when other pairs leave the batch.
         """
         generator = torch.Generator().manual_seed(0)
         logps = -20 * torch.rand(5, 8, generator=generator, dtype=torch.float64)
@@ -70,7 +71,7 @@ class Loss:
         numbers = PairLogps(*logps[:3], lengths, lengths.flip(0), lengths, *logps[3:], 4.0, *tails, *others)
         some = torch.tensor([1, 4, 6])
         if not torch.allclose(self(numbers)[some], self(numbers[some])):
-            raise ValueError(
+            raise UserError(
                 f"loss '{self.name}' is declared separable, but the losses of a subset of pairs are not the subset of"
                 " the losses: declare it separable=False"
             )
@@ -153,22 +154,20 @@ def build_loss(
         use_weighting: weigh pairs by how likely the policy is to say them (WPO); ``sft`` has no pairs to weigh.
 
     Raises:
-        ValueError: an unknown name, another number of weights, or a change that is not defined for the loss.
+        UserError: an unknown name, another number of weights, or a change that is not defined for the loss.
         TypeError: an option is none of these losses' (see :func:`loss_options`).
     """
     names = loss_names(name)
     weights = [1.0] * len(names) if weights is None else list(weights)
     for unknown in set(names) - set(LOSSES):
-        raise ValueError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}")
+        raise UserError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}")
     if not names or len(weights) != len(names):
-        raise ValueError(f"loss_weights has {len(weights)} weights for the {len(names)} losses of loss_type")
+        raise UserError(f"loss_weights has {len(weights)} weights for the {len(names)} losses of loss_type")
     taken = {option for one in names for option in loss_options(one)}
     if unknown := set(options) - taken:
         raise TypeError(f"loss '{' + '.join(names)}' takes {sorted(taken)}, not {sorted(unknown)}")
     if f_divergence_type not in F_DIVERGENCES:
-        raise ValueError(
-            f"f_divergence_type='{f_divergence_type}' is unknown: choose one of {', '.join(F_DIVERGENCES)}"
-        )
+        raise UserError(f"f_divergence_type='{f_divergence_type}' is unknown: choose one of {', '.join(F_DIVERGENCES)}")
     divergence = (f_divergence_type, f_alpha_divergence_coef)
     parts = [
         _build_one(one, ld_alpha, divergence, use_weighting, {k: options[k] for k in loss_options(one) if k in options})
@@ -182,7 +181,7 @@ def build_loss(
     }
     if True in ignored.values():
         option = next(option for option, is_ignored in ignored.items() if is_ignored)
-        raise ValueError(f"{option} has no meaning for loss '{loss.name}': leave it out")
+        raise UserError(f"{option} has no meaning for loss '{loss.name}': leave it out")
     return loss
 
 
@@ -195,12 +194,12 @@ def _build_one(
     desensitized = builtin.needs_reference and ld_alpha is not None
     if diverges and not builtin.of_difference:
         known = ", ".join(other for other, row in LOSSES.items() if row.of_difference)
-        raise ValueError(
+        raise UserError(
             f"f_divergence_type='{divergence[0]}' is not defined for loss '{name}': it needs one of {known}, whose"
             " unknown terms cancel, or leave it at reverse_kl"
         )
     if weighted and not builtin.separable:
-        raise ValueError(f"use_weighting weighs pairs, and loss '{name}' sorts them apart: leave it out")
+        raise UserError(f"use_weighting weighs pairs, and loss '{name}' sorts them apart: leave it out")
 
     def function(logps: PairLogps) -> Tensor:
         seen = desensitize(logps, ld_alpha) if desensitized else logps
@@ -248,7 +247,7 @@ def user_loss(
     is checked here, once.
 
     Raises:
-        ValueError: declared separable, but it is not.
+        UserError: declared separable, but it is not.
     """
     name = name or getattr(function, "__name__", "user")
     loss = Loss(name, function, needs_reference, needs_rejected, separable, **needs)

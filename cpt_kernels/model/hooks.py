@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import UserError
 from ..ops.attention import AttentionLayout, shared_prompt_attention
 
 _PREFIX = "shared_prompt_over_"
@@ -164,18 +165,18 @@ def quantised_layers(model: nn.Module) -> list[nn.Module]:
     """Linear layers of bitsandbytes, which on a CPU compute in another way in eval mode, see :func:`as_in_training`.
 
     Raises:
-        ValueError: a forward in eval mode has packed 4-bit weights for inference already; DoRA over 8 bits on a CPU.
+        UserError: a forward in eval mode has packed 4-bit weights for inference already; DoRA over 8 bits on a CPU.
     """
     for module in model.modules():
         # After each forward there PEFT puts weights in place that have no scales, which the next one lacks.
         if getattr(module, "lora_magnitude_vector", None) and _is_int8_on_cpu(module.get_base_layer()):
-            raise ValueError(
+            raise UserError(
                 "DoRA over weights of 8 bits cannot be run by PEFT on a CPU: load the model in 4 bits (nf4 or fp4), or"
                 " set use_dora=False"
             )
     layers = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
     if any(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False) for layer in layers):
-        raise ValueError(
+        raise UserError(
             "a forward in eval mode on a CPU has made bitsandbytes pack the model's 4-bit weights for inference, which"
             " has no gradient: load the model anew"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ContrastiveConfig
+from ..errors import UserError
 from .packed_model import base_model
 
 # Of Liger's kernels, those for what the head here does itself.
@@ -20,7 +21,7 @@ def prepare_layers(model: nn.Module, args: ContrastiveConfig) -> None:
     """Do what ``args`` ask for, before transformers' Trainer is made, which would do it to the whole model.
 
     Raises:
-        ValueError: ``torch_compile`` of a model whose decoder layers are not to be found; Liger's kernels where they
+        UserError: ``torch_compile`` of a model whose decoder layers are not to be found; Liger's kernels where they
             cannot run, or its head.
     """
     if args.use_liger_kernel:
@@ -32,11 +33,11 @@ def prepare_layers(model: nn.Module, args: ContrastiveConfig) -> None:
 
 def _check_liger(args: ContrastiveConfig) -> None:
     if find_spec("liger_kernel") is None:
-        raise ValueError("use_liger_kernel needs the liger-kernel package: pip install liger-kernel")
+        raise UserError("use_liger_kernel needs the liger-kernel package: pip install liger-kernel")
     if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("use_liger_kernel needs a GPU: leave it out on a CPU")
+        raise UserError("use_liger_kernel needs a GPU: leave it out on a CPU")
     if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
-        raise ValueError("liger_kernel_config: leave fused_linear_cross_entropy out, the head here has its own kernels")
+        raise UserError("liger_kernel_config: leave fused_linear_cross_entropy out, the head here has its own kernels")
 
 
 def _compile_layers(model: nn.Module, args: ContrastiveConfig) -> None:
@@ -47,7 +48,7 @@ def _compile_layers(model: nn.Module, args: ContrastiveConfig) -> None:
     layers = getattr(base_model(model).get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         name = type(base_model(model)).__name__
-        raise ValueError(f"torch_compile compiles the layers of a decoder, and {name} keeps them under another name")
+        raise UserError(f"torch_compile compiles the layers of a decoder, and {name} keeps them under another name")
     for layer in layers:
         layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None  # or all is compiled

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers.integrations import deepspeed
 
 from ..config import REMOVED, ContrastiveConfig
+from ..errors import UserError
 from ..losses import Loss
-from ..reference.weight_files import load
 from .packed_model import base_model
 
 logger = logging.getLogger(__name__)
@@ -44,19 +44,19 @@ def check_moved(names: Iterable[str]) -> None:
     options = ContrastiveConfig.__dataclass_fields__
     for name in names:
         if name == "tokenizer":
-            raise ValueError("tokenizer is no argument any more: pass it as processing_class")
+            raise UserError("tokenizer is no argument any more: pass it as processing_class")
         if name in REMOVED:
-            raise ValueError(f"{name} is no argument any more: {REMOVED[name]}")
+            raise UserError(f"{name} is no argument any more: {REMOVED[name]}")
         if name not in options:
             raise TypeError(f"the trainer has no argument {name}")
-        raise ValueError(f"{name} is no argument any more: set it in args=DPOConfig({name}=...)")
+        raise UserError(f"{name} is no argument any more: set it in args=DPOConfig({name}=...)")
 
 
 def check_overrides(given: type, base: type) -> None:
     """Raise ValueError where ``given``, a trainer derived from ``base``, has a method that only TRL's calls."""
     for name, mend in NEVER_CALLED.items():
         if getattr(given, name, None) is not getattr(base, name, None):
-            raise ValueError(
+            raise UserError(
                 f"{given.__name__}.{name} would not be called by the trainer: {mend}; rename it if you call it yourself"
             )
 
@@ -67,13 +67,13 @@ def checked_config(
     """The configuration of a trainer, by default one with an ``output_dir`` after the model.
 
     Raises:
-        ValueError: it is another package's, or chooses the best checkpoint by what no evaluation set has.
+        UserError: it is another package's, or chooses the best checkpoint by what no evaluation set has.
     """
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")
     if not isinstance(args, ContrastiveConfig):
-        raise ValueError(f"args is a {type(args).__name__} of {type(args).__module__}: import it from cpt_kernels, too")
+        raise UserError(f"args is a {type(args).__name__} of {type(args).__module__}: import it from cpt_kernels, too")
     _check_best_metric(args, evaluation_sets)
     return args
 
@@ -84,7 +84,7 @@ def _check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
         return
     name = metric.removeprefix("eval_")
     if not name.startswith(tuple(f"{evaluation_set}_" for evaluation_set in evaluation_sets)):
-        raise ValueError(
+        raise UserError(
             f"metric_for_best_model={metric} is of no evaluation set: with several, metrics carry their set's name;"
             f" set {next(iter(evaluation_sets))}_{name}"
         )
@@ -93,11 +93,9 @@ def _check_best_metric(args: ContrastiveConfig, evaluation_sets: Any) -> None:
 def check_engine(args: ContrastiveConfig, accelerator: Accelerator) -> None:
     """Raise ValueError where one process would train on several GPUs, or FSDP's first version would shard."""
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
-        raise ValueError(
-            "FSDP1 is not supported: set fsdp_version to 2 in accelerate's file, or version in fsdp_config"
-        )
+        raise UserError("FSDP1 is not supported: set fsdp_version to 2 in accelerate's file, or version in fsdp_config")
     if args.n_gpu > 1:
-        raise ValueError(
+        raise UserError(
             f"{args.n_gpu} GPUs are visible to one process, and DataParallel is not supported: start with"
             " accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
         )
@@ -107,7 +105,7 @@ def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that a user passed, or that of a processor of a model which sees images, too."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"processing_class is {type(processing_class).__name__}, expected a tokenizer")
+        raise UserError(f"processing_class is {type(processing_class).__name__}, expected a tokenizer")
     return tokenizer
 
 
@@ -115,11 +113,11 @@ def load_tokenizer(model: str | nn.Module, args: ContrastiveConfig) -> PreTraine
     """The tokenizer that belongs to a model, of the revision that ``model_init_kwargs`` name.
 
     Raises:
-        ValueError: the model has no name, as it was made and not loaded.
+        UserError: the model has no name, as it was made and not loaded.
     """
     if not isinstance(model, str):
         if not (name := model.config._name_or_path):
-            raise ValueError("the model was loaded from nowhere, so its tokenizer is not known: pass processing_class")
+            raise UserError("the model was loaded from nowhere, so its tokenizer is not known: pass processing_class")
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     revision = _init_kwargs(args).get("revision") or "main"
     return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
@@ -131,12 +129,12 @@ def load_models(
     """Policy and reference; what is given by name or folder is loaded.
 
     Raises:
-        ValueError: ``quantization_config`` without a model to load, or twice; weights that both models have; different
+        UserError: ``quantization_config`` without a model to load, or twice; weights that both models have; different
             vocabularies.
     """
     if not isinstance(model, str):
         if quantization_config is not None:
-            raise ValueError("quantization_config is for a model given by name, not for one that is loaded already")
+            raise UserError("quantization_config is for a model given by name, not for one that is loaded already")
         if args.model_init_kwargs and not isinstance(ref_model, str):
             logger.warning("model_init_kwargs has no effect: the model is loaded already")
     models = tuple(load_model(m, args, quantization_config) if isinstance(m, str) else m for m in (model, ref_model))
@@ -156,12 +154,12 @@ def load_model(name: str, args: ContrastiveConfig, quantization_config: Any = No
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
         if "quantization_config" in kwargs:
-            raise ValueError("quantization_config is given to the trainer and in model_init_kwargs: leave one out")
+            raise UserError("quantization_config is given to the trainer and in model_init_kwargs: leave one out")
         kwargs["quantization_config"] = quantization_config
     if args.world_size > 1 and kwargs.pop("device_map", None) is not None and args.process_index == 0:
         logger.warning("device_map has no effect on several processes: each has the whole model, or its engine's shard")
     with whole_weights():
-        return load(AutoModelForCausalLM, name, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
 
 @contextlib.contextmanager
@@ -186,19 +184,19 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
     """A PEFT model around ``model``.
 
     Raises:
-        ValueError: peft is not installed, it is no PEFT configuration, or the model has an adapter already.
+        UserError: peft is not installed, it is no PEFT configuration, or the model has an adapter already.
     """
     try:
         from peft import PeftConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("peft_config needs the peft package: pip install peft") from error
+        raise UserError("peft_config needs the peft package: pip install peft") from error
     if not isinstance(peft_config, PeftConfig):
-        raise ValueError(f"peft_config is {type(peft_config).__name__}: expected one of peft, such as peft.LoraConfig")
+        raise UserError(f"peft_config is {type(peft_config).__name__}: expected one of peft, such as peft.LoraConfig")
     if hasattr(model, "peft_config"):
-        raise ValueError("the model has an adapter already: leave peft_config out, or merge the adapter first")
+        raise UserError("the model has an adapter already: leave peft_config out, or merge the adapter first")
     if peft_config.is_prompt_learning:
         kind = type(peft_config).__name__
-        raise ValueError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
+        raise UserError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
     # ZeRO-3 gathers into buffers of one dtype: an adapter in fp32 beside weights in bf16 would fail.
     cast = zero_stage(args) != 3 or _is_quantised(model)
     return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
@@ -209,11 +207,11 @@ def check_trainable(model: nn.Module) -> None:
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
+        raise UserError(
             "the model's adapter is frozen: load it by peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable="
             "True) and pass that, or merge it into its model and train a new one"
         )
-    raise ValueError("no weight of the model is to be trained: all of them have requires_grad=False")
+    raise UserError("no weight of the model is to be trained: all of them have requires_grad=False")
 
 
 def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
@@ -251,7 +249,7 @@ def check_vocabularies(model: nn.Module, ref_model: nn.Module | None) -> None:
         return
     policy, reference = (base_model(m).config.get_text_config().vocab_size for m in (model, ref_model))
     if policy != reference:
-        raise ValueError(
+        raise UserError(
             f"the reference has a vocabulary of {reference} tokens, the policy of {policy}: use a reference of the"
             " policy's family and tokenizer"
         )
@@ -261,19 +259,19 @@ def check_apart(model: nn.Module, ref_model: nn.Module | None) -> None:
     """Raise ValueError where policy and reference have weights in common, as an adapter has with the model in it."""
     ours = {id(parameter) for parameter in model.parameters()}
     if ref_model is not None and any(id(parameter) in ours for parameter in ref_model.parameters()):
-        raise ValueError("model and ref_model are the same weights: leave ref_model out to take those of the start")
+        raise UserError("model and ref_model are the same weights: leave ref_model out to take those of the start")
 
 
 def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
     """Raise ValueError where a prepared dataset lacks what a loss needs of its pairs."""
     if loss.needs_rejected and not pairs:
-        raise ValueError(
+        raise UserError(
             f"loss '{loss.name}' needs pairs, and the {name} data has none: give rows with chosen and rejected, or set"
             " loss_type=sft"
         )
     if loss.needs_gap and not all(dataset["scores"]):
         row = next(row["row"] for row in dataset if not row["scores"])
-        raise ValueError(
+        raise UserError(
             f"loss '{loss.name}' needs by how much chosen is better, and row {row} of the {name} data does not say, or"
             " says that it is not: name a column by gap_column, or give ranked rows with scores"
         )
@@ -299,14 +297,14 @@ def may_share_prompts(model: nn.Module, ref_model: nn.Module | None, args: Contr
     """Whether completions may share their prompt, once dropout is as ``args`` want it.
 
     Raises:
-        ValueError: they shall, and there is dropout or noise.
+        UserError: they shall, and there is dropout or noise.
     """
     if args.disable_dropout:
         disable_dropout(model)
         disable_dropout(ref_model)
     random = args.neftune_noise_alpha is not None or dropout(model) > 0
     if args.share_prompts == "true" and random:
-        raise ValueError(
+        raise UserError(
             "share_prompts=true with dropout or NEFTune's noise would give all completions of a prompt the same: set"
             " disable_dropout=true and leave out neftune_noise_alpha, or set share_prompts=false"
         )
@@ -317,12 +315,12 @@ def aux_loss_coef(model: PreTrainedModel, option: float | None) -> float:
     """Weight of a mixture of experts' load-balancing loss: the option, or else the model's own; 0 for a dense model.
 
     Raises:
-        ValueError: the option is set, and the model has no such loss.
+        UserError: the option is set, and the model has no such loss.
     """
     config = model.config.get_text_config()
     if not hasattr(config, "output_router_logits"):
         if option:
-            raise ValueError(f"router_aux_loss_coef={option}: {type(model).__name__} is no mixture of experts")
+            raise UserError(f"router_aux_loss_coef={option}: {type(model).__name__} is no mixture of experts")
         return 0.0
     return getattr(config, "router_aux_loss_coef", 0.0) if option is None else option
 
@@ -336,7 +334,7 @@ def check_checkpoint(folder: str | Path, model: nn.Module) -> None:
     adapter = hasattr(model, "peft_config")
     file = folder / ("adapter_config.json" if adapter else "config.json")
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a checkpoint of this {'adapter' if adapter else 'model'}: it has no {file.name}"
         )
     if adapter:
@@ -346,4 +344,4 @@ def check_checkpoint(folder: str | Path, model: nn.Module) -> None:
     for name in _SHAPE:
         ours, theirs = getattr(config, name, None), getattr(saved, name, None)
         if ours != theirs:
-            raise ValueError(f"{folder} is a checkpoint of another model: its {name} is {theirs}, this model's {ours}")
+            raise UserError(f"{folder} is a checkpoint of another model: its {name} is {theirs}, this model's {ours}")

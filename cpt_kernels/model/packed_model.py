@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch
+from ..errors import UserError
 from ..losses import Loss, PairLogps
 from ..ops.attention import AttentionLayout
 from ..ops.gather import gather_rows, segment_sum
 from ..ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from ..ops.vocab_score import VocabScore, vocab_score
-from ..reference.weight_files import claim
 from .hooks import (
     as_in_training,
     attention_over,
@@ -56,7 +56,7 @@ class PackedModel:
         attention_backend: of packed rows, see :func:`cpt_kernels.ops.attention.shared_prompt_attention`.
 
     Raises:
-        ValueError: an architecture whose attention, state, positions or logits cannot be packed exactly.
+        UserError: an architecture whose attention, state, positions or logits cannot be packed exactly.
     """
 
     model: nn.Module
@@ -65,7 +65,6 @@ class PackedModel:
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
-        self.files = claim(base)  # of its weights, as long as nothing has had the model but this package
         _check_architecture(base)
         base.set_attn_implementation(attention_over(base.config._attn_implementation))
         self.rotaries = length_dependent_rotaries(base)
@@ -176,7 +175,7 @@ def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tenso
     base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     weight, bias = base.weight, base.bias
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):  # 4 bits may be stored as any dtype
-        raise ValueError(
+        raise UserError(
             f"the output head is quantised ({weight.dtype}): load the model with the head left unquantised"
             " (llm_int8_skip_modules=['lm_head'])"
         )
@@ -186,7 +185,7 @@ def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tenso
     hidden_columns, weight_columns = [rows], [weight]
     for name in head.active_adapters:
         if name not in getattr(head, "lora_A", {}) or head.use_dora.get(name) or _drops(head.lora_dropout[name]):
-            raise ValueError(
+            raise UserError(
                 "an adapter on the output head must be plain LoRA without dropout or DoRA: leave the head out of"
                 " target_modules, or set lora_dropout=0 and use_dora=False"
             )
@@ -224,21 +223,21 @@ def _check_architecture(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "mamba", "recurrent"}:
-        raise ValueError(
+        raise UserError(
             f"{name} has layers that carry a state along the row (recurrent or linear attention); packed completions"
             " would leak into each other. Such models are not supported"
         )
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; only causal language models are supported")
+        raise UserError(f"{name} is an encoder-decoder; only causal language models are supported")
     if "chunked_attention" in kinds or getattr(config, "use_bidirectional_attention", None):
-        raise ValueError(f"{name} uses chunked or bidirectional attention, which packed rows do not support")
+        raise UserError(f"{name} uses chunked or bidirectional attention, which packed rows do not support")
     if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map; packed rows run"
             " on one: leave device_map out, and for several GPUs start a process on each (accelerate launch, torchrun)"
         )
     if not model._can_set_attn_implementation() or model.get_output_embeddings() is None:
-        raise ValueError(
+        raise UserError(
             f"{name} does not let its attention be replaced (transformers' AttentionInterface) or has no output head"
         )
 
@@ -277,14 +276,14 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
     expected = vocab_score(logits.float(), targets).logps
     if not expected.isfinite().all():
-        raise ValueError(f"{type(model).__name__} gives logits that are not finite: {why_not_finite(model)}")
+        raise UserError(f"{type(model).__name__} gives logits that are not finite: {why_not_finite(model)}")
     found = vocab_score(
         raw[0].float(), targets, logit_scale=options.logit_scale, softcap=options.softcap, vocab_size=options.vocab_size
     ).logps
     eps = max(torch.finfo(raw.dtype).eps, torch.finfo(torch.float32).eps)
     bound = 20 * eps * (1 + logits.float().abs().max())
     if not (difference := (expected - found).abs().max()) <= bound:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} transforms its logits in a way that the head does not know (log-probs differ by"
             f" {difference:.3g}); scale {options.logit_scale} and soft-cap {options.softcap} were read from its config"
         )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from .order import Which, parse_order, parse_which
 
 Values = Sequence[Hashable] | NDArray  # of an array the elements are compared, so digests do as well as texts
@@ -148,14 +149,14 @@ def build_pairs(
         drops: what is dropped already. By default prompts and responses without any text are.
 
     Raises:
-        ValueError: columns differ in length, an unknown model or option, a rating that is no number, a named pair
+        UserError: columns differ in length, an unknown model or option, a rating that is no number, a named pair
             against the order, or no pair at all; the message says why.
     """
     n = len(prompts)
     if not len(models) == len(responses) == n:
-        raise ValueError(f"there are {n} prompts, {len(models)} models and {len(responses)} responses: not rows")
+        raise UserError(f"there are {n} prompts, {len(models)} models and {len(responses)} responses: not rows")
     if n == 0:
-        raise ValueError("there are no responses")
+        raise UserError("there are no responses")
     which = parse_which(which) if isinstance(which, str) else which
     strength = parse_order(strength) if isinstance(strength, str) else strength
     drops = _find_empty(prompts, responses) if drops is None else drops.astype(np.int8)
@@ -184,7 +185,7 @@ def build_pairs(
     candidates = order[_enumerate(order, cu_prompts, asked)]
     pairs = _choose(candidates, drops, score, prompt, content)
     if not len(pairs):
-        raise ValueError(_explain_no_pair(pairs, names, model))
+        raise UserError(_explain_no_pair(pairs, names, model))
     return pairs
 
 
@@ -277,7 +278,7 @@ def held_out(keys: Iterable[bytes] | NDArray[np.bytes_], share: float) -> NDArra
     """Which prompts, given by `prompt_key`, are for validation. It depends on nothing but their text and `share`: more
     rows move no prompt to the other side, and a larger share only adds prompts."""
     if not 0 <= share < 1:
-        raise ValueError(f"the share of prompts held out is {share}; it is at least 0 and below 1")
+        raise UserError(f"the share of prompts held out is {share}; it is at least 0 and below 1")
     keys = np.ascontiguousarray(keys if isinstance(keys, np.ndarray) else list(keys), dtype="S16")
     return keys.view("<u8").reshape(-1, 2)[:, 0] < np.uint64(int(share * 2**64))
 
@@ -324,13 +325,13 @@ def _find_empty(prompts: Values, responses: Values) -> NDArray[np.int8]:
 
 def _read_ratings(ratings: Sequence[float | None] | NDArray, n: int) -> NDArray[np.float64]:
     if len(ratings) != n:
-        raise ValueError(f"there are {len(ratings)} ratings of {n} responses")
+        raise UserError(f"there are {len(ratings)} ratings of {n} responses")
     for row, rating in enumerate(ratings if not isinstance(ratings, np.ndarray) else ()):
         if rating is not None and (isinstance(rating, (str, bytes, bool)) or not np.isscalar(rating)):
-            raise ValueError(f"row {row}: the rating is {rating!r}, no number")
+            raise UserError(f"row {row}: the rating is {rating!r}, no number")
     score = np.array(ratings, np.float64)
     if infinite := np.flatnonzero(np.isinf(score)).tolist():
-        raise ValueError(f"row {infinite[0]}: the rating is infinite, and so would be the gap")
+        raise UserError(f"row {infinite[0]}: the rating is infinite, and so would be the gap")
     return score
 
 
@@ -341,14 +342,14 @@ def _check_ranking(strength: Mapping[str, float], names: list[str], which: Which
     _check_known(strength, names, "the order")
     ranking = {name: float(value) for name, value in strength.items()}
     if wrong := [name for name, value in ranking.items() if not np.isfinite(value)]:
-        raise ValueError(f"the strength of {wrong[0]} is {ranking[wrong[0]]}: no number to rank it by")
+        raise UserError(f"the strength of {wrong[0]} is {ranking[wrong[0]]}: no number to rank it by")
     if len(set(ranking.values())) < 2:
-        raise ValueError(f"{_list(list(ranking)) or 'no model'}: a pair needs two models of different strength")
+        raise UserError(f"{_list(list(ranking)) or 'no model'}: a pair needs two models of different strength")
     _check_known(which.models(), list(ranking), "the choice of pairs")
     for better, worse in which.named:
         if ranking[better] <= ranking[worse]:
             relation = "weaker" if ranking[better] < ranking[worse] else "no stronger"
-            raise ValueError(f"the pair {better} > {worse} is asked for, but {better} is {relation} in the order")
+            raise UserError(f"the pair {better} > {worse} is asked for, but {better} is {relation} in the order")
     return ranking
 
 
@@ -357,7 +358,7 @@ def _check_known(asked: Iterable[str], names: Sequence[str], where: str) -> None
         if name not in names:
             close = get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{where} names the model {name}, but there are {_list(names)}{hint}")
+            raise UserError(f"{where} names the model {name}, but there are {_list(names)}{hint}")
 
 
 def _check_models_left(ranking: Mapping[str, float], names: list[str], model: NDArray, drops: NDArray) -> None:
@@ -365,7 +366,7 @@ def _check_models_left(ranking: Mapping[str, float], names: list[str], model: ND
     for name in ranking:
         if not left[names.index(name)]:
             reasons = describe_drops(drops[model == names.index(name)])
-            raise ValueError(f"no response of {name} can be used: {reasons}")
+            raise UserError(f"no response of {name} can be used: {reasons}")
 
 
 def _explain_no_pair(pairs: Pairs, names: list[str], model: NDArray) -> str:

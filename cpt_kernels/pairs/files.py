@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..data.sources import load
+from ..errors import UserError
 from .build import Drop, Pairs, mark
 from .responses import TEXT, as_messages, read_responses
 
@@ -74,7 +74,7 @@ def load_responses(
         max_length: {"characters" or "tokens": how many prompt and response may have together}.
 
     Raises:
-        ValueError: a source cannot be read, or has a rating that is no number, or no source has a column to rename; the
+        UserError: a source cannot be read, or has a rating that is no number, or no source has a column to rename; the
             message says where.
     """
     parts, sources, total = [], {}, 0
@@ -84,7 +84,7 @@ def load_responses(
         renamed = {old: new for old, new in (columns or {}).items() if old in dataset.column_names}
         unknown = [old for old in unknown if old not in renamed]
         if taken := [new for new in renamed.values() if new in dataset.column_names]:
-            raise ValueError(f"{name} has a column `{taken[0]}` already: no other can be renamed to it")
+            raise UserError(f"{name} has a column `{taken[0]}` already: no other can be renamed to it")
         part = read_responses(
             dataset.rename_columns(renamed), models, rating, tokenizer=tokenizer, num_proc=num_proc, name=name
         )
@@ -92,7 +92,7 @@ def load_responses(
         parts.append(part)
     if unknown:
         there = ", ".join(dataset.column_names)
-        raise ValueError(f"columns names `{unknown[0]}`, which no source has; {name} has {there}")
+        raise UserError(f"columns names `{unknown[0]}`, which no source has; {name} has {there}")
     table = concatenate_datasets(parts).with_format("arrow")[:]
     drops = table["drop"].to_numpy().astype(np.int8)
     if rating is None:
@@ -103,7 +103,7 @@ def load_responses(
     keys = [_digests(table[name]) for name in ("prompt_key", "response_key")]
     responses = Responses(table, sources, _model_names(table["model"]), *keys, drops)
     if wrong := np.flatnonzero(drops == Drop.NO_RATING).tolist():
-        raise ValueError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
+        raise UserError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
     return responses
 
 
@@ -194,39 +194,24 @@ def take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.Array:
 # --- Files ---
 
 
-def write(path: Path, batches: Iterator[pa.Table], total: int, title: str) -> None:
-    """Write rows as JSONL or Parquet, by the suffix, with a progress bar."""
+def write(path: Path, suffix: str, batches: Iterator[pa.Table], total: int, title: str) -> None:
+    """Write rows as JSONL or Parquet, as ``suffix`` says, with a progress bar."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))
         bar = stack.enter_context(tqdm(total=total, desc=title, unit=" rows", dynamic_ncols=True, disable=None))
         writer = None
         for batch in batches:
-            if path.suffix == ".jsonl":
+            if suffix == ".jsonl":
                 _write_lines(file, batch)
             else:
                 writer = writer or stack.enter_context(pq.ParquetWriter(file, batch.schema))
                 writer.write_table(batch)
             bar.update(len(batch))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _write_lines(file: IO[bytes], batch: pa.Table) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
     file.write("".join(lines).encode())
-
-
-@contextmanager
-def replacing(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary files beside ``paths``, which take their places together when all is written, and else are deleted."""
-    temporary = [path.with_name(f".{os.getpid()}.{path.name}") for path in paths]
-    try:
-        yield temporary
-        for written, path in zip(temporary, paths):
-            written.replace(path)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
 
 
 def is_conversational(responses: Responses) -> bool:

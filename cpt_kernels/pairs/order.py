@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from ..errors import UserError
+
 Kind = Literal["all", "adjacent", "base", "named"]
 
 
@@ -25,9 +27,9 @@ class Which:
 
     def __post_init__(self) -> None:
         if self.kind not in (kinds := get_args(Kind)):
-            raise ValueError(f"{self.kind!r} pairs are unknown; the pairs are one of {', '.join(kinds)}")
+            raise UserError(f"{self.kind!r} pairs are unknown; the pairs are one of {', '.join(kinds)}")
         if (self.kind == "base") != bool(self.base) or (self.kind == "named") != bool(self.named):
-            raise ValueError(f"`base` goes with the kind 'base' and `named` with 'named', not with {self.kind!r}")
+            raise UserError(f"`base` goes with the kind 'base' and `named` with 'named', not with {self.kind!r}")
 
     def models(self) -> list[str]:
         """Those that it names."""
@@ -40,7 +42,7 @@ def parse_order(text: str) -> dict[str, float]:
     Several chains may be given, separated by commas; together they must rank every model.
 
     Raises:
-        ValueError: a chain of one model, a cycle, or two models that the chains do not compare.
+        UserError: a chain of one model, a cycle, or two models that the chains do not compare.
     """
     chains = [[_split(tie, "=", text) for tie in _split(chain, ">", text)] for chain in _split(text, ",", text)]
     models = dict.fromkeys(name for chain in chains for tie in chain for name in tie)
@@ -50,7 +52,7 @@ def parse_order(text: str) -> dict[str, float]:
         first = next(name for name in models if name in merged)
         alike = {name: first if other in merged else other for name, other in alike.items()}
     if len(models) < 2:
-        raise ValueError(f"the order {text!r} names one model; write it as in 'gpt4 > chatgpt > text_davinci_003'")
+        raise UserError(f"the order {text!r} names one model; write it as in 'gpt4 > chatgpt > text_davinci_003'")
     weaker = {first: set() for first in alike.values()}
     for chain in chains:
         for better, worse in pairwise(chain):
@@ -59,16 +61,16 @@ def parse_order(text: str) -> dict[str, float]:
     while weaker:
         lowest = [name for name, below in weaker.items() if not below - set(tiers)]
         if not lowest:
-            raise ValueError(f"the order {text!r} goes in a circle: {' > '.join(_find_cycle(weaker, tiers))}")
+            raise UserError(f"the order {text!r} goes in a circle: {' > '.join(_find_cycle(weaker, tiers))}")
         if len(lowest) > 1:
-            raise ValueError(
+            raise UserError(
                 f"the order {text!r} does not say which of {lowest[0]} and {lowest[1]} is stronger: put all models into"
                 " one chain; with '=' between those that are equal"
             )
         tiers.append(lowest[0])
         del weaker[lowest[0]]
     if len(tiers) < 2:
-        raise ValueError(f"the order {text!r} says that all models are equal: that makes no pair")
+        raise UserError(f"the order {text!r} says that all models are equal: that makes no pair")
     return {name: float(tiers.index(alike[name])) for name in models}
 
 
@@ -78,7 +80,7 @@ def parse_which(text: str) -> Which:
         return Which(text)
     named = [_split(pair, ">", text) for pair in _split(text, ",", text)]
     if wrong := [pair for pair in named if len(pair) != 2 or pair[0] == pair[1]]:
-        raise ValueError(
+        raise UserError(
             f"{' > '.join(wrong[0])} is no pair of two models; the pairs are all, adjacent, or named as in"
             " 'gpt4 > text_davinci_003, chatgpt > text_davinci_003'"
         )
@@ -88,7 +90,7 @@ def parse_which(text: str) -> Which:
 def _split(text: str, separator: str, whole: str) -> list[str]:
     parts = [part.strip() for part in text.split(separator)]
     if not all(parts):
-        raise ValueError(f"{whole!r} lacks a model before or after {separator!r}")
+        raise UserError(f"{whole!r} lacks a model before or after {separator!r}")
     return parts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_report(report: dict[str, Any], json_file: Path, *pictures: Path) -> None:
-    """Write the report as JSON, and draw it into files of any kind that matplotlib knows."""
+def write_report(report: dict[str, Any], json_file: Path, pictures: Mapping[str, Path]) -> None:
+    """Write the report as JSON, and draw it into one file for each of matplotlib's formats that ``pictures`` names."""
     json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     entries = report["by_models"][:_MOST_BARS][::-1]  # the first at the top
     rows = max(len(entries), len(report["responses"]["dropped"]) + 1, 4)
@@ -211,8 +211,8 @@ def write_report(report: dict[str, Any], json_file: Path, *pictures: Path) -> No
         axis.spines[["top", "right"]].set_visible(False)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a name may hold dollars
-    for picture in pictures:
-        figure.savefig(picture, dpi=120)
+    for kind, picture in pictures.items():
+        figure.savefig(picture, format=kind, dpi=120)
 
 
 def _draw_counts(axis: Any, entries: Sequence[dict], labels: list[str]) -> None:

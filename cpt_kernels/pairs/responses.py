@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datasets import Dataset, Features, LargeList, List, Value
 
 from ..data.formats import MALFORMED, RowError, without_nulls
+from ..errors import UserError
 from .build import Drop, prompt_key
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
         rating: the column or key that ranks responses, of pairs without `chosen_`; None where models are ranked.
 
     Raises:
-        ValueError: no prompt, no responses, or no such rating; the message says what is there.
+        UserError: no prompt, no responses, or no such rating; the message says what is there.
     """
     there = ", ".join(f"`{name}`" for name in features)
     prompt = _first(_PROMPT, features)
     if prompt is None:
-        raise ValueError(f"there is no column `prompt` or `instruction`, but {there}; rename one by --columns")
+        raise UserError(f"there is no column `prompt` or `instruction`, but {there}; rename one by --columns")
     readings = []
     if (column := _first(_LISTS, features)) and isinstance(features[column], (List, LargeList)):
         item = features[column].feature
@@ -101,7 +102,7 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
         readings.append(Reading(prompt, tuple(Side(name, name=name) for name in own)))
     if not readings:
         ranked = f" nor columns for the models {', '.join(models)}" if models else ""
-        raise ValueError(
+        raise UserError(
             f"there are the columns {there}, but no `model` with `response`, no list of `completions`, no `chosen` and"
             f" `rejected`{ranked}; rename columns by --columns"
         )
@@ -109,7 +110,7 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
         return tuple(readings)
     rated = [reading for reading in readings if _has_rating(reading, features)]
     if not rated:
-        raise ValueError(f"there is no rating `{rating}` of responses; the columns are {_describe(features)}")
+        raise UserError(f"there is no rating `{rating}` of responses; the columns are {_describe(features)}")
     return tuple(rated)
 
 
@@ -185,12 +186,12 @@ def read_responses(
     """The responses in a dataset of any form above, as RESPONSE_FEATURES.
 
     Raises:
-        ValueError: no form that is known; the message begins with `name`.
+        UserError: no form that is known; the message begins with `name`.
     """
     try:
         readings = find_readings(dataset.features, models, rating)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     return dataset.with_format(None).map(
         ReadResponses(readings, tokenizer),
         with_indices=True,
@@ -307,5 +308,5 @@ def _read_rating(value: Any) -> float:
     if value is None or (isinstance(value, str) and value.strip().lower() in _UNRATED):
         return math.nan
     if isinstance(value, bool) or math.isinf(float(value)):
-        raise ValueError("no finite number")
+        raise UserError("no finite number")
     return float(value)

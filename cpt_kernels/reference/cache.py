@@ -26,9 +26,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..errors import UserError
+from ..files import replacing, write_text
 from .index import Index
 from .keys import Sequences, Tokens, row_keys
-from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, publish, write_shard
+from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class ReferenceCache:
         bytes_written: size of the shards that this object wrote.
 
     Raises:
-        ValueError: a malformed fingerprint, or an unknown kind.
+        UserError: a malformed fingerprint, or an unknown kind.
     """
 
     def __init__(
@@ -75,9 +77,9 @@ class ReferenceCache:
         kind: str = "tokens",
     ) -> None:
         if not re.fullmatch("[0-9a-f]{32}", fingerprint):
-            raise ValueError(f"a reference's fingerprint is 32 hex digits, not {fingerprint!r}")
+            raise UserError(f"a reference's fingerprint is 32 hex digits, not {fingerprint!r}")
         if kind not in KINDS:
-            raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+            raise UserError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
         self.directory = Path(directory).expanduser()
         self.folder = self.directory / fingerprint
         self.fingerprint = fingerprint
@@ -100,7 +102,7 @@ class ReferenceCache:
         """16 bytes that identify a completion of a prompt under this reference.
 
         Raises:
-            ValueError: token ids that are not a flat sequence of integers.
+            UserError: token ids that are not a flat sequence of integers.
         """
         return self.keys([(prompt_ids, completion_ids)])[0]
 
@@ -136,7 +138,7 @@ class ReferenceCache:
         """Log-probs of every (prompt ids, completion ids): (len(completion_ids),) fp32; None if not there.
 
         Raises:
-            ValueError: token ids that are not a flat sequence of integers.
+            UserError: token ids that are not a flat sequence of integers.
         """
         lengths = [len(completion) for _, completion in sequences]
         values, found = self.look_up(self.keys(sequences), lengths)
@@ -192,14 +194,14 @@ class ReferenceCache:
         time: a slow disk delays no scoring.
 
         Raises:
-            ValueError: another number of log-probs than tokens, or one that is not finite.
+            UserError: another number of log-probs than tokens, or one that is not finite.
             OSError: as `flush`, also of a shard that was begun by an earlier call.
         """
         arrays = [np.asarray(values, dtype=np.float32) for values in logps]
         lengths = [len(completion) for _, completion in sequences]
         for values, length in zip(arrays, lengths, strict=True):
             if values.shape != (length,):
-                raise ValueError(f"log-probs of shape {values.shape} for a completion of {length} tokens")
+                raise UserError(f"log-probs of shape {values.shape} for a completion of {length} tokens")
         keys = self.keys(sequences)
         with self._lock:
             new: dict[bytes, NDArray[np.float32]] = {}
@@ -295,8 +297,9 @@ class ReferenceCache:
         content = json.dumps({**self.description, "fingerprint": self.fingerprint}, indent=2, default=str)
         try:
             if not about.exists():
-                publish(about, lambda file: file.write(f"{content}\n".encode()))
-            publish(path, lambda file: write_shard(file, rows, self.fingerprint, kind))
+                write_text(about, f"{content}\n")
+            with replacing(path) as (temporary,), temporary.open("xb") as file:
+                write_shard(file, rows, self.fingerprint, kind)
         except OSError as error:
             raise OSError(
                 error.errno,

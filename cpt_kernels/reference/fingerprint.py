@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .weight_files import Digest, WeightFiles
+from ..errors import UserError
 
 OP_VERSION = 1  # to be raised when log-probs change by more than rounding
 
@@ -53,8 +52,6 @@ def fingerprint(
     attention: str,
     op_version: int = OP_VERSION,
     adapters: bool = True,
-    files: WeightFiles | None = None,
-    directory: str | os.PathLike[str] = "",
 ) -> str:
     """32 hex digits that identify a reference model by its numbers.
 
@@ -67,33 +64,23 @@ def fingerprint(
         op_version: of the operators between hidden states and log-probs.
         adapters: whether active adapters take part. With False the result is that of the model without adapters; so it
             is while adapters are disabled.
-        files: where the weights of the model, but for adapters, come from, untouched since; from
-            `weight_files.claim`.
-        directory: of the cache; there, digests of weights from such files are found and kept.
 
     Raises:
-        ValueError: a tensor that is not whole on this process, or is of no plain type; prompt-learning adapters; merged
+        UserError: a tensor that is not whole on this process, or is of no plain type; prompt-learning adapters; merged
             adapters where adapters take no part; a model without a config, or with one that is no plain data.
     """
     base, configs = _unwrap(model)
     active = _active_adapters(base, configs) if adapters else []
     if not active and any(getattr(layer, "merged", False) is True for layer in base.modules()):
-        raise ValueError("an adapter is merged into the base weights, which therefore cannot be told: unmerge it first")
+        raise UserError("an adapter is merged into the base weights, which therefore cannot be told: unmerge it first")
     tensors = _named_tensors(base, configs, active)
-    adapted = {name: tensor for name, tensor in tensors.items() if _ADAPTER in name}
-    weights = {name: tensor for name, tensor in tensors.items() if name not in adapted}
-    digests = files.read(Path(directory), weights) if files else None
-    if digests is None:
-        digests = _digests(weights)
-        if files:
-            files.write(Path(directory), digests)
     facts = {
         "op_version": op_version,
         "compute_dtype": _dtype_name(compute_dtype),
         "attention": attention,
         "config": _plain(base.config.to_dict()),
         "adapters": [_plain(configs[name].to_dict()) for name in active],
-        "tensors": digests | _digests(adapted),
+        "tensors": _digests(tensors),
     }
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -130,13 +117,13 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, Mapping[str, Any]]:
             wrapped = (getattr(model, name, None) for name in ("_orig_mod", "module"))
             inner = next((m for m in wrapped if isinstance(m, nn.Module)), None)
     if not hasattr(getattr(model, "config", None), "to_dict"):
-        raise ValueError(f"{type(model).__name__} has no config; a reference must be a transformers model")
+        raise UserError(f"{type(model).__name__} has no config; a reference must be a transformers model")
     return model, configs
 
 
 def _active_adapters(base: nn.Module, configs: Mapping[str, Any]) -> list[str]:
     if any(config.is_prompt_learning for config in configs.values()):
-        raise ValueError("prompt-learning adapters add tokens of their own, which packed rows do not support")
+        raise UserError("prompt-learning adapters add tokens of their own, which packed rows do not support")
     layers = [m for m in base.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
 
@@ -162,25 +149,25 @@ def _named_tensors(base: nn.Module, configs: Mapping[str, Any], active: Sequence
             place = [str(active.index(part)) if part in active else part for part in path[below[0] :]]
             canonical = ".".join(path[: below[0]]) + _ADAPTER + "/".join(place)
         if named.setdefault(canonical, tensor) is not tensor:
-            raise ValueError(f"two tensors of the model have the name {canonical}")
+            raise UserError(f"two tensors of the model have the name {canonical}")
         _check_whole(canonical, tensor)
     return named
 
 
 def _check_whole(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}, not a tensor, and cannot be fingerprinted")
+        raise UserError(f"{name} is a {type(tensor).__name__}, not a tensor, and cannot be fingerprinted")
     sharded = hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") or "_flat_param" in name
     if sharded or tensor.is_meta:
-        raise ValueError(
+        raise UserError(
             f"{name} is not whole on this process (sharded, offloaded or not loaded): take a reference's fingerprint"
             " before the model is sharded"
         )
     if hasattr(tensor, "__tensor_flatten__"):
-        raise ValueError(f"{name} is a {type(tensor).__name__}, which cannot be fingerprinted")
+        raise UserError(f"{name} is a {type(tensor).__name__}, which cannot be fingerprinted")
 
 
-def _digests(tensors: Mapping[str, Tensor]) -> dict[str, Digest]:
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, list]:
     """Name -> [dtype, shape, digest of the bytes in row-major order]. Shared tensors are read once.
 
     SHA-256 is twice as fast as BLAKE2 where the processor has instructions for it, about 2 GB/s a core.
@@ -225,7 +212,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     # Its text may hold an address, which would make every process a reference of its own.
-    raise ValueError(f"the model's config holds a {type(value).__name__}, which cannot be fingerprinted")
+    raise UserError(f"the model's config holds a {type(value).__name__}, which cannot be fingerprinted")
 
 
 def _is_relevant(key: str) -> bool:

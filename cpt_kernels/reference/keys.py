@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
+from ..errors import UserError
+
 Tokens = Sequence[int] | NDArray[np.integer]
 Sequences = Sequence[tuple[Tokens, Tokens]]  # (prompt ids, completion ids) of each
 
@@ -32,7 +34,7 @@ def row_keys(
     (1 | 2, 3).
 
     Raises:
-        ValueError: token ids that are not a flat sequence of integers.
+        UserError: token ids that are not a flat sequence of integers.
     """
     keys = []
     for prompt_ids, completion_ids in sequences:
@@ -54,8 +56,8 @@ def _token_bytes(ids: Tokens) -> bytes:
         try:
             return _packer(len(ids)).pack(*ids)  # a fifth of the time that numpy takes to read a list
         except struct.error as error:
-            raise ValueError(f"token ids must be a flat sequence of integers: {error}") from error
+            raise UserError(f"token ids must be a flat sequence of integers: {error}") from error
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"token ids must be a flat sequence of integers, not {array.dtype} of shape {array.shape}")
+        raise UserError(f"token ids must be a flat sequence of integers, not {array.dtype} of shape {array.shape}")
     return array.astype("<i8", copy=False).tobytes()

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from ..config import ContrastiveConfig
 from ..data.collate import PackedBatch
+from ..errors import UserError
 from ..model.packed_model import PackedModel
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class MovingReference(TrainerCallback):
         ref_model: the reference to start from; default a copy of the policy.
 
     Raises:
-        ValueError: an adapter, whose product is not mixed by mixing its factors; weights that are sharded over ranks; a
+        UserError: an adapter, whose product is not mixed by mixing its factors; weights that are sharded over ranks; a
             reference of another architecture.
     """
 
@@ -47,16 +48,14 @@ class MovingReference(TrainerCallback):
         args: ContrastiveConfig,
     ) -> None:
         if hasattr(policy.model, "peft_config"):
-            raise ValueError("sync_ref_model mixes weights, which is not defined for an adapter: leave one of both out")
+            raise UserError("sync_ref_model mixes weights, which is not defined for an adapter: leave one of both out")
         plugin = accelerator.state.deepspeed_plugin
         if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
-            raise ValueError(
-                "sync_ref_model needs whole weights on every rank: use DDP or ZeRO-1/2, not FSDP or ZeRO-3"
-            )
+            raise UserError("sync_ref_model needs whole weights on every rank: use DDP or ZeRO-1/2, not FSDP or ZeRO-3")
         model = copy.deepcopy(policy.model) if ref_model is None else ref_model
         shapes = [[(name, p.shape) for name, p in m.named_parameters()] for m in (policy.model, model)]
         if shapes[0] != shapes[1]:
-            raise ValueError("sync_ref_model mixes policy and reference: they must have the same architecture")
+            raise UserError("sync_ref_model mixes policy and reference: they must have the same architecture")
         model.requires_grad_(False).eval().to(accelerator.device)
         self.accelerator, self.policy = accelerator, policy
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
@@ -103,11 +102,11 @@ class MovingReference(TrainerCallback):
         """Go on as the checkpoint left it.
 
         Raises:
-            ValueError: the checkpoint has no reference.
+            UserError: the checkpoint has no reference.
         """
         file = Path(checkpoint) / self.FILE
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model, or that run died"
                 " while it was; resume from an earlier one"
             )

@@ -7,7 +7,6 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup
+from ..errors import UserError
 from ..model.loading import dropout, whole_weights, zero_stage
 from ..model.packed_model import PackedModel, base_model, why_not_finite
 from ..ops.gather import segment_sum
@@ -97,9 +97,7 @@ class Reference:
             "attention": "shared_prompt",
             "adapters": not self.adapters_off,
         }
-        files = self.packed.files if given else policy.files
-        policy.files = self.packed.files = None  # from now on the model may be changed
-        digest = fingerprint(model, **identity, files=files, directory=Path(cache_dir).expanduser())
+        digest = fingerprint(model, **identity)
         self._identity, self._digest = identity, digest
         self.cache = ReferenceCache(cache_dir, digest, description=describe(model, **identity))
         if accelerator.is_main_process:
@@ -110,7 +108,7 @@ class Reference:
     def check_tokens(self) -> None:
         """Raise ValueError where the cache holds sums, of which single tokens mean nothing."""
         if any(shard.kind == "sums" for shard in self.cache.shards):
-            raise ValueError(
+            raise UserError(
                 f"ld_alpha needs the reference log-prob of every token, and {self.cache.folder} holds imported sums:"
                 " choose another ref_cache_dir, or remove them with cpt cache prune"
             )
@@ -176,7 +174,7 @@ class Reference:
             name, whose: what log and progress bar call the dataset and the model.
 
         Raises:
-            ValueError: the cache's folder is not the same one on every rank.
+            UserError: the cache's folder is not the same one on every rank.
             OSError: it cannot be written to.
         """
         started = time.perf_counter()
@@ -236,7 +234,7 @@ class Reference:
         keys = [key.tobytes() for key in missing.keys]
         unseen = self.cache.has_keys(keys, missing.lengths.tolist()).count(False)
         if sum(gather_object([unseen])):
-            raise ValueError(
+            raise UserError(
                 f"rank {self.accelerator.process_index} does not find {unseen} of {len(keys)} completions that were"
                 f" scored just now in {self.cache.folder}: set ref_cache_dir to a folder that all nodes share"
             )
@@ -294,7 +292,7 @@ class Reference:
             if fingerprint(model, **self._identity) != self._digest:
                 raise OSError(f"{name} holds other weights than training started from")
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 "reference log-probs are missing for this data, and the start weights that they would be scored with"
                 f" have been trained, and cannot be loaded again ({error}): pass the data when the trainer is made, for"
                 " a stream set precompute_ref_log_probs=false, or pass a ref_model"
@@ -319,7 +317,7 @@ class Reference:
         """Per-token reference log-probs of a batch's completions, S arrays of fp32.
 
         Raises:
-            ValueError: one is not finite.
+            UserError: one is not finite.
         """
         model = self._model()
         if self.owned:
@@ -335,7 +333,7 @@ class Reference:
         values = logps.float().cpu().numpy()
         if not np.isfinite(values).all():
             cause = why_not_finite(base_model(model))
-            raise ValueError(f"reference log-probs of some completion are not finite: {cause}")
+            raise UserError(f"reference log-probs of some completion are not finite: {cause}")
         return np.split(values, np.cumsum(batch["completion_lengths"])[:-1])
 
 
@@ -343,7 +341,7 @@ def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -
     """Give a batch reference log-probs of its pairs' sides, (P,) each, as those of their first tokens.
 
     Raises:
-        ValueError: a completion that is in several pairs has different ones there.
+        UserError: a completion that is in several pairs has different ones there.
     """
     first = batch["cu_completions"][:-1]
     tokens = torch.zeros_like(batch["targets"], dtype=torch.float32)
@@ -352,7 +350,7 @@ def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -
         tokens[places] = logps
     repeated = any(pairs > 1 for _, pairs in batch["units"])
     if repeated and not all(torch.equal(tokens[places], logps) for places, logps in sides):
-        raise ValueError(
+        raise UserError(
             "compute_ref_log_probs gives a completion another log-prob in another of its pairs: give it one, or train"
             " on rows of one pair each"
         )

@@ -9,9 +9,7 @@ read has been checked.
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_digest, xxh3_128_hexdigest
+
+from ..errors import UserError
 
 KEY_BYTES = 16
 VERSION = b"3"
@@ -32,7 +32,7 @@ _CAPACITY = 1 << 24  # values that `Rows` hold before they need a larger array: 
 _BLOCK_BITS = 14  # values that share a checksum: 2^14, 64 KiB
 
 
-class DamagedShardError(ValueError):
+class DamagedShardError(UserError):
     """What a shard holds is not what was written to it."""
 
 
@@ -69,11 +69,11 @@ class Shard:
             reader = pa.ipc.open_file(source)
             metadata = reader.schema.metadata or {}
             if (version := metadata.get(b"version")) != VERSION:
-                raise ValueError(f"format version {version!r}, this program reads {VERSION!r}")
+                raise UserError(f"format version {version!r}, this program reads {VERSION!r}")
             if metadata.get(b"fingerprint") != fingerprint.encode():
-                raise ValueError("it belongs to another reference")
+                raise UserError("it belongs to another reference")
             if not reader.schema.equals(SCHEMA) or reader.num_record_batches != 1:
-                raise ValueError("unexpected columns")
+                raise UserError("unexpected columns")
             batch = reader.get_batch(0)
             nbytes = source.size()
         batch.validate()  # lengths and buffer sizes, which may be anything in a damaged file
@@ -169,7 +169,7 @@ class Rows:
         """Add new keys and a copy of their values.
 
         Raises:
-            ValueError: a value is not finite; nothing is added.
+            UserError: a value is not finite; nothing is added.
         """
         stops = self._stop + np.cumsum([len(row) for row in rows])
         stop = int(stops[-1])
@@ -182,7 +182,7 @@ class Rows:
             at = self._stop + int(np.argmin(np.isfinite(values)))
             row = int(stops.searchsorted(at, "right"))
             token = at - int(stops[row]) + len(rows[row])
-            raise ValueError(f"log-prob of completion token {token} is {self._values[at]}; only finite values are kept")
+            raise UserError(f"log-prob of completion token {token} is {self._values[at]}; only finite values are kept")
         expected = len(self) + len(keys)
         self.starts.update(zip(keys, [self._stop, *stops[:-1].tolist()]))
         assert len(self) == expected, "a key came twice"
@@ -225,34 +225,6 @@ def write_shard(file: BinaryIO, rows: Rows, fingerprint: str, kind: str = "token
     ]
     with pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
-
-
-def publish(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make a file that others see whole or not at all, and that outlives a power cut once this returns.
-
-    Raises:
-        OSError: it cannot be written; nothing is left of it.
-    """
-    made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "nt":  # where no folder can be opened
-        return
-    for entry in (path, *made):  # a name is durable when the folder that holds it is synced
-        descriptor = os.open(entry.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _num_blocks(values: int) -> int:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..data.collate import PackedBatch
 from ..data.loader import order_seed
+from ..errors import UserError
 from ..model.packed_model import Scores
 from ..reference.moving import MovingReference
 from ..reference.scorer import Reference
@@ -105,7 +106,7 @@ class PackedLoop(Trainer):
                 return self.compute_loss(model, inputs), None, None
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
         if not isinstance(scores, Scores):
-            raise ValueError(
+            raise UserError(
                 f"compute_loss returned {type(scores).__name__} beside the loss, of which compute_metrics and predict"
                 " cannot make rewards: return what super().compute_loss(..., return_outputs=True) does"
             )
@@ -147,7 +148,7 @@ class PackedLoop(Trainer):
             saved, ours = json.loads(file.read_text()), self._order()
             if changed := [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]:
                 differences = ", ".join(f"{name} {saved.get(name)}, now {ours.get(name)}" for name in changed)
-                raise ValueError(
+                raise UserError(
                     f"{resume_from_checkpoint} cannot be resumed with the same order of pairs: it was saved with"
                     f" {differences}. On another number of processes keep processes x gradient_accumulation_steps"
                     " (x per_device_train_batch_size) as it was; ignore_data_skip=true begins the epoch again instead"
@@ -155,7 +156,7 @@ class PackedLoop(Trainer):
         if isinstance(self.reference, MovingReference):
             self.reference.load(resume_from_checkpoint)
         elif self.reference is not None and Path(resume_from_checkpoint, MovingReference.FILE).is_file():
-            raise ValueError(
+            raise UserError(
                 f"{resume_from_checkpoint} was saved by a run with sync_ref_model, whose reference is not the start"
                 " weights any more: resume it with sync_ref_model=true, or begin a new run from its model"
             )

@@ -243,7 +243,7 @@ def test_wheel(cuda, tmp_path):
     assert len(set(re.findall(r"^\s*(cpt_kernels: .*)", log, re.MULTILINE))) == 1
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"cpt_kernels/csrc/{path.name}" for path in CSRC.iterdir()} <= set(names)
-    assert "cpt_kernels/judge.jinja" in names
+    assert "cpt_kernels/evaluation/judge.jinja" in names
     built = [name for name in names if name.startswith("cpt_kernels/_C")]
     assert len(built) == int(cuda)
     if built and not torch.cuda.is_available():

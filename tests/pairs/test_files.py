@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cpt_kernels.files import replacing
 from cpt_kernels.pairs import files as pairs_data
 from cpt_kernels.pairs.build import Drop, build_pairs
 from cpt_kernels.pairs.files import (
@@ -15,7 +16,6 @@ from cpt_kernels.pairs.files import (
     is_conversational,
     load_responses,
     pair_batches,
-    replacing,
     take,
     write,
 )
@@ -92,10 +92,10 @@ def test_a_failed_run_leaves_the_old_file(tmp_path, suffix):
         raise RuntimeError("no space left")
 
     with pytest.raises(RuntimeError, match="no space left"), replacing(path) as (temporary,):
-        write(temporary, batches(), 2, "")
+        write(temporary, suffix, batches(), 2, "")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with replacing(path) as (temporary,):
-        write(temporary, iter([pa.table({"prompt": ["é\u2028\r\n"]})] * 2), 2, "")
+        write(temporary, suffix, iter([pa.table({"prompt": ["é\u2028\r\n"]})] * 2), 2, "")
     if suffix == ".jsonl":
         assert [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]] == [
             {"prompt": "é\u2028\r\n"}

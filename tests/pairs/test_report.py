@@ -71,7 +71,7 @@ def test_figures(report):
 def test_names_are_no_markup(tmp_path):
     names = ["a[/b]", r"$\no{math$", "[red]c"]
     report = make(tmp_path, names)
-    write_report(report, tmp_path / "report.json", tmp_path / "report.svg")
+    write_report(report, tmp_path / "report.json", {"svg": tmp_path / "report.svg"})
     console = Console(width=200, file=StringIO())
     console.print(report_table(report))
     rows = [line.split()[:2] for line in console.file.getvalue().splitlines()]
@@ -80,7 +80,7 @@ def test_names_are_no_markup(tmp_path):
 
 def test_it_can_be_looked_at(report, tmp_path):
     files = [tmp_path / f"report.{suffix}" for suffix in ("json", "png", "svg")]
-    write_report(report, *files)
+    write_report(report, files[0], {path.suffix[1:]: path for path in files[1:]})
     assert json.loads(files[0].read_text()) == report
     assert files[1].read_bytes().startswith(b"\x89PNG") and "<svg" in files[2].read_text()
     console = Console(width=100, file=StringIO())
@@ -116,5 +116,5 @@ def test_many_models(tmp_path, monkeypatch):
     console = Console(width=100, file=StringIO())
     console.print(report_table(report))
     assert f"... and {len(counts) - 4} more" in " ".join(console.file.getvalue().split())
-    write_report(report, tmp_path / "report.json", tmp_path / "report.svg")
+    write_report(report, tmp_path / "report.json", {"svg": tmp_path / "report.svg"})
     assert (tmp_path / "report.svg").stat().st_size > 10_000

@@ -216,13 +216,13 @@ def test_flushes_by_time(tmp_path, monkeypatch):
 
 
 def test_rows_are_added_and_found_while_a_shard_is_written(tmp_path, monkeypatch):
-    may_write, publish = threading.Event(), module.publish
+    may_write, write_shard = threading.Event(), module.write_shard
 
-    def publish_later(*arguments) -> None:
+    def write_later(*arguments) -> None:
         assert may_write.wait(60)
-        publish(*arguments)
+        write_shard(*arguments)
 
-    monkeypatch.setattr(module, "publish", publish_later)
+    monkeypatch.setattr(module, "write_shard", write_later)
     cache = ReferenceCache(tmp_path, FINGERPRINT, flush_seconds=0)
     cache.add(*make_row(0))
     cache.flush_seconds = 30

@@ -1,0 +1,51 @@
+"""Atomic writing: readers see a file whole or not at all, and a file that was written survives a power cut."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary files beside ``paths``: they take the places of ``paths`` when the block ends, else they are deleted.
+
+    Folders are made where they are missing. Every file is synced before it is renamed, and every folder afterwards.
+
+    Raises:
+        OSError: a file cannot be written. None of the temporary files is left.
+    """
+    missing = [folder for path in paths for folder in path.parents if not folder.exists()]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = [path.with_name(f".{uuid.uuid4().hex}.tmp") for path in paths]
+    try:
+        yield temporary
+        for written in temporary:
+            _sync(written)
+        for written, path in zip(temporary, paths):
+            os.replace(written, path)
+    except BaseException:
+        for written in temporary:
+            written.unlink(missing_ok=True)
+        raise
+    if os.name != "nt":  # Windows cannot open a folder
+        for entry in (*paths, *missing):  # a name is durable once the folder that holds it is synced
+            _sync(entry.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, atomically."""
+    with replacing(path) as (temporary,):
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
