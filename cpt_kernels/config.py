@@ -133,7 +133,7 @@ class ContrastiveConfig(TrainingArguments):
     ranked_pairs: str = _option("all", "Pairs of a row with K ranked completions: all, adjacent or extremes.")
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
     curriculum: dict | str | None = _option(
-        None, "Order by difficulty: schedule, levels, ...; recipes/curriculum.yaml explains them. Default: shuffled."
+        None, "Order by difficulty: schedule, levels, ...; examples/curriculum.yaml explains them. Default: shuffled."
     )
 
     # Batches

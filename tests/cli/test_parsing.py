@@ -198,7 +198,7 @@ def test_model_and_data_are_needed(capsys, missing):
     assert "is missing: give --" in one_error(capsys)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=str)
 def test_recipes_are_valid(recipe):
     losses = {"sft": "sft", "dpo": "sigmoid", "curriculum": "sigmoid"}
     assert parse(["--config", str(recipe)]).training.loss_type == [losses[recipe.stem]]

@@ -43,7 +43,7 @@ def test_commands_name_modules_and_files_that_exist():
     for module in re.findall(r"python -m (bench[\w.]*)(?: (\w+))?", README):
         parts = [part for part in (*module[0].split("."), module[1]) if part]
         assert (ROOT / Path(*parts)).with_suffix(".py").is_file() or (ROOT / Path(*parts)).is_dir(), module
-    for file in re.findall(r"(?:recipes|docs)/[\w-]+\.\w+", README):
+    for file in re.findall(r"(?:examples|docs)/[\w-]+\.\w+", README):
         assert (ROOT / file).is_file(), file
 
 

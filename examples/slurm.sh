@@ -1,5 +1,5 @@
 #!/bin/bash
-# Several nodes under Slurm, one task a node that starts a process for each GPU:   sbatch recipes/slurm.sh
+# Several nodes under Slurm, one task a node that starts a process for each GPU:   sbatch examples/slurm.sh
 #SBATCH --job-name=cpt
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -20,8 +20,8 @@ compgen -G "runs/dpo/checkpoint-*" > /dev/null && resume=(--resume_from_checkpoi
 srun --kill-on-bad-exit=1 bash -c "torchrun \
     --nnodes $SLURM_NNODES --nproc_per_node 8 \
     --rdzv_id $SLURM_JOB_ID --rdzv_backend c10d --rdzv_endpoint $main:29500 \
-    -m cpt_kernels.cli train --config recipes/dpo.yaml --ddp_timeout 7200 ${resume[*]:-}"
+    -m cpt_kernels.cli train --config examples/dpo.yaml --ddp_timeout 7200 ${resume[*]:-}"
 
 # FSDP2 or DeepSpeed instead of DDP: cpt-train starts its processes itself. In place of torchrun above:
 #   cpt-train --accelerate_config fsdp2 --num_machines $SLURM_NNODES --num_processes $((8 * SLURM_NNODES)) \
-#       --machine_rank \$SLURM_NODEID --main_process_ip $main --main_process_port 29500 --config recipes/dpo.yaml
+#       --machine_rank \$SLURM_NODEID --main_process_ip $main --main_process_port 29500 --config examples/dpo.yaml
