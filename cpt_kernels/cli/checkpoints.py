@@ -13,9 +13,10 @@ import yaml
 from ..data.tokenize import check_same_tokenizer
 from ..errors import UserError
 from ..losses import LOSSES, loss_names
+from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
 from .options import Options, defaults
 from .parsing import parse
-from .train import CONFIG_FILE, load_ref_tokenizer, load_tokenizer, load_weights
+from .train import CONFIG_FILE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,12 +125,13 @@ def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrained
         UserError: they have different ones, or the reference has.
     """
     model, training = options.model, options.training
+    trust = training.trust_remote_code
     if model.tokenizer_name is not None:
-        first, models = load_tokenizer(model.tokenizer_name, "tokenizer_name", model, training), ()
+        first, models = load_named_tokenizer(model.tokenizer_name, "tokenizer_name", trust_remote_code=trust), ()
     else:
-        first = load_tokenizer(models[0], "models", model, training)
+        first = load_named_tokenizer(models[0], "models", trust_remote_code=trust)
     for name in models[1:]:
-        other = load_tokenizer(name, "models", model, training)
+        other = load_named_tokenizer(name, "models", trust_remote_code=trust)
         if other.get_vocab() != first.get_vocab() or other.chat_template != first.chat_template:
             raise UserError(
                 f"{name} has another tokenizer or chat template than {models[0]}: name one for all by --tokenizer_name,"

@@ -28,6 +28,7 @@ from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, check_exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from ..generation.response_file import ResponseFile
+from .models import from_pretrained, load_named_tokenizer
 from .parsers import Help, Parser, add_endpoint_options, json_object
 
 _BATCH_SIZE = {"transformers": 16, "vllm": 1024}
@@ -75,7 +76,12 @@ class _Run:
             self.endpoint = Endpoint(EndpointOptions(args.model_name_or_path, **options), self.sampling)
             self.origin["extra_body"] = json.dumps(args.extra_body, sort_keys=True)
         else:
-            self.tokenizer = _load_tokenizer(args)
+            name, revision = ("model_name_or_path", args.model_revision)
+            if args.tokenizer_name is not None:
+                name, revision = "tokenizer_name", None
+            self.tokenizer = load_named_tokenizer(
+                getattr(args, name), name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
             if args.prompt_format == "auto" and self.tokenizer.chat_template is None:
                 self.sampling = replace(self.sampling, chat=False)
             self.origin |= {"revision": args.model_revision, "weights": _digest(args.model_name_or_path)}
@@ -136,7 +142,7 @@ class _Run:
         batch_size = args.batch_size or _BATCH_SIZE[args.backend]
         if args.backend == "vllm":
             return VllmModel(args.model_name_or_path, self.tokenizer, self.sampling, batch_size, **options)
-        return LocalModel(_load_model(args, options), self.tokenizer, self.sampling, batch_size)
+        return LocalModel(_load_local_model(args, options), self.tokenizer, self.sampling, batch_size)
 
     def summary(self) -> str:
         """How many were answered, skipped and failed, and how fast."""
@@ -178,23 +184,9 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     )
 
 
-def _load_tokenizer(args: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
-
-    from .train import from_pretrained
-
-    kwargs = {"trust_remote_code": args.trust_remote_code}
-    if args.tokenizer_name is not None:
-        return from_pretrained(AutoTokenizer, args.tokenizer_name, "tokenizer_name", **kwargs)
-    kwargs["revision"] = args.model_revision
-    return from_pretrained(AutoTokenizer, args.model_name_or_path, "model_name_or_path", **kwargs)
-
-
-def _load_model(args: argparse.Namespace, options: Mapping[str, Any]) -> Any:
+def _load_local_model(args: argparse.Namespace, options: Mapping[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
-
-    from .train import from_pretrained
 
     model = from_pretrained(AutoModelForCausalLM, args.model_name_or_path, "model_name_or_path", **options)
     if "device_map" in options:

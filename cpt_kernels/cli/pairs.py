@@ -21,7 +21,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -32,10 +32,8 @@ from ..pairs.build import build_pairs, held_out
 from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, write
 from ..pairs.order import Which, parse_order, parse_which
 from ..pairs.report import make_report, report_lines, report_table, write_report
+from .models import load_named_tokenizer
 from .parsers import Help, Parser
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")  # the last is AlpacaEval's: it has no name
 _WIDTH = 120  # of a table that does not go to a terminal
@@ -60,7 +58,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         columns=args.columns,
         models=list(ranking or ()),
         rating=args.ratings,
-        tokenizer=_load_tokenizer(args.tokenizer) if args.tokenizer else None,
+        tokenizer=load_named_tokenizer(args.tokenizer, "tokenizer") if args.tokenizer else None,
         max_length=limits,
         num_proc=args.num_proc,
     )
@@ -236,15 +234,6 @@ def _rename(text: str) -> tuple[str, str]:
     if not (old and equals and new):
         raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
     return old, new
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
-        raise UserError(f"--tokenizer {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _print(report: Mapping[str, Any], files: Sequence[Path]) -> None:

@@ -14,26 +14,17 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ContrastiveConfig
 from ..data.mixture import load_mixture
 from ..data.sources import load, parse_columns
 from ..errors import UserError
-from ..model.loading import whole_weights
 from ..trainer import ContrastiveTrainer
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from . import launch
+from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
 from .parsing import environment, parse, read_file, read_options
 
@@ -98,9 +89,9 @@ def make_trainer(
     """
     args = options.training
     train_data, eval_data = _load_data(options.script, args)
-    tokenizer = load_tokenizer(options.model.tokenizer_name, "tokenizer_name", options.model, args)
+    tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)
-    model, ref_model = _load_model(options.model, args), _load_reference(options.model, args)
+    model, ref_model = load_policy(options.model, args), load_reference(options.model, args)
     args.model_init_kwargs = None  # used by now; the trainer refuses them for a model that is loaded already
     return cls(
         model,
@@ -199,91 +190,7 @@ def _load_data(script: ScriptArguments, args: ContrastiveConfig):
         raise UserError(f"{error}; evaluation needs the split dataset_test_split, or eval_dataset_name") from error
 
 
-# --- Models ---
-
-
-def from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
-    """``cls.from_pretrained``, its errors as one that names the option."""
-    path = Path(name).expanduser()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{option}={name}: there is no such folder")
-    try:
-        source = str(path) if path.exists() else name
-        with whole_weights():
-            if cls is AutoModelForCausalLM:
-                return cls.from_pretrained(source, **kwargs)
-            return cls.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:  # transformers has no rule which of the two it is
-        message = str(error).splitlines()[0].rstrip(".:")
-        if cls is AutoTokenizer and path.exists():
-            message += "; name the tokenizer by tokenizer_name"
-        elif cls is AutoModelForCausalLM and (path / "config.json").exists():
-            message += "; to start from random weights set from_scratch=true"
-        elif not path.exists():
-            message += f"; nor is there a folder {path.absolute()}"
-        raise UserError(f"{option}={name} cannot be loaded: {message}") from error
-
-
-def load_tokenizer(
-    name: str | None, option: str, model: ModelArguments, args: ContrastiveConfig
-) -> PreTrainedTokenizerBase:
-    """The tokenizer ``name``, given by ``option``; default the model's own. Errors as one that names the option."""
-    kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    if name is None:
-        name, option = model.model_name_or_path, "model_name_or_path"
-        kwargs["revision"] = model.model_revision
-    return from_pretrained(AutoTokenizer, name, option, **kwargs)
-
-
-def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase | None:
-    """The reference's tokenizer, to be compared with the policy's; ``None`` for a folder that holds weights only."""
-    name = model.ref_model_name_or_path
-    if name is None or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()):
-        return None
-    return load_tokenizer(name, "ref_model_name_or_path", model, args)
-
-
-def _load_model(model: ModelArguments, args: ContrastiveConfig):
-    name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
-    if not model.from_scratch:
-        return load_weights(name, "model_name_or_path", model, args, **kwargs)
-    config = from_pretrained(AutoConfig, name, "model_name_or_path", trust_remote_code=args.trust_remote_code, **kwargs)
-    set_seed(args.seed)
-    dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, trust_remote_code=args.trust_remote_code, attn_implementation=model.attn_implementation
-    )
-
-
-def _load_reference(model: ModelArguments, args: ContrastiveConfig):
-    if model.ref_model_name_or_path is None:
-        return None
-    return load_weights(model.ref_model_name_or_path, "ref_model_name_or_path", model, args)
-
-
-def load_weights(name: str, option: str, model: ModelArguments, args: ContrastiveConfig, **kwargs: Any):
-    """The model ``name``, given by ``option``, of the type and quantisation asked for. Errors name the option."""
-    kwargs |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
-    if model.attn_implementation is not None:
-        kwargs["attn_implementation"] = model.attn_implementation
-    if model.load_in_4bit or model.load_in_8bit:
-        kwargs["quantization_config"] = _quantization(model, args)
-    return from_pretrained(AutoModelForCausalLM, name, option, **kwargs | (args.model_init_kwargs or {}))
-
-
-def _quantization(model: ModelArguments, args: ContrastiveConfig) -> BitsAndBytesConfig:
-    if find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit and load_in_8bit need the bitsandbytes package: pip install bitsandbytes")
-    given = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else given
-    return BitsAndBytesConfig(
-        load_in_4bit=model.load_in_4bit,
-        load_in_8bit=model.load_in_8bit,
-        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
-        bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
-        bnb_4bit_compute_dtype=compute,
-    )
+# --- The adapter ---
 
 
 def _lora(model: ModelArguments) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cpt_kernels import cli
 from cpt_kernels.cli import train as run_module
@@ -136,7 +136,7 @@ def test_bad_input_is_one_line(home, tmp_path, capsys, option, value, message):
         flags[option].write_text(value)
     elif value == "gpt":
         other = write_model(tmp_path / "gpt", AutoTokenizer.from_pretrained(home / "start"), vocab_size=99)
-        (model := AutoModelForCausalLM.from_config(run_module.AutoConfig.from_pretrained(other))).save_pretrained(other)
+        (model := AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(other))).save_pretrained(other)
         assert model.config.vocab_size == 99
         flags[option] = other
     elif "another model" in message:

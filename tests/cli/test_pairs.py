@@ -312,7 +312,7 @@ def test_nasty_rows(tmp_path):
         (("--order", ORDER, "--win_rate_column", "x"), "--win_rate_column needs --win_rates"),
         (("--order", ORDER, "--base", "td003", "--pairs", "all"), "--base and --pairs each say which pairs"),
         (("--order", ORDER, "--max_characters", "0"), "--max_characters 0: it is at least 1"),
-        (("--order", ORDER, "--tokenizer", "/no/such"), "--tokenizer /no/such cannot be loaded"),
+        (("--order", ORDER, "--tokenizer", "/no/such"), "tokenizer=/no/such: there is no such folder"),
         (("--order", ORDER, "--columns", "response"), "'response' is not OLD=NEW"),
         (("--order", ORDER, "--columns", "model=prompt"), "has a column `prompt` already"),
         (("--order", ORDER, "--columns", "modle=model"), "columns names `modle`, which no source has; "),

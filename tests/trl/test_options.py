@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from cpt_kernels import DPOTrainer
+from cpt_kernels.cli import models as models_module
 from cpt_kernels.cli import options as arguments
 from cpt_kernels.cli import parsing
 from cpt_kernels.cli import train as run_module
@@ -124,14 +125,17 @@ def test_quantisation_is_trls(monkeypatch):
     ]
     flags += ["--bnb_4bit_quant_storage", "bfloat16"]
     options = parse([*NEEDED, *flags])
-    monkeypatch.setattr(run_module, "find_spec", lambda _: None)
+    monkeypatch.setattr(models_module, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="need the bitsandbytes package: pip install bitsandbytes"):
-        run_module._quantization(options.model, options.training)
-    monkeypatch.setattr(run_module, "find_spec", lambda _: True)
+        models_module.quantization_config(options.model, options.training)
+    monkeypatch.setattr(models_module, "find_spec", lambda _: True)
     _, _, model, _ = dpo.make_parser().parse_args_and_config(
         ["--output_dir", "x", "--use_cpu", "--bf16", "false", *flags]
     )
-    ours, theirs = run_module._quantization(options.model, options.training), trl.get_quantization_config(model)
+    ours, theirs = (
+        models_module.quantization_config(options.model, options.training),
+        trl.get_quantization_config(model),
+    )
     assert ours.to_dict() == theirs.to_dict()
 
 

@@ -1,0 +1,148 @@
+"""Loads the models and tokenizers that the options of a command name.
+
+Every error of ``from_pretrained`` becomes a :class:`UserError` that names the option. transformers takes seconds to
+import, so the functions import it when they run.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+    from ..config import ContrastiveConfig
+    from .options import ModelArguments
+
+
+def from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
+    """Calls ``cls.from_pretrained`` with the folder or hub name that ``option`` has as its value.
+
+    Raises:
+        UserError: the folder does not exist, or its content cannot be loaded. The message names the option.
+    """
+    from safetensors import SafetensorError
+
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{option}={name}: there is no such folder")
+    try:
+        return cls.from_pretrained(str(path) if path.exists() else name, **kwargs)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # transformers raises any of them
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        if "Tokenizer" in cls.__name__ and path.exists():
+            message += "; name the tokenizer by tokenizer_name"
+        elif "Model" in cls.__name__ and (path / "config.json").exists():
+            message += "; to start from random weights set from_scratch=true"
+        elif not path.exists():
+            message += f"; nor is there a folder {path.absolute()}"
+        raise UserError(f"{option}={name} cannot be loaded: {message}") from error
+
+
+# --- Tokenizers ---
+
+
+def load_named_tokenizer(
+    name: str, option: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer ``name``, a folder or a hub name that ``option`` has as its value.
+
+    Raises:
+        UserError: it cannot be loaded. The message names the option.
+    """
+    from transformers import AutoTokenizer
+
+    kwargs = {} if revision is None else {"revision": revision}
+    return from_pretrained(AutoTokenizer, name, option, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that ``tokenizer_name`` names, or else the model's own."""
+    trust = args.trust_remote_code
+    if model.tokenizer_name is not None:
+        return load_named_tokenizer(model.tokenizer_name, "tokenizer_name", trust_remote_code=trust)
+    revision = model.model_revision
+    return load_named_tokenizer(
+        model.model_name_or_path, "model_name_or_path", revision=revision, trust_remote_code=trust
+    )
+
+
+def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase | None:
+    """Loads the reference's tokenizer, to compare it with the policy's; ``None`` for a folder without a tokenizer."""
+    name = model.ref_model_name_or_path
+    if name is None or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()):
+        return None
+    return load_named_tokenizer(name, "ref_model_name_or_path", trust_remote_code=args.trust_remote_code)
+
+
+# --- Weights ---
+
+
+def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
+    """Loads the model to train, or initialises it from its config where ``from_scratch`` is set."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
+    if not model.from_scratch:
+        return load_weights(name, "model_name_or_path", model, args, **kwargs)
+    config = from_pretrained(AutoConfig, name, "model_name_or_path", trust_remote_code=args.trust_remote_code, **kwargs)
+    set_seed(args.seed)
+    dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, trust_remote_code=args.trust_remote_code, attn_implementation=model.attn_implementation
+    )
+
+
+def load_reference(model: ModelArguments, args: ContrastiveConfig) -> nn.Module | None:
+    """Loads the model that ``ref_model_name_or_path`` names, if any."""
+    if model.ref_model_name_or_path is None:
+        return None
+    return load_weights(model.ref_model_name_or_path, "ref_model_name_or_path", model, args)
+
+
+def load_weights(name: str, option: str, model: ModelArguments, args: ContrastiveConfig, **kwargs: Any) -> nn.Module:
+    """Loads the model ``name``, which ``option`` has as its value, with the dtype and quantisation of the run.
+
+    Raises:
+        UserError: it cannot be loaded. The message names the option.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from ..model.loading import whole_weights
+
+    kwargs |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
+    if model.attn_implementation is not None:
+        kwargs["attn_implementation"] = model.attn_implementation
+    if model.load_in_4bit or model.load_in_8bit:
+        kwargs["quantization_config"] = quantization_config(model, args)
+    with whole_weights():
+        return from_pretrained(AutoModelForCausalLM, name, option, **kwargs | (args.model_init_kwargs or {}))
+
+
+def quantization_config(model: ModelArguments, args: ContrastiveConfig) -> BitsAndBytesConfig:
+    """Translates ``load_in_4bit``, ``load_in_8bit`` and ``bnb_*`` for transformers.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit and load_in_8bit need the bitsandbytes package: pip install bitsandbytes")
+    given = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else given
+    return BitsAndBytesConfig(
+        load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
+        bnb_4bit_compute_dtype=compute,
+    )
