@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpt_kernels.data.packing import GroupLengths, pack, scatter_levels
+from cpt_kernels.data.packing import GroupLengths, pack, scatter_rounds
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 
 from .work import attended_pairs
@@ -48,7 +48,7 @@ def layout_of(groups: Groups, share: bool, device: str) -> AttentionLayout:
         return torch.from_numpy(array).to(device)
 
     lengths = zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist())
-    levels = scatter_levels(layout.kv_index, len(layout.position_ids))
+    levels = scatter_rounds(layout.kv_index, len(layout.position_ids))
     return AttentionLayout(
         tensor(layout.cu_seqlens_q),
         tensor(layout.cu_seqlens_k),

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from transformers.utils import is_flash_attn_2_available
 
 from cpt_kernels.data.collate import PackedBatch, PackedCollator
-from cpt_kernels.data.packing import scatter_levels
+from cpt_kernels.data.packing import scatter_rounds
 
 from .lengths import rows_of
 from .timing import MIB, Channel, peak_mib, reset_peak, resident_mib
@@ -151,17 +151,17 @@ class PaddedCollator(PackedCollator):
         predictors = places[batch["predictor_index"].numpy()]
         every = torch.arange(len(tokens))
         bounds = torch.arange(0, len(tokens) + 1, longest, dtype=torch.int32)
-        levels = [tuple(map(torch.from_numpy, level)) for level in scatter_levels(predictors, len(tokens))]
+        levels = [tuple(map(torch.from_numpy, level)) for level in scatter_rounds(predictors, len(tokens))]
         return batch | PackedBatch(
             input_ids=torch.from_numpy(tokens)[None],
             position_ids=(every % longest)[None],
             cu_seqlens_q=bounds,
             cu_seqlens_k=bounds,
             kv_index=every,
-            kv_levels=[(every, every)],
+            kv_rounds=[(every, every)],
             segment_lengths=[(longest, longest)] * count,
             predictor_index=torch.from_numpy(predictors),
-            predictor_levels=levels,
+            predictor_rounds=levels,
         )
 
 

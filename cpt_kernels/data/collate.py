@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .curriculum import PLACE
-from .packing import GroupLengths, pack, scatter_levels, unit_boundaries
+from .packing import GroupLengths, pack, scatter_rounds, pair_block_boundaries
 from .truncation import truncate
 
 # [(prompt ids, completion ids)] -> log-probs of all their completions' tokens, one array; NaN where they are not known
@@ -33,10 +33,10 @@ class PackedBatch(TypedDict):
     cu_seqlens_q: Tensor  # (G+1,) int32
     cu_seqlens_k: Tensor  # (G+1,) int32
     kv_index: Tensor  # (K,) int64
-    kv_levels: list[tuple[Tensor, Tensor]]  # see packing.scatter_levels
+    kv_rounds: list[tuple[Tensor, Tensor]]  # see packing.scatter_rounds
     segment_lengths: list[tuple[int, int]]  # (queries, keys) of every segment
     predictor_index: Tensor  # (N,) int64
-    predictor_levels: list[tuple[Tensor, Tensor]]
+    predictor_rounds: list[tuple[Tensor, Tensor]]
     targets: Tensor  # (N,) int64
     cu_completions: Tensor  # (S+1,) int64
     completion_lengths: list[int]  # S
@@ -44,7 +44,8 @@ class PackedBatch(TypedDict):
     rejected: Tensor | None  # (P,) int64; None for supervised rows
     sft_targets: Tensor  # (P,) int64, the completion of the regulariser
     gaps: Tensor | None  # (P,) fp32, by how much chosen is better; None where rows do not say
-    units: list[tuple[int, int]]  # (completions, pairs) of units: the smallest runs of completions that no pair leaves
+    # (completions, pairs) per block: the smallest consecutive completions containing both sides of all their pairs
+    pair_blocks: list[tuple[int, int]]
     ref_token_logps: Tensor | None  # (N,) fp32; NaN where missing
     ref_missing: list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # (completion, prompt ids, completion ids)
     num_pairs: int
@@ -114,7 +115,7 @@ class PackedCollator:
         layout = pack(lengths)
         tokens = [(prompt, list(completions)) for prompt, completions in groups.items()]
         number = {sequence: s for s, sequence in enumerate((p, c) for p, completions in tokens for c in completions)}
-        pairs, order, units = _number_pairs(edges, number)
+        pairs, order, pair_blocks = _number_pairs(edges, number)
         gaps = [gaps[p] for p in order]
         chosen, sft_targets, *rejected = np.array(pairs, np.int64).T if pairs else np.zeros((3, 0), np.int64)
         row_count = len(layout.position_ids)
@@ -127,10 +128,10 @@ class PackedCollator:
             cu_seqlens_q=torch.from_numpy(layout.cu_seqlens_q),
             cu_seqlens_k=torch.from_numpy(layout.cu_seqlens_k),
             kv_index=_ints(layout.kv_index),
-            kv_levels=_levels(layout.kv_index, row_count),
+            kv_rounds=_rounds(layout.kv_index, row_count),
             segment_lengths=list(zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist())),
             predictor_index=_ints(layout.predictor_index),
-            predictor_levels=_levels(layout.predictor_index, row_count),
+            predictor_rounds=_rounds(layout.predictor_index, row_count),
             targets=_ints(_concatenate(c for _, completions in tokens for c in completions)),
             cu_completions=_ints(layout.cu_completions),
             completion_lengths=completion_lengths.tolist(),
@@ -138,7 +139,7 @@ class PackedCollator:
             rejected=_ints(rejected[0]) if rejected else None,
             sft_targets=_ints(sft_targets),
             gaps=None if None in gaps else torch.tensor(gaps, dtype=torch.float32),
-            units=units,
+            pair_blocks=pair_blocks,
             **self._reference_logps(number, scored=bool(edges)),
             num_pairs=len(pairs),
             num_chosen_tokens=int(completion_lengths[chosen].sum()),
@@ -172,7 +173,7 @@ def _number_pairs(
     pairs = [tuple(number[sequence] for sequence in edge) for edge in edges]
     order = sorted(range(len(pairs)), key=lambda p: min(pairs[p]))  # so a unit's are consecutive; stable
     pairs = [pairs[p] for p in order]
-    boundaries = unit_boundaries(len(number), pairs)
+    boundaries = pair_block_boundaries(len(number), pairs)
     pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
     return pairs, order, list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist()))
 
@@ -191,5 +192,5 @@ def _concatenate(pieces: Any) -> list[int]:
     return [token for piece in pieces for token in piece]
 
 
-def _levels(index: NDArray[np.int64], rows: int) -> list[tuple[Tensor, Tensor]]:
-    return [(_ints(to), _ints(source)) for to, source in scatter_levels(index, rows)]
+def _rounds(index: NDArray[np.int64], rows: int) -> list[tuple[Tensor, Tensor]]:
+    return [(_ints(to), _ints(source)) for to, source in scatter_rounds(index, rows)]

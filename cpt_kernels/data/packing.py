@@ -81,7 +81,7 @@ def pack(groups: Sequence[GroupLengths]) -> Layout:
     )
 
 
-def scatter_levels(index: NDArray[np.int64], rows: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def scatter_rounds(index: NDArray[np.int64], rows: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """How to sum the rows of a gradient of ``x[index]`` back into ``x`` without atomics.
 
     Level l holds the rows of x that occur more than l times in ``index``, and where they do for the l-th time; within
@@ -96,7 +96,7 @@ def scatter_levels(index: NDArray[np.int64], rows: int) -> list[tuple[NDArray[np
     return [(sorted_rows[occurrence == level], order[occurrence == level]) for level in range(counts.max(initial=0))]
 
 
-def unit_boundaries(completions: int, edges: Sequence[tuple[int, ...]]) -> list[int]:
+def pair_block_boundaries(completions: int, edges: Sequence[tuple[int, ...]]) -> list[int]:
     """Boundaries, 0 to S, of the smallest runs of S completions that no edge (a tuple of completions) crosses."""
     covered = np.zeros(completions + 1, dtype=np.int64)
     for edge in edges:

@@ -97,7 +97,7 @@ class PackedModel:
         scores: list[Scores] = []
 
         def head_forward(hidden: Tensor, *_, **__) -> Tensor:
-            rows = gather_rows(hidden.squeeze(0), batch["predictor_index"], batch["predictor_levels"])
+            rows = gather_rows(hidden.squeeze(0), batch["predictor_index"], batch["predictor_rounds"])
             options = dataclasses.replace(self.options, statistics=statistics, compute_dtype=_autocast_dtype(rows))
             rows, weight, bias = _head_operands(head, rows)
             if loss is None:
@@ -148,7 +148,7 @@ def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
         batch["chosen"],
         batch["rejected"],
         batch["sft_targets"],
-        batch["units"],
+        batch["pair_blocks"],
         None if ref is None else segment_sum(ref, batch["cu_completions"]),
         tokens_per_pair,
         ref,

@@ -31,7 +31,7 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(
     x: Tensor,  # (T, ...)
     index: Tensor,  # (M,) int64
-    levels: Levels,  # of (rows, sources), see data.packing.scatter_levels
+    levels: Levels,  # of (rows, sources), see data.packing.scatter_rounds
 ) -> Tensor:
     """``x[index]``, (M, ...); a row that occurs several times gets the fp32 sum of its gradients, in a fixed order."""
     return _GatherRows.apply(x, index, levels)

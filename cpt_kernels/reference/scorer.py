@@ -348,7 +348,7 @@ def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -
     sides = [(first[batch["chosen"]], chosen.to(tokens.dtype)), (first[batch["rejected"]], rejected.to(tokens.dtype))]
     for places, logps in sides:
         tokens[places] = logps
-    repeated = any(pairs > 1 for _, pairs in batch["units"])
+    repeated = any(pairs > 1 for _, pairs in batch["pair_blocks"])
     if repeated and not all(torch.equal(tokens[places], logps) for places, logps in sides):
         raise UserError(
             "compute_ref_log_probs gives a completion another log-prob in another of its pairs: give it one, or train"

@@ -98,9 +98,9 @@ def test_batches_by_brute_force(seed, share):
     assert batch["num_sequence_tokens"] == sum(len(s[0]) + len(s[1]) for w, _, x in edges for s in (w, x))
 
     # Units tile completions and pairs, and no pair leaves its unit.
-    assert [sum(part) for part in zip(*batch["units"])] == [len(unique), len(edges)]
+    assert [sum(part) for part in zip(*batch["pair_blocks"])] == [len(unique), len(edges)]
     completion = pair = 0
-    for completions, pairs in batch["units"]:
+    for completions, pairs in batch["pair_blocks"]:
         for side in sides:
             assert all(completion <= i < completion + completions for i in side[pair : pair + pairs])
         completion, pair = completion + completions, pair + pairs
@@ -128,7 +128,7 @@ def test_equal_prompts_and_completions_are_run_once():
     assert batch["input_ids"][0].tolist() == [1, 2, 3, 4, 5, 6, 9, 3, 4]
     assert sequences(batch)[:3] == [((1, 2), (3,)), ((1, 2), (4, 5)), ((1, 2), (6,))]
     assert list(zip(batch["chosen"].tolist(), batch["rejected"].tolist())) == [(0, 1), (0, 1), (1, 2), (4, 3)]
-    assert batch["units"] == [(3, 3), (2, 1)] and batch["num_chosen_tokens"] == 5
+    assert batch["pair_blocks"] == [(3, 3), (2, 1)] and batch["num_chosen_tokens"] == 5
 
 
 def test_targets_of_the_regulariser():
@@ -142,19 +142,19 @@ def test_supervised_rows_have_no_rejected_side():
         [row([1], [[2], [3, 3]], [(0,), (1,)], supervised=True), row([4], [[5]], [(0,)], supervised=True)]
     )
     assert batch["rejected"] is None and batch["chosen"].tolist() == batch["sft_targets"].tolist() == [0, 1, 2]
-    assert batch["units"] == [(1, 1)] * 3 and batch["num_chosen_tokens"] == 4
+    assert batch["pair_blocks"] == [(1, 1)] * 3 and batch["num_chosen_tokens"] == 4
 
 
 def test_a_completion_in_no_pair_is_a_unit_without_pairs():
     batch = PackedCollator()([row([1], [[2], [3], [4]], [(0, 1)]), row([5], [[6]])])
-    assert batch["units"] == [(2, 1), (1, 0), (1, 0)] and batch["num_pairs"] == 1
+    assert batch["pair_blocks"] == [(2, 1), (1, 0), (1, 0)] and batch["num_pairs"] == 1
 
 
 def test_no_rows():
     """A rank without rows runs one token, and has no pair."""
     batch = PackedCollator(pad_token_id=7, reference=lambda sequences: pytest.fail("nothing to look up"))([])
     assert batch["input_ids"].tolist() == [[7, 7]] and batch["position_ids"].tolist() == [[0, 1]]
-    assert batch["num_pairs"] == batch["num_chosen_tokens"] == 0 and batch["units"] == [(1, 0)]
+    assert batch["num_pairs"] == batch["num_chosen_tokens"] == 0 and batch["pair_blocks"] == [(1, 0)]
     for name in ("chosen", "rejected", "sft_targets"):
         assert batch[name].shape == (0,) and batch[name].dtype == torch.int64
     assert batch["ref_token_logps"].shape == (1,) and batch["ref_missing"] == []
@@ -181,7 +181,7 @@ def test_truncation(seed, mode):
 def test_keep_end_leaves_chosen_and_rejected_with_different_prompts():
     batch = PackedCollator(max_length=5, truncation_mode="keep_end")([row([1, 2, 3, 4], [[5], [6, 7, 8]], [(0, 1)])])
     assert sequences(batch) == [((1, 2, 3, 4), (5,)), ((3, 4), (6, 7, 8))]
-    assert not batch["shared"] and batch["units"] == [(2, 1)]
+    assert not batch["shared"] and batch["pair_blocks"] == [(2, 1)]
     assert batch["chosen"].tolist() == [0] and batch["rejected"].tolist() == [1]
 
 

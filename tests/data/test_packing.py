@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cpt_kernels.data.packing import GroupLengths, Layout, pack, scatter_levels, unit_boundaries
+from cpt_kernels.data.packing import GroupLengths, Layout, pack, scatter_rounds, pair_block_boundaries
 
 Token = tuple[int, int, int, int]  # group, copy of its prompt, completion or -1 for the prompt, place within
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_packed(prompt, completions):
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_scatter_levels_sum_like_add_at(seed):
+def test_scatter_rounds_sum_like_add_at(seed):
     random = np.random.default_rng(seed)
     rows = int(random.integers(1, 40))
     index = random.integers(0, rows, random.integers(0, 90))
@@ -116,7 +116,7 @@ def test_scatter_levels_sum_like_add_at(seed):
     expected = np.zeros((rows, 3))
     np.add.at(expected, index, gradient)
     total = np.zeros((rows, 3))
-    levels = scatter_levels(index, rows)
+    levels = scatter_rounds(index, rows)
     for level, (to, source) in enumerate(levels):
         assert len(set(to.tolist())) == len(to), "a row twice in a level is a race"
         assert level > 0 or set(to) == set(index)
@@ -128,12 +128,12 @@ def test_scatter_levels_sum_like_add_at(seed):
 
 def test_levels_of_a_packed_row_are_its_largest_group():
     layout = pack([GroupLengths(3, [1, 2]), GroupLengths(2, [1, 1, 1, 1]), GroupLengths(1, [5])])
-    assert len(scatter_levels(layout.kv_index, len(layout.position_ids))) == 4
-    assert len(scatter_levels(layout.predictor_index, len(layout.position_ids))) == 4
+    assert len(scatter_rounds(layout.kv_index, len(layout.position_ids))) == 4
+    assert len(scatter_rounds(layout.predictor_index, len(layout.position_ids))) == 4
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_unit_boundaries_by_brute_force(seed):
+def test_pair_block_boundaries_by_brute_force(seed):
     random = np.random.default_rng(seed)
     count = int(random.integers(0, 12))
     edges = [
@@ -143,4 +143,4 @@ def test_unit_boundaries_by_brute_force(seed):
     allowed = [
         cut for cut in range(count + 1) if not any(min(edge) < cut <= max(edge) for edge in edges)
     ]  # cut c stands before completion c
-    assert unit_boundaries(count, edges) == allowed
+    assert pair_block_boundaries(count, edges) == allowed

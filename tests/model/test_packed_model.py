@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cpt_kernels.data.collate import PackedCollator
-from cpt_kernels.data.packing import scatter_levels
+from cpt_kernels.data.packing import scatter_rounds
 from cpt_kernels.losses import build_loss
 from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.ops.gather import segment_sum
@@ -185,7 +185,7 @@ def test_truncated_rows(mode):
     assert_equal(run_packed(packed, rows, LOSSES["slic"], batch=batch), expected, FLOOR)
     if mode == "keep_end":
         assert len({prompt for prompt, _ in sequences_in(batch)}) > len(rows)
-        assert max(completions for completions, _ in batch["units"]) > 1
+        assert max(completions for completions, _ in batch["pair_blocks"]) > 1
 
 
 def _slic_alone(model: nn.Module, rows: list[dict], cut: list[list[tuple]]) -> Result:
@@ -335,8 +335,8 @@ def _predicts_its_first_token_from_its_own_row(batch) -> None:
 
 
 def _sum_again(batch, name: str) -> None:
-    levels = scatter_levels(batch[f"{name}_index"].numpy(), batch["input_ids"].shape[1])
-    batch[f"{name}_levels"] = [(torch.from_numpy(rows), torch.from_numpy(sources)) for rows, sources in levels]
+    levels = scatter_rounds(batch[f"{name}_index"].numpy(), batch["input_ids"].shape[1])
+    batch[f"{name}_rounds"] = [(torch.from_numpy(rows), torch.from_numpy(sources)) for rows, sources in levels]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

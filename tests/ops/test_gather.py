@@ -10,13 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpt_kernels.data.collate import PackedCollator
-from cpt_kernels.data.packing import scatter_levels
+from cpt_kernels.data.packing import scatter_rounds
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 from cpt_kernels.ops.gather import gather_rows, segment_sum
 
 
 def _levels(index: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(torch.from_numpy(to), torch.from_numpy(source)) for to, source in scatter_levels(index.numpy(), rows)]
+    return [(torch.from_numpy(to), torch.from_numpy(source)) for to, source in scatter_rounds(index.numpy(), rows)]
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5)], ids=str)
@@ -72,7 +72,7 @@ def test_nothing_in_the_backward_of_a_shared_prompt_is_atomic_on_cuda(backend):
     batch = PackedCollator()([row])
     query, key, value = (torch.randn(7, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     out = shared_prompt_attention(query, key, value, AttentionLayout.of(batch), backend=backend)
-    rows = gather_rows(out, batch["predictor_index"], batch["predictor_levels"])
+    rows = gather_rows(out, batch["predictor_index"], batch["predictor_rounds"])
     loss = segment_sum(rows.square().sum((1, 2)), batch["cu_completions"]).sum()
     with Called() as called:
         loss.backward()

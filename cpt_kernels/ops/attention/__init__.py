@@ -26,7 +26,7 @@ class AttentionLayout:
     cu_seqlens_q: Tensor  # (G+1,) int32
     cu_seqlens_k: Tensor  # (G+1,) int32
     kv_index: Tensor  # (K,) int64
-    kv_levels: Levels
+    kv_rounds: Levels
     segment_lengths: Sequence[tuple[int, int]]  # G times (queries, keys)
     shared: bool  # False: every segment's keys are its own tokens, in order, and nothing is gathered
 
@@ -67,8 +67,8 @@ def shared_prompt_attention(
         RuntimeError: it is not available here.
     """
     if layout.shared:
-        key = gather_rows(key, layout.kv_index, layout.kv_levels)
-        value = gather_rows(value, layout.kv_index, layout.kv_levels)
+        key = gather_rows(key, layout.kv_index, layout.kv_rounds)
+        value = gather_rows(value, layout.kv_index, layout.kv_rounds)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     kernel = choose(backend, Need.of(query, key, value, window, softcap, sinks, dropout))
     if not isinstance(kernel, str):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpt_kernels.data.packing import GroupLengths, pack, scatter_levels
+from cpt_kernels.data.packing import GroupLengths, pack, scatter_rounds
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 from tests.numerics import assert_close
 
@@ -50,7 +50,7 @@ CASES = {
 
 def make_layout(share: bool, groups=GROUPS) -> AttentionLayout:
     layout = pack([GroupLengths(prompt, completions, share) for prompt, completions in groups])
-    levels = scatter_levels(layout.kv_index, len(layout.position_ids))
+    levels = scatter_rounds(layout.kv_index, len(layout.position_ids))
     q, k = (torch.from_numpy(cumulative) for cumulative in (layout.cu_seqlens_q, layout.cu_seqlens_k))
     return AttentionLayout(
         q,

@@ -260,9 +260,9 @@ CUDA_CASES = {
 
 def cuda_layout(share: bool) -> AttentionLayout:
     layout = make_layout(share, LONG)
-    levels = [tuple(x.cuda() for x in level) for level in layout.kv_levels]
+    levels = [tuple(x.cuda() for x in level) for level in layout.kv_rounds]
     tensors = {name: getattr(layout, name).cuda() for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_index")}
-    return dataclasses.replace(layout, kv_levels=levels, **tensors)
+    return dataclasses.replace(layout, kv_rounds=levels, **tensors)
 
 
 def cuda_inputs(case: Case, layout: AttentionLayout, dtype: torch.dtype, seed: int) -> dict:
