@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from ..data.collate import PackedCollator
 from ..data.preparation import prepare
-from ..data.sources import load
+from ..data.sources import load_data
 from ..errors import UserError
 from ..reference.cache import ReferenceCache
 from ..reference.missing import Missing, find_missing, iter_sequences
@@ -151,7 +151,7 @@ def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = (
 
 def _with_columns(options, trainer: _Unfilled, columns: Sequence[str]) -> Dataset:
     script, args = options.script, options.training
-    data = load(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
+    data = load_data(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
     if lacking := sorted(set(columns) - set(data.column_names)):
         raise UserError(f"{script.dataset_name} has no column {lacking[0]}: there is nothing to import")
     return prepare(

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from rich.console import Console
 
-from ..data.sources import load, parse_columns
+from ..data.sources import load_data, parse_columns
 from ..errors import UserError
 from ..evaluation.judge import TEMPLATE, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
 from ..evaluation.judged import OutputEvaluation, differences
@@ -87,7 +87,7 @@ def score_pairs(args: argparse.Namespace) -> None:
     tokenizer = load_shared_tokenizer(names, options)
     evaluation = evaluate_pairs(
         {name: loader(model, "models", options) for name, model in models.items()},
-        load(args.data, split=args.split, columns=parse_columns(args.columns)),
+        load_data(args.data, split=args.split, columns=parse_columns(args.columns)),
         tokenizer,
         reference=None if reference is None else loader(reference, "reference", options),
         args=options.training,

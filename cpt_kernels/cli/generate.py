@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_64
 
 from ..data.preparation import Drop
-from ..data.sources import load
+from ..data.sources import load_data
 from ..errors import UserError
 from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, check_exports, write_exports
@@ -44,7 +44,7 @@ def main(argv: Sequence[str], prog: str = "cpt generate") -> None:
             says why.
     """
     args = _parse(argv, prog)
-    dataset = load(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
+    dataset = load_data(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
     prompts, dropped = read_prompts(dataset, args.prompt_column)
     unique = {prompt.key: prompt for prompt in prompts if prompt is not None}
     requests = [Request(prompt, sample) for prompt in unique.values() for sample in range(args.n)]

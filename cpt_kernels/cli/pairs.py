@@ -25,11 +25,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ..data.sources import load
+from ..data.sources import load_data
 from ..errors import UserError
 from ..files import replacing
 from ..pairs.build import build_pairs, held_out
-from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, write
+from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, write_batches
 from ..pairs.order import Which, parse_order, parse_which
 from ..pairs.report import make_report, report_lines, report_table, write_report
 from .models import load_named_tokenizer
@@ -47,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         UserError: an option or the data cannot be used, or there is no pair; the message says why.
     """
     args = _parser(prog).parse_args(argv)
-    files = _check(args)
+    files = _check_options(args)
     which = parse_which(args.pairs or "all") if args.base is None else Which("base", base=args.base)
     ranking, meaning = _read_ranking(args)
     limits = {unit: most for unit in ("characters", "tokens") if (most := getattr(args, f"max_{unit}")) is not None}
@@ -86,15 +86,15 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     with replacing(*files) as temporary:
         for written, path, part in zip(temporary, files, parts):
             total = pairs.count_prompts(part) if args.grouped else int(part.sum())
-            write(written, path.suffix, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
+            write_batches(written, path.suffix, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
         kinds = [path.suffix[1:] for path in files[len(parts) + 1 :]]
         write_report(report, temporary[len(parts)], dict(zip(kinds, temporary[len(parts) + 1 :])))
     _print(report, files)
 
 
-def _check(args: argparse.Namespace) -> list[Path]:
+def _check_options(args: argparse.Namespace) -> list[Path]:
     """The files to be written: pairs, those for validation where they are wanted, the report and its pictures."""
-    files = _check_output(args)
+    files = _output_files(args)
     if sum(option is not None for option in (args.order, args.ratings, args.win_rates)) != 1:
         raise UserError(
             "say once which responses are better: by --order 'gpt4 > chatgpt > td003', by --ratings COLUMN, or by"
@@ -113,7 +113,7 @@ def _check(args: argparse.Namespace) -> list[Path]:
     return files
 
 
-def _check_output(args: argparse.Namespace) -> list[Path]:
+def _output_files(args: argparse.Namespace) -> list[Path]:
     output = Path(args.output).expanduser()
     if output.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {args.output}: the name must end in .jsonl or .parquet")
@@ -152,7 +152,7 @@ def _read_ranking(args: argparse.Namespace) -> tuple[dict[str, float] | None, st
         return parse_order(args.order), "ranks"
     if args.ratings is not None:
         return None, f"the rating {args.ratings}"
-    table = load(args.win_rates)
+    table = load_data(args.win_rates)
     model = next((name for name in _MODEL_COLUMNS if name in table.column_names), None)
     wanted = [args.win_rate_column] if args.win_rate_column else _WIN_RATE_COLUMNS
     column = next((name for name in wanted if name in table.column_names), None)

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ContrastiveConfig
 from ..data.mixture import load_mixture
-from ..data.sources import load, parse_columns
+from ..data.sources import load_data, parse_columns
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
@@ -170,20 +170,20 @@ def _load_data(script: ScriptArguments, args: ContrastiveConfig):
             script.datasets, streaming=script.dataset_streaming, test_size=script.test_split_size, seed=args.seed
         )
     else:
-        train_data = load(
+        train_data = load_data(
             script.dataset_name, config=script.dataset_config, split=script.dataset_train_split, **options
         )
     if script.eval_dataset_name is not None:
         # A file has one split, whatever it is called.
         split = None if Path(script.eval_dataset_name).is_file() else script.dataset_test_split
-        return train_data, load(script.eval_dataset_name, split=split, **options)
+        return train_data, load_data(script.eval_dataset_name, split=split, **options)
     if script.datasets is not None:
         return train_data, test_data
     asked = args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end
     if not asked and script.dataset_test_split == ScriptArguments.dataset_test_split:
         return train_data, None
     try:
-        return train_data, load(
+        return train_data, load_data(
             script.dataset_name, config=script.dataset_config, split=script.dataset_test_split, **options
         )
     except ValueError as error:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .curriculum import PLACE
-from .packing import GroupLengths, pack, scatter_rounds, pair_block_boundaries
+from .packing import GroupLengths, pack, pair_block_boundaries, scatter_rounds
 from .truncation import truncate
 
 # [(prompt ids, completion ids)] -> log-probs of all their completions' tokens, one array; NaN where they are not known

@@ -39,7 +39,9 @@ WORD_PATTERNS = {  # besides GPT-2's, which the library knows
 _LAST_CUT = re.compile(r"(?s).*[A-Za-z](?= [A-Za-z])")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
+) -> list[list[int]]:
     """Token ids of each text, those that calling the tokenizer gives."""
     return [ids for (ids,) in encode_groups(tokenizer, [[text] for text in texts], add_special_tokens)]
 
@@ -49,7 +51,7 @@ def encode_groups(
     groups: Sequence[Sequence[str]],
     add_special_tokens: bool = True,
 ) -> list[list[list[int]]]:
-    """As `encode`, for texts of which those of a group may begin with the group's first."""
+    """As `encode_texts`, for texts of which those of a group may begin with the group's first."""
     # verbose=False: the warning about the model's maximum length would come before anything is truncated.
     options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
     if not has_own_backend(tokenizer):

@@ -133,12 +133,12 @@ def parse_row(
     asked = all_scores if pairs is None else row["pairs"]
     if target_column is not None:
         names.append(target_column)
-        sides.append(_read_text(target_column, row.get(target_column)))
+        sides.append(_read_text_or_messages(target_column, row.get(target_column)))
         if _is_empty(sides[-1]):
             raise RowError(EMPTY, f"`{target_column}` without text")
     if len({isinstance(side, str) for side in sides}) > 1:
         raise RowError(MALFORMED, f"{_names(names)} mix text and messages")
-    prompt = None if form is Form.MESSAGES else _read_text("prompt", row.get("prompt"))
+    prompt = None if form is Form.MESSAGES else _read_text_or_messages("prompt", row.get("prompt"))
     if prompt is None and form in (Form.RANKED, Form.SUPERVISED):
         raise RowError(MALFORMED, "`prompt` is null")
     prompt, sides = _split_prompt(prompt, names, sides, ranked=len(scores))
@@ -155,7 +155,7 @@ def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
     Raises:
         RowError: there is none, or it cannot be used; the error says why.
     """
-    prompt = _read_text(column, row.get(column))
+    prompt = _read_text_or_messages(column, row.get(column))
     if column == "messages" and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
     if _is_empty(prompt):
@@ -204,25 +204,25 @@ def _read_sides(row: Mapping[str, Any], form: Form) -> tuple[list[str], list[Tex
     """Names, values and scores of the row's ranked completions, best first."""
     if form is Form.PREFERENCE:
         names = ["chosen", "rejected"]
-        return names, [_read_text(name, row.get(name)) for name in names], [1.0, 0.0]
+        return names, [_read_text_or_messages(name, row.get(name)) for name in names], [1.0, 0.0]
     if form is Form.SUPERVISED:
-        return ["completion"], [_read_text("completion", row.get("completion"))], [0.0]
+        return ["completion"], [_read_text_or_messages("completion", row.get("completion"))], [0.0]
     if form is Form.MESSAGES:
-        messages = _read_text("messages", row.get("messages"))
+        messages = _read_text_or_messages("messages", row.get("messages"))
         if isinstance(messages, str):
             raise RowError(MALFORMED, "`messages` is str; expected a list of {role, content} messages")
         if not messages or messages[-1]["role"] != "assistant":
             raise RowError(NO_ASSISTANT, "`messages` does not end with an assistant turn")
         return ["messages"], [messages], [0.0]  # a lone conversation's implicit prompt is all but its last turn
-    return _read_ranking(row)
+    return _read_ranked_sides(row)
 
 
-def _read_ranking(row: Mapping[str, Any]) -> tuple[list[str], list[Text | None], list[float]]:
+def _read_ranked_sides(row: Mapping[str, Any]) -> tuple[list[str], list[Text | None], list[float]]:
     completions, scores = row.get("completions"), row.get("scores")
     if not isinstance(completions, list):
         raise RowError(MALFORMED, f"`completions` is {type(completions).__name__}; expected a list of completions")
     names = [f"completions[{i}]" for i in range(len(completions))]
-    sides = [_read_text(name, side) for name, side in zip(names, completions)]
+    sides = [_read_text_or_messages(name, side) for name, side in zip(names, completions)]
     if scores is None:
         return names, sides, [float(-i) for i in range(len(sides))]
     if not isinstance(scores, list) or len(scores) != len(sides):
@@ -283,12 +283,12 @@ def _shared_length(sides: Sequence[Text]) -> int:
     return shortest - 1
 
 
-def _read_text(field: str, value: Any) -> Text | None:
+def _read_text_or_messages(field: str, value: Any) -> Text | None:
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         raise RowError(
-            MALFORMED, f"`{field}` is {_describe(value)}; expected text or a list of {{role, content}} messages"
+            MALFORMED, f"`{field}` is {_type_name(value)}; expected text or a list of {{role, content}} messages"
         )
     parts = (part for m in value if isinstance(m.get("content"), list) for part in m["content"])
     if any(isinstance(part, dict) and part.get("type") in ("image", "image_url", "video", "audio") for part in parts):
@@ -304,14 +304,14 @@ def _read_tools(row: Mapping[str, Any]) -> list | None:
         except json.JSONDecodeError as error:
             raise RowError(MALFORMED, f"`tools` is text that is no JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
-        raise RowError(MALFORMED, f"`tools` is {_describe(tools)}; expected a list or its JSON")
+        raise RowError(MALFORMED, f"`tools` is {_type_name(tools)}; expected a list or its JSON")
     return tools
 
 
 def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = row.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise RowError(MALFORMED, f"`chat_template_kwargs` is {_describe(kwargs)}; expected a dict")
+        raise RowError(MALFORMED, f"`chat_template_kwargs` is {_type_name(kwargs)}; expected a dict")
     if kwargs and (reserved := _RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
         raise RowError(MALFORMED, f"`chat_template_kwargs` may not set {_names(sorted(reserved))}")
     return kwargs or {}
@@ -324,7 +324,7 @@ def _is_empty(side: Text | None) -> bool:
     return not any(value for message in side for key, value in message.items() if key != "role")
 
 
-def _describe(value: Any) -> str:
+def _type_name(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {'/'.join(sorted({type(item).__name__ for item in value}))}"
     return type(value).__name__

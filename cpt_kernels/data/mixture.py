@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, load_datase
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import UserError
-from .sources import choose_columns, load
+from .sources import choose_columns, load_data
 
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 
@@ -37,12 +37,12 @@ def load_mixture(
     if not parts:
         raise UserError("datasets names no dataset: give at least one, as a mapping with a path")
     for number, part in enumerate(parts):
-        _check(part, f"datasets[{number}]", streaming)
+        _check_part(part, f"datasets[{number}]", streaming)
     if len({part.get("fraction") is None for part in parts}) > 1:
         raise UserError("datasets: fraction is given for some and not for others; set it for all, or for none")
     if streaming and test_size is not None:
         raise UserError("test_split_size needs the number of rows, which a stream does not say: split the data itself")
-    loaded = [_load(part, f"datasets[{number}]", streaming) for number, part in enumerate(parts)]
+    loaded = [_load_part(part, f"datasets[{number}]", streaming) for number, part in enumerate(parts)]
     if parts[0].get("fraction") is not None:
         loaded = _shares(loaded, [part["fraction"] for part in parts])
     whole = concatenate_datasets(loaded)
@@ -52,7 +52,7 @@ def load_mixture(
     return halves["train"], halves["test"]
 
 
-def _check(part: Mapping[str, Any], where: str, streaming: bool) -> None:
+def _check_part(part: Mapping[str, Any], where: str, streaming: bool) -> None:
     if not isinstance(part, Mapping):
         raise UserError(f"{where} is {part!r}, expected a mapping such as {{path: train.jsonl}}")
     if not part.get("path"):
@@ -68,13 +68,13 @@ def _check(part: Mapping[str, Any], where: str, streaming: bool) -> None:
         raise UserError(f"{where}: columns is {part['columns']!r}, expected a list of names")
 
 
-def _load(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset | IterableDataset:
+def _load_part(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset | IterableDataset:
     path, name, columns = (part.get(key) for key in ("path", "name", "columns"))
     options = {"split": part.get("split", "train"), "streaming": streaming}
     files = {key: part[key] for key in ("data_dir", "data_files") if part.get(key) is not None}
     try:
         if not files:
-            return load(path, config=name, columns=columns, **options)
+            return load_data(path, config=name, columns=columns, **options)
         dataset = load_dataset(path, name, **files, **options)
         return dataset if columns is None else choose_columns(dataset, columns, path)
     except (ValueError, FileNotFoundError, DatasetGenerationError) as error:

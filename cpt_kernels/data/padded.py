@@ -31,7 +31,7 @@ class UnpaddingCollator:
     packing: PackedCollator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
-        examples = [example for row in rows for example in _examples(row)]
+        examples = [example for row in rows for example in _pair_examples(row)]
         sides = _sequences(self.padding(examples), len(examples)) if examples else []
         edges = [(chosen, chosen, rejected) for chosen, rejected in zip(sides, sides[len(examples) :])]
         gaps = [gap_of(row, *edge) for row in rows for edge in zip(row["chosen"], row["rejected"])]
@@ -54,7 +54,7 @@ def with_reference(
     return collator if collator.reference is not None else replace(collator, reference=lookup)
 
 
-def _examples(row: Mapping[str, Any]) -> list[dict]:
+def _pair_examples(row: Mapping[str, Any]) -> list[dict]:
     if not row["rejected"] or row["targets"] != row["chosen"]:
         raise UserError(
             f"row {row['row']} is more or less than pairs of chosen and rejected, which is all that a data_collator for"

@@ -16,7 +16,7 @@ from ..errors import UserError
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load(
+def load_data(
     name_or_path: str | Path,
     *,
     config: str | None = None,
@@ -66,7 +66,7 @@ def _load_file(path: Path, config: str | None, split: str | None, streaming: boo
         raise UserError(f"config={config!r} chooses a configuration of a hub dataset, but {path} is a file")
     if split is not None and split.split("[")[0] != "train":
         raise UserError(f"{path} is one file and has only the split 'train', not {split!r}")
-    return _read([path], _LOADERS[path.suffix], streaming, data_files=str(path), split=split)
+    return _read_files([path], _LOADERS[path.suffix], streaming, data_files=str(path), split=split)
 
 
 def _load_folder(path: Path, config: str | None, split: str | None, streaming: bool):
@@ -79,7 +79,7 @@ def _load_folder(path: Path, config: str | None, split: str | None, streaming: b
     loaders = {_LOADERS[file.suffix] for file in files}
     if len(loaders) > 1 and not (path / "README.md").exists():
         raise UserError(f"the folder {path} mixes {' and '.join(sorted(loaders))} files: choose one file")
-    return _read(files, str(path), streaming, name=config, split=split)
+    return _read_files(files, str(path), streaming, name=config, split=split)
 
 
 def _load_saved(path: Path, split: str | None, streaming: bool):
@@ -102,7 +102,7 @@ def _load_hub(name: str, config: str | None, split: str | None, streaming: bool)
         ) from error
 
 
-def _read(files: list[Path], loader: str, streaming: bool, **arguments):
+def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
     if empty := [str(file) for file in files if file.stat().st_size == 0]:
         raise UserError(f"{empty[0]} is an empty file")
     try:
@@ -168,7 +168,7 @@ def _choose_split(dataset, split: str | None, name: str | Path):
 
 
 def parse_columns(names: Sequence[str] | None) -> dict[str, str] | None:
-    """`name`, or `name in the data=name here`, of each column -> the mapping that `load` takes."""
+    """`name`, or `name in the data=name here`, of each column -> the mapping that `load_data` takes."""
     if names is None:
         return None
     return {old: new if equals else old for old, equals, new in (name.partition("=") for name in names)}

@@ -27,7 +27,7 @@ from datasets import Features, List, Value
 from jinja2 import TemplateError
 
 from ..errors import UserError
-from .encoding import encode, encode_groups, has_own_backend
+from .encoding import encode_groups, encode_texts, has_own_backend
 from .formats import (
     EMPTY,
     IDENTICAL,
@@ -139,7 +139,7 @@ class Tokenization:
         parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
         ahead = has_own_backend(self.tokenizer) and len(parts) > 1
         if ahead:
-            encode(self.tokenizer, [""])  # what this changes in the backend must not change under another thread
+            encode_texts(self.tokenizer, [""])  # what this changes in the backend must not change under another thread
         # Rust encodes a part while Python renders the next and makes groups of the one before.
         with ThreadPoolExecutor(2) if ahead else contextlib.nullcontext() as pool:
             encoded = chain.from_iterable((pool.map if pool else map)(self._encode, parts))

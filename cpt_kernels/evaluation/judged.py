@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..pairs.build import number
+from ..pairs.build import factorize
 from .judge import Verdicts
 from .outputs import Comparisons
 from .win_rate import CONFIDENCE, RESAMPLES, interval, length_controlled_win_rate, win_rate
@@ -49,7 +49,7 @@ class OutputEvaluation:
         wins = self.verdicts.preferences[judged]
         lengths = np.array([len(text) for text in pairs.outputs])[judged]
         baseline_lengths = np.array([len(text) for text in pairs.baseline_outputs])[judged]
-        prompts = number(pairs.prompts)[judged]
+        prompts = factorize(pairs.prompts)[judged]
         controlled = length_controlled_win_rate(wins, lengths, baseline_lengths, prompts=prompts, **bootstrap)
         return {
             "model": pairs.model,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.formats import RowError, parse_prompt, without_nulls
-from ..data.sources import load
+from ..data.sources import load_data
 from ..errors import UserError
 from ..files import write_text
 
@@ -66,7 +66,7 @@ def read_outputs(path: str | Path) -> dict[str, Outputs]:
     Raises:
         UserError: no such file, other columns, or a row without a prompt or a response; the message names it.
     """
-    data = load(path)
+    data = load_data(path)
     form = next((form for form in _FORMS if set(form[:2]) <= set(data.column_names)), None)
     if form is None:
         expected = " or ".join(", ".join(form) for form in _FORMS)

@@ -27,7 +27,7 @@ from ..data.tokenize import check_tokenizer
 from ..errors import UserError
 from ..model.loading import load_model
 from ..model.packed_model import PackedModel, base_model
-from ..pairs.build import number
+from ..pairs.build import factorize
 from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.missing import iter_sequences
 from ..reference.scorer import Reference
@@ -357,7 +357,7 @@ def _grouping(name: str, of_rows: list[str], row_of_pair: NDArray) -> Grouping:
     values = list(dict.fromkeys(of_rows))
     if len(values) > _MOST_VALUES:
         raise UserError(f"{name} has {len(values)} different values; at most {_MOST_VALUES} make a table")
-    return Grouping(name, values, number(of_rows)[row_of_pair])
+    return Grouping(name, values, factorize(of_rows)[row_of_pair])
 
 
 def _buckets(name: str, values: NDArray, edges: Sequence[float]) -> Grouping:

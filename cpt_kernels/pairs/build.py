@@ -23,7 +23,7 @@ from .order import Which, parse_order, parse_which
 Values = Sequence[Hashable] | NDArray  # of an array the elements are compared, so digests do as well as texts
 
 
-class Drop(IntEnum):
+class DropReason(IntEnum):
     """What became of a response: KEPT, or why it is in no pair."""
 
     KEPT = 0
@@ -45,7 +45,7 @@ class Drop(IntEnum):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairTable:
     """P pairs of n responses, in the order in which their prompts first appear, best chosen and rejected first."""
 
     chosen: NDArray[np.int64]  # (P,) responses, as indices into the n given
@@ -53,7 +53,7 @@ class Pairs:
     gap: NDArray[np.float64]  # (P,) strength of the chosen minus that of the rejected, > 0
     identical: NDArray[np.int64]  # (D, 2) pairs dropped because both responses are the same text, the stronger first
     tied: NDArray[np.int64]  # (E, 2) pairs of different text dropped because no one is stronger
-    drops: NDArray[np.int8]  # (n,) a `Drop` for each response
+    drops: NDArray[np.int8]  # (n,) a `DropReason` for each response
     strength: NDArray[np.float64] = field(repr=False)  # (n,) nan where there is none
     prompt: NDArray[np.int64] = field(repr=False)  # (n,) number of its prompt, in order of first appearance
     content: NDArray[np.int64] = field(repr=False)  # (n,) number of its prompt and text together
@@ -104,7 +104,7 @@ class Pairs:
 
     def group(self) -> Groups:
         """The pairs by prompt; a response is there once, however many pairs it is in."""
-        members = np.flatnonzero(self.drops == Drop.KEPT)
+        members = np.flatnonzero(self.drops == DropReason.KEPT)
         members = members[np.lexsort((members, -self.strength[members], self.prompt[members]))]
         cu_members = _boundaries(self.prompt[members])
         place = np.zeros(len(self.drops), np.int64)
@@ -134,7 +134,7 @@ def build_pairs(
     which: Which | str = "all",
     *,
     drops: NDArray[np.int8] | None = None,  # (n,)
-) -> Pairs:
+) -> PairTable:
     """Pair the responses to equal prompts, the stronger one chosen.
 
     Args:
@@ -160,27 +160,27 @@ def build_pairs(
     which = parse_which(which) if isinstance(which, str) else which
     strength = parse_order(strength) if isinstance(strength, str) else strength
     drops = _find_empty(prompts, responses) if drops is None else drops.astype(np.int8)
-    prompt = number(prompts)
-    content = number(prompt * n + number(responses))
-    names, model = list(dict.fromkeys(models)), number(models)
+    prompt = factorize(prompts)
+    content = factorize(prompt * n + factorize(responses))
+    names, model = list(dict.fromkeys(models)), factorize(models)
     ranking = None
     if isinstance(strength, Mapping):
         ranking = _check_ranking(strength, names, which)
         score = np.array([ranking.get(name, np.nan) for name in names])[model]
-        mark(drops, np.isnan(score), Drop.MODEL_NOT_RANKED)
+        drop_where(drops, np.isnan(score), DropReason.MODEL_NOT_RANKED)
     else:
         score = _read_ratings(strength, n)
         _check_known(which.models(), names, "the choice of pairs")
-        mark(drops, np.isnan(score), Drop.NO_RATING)
-    _mark_repeats(drops, [content, model], Drop.DUPLICATE)
+        drop_where(drops, np.isnan(score), DropReason.NO_RATING)
+    _mark_repeats(drops, [content, model], DropReason.DUPLICATE)
     if ranking is not None:
-        _mark_repeats(drops, [prompt, model], Drop.SECOND_RESPONSE)
+        _mark_repeats(drops, [prompt, model], DropReason.SECOND_RESPONSE)
         _check_models_left(ranking, names, model, drops)
 
-    usable = np.flatnonzero(drops == Drop.KEPT)
+    usable = np.flatnonzero(drops == DropReason.KEPT)
     order = usable[np.lexsort((usable, -score[usable], prompt[usable]))]  # a prompt's together, its best first
     cu_prompts = _boundaries(prompt[order])
-    drops[order[cu_prompts[:-1][np.diff(cu_prompts) == 1]]] = Drop.NO_OTHER_RESPONSE
+    drops[order[cu_prompts[:-1][np.diff(cu_prompts) == 1]]] = DropReason.NO_OTHER_RESPONSE
     asked = _Asked(which, names, model, _levels(score, order, ranking))
     candidates = order[_enumerate(order, cu_prompts, asked)]
     pairs = _choose(candidates, drops, score, prompt, content)
@@ -223,7 +223,7 @@ def _choose(
     score: NDArray[np.float64],
     prompt: NDArray[np.int64],
     content: NDArray[np.int64],
-) -> Pairs:
+) -> PairTable:
     """The candidates of different text and strength, and apart from them the others; what is in none is dropped."""
     chosen, rejected = candidates
     identical = content[chosen] == content[rejected]
@@ -231,8 +231,8 @@ def _choose(
     kept = ~identical & ~tied
     in_pair = np.zeros(len(drops), bool)
     in_pair[candidates[:, kept]] = True
-    mark(drops, ~in_pair, Drop.NO_PAIR_LEFT)
-    return Pairs(
+    drop_where(drops, ~in_pair, DropReason.NO_PAIR_LEFT)
+    return PairTable(
         chosen[kept],
         rejected[kept],
         score[chosen[kept]] - score[rejected[kept]],
@@ -286,7 +286,7 @@ def held_out(keys: Iterable[bytes] | NDArray[np.bytes_], share: float) -> NDArra
 # --- Numbers for values ---
 
 
-def number(values: Values) -> NDArray[np.int64]:
+def factorize(values: Values) -> NDArray[np.int64]:
     """(n,) numbers, equal for equal values, in order of first appearance."""
     if isinstance(values, np.ndarray) and values.dtype != object:
         _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
@@ -301,14 +301,14 @@ def _boundaries(sorted_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.append(starts, len(sorted_numbers))
 
 
-def mark(drops: NDArray[np.int8], where: NDArray[np.bool_], reason: Drop) -> None:
+def drop_where(drops: NDArray[np.int8], where: NDArray[np.bool_], reason: DropReason) -> None:
     """Drop responses, given by a mask (n,), but for those that are dropped already."""
-    drops[where & (drops == Drop.KEPT)] = reason
+    drops[where & (drops == DropReason.KEPT)] = reason
 
 
-def _mark_repeats(drops: NDArray[np.int8], columns: list[NDArray[np.int64]], reason: Drop) -> None:
+def _mark_repeats(drops: NDArray[np.int8], columns: list[NDArray[np.int64]], reason: DropReason) -> None:
     """All usable rows that are equal to an earlier one in all columns."""
-    rows = np.flatnonzero(drops == Drop.KEPT)
+    rows = np.flatnonzero(drops == DropReason.KEPT)
     columns = [column[rows] for column in columns]
     order = np.lexsort((rows, *columns))
     same = np.logical_and.reduce([np.diff(column[order]) == 0 for column in columns])
@@ -317,9 +317,9 @@ def _mark_repeats(drops: NDArray[np.int8], columns: list[NDArray[np.int64]], rea
 
 def _find_empty(prompts: Values, responses: Values) -> NDArray[np.int8]:
     drops = np.zeros(len(prompts), np.int8)
-    for values, reason in ((prompts, Drop.EMPTY_PROMPT), (responses, Drop.EMPTY_RESPONSE)):
+    for values, reason in ((prompts, DropReason.EMPTY_PROMPT), (responses, DropReason.EMPTY_RESPONSE)):
         blank = (value is None or (isinstance(value, str) and not value.strip()) for value in values)
-        mark(drops, np.fromiter(blank, bool, len(values)), reason)
+        drop_where(drops, np.fromiter(blank, bool, len(values)), reason)
     return drops
 
 
@@ -362,16 +362,16 @@ def _check_known(asked: Iterable[str], names: Sequence[str], where: str) -> None
 
 
 def _check_models_left(ranking: Mapping[str, float], names: list[str], model: NDArray, drops: NDArray) -> None:
-    left = np.bincount(model[drops == Drop.KEPT], minlength=len(names))
+    left = np.bincount(model[drops == DropReason.KEPT], minlength=len(names))
     for name in ranking:
         if not left[names.index(name)]:
             reasons = describe_drops(drops[model == names.index(name)])
             raise UserError(f"no response of {name} can be used: {reasons}")
 
 
-def _explain_no_pair(pairs: Pairs, names: list[str], model: NDArray) -> str:
-    alone = pairs.drops == Drop.NO_OTHER_RESPONSE
-    if alone.any() and not (pairs.drops == Drop.NO_PAIR_LEFT).any():
+def _explain_no_pair(pairs: PairTable, names: list[str], model: NDArray) -> str:
+    alone = pairs.drops == DropReason.NO_OTHER_RESPONSE
+    if alone.any() and not (pairs.drops == DropReason.NO_PAIR_LEFT).any():
         counts = np.bincount(model[alone], minlength=len(names))
         answers = ", ".join(f"{names[i]} answers {count}" for i, count in enumerate(counts) if count)
         others = f" (dropped: {describe_drops(pairs.drops[~alone])})" if not alone.all() else ""
@@ -385,8 +385,8 @@ def _explain_no_pair(pairs: Pairs, names: list[str], model: NDArray) -> str:
 
 def describe_drops(drops: NDArray[np.int8]) -> str:
     """`"12 empty response, 3 duplicate"`."""
-    counts = np.bincount(drops, minlength=len(Drop))
-    return ", ".join(f"{counts[reason]} {reason.label}" for reason in Drop if reason and counts[reason]) or "none"
+    counts = np.bincount(drops, minlength=len(DropReason))
+    return ", ".join(f"{counts[reason]} {reason.label}" for reason in DropReason if reason and counts[reason]) or "none"
 
 
 def _list(names: Sequence[str], most: int = 8) -> str:

@@ -16,9 +16,9 @@ from datasets import concatenate_datasets
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ..data.sources import load
+from ..data.sources import load_data
 from ..errors import UserError
-from .build import Drop, Pairs, mark
+from .build import DropReason, PairTable, drop_where
 from .responses import TEXT, as_messages, read_responses
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load_responses(
     """Read all responses of the named files, folders or hub datasets.
 
     Args:
-        names, config, split: as for ``data.sources.load``.
+        names, config, split: as for ``data.sources.load_data``.
         columns: {name in the data: name here}, renamed in those sources that have it.
         models, rating, tokenizer, num_proc: as for ``data.response_rows.read_responses``.
         max_length: {"characters" or "tokens": how many prompt and response may have together}.
@@ -80,7 +80,7 @@ def load_responses(
     parts, sources, total = [], {}, 0
     unknown = list(columns or ())
     for name in dict.fromkeys(names):
-        dataset = load(name, config=config, split=split)
+        dataset = load_data(name, config=config, split=split)
         renamed = {old: new for old, new in (columns or {}).items() if old in dataset.column_names}
         unknown = [old for old in unknown if old not in renamed]
         if taken := [new for new in renamed.values() if new in dataset.column_names]:
@@ -96,13 +96,13 @@ def load_responses(
     table = concatenate_datasets(parts).with_format("arrow")[:]
     drops = table["drop"].to_numpy().astype(np.int8)
     if rating is None:
-        mark(drops, table["model"].is_null().to_numpy(), Drop.NO_MODEL_NAMED)
+        drop_where(drops, table["model"].is_null().to_numpy(), DropReason.NO_MODEL_NAMED)
     for unit, most in (max_length or {}).items():
         length = table[f"prompt_{unit}"].to_numpy() + table[f"response_{unit}"].to_numpy()
-        mark(drops, length > most, Drop.TOO_LONG)
-    keys = [_digests(table[name]) for name in ("prompt_key", "response_key")]
+        drop_where(drops, length > most, DropReason.TOO_LONG)
+    keys = [_fixed_width_keys(table[name]) for name in ("prompt_key", "response_key")]
     responses = Responses(table, sources, _model_names(table["model"]), *keys, drops)
-    if wrong := np.flatnonzero(drops == Drop.NO_RATING).tolist():
+    if wrong := np.flatnonzero(drops == DropReason.NO_RATING).tolist():
         raise UserError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
     return responses
 
@@ -114,14 +114,14 @@ def _model_names(column: pa.ChunkedArray) -> NDArray[np.object_]:
     return names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
 
 
-def _digests(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
+def _fixed_width_keys(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
     return np.concatenate([np.array(chunk.to_pylist(), "S16") for chunk in column.chunks])
 
 
 # --- Rows to write ---
 
 
-def pair_batches(responses: Responses, pairs: Pairs, part: NDArray, chat: bool) -> Iterator[pa.Table]:
+def pair_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: bool) -> Iterator[pa.Table]:
     """Rows of a preference dataset, for the pairs where ``part`` (P,) is true."""
     numbers = np.flatnonzero(part)
     for start in range(0, len(numbers), _BATCH):
@@ -139,7 +139,7 @@ def pair_batches(responses: Responses, pairs: Pairs, part: NDArray, chat: bool) 
         )
 
 
-def group_batches(responses: Responses, pairs: Pairs, part: NDArray, chat: bool) -> Iterator[pa.Table]:
+def group_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: bool) -> Iterator[pa.Table]:
     """Rows of a ranked dataset, a prompt each, for the prompts of the pairs where ``part`` (P,) is true."""
     groups = pairs.group()
     numbers = np.flatnonzero(part[groups.cu_edges[:-1]])
@@ -194,7 +194,7 @@ def take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.Array:
 # --- Files ---
 
 
-def write(path: Path, suffix: str, batches: Iterator[pa.Table], total: int, title: str) -> None:
+def write_batches(path: Path, suffix: str, batches: Iterator[pa.Table], total: int, title: str) -> None:
     """Write rows as JSONL or Parquet, as ``suffix`` says, with a progress bar."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))
@@ -216,5 +216,5 @@ def _write_lines(file: IO[bytes], batch: pa.Table) -> None:
 
 def is_conversational(responses: Responses) -> bool:
     """Whether some usable prompt or response came as messages."""
-    usable = responses.drops == Drop.KEPT
+    usable = responses.drops == DropReason.KEPT
     return any((responses.numbers(f"{name}_shape")[usable] != TEXT).any() for name in ("prompt", "response"))

@@ -44,7 +44,10 @@ def parse_order(text: str) -> dict[str, float]:
     Raises:
         UserError: a chain of one model, a cycle, or two models that the chains do not compare.
     """
-    chains = [[_split(tie, "=", text) for tie in _split(chain, ">", text)] for chain in _split(text, ",", text)]
+    chains = [
+        [_split_names(tie, "=", text) for tie in _split_names(chain, ">", text)]
+        for chain in _split_names(text, ",", text)
+    ]
     models = dict.fromkeys(name for chain in chains for tie in chain for name in tie)
     alike = {name: name for name in models}  # model -> the first of those that are as strong
     for tie in (tie for chain in chains for tie in chain):
@@ -78,7 +81,7 @@ def parse_which(text: str) -> Which:
     """`"all"`, `"adjacent"`, or named pairs, `"gpt4 > td003, chatgpt > td003"`, chosen first."""
     if text in ("all", "adjacent"):
         return Which(text)
-    named = [_split(pair, ">", text) for pair in _split(text, ",", text)]
+    named = [_split_names(pair, ">", text) for pair in _split_names(text, ",", text)]
     if wrong := [pair for pair in named if len(pair) != 2 or pair[0] == pair[1]]:
         raise UserError(
             f"{' > '.join(wrong[0])} is no pair of two models; the pairs are all, adjacent, or named as in"
@@ -87,7 +90,7 @@ def parse_which(text: str) -> Which:
     return Which("named", named=tuple((better, worse) for better, worse in named))
 
 
-def _split(text: str, separator: str, whole: str) -> list[str]:
+def _split_names(text: str, separator: str, whole: str) -> list[str]:
     parts = [part.strip() for part in text.split(separator)]
     if not all(parts):
         raise UserError(f"{whole!r} lacks a model before or after {separator!r}")

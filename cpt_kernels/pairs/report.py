@@ -17,7 +17,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .build import Drop, Pairs, number
+from .build import DropReason, PairTable, factorize
 from .files import Responses
 
 # Column of the table -> figure and its format.
@@ -47,7 +47,7 @@ _COLOURS = {
 
 
 def make_report(
-    responses: Responses, pairs: Pairs, held_out: NDArray[np.bool_], unit: str, about: dict[str, Any]
+    responses: Responses, pairs: PairTable, held_out: NDArray[np.bool_], unit: str, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Counts and lengths of what was built, ready for JSON.
 
@@ -67,11 +67,11 @@ def make_report(
     prompt = responses.numbers(f"prompt_{unit}")[pairs.chosen]
     lengths = responses.numbers(f"response_{unit}")
     lengths = {"prompt": prompt, "chosen": lengths[pairs.chosen], "rejected": lengths[pairs.rejected]}
-    by_models = _describe_models(pairs, responses.models, lengths, held_out)
+    by_models = _summarize_models(pairs, responses.models, lengths, held_out)
     ranking = about["strength"] or {}
     by_models.sort(key=lambda e: (-ranking.get(e["chosen"], 0), -ranking.get(e["rejected"], 0), -e["pairs"]))
     repeated, opposed = pairs.count_echoes()
-    everything = _describe(pairs, np.arange(len(pairs)), lengths, held_out)
+    everything = _summarize(pairs, np.arange(len(pairs)), lengths, held_out)
     return {
         **about,
         "unit": unit,
@@ -89,24 +89,24 @@ def make_report(
     }
 
 
-def _account(responses: Responses, pairs: Pairs) -> dict[str, Any]:
-    counts = np.bincount(pairs.drops, minlength=len(Drop))
+def _account(responses: Responses, pairs: PairTable) -> dict[str, Any]:
+    counts = np.bincount(pairs.drops, minlength=len(DropReason))
     dropped = {}
-    for reason in Drop:
-        if reason == Drop.KEPT or not counts[reason]:
+    for reason in DropReason:
+        if reason == DropReason.KEPT or not counts[reason]:
             continue
         rows = np.flatnonzero(pairs.drops == reason)[:_EXAMPLES].tolist()
         dropped[reason.label] = {"count": int(counts[reason]), "first": [responses.where(row) for row in rows]}
         if detail := responses.table["detail"][rows[0]].as_py():
             dropped[reason.label]["detail"] = detail
-    return {"in": len(responses), "kept": int(counts[Drop.KEPT]), "dropped": dropped}
+    return {"in": len(responses), "kept": int(counts[DropReason.KEPT]), "dropped": dropped}
 
 
-def _describe_models(
-    pairs: Pairs, models: Sequence[str], lengths: dict, held_out: NDArray[np.bool_]
+def _summarize_models(
+    pairs: PairTable, models: Sequence[str], lengths: dict, held_out: NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
-    """As `_describe`, for each two models that have pairs, or candidates that were dropped."""
-    names, model = list(dict.fromkeys(models)), number(models)
+    """As `_summarize`, for each two models that have pairs, or candidates that were dropped."""
+    names, model = list(dict.fromkeys(models)), factorize(models)
 
     def code(chosen: NDArray[np.int64], rejected: NDArray[np.int64]) -> NDArray[np.int64]:
         return model[chosen] * len(names) + model[rejected]
@@ -119,12 +119,12 @@ def _describe_models(
     for key in np.unique(np.concatenate([codes, *dropped.values()])).tolist():
         some = order[slice(*np.searchsorted(codes, [key, key + 1], sorter=order))]
         entry = {"chosen": names[key // len(names)], "rejected": names[key % len(names)]}
-        entry |= _describe(pairs, some, lengths, held_out)
+        entry |= _summarize(pairs, some, lengths, held_out)
         entries.append(entry | {reason: found[key] for reason, found in counts.items()})
     return entries
 
 
-def _describe(pairs: Pairs, some: NDArray[np.int64], lengths: dict, held_out: NDArray[np.bool_]) -> dict[str, Any]:
+def _summarize(pairs: PairTable, some: NDArray[np.int64], lengths: dict, held_out: NDArray[np.bool_]) -> dict[str, Any]:
     """The numbered pairs in figures."""
     numbers = {"pairs": len(some), "validation": int(held_out[some].sum()), "prompts": pairs.count_prompts(some)}
     if not len(some):

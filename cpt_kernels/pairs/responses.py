@@ -22,7 +22,7 @@ from datasets import Dataset, Features, LargeList, List, Value
 
 from ..data.formats import MALFORMED, RowError, without_nulls
 from ..errors import UserError
-from .build import Drop, prompt_key
+from .build import DropReason, prompt_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
         return tuple(readings)
     rated = [reading for reading in readings if _has_rating(reading, features)]
     if not rated:
-        raise UserError(f"there is no rating `{rating}` of responses; the columns are {_describe(features)}")
+        raise UserError(f"there is no rating `{rating}` of responses; the columns are {_describe_columns(features)}")
     return tuple(rated)
 
 
@@ -133,19 +133,19 @@ class ReadResponses:
         for index, values in zip(indices, zip(*columns.values())):
             records += self._read(dict(zip(columns, values)), index)
         for name in ("prompt", "response"):
-            plain = [_plain(record[name], record[f"{name}_shape"]) for record in records]
+            plain = [_plain_text(record[name], record[f"{name}_shape"]) for record in records]
             tokens = self._count_tokens(plain)
             for record, text in zip(records, plain):
                 record[f"{name}_characters"], record[f"{name}_tokens"] = len(text), tokens[text]
                 record[f"{name}_key"] = prompt_key(record[name])
-                if record["drop"] == Drop.KEPT and not text.strip():
-                    record["drop"] = Drop.EMPTY_PROMPT if name == "prompt" else Drop.EMPTY_RESPONSE
+                if record["drop"] == DropReason.KEPT and not text.strip():
+                    record["drop"] = DropReason.EMPTY_PROMPT if name == "prompt" else DropReason.EMPTY_RESPONSE
         return {name: [record[name] for record in records] for name in RESPONSE_FEATURES}
 
     def _read(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
         reading = next((r for r in self.readings if any(row[side.response] for side in r.sides)), self.readings[-1])
         nothing = {"prompt": "", "prompt_shape": TEXT, "response": "", "response_shape": TEXT, "model": None}
-        nothing |= {"rating": math.nan, "row": index, "drop": Drop.KEPT, "detail": ""}
+        nothing |= {"rating": math.nan, "row": index, "drop": DropReason.KEPT, "detail": ""}
         records = []
         try:
             prompt = _read_text(reading.prompt, row[reading.prompt], "user")
@@ -155,15 +155,20 @@ class ReadResponses:
                     response = _read_text(where, _without_prompt(value, row[reading.prompt]), "assistant")
                     record |= dict(zip(("prompt", "prompt_shape", "response", "response_shape"), (*prompt, *response)))
                 except RowError as error:
-                    record |= {"drop": Drop.MALFORMED_ROW, "detail": error.detail}
+                    record |= {"drop": DropReason.MALFORMED_ROW, "detail": error.detail}
                 try:
                     record["rating"] = _read_rating(rating)
                 except (TypeError, ValueError):
-                    record |= {"drop": Drop.NO_RATING, "detail": f"the rating of `{where}` is {rating!r}, no number"}
+                    record |= {
+                        "drop": DropReason.NO_RATING,
+                        "detail": f"the rating of `{where}` is {rating!r}, no number",
+                    }
                 records.append(record)
         except RowError as error:
-            return [nothing | {"drop": Drop.MALFORMED_ROW, "detail": error.detail}]
-        return records or [nothing | {"drop": Drop.MALFORMED_ROW, "detail": f"`{reading.sides[0].response}` is empty"}]
+            return [nothing | {"drop": DropReason.MALFORMED_ROW, "detail": error.detail}]
+        return records or [
+            nothing | {"drop": DropReason.MALFORMED_ROW, "detail": f"`{reading.sides[0].response}` is empty"}
+        ]
 
     def _count_tokens(self, texts: list[str]) -> dict[str, int | None]:
         unique = list(dict.fromkeys(texts))
@@ -230,7 +235,7 @@ def _has_rating(reading: Reading, features: Features) -> bool:
     return all(side.rating in there for side in reading.sides)
 
 
-def _describe(features: Features) -> str:
+def _describe_columns(features: Features) -> str:
     """Column names; of a list of objects, with their keys."""
     items = {name: kind.feature for name, kind in features.items() if isinstance(kind, (List, LargeList))}
     return ", ".join(
@@ -295,7 +300,7 @@ def _without_prompt(response: Any, prompt: Any) -> Any:
     return response[len(turns) :] if start == list(map(without_nulls, turns)) else response
 
 
-def _plain(text: str, shape: int) -> str:
+def _plain_text(text: str, shape: int) -> str:
     return "\n".join(content for _, content in json.loads(text)) if shape == TURNS else text
 
 

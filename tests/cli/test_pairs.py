@@ -14,7 +14,7 @@ import pytest
 
 from cpt_kernels import cli
 from cpt_kernels.cli.pairs import main
-from cpt_kernels.data.sources import load
+from cpt_kernels.data.sources import load_data
 from cpt_kernels.pairs import report as pairs_report
 from cpt_kernels.pairs.build import held_out, prompt_key
 from tests.helpers.command import bpe_tokenizer, write_rows
@@ -95,7 +95,7 @@ def test_one_file(source, tmp_path, output, capsys):
     }
     assert (tmp_path / "pairs.report.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "pairs.report.svg").read_text()
-    assert load(tmp_path / output).column_names == PAIR_COLUMNS
+    assert load_data(tmp_path / output).column_names == PAIR_COLUMNS
 
 
 def test_files_of_each_model_in_any_form(tmp_path):
@@ -191,7 +191,7 @@ def test_grouped_rows_train_as_the_pairs_do(tmp_path):
         assert grouped[1]["pairs"] == [[0, 2], [1, 2]] and grouped[0]["pairs"] == [[0, 1]]
         tokenizer = make_tokenizer()
         results = []
-        for given in (flat, load(tmp_path / name).to_list()):
+        for given in (flat, load_data(tmp_path / name).to_list()):
             kept, report = prepared(given, tokenizer)
             results.append(Counter())
             for row in kept:
@@ -208,7 +208,7 @@ def test_conversational(source, tmp_path, capsys):
     assert "written as messages: trained on through the chat template" in capsys.readouterr().out
     rows = build(source, "--order", ORDER, "--conversational", "--grouped", "--output", tmp_path / "groups.parquet")
     assert rows[1]["completions"] == [assistant(f"{model} answer to 1") for model in MODELS]
-    kept, _ = prepared(load(tmp_path / "groups.parquet").to_list(), make_tokenizer())
+    kept, _ = prepared(load_data(tmp_path / "groups.parquet").to_list(), make_tokenizer())
     assert len(kept) == 40
 
 

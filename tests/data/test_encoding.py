@@ -168,7 +168,7 @@ def test_encode_gives_what_the_tokenizer_gives(special):
     asked.pad_token = EOS
     expected = [asked(text, add_special_tokens=special)["input_ids"] for text in TEXTS]
     asked(TEXTS, padding=True, truncation=True, max_length=3)  # a state of the backend that must not stay
-    assert encoding.encode(asked, TEXTS, special) == expected
+    assert encoding.encode_texts(asked, TEXTS, special) == expected
 
 
 def test_encode_asks_a_tokenizer_that_has_a_way_of_its_own():
@@ -178,4 +178,8 @@ def test_encode_asks_a_tokenizer_that_has_a_way_of_its_own():
 
     plain = make_tokenizer()
     own = Shouting(tokenizer_object=plain.backend_tokenizer, eos_token=EOS)
-    assert encoding.encode(own, ["sky"]) == encoding.encode(plain, ["SKY"]) != encoding.encode(plain, ["sky"])
+    assert (
+        encoding.encode_texts(own, ["sky"])
+        == encoding.encode_texts(plain, ["SKY"])
+        != encoding.encode_texts(plain, ["sky"])
+    )

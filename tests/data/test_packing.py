@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cpt_kernels.data.packing import GroupLengths, Layout, pack, scatter_rounds, pair_block_boundaries
+from cpt_kernels.data.packing import GroupLengths, Layout, pack, pair_block_boundaries, scatter_rounds
 
 Token = tuple[int, int, int, int]  # group, copy of its prompt, completion or -1 for the prompt, place within
 

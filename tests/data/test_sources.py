@@ -6,7 +6,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from cpt_kernels.data.sources import find_json_fault, load, parse_columns
+from cpt_kernels.data.sources import find_json_fault, load_data, parse_columns
 
 ROWS = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -43,13 +43,13 @@ def write_rows(path):
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.csv"])
 def test_files(folder, name, streaming):
-    dataset = load(write_rows(folder / name), streaming=streaming)
+    dataset = load_data(write_rows(folder / name), streaming=streaming)
     assert isinstance(dataset, IterableDataset if streaming else Dataset)
     assert list(dataset) == ROWS
 
 
 def test_json_lines_in_a_json_file(folder):
-    assert list(load(write(folder / "a.json", "\ufeff" + LINES))) == ROWS
+    assert list(load_data(write(folder / "a.json", "\ufeff" + LINES))) == ROWS
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -75,19 +75,19 @@ def test_json_lines_in_a_json_file(folder):
 )
 def test_malformed_files(folder, name, content, message, streaming):
     with pytest.raises(ValueError, match=message):
-        load(write(folder / name, content), streaming=streaming)
+        load_data(write(folder / name, content), streaming=streaming)
 
 
 def test_fault_far_inside_a_file(folder):
     path = write(folder / "a.jsonl", LINES * 20_000 + "{" + LINES)
     with pytest.raises(ValueError, match=r"a\.jsonl: line 60001, column 2: "):
-        load(path)
+        load_data(path)
 
 
 def test_text_that_is_not_utf8_far_inside_a_file(folder):
     path = write(folder / "a.jsonl", LINES.encode() * 20_000 + b'{"prompt": "\xe9"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl: line 60001: not UTF-8"):
-        load(path)
+        load_data(path)
 
 
 def test_no_fault(folder):
@@ -98,15 +98,15 @@ def test_no_fault(folder):
 def test_missing_paths(folder):
     for path in (folder / "a.jsonl", folder / "b", "a.jsonl", "./a", "~/no such folder"):
         with pytest.raises(ValueError, match=r"does not exist \(looked for /"):
-            load(path)
+            load_data(path)
     with pytest.raises(ValueError, match=r"a\.txt is no \.json, \.jsonl, \.parquet, \.csv file"):
-        load(write(folder / "a.txt", "text"))
+        load_data(write(folder / "a.txt", "text"))
 
 
 def test_hub_name_without_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="'no-such-owner/no-such-data' is no local file or folder, and the hub"):
-        load("no-such-owner/no-such-data")
+        load_data("no-such-owner/no-such-data")
 
 
 def test_hub_arguments(monkeypatch):
@@ -118,7 +118,7 @@ def test_hub_arguments(monkeypatch):
         return DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1]))
 
     monkeypatch.setattr("cpt_kernels.data.sources.load_dataset", load_dataset)
-    assert len(load("owner/data", config="small")) == 3
+    assert len(load_data("owner/data", config="small")) == 3
     assert seen == [(("owner/data", "small"), {"split": None, "streaming": False})]
 
 
@@ -127,61 +127,61 @@ def test_folder_of_files(folder, streaming):
     write_rows(folder / "train-0.jsonl")
     write_rows(folder / "train-1.jsonl")
     write(folder / "test.jsonl", LINES.splitlines()[0])
-    assert list(load(folder, streaming=streaming)) == ROWS + ROWS
-    assert list(load(folder, split="test", streaming=streaming)) == ROWS[:1]
+    assert list(load_data(folder, streaming=streaming)) == ROWS + ROWS
+    assert list(load_data(folder, split="test", streaming=streaming)) == ROWS[:1]
     with pytest.raises(ValueError, match=r"(?i)split.*validation.*(train.*test|test.*train)"):
-        load(folder, split="validation", streaming=streaming)
+        load_data(folder, split="validation", streaming=streaming)
 
 
 def test_folders_that_cannot_be_read(folder):
     with pytest.raises(ValueError, match=r"holds no \.json, \.jsonl"):
-        load(folder)
+        load_data(folder)
     write_rows(folder / "a.jsonl")
     write(folder / "b.jsonl", "{")
     with pytest.raises(ValueError, match=r"b\.jsonl: line 1, column 2"):
-        load(folder)
+        load_data(folder)
     (folder / "b.jsonl").unlink()
     write_rows(folder / "b.parquet")
     with pytest.raises(ValueError, match="mixes json and parquet files: choose one file"):
-        load(folder)
+        load_data(folder)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_saved_datasets(folder, streaming):
     Dataset.from_list(ROWS).save_to_disk(folder / "one")
     DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(folder / "many")
-    assert list(load(folder / "one", streaming=streaming)) == ROWS
-    assert list(load(folder / "many", streaming=streaming)) == ROWS
-    assert list(load(folder / "many", split="test", streaming=streaming)) == ROWS[:1]
+    assert list(load_data(folder / "one", streaming=streaming)) == ROWS
+    assert list(load_data(folder / "many", streaming=streaming)) == ROWS
+    assert list(load_data(folder / "many", split="test", streaming=streaming)) == ROWS[:1]
     with pytest.raises(ValueError, match="only the split 'train', not 'test'"):
-        load(folder / "one", split="test", streaming=streaming)
+        load_data(folder / "one", split="test", streaming=streaming)
     with pytest.raises(ValueError, match="has the splits 'train', 'test', not 'dev'"):
-        load(folder / "many", split="dev", streaming=streaming)
+        load_data(folder / "many", split="dev", streaming=streaming)
 
 
 def test_splits_of_a_file(folder):
     path = write_rows(folder / "a.jsonl")
-    assert list(load(path, split="train[:2]")) == ROWS[:2]
+    assert list(load_data(path, split="train[:2]")) == ROWS[:2]
     with pytest.raises(ValueError, match=r"a\.jsonl is one file and has only the split 'train', not 'test'"):
-        load(path, split="test")
+        load_data(path, split="test")
     with pytest.raises(ValueError, match="config='small' chooses a configuration of a hub dataset"):
-        load(path, config="small")
+        load_data(path, config="small")
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_columns(folder, streaming):
     path = write_rows(folder / "a.jsonl")
-    assert list(load(path, columns=["chosen"], streaming=streaming)) == [{"chosen": "a"}] * 3
-    renamed = load(path, columns={"prompt": "prompt", "chosen": "completion"}, streaming=streaming)
+    assert list(load_data(path, columns=["chosen"], streaming=streaming)) == [{"chosen": "a"}] * 3
+    renamed = load_data(path, columns={"prompt": "prompt", "chosen": "completion"}, streaming=streaming)
     assert list(renamed) == [{"prompt": row["prompt"], "completion": "a"} for row in ROWS]
     with pytest.raises(
         ValueError, match=r"columns names \['best'\], but .*a\.jsonl has the columns \['prompt', 'chosen'"
     ):
-        load(path, columns=["prompt", "best"], streaming=streaming)
+        load_data(path, columns=["prompt", "best"], streaming=streaming)
 
 
 def test_parse_columns(folder):
     assert parse_columns(None) is None
     columns = parse_columns(["prompt", "chosen=completion"])
     assert columns == {"prompt": "prompt", "chosen": "completion"} and parse_columns(["a=b=c"]) == {"a": "b=c"}
-    assert load(write_rows(folder / "a.jsonl"), columns=columns).column_names == ["prompt", "completion"]
+    assert load_data(write_rows(folder / "a.jsonl"), columns=columns).column_names == ["prompt", "completion"]

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cpt_kernels.pairs.build import Drop, Which, build_pairs, held_out, number, prompt_key
+from cpt_kernels.pairs.build import DropReason, Which, build_pairs, factorize, held_out, prompt_key
 from tests.helpers.rows import real_rows
 
 MODELS = ["a", "b", "c", "d"]
@@ -90,10 +90,10 @@ def test_against_a_straightforward_count(which, rated, seed):
         reordered[prompt, better, chosen, worse, rejected, gap] += count
     assert reordered == expected and len(pairs) > 10
     assert (len(pairs.identical), len(pairs.tied)) == (identical, tied)
-    counts = np.bincount(pairs.drops, minlength=len(Drop))
-    assert counts.sum() == len(rows) and counts[Drop.KEPT] == used
-    assert counts[Drop.EMPTY_RESPONSE] == sum(not text.strip() for text in responses)
-    assert (counts[Drop.SECOND_RESPONSE] == 0) == rated
+    counts = np.bincount(pairs.drops, minlength=len(DropReason))
+    assert counts.sum() == len(rows) and counts[DropReason.KEPT] == used
+    assert counts[DropReason.EMPTY_RESPONSE] == sum(not text.strip() for text in responses)
+    assert (counts[DropReason.SECOND_RESPONSE] == 0) == rated
 
 
 def test_real_responses():
@@ -102,7 +102,7 @@ def test_real_responses():
     pairs = build_pairs(prompts, models, responses, " > ".join(REAL_ORDER))
     expected, identical, tied, used = straightforward(rows, dict(zip(REAL_ORDER[::-1], range(4))), WANTED["all"])
     assert (len(pairs), len(pairs.identical), len(pairs.tied)) == (expected.total(), identical, tied) == (1747, 53, 0)
-    assert (pairs.drops == Drop.KEPT).sum() == used
+    assert (pairs.drops == DropReason.KEPT).sum() == used
     by_models = Counter((models[i], models[j]) for i, j in pairs.identical.tolist())
     assert [by_models[pair] for pair in itertools.combinations(REAL_ORDER, 2)] == [4, 10, 9, 3, 2, 25]
     built = [(row["prompt"], row["chosen"], row["rejected"]) for row in pairs.rows(prompts, models, responses)]
@@ -125,13 +125,13 @@ def test_rows_may_come_in_any_order():
 def test_digests_and_texts_give_the_same_pairs():
     prompts, models, responses, ratings = columns(random_rows())
     digests = [np.array([prompt_key(text) for text in texts]) for texts in (prompts, responses)]
-    drops = np.array([Drop.KEPT if text.strip() else Drop.EMPTY_RESPONSE for text in responses], np.int8)
+    drops = np.array([DropReason.KEPT if text.strip() else DropReason.EMPTY_RESPONSE for text in responses], np.int8)
     for strength in (ORDER, ratings):
         by_text = build_pairs(prompts, models, responses, strength)
         by_digest = build_pairs(digests[0], np.array(models, object), digests[1], strength, drops=drops)
         assert (by_text.chosen == by_digest.chosen).all() and (by_text.rejected == by_digest.rejected).all()
         assert (by_text.drops == by_digest.drops).all() and (by_text.prompt == by_digest.prompt).all()
-    assert (drops[drops != 0] == Drop.EMPTY_RESPONSE).all(), "the caller's array is not written to"
+    assert (drops[drops != 0] == DropReason.EMPTY_RESPONSE).all(), "the caller's array is not written to"
 
 
 def test_groups_hold_each_response_once():
@@ -147,7 +147,7 @@ def test_groups_hold_each_response_once():
         grouped.update((row["prompt"], row["completions"][i], row["completions"][j]) for i, j in row["pairs"])
         responses_used += len(row["completions"])
     assert grouped == flat and len({p for p, _, _ in flat}) == len(pairs.group())
-    assert responses_used == (pairs.drops == Drop.KEPT).sum()
+    assert responses_used == (pairs.drops == DropReason.KEPT).sum()
 
 
 def test_what_became_of_each_response():
@@ -164,7 +164,7 @@ def test_what_became_of_each_response():
         ("r", "d", "same", 1.0),
         ("r", "c", "same", 1.0),
     ]
-    K, D = Drop.KEPT, Drop
+    K, D = DropReason.KEPT, DropReason
     prompts, models, responses, ratings = columns(rows)
     drops = build_pairs(prompts, models, responses, "a > d").drops.tolist()
     assert drops == [
@@ -248,4 +248,4 @@ def test_keys_take_any_text():
 
 def test_numbers_follow_first_appearance():
     for values in (["b", "a", "b", "c"], np.array(["b", "a", "b", "c"]), np.array([7, 3, 7, 9])):
-        assert number(values).tolist() == [0, 1, 0, 2]
+        assert factorize(values).tolist() == [0, 1, 0, 2]

@@ -10,14 +10,14 @@ import pytest
 
 from cpt_kernels.files import replacing
 from cpt_kernels.pairs import files as pairs_data
-from cpt_kernels.pairs.build import Drop, build_pairs
+from cpt_kernels.pairs.build import DropReason, build_pairs
 from cpt_kernels.pairs.files import (
     group_batches,
     is_conversational,
     load_responses,
     pair_batches,
     take,
-    write,
+    write_batches,
 )
 from tests.helpers.command import write_rows
 from tests.helpers.rows import assistant, user
@@ -76,10 +76,15 @@ def test_what_cannot_be_used_is_marked(tmp_path):
         {"prompt": "p", "model": "a", "response": None},
     ]
     responses = load(tmp_path, rows, max_length={"characters": 5})
-    assert responses.drops.tolist() == [Drop.KEPT, Drop.TOO_LONG, Drop.NO_MODEL_NAMED, Drop.EMPTY_RESPONSE]
+    assert responses.drops.tolist() == [
+        DropReason.KEPT,
+        DropReason.TOO_LONG,
+        DropReason.NO_MODEL_NAMED,
+        DropReason.EMPTY_RESPONSE,
+    ]
     assert responses.models.tolist() == ["a", "a", "unknown", "a"] and not is_conversational(responses)
     rated = load(tmp_path, [{**row, "score": 1} for row in rows], rating="score")
-    assert rated.drops.tolist() == [Drop.KEPT, Drop.KEPT, Drop.KEPT, Drop.EMPTY_RESPONSE]
+    assert rated.drops.tolist() == [DropReason.KEPT, DropReason.KEPT, DropReason.KEPT, DropReason.EMPTY_RESPONSE]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -92,10 +97,10 @@ def test_a_failed_run_leaves_the_old_file(tmp_path, suffix):
         raise RuntimeError("no space left")
 
     with pytest.raises(RuntimeError, match="no space left"), replacing(path) as (temporary,):
-        write(temporary, suffix, batches(), 2, "")
+        write_batches(temporary, suffix, batches(), 2, "")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with replacing(path) as (temporary,):
-        write(temporary, suffix, iter([pa.table({"prompt": ["é\u2028\r\n"]})] * 2), 2, "")
+        write_batches(temporary, suffix, iter([pa.table({"prompt": ["é\u2028\r\n"]})] * 2), 2, "")
     if suffix == ".jsonl":
         assert [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]] == [
             {"prompt": "é\u2028\r\n"}

@@ -7,7 +7,7 @@ import math
 import pytest
 from datasets import Dataset
 
-from cpt_kernels.pairs.build import Drop, prompt_key
+from cpt_kernels.pairs.build import DropReason, prompt_key
 from cpt_kernels.pairs.responses import TEXT, TURN, TURNS, as_messages, find_readings, read_responses
 from tests.helpers.rows import assistant, make_tokenizer, user
 
@@ -57,8 +57,8 @@ def read(rows, models=("a", "b"), rating=None, **options):
 def test_forms(form):
     responses = read(FORMS[form])
     assert [(r["prompt"], r["model"], r["response"], r["drop"]) for r in responses] == [
-        ("p", "a", "yes", Drop.KEPT),
-        ("p", "b", "no", Drop.KEPT),
+        ("p", "a", "yes", DropReason.KEPT),
+        ("p", "b", "no", DropReason.KEPT),
     ]
     for r in responses:
         assert (r["prompt_key"], r["response_key"]) == (prompt_key("p"), prompt_key(r["response"]))
@@ -80,13 +80,13 @@ def test_ratings(form):
 def test_a_rating(given, rating):
     (response,) = read([{"prompt": "p", "completions": [{"response": "yes", "rating": given}]}], (), "rating")
     assert response["rating"] == rating or (rating is None and math.isnan(response["rating"]))
-    assert response["drop"] == Drop.KEPT
+    assert response["drop"] == DropReason.KEPT
 
 
 @pytest.mark.parametrize("given", ["good", math.inf, True, ["4"]])
 def test_ratings_that_are_no_numbers(given):
     (response,) = read([{"prompt": "p", "completions": [{"response": "yes", "rating": given}]}], (), "rating")
-    assert response["drop"] == Drop.NO_RATING
+    assert response["drop"] == DropReason.NO_RATING
     assert response["detail"] == f"the rating of `completions[0]` is {given!r}, no number"
 
 
@@ -117,10 +117,10 @@ def test_rows_are_read_by_what_they_have():
     columns = dict.fromkeys(key for row in rows for key in row)
     responses = read([{column: row.get(column) for column in columns} for row in rows])
     assert [(r["model"], r["response"], r["row"], r["drop"]) for r in responses] == [
-        ("a", "yes", 0, Drop.KEPT),
-        ("chosen", "no", 1, Drop.KEPT),
-        ("rejected", "never", 1, Drop.KEPT),
-        (None, "", 2, Drop.EMPTY_RESPONSE),
+        ("a", "yes", 0, DropReason.KEPT),
+        ("chosen", "no", 1, DropReason.KEPT),
+        ("rejected", "never", 1, DropReason.KEPT),
+        (None, "", 2, DropReason.EMPTY_RESPONSE),
     ]
 
 
@@ -132,7 +132,7 @@ def test_rows_that_cannot_be_read():
         {"prompt": "", "generations": ["yes", None], "models": ["a", "b"]},
     ]
     responses = read([{"models": None, **row} for row in rows])
-    assert [(r["row"], Drop(r["drop"]).label, r["detail"]) for r in responses] == [
+    assert [(r["row"], DropReason(r["drop"]).label, r["detail"]) for r in responses] == [
         (0, "malformed row", "`models` is no list of 2 values, one for each of `generations`"),
         (1, "malformed row", "`generations` is NoneType; expected a list"),
         (2, "malformed row", "`generations` is empty"),
@@ -140,9 +140,11 @@ def test_rows_that_cannot_be_read():
         (3, "empty prompt", ""),
     ]
     (response,) = read([{"prompt": image, "model": "a", "response": "yes"}])
-    assert response["drop"] == Drop.MALFORMED_ROW and "`prompt` is neither text nor a list of" in response["detail"]
+    assert (
+        response["drop"] == DropReason.MALFORMED_ROW and "`prompt` is neither text nor a list of" in response["detail"]
+    )
     (response,) = read([{"prompt": "p", "model": "a", "response": user("another") + assistant("yes")}])
-    assert response["drop"] == Drop.MALFORMED_ROW
+    assert response["drop"] == DropReason.MALFORMED_ROW
     assert response["detail"] == "`response` begins with a turn of user that the prompt does not begin with"
 
 
