@@ -107,12 +107,12 @@ def test_batches_by_brute_force(seed, share):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_levels_sum_what_is_gathered(seed):
+def test_rounds_sum_what_is_gathered(seed):
     batch = PackedCollator()(random_rows(seed))
     for name in ("kv", "predictor"):
         index, total = batch[f"{name}_index"], torch.zeros(batch["input_ids"].shape[1], dtype=torch.float64)
         gradient = torch.rand(len(index), dtype=torch.float64)
-        for rows, sources in batch[f"{name}_levels"]:
+        for rows, sources in batch[f"{name}_rounds"]:
             total[rows] += gradient[sources]
         torch.testing.assert_close(total, torch.zeros_like(total).index_add(0, index, gradient))
 
