@@ -48,12 +48,12 @@ def layout_of(groups: Groups, share: bool, device: str) -> AttentionLayout:
         return torch.from_numpy(array).to(device)
 
     lengths = zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist())
-    levels = scatter_rounds(layout.kv_index, len(layout.position_ids))
+    rounds = scatter_rounds(layout.kv_index, len(layout.position_ids))
     return AttentionLayout(
         tensor(layout.cu_seqlens_q),
         tensor(layout.cu_seqlens_k),
         tensor(layout.kv_index),
-        [(tensor(to), tensor(source)) for to, source in levels],
+        [(tensor(to), tensor(source)) for to, source in rounds],
         list(lengths),
         share,
     )

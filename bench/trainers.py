@@ -151,7 +151,7 @@ class PaddedCollator(PackedCollator):
         predictors = places[batch["predictor_index"].numpy()]
         every = torch.arange(len(tokens))
         bounds = torch.arange(0, len(tokens) + 1, longest, dtype=torch.int32)
-        levels = [tuple(map(torch.from_numpy, level)) for level in scatter_rounds(predictors, len(tokens))]
+        rounds = [tuple(map(torch.from_numpy, turn)) for turn in scatter_rounds(predictors, len(tokens))]
         return batch | PackedBatch(
             input_ids=torch.from_numpy(tokens)[None],
             position_ids=(every % longest)[None],
@@ -161,7 +161,7 @@ class PaddedCollator(PackedCollator):
             kv_rounds=[(every, every)],
             segment_lengths=[(longest, longest)] * count,
             predictor_index=torch.from_numpy(predictors),
-            predictor_rounds=levels,
+            predictor_rounds=rounds,
         )
 
 

@@ -44,7 +44,7 @@ from .model.loading import (
     wrap_in_adapter,
 )
 from .model.packed_model import PackedModel, Scores, base_model
-from .ops.attention.select import describe
+from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
 from .reference.cache import default_cache_dir
 from .reference.moving import MovingReference
@@ -148,7 +148,7 @@ class ContrastiveTrainer(PackedLoop):
             optimizers=optimizers,
         )
         check_engine(args, self.accelerator)
-        _say([describe(args.attention_backend, args.device.type)])
+        _say([describe_backend(args.attention_backend, args.device.type)])
         self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga says, before transformers 5.19
         ld_alpha = args.ld_alpha if loss is None else None
         self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}

@@ -107,7 +107,7 @@ class PackedModel:
             pairs = _pairs(batch, tokens_per_pair)
             out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general)
             with torch.no_grad():
-                numbers = pairs.numbers(out.completion_logps, loss=loss, tokens=out.tokens)
+                numbers = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
             scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None, numbers))
             return ((out.loss - out.loss.detach()) / options.logit_scale).reshape(1, 1, 1)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Levels = Sequence[tuple[Tensor, Tensor]]
+Rounds = Sequence[tuple[Tensor, Tensor]]
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, levels: Levels) -> Tensor:
-        ctx.rows, ctx.levels = x.shape[0], levels
+    def forward(ctx, x: Tensor, index: Tensor, rounds: Rounds) -> Tensor:
+        ctx.rows, ctx.rounds = x.shape[0], rounds
         return x[index]
 
     @staticmethod
@@ -22,19 +22,19 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         dtype = torch.promote_types(grad.dtype, torch.float32)
         total = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=dtype)
-        for level, (rows, sources) in enumerate(ctx.levels):
+        for turn, (rows, sources) in enumerate(ctx.rounds):
             part = grad[sources].to(dtype)
-            total[rows] = part if level == 0 else total[rows] + part
+            total[rows] = part if turn == 0 else total[rows] + part
         return total.to(grad.dtype), None, None
 
 
 def gather_rows(
     x: Tensor,  # (T, ...)
     index: Tensor,  # (M,) int64
-    levels: Levels,  # of (rows, sources), see data.packing.scatter_rounds
+    rounds: Rounds,  # of (rows, sources), see data.packing.scatter_rounds
 ) -> Tensor:
     """``x[index]``, (M, ...); a row that occurs several times gets the fp32 sum of its gradients, in a fixed order."""
-    return _GatherRows.apply(x, index, levels)
+    return _GatherRows.apply(x, index, rounds)
 
 
 class _SegmentSum(torch.autograd.Function):

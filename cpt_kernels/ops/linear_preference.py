@@ -9,8 +9,8 @@ With ``G = onehot(y) - softmax(X W^T)`` and a loss that sees the batch only thro
 
     no gradient wanted       1 GEMM    logits
     head frozen              2 GEMMs   logits, G W (kept unscaled, (N, H)); the backward scales rows; any loss
-    head trained, separable  3 GEMMs   logits, G W, G^T (g X); tiles hold whole units of pairs, so g is known at once
-                                       (4 for a unit with more rows than a tile: its logits again, once g is known)
+    head trained, separable  3 GEMMs   logits, G W, G^T (g X); tiles hold whole pair blocks, so g is known at once
+                                       (4 for a block with more rows than a tile: its logits again, once g is known)
     head trained, general    4 GEMMs   log-sum-exp kept, logits again in the backward; any use of token log-probs
     the same, one tile       3 GEMMs   where one tile holds all rows it is kept, scored, until the backward
 
@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from ..losses import Loss
 from .gather import segment_sum
 from .head import compiled as head_operators
-from .head.passes import Wanted, finished_gradients, row_gradients, score_rows, score_units, scored_gradients
+from .head.passes import Wanted, finished_gradients, row_gradients, score_pair_blocks, score_rows, scored_gradients
 from .head.tiles import HeadOptions, Pairs
 from .pair_loss import has_kernel
 from .vocab_score import VocabScore
@@ -89,14 +89,14 @@ def linear_preference_loss(
 
     With a trained head and a separable loss, gradients are finished here (3 GEMMs): then ``loss`` is the only
     differentiable output, and a backward through the log-probs raises. ``general=True`` keeps everything differentiable
-    (4 GEMMs). A unit of pairs with more rows than a tile takes 4 as well. Example::
+    (4 GEMMs). A pair block with more rows than a tile takes 4 as well. Example::
 
         out = linear_preference_loss(hidden, head.weight, targets, pairs, build_loss("sigmoid", beta=0.1))
         (out.loss / num_pairs).backward()
 
     Raises:
         ValueError: shapes that do not fit together, or the loss needs what the pairs do not have; on a CPU, a target
-            outside the vocabulary, or a pair that reaches into another unit.
+            outside the vocabulary, or a pair that reaches into another block.
         RuntimeError: the backend asked for is not available.
     """
     options = options or HeadOptions()
@@ -113,7 +113,7 @@ def linear_preference_loss(
         return PreferenceOutput(total, losses, completion_logps, VocabScore(*tokens[:6]))
     tokens = linear_logprobs(hidden, weight, targets, bias, options)
     completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
-    losses = loss(pairs.numbers(completion_logps, loss=loss, tokens=tokens))
+    losses = loss(pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
     return PreferenceOutput(losses.sum(), losses.detach(), completion_logps, tokens)
 
 
@@ -150,7 +150,7 @@ class _LinearPreference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
-        *out, g, score_weight, grad_weight, grad_bias, score = score_units(
+        *out, g, score_weight, grad_weight, grad_bias, score = score_pair_blocks(
             hidden, weight, targets, bias, wanted, pairs, loss, options, keep=True
         )
         rows = None if score is None else hidden

@@ -19,8 +19,9 @@ from tests.numerics import assert_close
 
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 
-# Units: completion lengths, and pairs (chosen, target, rejected) among them. One-token completions, one without a pair.
-UNITS: list[tuple[list[int], list[tuple[int, int, int]]]] = [
+# Pair blocks: completion lengths, and pairs (chosen, target, rejected) among them. Some completions have one token, and
+# one is in no pair.
+BLOCKS: list[tuple[list[int], list[tuple[int, int, int]]]] = [
     ([1, 4], [(0, 0, 1)]),
     ([3, 1, 16, 2], [(0, 3, 1), (0, 3, 2), (3, 3, 1)]),
     ([4], []),
@@ -39,7 +40,7 @@ class Head:
     """One problem in fp64; ``eager`` and ``run`` take a dtype and give tensors by name."""
 
     loss: Loss = field(default_factory=lambda: build_loss("sigmoid", beta=0.3, label_smoothing=0.1))
-    units: list = field(default_factory=lambda: UNITS)
+    blocks: list = field(default_factory=lambda: BLOCKS)
     columns: int = 301
     width: int = 24
     bias: bool = False
@@ -52,7 +53,7 @@ class Head:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        self.lengths = [n for lengths, _ in self.units for n in lengths]
+        self.lengths = [n for lengths, _ in self.blocks for n in lengths]
         rows, vocab = sum(self.lengths), self.options.vocab_size or self.columns
         normal = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in self.shapes(rows)]
         self.tensors = dict(zip(("hidden", "weight", "bias"), normal))
@@ -65,8 +66,8 @@ class Head:
         if self.near:
             uniform = torch.tensor(self.lengths) * float(torch.tensor(float(vocab)).log())
             self.ref_logps = self.ref_logps / 8 - uniform.mul(8).round().div(8)
-        starts = [sum(len(lengths) for lengths, _ in self.units[:u]) for u in range(len(self.units))]
-        edges = [[start + i for i in pair] for start, (_, pairs) in zip(starts, self.units) for pair in pairs]
+        starts = [sum(len(lengths) for lengths, _ in self.blocks[:u]) for u in range(len(self.blocks))]
+        edges = [[start + i for i in pair] for start, (_, pairs) in zip(starts, self.blocks) for pair in pairs]
         self.chosen, self.sft_targets, self.rejected = torch.tensor(edges).t()
         self.tokens_per_pair = sum(self.lengths[i] for i in self.chosen) / len(edges)
         self.ref_token_logps = -torch.rand(rows, generator=generator).mul(64).round().div(16)
@@ -84,9 +85,9 @@ class Head:
 
     def pairs(self) -> Pairs:
         cumulative = torch.tensor([0, *self.lengths]).cumsum(0)
-        units = [(len(lengths), len(pairs)) for lengths, pairs in self.units]
+        pair_blocks = [(len(lengths), len(pairs)) for lengths, pairs in self.blocks]
         return Pairs(
-            cumulative, self.lengths, self.chosen, self.rejected, self.sft_targets, units, self.ref_logps,
+            cumulative, self.lengths, self.chosen, self.rejected, self.sft_targets, pair_blocks, self.ref_logps,
             self.tokens_per_pair, self.ref_token_logps, self.gaps,
         )  # fmt: skip
 

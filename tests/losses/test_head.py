@@ -10,7 +10,7 @@ from tests.helpers.heads import FROZEN, FUSED, GENERAL, CountProducts, Head, che
 from tests.numerics import assert_close
 
 FP64, FP32 = torch.float64, torch.float32
-# Options at which the pairs of `heads.UNITS` are on both sides of every kink, and no loss is all but flat.
+# Options at which the pairs of `heads.BLOCKS` are on both sides of every kink, and no loss is all but flat.
 _OPTIONS = {
     "exo_pair": {"label_smoothing": 0.1},
     "robust": {"label_smoothing": 0.2},

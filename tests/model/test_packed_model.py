@@ -335,8 +335,8 @@ def _predicts_its_first_token_from_its_own_row(batch) -> None:
 
 
 def _sum_again(batch, name: str) -> None:
-    levels = scatter_rounds(batch[f"{name}_index"].numpy(), batch["input_ids"].shape[1])
-    batch[f"{name}_rounds"] = [(torch.from_numpy(rows), torch.from_numpy(sources)) for rows, sources in levels]
+    rounds = scatter_rounds(batch[f"{name}_index"].numpy(), batch["input_ids"].shape[1])
+    batch[f"{name}_rounds"] = [(torch.from_numpy(rows), torch.from_numpy(sources)) for rows, sources in rounds]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

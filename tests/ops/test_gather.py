@@ -15,7 +15,7 @@ from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 from cpt_kernels.ops.gather import gather_rows, segment_sum
 
 
-def _levels(index: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _rounds(index: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.from_numpy(to), torch.from_numpy(source)) for to, source in scatter_rounds(index.numpy(), rows)]
 
 
@@ -26,7 +26,7 @@ def test_gather_rows_against_index_add(shape, seed):
     rows, count = int(random.integers(1, 30)), int(random.integers(0, 60))
     index = torch.from_numpy(random.integers(0, rows, count))
     x = torch.randn(rows, *shape, dtype=torch.float64, requires_grad=True)
-    out = gather_rows(x, index, _levels(index, rows))
+    out = gather_rows(x, index, _rounds(index, rows))
     upstream = torch.randn(count, *shape, dtype=torch.float64)
     out.backward(upstream)
     assert torch.equal(out, x[index])
@@ -39,7 +39,7 @@ def test_gradients_of_repeated_rows_are_summed_in_fp32(dtype):
     x = torch.zeros(2, 1, dtype=dtype, requires_grad=True)
     upstream = torch.full((301, 1), 0.25, dtype=dtype)
     upstream[0] = 256
-    gather_rows(x, index, _levels(index, 2)).backward(upstream)
+    gather_rows(x, index, _rounds(index, 2)).backward(upstream)
     assert x.grad.dtype == dtype and x.grad[:, 0].tolist() == [torch.tensor(256 + 75.0).to(dtype).item(), 0]
 
 
@@ -88,7 +88,7 @@ def test_repeated_rows_are_summed_in_the_order_of_their_completions():
     x = torch.zeros(2, requires_grad=True)
     upstream = torch.tensor([1e8, 3.0, 1.0, -1e8, 4.0, 1.0])
     for _ in range(2):
-        (grad,) = torch.autograd.grad(gather_rows(x, index, _levels(index, 2)), x, upstream)
+        (grad,) = torch.autograd.grad(gather_rows(x, index, _rounds(index, 2)), x, upstream)
         assert grad.tolist() == [7.0, 1.0]  # (1e8 + 1) is 1e8 in fp32
 
 

@@ -10,7 +10,7 @@ import torch
 from cpt_kernels.losses import PairLogps, build_loss, user_loss
 from cpt_kernels.ops.head import tiles
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
-from tests.helpers.heads import FROZEN, FUSED, GENERAL, UNITS, CountProducts, Head, check, in_mode
+from tests.helpers.heads import BLOCKS, FROZEN, FUSED, GENERAL, CountProducts, Head, check, in_mode
 from tests.numerics import assert_close
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -25,7 +25,7 @@ def _ids(value) -> str:
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=_ids)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_tile_size(mode, dtype, rows):
-    """At one row and at seven most units are larger than the tile."""
+    """At one row and at seven most blocks are larger than the tile."""
     check(Head().tile(rows, dtype.itemsize), mode, dtype)
 
 
@@ -38,7 +38,7 @@ def test_logits_in_one_product_and_in_transposed_pieces(mode, few_rows, monkeypa
 
 
 @pytest.mark.parametrize("rows", [22, 23, 24, 30])
-def test_tiles_that_just_hold_the_largest_units(rows):
+def test_tiles_that_just_hold_the_largest_blocks(rows):
     check(Head().tile(rows, 4), FUSED, FP32)
 
 
@@ -52,7 +52,7 @@ def test_every_loss(mode, loss):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU; on a GPU see test_head_backends.py")
 @pytest.mark.parametrize(("loss", "rows"), [("slic", 7), ("sigmoid", 25)])
 def test_kernels_between_the_products(loss, rows):
-    """The Triton kernels, interpreted, on uneven units: several pairs, none, larger than the tile."""
+    """The Triton kernels, interpreted, on uneven blocks: several pairs, none, larger than the tile."""
     options = {"slic": {"slic_delta": 20.0, "slic_lambda": 0.3}, "sigmoid": {"beta": 0.3}}[loss]
     head = Head(build_loss(loss, **options), columns=61).with_options(backend="triton")
     check(head.tile(rows, 4), FUSED, FP32, draws=2)
@@ -179,11 +179,11 @@ def test_number_of_products(rows):
     assert _products(head, FUSED, trained=("weight",)) == 2
 
 
-def test_only_units_beyond_the_budget_are_computed_twice():
-    """Tiles of 22 rows: the unit of 23 rows needs its logits again."""
+def test_only_blocks_beyond_the_budget_are_computed_twice():
+    """Tiles of 22 rows: the block of 23 rows needs its logits again."""
     head = Head().tile(22, 4)
-    assert max(sum(lengths) for lengths, _ in UNITS) == 23
-    oversize = [sum(lengths) for lengths, _ in UNITS if sum(lengths) > 22]
+    assert max(sum(lengths) for lengths, _ in BLOCKS) == 23
+    oversize = [sum(lengths) for lengths, _ in BLOCKS if sum(lengths) > 22]
     assert _products(head, FUSED) == pytest.approx(3 + sum(oversize) / sum(head.lengths))
     assert _products(head, FROZEN) == 2
 
@@ -232,7 +232,7 @@ def test_a_gradient_through_loss_and_log_probs(mode):
     leaves = head.leaves(FP64)
     logps = (leaves["hidden"] @ leaves["weight"].t()).log_softmax(-1).gather(1, head.targets[:, None])[:, 0]
     sums = torch.stack([part.sum() for part in logps.split(head.lengths)])
-    loss = head.loss(head.pairs().numbers(sums)).sum()
+    loss = head.loss(head.pairs().pair_logps(sums)).sum()
     (2 * loss + sums[3] ** 2 + (logps[5:9] * 0.5).sum()).backward()
     for name, grad in found.items():
         assert_close(grad, leaves[name].grad, leaves[name].grad, name, 1e-13)

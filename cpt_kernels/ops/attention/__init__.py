@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..gather import Levels, gather_rows
-from .select import choose
+from ..gather import Rounds, gather_rows
+from .select import choose_attention
 from .varlen import Call, Need, varlen_attention
 
 
@@ -26,7 +26,7 @@ class AttentionLayout:
     cu_seqlens_q: Tensor  # (G+1,) int32
     cu_seqlens_k: Tensor  # (G+1,) int32
     kv_index: Tensor  # (K,) int64
-    kv_rounds: Levels
+    kv_rounds: Rounds
     segment_lengths: Sequence[tuple[int, int]]  # G times (queries, keys)
     shared: bool  # False: every segment's keys are its own tokens, in order, and nothing is gathered
 
@@ -70,7 +70,7 @@ def shared_prompt_attention(
         key = gather_rows(key, layout.kv_index, layout.kv_rounds)
         value = gather_rows(value, layout.kv_index, layout.kv_rounds)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    kernel = choose(backend, Need.of(query, key, value, window, softcap, sinks, dropout))
+    kernel = choose_attention(backend, Need.of(query, key, value, window, softcap, sinks, dropout))
     if not isinstance(kernel, str):
         longest = [max(lengths) for lengths in zip(*layout.segment_lengths)]
         cumulative = layout.cu_seqlens_q, layout.cu_seqlens_k

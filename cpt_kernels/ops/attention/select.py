@@ -71,7 +71,7 @@ def kernels_of(backend: str) -> dict[str, Kernel | str]:
 
 
 @functools.cache
-def choose(backend: str, need: Need) -> Kernel | str:
+def choose_attention(backend: str, need: Need) -> Kernel | str:
     """The kernel to run, or ``sdpa`` or ``eager``: segment by segment.
 
     ``auto`` on CUDA takes the first kernel that can do it; one that could not is named in a warning, once.
@@ -103,11 +103,11 @@ def choose(backend: str, need: Need) -> Kernel | str:
     return fallback
 
 
-def describe(backend: str, device: str) -> str:
+def describe_backend(backend: str, device: str) -> str:
     """One line on what attention will run on, before any call is known.
 
     Raises:
-        ValueError, RuntimeError: as :func:`choose`, where the backend cannot run here whatever the call.
+        ValueError, RuntimeError: as :func:`choose_attention`, where the backend cannot run here whatever the call.
     """
     if backend in SEGMENTWISE:
         return f"attention: segment by segment, {backend}"

@@ -22,8 +22,8 @@ from .passes import (
     finished_gradients,
     row_gradients,
     scale,
+    score_pair_blocks,
     score_rows,
-    score_units,
 )
 from .tiles import HeadOptions, Pairs
 
@@ -39,7 +39,7 @@ _OPTIONS = (
 )
 _PAIRS = (
     "Tensor cu_completions, SymInt[] completion_lengths, Tensor chosen, Tensor? rejected, Tensor sft_targets,"
-    " SymInt[] units, Tensor? ref_logps, Tensor tokens_per_pair"
+    " SymInt[] pair_blocks, Tensor? ref_logps, Tensor tokens_per_pair"
 )
 _LOSS = "str loss, str[] loss_options, Scalar[] loss_values"
 _STATISTICS = len(VocabScore._fields)
@@ -128,7 +128,7 @@ def linear_preference(
     loss: Loss,
     options: HeadOptions,
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable ``head.score_units``, without what it has for the backward."""
+    """Differentiable ``head.score_pair_blocks``, without what it has for the backward."""
     ours = (loss.name, list(loss.options), list(loss.options.values()))
     out = torch.ops.cpt_kernels.linear_preference(
         hidden, weight, targets, bias, wanted, *_flat_pairs(pairs), *ours, *_flat_options(options)
@@ -144,7 +144,7 @@ def linear_preference(
 )
 def _linear_preference(hidden, weight, targets, bias, wanted, *flat) -> tuple[Tensor, ...]:
     pairs, loss, options = _unflatten(flat)
-    *out, _ = score_units(hidden, weight, targets, bias, Wanted(*wanted), pairs, loss, options)
+    *out, _ = score_pair_blocks(hidden, weight, targets, bias, Wanted(*wanted), pairs, loss, options)
     return _filled(hidden, out)
 
 
@@ -206,7 +206,7 @@ def _flat_pairs(pairs: Pairs) -> tuple:
         pairs.chosen,
         pairs.rejected,
         pairs.sft_targets,
-        [number for unit in pairs.units for number in unit],
+        [number for block in pairs.pair_blocks for number in block],
         pairs.ref_logps,
         # A product, of which a graph can make one of tensors: another number each step would compile another graph.
         torch.ones((), dtype=torch.float64) * pairs.tokens_per_pair,
@@ -214,11 +214,11 @@ def _flat_pairs(pairs: Pairs) -> tuple:
 
 
 def _unflatten(flat: tuple) -> tuple[Pairs, Loss, HeadOptions]:
-    offsets, lengths, chosen, rejected, sft_targets, units, ref_logps, tokens_per_pair = flat[:8]
+    offsets, lengths, chosen, rejected, sft_targets, pair_blocks, ref_logps, tokens_per_pair = flat[:8]
     name, options, values = flat[8:11]
-    units = list(zip(units[::2], units[1::2]))
+    pair_blocks = list(zip(pair_blocks[::2], pair_blocks[1::2]))
     return (
-        Pairs(offsets, lengths, chosen, rejected, sft_targets, units, ref_logps, tokens_per_pair),
+        Pairs(offsets, lengths, chosen, rejected, sft_targets, pair_blocks, ref_logps, tokens_per_pair),
         build_loss(name, **dict(zip(options, values))),
         HeadOptions(*flat[11:]),
     )

@@ -16,7 +16,7 @@ from ...losses import Loss
 from .. import backends, pair_loss, vocab_score
 from ..gather import segment_sum
 from ..vocab_score import VocabScore
-from .tiles import HeadOptions, Pairs, Tile, logits_tiles, tile_buffer, tile_logits, unit_tiles
+from .tiles import HeadOptions, Pairs, Tile, logits_tiles, pair_block_tiles, tile_buffer, tile_logits
 
 _BLOCK_ROWS = 4096
 _HALF = (torch.bfloat16, torch.float16)
@@ -125,7 +125,7 @@ def _sum_gradients(grad, hidden, weight, targets, bias, wanted, options):
     return score_weight, grad_weight, grad_bias
 
 
-def score_units(
+def score_pair_blocks(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -136,7 +136,7 @@ def score_units(
     options: HeadOptions,
     keep: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """A separable loss with its gradients: a tile holds whole units, so that they are finished while it is there.
+    """A separable loss with its gradients: a tile holds whole pair blocks, so they are finished while it is there.
 
     Returns:
         Sum of the losses, losses (P,), completion log-probs (S,), the six fields of ``VocabScore``; then, for the
@@ -149,7 +149,7 @@ def score_units(
         logits = tile_logits(x, w, buffer)
         tokens = options.score(logits, targets, bias, True, backend)
         everything = Tile(slice(0, len(x)), (0, 0), (len(pairs.completion_lengths), len(pairs.chosen)))
-        completion_logps, losses, g = _weigh_units(everything, tokens, pairs, loss, options.backend)
+        completion_logps, losses, g = _weigh_tile(everything, tokens, pairs, loss, options.backend)
         score_weight = torch.mm(logits, w) if wanted.hidden else None
         return losses.sum(), losses, completion_logps, *tokens, g, score_weight, None, None, logits
     tokens = empty_score(x, options)
@@ -157,19 +157,20 @@ def score_units(
     losses = tokens.logps.new_empty(len(pairs.chosen))
     g = torch.empty_like(tokens.logps)
     score_weight, grad_weight, grad_bias = empty_gradients(x, weight, bias, wanted)
-    for tile in unit_tiles(pairs, len(buffer)):
+    for tile in pair_block_tiles(pairs, len(buffer)):
         whole = tile.rows.stop - tile.rows.start <= len(buffer)
         for rows, logits in logits_tiles(x, w, buffer, tile.rows):
             _store(tokens, rows, options.score(logits, targets[rows], bias, whole, backend))
         part = VocabScore(*(None if tensor is None else tensor[tile.rows] for tensor in tokens))
         completions, some = slice(tile.first[0], tile.last[0]), slice(tile.first[1], tile.last[1])
-        completion_logps[completions], losses[some], g[tile.rows] = _weigh_units(
+        completion_logps[completions], losses[some], g[tile.rows] = _weigh_tile(
             tile, part, pairs, loss, options.backend
         )
         if whole:
             _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
             continue
-        for rows, logits in logits_tiles(x, w, buffer, tile.rows):  # a unit beyond the budget: its tiles a second time
+        # The block is larger than a tile: its logits are computed again, now that g is known.
+        for rows, logits in logits_tiles(x, w, buffer, tile.rows):
             options.score(logits, targets[rows], bias, True, backend)
             _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
     return losses.sum(), losses, completion_logps, *tokens, g, score_weight, grad_weight, grad_bias, None
@@ -177,7 +178,7 @@ def score_units(
 
 def finished_gradients(
     grad_loss: Tensor,  # ()
-    g: Tensor,  # and the next three: as from score_units
+    g: Tensor,  # and the next three: as from score_pair_blocks
     score_weight: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
@@ -206,7 +207,7 @@ def scale(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool = False)
     return out
 
 
-def _weigh_units(
+def _weigh_tile(
     tile: Tile,
     tokens: VocabScore,  # of its rows
     pairs: Pairs,
@@ -221,7 +222,7 @@ def _weigh_units(
     with torch.enable_grad():
         tokens = tokens._replace(logps=tokens.logps.detach().requires_grad_())
         sums = segment_sum(tokens.logps, offsets)
-        losses = loss(pairs.numbers(sums, tile.first, tile.last, loss, tokens))
+        losses = loss(pairs.pair_logps(sums, tile.first, tile.last, loss, tokens))
         (g,) = torch.autograd.grad(losses.sum(), tokens.logps)
     return sums.detach(), losses.detach(), g
 

@@ -1,4 +1,4 @@
-"""What the head is asked for, and how its rows are cut into tiles that hold whole units of pairs."""
+"""What the head is asked for, and how its rows are cut into tiles that hold whole pair blocks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Pairs:
     chosen: Tensor  # (P,) int64
     rejected: Tensor | None  # (P,)
     sft_targets: Tensor  # (P,)
-    units: Sequence[tuple[int, int]]  # (completions, pairs) of every unit, in order; no pair reaches into another unit
+    # (completions, pairs) per block: the smallest consecutive completions containing both sides of all their pairs
+    pair_blocks: Sequence[tuple[int, int]]
     ref_logps: Tensor | None = None  # (S,) reference log-probs
     tokens_per_pair: Tensor | float = 1.0
     ref_token_logps: Tensor | None = None  # (N,) for losses with needs_tails
@@ -89,38 +90,39 @@ class Pairs:
         sides = (self.chosen, self.rejected, self.sft_targets)
         check_pairs(device, self.cu_completions, *sides, self.ref_logps)
         if not torch.compiler.is_compiling():
-            self._check_units(rows)
+            self._check_blocks(rows)
 
-    def _check_units(self, rows: int) -> None:
-        """What is known on the host. Rows that no unit holds would be in no tile, and their gradients never written."""
+    def _check_blocks(self, rows: int) -> None:
+        """Rows outside all blocks would be in no tile, and their gradients would stay unwritten."""
         found = len(self.completion_lengths), sum(self.completion_lengths)
         if found != (expected := (len(self.cu_completions) - 1, rows)):
             raise ValueError(
                 "completion_lengths are of {} completions with {} tokens; cu_completions and hidden have {} and"
                 " {}".format(*found, *expected)
             )
-        found = tuple(sum(unit[i] for unit in self.units) for i in (0, 1))
+        found = tuple(sum(block[i] for block in self.pair_blocks) for i in (0, 1))
         if found != (expected := (len(self.completion_lengths), len(self.chosen))):
             raise ValueError(
-                "units hold {} completions and {} pairs, and there are {} and {}".format(*found, *expected)
+                "pair_blocks hold {} completions and {} pairs, and there are {} and {}".format(*found, *expected)
             )
         if self.chosen.device.type == "cpu":  # else to look at indices is to wait for the device
             self._check_sides()
 
     def _check_sides(self) -> None:
-        """A pair that reaches into another unit would be given wrong log-probs where that lies in another tile."""
-        owners = dict(enumerate(unit for unit, (completions, _) in enumerate(self.units) for _ in range(completions)))
-        expected = [unit for unit, (_, pairs) in enumerate(self.units) for _ in range(pairs)]
+        """A pair that reaches into another block would be given wrong log-probs where that lies in another tile."""
+        blocks = list(enumerate(self.pair_blocks))
+        owners = dict(enumerate(block for block, (completions, _) in blocks for _ in range(completions)))
+        expected = [block for block, (_, pairs) in blocks for _ in range(pairs)]
         for name in ("chosen", "rejected", "sft_targets"):
             if (side := getattr(self, name)) is None or [*map(owners.get, indices := side.tolist())] == expected:
                 continue
             pair, index = next((p, i) for p, i in enumerate(indices) if owners.get(i) != expected[p])
-            place = f"of unit {owners[index]}" if index in owners else "of no unit"
+            place = f"of block {owners[index]}" if index in owners else "of no block"
             raise ValueError(
-                f"{name} of pair {pair} is completion {index} {place}, and the pair is of unit {expected[pair]}"
+                f"{name} of pair {pair} is completion {index} {place}, and the pair is of block {expected[pair]}"
             )
 
-    def numbers(
+    def pair_logps(
         self,
         logps: Tensor,  # (S,) of the completions, or of those from first to last
         first: tuple[int, int] = (0, 0),
@@ -179,7 +181,7 @@ class Pairs:
 
 
 class Tile(NamedTuple):
-    """A run of whole units."""
+    """A run of whole pair blocks."""
 
     rows: slice
     first: tuple[int, int]  # (completion, pair) where it starts
@@ -222,15 +224,15 @@ def logits_tiles(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None
         yield rows, tile_logits(x[rows], w, buffer[: rows.stop - rows.start])
 
 
-def unit_tiles(pairs: Pairs, budget: int) -> Iterator[Tile]:
-    """Runs of whole units with at most ``budget`` rows; a unit that is larger is a tile of its own."""
+def pair_block_tiles(pairs: Pairs, budget: int) -> Iterator[Tile]:
+    """Runs of whole pair blocks with at most ``budget`` rows; a block that is larger is a tile of its own."""
     row, completion, pair = 0, 0, 0
     start = (0, (0, 0))
-    for completions, unit_pairs in pairs.units:
+    for completions, block_pairs in pairs.pair_blocks:
         rows = sum(pairs.completion_lengths[completion : completion + completions])
         if row > start[0] and row + rows - start[0] > budget:
             yield Tile(slice(start[0], row), start[1], (completion, pair))
             start = (row, (completion, pair))
-        row, completion, pair = row + rows, completion + completions, pair + unit_pairs
+        row, completion, pair = row + rows, completion + completions, pair + block_pairs
     if row > start[0]:
         yield Tile(slice(start[0], row), start[1], (completion, pair))

@@ -50,13 +50,13 @@ CASES = {
 
 def make_layout(share: bool, groups=GROUPS) -> AttentionLayout:
     layout = pack([GroupLengths(prompt, completions, share) for prompt, completions in groups])
-    levels = scatter_rounds(layout.kv_index, len(layout.position_ids))
+    rounds = scatter_rounds(layout.kv_index, len(layout.position_ids))
     q, k = (torch.from_numpy(cumulative) for cumulative in (layout.cu_seqlens_q, layout.cu_seqlens_k))
     return AttentionLayout(
         q,
         k,
         torch.from_numpy(layout.kv_index),
-        [(torch.from_numpy(rows), torch.from_numpy(sources)) for rows, sources in levels],
+        [(torch.from_numpy(rows), torch.from_numpy(sources)) for rows, sources in rounds],
         list(zip(q.diff().tolist(), k.diff().tolist())),
         share,
     )

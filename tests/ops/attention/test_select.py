@@ -11,7 +11,7 @@ import torch
 
 from cpt_kernels.ops.attention import select as attention_backends
 from cpt_kernels.ops.attention.flash import flash_kernel
-from cpt_kernels.ops.attention.select import capabilities, choose, describe, kernels
+from cpt_kernels.ops.attention.select import capabilities, choose_attention, describe_backend, kernels
 from cpt_kernels.ops.attention.varlen import Abilities, Need, TorchKernel
 from cpt_kernels.trainer import ContrastiveTrainer
 from tests.helpers import dense_flash
@@ -28,11 +28,11 @@ def install(monkeypatch):
 
     def put(**found):
         monkeypatch.setattr(attention_backends, "kernels", lambda: found)
-        choose.cache_clear()
+        choose_attention.cache_clear()
         attention_backends._announce.cache_clear()
 
     yield put
-    choose.cache_clear()
+    choose_attention.cache_clear()
 
 
 # --- Signatures ---
@@ -128,59 +128,59 @@ ALL = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen")
 )
 def test_auto_takes_the_first_that_can(install, installed, need, expected):
     install(**{name: on_cuda(name) if name in installed else "not installed" for name in ALL})
-    found = choose("auto", need)
+    found = choose_attention("auto", need)
     assert (found if isinstance(found, str) else found.name) == expected
 
 
 def test_a_fall_back_is_announced_once_with_its_reason(install, caplog):
     install(flash_attn_2="not installed", varlen=on_cuda("varlen"))
     with caplog.at_level(logging.WARNING):
-        choose("auto", H200)
-        choose("auto", Need("cpu", (0, 0), BF16, 64))
+        choose_attention("auto", H200)
+        choose_attention("auto", Need("cpu", (0, 0), BF16, 64))
         assert not caplog.messages
         for head_size in (64, 128, 64):  # different calls, the same reason
-            choose("auto", dataclasses.replace(H200, head_size=head_size, softcap=True))
+            choose_attention("auto", dataclasses.replace(H200, head_size=head_size, softcap=True))
     assert caplog.messages == [
         "attention runs segment by segment (eager), slow where there are many: varlen 2.13 lacks soft-cap"
     ]
     caplog.clear()
     install(flash_attn_3=on_cuda("flash_attn_3"), varlen=on_cuda("varlen"))
-    choose("auto", dataclasses.replace(H200, architecture=(8, 6)))
+    choose_attention("auto", dataclasses.replace(H200, architecture=(8, 6)))
     assert caplog.messages == ["attention runs on varlen 2.13: flash_attn_3 1.0 lacks compute capability 8.6"]
     caplog.clear()
     install(flash_attn_2="not installed", varlen="this PyTorch has no CUDA flash attention")
-    choose("auto", H200)
+    choose_attention("auto", H200)
     assert "not installed; varlen: this PyTorch has no CUDA flash attention" in caplog.text
 
 
 def test_a_backend_asked_for_by_name_says_what_it_lacks(install):
     install(flash_attn_3=on_cuda("flash_attn_3"), flash_attn_2="not installed", varlen=on_cuda("varlen"))
     with pytest.raises(ValueError, match=r"'varlen' cannot do this: varlen 2.13 lacks float32, soft-cap"):
-        choose("varlen", dataclasses.replace(H200, dtype=torch.float32, softcap=True))
+        choose_attention("varlen", dataclasses.replace(H200, dtype=torch.float32, softcap=True))
     with pytest.raises(ValueError, match=r"'flash_attn' cannot do this: flash_attn_3 1.0 lacks head size 256"):
-        choose("flash_attn", dataclasses.replace(H200, head_size=256))
+        choose_attention("flash_attn", dataclasses.replace(H200, head_size=256))
     with pytest.raises(ValueError, match="lacks tensors on cpu"):
-        choose("varlen", Need("cpu", (0, 0), BF16, 64))
+        choose_attention("varlen", Need("cpu", (0, 0), BF16, 64))
     with pytest.raises(ValueError, match="'sdpa' lacks soft-cap, sinks: take eager"):
-        choose("sdpa", dataclasses.replace(H200, softcap=True, sinks=True))
+        choose_attention("sdpa", dataclasses.replace(H200, softcap=True, sinks=True))
     with pytest.raises(ValueError, match="unknown attention backend 'flash': choose one of auto, sdpa"):
-        choose("flash", H200)
+        choose_attention("flash", H200)
     with pytest.raises(RuntimeError, match=r"'flash_attn_2' is not available \(flash_attn_2: not installed\)"):
-        choose("flash_attn_2", H200)
-    assert choose("eager", H200) == "eager" and choose("flash_attn", H200).name == "flash_attn_3"
+        choose_attention("flash_attn_2", H200)
+    assert choose_attention("eager", H200) == "eager" and choose_attention("flash_attn", H200).name == "flash_attn_3"
 
 
 def test_description(install):
     install(flash_attn_3="not installed", flash_attn_2=on_cuda("flash_attn_2"), varlen=on_cuda("varlen"))
     tail = "segment by segment (sdpa or eager)"
-    assert describe("auto", "cuda") == f"attention: flash_attn_2 1.0, else varlen 2.13, else {tail}"
-    assert describe("auto", "cpu") == f"attention: {tail}"
-    assert describe("flash_attn", "cuda") == "attention: flash_attn_2 1.0"
-    assert describe("eager", "cpu") == "attention: segment by segment, eager"
+    assert describe_backend("auto", "cuda") == f"attention: flash_attn_2 1.0, else varlen 2.13, else {tail}"
+    assert describe_backend("auto", "cpu") == f"attention: {tail}"
+    assert describe_backend("flash_attn", "cuda") == "attention: flash_attn_2 1.0"
+    assert describe_backend("eager", "cpu") == "attention: segment by segment, eager"
     with pytest.raises(ValueError, match=r"varlen 2.13 lacks tensors on cpu"):
-        describe("varlen", "cpu")
+        describe_backend("varlen", "cpu")
     with pytest.raises(RuntimeError, match="'flash_attn_3' is not available"):
-        describe("flash_attn_3", "cuda")
+        describe_backend("flash_attn_3", "cuda")
 
 
 def test_packages_that_are_absent_or_broken(monkeypatch):

@@ -13,7 +13,7 @@ from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention, varlen
 from cpt_kernels.ops.attention import select as attention_backends
 from cpt_kernels.ops.attention.flash import flash_kernel
-from cpt_kernels.ops.attention.select import choose, kernels
+from cpt_kernels.ops.attention.select import choose_attention, kernels
 from cpt_kernels.ops.attention.varlen import Abilities, Need, TorchKernel
 from tests.helpers import dense_flash
 from tests.helpers.architectures import tiny_model
@@ -49,12 +49,12 @@ def install(monkeypatch):
 
     def put(**found):
         monkeypatch.setattr(attention_backends, "kernels", lambda: found)
-        choose.cache_clear()
+        choose_attention.cache_clear()
         attention_backends._announce.cache_clear()
         dense_flash.backwards.clear()
 
     yield put
-    choose.cache_clear()
+    choose_attention.cache_clear()
 
 
 def hold(found: Tensor, eager: Tensor, exact: Tensor, what: str, eps: float) -> None:
@@ -260,9 +260,9 @@ CUDA_CASES = {
 
 def cuda_layout(share: bool) -> AttentionLayout:
     layout = make_layout(share, LONG)
-    levels = [tuple(x.cuda() for x in level) for level in layout.kv_rounds]
+    rounds = [tuple(x.cuda() for x in turn) for turn in layout.kv_rounds]
     tensors = {name: getattr(layout, name).cuda() for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_index")}
-    return dataclasses.replace(layout, kv_rounds=levels, **tensors)
+    return dataclasses.replace(layout, kv_rounds=rounds, **tensors)
 
 
 def cuda_inputs(case: Case, layout: AttentionLayout, dtype: torch.dtype, seed: int) -> dict:

@@ -37,7 +37,7 @@ def run(dtype: torch.dtype, backend: str, loss: str, trained: bool, **options) -
         chosen=index(0),
         rejected=index(1),
         sft_targets=index(0),
-        units=[(2, 1)] * (len(LENGTHS) // 2),
+        pair_blocks=[(2, 1)] * (len(LENGTHS) // 2),
         ref_logps=torch.tensor(REFERENCE, device=DEVICE, dtype=statistics),
         tokens_per_pair=2.0,
     )

@@ -16,7 +16,7 @@ from cpt_kernels.ops.head import compiled as head_operators
 from cpt_kernels.ops.head.passes import Wanted
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
 from cpt_kernels.ops.pair_loss import KERNEL_LOSSES
-from tests.helpers.heads import UNITS, Head
+from tests.helpers.heads import BLOCKS, Head
 
 FP32, BF16 = torch.float32, torch.bfloat16
 FROZEN, TRAINED = ("hidden",), ("hidden", "weight", "bias")
@@ -117,7 +117,7 @@ def test_other_lengths_and_numbers_of_pairs():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(preference(head), fullgraph=True, backend=counter)
     for lengths in ([3, 4], [5, 7], [8, 13], [2, 40], [9, 9]):
-        head = Head(units=[(lengths, [(0, 0, 1)]), (lengths, [(1, 1, 0)])])
+        head = Head(blocks=[(lengths, [(0, 0, 1)]), (lengths, [(1, 1, 0)])])
         assert equal(results(compiled, head), results(preference(head), head))
     assert counter.frame_count == 2
 
@@ -227,7 +227,7 @@ def _own(logps: PairLogps) -> torch.Tensor:
     ids=["own", "built in", "simpo", "ld_alpha"],
 )
 def test_losses_without_a_kernel_break_the_graph_and_are_right(loss):
-    head = Head(loss, units=UNITS[:4])
+    head = Head(loss, blocks=BLOCKS[:4])
     expected = results(preference(head), head)
     counter = CompileCounterWithBackend("aot_eager")
     assert equal(results(torch.compile(preference(head), backend=counter), head), expected)
@@ -239,7 +239,7 @@ def test_losses_without_a_kernel_break_the_graph_and_are_right(loss):
 
 @pytest.mark.parametrize("loss", [build_loss("aot"), build_loss("sigmoid", use_weighting=True)], ids=["aot", "WPO"])
 def test_losses_that_go_the_general_way_stay_in_one_graph(loss):
-    head = Head(loss, units=UNITS[:4])
+    head = Head(loss, blocks=BLOCKS[:4])
     function = preference(head, general=loss.separable)
     found = results(torch.compile(function, fullgraph=True, backend="aot_eager"), head)
     assert equal(found, results(function, head))

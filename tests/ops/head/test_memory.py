@@ -20,7 +20,7 @@ def test_memory(mode, dtype, monkeypatch):
     # What a CPU works on block by block is small beside a tile in earnest, and is to be here.
     monkeypatch.setattr("cpt_kernels.ops.vocab_score.reference._BLOCK_ELEMENTS", 1 << 14)
     monkeypatch.setattr("cpt_kernels.ops.head.passes._BLOCK_ROWS", 256)
-    head = Head(units=[([80, 48], [(0, 0, 1)])] * 16, columns=columns, width=width).tile(rows, dtype.itemsize)
+    head = Head(blocks=[([80, 48], [(0, 0, 1)])] * 16, columns=columns, width=width).tile(rows, dtype.itemsize)
     head = in_mode(head, mode)
     leaves, pairs = head.leaves(dtype), head.pairs()
     with peak_memory() as peak:
@@ -37,7 +37,7 @@ def test_memory(mode, dtype, monkeypatch):
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_finished_gradient_is_there_once(kept):
     """Tiles are small beside dW, which is scaled where it lies unless the graph is kept."""
-    head = Head(units=[([8, 8], [(0, 0, 1)])] * 4, columns=4096, width=256).tile(16, 4)
+    head = Head(blocks=[([8, 8], [(0, 0, 1)])] * 4, columns=4096, width=256).tile(16, 4)
     leaves = head.leaves(FP32)
     with peak_memory() as peak:
         linear_preference_loss(

@@ -16,14 +16,16 @@ from tests.helpers.heads import Head
 
 @pytest.mark.parametrize("general", [False, True])
 def test_pairs_that_are_not_of_these_rows(general):
-    """Rows of no unit would be in no tile: their gradients would be whatever was in memory."""
+    """Rows of no block would be in no tile: their gradients would be whatever was in memory."""
     head = Head().tile(7, 4)
     leaves, pairs = head.leaves(torch.float32), head.pairs()
     wrong = {
         "completion_lengths are of": replace(pairs, completion_lengths=[*pairs.completion_lengths[:-1], 1000]),
         "with .* tokens": replace(pairs, completion_lengths=pairs.completion_lengths[:-1]),
-        "units hold": replace(pairs, units=pairs.units[:-1]),
-        "units hold .* pairs": replace(pairs, units=[*pairs.units[:-1], (pairs.units[-1][0], 0)]),
+        "pair_blocks hold": replace(pairs, pair_blocks=pairs.pair_blocks[:-1]),
+        "pair_blocks hold .* pairs": replace(
+            pairs, pair_blocks=[*pairs.pair_blocks[:-1], (pairs.pair_blocks[-1][0], 0)]
+        ),
     }
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -33,15 +35,15 @@ def test_pairs_that_are_not_of_these_rows(general):
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected", "sft_targets"])
-def test_a_pair_that_reaches_into_another_unit(side):
-    """Cut between the two units, it would have log-probs of other completions, or of none."""
-    head = Head(units=[([4, 3], [(0, 1, 0)]), ([2, 5, 3], [(0, 1, 2)] * 2)])
+def test_a_pair_that_reaches_into_another_block(side):
+    """Cut between the two blocks, it would have log-probs of other completions, or of none."""
+    head = Head(blocks=[([4, 3], [(0, 1, 0)]), ([2, 5, 3], [(0, 1, 2)] * 2)])
     leaves, pairs = head.leaves(torch.float32), head.pairs()
     for pair, index, message in (
-        (0, 2, "pair 0 is completion 2 of unit 1, and the pair is of unit 0"),
-        (2, 1, "pair 2 is completion 1 of unit 0, and the pair is of unit 1"),
-        (1, -1, "pair 1 is completion -1 of no unit"),
-        (1, 5, "pair 1 is completion 5 of no unit"),
+        (0, 2, "pair 0 is completion 2 of block 1, and the pair is of block 0"),
+        (2, 1, "pair 2 is completion 1 of block 0, and the pair is of block 1"),
+        (1, -1, "pair 1 is completion -1 of no block"),
+        (1, 5, "pair 1 is completion 5 of no block"),
     ):
         wrong = getattr(pairs, side).clone()
         wrong[pair] = index
@@ -51,18 +53,18 @@ def test_a_pair_that_reaches_into_another_unit(side):
             )
 
 
-def test_pairs_numbers_of_a_part():
+def test_pair_logps_of_a_part():
     """What a loss sees of the pairs of one tile is what it sees of them in the whole."""
     head = Head()
     loss = user_loss(lambda numbers: numbers.chosen, needs_tails=True, needs_log_sum_sq=True, needs_gap=True)
     pairs, sums = head.pairs(), torch.arange(len(head.lengths), dtype=torch.float64)
     tokens = VocabScore(*torch.rand(6, sum(head.lengths), dtype=torch.float64))
-    whole, completion, pair = pairs.numbers(sums, loss=loss, tokens=tokens), 0, 0
-    for completions, unit_pairs in pairs.units:
-        last = (completion + completions, pair + unit_pairs)
+    whole, completion, pair = pairs.pair_logps(sums, loss=loss, tokens=tokens), 0, 0
+    for completions, block_pairs in pairs.pair_blocks:
+        last = (completion + completions, pair + block_pairs)
         rows = slice(pairs.cu_completions[completion], pairs.cu_completions[last[0]])
         part_tokens = VocabScore(*(tensor[rows] for tensor in tokens))
-        part = pairs.numbers(sums[completion : last[0]], (completion, pair), last, loss, part_tokens)
+        part = pairs.pair_logps(sums[completion : last[0]], (completion, pair), last, loss, part_tokens)
         for name in (field.name for field in fields(PairLogps) if field.name != "tokens_per_pair"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[pair : last[1]]), name
         completion, pair = last
