@@ -51,7 +51,7 @@ class Form(str, Enum):
 
 
 # In this order: a preference dataset often has a `messages` column too, our own output has `chosen` and `rejected`.
-_REQUIRED = {
+FORM_COLUMNS = {
     Form.GROUP: ("prompt_ids", "completion_ids", "chosen", "rejected", "targets"),
     Form.TOKENS: ("prompt_ids", "chosen_ids", "rejected_ids"),
     Form.PREFERENCE: ("chosen", "rejected"),
@@ -60,7 +60,7 @@ _REQUIRED = {
     Form.MESSAGES: ("messages",),
 }
 
-READ_COLUMNS = {"prompt", "scores", "pairs", "tools", "chat_template_kwargs", "row"}.union(*_REQUIRED.values())
+READ_COLUMNS = {"prompt", "scores", "pairs", "tools", "chat_template_kwargs", "row"}.union(*FORM_COLUMNS.values())
 
 
 def detect_form(columns: Iterable[str]) -> Form:
@@ -72,9 +72,9 @@ def detect_form(columns: Iterable[str]) -> Form:
     columns = set(columns)
     if images := columns & {"image", "images"}:
         raise UserError(f"the dataset has the column {_names(images)}: images are not supported; remove the column")
-    form = next((form for form, required in _REQUIRED.items() if columns.issuperset(required)), None)
+    form = next((form for form, required in FORM_COLUMNS.items() if columns.issuperset(required)), None)
     if form is None:
-        expected = "; ".join(_names(required) for required in _REQUIRED.values())
+        expected = "; ".join(_names(required) for required in FORM_COLUMNS.values())
         raise UserError(f"the dataset has the columns {_names(sorted(columns))}; expected one of: {expected}")
     if form is Form.SUPERVISED and "label" in columns:
         raise UserError(
@@ -186,6 +186,21 @@ def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, 
 def without_nulls(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A message as its author wrote it: Arrow gives every message of a column the keys of all."""
     return {name: value for name, value in turn.items() if value is not None}
+
+
+def one_turn_as_text(text: Text, role: str) -> Text:
+    """Returns the content of a conversation that is a single turn of `role` with text alone; any other conversation
+    comes back without null values.
+
+    This is the identity of prompts (role "user") and of responses (role "assistant"): two are the same if this function
+    returns the same for both. So a prompt as text and the same prompt as one user message are one prompt.
+    """
+    if isinstance(text, str):
+        return text
+    turns = [without_nulls(turn) for turn in text]
+    content = turns[0].get("content") if len(turns) == 1 else None
+    is_plain = isinstance(content, str) and turns[0] == {"role": role, "content": content}
+    return content if is_plain else turns
 
 
 def read_gap(row: Mapping[str, Any], column: str) -> float:

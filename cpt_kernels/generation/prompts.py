@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
-from ..data.formats import READ_COLUMNS, Form, RowError, Text, parse_prompt, parse_row, without_nulls
+from ..data.formats import (
+    FORM_COLUMNS,
+    READ_COLUMNS,
+    Form,
+    RowError,
+    Text,
+    one_turn_as_text,
+    parse_prompt,
+    parse_row,
+)
 from ..data.preparation import Drop
+from ..data.response_columns import PROMPT_NAMES
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -66,9 +76,8 @@ class Prompt:
 
     @cached_property
     def key(self) -> str:
-        """32 hex digits: the same for the same prompt, wherever it comes from."""
-        content = self.content if isinstance(self.content, str) else [without_nulls(turn) for turn in self.content]
-        parts = [content, self.tools, dict(self.template_kwargs)]
+        """32 hex digits, equal for equal prompts (see ``one_turn_as_text``) with equal tools and template arguments."""
+        parts = [one_turn_as_text(self.content, "user"), self.tools, dict(self.template_kwargs)]
         return xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
     def messages(self, system_prompt: str | None = None) -> list[dict]:
@@ -114,12 +123,8 @@ Record = Callable[[Sequence[tuple[int, Answer | Failure]]], None]
 # --- Prompts of a dataset ---
 
 # The completions of these forms tell what the prompt is: it may be their common start.
-_WITH_COMPLETIONS = {
-    Form.PREFERENCE: ("chosen", "rejected"),
-    Form.RANKED: ("prompt", "completions"),
-    Form.SUPERVISED: ("prompt", "completion"),
-}
-_ALONE = ("prompt", "instruction", "messages")
+_WITH_COMPLETIONS = {form: FORM_COLUMNS[form] for form in (Form.PREFERENCE, Form.RANKED, Form.SUPERVISED)}
+_ALONE = (*PROMPT_NAMES, "messages")
 
 
 def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prompt | None], dict[str, Drop]]:

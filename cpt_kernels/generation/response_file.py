@@ -16,13 +16,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..data.response_columns import RESPONSE_COLUMNS
 from ..errors import UserError
 from .prompts import Answer, Prompt, Request, Sampling
 
 logger = logging.getLogger(__name__)
 
 _START = b'{"prompt": '  # of every line written here
-_NEEDED = ("prompt", "model", "response")
 _SYNC_EVERY = 1.0  # seconds: what a power cut may cost; a killed process loses nothing that was added
 
 Row = dict[str, Any]
@@ -158,8 +158,8 @@ class ResponseFile:
                 row = _parse(line)
                 if row is None and not _is_torn(line):
                     raise UserError(
-                        f"{self.path}, line {number}: not a response (an object with {', '.join(_NEEDED)}): is this"
-                        " the file to add to?"
+                        f"{self.path}, line {number}: not a response (an object with {', '.join(RESPONSE_COLUMNS)}):"
+                        " is this the file to add to?"
                     )
                 yield start, line, row
 
@@ -184,7 +184,7 @@ def _parse(line: bytes) -> Row | None:
         row = json.loads(line)
     except ValueError:  # also bytes that are no UTF-8
         return None
-    if not isinstance(row, dict) or not all(row.get(name) is not None for name in _NEEDED):
+    if not isinstance(row, dict) or not all(row.get(name) is not None for name in RESPONSE_COLUMNS):
         return None
     return row
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import Dataset, Features, LargeList, List, Value
 
-from ..data.formats import MALFORMED, RowError, without_nulls
+from ..data.formats import MALFORMED, RowError, one_turn_as_text, without_nulls
+from ..data.response_columns import MODEL_NAMES, PROMPT_NAMES, RESPONSE_NAMES
 from ..errors import UserError
 from .build import DropReason, prompt_key
 
@@ -39,9 +40,6 @@ RESPONSE_FEATURES = Features(
 )
 TEXT, TURN, TURNS = range(3)  # shapes: text; the text of one turn; turns as JSON, [[role, content], ...]
 
-_PROMPT = ("prompt", "instruction")
-_MODEL = ("model", "generator", "model_name")
-_RESPONSE = ("response", "output", "completion")
 _LISTS = ("completions", "generations", "responses")
 _MODEL_LISTS = ("models", "generation_models", "model_names")
 _SIDES = ("chosen", "rejected")
@@ -82,19 +80,19 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
         UserError: no prompt, no responses, or no such rating; the message says what is there.
     """
     there = ", ".join(f"`{name}`" for name in features)
-    prompt = _first(_PROMPT, features)
+    prompt = _first(PROMPT_NAMES, features)
     if prompt is None:
         raise UserError(f"there is no column `prompt` or `instruction`, but {there}; rename one by --columns")
     readings = []
     if (column := _first(_LISTS, features)) and isinstance(features[column], (List, LargeList)):
         item = features[column].feature
-        is_nested = isinstance(item, dict) and _first(_RESPONSE, item) is not None
+        is_nested = isinstance(item, dict) and _first(RESPONSE_NAMES, item) is not None
         lists = Side(column, _first(_MODEL_LISTS, features), rating=rating)
         readings.append(Reading(prompt, (Side(column, rating=rating) if is_nested else lists,), True, is_nested))
     if set(_SIDES) <= features.keys():
         sides = (Side(s, _first(_spellings(s, "model"), features), s, _rating_of(s, rating, features)) for s in _SIDES)
         readings.append(Reading(prompt, tuple(sides)))
-    response, model = _first(_RESPONSE, features), _first(_MODEL, features)
+    response, model = _first(RESPONSE_NAMES, features), _first(MODEL_NAMES, features)
     if response and (model or rating):
         readings.append(Reading(prompt, (Side(response, model, rating=rating),)))
     own = [name for name in models if name in features and name != prompt]
@@ -262,8 +260,8 @@ def _items(row: dict[str, Any], reading: Reading) -> Iterator[tuple[str, Any, An
     if reading.is_nested:
         for where, item in zip(names, items):
             values = item or {}
-            model = values.get(_first(_MODEL, values))
-            yield where, values.get(_first(_RESPONSE, values)), model, values.get(side.rating)
+            model = values.get(_first(MODEL_NAMES, values))
+            yield where, values.get(_first(RESPONSE_NAMES, values)), model, values.get(side.rating)
         return
     more = [row[column] if column else [None] * len(items) for column in (side.model, side.rating)]
     for column, values in zip((side.model, side.rating), more):
@@ -284,8 +282,8 @@ def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
         if given.keys() != {"role", "content"} or not isinstance(given["content"], str):
             raise RowError(MALFORMED, f"`{name}` is neither text nor a list of messages of role and content, both text")
         turns.append([given["role"], given["content"]])
-    if [turn[0] for turn in turns] == [role]:
-        return turns[0][1], TURN
+    if isinstance(turn := one_turn_as_text([{"role": who, "content": content} for who, content in turns], role), str):
+        return turn, TURN
     if turns and role == "assistant" and turns[0][0] in ("system", "user"):
         raise RowError(MALFORMED, f"`{name}` begins with a turn of {turns[0][0]} that the prompt does not begin with")
     return json.dumps(turns, ensure_ascii=False) if turns else "", TURNS if turns else TEXT

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from cpt_kernels.data.formats import Form, parse_row
 from cpt_kernels.generation.prompts import Prompt, Request, Sampling, as_completion, read_prompts
+from cpt_kernels.pairs.responses import read_responses
 from tests.helpers.rows import MORE, REAL_DATA, assistant, chat, pair, user
 
 
@@ -75,7 +76,15 @@ def test_data_without_prompts(row, column, message):
 def test_the_key_does_not_depend_on_arrow():
     turn = {"role": "user", "content": "x"}
     assert Prompt([turn]).key == Prompt([dict(reversed(turn.items())) | {"tool_calls": None}]).key
-    assert Prompt("x").key != Prompt([turn]).key
+
+
+def test_text_and_its_one_user_turn_are_one_prompt_here_and_in_cpt_pairs():
+    texts = ["x", user("x"), [{"role": "user", "content": "x", "name": None}], "y", user("x") + assistant("x")]
+    texts += [assistant("x"), [{"role": "system", "content": "x"}]]
+    rows = [Dataset.from_list([{"prompt": text, "model": "m", "response": "r"}]) for text in texts]
+    for keys in ([Prompt(text).key for text in texts], [read_responses(row)[0]["prompt_key"] for row in rows]):
+        assert keys[0] == keys[1] == keys[2] and len(set(keys)) == 5
+    assert Prompt("x").key == "9eb90e3e2e72a5c34f867e1f0a8703d4", "seeds are made from it, so it must not change"
 
 
 def test_seeds():

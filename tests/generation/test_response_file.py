@@ -100,6 +100,18 @@ def test_responses_from_elsewhere_count(tmp_path):
     assert len([json.loads(line) for line in path.read_text().splitlines() if line]) == 3
 
 
+def test_text_and_its_one_user_turn_answer_each_other(tmp_path):
+    """Also in files that were written when they were two prompts."""
+    path = tmp_path / "responses.jsonl"
+    prompts = ["a", [{"role": "user", "content": "b"}]]
+    path.write_text("".join(json.dumps({"prompt": p, "model": "m", "response": "r"}) + "\n" for p in prompts))
+    with opened(path) as file:
+        for text in "ab":
+            for prompt in (Prompt(text), Prompt([{"role": "user", "content": text}])):
+                assert (prompt.key, 0) in file.answered
+        assert len(file.answered) == 2
+
+
 def test_one_process_at_a_time(tmp_path):
     path = tmp_path / "responses.jsonl"
     with opened(path) as file:
