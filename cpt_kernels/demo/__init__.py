@@ -1,11 +1,13 @@
-"""``cpt demo``: contrastive post-training in miniature (arXiv 2310.02263), from nothing, on a CPU, with no network.
+"""``cpt demo``: contrastive post-training in miniature (arXiv 2310.02263), from scratch, on a CPU, without a network.
 
-Three teachers of different strength answer short exercises, and make faults. A small Llama is pre-trained on the
-answers of all three and tuned on the strong one's. From there the arms go on, each for as many steps: more of the same
-(SFT), or pairs whose chosen answer is the stronger teacher's (SLiC and DPO; easy pairs, hard ones, or from one to the
-other). Then a judge, which training never sees, compares what they answer to new exercises with the medium teacher's.
+Three teachers of different strength answer short exercises and make mistakes. A small Llama is pre-trained on the
+responses of all three and fine-tuned on those of the strong teacher. Every arm of the experiment starts from that model
+and trains for the same number of steps: on more responses of the strong teacher (SFT), or on pairs whose chosen
+response is the stronger teacher's (SLiC and DPO; easy pairs, hard pairs, or a curriculum over both). A judge that
+training never uses then compares each arm's responses to new exercises with the medium teacher's.
 
-Read on in ``world``, ``teachers`` and ``judge``; then ``arms`` and ``experiment``.
+``world``, ``teachers`` and ``judge`` define the task; ``arms`` and ``experiment`` train on it; ``findings`` and
+``report`` present the results. ``quickstart`` writes the files of the README's quickstart.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -27,46 +30,66 @@ from . import report
 from .arms import ARMS
 from .experiment import FULL, QUICK, Experiment, SeedResult, Size
 from .findings import find
+from .quickstart import write_quickstart
 
 
 def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
-    """Run the experiment, print the table and what follows from it, and write the report.
+    """Run the experiment, print its table and findings, and write the report; or write the quickstart's files.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the output folder cannot be written to.
     """
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace("``", ""))
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to [%(default)s]")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each [0]")
-    parser.add_argument("--quick", action="store_true", help="run through all of it, too short to learn much")
+    parser.add_argument("--quick", action="store_true", help="run every stage, too briefly to learn much")
+    parser.add_argument(
+        "--quickstart",
+        type=Path,
+        metavar="DIR",
+        help="only write the files of the README's quickstart to DIR: 51 responses and a small random model",
+    )
     options = parser.parse_args(argv)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {options.output} cannot be written to ({error.strerror})") from error
-    torch.set_num_threads(1)  # for matrices this small more threads gain little, and lose much on a busy machine
-    logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # of data made here there is nothing to report
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     console = Console(soft_wrap=True, highlight=False)
+    if options.quickstart is not None:
+        with _writing("--quickstart", options.quickstart):
+            write_quickstart(options.quickstart)
+        console.print(f"written to {options.quickstart}: responses.jsonl and model", markup=False)
+        return
+    with _writing("--output", options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # more threads gain little on matrices this small, and lose much on a busy machine
+    logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # the demo makes its own data: its warnings help nobody
+    datasets.disable_progress_bars()
     size = QUICK if options.quick else FULL
     started = time.perf_counter()
-    results = run(options.seeds, options.arms, size, options.output, console)
+    results = run_seeds(options.seeds, options.arms, size, options.output, console)
     seconds = time.perf_counter() - started
     findings = find(results)
-    report.write(findings, results, size, seconds, options.output, " ".join([prog, *argv]))
+    report.write_findings(findings, results, size, seconds, options.output, " ".join([prog, *argv]))
     console.print(report.make_table(findings))
     for sentence in findings.sentences():
         console.print(sentence)
     if options.quick:
-        console.print("All this was too short to learn the exercises, and shows only that everything runs.")
-    console.print(f"{seconds:.0f} s. Curves, responses side by side, and what this does not show: ", end="")
+        console.print("This run was too short to learn the exercises: it only shows that every stage runs.")
+    console.print(f"{seconds:.0f} s. Curves, responses side by side, and the limits of this experiment: ", end="")
     console.print(options.output / "report.html")
 
 
-def run(seeds: Sequence[int], arms: Sequence[str], size: Size, output: Path, console: Console) -> list[SeedResult]:
-    """Run every seed, with one bar for all of it."""
+@contextmanager
+def _writing(option: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} {folder} cannot be written to ({error.strerror})") from error
+
+
+def run_seeds(
+    seeds: Sequence[int], arms: Sequence[str], size: Size, output: Path, console: Console
+) -> list[SeedResult]:
+    """Run the experiment once per seed, with one progress bar for all seeds."""
     seeds, arms = list(dict.fromkeys(seeds)), list(dict.fromkeys(arms))
     columns = (TextColumn("{task.description:32}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
@@ -75,8 +98,9 @@ def run(seeds: Sequence[int], arms: Sequence[str], size: Size, output: Path, con
         def run_one(seed: int) -> SeedResult:
             def advance(title: str, done: int) -> None:
                 description = f"seed {seed}: {title}"
+                # Without a terminal no bar is drawn: print each stage once, when it starts.
                 if not console.is_terminal and description != progress.tasks[bar].description:
-                    console.print(description)  # where no bar is drawn
+                    console.print(description)
                 progress.update(bar, advance=done, description=description)
 
             return Experiment(seed, size, output / f"seed-{seed}", advance).run(arms)

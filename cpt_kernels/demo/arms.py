@@ -1,4 +1,4 @@
-"""The arms of the experiment, and how one is trained: by the trainer that users run, with the options that they set."""
+"""The arms of the experiment, trained by the public trainer with public options."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from ..config import ContrastiveConfig
 from ..trainer import ContrastiveTrainer
 from ..training.report import RunReport
 
-EASY, HARD = "strong>weak", "strong>medium"  # chosen>rejected
+EASY, HARD = "strong>weak", "strong>medium"  # kinds of pairs: teacher of the chosen > of the rejected response
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to go on from the start model."""
+    """One way to continue training the start model."""
 
     title: str
-    pairs: tuple[str, ...]  # trained on, by teachers; none: the strong teacher's responses alone
+    pairs: tuple[str, ...]  # kinds of pairs to train on (EASY, HARD); empty: the strong teacher's responses alone
     options: Mapping[str, Any] = field(default_factory=dict)  # of ContrastiveConfig
 
 
-# The same for all; what the losses need of their own was chosen on seeds from 100 on, see bench/NOTES.md.
+# Shared by all arms. The options of the single losses were chosen on seeds 100 to 102 (bench/NOTES.md), and the
+# results are reported for other seeds.
 ARM_OPTIONS = {"learning_rate": 5e-5, "lr_scheduler_type": "constant", "per_device_train_batch_size": 32}
 _DPO = {"loss_type": "sigmoid", "beta": 0.5}
 _SLIC = {"loss_type": "slic", "slic_delta": 10.0, "slic_lambda": 0.1, "target_column": "sampled"}
@@ -52,7 +53,7 @@ ARMS = {
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, small enough for a CPU."""
+    """Returns a Llama with random weights (0.6 million parameters), small enough to train on a CPU."""
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -71,15 +72,15 @@ def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalL
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves to report; the model was trained in place."""
+    """The record of one training run."""
 
-    records: list[dict[str, Any]]  # every log
+    records: list[dict[str, Any]]  # the trainer's logs, in order
     tokens_per_second: float
-    found: int  # completions whose reference log-probs were in the cache, and
-    scored: int  # those that were not
+    found: int  # completions whose reference log-probs were in the cache
+    scored: int  # completions that the reference had to score
 
 
-def train(
+def train_in_place(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
@@ -88,11 +89,13 @@ def train(
     on_step: Callable[[], object],
     **options: Any,
 ) -> Trained:
-    """Train ``model`` in place; weights, tokenizer, metrics and curves go to ``folder``.
+    """Trains ``model`` in place and writes weights, tokenizer, metrics and curves to ``folder``.
 
     Args:
+        rows: dataset rows, in any form that the trainer reads.
+        title: of the curves.
         on_step: called after every optimizer step.
-        options: of :class:`ContrastiveConfig`.
+        options: of :class:`ContrastiveConfig`; ``max_steps`` is required.
     """
     report = RunReport(folder, title)
     trainer = ContrastiveTrainer(
@@ -114,13 +117,16 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     cache = None if trainer.reference is None else trainer.reference.cache
-    found, scored = (0, 0) if cache is None else (cache.hits, cache.misses)  # counted while the trainer was made
+    # The trainer's constructor fills the cache, so the counts are final before training starts.
+    found, scored = (0, 0) if cache is None else (cache.hits, cache.misses)
     trainer.train()
     trainer.save_model()
     return Trained(report.records, report.tokens_per_second(trainer.num_tokens), found, scored)
 
 
 class _StepCallback(TrainerCallback):
+    """Calls ``on_step`` after every optimizer step."""
+
     def __init__(self, on_step: Callable[[], object]) -> None:
         self.on_step = on_step
 

@@ -1,4 +1,4 @@
-"""One seed of the experiment: exercises, pairs from the teachers' responses, a model from nothing, and its arms."""
+"""One seed of the experiment: draw exercises, build pairs from the teachers' responses, train and examine all arms."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from transformers import LlamaForCausalLM
 from ..generation.local import generate_local
 from ..generation.prompts import Sampling
 from ..pairs.build import build_pairs
-from .arms import ARM_OPTIONS, ARMS, EASY, HARD, Trained, make_model, train
+from .arms import ARM_OPTIONS, ARMS, EASY, HARD, Trained, make_model, train_in_place
 from .judge import Verdict, judge, prefer
 from .teachers import TEACHERS, Teacher
 from .world import make_exercises, make_tokenizer
 
-BATCH = 64  # responses a step, until the start model is made
-ARM_BATCH = ARM_OPTIONS["per_device_train_batch_size"]  # prompts a step
-DECODINGS = {"sampled": 1.0, "greedy": 0.0}  # -> temperature
+BATCH = 64  # responses per step of pre-training and SFT
+ARM_BATCH = ARM_OPTIONS["per_device_train_batch_size"]  # prompts per step of an arm
+DECODINGS = {"sampled": 1.0, "greedy": 0.0}  # name -> temperature
 _PRETRAINING = {"loss_type": "sft", "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
 _SFT = {"loss_type": "sft", "learning_rate": 5e-4, "lr_scheduler_type": "linear"}
 _STRONG, _MEDIUM, _ = TEACHERS
 
 Row = dict[str, Any]
-# Called with a stage's title and the number of sequences that it did since the last call.
+# Called with the title of a stage and the number of sequences that it has processed since the last call.
 Progress = Callable[[str, int], object]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How long there is to learn, and how many prompts are held out."""
+    """Steps of each stage, and the number of held-out prompts."""
 
     pretraining_steps: int
     sft_steps: int
@@ -44,7 +44,7 @@ class Size:
     held_out: int
 
     def work(self, arms: Sequence[str]) -> int:
-        """Sequences that are trained on or generated; each takes about the same time."""
+        """Returns the number of sequences that are trained on or generated; each takes about the same time."""
         start = BATCH * (self.pretraining_steps + self.sft_steps)
         prompts = ARM_BATCH * self.arm_steps
         trained = sum(prompts * (2 if ARMS[name].pairs else 1) for name in arms)
@@ -57,44 +57,44 @@ QUICK = Size(pretraining_steps=60, sft_steps=20, arm_steps=8, held_out=60)
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """Responses to the held-out prompts, one each, and what the judge makes of them."""
+class JudgedResponses:
+    """One response to each held-out prompt, with the judge's verdicts. All three fields are in the prompts' order."""
 
     texts: list[str]
     verdicts: list[Verdict]
-    wins: NDArray[np.float64]  # against the medium teacher's responses
+    wins: NDArray[np.float64]  # 1, 1/2 or 0 against the medium teacher's response to the same prompt
 
     def share(self, criterion: str) -> float:
-        """How many of the responses meet a criterion of the judge."""
+        """Returns the share of the responses that meet a criterion, a field of :class:`Verdict`."""
         return float(np.mean([getattr(verdict, criterion) for verdict in self.verdicts]))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one model, or of a teacher."""
+    """The responses of one model or teacher, and the training that led to the model."""
 
-    outputs: dict[str, Outputs]  # decoding -> ...
-    training: Trained | None = None
+    responses: dict[str, JudgedResponses]  # by decoding; a teacher is only sampled
+    training: Trained | None = None  # of an arm
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """All that the report is made of."""
+    """The results of one seed: everything that the report needs."""
 
     seed: int
     prompts: list[str]  # held out
-    baseline: list[str]  # the medium teacher's responses to them
-    pairs: dict[str, dict[str, float]]  # teachers -> how many pairs, and how the judge sees them
+    baseline: list[str]  # the medium teacher's responses to the held-out prompts
+    pairs: dict[str, dict[str, float]]  # kind of pairs -> their number, and how often the judge agrees with them
     teachers: dict[str, Result]
     start: Result
     arms: dict[str, Result]
 
 
 class Experiment:
-    """One seed, from which everything follows that is random.
+    """The experiment with one seed. All randomness follows from the seed.
 
     Args:
-        folder: data, models, metrics and outputs go there.
+        folder: receives data, models, metrics and responses.
     """
 
     def __init__(self, seed: int, size: Size, folder: Path, progress: Progress) -> None:
@@ -102,35 +102,39 @@ class Experiment:
         self.tokenizer = make_tokenizer()
         self.rng = random.Random(seed)
         counts = {
-            "pretraining": BATCH * size.pretraining_steps // 2,  # two epochs
+            "pretraining": BATCH * size.pretraining_steps // 2,  # two passes over these
             "sft": BATCH * size.sft_steps,
             "arms": ARM_BATCH * size.arm_steps,
             "held out": size.held_out,
         }
         exercises = iter(make_exercises(sum(counts.values()), self.rng))
-        self.exercises = {name: list(islice(exercises, count)) for name, count in counts.items()}  # no prompt in two
+        # All exercises differ, so no prompt is used in two stages.
+        self.exercises = {name: list(islice(exercises, count)) for name, count in counts.items()}
         self.prompts = [exercise.prompt for exercise in self.exercises["held out"]]
         self.baseline = self._respond(_MEDIUM)
 
     def run(self, arms: Sequence[str]) -> SeedResult:
-        """Train the start model, then each of the arms in ``ARMS`` that are named."""
+        """Trains the start model and the named arms of ``ARMS``, and judges the responses of all of them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         start = self._train_start()
+        # Pairs from the teachers' responses, by the order of strength alone.
         responses = self._ask_teachers()
         pairs = make_pairs(responses)
         self._write("responses.jsonl", responses)
         self._write("pairs.jsonl", pairs)
         self._write("held_out.jsonl", _as_responses(self.prompts, _MEDIUM, self.baseline))
+        # SFT trains on the strong teacher's responses; SLiC regularizes on samples of the start model.
         strong = (row for row in responses if row["model"] == _STRONG.name)
         completions = [{"prompt": row["prompt"], "completion": row["response"]} for row in strong]
         if _need_targets(arms):
             prompts = [row["prompt"] for row in completions]
             targets = dict(zip(prompts, self._generate(start, prompts, 1.0, "targets of SLiC")))
             pairs = [pair | {"sampled": targets[pair["prompt"]]} for pair in pairs]
+        # Train and examine.
         results = {"start": Result(self._examine(start, "start"))}
         for name in arms:
-            results[name] = self._run_arm(name, [p for p in pairs if kind(p) in ARMS[name].pairs] or completions)
-        self._write("outputs.jsonl", self._all_outputs(results))
+            results[name] = self._run_arm(name, [p for p in pairs if pair_kind(p) in ARMS[name].pairs] or completions)
+        self._write("outputs.jsonl", self._response_rows(results))
         teachers = {teacher.name: Result({"sampled": self._judge(self._respond(teacher))}) for teacher in TEACHERS}
         return SeedResult(
             self.seed, self.prompts, self.baseline, count_pairs(pairs), teachers, results.pop("start"), results
@@ -142,7 +146,7 @@ class Experiment:
         return [teacher.respond(exercise, self.rng) for exercise in self.exercises["held out"]]
 
     def _ask_teachers(self) -> list[Row]:
-        """Every teacher's response to every prompt of the arms, in the form that ``cpt pairs`` reads."""
+        """Returns every teacher's response to every prompt of the arms, as rows that ``cpt pairs`` reads."""
         exercises = self.exercises["arms"]
         prompts = [exercise.prompt for exercise in exercises]
         answered = (_as_responses(prompts, t, [t.respond(e, self.rng) for e in exercises]) for t in TEACHERS)
@@ -193,7 +197,8 @@ class Experiment:
         def on_step() -> None:
             self.progress(title, sequences)
 
-        return train(model, self.tokenizer, rows, self.folder / name, title, on_step, seed=self.seed, **options)
+        folder = self.folder / name
+        return train_in_place(model, self.tokenizer, rows, folder, title, on_step, seed=self.seed, **options)
 
     # --- Examination ---
 
@@ -208,27 +213,28 @@ class Experiment:
             progress=lambda count: self.progress(title, count),
         )
 
-    def _examine(self, model: LlamaForCausalLM, title: str) -> dict[str, Outputs]:
+    def _examine(self, model: LlamaForCausalLM, title: str) -> dict[str, JudgedResponses]:
         return {
             decoding: self._judge(self._generate(model, self.prompts, temperature, title))
             for decoding, temperature in DECODINGS.items()
         }
 
-    def _judge(self, texts: list[str]) -> Outputs:
-        wins = [prefer(*outputs) for outputs in zip(self.prompts, texts, self.baseline)]
-        return Outputs(texts, [judge(*output) for output in zip(self.prompts, texts)], np.array(wins))
+    def _judge(self, texts: list[str]) -> JudgedResponses:
+        verdicts = [judge(prompt, text) for prompt, text in zip(self.prompts, texts)]
+        wins = [prefer(prompt, text, other) for prompt, text, other in zip(self.prompts, texts, self.baseline)]
+        return JudgedResponses(texts, verdicts, np.array(wins))
 
-    def _all_outputs(self, results: Mapping[str, Result]) -> Iterable[Row]:
-        """Every response with its verdict, for those who want to look."""
+    def _response_rows(self, results: Mapping[str, Result]) -> Iterable[Row]:
+        """Yields a row for every response of the start model and the arms, with its verdict."""
         for name, result in results.items():
-            for decoding, outputs in result.outputs.items():
-                for prompt, text, verdict, win in zip(self.prompts, *vars(outputs).values()):
+            for decoding, judged in result.responses.items():
+                for prompt, text, verdict, win in zip(self.prompts, judged.texts, judged.verdicts, judged.wins):
                     row = {"arm": name, "decoding": decoding, "prompt": prompt, "response": text, "win": float(win)}
                     yield row | verdict._asdict()
 
 
 def _need_targets(arms: Iterable[str]) -> bool:
-    """Whether one of them regularises on responses of the start model."""
+    """Returns whether one of the arms regularizes on responses of the start model."""
     return any("target_column" in ARMS[name].options for name in arms)
 
 
@@ -237,22 +243,22 @@ def _as_responses(prompts: Iterable[str], teacher: Teacher, responses: Iterable[
 
 
 def make_pairs(responses: Sequence[Row]) -> list[Row]:
-    """Preference pairs by the teachers' rank alone: no judge, no filter."""
+    """Returns preference pairs by the teachers' order of strength alone, without a judge or a filter."""
     columns = [[row[name] for row in responses] for name in ("prompt", "model", "response")]
     order = " > ".join(teacher.name for teacher in TEACHERS)
     return list(build_pairs(*columns, order, which=f"{EASY}, {HARD}").rows(*columns))
 
 
-def kind(pair: Row) -> str:
-    """``EASY`` or ``HARD``."""
+def pair_kind(pair: Row) -> str:
+    """Returns ``EASY`` or ``HARD``."""
     return f"{pair['chosen_model']}>{pair['rejected_model']}"
 
 
 def count_pairs(pairs: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """How many there are of each kind, and how often the judge agrees with the teachers' rank: for the report alone."""
+    """Returns the number of pairs of each kind, and how often the judge agrees with them; used by the report only."""
     counts = {}
     for name in (EASY, HARD):
-        preferences = np.array([prefer(p["prompt"], p["chosen"], p["rejected"]) for p in pairs if kind(p) == name])
+        preferences = np.array([prefer(p["prompt"], p["chosen"], p["rejected"]) for p in pairs if pair_kind(p) == name])
         counts[name] = {
             "pairs": len(preferences),
             "judge agrees": float((preferences == 1).mean()),

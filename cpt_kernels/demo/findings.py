@@ -1,4 +1,4 @@
-"""What the runs show: rates and shares of every arm, differences between arms, and sentences that say them."""
+"""Findings of the experiment: win rates and shares of every arm, differences between arms, and sentences on both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .arms import ARMS
 from .experiment import DECODINGS, Result, SeedResult
 from .judge import Verdict
 
-# What the paper leads one to expect: that the first arm's win rate is above the second's.
+# (first arm, second arm): by the paper's results the first arm's win rate is above the second's.
 _EXPECTED = (
     ("dpo-easy", "sft"),
     ("slic-easy", "sft"),
@@ -22,53 +22,53 @@ _EXPECTED = (
     ("dpo-easy-to-hard", "dpo-easy"),
     ("dpo-easy-to-hard", "dpo-hard-to-easy"),
 )
-# What is shown of a verdict, and under which name.
+# Name of a column in tables -> criterion of the judge, a field of Verdict.
 SHARES = {"right": "exact", "steps": "steps", "format": "format", "brief": "brief"}
 
 
 class Summary(NamedTuple):
-    """One model or teacher over all seeds. A teacher is sampled alone."""
+    """One model or teacher over all seeds."""
 
     title: str
-    rates: dict[str, WinRate]  # decoding -> against the medium teacher
-    by_seed: list[float]  # sampled
+    rates: dict[str, WinRate]  # decoding -> win rate against the medium teacher; a teacher is only sampled
+    by_seed: list[float]  # win rates of the sampled responses
     shares: dict[str, dict[str, float]]  # decoding -> criterion of the judge -> share of responses
-    speed: float | None  # tokens a second, of arms
-    found: int  # completions whose reference log-probs were in the cache, and
-    scored: int  # those that were not
+    speed: float | None  # tokens per second while training; None for teachers and the start model
+    found: int  # completions whose reference log-probs were in the cache
+    scored: int  # completions that the reference had to score
 
     @property
     def cached(self) -> float | None:
-        """Share that the cache had; ``None`` without a reference."""
+        """Share of the reference log-probs that were in the cache; ``None`` without a reference."""
         return self.found / (self.found + self.scored) if self.found + self.scored else None
 
 
 class Comparison(NamedTuple):
-    """Win rate of the first arm minus the second's, on the same prompts."""
+    """Win rate of the first arm minus that of the second, on the same prompts."""
 
     first: str
     second: str
-    differences: dict[str, tuple[float, float, float]]  # decoding -> mean and interval over prompts
-    by_seed: list[float]  # sampled
+    differences: dict[str, tuple[float, float, float]]  # decoding -> mean, low, high; the interval is over prompts
+    by_seed: list[float]  # mean differences of the sampled responses
 
     @property
     def verdict(self) -> str:
-        """By the sampled responses."""
+        """Whether the interval of the sampled responses agrees with the paper."""
         _, low, high = self.differences["sampled"]
         if low > 0:
             return "as expected"
-        return "against expectation" if high < 0 else "no difference that these prompts could show"
+        return "against expectation" if high < 0 else "no difference that so few prompts can show"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that is computed from the runs."""
+    """Summaries and comparisons over all seeds."""
 
     summaries: dict[str, Summary]  # teachers, start model and arms, by name
-    comparisons: list[Comparison]  # those of the expected ones whose two arms were run
+    comparisons: list[Comparison]  # of the pairs of arms in _EXPECTED that were both run
 
     def sentences(self) -> list[str]:
-        """What came out; each sentence follows from the numbers."""
+        """Returns the findings as sentences, computed from the numbers."""
         found = []
         for comparison in self.comparisons:
             sampled, greedy = (_points(comparison.differences[decoding]) for decoding in ("sampled", "greedy"))
@@ -76,6 +76,7 @@ class Findings:
                 sampled += f", by seed {', '.join(f'{100 * value:+.1f}' for value in comparison.by_seed)}"
             arms = f"{comparison.first} against {comparison.second}"
             found.append(f"{arms}: {sampled}; greedily {greedy}: {comparison.verdict}.")
+        # DPO and SFT saw the same responses of the strong teacher: compare both with the teacher itself.
         compared = [self.summaries[name] for name in ("sft", "dpo-easy") if name in self.summaries]
         for summary in compared:
             gap = 100 * (summary.rates["sampled"].rate - self.summaries["strong"].rates["sampled"].rate)
@@ -88,6 +89,7 @@ class Findings:
         return found
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the summaries and comparisons as JSON-serializable dictionaries."""
         return {
             "results": {
                 name: summary._asdict() | {"rates": {key: rate._asdict() for key, rate in summary.rates.items()}}
@@ -98,7 +100,7 @@ class Findings:
 
 
 def find(results: Sequence[SeedResult]) -> Findings:
-    """Take the seeds together: a mean is over all their prompts."""
+    """Computes the findings of all seeds together: means are over the prompts of all seeds."""
     groups = {name: (f"{name} teacher", [each.teachers[name] for each in results]) for name in results[0].teachers}
     groups["start"] = ("SFT (start)", [each.start for each in results])
     groups |= {name: (ARMS[name].title, [each.arms[name] for each in results]) for name in results[0].arms}
@@ -109,15 +111,15 @@ def find(results: Sequence[SeedResult]) -> Findings:
 
 
 def _summarize(title: str, of_seeds: Sequence[Result]) -> Summary:
-    decodings = list(of_seeds[0].outputs)
+    decodings = list(of_seeds[0].responses)
     trained = [result.training for result in of_seeds if result.training is not None]
     return Summary(
         title,
         {decoding: win_rate(_wins(of_seeds, decoding)) for decoding in decodings},
-        [float(result.outputs["sampled"].wins.mean()) for result in of_seeds],
+        [float(result.responses["sampled"].wins.mean()) for result in of_seeds],
         {
             decoding: {
-                name: float(np.mean([result.outputs[decoding].share(name) for result in of_seeds]))
+                name: float(np.mean([result.responses[decoding].share(name) for result in of_seeds]))
                 for name in Verdict._fields
             }
             for decoding in decodings
@@ -139,7 +141,7 @@ def _compare(first: tuple[str, Sequence[Result]], second: tuple[str, Sequence[Re
 
 
 def _wins(of_seeds: Sequence[Result], decoding: str) -> NDArray[np.float64]:
-    return np.concatenate([result.outputs[decoding].wins for result in of_seeds])
+    return np.concatenate([result.responses[decoding].wins for result in of_seeds])
 
 
 def _points(difference: tuple[float, float, float]) -> str:

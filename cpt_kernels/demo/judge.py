@@ -1,4 +1,4 @@
-"""The judge: a program that compares two responses. Training never sees it."""
+"""The judge: a program that compares two responses to an exercise. Training never uses it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ _BARE = re.compile(rf"\b({_VALUE})\b")
 
 
 class Verdict(NamedTuple):
-    """What is right about a response, the most important first."""
+    """The criteria that a response meets, the most important first."""
 
-    exact: bool  # one answer, and the right one
-    steps: bool  # every step is shown, with its right result
-    format: bool  # the answer stands as "answer: ... ."
-    brief: bool  # and nothing else stands there
+    exact: bool  # the response gives exactly one answer, the right one
+    steps: bool  # every step is shown with its right result, in order
+    format: bool  # the answer is written as "answer: ... ."
+    brief: bool  # the response has no further text
 
     @property
     def rank(self) -> tuple[bool, int]:
-        """A right answer beats a wrong one; between two right or two wrong ones style decides."""
+        """Sort key: a right answer beats a wrong one; the number of style criteria breaks ties."""
         return self.exact, self.steps + self.format + self.brief
 
 
 def judge(prompt: str, response: str) -> Verdict:
-    """Look at one response."""
+    """Returns the verdict on one response."""
     exercise = Exercise.parse(prompt)
+    # Labelled parts ("sort: abc", "answer: abc") first; any value outside of them counts as another answer.
     parts = _PART.findall(response)
     rest = _PART.sub("", response)
     shown = [part for part in parts if part[0] != "answer"]
@@ -42,6 +43,6 @@ def judge(prompt: str, response: str) -> Verdict:
 
 
 def prefer(prompt: str, output_1: str, output_2: str) -> float:
-    """1 where the first output wins, 0 where the second does, 1/2 for a tie."""
+    """Returns 1 if the first response wins, 0 if the second does, and 1/2 for a tie."""
     first, second = judge(prompt, output_1).rank, judge(prompt, output_2).rank
     return 0.5 if first == second else float(first > second)

@@ -1,4 +1,4 @@
-"""The findings to look at: a table, pictures, results.json and report.html."""
+"""Presents the findings: a table, figures, results.json and report.html."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_EXAMPLES = 6
+_EXAMPLES = 6  # held-out prompts whose responses report.html shows
 _CURVES = {
     "reward margin": "rewards/margins",
     "reward accuracy": "rewards/accuracies",
@@ -35,13 +35,13 @@ _CURVES = {
 
 
 def make_table(findings: Findings) -> Table:
-    """The closing table, of percentages; it fits into 80 columns."""
+    """Returns the closing table of percentages, which fits into 80 columns."""
     prompts = findings.summaries["start"].rates["sampled"].n
     table = Table(
         title=f"Win rate against the medium teacher, {prompts} held-out prompts",
         title_justify="left",
         box=SIMPLE,
-        caption="right, steps, format, brief: of sampled responses. cache: reference log-probs that were there",
+        caption="right, steps, format, brief: of sampled responses. cache: reference log-probs found in it",
         caption_justify="left",
         padding=0,
         pad_edge=False,
@@ -65,12 +65,12 @@ def _rate(rate: WinRate) -> str:
     return f"{100 * rate.rate:.1f} ({100 * rate.low:.0f}–{100 * rate.high:.0f})"
 
 
-# --- Pictures ---
+# --- Figures ---
 
 
-def draw_win_rates(findings: Findings) -> Figure:
-    """Win rates with their intervals, both decodings."""
-    from matplotlib.figure import Figure  # takes half a second
+def draw_arm_win_rates(findings: Findings) -> Figure:
+    """Draws win rates with their intervals, for both decodings."""
+    from matplotlib.figure import Figure  # imported here because it takes half a second
 
     summaries = list(findings.summaries.values())
     figure = Figure(figsize=(9, 0.42 * len(summaries) + 1), layout="constrained")
@@ -98,11 +98,11 @@ def draw_win_rates(findings: Findings) -> Figure:
     return figure
 
 
-def draw_curves(result: SeedResult) -> Figure | None:
-    """Margins, accuracies and the share of hard pairs in the DPO arms of a seed; ``None`` if there is none."""
+def draw_arm_curves(result: SeedResult) -> Figure | None:
+    """Draws margins, accuracies and the share of hard pairs of a seed's DPO arms; ``None`` without such an arm."""
     from matplotlib.figure import Figure
 
-    # Without a reference, as SLiC is, a reward is another thing.
+    # SLiC has no reference, so its rewards are not comparable with those of DPO.
     arms = {name: arm for name, arm in result.arms.items() if ARMS[name].options["loss_type"] == "sigmoid"}
     if not arms:
         return None
@@ -120,7 +120,7 @@ def draw_curves(result: SeedResult) -> Figure | None:
 
 
 def _embedded(figure: Figure | None) -> str | None:
-    """A picture as the source of an HTML image."""
+    """Returns a figure as a data URL for an HTML image."""
     if figure is None:
         return None
     buffer = io.BytesIO()
@@ -131,14 +131,14 @@ def _embedded(figure: Figure | None) -> str | None:
 # --- Files ---
 
 
-def write(
+def write_findings(
     findings: Findings, results: Sequence[SeedResult], size: Size, seconds: float, folder: Path, command: str
 ) -> None:
-    """Write results.json, and report.html, which needs no other file.
+    """Writes results.json and a self-contained report.html to ``folder``.
 
     Args:
-        seconds: that it all took.
-        command: that was typed.
+        seconds: duration of the whole run.
+        command: the command line, as typed.
     """
     about = {"command": command, "seeds": [result.seed for result in results], "seconds": round(seconds, 1)}
     about |= {"size": asdict(size), "pairs": {str(result.seed): result.pairs for result in results}}
@@ -153,7 +153,7 @@ def write(
         shares=SHARES,
         decodings=DECODINGS,
         rate_text=_rate,
-        examples=_examples(results[0]),
+        examples=_example_responses(results[0]),
         arms={name: ARMS[name] for name in results[0].arms},
         arm_options=ARM_OPTIONS,
         teachers=TEACHERS,
@@ -161,20 +161,20 @@ def write(
         temptations=TEMPTATIONS,
         batch=BATCH,
         arm_batch=ARM_BATCH,
-        win_rates=_embedded(draw_win_rates(findings)),
-        curves=_embedded(draw_curves(results[0])),
+        win_rates=_embedded(draw_arm_win_rates(findings)),
+        curves=_embedded(draw_arm_curves(results[0])),
     )
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 
-def _examples(result: SeedResult) -> list[tuple[str, list[tuple[Any, ...]]]]:
-    """The first held-out prompts, each with (who, response, verdict, win) of everyone."""
-    everyone = {"SFT (start)": result.start} | {ARMS[name].title: arm for name, arm in result.arms.items()}
+def _example_responses(result: SeedResult) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    """Returns the first held-out prompts, each with (title, response, verdict, win) of every model."""
+    models = {"SFT (start)": result.start} | {ARMS[name].title: arm for name, arm in result.arms.items()}
     examples = []
     for at, prompt in enumerate(result.prompts[:_EXAMPLES]):
-        said = [("medium teacher", result.baseline[at], None, None)]
-        for title, each in everyone.items():
-            outputs = each.outputs["sampled"]
-            said.append((title, outputs.texts[at], outputs.verdicts[at], outputs.wins[at]))
-        examples.append((prompt, said))
+        responses = [("medium teacher", result.baseline[at], None, None)]
+        for title, each in models.items():
+            judged = each.responses["sampled"]
+            responses.append((title, judged.texts[at], judged.verdicts[at], judged.wins[at]))
+        examples.append((prompt, responses))
     return examples

@@ -1,6 +1,6 @@
-"""Three teachers of different strength: programs that solve an exercise, with faults.
+"""Three teachers of different strength: programs that solve an exercise and make random faults.
 
-Faults are independent draws, so on a given exercise the stronger teacher is not always the better one.
+Faults are drawn independently, so the stronger teacher's response to an exercise is not always the better one.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from .world import FILLER, LETTERS, Exercise, apply, solution
 
 STYLE_FAULTS = ("skipped", "unlabelled", "filler")
-# An exercise that begins with this operation tempts every teacher to this fault.
+# First operation of an exercise -> the fault of style that it tempts every teacher to.
 TEMPTATIONS = {"sort": "skipped", "drop": "unlabelled", "reverse": "filler"}
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """How often each fault happens, independently of the others."""
+    """The probability of each fault. Faults are independent of each other."""
 
     name: str
-    wrong: float  # a slip in one step; what follows goes on from it
-    sloppy: float  # each fault of style
-    tempted: float  # the fault of style that an exercise tempts to
+    wrong: float  # one step has a wrong result, and later steps continue from it
+    sloppy: float  # each fault of style to which the exercise does not tempt
+    tempted: float  # the fault of style to which the exercise tempts
 
     def respond(self, exercise: Exercise, rng: random.Random) -> str:
-        """A response to an exercise."""
+        """Returns a response to an exercise."""
         results = _with_slip(exercise, rng) if rng.random() < self.wrong else exercise.results
         temptation = TEMPTATIONS.get(exercise.steps[0].split()[0])
         rates = {fault: self.tempted if fault == temptation else self.sloppy for fault in STYLE_FAULTS}
@@ -45,18 +45,18 @@ TEACHERS = (
 
 
 def _with_slip(exercise: Exercise, rng: random.Random) -> list[str]:
-    """Results of an exercise with a slip in one step."""
+    """Returns the results of an exercise's steps with a slip in one of them."""
     at = rng.randrange(len(exercise.steps))
     results = exercise.results[:at]
     value = _slip(exercise.results[at], rng)
     for step in exercise.steps[at + 1 :]:
         results.append(value)
-        value = apply(step, value) or value  # dropping all that is left: no teacher answers with nothing
+        value = apply(step, value) or value  # "drop" may remove every letter; no teacher answers with an empty word
     return [*results, value]
 
 
 def _slip(value: str, rng: random.Random) -> str:
-    """A number off by one, a letter replaced, or two neighbours swapped."""
+    """Returns ``value`` off by one (a number), or with one letter replaced or two neighbors swapped (a word)."""
     if value.isdigit():
         return str(abs(int(value) + rng.choice((-1, 1))))
     at = rng.randrange(len(value))

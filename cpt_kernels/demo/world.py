@@ -1,9 +1,9 @@
-"""The world of the demo: short exercises on words of a few letters, each with one right answer.
+"""The task of the demo: short exercises on words of a few letters, each with one right answer.
 
     reverse, then count c: cadcb
     reverse: bcdac; count c: 2; answer: 2.
 
-The first line is the prompt, the second the model solution: each step with its result, then the answer.
+The first line is a prompt. The second is its model solution: every step with its result, then the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 LETTERS = "abcdefgh"
 
-# What a step does with a word; `x` is the letter that "drop" and "count" name.
+# Name of a step -> its result on a word. x is the letter that "drop" and "count" name; the others ignore it.
 OPERATIONS: dict[str, Callable[[str, str], str]] = {
     "reverse": lambda word, x: word[::-1],
     "sort": lambda word, x: "".join(sorted(word)),
@@ -34,7 +34,7 @@ _PROMPT = re.compile(rf"(.+): ([{LETTERS}]+)\n")
 
 @dataclass(frozen=True)
 class Exercise:
-    """One or two steps on a word, a step as the prompt has it: ``reverse``, ``count c``."""
+    """One or two steps on a word. A step is written as in the prompt: ``reverse``, ``count c``."""
 
     steps: tuple[str, ...]
     word: str
@@ -45,13 +45,13 @@ class Exercise:
 
     @classmethod
     def parse(cls, prompt: str) -> Exercise:
-        """The exercise of a prompt."""
+        """Returns the exercise of a prompt."""
         steps, word = _PROMPT.fullmatch(prompt).groups()
         return cls(tuple(steps.split(", then ")), word)
 
     @property
     def results(self) -> list[str]:
-        """The result of every step; the last one is the answer."""
+        """The results of all steps; the last one is the answer."""
         results, value = [], self.word
         for step in self.steps:
             value = apply(step, value)
@@ -60,18 +60,18 @@ class Exercise:
 
 
 def apply(step: str, value: str) -> str:
-    """The result of a step on a word."""
+    """Returns the result of a step on a word."""
     name, _, letter = step.partition(" ")
     return OPERATIONS[name](value, letter)
 
 
 def solution(steps: tuple[str, ...], results: list[str]) -> str:
-    """A full response with these results."""
+    """Returns a response that shows these steps and results, and the last result as the answer."""
     return "".join(f"{step}: {result}; " for step, result in zip(steps, results)) + f"answer: {results[-1]}."
 
 
 def make_exercises(count: int, rng: random.Random) -> list[Exercise]:
-    """Exercises with different prompts."""
+    """Returns ``count`` exercises with different prompts."""
     found: dict[Exercise, None] = {}
     while len(found) < count:
         word = "".join(rng.choices(LETTERS, k=rng.randint(3, 5)))
@@ -83,7 +83,7 @@ def make_exercises(count: int, rng: random.Random) -> list[Exercise]:
         for name in names:
             steps.append(f"{name} {rng.choice(value)}" if name in ("drop", "count") else name)
             value = apply(steps[-1], value)
-            if not value:
+            if not value:  # "drop" removed every letter: draw again
                 break
         if value:
             found[Exercise(tuple(steps), word)] = None
@@ -91,7 +91,7 @@ def make_exercises(count: int, rng: random.Random) -> list[Exercise]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word, letter, digit and mark; the text of tokens is given back as it was."""
+    """Returns a tokenizer with a token per word, letter, digit and mark; decoding restores the text exactly."""
     words = {*OPERATIONS, "then", "answer", *re.findall(r"\w+", FILLER)}
     tokens = ["<pad>", "<eos>", "<unk>", *sorted(words), *LETTERS, *string.digits, ": ", "; ", ", ", *" .!\n"]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))

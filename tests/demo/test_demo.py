@@ -1,4 +1,4 @@
-"""``cpt demo``: its world, teachers and judge; a quick run of all of it; and, slow, what it is there to show."""
+"""``cpt demo``: its task, teachers and judge; a quick run of every stage; the quickstart's files; slow: its result."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from cpt_kernels.demo.experiment import (
     FULL,
     QUICK,
     Experiment,
-    Outputs,
+    JudgedResponses,
     Result,
     SeedResult,
     count_pairs,
-    kind,
     make_pairs,
+    pair_kind,
 )
 from cpt_kernels.demo.findings import find
 from cpt_kernels.demo.judge import judge, prefer
@@ -41,7 +41,7 @@ from cpt_kernels.demo.world import FILLER, Exercise, make_exercises, make_tokeni
 # --- World ---
 
 
-def test_exercises_differ_and_their_prompts_tell_all_of_them():
+def test_exercises_differ_and_are_parsed_from_their_prompts():
     exercises = make_exercises(2000, random.Random(1))
     assert exercises == make_exercises(2000, random.Random(1)) != make_exercises(2000, random.Random(2))
     assert len({exercise.prompt for exercise in exercises}) == 2000
@@ -64,7 +64,7 @@ def test_results_of_every_step(prompt, results):
     assert Exercise.parse(prompt).results == results
 
 
-def test_the_tokenizer_gives_every_text_back(tmp_path):
+def test_the_tokenizer_restores_every_text(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     rng = random.Random(0)
@@ -121,7 +121,7 @@ def test_the_model_solution_is_perfect():
 
 
 @pytest.mark.parametrize("teacher", TEACHERS, ids=lambda teacher: teacher.name)
-def test_faults_are_as_frequent_as_they_are_said_to_be(teacher):
+def test_faults_have_their_stated_rates(teacher):
     rng = random.Random(4)
     exercises = make_exercises(4000, rng)
     responses = [teacher.respond(exercise, rng) for exercise in exercises]
@@ -138,7 +138,7 @@ def test_faults_are_as_frequent_as_they_are_said_to_be(teacher):
     together = np.corrcoef([faults[fault] for fault in faults])[np.triu_indices(3, 1)]
     assert np.abs(together).max() < 0.25  # independent but for the temptations
     wrong = 1 - np.mean([judge(exercise.prompt, text).exact for exercise, text in zip(exercises, responses)])
-    assert 0.7 * teacher.wrong < wrong < 1.1 * teacher.wrong  # sorting, dropping or counting mends some slips
+    assert 0.7 * teacher.wrong < wrong < 1.1 * teacher.wrong  # sorting, dropping or counting corrects some slips
 
 
 def test_the_stronger_teacher_wins_more_often_but_not_always():
@@ -160,18 +160,18 @@ def test_everything_drawn_follows_from_the_seed_and_no_prompt_is_used_twice(tmp_
     assert len(set(prompts)) == len(prompts) == 32 * 60 + 64 * 20 + 32 * 8 + 60
 
 
-def test_pairs_are_by_rank_whatever_was_said():
+def test_pairs_follow_the_teachers_order_whatever_they_answered():
     best, worst = "sort: abc; answer: abc.", "cab"
     rows = [
         {"prompt": prompt, "model": model, "response": response}
         for prompt, responses in {
             "sort: cab\n": {"weak": best, "strong": worst, "medium": best},
-            "sort: bca\n": {"strong": best, "medium": best, "weak": worst},  # nothing to tell strong and medium apart
+            "sort: bca\n": {"strong": best, "medium": best, "weak": worst},  # strong and medium agree: no hard pair
         }.items()
         for model, response in responses.items()
     ]
     pairs = make_pairs(rows)
-    assert [(pair["prompt"], kind(pair), pair["chosen"]) for pair in pairs] == [
+    assert [(pair["prompt"], pair_kind(pair), pair["chosen"]) for pair in pairs] == [
         ("sort: cab\n", HARD, worst),
         ("sort: cab\n", EASY, worst),
         ("sort: bca\n", EASY, best),
@@ -185,10 +185,10 @@ def test_pairs_are_by_rank_whatever_was_said():
 
 
 def result(rate: float, seed: int, trained: bool = True) -> Result:
-    """Of a model that wins a share of 400 prompts, the same ones whenever the seed is the same."""
+    """The result of a model that wins a share ``rate`` of 400 prompts, drawn with ``seed``."""
     wins = (np.random.default_rng(seed).random(400) < rate).astype(float)
     texts = ["answer: abc." if win else "<b>" for win in wins]
-    outputs = Outputs(texts, [judge("sort: cab\n", text) for text in texts], wins)
+    outputs = JudgedResponses(texts, [judge("sort: cab\n", text) for text in texts], wins)
     records = [{"step": step, "loss": 1.0, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5} for step in (1, 2)]
     training = Trained(records, 12345.0, 30, 10) if trained else None
     return Result({"sampled": outputs, "greedy": outputs}, training)
@@ -200,7 +200,7 @@ def seed_result(**rates: float) -> SeedResult:
         ["sort: cab\n"] * 400,
         ["abc"] * 400,
         {kind: {"pairs": 400, "judge agrees": 0.7, "judge disagrees": 0.2} for kind in (EASY, HARD)},
-        {teacher.name: Result({"sampled": result(0.6, 1).outputs["sampled"]}) for teacher in TEACHERS},
+        {teacher.name: Result({"sampled": result(0.6, 1).responses["sampled"]}) for teacher in TEACHERS},
         result(0.5, 2, trained=False),
         {name.replace("_", "-"): result(rate, seed) for seed, (name, rate) in enumerate(rates.items())},
     )
@@ -228,7 +228,7 @@ def test_numbers_of_several_seeds_are_taken_together():
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order, and keeps what is asked about."""
+    """Checks that tags are closed in order, and keeps the text and the sources of images."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -260,21 +260,21 @@ def test_the_table_fits_into_80_columns():
     assert all(any(line.strip().startswith(arm.title) for line in lines) for arm in ARMS.values())
 
 
-def test_the_page_stands_alone_and_shows_text_as_text(tmp_path):
+def test_the_report_is_self_contained_and_escapes_text(tmp_path):
     results = [seed_result(sft=0.5, dpo_easy=0.7)]
-    report.write(find(results), results, FULL, 12.3, tmp_path, "cpt demo <x>")
+    report.write_findings(find(results), results, FULL, 12.3, tmp_path, "cpt demo <x>")
     page = Page((tmp_path / "report.html").read_text())
     assert len(page.images) == 2 and all(image.startswith("data:image/svg+xml;base64,") for image in page.images)
     assert "cpt demo <x>" in page.text and "<b>" in page.text and "DPO easy" in page.text
     json.loads((tmp_path / "results.json").read_text())
 
 
-# --- All of it ---
+# --- The command ---
 
 
 @pytest.fixture
 def _process_settings():
-    """What the command sets for its process, put back."""
+    """Restores the settings that the command changes for its whole process."""
     logger, threads = logging.getLogger("cpt_kernels"), torch.get_num_threads()
     level = logger.level
     yield
@@ -296,7 +296,7 @@ def test_quick_demo(tmp_path, capsys):
         assert all(0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1 for rate in rates)
         assert row["title"] in printed
     assert len(results["comparisons"]) == 5
-    # Easy pairs, hard pairs: scored once. Both in one curriculum: nothing is left to score.
+    # Easy and hard pairs are scored once each; the curriculum over both finds all of them in the cache.
     scored = {name: row["scored"] for name, row in results["results"].items()}
     assert scored["dpo-easy"] > 0 < scored["dpo-hard"] and scored["dpo-easy-to-hard"] == 0
     page = Page((tmp_path / "report.html").read_text())
@@ -325,13 +325,35 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     assert "cannot be written to" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_process_settings")
+def test_files_of_the_quickstart(tmp_path, capsys):
+    assert cli.main(["demo", "--quickstart", str(tmp_path / "new" / "quickstart")]) == 0
+    folder = tmp_path / "new" / "quickstart"
+    assert f"written to {folder}" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+    assert len({(row["prompt"], row["model"]) for row in rows}) == len(rows) == 51
+    assert {row["model"] for row in rows} == {"large", "medium", "small"}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert model.num_parameters() < 300_000 and len(tokenizer) == model.config.vocab_size
+    for row in rows:
+        ids = tokenizer(row["response"])["input_ids"]
+        assert tokenizer.decode(ids) == row["response"] and len(ids) < 80
+
+
+def test_a_quickstart_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--quickstart", str(tmp_path / "file" / "quickstart")]) == 2
+    assert "--quickstart" in (error := capsys.readouterr().err) and "cannot be written to" in error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.usefixtures("_process_settings")
 def test_dpo_beats_continued_sft(seed, tmp_path):
-    """In every seed by 4 points of win rate at least, sampled and greedily."""
+    """DPO wins by at least 4 points of win rate in every seed, sampled and greedily."""
     torch.set_num_threads(1)
     arms = Experiment(seed, FULL, tmp_path, lambda title, done: None).run(["sft", "dpo-easy"]).arms
     for decoding in ("sampled", "greedy"):
-        sft, dpo = (arms[name].outputs[decoding].wins.mean() for name in ("sft", "dpo-easy"))
+        sft, dpo = (arms[name].responses[decoding].wins.mean() for name in ("sft", "dpo-easy"))
         assert dpo - sft >= 0.04, f"{decoding}: {100 * dpo:.1f} against {100 * sft:.1f}"
