@@ -356,14 +356,13 @@ class ReferenceCache:
         low = halves[:, 1].tolist()
         index = self._index
         shards = index.shards
-        for matches in index.find(np.ascontiguousarray(halves[:, 0])):
-            for item, number, row in matches:
-                shard = shards[number]
-                if pieces[item] is None and shard.trusted:
-                    try:
-                        pieces[item] = shard.read(row, low[item], lengths[item])
-                    except DamagedShardError as error:
-                        self._distrust(shard, str(error))  # its rows are not there any more
+        for item, number, row in index.find(np.ascontiguousarray(halves[:, 0])):
+            shard = shards[number]
+            if pieces[item] is None and shard.trusted:
+                try:
+                    pieces[item] = shard.read(row, low[item], lengths[item])
+                except DamagedShardError as error:
+                    self._distrust(shard, str(error))  # its rows are not there any more
         return pieces
 
     def _distrust(self, shard: Shard, reason: str) -> None:
