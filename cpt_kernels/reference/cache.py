@@ -1,12 +1,14 @@
-"""Reference log-probs on disk: a completion that was scored once is never scored again.
+"""Keeps reference log-probs on disk, so that a completion is scored once.
 
-    <directory>/<fingerprint>/reference.json    what the reference is, for people
+    <directory>/<fingerprint>/reference.json    describes the reference, for people
     <directory>/<fingerprint>/<uuid>.arrow      immutable shards, see `cpt_kernels.reference.shards`
 
-A row is found by a hash of (reference fingerprint, prompt ids, completion ids) and of nothing else, so the cache
-outlives shuffles, splits, losses, betas and seeds. Any number of processes may write to one folder: a shard gets its
-own name, and only when all its bytes are on disk. Two writers that score the same row store it twice, which costs bytes
-and no more. A killed writer leaves at most a hidden `.tmp` file, which no reader looks at.
+The key of a row is a hash of (reference fingerprint, prompt ids, completion ids) and of nothing else. A stored row
+therefore stays valid across shuffles, splits, losses, betas and seeds.
+
+Any number of processes may write to one folder. Every shard has a unique name, which appears once all bytes are on
+disk. Two writers that score the same row store it twice: this costs bytes, and nothing else. A writer that is killed
+leaves at most a hidden `.tmp` file, which readers ignore.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,13 +36,17 @@ from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, write_sha
 
 logger = logging.getLogger(__name__)
 
-_PENDING_BYTES = 1 << 25  # of unwritten rows: a shard is written then at the latest
-_SMALL = 1 << 26  # bytes of a shard that is still merged with others
-_LARGEST = 1 << 28  # bytes of what they are merged into
+DESCRIPTION = "reference.json"
+
+_PENDING_BYTES = 1 << 25  # a shard is written when this much is unwritten
+_SMALL = 1 << 26  # `merge` merges shards of fewer bytes
+_LARGEST = 1 << 28  # `merge` makes shards of at most this many bytes
+
+Values = memoryview | NDArray[np.float32]  # the log-probs of a row, read-only
 
 
 def default_cache_dir() -> Path:
-    """`$CPT_CACHE`, else `cpt_kernels/reference` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Returns `$CPT_CACHE`, else `cpt_kernels/reference` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if chosen := os.environ.get("CPT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cpt_kernels" / "reference"
@@ -49,18 +55,19 @@ def default_cache_dir() -> Path:
 class ReferenceCache:
     """Per-token log-probs of completions under one reference model.
 
-    One thread adds; any number of threads and processes read. A pickled copy, in a DataLoader worker say, opens the
-    same folder anew and sees all that was added before. As a context manager it flushes at the end.
+    One thread may add; any number of threads and processes may read. As a context manager, the cache flushes at the
+    end. A pickled copy (in a DataLoader worker, for example) opens the same folder again. Pickling flushes, so the copy
+    sees every row that was added before.
 
     Args:
-        directory: folder for all references, see `default_cache_dir`. Made at the first flush.
+        directory: folder of all references, see `default_cache_dir`. The first flush creates it.
         fingerprint: 32 hex digits that identify the reference, see `cpt_kernels.reference.fingerprint`.
         description: written to `reference.json`, for people.
-        flush_seconds: when the oldest unwritten row is this old, `add` has a shard written, beside what comes next.
-        kind: of the rows that are added, one of `shards.KINDS`; rows of either are found.
+        flush_seconds: `add` starts to write a shard in the background once the oldest unwritten row is this old.
+        kind: kind of the rows that this object adds, one of `shards.KINDS`. Rows of both kinds are found.
 
     Attributes:
-        hits, misses: completions found and not found by `look_up`, and by what calls it, in this process.
+        hits, misses: completions that `look_up` (and the methods that call it) found and did not find in this process.
         bytes_written: size of the shards that this object wrote.
 
     Raises:
@@ -79,7 +86,7 @@ class ReferenceCache:
         if not re.fullmatch("[0-9a-f]{32}", fingerprint):
             raise UserError(f"a reference's fingerprint is 32 hex digits, not {fingerprint!r}")
         if kind not in KINDS:
-            raise UserError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+            raise UserError(f"kind={kind!r} is unknown: choose one of {', '.join(KINDS)}")
         self.directory = Path(directory).expanduser()
         self.folder = self.directory / fingerprint
         self.fingerprint = fingerprint
@@ -89,17 +96,18 @@ class ReferenceCache:
         self.hits = self.misses = self.bytes_written = 0
         self._header = bytes.fromhex(fingerprint)
         self._lock = threading.RLock()
+        # A row moves from `_pending` to `_writing` (a shard that a background thread writes) to `_index`.
         self._pending = Rows()
         self._pending_since = 0.0
-        self._writing: tuple[Rows, Future[Shard]] | None = None  # a shard that a thread of its own writes
-        self._seen: set[str] = set()  # shards that were opened, or found damaged: neither is opened again
+        self._writing: tuple[Rows, Future[Shard]] | None = None
         self._index = Index()
+        self._seen: set[str] = set()  # names of shards that were opened or found damaged; `refresh` skips them
         self.refresh()
 
     # --- Reading ---
 
     def key(self, prompt_ids: Tokens, completion_ids: Tokens) -> bytes:
-        """16 bytes that identify a completion of a prompt under this reference.
+        """Returns the 16 bytes that identify a completion of a prompt under this reference.
 
         Raises:
             UserError: token ids that are not a flat sequence of integers.
@@ -107,18 +115,19 @@ class ReferenceCache:
         return self.keys([(prompt_ids, completion_ids)])[0]
 
     def keys(self, sequences: Sequences) -> list[bytes]:
-        """The `key` of each (prompt ids, completion ids); about 1 us each from int64 arrays, 3 us from lists."""
+        """Returns the `key` of each (prompt ids, completion ids): 1 us each from int64 arrays, 3 us from lists."""
         return row_keys(self._header, sequences)
 
     def look_up(self, keys: Sequence[bytes], lengths: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Log-probs of completions by their keys, about a microsecond each.
+        """Returns the log-probs of n completions by their keys; about 1.5 us each.
 
         Args:
-            keys: n, see `keys`.
-            lengths: n, tokens of each completion.
+            keys: (n,) see `keys`.
+            lengths: (n,) number of tokens of each completion.
 
         Returns:
-            (sum of lengths,) log-probs one after another, NaN where they are not there, and (n,) whether they are.
+            (sum of lengths,) log-probs, concatenated, NaN for completions that are not stored; and (n,) whether each
+            completion is stored.
         """
         pieces = self._find(keys, lengths)
         found = np.array([piece is not None for piece in pieces], bool)
@@ -127,15 +136,15 @@ class ReferenceCache:
         self.misses += len(found) - hits
         for item in np.flatnonzero(~found).tolist():
             pieces[item] = np.full(lengths[item], np.nan, np.float32)
-        # Buffers are joined in a third of the time that arrays are concatenated in, or less.
-        return np.frombuffer(bytearray().join(pieces), np.float32), found
+        # Joining buffers takes at most a third of the time of np.concatenate.
+        return np.frombuffer(bytearray().join(cast("list[memoryview]", pieces)), np.float32), found
 
     def log_probs(self, sequences: Sequences) -> NDArray[np.float32]:
-        """As `look_up` of (prompt ids, completion ids), without the second array: what a collator asks for."""
+        """Returns the first result of `look_up` for (prompt ids, completion ids); the collator calls it."""
         return self.look_up(self.keys(sequences), [len(completion) for _, completion in sequences])[0]
 
     def get_many(self, sequences: Sequences) -> list[NDArray[np.float32] | None]:
-        """Log-probs of every (prompt ids, completion ids): (len(completion_ids),) fp32; None if not there.
+        """Returns the (len(completion_ids),) log-probs of every (prompt ids, completion ids), None if not stored.
 
         Raises:
             UserError: token ids that are not a flat sequence of integers.
@@ -143,59 +152,64 @@ class ReferenceCache:
         lengths = [len(completion) for _, completion in sequences]
         values, found = self.look_up(self.keys(sequences), lengths)
         parts = np.split(values, np.cumsum(lengths))
-        return [part if there else None for part, there in zip(parts, found.tolist())]
+        return [part if is_stored else None for part, is_stored in zip(parts, found.tolist())]
 
     def get_or_none(self, prompt_ids: Tokens, completion_ids: Tokens) -> NDArray[np.float32] | None:
-        """As `get_many` for one completion."""
+        """Does what `get_many` does, for one completion."""
         return self.get_many([(prompt_ids, completion_ids)])[0]
 
     def get(self, prompt_ids: Tokens, completion_ids: Tokens) -> NDArray[np.float32]:
-        """As `get_or_none`.
+        """Does what `get_or_none` does, but requires that the completion is stored.
 
         Raises:
-            KeyError: the completion was not scored yet.
+            KeyError: the completion is not stored.
         """
         values = self.get_or_none(prompt_ids, completion_ids)
         if values is None:
             raise KeyError(
-                f"no reference log-probs in {self.folder} for this completion of {len(completion_ids)} tokens"
-                f" to a prompt of {len(prompt_ids)}"
+                f"{self.folder} holds no reference log-probs of this completion ({len(completion_ids)} tokens, after a"
+                f" prompt of {len(prompt_ids)})"
             )
         return values
 
     def __contains__(self, sequence: tuple[Tokens, Tokens]) -> bool:
-        """Whether `(prompt_ids, completion_ids)` is there. Not counted in `hits` and `misses`."""
+        """Whether `(prompt_ids, completion_ids)` is stored. Does not count in `hits` and `misses`."""
         return self.has_keys([self.key(*sequence)], [len(sequence[1])])[0]
 
     def has_keys(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[bool]:
-        """Whether each is there, and intact. Not counted in `hits` and `misses`."""
+        """Whether each key is stored, with intact values. Does not count in `hits` and `misses`."""
         return [piece is not None for piece in self._find(keys, lengths)]
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """The shards that are open, but for damaged ones."""
+        """The open shards, without damaged ones."""
         return tuple(shard for shard in self._index.shards if shard.trusted)
 
     @property
     def num_rows(self) -> int:
-        """Rows stored, duplicates by concurrent writers included, and rows not yet written."""
+        """Number of rows, unwritten ones included. A row that two writers stored counts twice."""
         return sum(map(len, self.shards)) + sum(map(len, self._unwritten()))
+
+    @property
+    def imported_keys(self) -> set[bytes]:
+        """Keys of the rows that are imported sums, whose single values are meaningless; see `shards.KINDS`."""
+        return {key for shard in self.shards if shard.kind == "sums" for key in shard.sorted_keys()}
 
     # --- Writing ---
 
     def add(self, prompt_ids: Tokens, completion_ids: Tokens, logps: ArrayLike) -> None:
-        """As `add_many` for one completion."""
+        """Does what `add_many` does, for one completion."""
         self.add_many([(prompt_ids, completion_ids)], [logps])
 
     def add_many(self, sequences: Sequences, logps: Iterable[ArrayLike]) -> None:
-        """Keep the log-probs, (len(completion_ids),) floats, of completions; the first values of a row are kept.
+        """Stores the (len(completion_ids),) log-probs of completions that are not stored yet.
 
-        They can be read at once. Every `flush_seconds` a thread begins to write what has come together, one shard at a
-        time: a slow disk delays no scoring.
+        They can be read at once. A background thread writes them to disk, at most one shard at a time, when enough of
+        them have accumulated (see `flush_seconds`). A slow disk therefore does not delay scoring.
 
         Raises:
-            UserError: another number of log-probs than tokens, or one that is not finite.
-            OSError: as `flush`, also of a shard that was begun by an earlier call.
+            UserError: the number of log-probs is not the number of tokens, or a log-prob is not finite.
+            OSError: see `flush`. The shard in question may have been started by an earlier call.
         """
         arrays = [np.asarray(values, dtype=np.float32) for values in logps]
         lengths = [len(completion) for _, completion in sequences]
@@ -204,6 +218,7 @@ class ReferenceCache:
                 raise UserError(f"log-probs of shape {values.shape} for a completion of {length} tokens")
         keys = self.keys(sequences)
         with self._lock:
+            # Keep the rows that are neither stored nor repeated in this call.
             new: dict[bytes, NDArray[np.float32]] = {}
             for key, values, piece in zip(keys, arrays, self._find(keys, lengths)):
                 if piece is None:
@@ -213,21 +228,23 @@ class ReferenceCache:
             if not self._pending:
                 self._pending_since = time.monotonic()
             self._pending.add(list(new), list(new.values()))
-            old = time.monotonic() - self._pending_since >= self.flush_seconds
-            full = self._pending.nbytes >= _PENDING_BYTES
-            if old or full or (self._writing and self._writing[1].done()):
+            # Take in the shard that is being written if it is done, or if the next one has to be started.
+            is_due = (
+                time.monotonic() - self._pending_since >= self.flush_seconds or self._pending.nbytes >= _PENDING_BYTES
+            )
+            if is_due or (self._writing and self._writing[1].done()):
                 self._finish_writing()
-            if old or full:
+            if is_due:
                 writer = ThreadPoolExecutor(1, "reference-cache")
                 self._writing = self._pending, writer.submit(self._write, self._pending, self.kind)
-                writer.shutdown(wait=False)  # the thread ends with its shard; the interpreter does not end before
-                self._pending = Rows()  # not cleared, see _unwritten
+                writer.shutdown(wait=False)  # the thread ends with its shard, and the interpreter waits for it
+                self._pending = Rows()  # a new object, because `_writing` keeps the old one; see `_unwritten`
 
     def flush(self) -> None:
-        """Write all rows that are not on disk. On return they survive a crash or a power cut.
+        """Writes all unwritten rows. After it returns, they survive a crash and a power cut.
 
         Raises:
-            OSError: of the kind that the system gave (read-only folder, disk full, ...). The rows are still held.
+            OSError: the folder is read-only, the disk is full, ... The rows stay in memory.
         """
         with self._lock:
             self._finish_writing()
@@ -236,7 +253,7 @@ class ReferenceCache:
                 self._pending = Rows()
 
     def _finish_writing(self) -> None:
-        """Wait for the shard that is being written. What its thread could not write is tried again here, and raises."""
+        """Waits for the background thread. If the thread failed, writes its shard again here, which may raise."""
         if self._writing:
             rows, written = self._writing
             wait([written])
@@ -248,24 +265,28 @@ class ReferenceCache:
         self._index = self._index.with_shards([shard])
 
     def _unwritten(self) -> list[Rows]:
-        """Rows move from the first to the second to the index, and are there before they leave: look in this order."""
+        """Returns the rows that are not in the index.
+
+        A row enters `_writing` before it leaves `_pending`, and the index before it leaves `_writing`. A reader without
+        the lock must look in this order, so that it cannot miss a row that moves.
+        """
         pending, writing = self._pending, self._writing
         return [pending, writing[0]] if writing else [pending]
 
-    def merge(self, shards: Sequence[Shard]) -> None:
-        """Put the rows of small shards into few, then delete those: a long build leaves a file every 30 seconds.
+    def merge(self) -> None:
+        """Replaces many small shards by a few large ones: a long build leaves a shard every 30 seconds.
 
-        A reader that holds one of them keeps its mapping of it (on a network file system only on the same machine: see
-        that no other reads what is merged). Of two who merge the same, both keep all rows. A death on the way leaves
-        rows in two shards.
+        A reader that has a small shard open keeps its memory mapping. On a network file system this holds only on the
+        same machine, so no other machine should be reading. If two processes merge the same shards, both keep all rows.
+        A process that dies between writing and deleting leaves rows in two shards.
 
         Raises:
-            OSError: as `flush`. No row is lost.
+            OSError: see `flush`. No row is lost.
         """
         with self._lock:
             for kind in KINDS:
                 group: list[Shard] = []
-                for shard in [shard for shard in shards if shard.kind == kind and shard.nbytes < _SMALL]:
+                for shard in [shard for shard in self.shards if shard.kind == kind and shard.nbytes < _SMALL]:
                     if group and sum(member.nbytes for member in group) + shard.nbytes > _LARGEST:
                         self._merge_group(group, kind)
                         group = []
@@ -292,8 +313,8 @@ class ReferenceCache:
             shard.path.unlink(missing_ok=True)
 
     def _write(self, rows: Rows, kind: str) -> Shard:
-        about, path = self.folder / "reference.json", self.folder / f"{uuid.uuid4().hex}.arrow"
-        self._seen.add(path.name)  # before `refresh` can see it
+        about, path = self.folder / DESCRIPTION, self.folder / f"{uuid.uuid4().hex}.arrow"
+        self._seen.add(path.name)  # before a concurrent `refresh` can list the file
         content = json.dumps({**self.description, "fingerprint": self.fingerprint}, indent=2, default=str)
         try:
             if not about.exists():
@@ -303,19 +324,22 @@ class ReferenceCache:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"reference log-probs cannot be written to {self.folder} ({error.strerror or error}); free it, or"
-                " choose another folder with ref_cache_dir or $CPT_CACHE",
+                f"reference log-probs cannot be written to {self.folder} ({error.strerror or error}); free disk space"
+                " or permit writing there, or choose another folder with ref_cache_dir or $CPT_CACHE",
             ) from error
         return Shard.open(path, self.fingerprint)
 
-    # --- Shards of others ---
+    # --- Shards of other processes ---
 
     def refresh(self) -> int:
-        """Open the shards that others wrote since; returns how many. A damaged one is left out, with one warning."""
+        """Opens the shards that other processes have written since, and returns their number.
+
+        A damaged shard is ignored, with one warning.
+        """
         with self._lock:
             shards: list[Shard] = []
             vanished = True
-            while vanished:  # what is deleted between listing and opening may have been merged into a new one
+            while vanished:  # another process merged shards after they were listed: list the merged one, too
                 vanished = False
                 names = os.listdir(self.folder) if self.folder.exists() else []
                 for name in sorted({name for name in names if name.endswith(".arrow")} - self._seen):
@@ -333,19 +357,19 @@ class ReferenceCache:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()  # after an exception too: rows that were scored are right
+        self.flush()  # also after an exception: rows that were scored are right
 
     def __getstate__(self) -> dict[str, Any]:
-        self.flush()  # the copy reads from disk only
+        self.flush()  # the copy sees only what is on disk
         names = ("directory", "fingerprint", "description", "flush_seconds", "kind")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(**state)  # type: ignore[misc]
 
-    def _find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[memoryview | NDArray[np.float32] | None]:
-        """The floats of every row, to be read only."""
-        pieces: list[memoryview | NDArray[np.float32] | None] = [None] * len(keys)
+    def _find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[Values | None]:
+        """Returns the read-only log-probs of every key, None if not stored."""
+        pieces: list[Values | None] = [None] * len(keys)
         if not keys:
             return pieces
         for rows in filter(len, self._unwritten()):
@@ -355,17 +379,17 @@ class ReferenceCache:
         halves = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
         low = halves[:, 1].tolist()
         index = self._index
-        shards = index.shards
         for item, number, row in index.find(np.ascontiguousarray(halves[:, 0])):
-            shard = shards[number]
+            shard = index.shards[number]
             if pieces[item] is None and shard.trusted:
                 try:
                     pieces[item] = shard.read(row, low[item], lengths[item])
                 except DamagedShardError as error:
-                    self._distrust(shard, str(error))  # its rows are not there any more
+                    self._distrust(shard, str(error))
         return pieces
 
     def _distrust(self, shard: Shard, reason: str) -> None:
+        """Ignores a shard from now on: none of its rows is found any more."""
         with self._lock:
             if shard.trusted:
                 shard.trusted = False
@@ -373,5 +397,7 @@ class ReferenceCache:
 
     def _warn_ignored(self, path: Path, reason: str) -> None:
         logger.warning(
-            "%s is damaged or not for this program, and ignored: %s. Its rows are scored again", path, reason
+            "%s is ignored, because it is damaged or of another program version (%s). Its rows will be scored again",
+            path,
+            reason,
         )

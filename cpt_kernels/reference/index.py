@@ -28,7 +28,7 @@ class Index(NamedTuple):
         if not shards:
             return self
         starts = np.cumsum([0, *map(len, self.shards), *map(len, shards)])
-        prefixes = np.concatenate([self.prefixes, *(shard.high for shard in shards)])
+        prefixes = np.concatenate([self.prefixes, *(shard.columns.high for shard in shards)])
         # numpy's stable sort of 64-bit integers merges sorted runs. Every shard is one, so adding one shard is O(n).
         order = prefixes.argsort(kind="stable")
         rows = np.concatenate([self.rows, np.arange(self.starts[-1], starts[-1])])

@@ -1,8 +1,8 @@
-"""The hash by which a completion's row is found: of (reference fingerprint, prompt ids, completion ids), 128 bits.
+"""Computes the key of a stored completion: a 128-bit hash of (reference fingerprint, prompt ids, completion ids).
 
-XXH3 is ten times as fast as a cryptographic hash on rows of a few hundred tokens. Of n rows, two have the same key by
-chance with probability n^2 / 2^129: 1.5e-21 for a billion. It is no defence against data that was made to collide; such
-a row would be given the values of another of the same length.
+The hash is XXH3. It is ten times as fast as a cryptographic hash on a few hundred tokens. The probability that two of n
+rows get the same key by chance is n^2 / 2^129: 1.5e-21 for a billion rows. XXH3 does not protect against data that was
+made to collide: such a row would get the values of another row of the same length.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def row_keys(
     fingerprint: bytes,  # 16
     sequences: Sequences,
 ) -> list[bytes]:
-    """16 bytes for each (prompt ids, completion ids); about 1 us each from int64 arrays, 3 us from lists.
+    """Returns 16 bytes for each (prompt ids, completion ids); about 1 us each from int64 arrays, 3 us from lists.
 
-    The fingerprint and both lengths are hashed ahead of the tokens (int64, little-endian), so (1, 2 | 3) is not
-    (1 | 2, 3).
+    Both lengths are hashed before the tokens, so the prompt (1, 2) with the completion (3,) differs from the prompt
+    (1,) with the completion (2, 3). Lengths and tokens are hashed as 64-bit little-endian integers.
 
     Raises:
         UserError: token ids that are not a flat sequence of integers.
@@ -50,11 +50,11 @@ def _packer(length: int) -> struct.Struct:
 
 
 def _token_bytes(ids: Tokens) -> bytes:
-    if type(ids) is np.ndarray and ids.dtype is _INT64 and ids.ndim == 1:
+    if isinstance(ids, np.ndarray) and ids.dtype is _INT64 and ids.ndim == 1:
         return ids.tobytes()
     if isinstance(ids, (list, tuple)):
         try:
-            return _packer(len(ids)).pack(*ids)  # a fifth of the time that numpy takes to read a list
+            return _packer(len(ids)).pack(*ids)  # five times as fast as converting a list with numpy
         except struct.error as error:
             raise UserError(f"token ids must be a flat sequence of integers: {error}") from error
     array = np.asarray(ids)

@@ -1,18 +1,20 @@
-"""One file of the reference cache: an immutable, memory-mapped Arrow table of rows (key, log-probs), sorted by key.
+"""Reads and writes a shard, one file of the reference cache: an immutable Arrow table of (key, log-probs) rows.
 
-A key is 128 bits, kept as two 64-bit columns so that either can be searched where it lies. Log-probs are a list *view*
-column: rows are sorted, while their values lie as they came, so that writing copies them once and what was scored
-together stays together. Keys and places are checked against their checksum when a shard is opened (some 10 GB/s),
-values in blocks of 64 KiB when a row in them is first read: opening stays fast, a look-up reads little, and what was
-read has been checked.
+Rows are sorted by key. A key has 128 bits and is stored as two 64-bit columns, so that the first half can be searched
+without a copy. Log-probs are a list *view* column: its starts and lengths follow the order of the keys, while the
+values keep the order in which they were scored. Writing therefore copies the values once.
+
+A shard is memory-mapped. Opening it verifies the checksum of keys, starts and lengths (at some 10 GB/s). Values have a
+checksum per block of 64 KiB, which is verified when a row in the block is first read. Opening is therefore fast, and no
+value is returned unverified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,48 +26,67 @@ from ..errors import UserError
 KEY_BYTES = 16
 VERSION = b"3"
 SCHEMA = pa.schema({"key_high": pa.uint64(), "key_low": pa.uint64(), "logps": pa.list_view(pa.float32())})
-UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what opening damaged bytes as a shard may raise
-# What rows hold: a value per token, or an imported sum spread over the tokens, of which only the sum is right.
+UNREADABLE = (OSError, ValueError, pa.ArrowException)  # raised when a damaged file is opened as a shard
+# "tokens": a log-prob per token. "sums": an imported sum, spread evenly over the tokens; only the sum is meaningful.
 KINDS = ("tokens", "sums")
 
-_CAPACITY = 1 << 24  # values that `Rows` hold before they need a larger array: twice what the cache keeps unwritten
-_BLOCK_BITS = 14  # values that share a checksum: 2^14, 64 KiB
+_CAPACITY = 1 << 24  # initial capacity of `Rows` in values: twice the most that the cache leaves unwritten
+_BLOCK_BITS = 14  # 2^14 values (64 KiB) share a checksum
 
 
 class DamagedShardError(UserError):
-    """What a shard holds is not what was written to it."""
+    """The content of a shard is not what was written to it."""
+
+
+class Columns(NamedTuple):
+    """Rows as a shard stores them: n rows and m values."""
+
+    high: NDArray[np.uint64]  # (n,) first half of every key
+    low: NDArray[np.uint64]  # (n,) second half of every key
+    starts: NDArray[np.int32]  # (n,) index of a row's first value
+    lengths: NDArray[np.int32]  # (n,) number of a row's values
+    values: NDArray[np.float32]  # (m,)
+
+    def index_digest(self, kind: str, block_digests: bytes) -> bytes:
+        """Returns the checksum of everything but the values, which ``block_digests`` stand for."""
+        parts = [self.high, self.low, self.starts, self.lengths, block_digests]
+        digests = [xxh3_128_hexdigest(memoryview(part)).encode() for part in parts]
+        return xxh3_128_hexdigest(b" ".join([kind.encode(), *digests])).encode()
 
 
 @dataclass(eq=False)
 class Shard:
-    """A memory-mapped shard of n rows and m values. The arrays stay readable after the file has been deleted."""
+    """A memory-mapped shard of n rows and m values. The arrays stay readable after the file is deleted.
+
+    Attributes:
+        columns: rows, sorted by key.
+        kind: one of `KINDS`.
+        block_digests: checksums of the blocks of values, 8 bytes each.
+        nbytes: size of the file.
+        trusted: False once damage has been found; the cache then ignores the shard.
+    """
 
     path: Path
+    columns: Columns
     kind: str
-    high: NDArray[np.uint64]  # (n,) sorted
-    low: NDArray[np.uint64]  # (n,)
-    starts: NDArray[np.int32]  # (n,) where a row's values begin
-    lengths: NDArray[np.int32]  # (n,) how many they are
-    values: NDArray[np.float32]  # (m,)
-    block_digests: bytes  # 8 of each block
-    nbytes: int  # of the file
+    block_digests: bytes
+    nbytes: int
     trusted: bool = True
-    _checked: bytearray = field(init=False)
+    _verified: bytearray = field(init=False)  # 1 for every block of values whose checksum was found right
 
     def __post_init__(self) -> None:
-        self._checked = bytearray(_num_blocks(len(self.values)))
-        # Python reads single numbers from a memoryview in a third of the time it takes from an array, slices in half.
-        views = map(memoryview, (self.low, self.starts, self.lengths, self.values))
-        self._low, self._starts, self._lengths, self._values = views
+        self._verified = bytearray(_num_blocks(len(self.columns.values)))
+        # `read` works on memoryviews: Python indexes them three times as fast as arrays, and slices them twice as fast.
+        self._low, self._starts, self._lengths, self._values = (memoryview(column) for column in self.columns[1:])
 
     @classmethod
     def open(cls, path: Path, fingerprint: str) -> Shard:
-        """Map a shard and check all of it but the values.
+        """Maps a shard, and verifies all of it but the values.
 
         Raises:
-            OSError, ValueError, pa.ArrowException: not a whole, intact shard of this reference.
+            OSError, ValueError, pa.ArrowException: the file is not a whole, intact shard of this reference.
         """
-        with pa.memory_map(str(path)) as source:  # closing gives the descriptor back; the arrays hold the mapping
+        with pa.memory_map(str(path)) as source:  # closing releases the descriptor; the arrays keep the mapping
             reader = pa.ipc.open_file(source)
             metadata = reader.schema.metadata or {}
             if (version := metadata.get(b"version")) != VERSION:
@@ -76,36 +97,37 @@ class Shard:
                 raise UserError("unexpected columns")
             batch = reader.get_batch(0)
             nbytes = source.size()
-        batch.validate()  # lengths and buffer sizes, which may be anything in a damaged file
+        batch.validate()  # a damaged file may hold any lengths and buffer sizes
         high, low, logps = batch.columns
         _, starts, lengths = logps.buffers()[:3]
-        digests = bytes.fromhex(metadata.get(b"block_digests", b"").decode())
-        shard = cls(
-            path=path,
-            kind=metadata.get(b"kind", b"").decode(),
+        columns = Columns(
             high=np.frombuffer(high.buffers()[1], "<u8", len(high)),
             low=np.frombuffer(low.buffers()[1], "<u8", len(low)),
             starts=np.frombuffer(starts, "<i4", len(logps)),
             lengths=np.frombuffer(lengths, "<i4", len(logps)),
             values=np.frombuffer(logps.values.buffers()[1], "<f4", len(logps.values)),
-            block_digests=digests,
-            nbytes=nbytes,
         )
-        index = (shard.high, shard.low, shard.starts, shard.lengths)
-        if _index_digest(shard.kind, index, digests) != metadata.get(b"index_digest"):
+        kind = metadata.get(b"kind", b"").decode()
+        digests = bytes.fromhex(metadata.get(b"block_digests", b"").decode())
+        if columns.index_digest(kind, digests) != metadata.get(b"index_digest"):
             raise DamagedShardError("its keys do not match their checksum")
-        if len(digests) != 8 * _num_blocks(len(shard.values)) or shard.lengths.sum(dtype=np.int64) != len(shard.values):
-            raise DamagedShardError("it has another number of values than its index says")
-        return shard
+        num_values = len(columns.values)
+        if len(digests) != 8 * _num_blocks(num_values) or columns.lengths.sum(dtype=np.int64) != num_values:
+            raise DamagedShardError("it does not hold as many values as its index says")
+        return cls(path, columns, kind, digests, nbytes)
 
     def __len__(self) -> int:
-        return len(self.high)
+        return len(self.columns.high)
+
+    @property
+    def num_values(self) -> int:
+        return len(self.columns.values)
 
     def read(self, row: int, low: int, length: int) -> memoryview | None:
-        """(length,) floats of a row, read-only and checked; None where the row's key has another second half.
+        """Returns the (length,) verified, read-only floats of a row; None if ``low`` is not the row key's second half.
 
         Raises:
-            DamagedShardError: the values do not match their checksum, or are of another number.
+            DamagedShardError: the values do not match their checksum, or the row has another number of them.
         """
         if self._low[row] != low:
             return None
@@ -115,48 +137,47 @@ class Shard:
         stop = start + length
         if length:
             first, last = start >> _BLOCK_BITS, (stop - 1) >> _BLOCK_BITS
-            if not (self._checked[first] and self._checked[last]) or last - first > 1:
-                self.check(first, last + 1)
+            if not (self._verified[first] and self._verified[last]) or last - first > 1:
+                self.verify(first, last + 1)
         return self._values[start:stop]
 
-    def check(self, first: int = 0, stop: int | None = None) -> None:
-        """Compare blocks of values with their checksums, once.
+    def verify(self, first: int = 0, stop: int | None = None) -> None:
+        """Compares blocks of values with their checksums, each block once in the life of this object.
 
         Raises:
-            DamagedShardError: one does not match.
+            DamagedShardError: a block does not match.
         """
-        for block in range(first, len(self._checked) if stop is None else stop):
-            if not self._checked[block]:
-                values = self.values[block << _BLOCK_BITS : (block + 1) << _BLOCK_BITS]
-                if xxh3_64_digest(values) != self.block_digests[8 * block : 8 * block + 8]:
+        for block in range(first, len(self._verified) if stop is None else stop):
+            if not self._verified[block]:
+                if _block_digest(self.columns.values, block) != self.block_digests[8 * block : 8 * block + 8]:
                     raise DamagedShardError("its values do not match their checksum")
-                self._checked[block] = 1
+                self._verified[block] = 1
 
-    def keys(self) -> NDArray[np.void]:
-        """(n,) keys of 16 bytes."""
-        return np.stack([self.high, self.low], axis=1).view(f"V{KEY_BYTES}")[:, 0]
+    def sorted_keys(self) -> list[bytes]:
+        """Returns the n keys of 16 bytes, in order."""
+        return np.stack([self.columns.high, self.columns.low], axis=1).view(f"V{KEY_BYTES}")[:, 0].tolist()
 
     def rows(self) -> dict[bytes, NDArray[np.float32]]:
-        """Key -> values, read-only and checked.
+        """Returns the verified, read-only values of every key.
 
         Raises:
             DamagedShardError: a checksum does not match.
         """
-        self.check()
-        values = (self.values[start : start + length] for start, length in zip(self._starts, self._lengths))
-        return dict(zip(self.keys().tolist(), values))
+        self.verify()
+        places = zip(self._starts, self._lengths)
+        return dict(zip(self.sorted_keys(), (self.columns.values[start : start + length] for start, length in places)))
 
 
 class Rows:
-    """Rows on their way into a shard: keys, and values one after another in the order in which they came.
+    """Rows that are not yet in a shard: keys, and values one after another in the order in which they came.
 
-    One thread adds, any number read.
+    One thread may add while other threads read.
     """
 
     def __init__(self) -> None:
-        self.starts: dict[bytes, int] = {}  # where a key's values begin
-        self._stop = 0
-        self._values = np.empty(_CAPACITY, "<f4")  # memory is taken when it is first written to
+        self.starts: dict[bytes, int] = {}  # key -> index of its first value
+        self._stop = 0  # number of values
+        self._values = np.empty(_CAPACITY, np.float32)  # the system provides memory when it is first written to
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -166,7 +187,7 @@ class Rows:
         return 4 * self._stop + KEY_BYTES * len(self)
 
     def add(self, keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> None:
-        """Add new keys and a copy of their values.
+        """Adds keys that are not there yet, and a copy of their values.
 
         Raises:
             UserError: a value is not finite; nothing is added.
@@ -174,9 +195,9 @@ class Rows:
         stops = self._stop + np.cumsum([len(row) for row in rows])
         stop = int(stops[-1])
         if stop > len(self._values):
-            larger = np.empty(max(stop, 2 * len(self._values)), "<f4")
+            larger = np.empty(max(stop, 2 * len(self._values)), np.float32)
             larger[: self._stop] = self._values[: self._stop]
-            self._values = larger  # who reads the other one finds all that there was
+            self._values = larger  # a thread that still reads the old array finds all earlier values in it
         values = np.concatenate(rows, out=self._values[self._stop : stop])
         if not np.isfinite(values).all():
             at = self._stop + int(np.argmin(np.isfinite(values)))
@@ -189,48 +210,46 @@ class Rows:
         self._stop = stop
 
     def read(self, start: int, length: int) -> NDArray[np.float32]:
-        """``length`` values from ``start``, a place in ``starts``, on."""
+        """Returns the ``length`` values from ``start`` on, where ``start`` is one of `starts`."""
         return self._values[start : start + length]
 
-    def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-        """Key halves (n, 2), starts and lengths (n,), values (m,)."""
+    def sorted_columns(self) -> Columns:
+        """Returns the rows in the order of their keys."""
         halves = np.frombuffer(b"".join(self.starts), "<u8").reshape(-1, 2)
         starts = np.fromiter(self.starts.values(), "<i4", len(self))
         lengths = np.diff(starts, append=np.int32(self._stop))
-        return halves, starts, lengths, self._values[: self._stop]
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        high, low = (np.ascontiguousarray(half) for half in halves[order].T)
+        return Columns(high, low, starts[order], lengths[order], self._values[: self._stop])
 
 
 def write_shard(file: BinaryIO, rows: Rows, fingerprint: str, kind: str = "tokens") -> None:
-    """Write rows in the order of their keys."""
-    halves, starts, lengths, values = rows.columns()
-    order = np.lexsort((halves[:, 1], halves[:, 0]))
-    high, low = (np.ascontiguousarray(half) for half in halves[order].T)
-    starts, lengths = starts[order], lengths[order]
-    blocks = range(0, len(values), 1 << _BLOCK_BITS)
-    digests = b"".join(xxh3_64_digest(values[start : start + (1 << _BLOCK_BITS)]) for start in blocks)
+    """Writes rows as a shard of the reference with this fingerprint."""
+    columns = rows.sorted_columns()
+    digests = b"".join(_block_digest(columns.values, block) for block in range(_num_blocks(len(columns.values))))
     metadata = {
         "version": VERSION,
         "fingerprint": fingerprint,
         "kind": kind,
-        "index_digest": _index_digest(kind, (high, low, starts, lengths), digests),
+        "index_digest": columns.index_digest(kind, digests),
         "block_digests": digests.hex(),
     }
     schema = SCHEMA.with_metadata(metadata)
-    column = pa.Array.from_buffers  # pa.array would import pandas first
-    logps = column(pa.float32(), len(values), [None, pa.py_buffer(values)])
-    lists = [None, pa.py_buffer(starts), pa.py_buffer(lengths)]
-    columns = [
-        *(column(pa.uint64(), len(rows), [None, pa.py_buffer(half)]) for half in (high, low)),
-        column(SCHEMA.field("logps").type, len(rows), lists, children=[logps]),
+    high, low, starts, lengths, values = map(pa.py_buffer, columns)
+    make = pa.Array.from_buffers  # unlike pa.array, it does not import pandas
+    logps = make(pa.float32(), len(columns.values), [None, values])
+    arrays = [
+        make(pa.uint64(), len(rows), [None, high]),
+        make(pa.uint64(), len(rows), [None, low]),
+        make(SCHEMA.field("logps").type, len(rows), [None, starts, lengths], children=[logps]),
     ]
     with pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=schema))
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def _num_blocks(values: int) -> int:
-    return -(-values >> _BLOCK_BITS)
+def _num_blocks(num_values: int) -> int:
+    return -(-num_values >> _BLOCK_BITS)
 
 
-def _index_digest(kind: str, index: Iterable[NDArray], block_digests: bytes) -> bytes:
-    parts = [kind.encode(), *(xxh3_128_hexdigest(part).encode() for part in (*index, block_digests))]
-    return xxh3_128_hexdigest(b" ".join(parts)).encode()
+def _block_digest(values: NDArray[np.float32], block: int) -> bytes:
+    return xxh3_64_digest(memoryview(values[block << _BLOCK_BITS : (block + 1) << _BLOCK_BITS]))

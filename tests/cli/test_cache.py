@@ -96,7 +96,7 @@ def test_nothing_to_verify(home, tmp_path):
 
 @pytest.mark.parametrize("option", ["sample", "seed", "tolerance"])
 def test_a_sample_is_of_a_dataset(tmp_path, option):
-    with pytest.raises(ValueError, match=f"--{option} is of the sample that is scored again: give the options of"):
+    with pytest.raises(ValueError, match=f"--{option} is about the sample that is scored again: give the options of"):
         main(["verify", f"--{option}", "1", "--ref_cache_dir", str(tmp_path)])
 
 
@@ -229,8 +229,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["prune", "--older", "3"], "unknown option --older"),
         (["forget"], "invalid choice"),
         (["info", "--ref_cache_dir", str(tmp_path / "none")], "there is no cache"),
-        (["verify", "--sample", "0"], "0 is no number of completions"),
-        (["info", "--reference", "ab", "--beta", "1"], "--reference chooses among all that is stored: leave it out"),
+        (["verify", "--sample", "0"], "0 is not a number of completions"),
+        (["info", "--reference", "ab", "--beta", "1"], "--reference selects a stored reference: leave it out"),
         (["export", "--ref_cache_dir", str(tmp_path), "--to", "x"], "--reference must name one of the 0"),
     ):
         assert cli.main(["cache", *argv]) == 2

@@ -316,7 +316,7 @@ def test_four_writers_of_the_same_rows(tmp_path, caplog):
     assert cache.num_rows == 800, "each wrote all of them, waiting for nobody"
     assert found(cache, range(201)) == list(range(200)) and not caplog.records
     assert not list((tmp_path / FINGERPRINT).glob(".*.tmp"))
-    cache.merge(cache.shards)
+    cache.merge()
     assert cache.num_rows == 200 and found(ReferenceCache(tmp_path, FINGERPRINT), range(201)) == list(range(200))
 
 
