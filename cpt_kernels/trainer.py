@@ -216,7 +216,7 @@ class ContrastiveTrainer(PackedLoop):
 
     def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
         if self.args.sync_ref_model:
-            reference = MovingReference(self.packed, ref_model, self.accelerator, self.args)
+            reference = MovingReference(self.packed, ref_model, self.accelerator)
             self.add_callback(reference)
             return reference
         ahead = self.args.precompute_ref_log_probs

@@ -1,98 +1,108 @@
-"""A dataset and a reference as ``cpt-train`` would have them, for the commands of ``cpt cache``."""
+"""Prepares a dataset and its reference as ``cpt-train`` does, for the commands of ``cpt cache``."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from accelerate.utils import send_to_device
 from datasets import Dataset
 
-from ..data.collate import PackedCollator
 from ..data.preparation import prepare
 from ..data.sources import load_data
 from ..errors import UserError
 from ..reference.cache import ReferenceCache
-from ..reference.missing import Missing, find_missing, iter_sequences
-from ..reference.scorer import Reference
+from ..reference.missing import DatasetCompletion, Missing, find_missing, iter_sequences
 from ..trainer import ContrastiveTrainer
 from .parsing import parse
 from .train import make_trainer
 
-_SAMPLE_BATCH = 8  # completions scored together
+_SAMPLE_BATCH = 8  # completions that are scored together
+
+_Ids = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, completion
 
 
-class _Unfilled(ContrastiveTrainer):
-    """A trainer whose reference has not been asked anything yet."""
+class _UnfilledTrainer(ContrastiveTrainer):
+    """A trainer that does not score its datasets when it is made."""
 
-    def _fill(self, reference: Reference) -> None:
+    def _fill(self, *_: Any) -> None:
         pass
 
 
 class DatasetReference:
-    """The prepared datasets of a run, and its reference."""
+    """The prepared datasets of a run, and its reference.
 
-    def __init__(self, trainer: _Unfilled, raw: Dataset | None = None) -> None:
+    Args:
+        raw: the training data with its columns of sums, for `import_sums`.
+    """
+
+    def __init__(self, trainer: _UnfilledTrainer, raw: Dataset | None = None) -> None:
         self.trainer, self.raw = trainer, raw
-        self.reference, self.collator = trainer.reference, trainer.collator
-        self.cut = (trainer.collator.max_length, trainer.collator.truncation_mode)
+        self.reference = trainer.reference
+        self.collator = replace(trainer.collator, share_prompts=False)  # samples are scored without shared prompts
+        self.truncation = (self.collator.max_length, self.collator.truncation_mode)
         self.stored = {name: data for name, data in trainer.datasets.items() if isinstance(data, Dataset)}
 
     def fill(self) -> None:
-        """Score what is missing, on all ranks."""
+        """Scores the completions that the cache lacks, on all ranks."""
         ContrastiveTrainer._fill(self.trainer, self.reference)
 
     def missing(self) -> dict[str, Missing]:
-        """What is missing of every dataset."""
-        return {name: find_missing(data, self.reference.cache, *self.cut) for name, data in self.stored.items()}
+        """Returns the completions of every dataset that the cache lacks."""
+        return {name: find_missing(data, self.reference.cache, *self.truncation) for name, data in self.stored.items()}
 
     def rescore(self, sample: int, seed: int) -> list[float]:
-        """Nats per token that the stored log-probs of a random sample differ from new ones; the largest of each."""
-        stored = {}
+        """Scores a random sample of the stored completions again.
+
+        Returns:
+            The largest difference between stored and new log-probs of each completion, in nats per token.
+        """
+        cache = self.reference.cache
+        stored: dict[_Ids, np.ndarray] = {}
         for dataset in self.stored.values():
-            for sequences in iter_sequences(dataset, *self.cut):
-                pairs = [sequence[2:] for sequence in sequences]
-                for (prompt, completion), values in zip(pairs, self.reference.cache.get_many(pairs)):
+            for sequences in iter_sequences(dataset, *self.truncation):
+                for sequence, values in zip(sequences, cache.get_many([sequence.ids for sequence in sequences])):
                     if values is not None:
-                        stored[tuple(prompt.tolist()), tuple(completion.tolist())] = values
-        sums = self._imported()
-        chosen = self._draw(list(stored), sample, seed)
+                        stored[_as_tuples(sequence)] = values
+        sums = cache.imported_keys
         return [
-            self._gap(new, stored[sequence], self.reference.cache.key(*sequence) in sums)
-            for sequence, new in self._score(chosen)
+            _gap(new, stored[ids], is_sum=cache.key(*ids) in sums)
+            for ids, new in self._score(_draw_sample(list(stored), sample, seed))
         ]
 
     def import_sums(self, columns: Sequence[str], sample: int, seed: int, tolerance: float) -> tuple[int, list[float]]:
-        """Store sums of log-probs, spread evenly over the tokens of their completions, marked as such.
+        """Stores sums of log-probs, marked as sums and spread evenly over the tokens of their completions.
 
-        Losses take sums, so training is the same; single tokens mean nothing. A sample is scored first: the columns do
-        not say which model, precision and truncation they are of.
+        Losses take sums, so training is the same; single tokens are meaningless. A sample is scored first, because the
+        columns do not say which model, precision and truncation they are of.
 
         Returns:
-            Completions added, and how far the sums of the sample are off, in nats per token.
+            The number of completions added, and the differences of the sample in nats per token.
 
         Raises:
-            UserError: the data has no such columns, or its sums are not this reference's.
+            UserError: the sums are not this reference's.
         """
-        sums: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
-        for row, position, prompt, completion in (
-            item for part in iter_sequences(self.raw, *self.cut) for item in part
-        ):
-            sides = ((self.raw[row]["chosen"], columns[0]), (self.raw[row]["rejected"], columns[1]))
-            for members, column in sides:
-                if position in members:
-                    sums[tuple(prompt.tolist()), tuple(completion.tolist())] = self.raw[row][column]
+        # Collect the sums by completion.
+        sums: dict[_Ids, float] = {}
+        for sequence in (sequence for chunk in iter_sequences(self.raw, *self.truncation) for sequence in chunk):
+            row = self.raw[sequence.row]
+            for side, column in zip(("chosen", "rejected"), columns):
+                if sequence.position in row[side]:
+                    sums[_as_tuples(sequence)] = row[column]
+        # Compare a sample with this reference.
         gaps = [
-            abs(float(new.sum(dtype=np.float64)) - sums[sequence]) / len(new)
-            for sequence, new in self._score(self._draw(list(sums), sample, seed))
+            abs(float(new.sum(dtype=np.float64)) - sums[ids]) / len(new)
+            for ids, new in self._score(_draw_sample(list(sums), sample, seed))
         ]
         if max(gaps) > tolerance:
             raise UserError(
-                f"the sums in {' and '.join(columns)} are off by up to {max(gaps):.3g} nats per token from this"
-                f" reference's, more than --tolerance {tolerance}: another model, precision or truncation gave them"
+                f"the sums in {' and '.join(columns)} differ by up to {max(gaps):.3g} nats per token from this"
+                f" reference's, more than --tolerance {tolerance}: another model, precision or truncation computed them"
             )
+        # Store them.
         cache = self.reference.cache
         before = cache.num_rows
         with ReferenceCache(cache.directory, cache.fingerprint, description=cache.description, kind="sums") as imported:
@@ -101,46 +111,41 @@ class DatasetReference:
         cache.refresh()
         return cache.num_rows - before, gaps
 
-    def _score(self, sequences: Sequence[tuple]) -> Iterator[tuple[tuple, np.ndarray]]:
-        collate = PackedCollator(share_prompts=False, share_limit=self.collator.share_limit)
-        for start in range(0, len(sequences), _SAMPLE_BATCH):
-            batch = sequences[start : start + _SAMPLE_BATCH]
-            rows = [
-                {"prompt_ids": prompt, "completion_ids": [completion], "chosen": [], "rejected": [], "targets": []}
-                for prompt, completion in batch
-            ]
-            # The collator groups rows of one prompt, in the order in which the prompts first come.
-            order = sorted(range(len(batch)), key=lambda i: [prompt for prompt, _ in batch].index(batch[i][0]))
-            scored = self.reference._score(send_to_device(collate(rows), self.reference.accelerator.device))
-            yield from ((batch[i], values) for i, values in zip(order, scored))
+    def _score(self, sequences: Sequence[_Ids]) -> Iterator[tuple[_Ids, np.ndarray]]:
+        in_order = sorted(sequences)  # completions of one prompt are consecutive, as Reference.score expects
+        for start in range(0, len(in_order), _SAMPLE_BATCH):
+            batch = in_order[start : start + _SAMPLE_BATCH]
+            yield from zip(batch, self.reference.score(batch, self.collator))
 
-    def _imported(self) -> set[bytes]:
-        return {key for shard in self.reference.cache.shards if shard.kind == "sums" for key in shard.keys().tolist()}
 
-    @staticmethod
-    def _gap(new: np.ndarray, stored: np.ndarray, is_sum: bool) -> float:
-        if is_sum:
-            return abs(float(new.sum(dtype=np.float64) - stored.sum(dtype=np.float64))) / len(new)
-        return float(np.abs(new - stored).max())
+def _as_tuples(sequence: DatasetCompletion) -> _Ids:
+    return tuple(sequence.prompt_ids.tolist()), tuple(sequence.completion_ids.tolist())
 
-    @staticmethod
-    def _draw(sequences: list[tuple], sample: int, seed: int) -> list[tuple]:
-        order = np.random.default_rng(seed).permutation(len(sequences))[:sample]
-        return [sequences[i] for i in order.tolist()]
+
+def _gap(new: np.ndarray, stored: np.ndarray, is_sum: bool) -> float:
+    """Returns the difference in nats per token: of the sums if only the sum was imported, else the largest."""
+    if is_sum:
+        return abs(float(new.sum(dtype=np.float64) - stored.sum(dtype=np.float64))) / len(new)
+    return float(np.abs(new - stored).max())
+
+
+def _draw_sample(sequences: list[_Ids], sample: int, seed: int) -> list[_Ids]:
+    order = np.random.default_rng(seed).permutation(len(sequences))[:sample]
+    return [sequences[i] for i in order.tolist()]
 
 
 @contextmanager
 def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = ()) -> Iterator[DatasetReference]:
-    """Load what the options of ``cpt-train`` name.
+    """Loads the model and the datasets that the options of ``cpt-train`` name.
 
     Raises:
-        UserError: it cannot be trained with, is a stream, or the loss has no reference.
+        UserError: the options cannot be trained with, the data is a stream, or the loss has no reference.
     """
-    with tempfile.TemporaryDirectory(prefix="cpt-cache-") as folder:  # a trainer makes its output folder
+    with tempfile.TemporaryDirectory(prefix="cpt-cache-") as folder:  # a trainer creates its output folder
         options = parse([*argv, "--output_dir", folder], prog)
         if options.training.sync_ref_model:
             raise UserError("sync_ref_model moves the reference, so its log-probs are not cached: leave it out")
-        trainer = make_trainer(options, _Unfilled)
+        trainer = make_trainer(options, _UnfilledTrainer)
         if trainer.reference is None:
             raise UserError(f"loss_type={trainer.loss.name} has no reference: there is nothing to score")
         data = DatasetReference(trainer, _with_columns(options, trainer, keep_columns) if keep_columns else None)
@@ -149,7 +154,7 @@ def open_dataset(argv: Sequence[str], prog: str, keep_columns: Sequence[str] = (
         yield data
 
 
-def _with_columns(options, trainer: _Unfilled, columns: Sequence[str]) -> Dataset:
+def _with_columns(options, trainer: _UnfilledTrainer, columns: Sequence[str]) -> Dataset:
     script, args = options.script, options.training
     data = load_data(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
     if lacking := sorted(set(columns) - set(data.column_names)):

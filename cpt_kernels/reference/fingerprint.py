@@ -1,8 +1,9 @@
-"""What identifies a reference model: a digest of everything that its log-probs depend on, and of nothing else.
+"""Computes the fingerprint of a reference model: a digest of everything that its log-probs depend on.
 
-That is the tensors in memory (not the files they came from: an overwritten checkpoint is another model, a copied one is
-not), the parts of the config that change numbers, active adapters, and how the forward computes. Where in doubt a part
-counts: a needless difference costs one scoring pass, a missed one would serve the log-probs of another model.
+It covers the tensors in memory, the config entries that change log-probs, the active adapters, and how the forward
+computes. It does not cover files: an overwritten checkpoint is another model, and a copied checkpoint is the same
+model. A part that may or may not matter is covered: a needless difference costs one scoring pass, while a missed one
+would return the log-probs of another model.
 """
 
 from __future__ import annotations
@@ -13,34 +14,37 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 
-OP_VERSION = 1  # to be raised when log-probs change by more than rounding
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-_CHUNK = 1 << 23  # elements that one thread digests at a time; part of the definition of a tensor's digest
-_ADAPTER = "/adapter/"  # in the names of an adapter's tensors
-_TRANSPARENT = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # wrappers within a model
-_WRAPPED = {"base_layer", "original_module", "token_adapter"}  # PEFT's names on the way to what an adapter wraps
+OP_VERSION = 1  # raise it when an operator changes log-probs by more than rounding
 
-# Config entries that do not change log-probs. Dropout is off when a reference is scored.
+_CHUNK = 1 << 23  # elements that one thread digests at a time; a tensor's digest depends on it
+_ADAPTER = "/adapter/"  # part of the names of an adapter's tensors
+_TRANSPARENT = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # wrappers inside a model
+_WRAPPED = {"base_layer", "original_module", "token_adapter"}  # PEFT's names of the modules that an adapter wraps
+
+# Config entries that do not change log-probs. Dropout entries do not either: a reference is scored without dropout.
 _IRRELEVANT = {
     # origin
     "_name_or_path", "name_or_path", "base_model_name_or_path", "revision", "_commit_hash", "architectures", "auto_map",
     "auto_mapping", "transformers_version", "peft_version",
-    # told by the tensors themselves
+    # the tensors determine these
     "dtype", "torch_dtype", "tie_word_embeddings",
-    # outputs and switches; the attention is an argument here
+    # outputs and switches; the attention is an argument of `fingerprint`
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "torchscript",
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "inference_mode", "task_type",
     # initialisation, other heads and losses
     "initializer_range", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "id2label", "label2id",
     "problem_type", "router_aux_loss_coef", "router_z_loss_coef",
-    # trainers align these with the tokenizer
+    # trainers set these to the tokenizer's
     "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
@@ -53,42 +57,44 @@ def fingerprint(
     op_version: int = OP_VERSION,
     adapters: bool = True,
 ) -> str:
-    """32 hex digits that identify a reference model by its numbers.
+    """Returns 32 hex digits that identify a reference model.
 
-    Take it before the model is sharded, and before a checkpoint of the run is loaded into it.
+    Call it before the model is sharded, and before a checkpoint of the run is loaded into it.
 
     Args:
         model: a transformers model or a PEFT model around one, also compiled or under DDP, on any device.
-        compute_dtype: of the forward, which under autocast is not the weights'.
-        attention: family of the attention operator, such as "sdpa": each rounds in its own way.
-        op_version: of the operators between hidden states and log-probs.
-        adapters: whether active adapters take part. With False the result is that of the model without adapters; so it
-            is while adapters are disabled.
+        compute_dtype: dtype of the forward; under autocast it differs from the dtype of the weights.
+        attention: family of the attention operator, such as "sdpa". Each family rounds differently.
+        op_version: version of the operators between hidden states and log-probs.
+        adapters: whether active adapters count. False, like disabled adapters, gives the fingerprint of the model
+            without adapters.
 
     Raises:
-        UserError: a tensor that is not whole on this process, or is of no plain type; prompt-learning adapters; merged
-            adapters where adapters take no part; a model without a config, or with one that is no plain data.
+        UserError: a tensor is not whole on this process, or is not a plain tensor; an adapter uses prompt learning; an
+            adapter is merged although adapters do not count; the model has no config, or its config is not plain data.
     """
     base, configs = _unwrap(model)
     active = _active_adapters(base, configs) if adapters else []
     if not active and any(getattr(layer, "merged", False) is True for layer in base.modules()):
-        raise UserError("an adapter is merged into the base weights, which therefore cannot be told: unmerge it first")
+        raise UserError(
+            "an adapter is merged into the base weights, so the weights without it are unknown: unmerge it first"
+        )
     tensors = _named_tensors(base, configs, active)
     facts = {
         "op_version": op_version,
         "compute_dtype": _dtype_name(compute_dtype),
         "attention": attention,
-        "config": _plain(base.config.to_dict()),
-        "adapters": [_plain(configs[name].to_dict()) for name in active],
-        "tensors": _digests(tensors),
+        "config": _normalized(base.config.to_dict()),
+        "adapters": [_normalized(configs[name].to_dict()) for name in active],
+        "tensors": _tensor_digests(tensors),
     }
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def describe(
+def describe_reference(
     model: nn.Module, *, compute_dtype: torch.dtype | str, attention: str, adapters: bool = True
 ) -> dict[str, Any]:
-    """What `reference.json` tells people about a reference; arguments as for `fingerprint`."""
+    """Returns the content of `reference.json`, which people read; arguments as of `fingerprint`."""
     base, configs = _unwrap(model)
     active = _active_adapters(base, configs) if adapters else []
     tensors = _named_tensors(base, configs, active)
@@ -104,10 +110,10 @@ def describe(
     }
 
 
-def _unwrap(model: nn.Module) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The transformers model within wrappers (torch.compile, DDP, PEFT), and its PEFT configs by adapter name."""
+def _unwrap(model: nn.Module) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Returns the transformers model inside torch.compile, DDP and PEFT, and its PEFT configs by adapter name."""
     configs: Mapping[str, Any] = {}
-    inner: nn.Module | None = model
+    inner: Any = model
     while inner is not None:
         model = inner
         configs = getattr(model, "peft_config", None) or configs
@@ -118,21 +124,25 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, Mapping[str, Any]]:
             inner = next((m for m in wrapped if isinstance(m, nn.Module)), None)
     if not hasattr(getattr(model, "config", None), "to_dict"):
         raise UserError(f"{type(model).__name__} has no config; a reference must be a transformers model")
-    return model, configs
+    return cast("PreTrainedModel", model), configs
 
 
 def _active_adapters(base: nn.Module, configs: Mapping[str, Any]) -> list[str]:
     if any(config.is_prompt_learning for config in configs.values()):
-        raise UserError("prompt-learning adapters add tokens of their own, which packed rows do not support")
-    layers = [m for m in base.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+        raise UserError(
+            "a prompt-learning adapter adds tokens of its own, which packed rows do not support: use another kind, such"
+            " as LoRA"
+        )
+    layers: list[Any] = [m for m in base.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
 
 
 def _named_tensors(base: nn.Module, configs: Mapping[str, Any], active: Sequence[str]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by the names that they have in the model without wrappers and adapters.
+    """Returns parameters and persistent buffers by their names in the model without wrappers and adapters.
 
-    Tied tensors stand under each of their names, so that it does not matter whether a tie survived. The tensors of an
-    active adapter are named after its place among the active ones, as the name that a user gave it changes no number.
+    A tied tensor appears under each of its names, so a checkpoint that lost the tie has the same names. The tensors of
+    an active adapter are named after the adapter's position among the active ones, because the name that a user gives
+    an adapter changes no log-prob.
     """
     state = base.state_dict(keep_vars=True)
     paths = {name: [part for part in name.split(".") if part not in _TRANSPARENT] for name in state}
@@ -141,7 +151,7 @@ def _named_tensors(base: nn.Module, configs: Mapping[str, Any], active: Sequence
     for name, tensor in state.items():
         path = paths[name]
         canonical = ".".join(part for part in path if not (configs and part in _WRAPPED))
-        # An adapter's tensor is below a wrapper's child that does not lead to what is wrapped.
+        # A tensor belongs to an adapter if its path leaves a wrapper by a child other than the wrapped module.
         below = [i for i, part in enumerate(path) if part not in _WRAPPED and tuple(path[:i]) in wrappers]
         if configs and below:
             if not active or any(part in configs and part not in active for part in path[below[0] :]):
@@ -149,7 +159,7 @@ def _named_tensors(base: nn.Module, configs: Mapping[str, Any], active: Sequence
             place = [str(active.index(part)) if part in active else part for part in path[below[0] :]]
             canonical = ".".join(path[: below[0]]) + _ADAPTER + "/".join(place)
         if named.setdefault(canonical, tensor) is not tensor:
-            raise UserError(f"two tensors of the model have the name {canonical}")
+            raise UserError(f"two tensors of the model have the name {canonical} once wrappers are removed")
         _check_whole(canonical, tensor)
     return named
 
@@ -167,16 +177,16 @@ def _check_whole(name: str, tensor: object) -> None:
         raise UserError(f"{name} is a {type(tensor).__name__}, which cannot be fingerprinted")
 
 
-def _digests(tensors: Mapping[str, Tensor]) -> dict[str, list]:
-    """Name -> [dtype, shape, digest of the bytes in row-major order]. Shared tensors are read once.
+def _tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, list]:
+    """Returns [dtype, shape, digest of the bytes in row-major order] by name. A shared tensor is read once.
 
-    SHA-256 is twice as fast as BLAKE2 where the processor has instructions for it, about 2 GB/s a core.
+    SHA-256 runs at about 2 GB/s per core on processors with instructions for it, twice as fast as BLAKE2.
     """
     unique = {id(tensor): tensor for tensor in tensors.values()}
     tasks: list[tuple[Tensor, range]] = []
     for tensor in unique.values():
         chunks = range(0, tensor.numel(), _CHUNK)
-        # Reading a chunk of what is not contiguous copies all of it, so that is one task.
+        # Reading one chunk of a non-contiguous tensor copies the whole tensor, so all its chunks are one task.
         tasks += [(tensor, range(i, i + 1)) for i in chunks] if tensor.is_contiguous() else [(tensor, chunks)]
     digests = {key: sha256() for key in unique}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
@@ -193,25 +203,25 @@ def _chunk_digests(task: tuple[Tensor, range]) -> bytes:
     tensor, starts = task
     flat = tensor.detach().reshape(-1)
     chunks = (flat[start : start + _CHUNK].cpu().view(torch.uint8).numpy() for start in starts)
-    return b"".join(sha256(chunk).digest() for chunk in chunks)
+    return b"".join(sha256(memoryview(chunk)).digest() for chunk in chunks)
 
 
-def _plain(value: Any) -> Any:
-    """A config as JSON would have it, without what is irrelevant or None (a field that an older version lacks)."""
+def _normalized(value: Any) -> Any:
+    """Returns a config as plain JSON data, without irrelevant entries and None (an older version lacks the field)."""
     if isinstance(value, Mapping):
-        kept = {str(key): _plain(item) for key, item in value.items() if _is_relevant(str(key))}
+        kept = {str(key): _normalized(item) for key, item in value.items() if _is_relevant(str(key))}
         return {key: item for key, item in kept.items() if item is not None}
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_normalized(item) for item in value]
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return _normalized(value.value)
     if isinstance(value, torch.dtype):
         return _dtype_name(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    # Its text may hold an address, which would make every process a reference of its own.
+    # str(value) may contain a memory address, and the fingerprint would then differ in every process.
     raise UserError(f"the model's config holds a {type(value).__name__}, which cannot be fingerprinted")
 
 

@@ -1,10 +1,10 @@
-"""Which completions of a dataset the reference has yet to score, and in which micro-batches."""
+"""Finds the completions of a dataset that the cache lacks, and packs them into micro-batches for scoring."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,24 +15,42 @@ from xxhash import xxh3_128_digest
 
 from ..data.batches import pack_rows
 from ..data.collate import PackedCollator
-from ..data.truncation import truncate
+from ..data.truncation import TruncationMode, truncate
 from .cache import ReferenceCache
+from .keys import Tokens
 from .shards import KEY_BYTES
 
-_CHUNK = 1000  # rows of a dataset that are read together
+_CHUNK = 1000  # rows of a dataset that are read at a time
+
+_Arrays = tuple[NDArray[np.int64], NDArray[np.int64]]
+_truncate_arrays = cast("Callable[..., _Arrays]", truncate)  # it slices arrays like lists
+
+
+class DatasetCompletion(NamedTuple):
+    """A completion of a prepared dataset, truncated as it is in training."""
+
+    row: int  # of the dataset
+    position: int  # among the completions of the row
+    prompt_ids: NDArray[np.int64]
+    completion_ids: NDArray[np.int64]
+
+    @property
+    def ids(self) -> tuple[Tokens, Tokens]:
+        """(prompt ids, completion ids), as `ReferenceCache` takes them."""
+        return self.prompt_ids, self.completion_ids
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Completions without reference log-probs, n of them, each once. Arrays, as there may be millions.
+    """The n different completions of a dataset that have no reference log-probs. There may be millions, so arrays.
 
     Attributes:
-        keys: (n,) of 16 bytes, in the cache.
-        prompts: (n,) of 16 bytes, equal where the truncated prompts are.
-        rows, positions: (n,) row of the dataset, and which of its completions.
-        prompt_lengths, lengths: (n,) tokens after truncation.
-        completions: in the dataset, repetitions included.
-        found: of them, those that were in the cache.
+        keys: (n,) 16 bytes, keys in the cache.
+        prompts: (n,) 16 bytes, equal for equal truncated prompts.
+        rows, positions: (n,) where the dataset has the completion, see `DatasetCompletion`.
+        prompt_lengths, lengths: (n,) tokens of prompt and completion after truncation.
+        completions: number of completions in the dataset, including repetitions and those that are stored.
+        found: number of them that are stored.
     """
 
     keys: NDArray[np.void]
@@ -49,55 +67,75 @@ class Missing:
 
 
 def iter_sequences(
-    dataset: Dataset, max_length: int | None, truncation_mode: str
-) -> Iterator[list[tuple[int, int, NDArray[np.int64], NDArray[np.int64]]]]:
-    """All completions of a prepared dataset in lists: row, which of the row's, and both ids as they are trained on.
+    dataset: Dataset, max_length: int | None, truncation_mode: TruncationMode
+) -> Iterator[list[DatasetCompletion]]:
+    """Yields all completions of a prepared dataset in order, a list for every chunk of rows.
 
-    Left out are completions of which truncation leaves nothing.
+    Completions of which truncation leaves no token are left out.
     """
     start = 0
     for table in dataset.with_format("arrow").select_columns(["prompt_ids", "completion_ids"]).iter(_CHUNK):
-        prompts = _split(table["prompt_ids"])
+        prompts = _list_items(table["prompt_ids"])
         counts = pc.list_value_length(table["completion_ids"]).to_numpy()
-        completions = iter(_split(pc.list_flatten(table["completion_ids"])))
+        completions = iter(_list_items(pc.list_flatten(table["completion_ids"])))
         sequences = [
-            (start + row, position, *truncate(prompt, next(completions), max_length, truncation_mode))
+            DatasetCompletion(
+                start + row, position, *_truncate_arrays(prompt, next(completions), max_length, truncation_mode)
+            )
             for row, (prompt, count) in enumerate(zip(prompts, counts.tolist()))
             for position in range(count)
         ]
-        yield [sequence for sequence in sequences if len(sequence[3])]
+        yield [sequence for sequence in sequences if len(sequence.completion_ids)]
         start += len(prompts)
 
 
-def find_missing(dataset: Dataset, cache: ReferenceCache, max_length: int | None, truncation_mode: str) -> Missing:
-    """What the cache lacks of a prepared dataset."""
-    columns: list[tuple[bytes, bytes, int, int, int, int]] = []
-    completions = found = 0
+def find_missing(
+    dataset: Dataset, cache: ReferenceCache, max_length: int | None, truncation_mode: TruncationMode
+) -> Missing:
+    """Returns the completions of a prepared dataset that the cache lacks."""
+    keys: list[bytes] = []
+    prompts: list[bytes] = []
+    numbers: list[tuple[int, int, int, int]] = []
+    completions = 0
     for sequences in iter_sequences(dataset, max_length, truncation_mode):
-        keys = cache.keys([sequence[2:] for sequence in sequences])
-        _, there = cache.look_up(keys, [len(completion) for *_, completion in sequences])
-        completions += len(keys)
-        for key, known, (row, position, prompt, completion) in zip(keys, there.tolist(), sequences):
-            if not known:
-                digest = xxh3_128_digest(prompt.tobytes())
-                columns.append((key, digest, row, position, len(prompt), len(completion)))
-            else:
-                found += 1
-    keys, prompts, *numbers = zip(*columns) if columns else [()] * 6
-    first = np.unique(_digests(keys), return_index=True)[1]
-    arrays = [_digests(keys), _digests(prompts), *(np.array(column, np.int64) for column in numbers)]
-    return Missing(*(array[np.sort(first)] for array in arrays), completions, found)
+        found_keys = cache.keys([sequence.ids for sequence in sequences])
+        _, found = cache.look_up(found_keys, [len(sequence.completion_ids) for sequence in sequences])
+        completions += len(sequences)
+        for key, is_stored, (row, position, prompt, completion) in zip(found_keys, found.tolist(), sequences):
+            if not is_stored:
+                keys.append(key)
+                prompts.append(xxh3_128_digest(prompt.tobytes()))
+                numbers.append((row, position, len(prompt), len(completion)))
+    # A completion that occurs several times is scored once, where it occurs first.
+    first = np.sort(np.unique(_digest_array(keys), return_index=True)[1])
+    rows, positions, prompt_lengths, lengths = np.array(numbers, np.int64).reshape(-1, 4)[first].T
+    return Missing(
+        keys=_digest_array(keys)[first],
+        prompts=_digest_array(prompts)[first],
+        rows=rows,
+        positions=positions,
+        prompt_lengths=prompt_lengths,
+        lengths=lengths,
+        completions=completions,
+        found=completions - len(keys),
+    )
 
 
 def scoring_batches(
     missing: Missing, collator: PackedCollator, budget: int, world: int
 ) -> list[list[NDArray[np.int64]]]:
-    """Micro-batches of groups, a group being the missing completions of one prompt that fit; longest groups first.
+    """Packs the missing completions into micro-batches of at most ``budget`` tokens, longest prompt groups first.
 
-    Their number is a multiple of ``world``. Only a single completion that is longer than ``budget`` tokens exceeds it.
+    A group holds completions of one prompt, as indices into ``missing``. Only a single completion that is longer than
+    the budget exceeds it.
+
+    Args:
+        collator: says which completions share their prompt.
+        world: number of ranks; the number of micro-batches is a multiple of it.
     """
+    # Collect the completions of each prompt, and split them where they exceed the budget.
     groups: list[NDArray[np.int64]] = []
-    tokens: list[int] = []
+    tokens: list[int] = []  # of each group in a packed row
     order = np.argsort(missing.prompts, kind="stable")
     edges = np.flatnonzero(missing.prompts[order][1:] != missing.prompts[order][:-1]) + 1
     for members in np.split(order, edges):
@@ -113,34 +151,36 @@ def scoring_batches(
             total += more
         groups.append(members[start:])
         tokens.append(total)
+    # Pack whole groups into micro-batches.
     sizes = np.array(tokens, np.int64)
-    batches = pack_rows(np.argsort(-sizes, kind="stable"), sizes, max(budget, int(sizes.max())), world)
+    longest_first = np.argsort(-sizes, kind="stable").tolist()
+    batches = pack_rows(longest_first, sizes, max(budget, int(sizes.max())), world)
     return [[groups[number] for number in batch] for batch in batches]
 
 
-def scoring_rows(
+def read_sequences(
     dataset: Dataset, missing: Missing, groups: Sequence[NDArray[np.int64]], collator: PackedCollator
-) -> list[dict[str, Any]]:
-    """The groups of a micro-batch as rows for a collator that truncates nothing and pairs nothing."""
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Reads the (prompt ids, completion ids) of a micro-batch, truncated; those of one prompt are consecutive."""
     wanted = sorted({int(row) for members in groups for row in missing.rows[members]})
     columns = dataset.select_columns(["prompt_ids", "completion_ids"])[wanted]
     stored = dict(zip(wanted, zip(columns["prompt_ids"], columns["completion_ids"])))
-    rows: dict[tuple[int, ...], list[Sequence[int]]] = {}  # a prompt once, also of a group that was too long and split
+    # A group that was split may have two parts in the same micro-batch.
+    by_prompt: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for row, position in ((missing.rows[i], missing.positions[i]) for members in groups for i in members):
         prompt, completions = stored[int(row)]
         prompt, completion = truncate(prompt, completions[int(position)], collator.max_length, collator.truncation_mode)
-        rows.setdefault(tuple(prompt), []).append(completion)
-    no_pairs: dict[str, list[int]] = {"chosen": [], "rejected": [], "targets": []}
-    return [{"prompt_ids": prompt, "completion_ids": completions, **no_pairs} for prompt, completions in rows.items()]
+        by_prompt.setdefault(tuple(prompt), []).append(tuple(completion))
+    return [(prompt, completion) for prompt, completions in by_prompt.items() for completion in completions]
 
 
-def _split(lists: pa.ChunkedArray | pa.Array) -> list[NDArray[np.int64]]:
-    """The items of a list column; views, but for other integers than int64."""
+def _list_items(lists: pa.ChunkedArray | pa.Array) -> list[NDArray[np.int64]]:
+    """Returns the items of a list column; views of its memory if they are int64, else copies."""
     lengths = pc.list_value_length(lists).to_numpy()
     flat = pc.list_flatten(lists).to_numpy().astype(np.int64, copy=False)
     stops = np.cumsum(lengths)
     return [flat[start:stop] for start, stop in zip((stops - lengths).tolist(), stops.tolist())]
 
 
-def _digests(digests: Sequence[bytes]) -> NDArray[np.void]:
+def _digest_array(digests: Sequence[bytes]) -> NDArray[np.void]:
     return np.frombuffer(b"".join(digests), f"V{KEY_BYTES}")

@@ -1,4 +1,4 @@
-"""A reference that follows the policy, for ``sync_ref_model``: Gorbatovski et al. (TR-DPO), arXiv 2404.09656."""
+"""A reference that follows the policy (``sync_ref_model``): TR-DPO, Gorbatovski et al., arXiv 2404.09656."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import TrainerCallback
 
-from ..config import ContrastiveConfig
 from ..data.collate import PackedBatch
 from ..errors import UserError
 from ..model.packed_model import PackedModel
@@ -23,32 +22,31 @@ logger = logging.getLogger(__name__)
 
 
 class MovingReference(TrainerCallback):
-    """A reference in memory that is run for every batch; nothing is cached, as its values do not last.
+    """A reference that stays in memory and scores every batch. Its log-probs are not cached, because they change.
 
-    Every ``ref_model_sync_steps`` steps it becomes ``ref_model_mixup_alpha`` times the policy plus the rest of itself.
-    Checkpoints hold it.
+    Every ``ref_model_sync_steps`` steps its weights become ``alpha * policy + (1 - alpha) * reference``, with ``alpha``
+    = ``ref_model_mixup_alpha``. Checkpoints contain the reference.
 
     Args:
-        policy: the model to be trained.
-        ref_model: the reference to start from; default a copy of the policy.
+        policy: the model that will be trained.
+        ref_model: the reference at the start; default a copy of the policy.
 
     Raises:
-        UserError: an adapter, whose product is not mixed by mixing its factors; weights that are sharded over ranks; a
-            reference of another architecture.
+        UserError: the policy has an adapter (mixing the factors of a product does not mix the product); the weights are
+            sharded over ranks; policy and reference differ in architecture.
     """
 
-    FILE = "reference.safetensors"  # of a checkpoint
-    lookup = None  # nothing is known ahead
+    FILE = "reference.safetensors"  # in a checkpoint
+    lookup = None  # the collator has no reference log-probs to put into batches
 
     def __init__(
         self,
         policy: PackedModel,
         ref_model: nn.Module | None,
         accelerator: Accelerator,
-        args: ContrastiveConfig,
     ) -> None:
         if hasattr(policy.model, "peft_config"):
-            raise UserError("sync_ref_model mixes weights, which is not defined for an adapter: leave one of both out")
+            raise UserError("sync_ref_model mixes weights, which is not defined for an adapter: leave out one of them")
         plugin = accelerator.state.deepspeed_plugin
         if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
             raise UserError("sync_ref_model needs whole weights on every rank: use DDP or ZeRO-1/2, not FSDP or ZeRO-3")
@@ -58,56 +56,58 @@ class MovingReference(TrainerCallback):
             raise UserError("sync_ref_model mixes policy and reference: they must have the same architecture")
         model.requires_grad_(False).eval().to(accelerator.device)
         self.accelerator, self.policy = accelerator, policy
-        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
+        self.packed = PackedModel(model, policy.head_memory_mb, policy.attention_backend)
         if accelerator.is_main_process:
             logger.warning(
                 "sync_ref_model: the reference follows the policy, so its log-probs are not cached; it stays in memory"
-                " and runs in every step"
+                " and scores every batch"
             )
 
     @property
     def model(self) -> nn.Module:
-        """The reference as it is now."""
+        """The current reference."""
         return self.packed.model
 
     @torch.no_grad()
     def complete(self, batch: PackedBatch) -> None:
-        """Score a batch by the reference as it is now."""
+        """Scores a batch with the current reference."""
         with self.accelerator.autocast():
             batch["ref_token_logps"] = self.packed(batch).tokens.logps.float()
         batch["ref_missing"] = []
 
     def training(self) -> contextlib.AbstractContextManager:
-        """Nothing: it is in memory, and there is no cache."""
+        """Does nothing: the reference stays in memory, and nothing is cached."""
         return contextlib.nullcontext()
 
     def fill(self, *_: Any) -> None:
-        """Nothing: there is no cache."""
+        """Does nothing: nothing is cached."""
 
     def check_start(self, *_: Any) -> None:
-        """Nothing: it was a copy, or is another model."""
+        """Does nothing: the reference is a copy of the policy, or a separate model that may differ."""
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **_) -> None:
+        """Mixes the policy into the reference when it is due."""
         if state.global_step % args.ref_model_sync_steps == 0:
             alpha = args.ref_model_mixup_alpha
             for ours, theirs in zip(self.packed.model.parameters(), self.policy.model.parameters()):
                 ours.mul_(1 - alpha).add_(theirs, alpha=alpha)
 
     def on_save(self, args, state, control, **_) -> None:
+        """Adds the reference to the checkpoint."""
         if state.is_world_process_zero and not args.save_only_model:
             save_model(self.packed.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE))
 
     def load(self, checkpoint: str) -> None:
-        """Go on as the checkpoint left it.
+        """Loads the reference of a checkpoint.
 
         Raises:
-            UserError: the checkpoint has no reference.
+            UserError: the checkpoint holds no reference.
         """
         file = Path(checkpoint) / self.FILE
         if not file.is_file():
             raise UserError(
                 f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model, or that run died"
-                " while it was; resume from an earlier one"
+                " while saving; resume from an earlier checkpoint"
             )
         load_model(self.packed.model, file, device=str(self.accelerator.device))

@@ -1,4 +1,4 @@
-"""The reference model of a run: which one it is, and its log-probs, scored once and kept on disk."""
+"""The reference model of a run: decides which model it is, scores completions with it, and caches their log-probs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -22,37 +24,44 @@ from ..model.loading import dropout, whole_weights, zero_stage
 from ..model.packed_model import PackedModel, base_model, why_not_finite
 from ..ops.gather import segment_sum
 from .cache import ReferenceCache
-from .fingerprint import describe, fingerprint
-from .missing import Missing, find_missing, scoring_batches, scoring_rows
+from .fingerprint import describe_reference, fingerprint
+from .missing import Missing, find_missing, read_sequences, scoring_batches
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_PER_BATCH = {"cpu": 4096}  # of a scoring pass, unless the user set a budget
+_TOKENS_PER_BATCH = {"cpu": 4096}  # of a scoring pass, by device, unless the user sets max_tokens_per_batch
 _DEFAULT_TOKENS_PER_BATCH = 16384
-# Log-probs of equal weights in another packing differ by rounding: nats per token, in the mean over a batch.
+# Largest difference that packing explains between log-probs of equal weights: nats per token, mean over a batch.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_ROUNDING = 0.1
 
 
 class Reference:
-    """Reference log-probs of one run.
+    """The reference of one run, and its cached log-probs.
 
-    The reference is ``ref_model`` where one is given; for an adapter made for this run, the model with adapters off;
-    otherwise the policy as it is now, before the first step and before any checkpoint is loaded.
+    The reference is ``ref_model`` if one is given. Else, for an adapter that was made for this run, it is the model
+    with adapters off. Else it is the policy at construction: before the first step, and before a checkpoint is loaded.
 
     Args:
-        policy: the model to be trained.
-        ref_model: a reference of its own.
+        policy: the model that will be trained.
+        ref_model: a separate reference model.
         new_adapter: the policy is a PEFT model whose adapter was made for this run.
-        keep: the reference is needed while training (streams): a copy of the policy is kept if need be.
+        keep: the reference must be able to score during training (for streams); copies the policy if necessary.
         cache_dir: folder of the cache.
-        progress: show a bar while data are scored.
+        head_memory_mb: see :class:`PackedModel`.
+        progress: show a progress bar while datasets are scored.
 
     Attributes:
-        packed: the model that scores; None while there is the cache alone.
-        owned: it is not the policy, so that it may be moved from device to device.
-        live: it can score while the policy is trained.
+        cache: the log-probs on disk.
+        packed: the model that scores; None while only the cache is available.
+        owned: ``packed`` is a separate model, which may be moved between devices; it is not the policy.
+        live: the reference can score during training.
+        compute_dtype: dtype of the reference's forward.
+        found, scored: completions that `complete` found in the cache, and scored, during training.
+        seconds: time that `complete` took to score them.
     """
+
+    packed: PackedModel | None
 
     def __init__(
         self,
@@ -66,69 +75,72 @@ class Reference:
         head_memory_mb: float | None = None,
         progress: bool = True,
     ) -> None:
-        self.accelerator, self.progress = accelerator, progress
+        self.accelerator, self.policy, self.progress = accelerator, policy, progress
+        self.found = self.scored = 0
+        self.seconds = 0.0
+
+        # Choose the model that scores.
         self.adapters_off = ref_model is None and new_adapter
-        self._start_is_checked = ref_model is not None  # else policy and reference are the same at the start
-        self.owned = given = ref_model is not None
-        # An adapter that the policy came with is small: its values at the start are kept for data that come later.
-        whole = accelerator.distributed_type != DistributedType.FSDP and zero_stage(accelerator.state) != 3
-        trained = (
-            [p for p in policy.model.parameters() if p.requires_grad] if hasattr(policy.model, "peft_config") else []
-        )
-        kept = trained if whole and not (given or self.adapters_off or keep) else []
-        self._start = {parameter: parameter.detach().cpu().clone() for parameter in kept}
-        self.live = self.owned or self.adapters_off or keep or bool(self._start)
-        if ref_model is None and keep and not self.adapters_off:
+        is_start = ref_model is None and not new_adapter  # the reference is the policy's start weights
+        self._start = _adapter_values(policy.model, accelerator) if is_start and not keep else {}
+        self._start_is_checked = ref_model is not None  # a separate model may differ from the policy at the start
+        if is_start and keep:
             ref_model = copy.deepcopy(policy.model)
-            self.owned = True
-        if ref_model is not None:
+        self.owned = ref_model is not None
+        self.live = self.owned or self.adapters_off or bool(self._start)
+        if ref_model is None:
+            self.packed = policy
+        else:
             ref_model.requires_grad_(False).eval()
             self.packed = PackedModel(ref_model, head_memory_mb, policy.attention_backend)
-        else:
-            self.packed = policy
-        self.policy = policy
-        self.found = self.scored = 0  # completions, by `complete`
-        self.seconds = 0.0  # that it took to score them
+
+        # Identify it, and open its part of the cache.
         model = self.packed.model
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.compute_dtype = mixed or base_model(model).dtype
-        identity = {
+        self._identity: dict[str, Any] = {
             "compute_dtype": self.compute_dtype,
             "attention": "shared_prompt",
             "adapters": not self.adapters_off,
         }
-        digest = fingerprint(model, **identity)
-        self._identity, self._digest = identity, digest
-        self.cache = ReferenceCache(cache_dir, digest, description=describe(model, **identity))
+        self._digest = fingerprint(model, **self._identity)
+        self.cache = ReferenceCache(cache_dir, self._digest, description=describe_reference(model, **self._identity))
         if accelerator.is_main_process:
             logger.warning(
-                f"log-probs are kept in {self.cache.folder} (ref_cache_dir): {self.cache.num_rows} completions so far"
+                f"reference log-probs are cached in {self.cache.folder} (ref_cache_dir), which holds"
+                f" {self.cache.num_rows} completions"
             )
 
     def check_tokens(self) -> None:
-        """Raise ValueError where the cache holds sums, of which single tokens mean nothing."""
-        if any(shard.kind == "sums" for shard in self.cache.shards):
+        """Checks that the cache holds the log-prob of every token.
+
+        Raises:
+            UserError: it holds imported sums, whose single tokens are meaningless.
+        """
+        if self.cache.imported_keys:
             raise UserError(
-                f"ld_alpha needs the reference log-prob of every token, and {self.cache.folder} holds imported sums:"
+                f"ld_alpha needs the reference log-prob of every token, but {self.cache.folder} holds imported sums:"
                 " choose another ref_cache_dir, or remove them with cpt cache prune"
             )
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """While the policy's weights change, a reference without a model of its own is the cache alone.
+        """Context of a training run, in which the policy's weights change.
 
-        What a stream had scored is written, however training ends. If it ends well, what was found is logged.
+        A reference without a model of its own is reduced to the cache; a separate model waits on the CPU until it is
+        needed. At the end, completions that were scored for a stream are written to disk, even after an error. After a
+        run without error, the number of completions that were found and scored is logged.
         """
         if not self.live:
             self.packed = None
-        elif self.owned:
-            self.packed.model.to("cpu")  # until something is missing
+        elif self.owned and self.packed is not None:
+            self.packed.model.to("cpu")
         self.found = self.scored = 0
-        self.seconds, written = 0.0, self.cache.bytes_written
+        self.seconds, bytes_before = 0.0, self.cache.bytes_written
         with self.cache:
             yield
-        numbers = [self.found, self.scored, self.seconds, self.cache.bytes_written - written]
-        found, scored, seconds, written = np.sum(gather_object([numbers]), axis=0)
+        counts = [self.found, self.scored, self.seconds, self.cache.bytes_written - bytes_before]
+        found, scored, seconds, written = np.sum(gather_object([counts]), axis=0)
         if self.accelerator.is_main_process:
             logger.warning(
                 f"reference log-probs of {found + scored:.0f} completions while training: {found:.0f} found,"
@@ -137,16 +149,16 @@ class Reference:
 
     @property
     def model(self) -> nn.Module | None:
-        """A model of its own, that is held in memory; on the CPU where training has not needed it yet."""
-        return self.packed.model if self.owned else None
+        """The separate reference model, if there is one; on the CPU until training needs it."""
+        return self.packed.model if self.owned and self.packed is not None else None
 
     @property
     def lookup(self) -> ReferenceLookup:
-        """Log-probs from the cache. Of the cache alone: a DataLoader's workers may get it pickled, without a model."""
+        """Returns cached log-probs for the collator. It refers to the cache only: DataLoader workers may pickle it."""
         return self.cache.log_probs
 
     def complete(self, batch: PackedBatch) -> None:
-        """Score what a batch lacks, put it in the batch and in the cache."""
+        """Scores the completions whose log-probs a batch lacks, and puts these into the batch and into the cache."""
         missing = batch["ref_missing"]
         if batch["num_pairs"]:
             self.found += len(batch["completion_lengths"]) - len(missing)
@@ -154,8 +166,8 @@ class Reference:
             return
         started = time.perf_counter()
         scored = self._score(batch)
-        self.cache.add_many([ids for _, *ids in missing], [scored[s] for s, *_ in missing])
-        batch["ref_token_logps"] = torch.from_numpy(np.concatenate(scored)).to(batch["ref_token_logps"].device)
+        self.cache.add_many([(prompt, ids) for _, prompt, ids in missing], [scored[s] for s, *_ in missing])
+        batch["ref_token_logps"] = torch.from_numpy(np.concatenate(scored)).to(batch["input_ids"].device)
         batch["ref_missing"] = []
         self.scored += len(missing)
         self.seconds += time.perf_counter() - started
@@ -168,27 +180,29 @@ class Reference:
         name: str,
         whose: str = "reference",
     ) -> None:
-        """Score what the cache lacks of a prepared dataset, on all ranks, longest groups first.
+        """Scores the completions of a prepared dataset that the cache lacks, on all ranks, longest prompt groups first.
 
         Args:
-            name, whose: what log and progress bar call the dataset and the model.
+            collator: the run's; says how sequences are truncated, and which share a prompt.
+            max_tokens: budget of a micro-batch in tokens; default by device.
+            name, whose: names of the dataset and of the model for log messages and the progress bar.
 
         Raises:
-            UserError: the cache's folder is not the same one on every rank.
-            OSError: it cannot be written to.
+            UserError: the ranks do not share the cache's folder.
+            OSError: the folder cannot be written to.
         """
         started = time.perf_counter()
         missing = find_missing(dataset, self.cache, collator.max_length, collator.truncation_mode)
         looking = time.perf_counter() - started
-        # Another run may have written between two ranks' look-ups; they must agree on what is to be done.
+        # Ranks must score the same list: another run may have added rows between the look-ups of two ranks.
         (missing,) = broadcast_object_list([missing])
-        written = self.cache.bytes_written
+        bytes_before = self.cache.bytes_written
         if len(missing):
             self._fill(dataset, missing, collator, max_tokens, f"{name} data: {whose} log-probs")
         self.accelerator.wait_for_everyone()
         self.cache.refresh()
         self._check_shared(missing)
-        written = sum(gather_object([self.cache.bytes_written - written]))
+        written = sum(gather_object([self.cache.bytes_written - bytes_before]))
         if self.accelerator.is_main_process:
             logger.warning(
                 f"{name} data: {whose} log-probs of {missing.completions} completions: {missing.found} found"
@@ -200,37 +214,51 @@ class Reference:
     def _fill(
         self, dataset: Dataset, missing: Missing, collator: PackedCollator, max_tokens: int | None, description: str
     ) -> None:
-        device, world = self.accelerator.device, self.accelerator.num_processes
-        budget = max_tokens or _TOKENS_PER_BATCH.get(device.type, _DEFAULT_TOKENS_PER_BATCH)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        budget = max_tokens or _TOKENS_PER_BATCH.get(self.accelerator.device.type, _DEFAULT_TOKENS_PER_BATCH)
         batches = scoring_batches(missing, collator, budget, world)
-        collate = PackedCollator(share_prompts=collator.share_prompts, share_limit=collator.share_limit)
         progress = tqdm(
-            batches[self.accelerator.process_index :: world],
+            batches[rank::world],
             desc=description,
             disable=not (self.progress and self.accelerator.is_main_process),
         )
-        with self._on_device(), self.cache:  # written also where a batch fails: what was scored is right
+        with self._on_device(), self.cache:  # the cache is also flushed after an error: what was scored is right
             for groups in progress:
-                rows = scoring_rows(dataset, missing, groups, collator)
-                scored = self._score(send_to_device(collate(rows), device))  # also without rows: ranks run together
-                sequences = [(row["prompt_ids"], completion) for row in rows for completion in row["completion_ids"]]
-                self.cache.add_many(sequences, scored[: len(sequences)])
+                sequences = read_sequences(dataset, missing, groups, collator)
+                self.cache.add_many(sequences, self.score(sequences, collator))
+
+    def score(
+        self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], collator: PackedCollator
+    ) -> list[NDArray[np.float32]]:
+        """Scores different completions in one packed row, without the cache. All ranks must call it together.
+
+        Args:
+            sequences: (prompt ids, completion ids), truncated; those of one prompt are consecutive. May be empty on a
+                rank that has nothing left to score.
+            collator: says which sequences share their prompt.
+
+        Returns:
+            (len(completion_ids),) log-probs of each.
+        """
+        pack = PackedCollator(share_prompts=collator.share_prompts, share_limit=collator.share_limit).pack
+        batch = send_to_device(pack(sequences, [], [], []), self.accelerator.device)
+        return self._score(batch)[: len(sequences)]  # a batch without sequences holds one pad token
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        """DeepSpeed and FSDP leave a policy on the host until they shard it, and here it is to score before that."""
-        model, device = self._model(), self.accelerator.device
-        waits = next(model.parameters()).device.type == "cpu" != device.type
-        if waits:
+        """Moves the model to the accelerator's device for a while: DeepSpeed and FSDP leave it on the CPU at first."""
+        model, device = self._model().model, self.accelerator.device
+        moves = next(model.parameters()).device.type == "cpu" != device.type
+        if moves:
             model.to(device)
         try:
             yield
         finally:
-            if waits:
+            if moves:
                 model.to("cpu")
 
     def _check_shared(self, missing: Missing) -> None:
-        """Whether this rank sees what the others wrote."""
+        """Checks that this rank sees the rows that the other ranks wrote."""
         keys = [key.tobytes() for key in missing.keys]
         unseen = self.cache.has_keys(keys, missing.lengths.tolist()).count(False)
         if sum(gather_object([unseen])):
@@ -241,47 +269,47 @@ class Reference:
 
     @torch.no_grad()
     def check_start(self, batch: PackedBatch, completion_logps: torch.Tensor) -> None:
-        """Warn, once, where policy and reference should have the same log-probs before the first step, and do not.
+        """Warns, once, if policy and reference differ before the first step although they should be equal.
 
         Args:
-            completion_logps: (S,) the policy's.
+            completion_logps: (S,) log-probs under the policy.
         """
-        if self._start_is_checked or not batch["num_pairs"]:
+        ref_token_logps = batch["ref_token_logps"]
+        if self._start_is_checked or not batch["num_pairs"] or ref_token_logps is None:
             return
         self._start_is_checked = True
         lengths = torch.tensor(batch["completion_lengths"], device=completion_logps.device)
-        reference = segment_sum(batch["ref_token_logps"], batch["cu_completions"])
+        reference = segment_sum(ref_token_logps, batch["cu_completions"])
         gap = ((completion_logps.float() - reference) / lengths).abs().mean().item()
-        trained = {p.dtype for p in self.policy.model.parameters() if p.requires_grad}
-        if not gap <= max(_ROUNDING.get(dtype, _HALF_ROUNDING) for dtype in {self.compute_dtype, *trained}):
+        dtypes = {self.compute_dtype, *(p.dtype for p in self.policy.model.parameters() if p.requires_grad)}
+        if not gap <= max(_ROUNDING.get(dtype, _HALF_ROUNDING) for dtype in dtypes):
             logger.warning(
-                f"the policy starts from the reference, and yet its log-probs differ by {gap:.2g} nats per token in"
-                f" the first step, so rewards do not start at 0. Likely: {self._likely_cause()}"
+                f"the policy starts from the reference, but in the first step their log-probs differ by {gap:.2g} nats"
+                f" per token, so rewards do not start at 0. Likely cause: {self._likely_cause()}"
             )
 
     def _likely_cause(self) -> str:
         if dropout(self.policy.model):
-            return "dropout is on while training; set disable_dropout=true"
+            return "dropout is on during training; set disable_dropout=true"
         if hasattr(base_model(self.policy.model).get_input_embeddings(), "neftune_noise_alpha"):
-            return "the noise that neftune_noise_alpha adds while training"
+            return "the noise that neftune_noise_alpha adds during training"
         if self.adapters_off:
             return "the adapter does not start at zero (init_lora_weights)"
-        if any(shard.kind == "sums" for shard in self.cache.shards):
-            return (
-                "reference log-probs were imported that another model, dtype or truncation gave; see cpt cache verify"
-            )
+        if self.cache.imported_keys:
+            return "the cache holds imported sums of another model, dtype or truncation; see cpt cache verify"
         return (
-            f"the cache holds values that another kernel or program version gave; see cpt cache verify, or remove"
+            "the cache holds values of another kernel or program version; check them with cpt cache verify, or remove"
             f" {self.cache.folder}"
         )
 
-    def _model(self) -> nn.Module:
+    def _model(self) -> PackedModel:
+        """Returns the model that scores, and loads it again if training reduced the reference to the cache."""
         if self.packed is None:
             self.packed, self.owned = self._load_again(), True
-        return self.packed.model
+        return self.packed
 
     def _load_again(self) -> PackedModel:
-        """The start weights from where the policy came from: they left memory when training began."""
+        """Loads the start weights from where the policy was loaded: training has changed the policy's own."""
         base = base_model(self.policy.model)
         name, revision = base.config._name_or_path, getattr(base.config, "_commit_hash", None)
         try:
@@ -293,16 +321,16 @@ class Reference:
                 raise OSError(f"{name} holds other weights than training started from")
         except OSError as error:
             raise UserError(
-                "reference log-probs are missing for this data, and the start weights that they would be scored with"
-                f" have been trained, and cannot be loaded again ({error}): pass the data when the trainer is made, for"
-                " a stream set precompute_ref_log_probs=false, or pass a ref_model"
+                "this data lacks reference log-probs; training has changed the start weights that would score it, and"
+                f" they cannot be loaded again ({error}): pass the data when the trainer is made, for a stream set"
+                " precompute_ref_log_probs=false, or pass a ref_model"
             ) from error
         model.requires_grad_(False).eval()
         return PackedModel(model, self.policy.head_memory_mb, self.policy.attention_backend)
 
     @contextlib.contextmanager
     def _at_start(self) -> Iterator[None]:
-        """The policy's own adapter as it came."""
+        """Gives the policy's adapter the values that it had at the start."""
         now = {parameter: parameter.data for parameter in self._start}
         try:
             for parameter, values in self._start.items():
@@ -313,13 +341,14 @@ class Reference:
                 parameter.data = values
 
     @torch.no_grad()
-    def _score(self, batch: PackedBatch) -> list[np.ndarray]:
-        """Per-token reference log-probs of a batch's completions, S arrays of fp32.
+    def _score(self, batch: PackedBatch) -> list[NDArray[np.float32]]:
+        """Scores a batch, which is on the accelerator's device: S arrays of per-token log-probs.
 
         Raises:
-            UserError: one is not finite.
+            UserError: a log-prob is not finite.
         """
-        model = self._model()
+        packed = self._model()
+        model: Any = packed.model
         if self.owned:
             model.to(self.accelerator.device)
         training = model.training
@@ -327,7 +356,7 @@ class Reference:
         try:
             adapters = model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
             with adapters, self._at_start(), self.accelerator.autocast():
-                logps = self.packed(batch).tokens.logps
+                logps = packed(batch).tokens.logps
         finally:
             model.train(training)
         values = logps.float().cpu().numpy()
@@ -337,21 +366,33 @@ class Reference:
         return np.split(values, np.cumsum(batch["completion_lengths"])[:-1])
 
 
+def _adapter_values(model: nn.Module, accelerator: Accelerator) -> dict[nn.Parameter, torch.Tensor]:
+    """Copies the trained values of an adapter that the policy came with, so that the policy can score as at the start.
+
+    Empty without an adapter, and where ranks will hold only parts of the parameters.
+    """
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator.state) == 3
+    if is_sharded or not hasattr(model, "peft_config"):
+        return {}
+    return {parameter: parameter.detach().cpu().clone() for parameter in model.parameters() if parameter.requires_grad}
+
+
 def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
-    """Give a batch reference log-probs of its pairs' sides, (P,) each, as those of their first tokens.
+    """Gives a batch (P,) reference log-probs of its pairs' sides, each as the log-prob of the completion's first token.
 
     Raises:
-        UserError: a completion that is in several pairs has different ones there.
+        UserError: a completion has different values in different pairs.
     """
     first = batch["cu_completions"][:-1]
+    assert batch["rejected"] is not None, "a loss with a reference has a rejected side"
     tokens = torch.zeros_like(batch["targets"], dtype=torch.float32)
     sides = [(first[batch["chosen"]], chosen.to(tokens.dtype)), (first[batch["rejected"]], rejected.to(tokens.dtype))]
     for places, logps in sides:
         tokens[places] = logps
-    repeated = any(pairs > 1 for _, pairs in batch["pair_blocks"])
-    if repeated and not all(torch.equal(tokens[places], logps) for places, logps in sides):
+    is_repeated = any(pairs > 1 for _, pairs in batch["pair_blocks"])
+    if is_repeated and not all(torch.equal(tokens[places], logps) for places, logps in sides):
         raise UserError(
-            "compute_ref_log_probs gives a completion another log-prob in another of its pairs: give it one, or train"
-            " on rows of one pair each"
+            "compute_ref_log_probs returns different log-probs for one completion in two of its pairs: return the same"
+            " one, or train on rows of one pair each"
         )
     batch["ref_token_logps"] = tokens

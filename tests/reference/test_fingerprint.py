@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cpt_kernels.reference.fingerprint as module
-from cpt_kernels.reference.fingerprint import describe, fingerprint
+from cpt_kernels.reference.fingerprint import describe_reference, fingerprint
 from tests.helpers.architectures import CONFIGS, tiny_model
 
 
@@ -86,14 +86,14 @@ def test_systems_that_do_not_say_which_cores_a_process_has(model, plain, monkeyp
 def test_chunks_are_not_interchangeable(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 4)
     values = torch.arange(10.0)
-    digests = module._digests({"x": values, "y": values.roll(4), "z": values.view(2, 5), "empty": values[:0]})
+    digests = module._tensor_digests({"x": values, "y": values.roll(4), "z": values.view(2, 5), "empty": values[:0]})
     assert len({tuple(map(str, d)) for d in digests.values()}) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
 def test_dtypes(dtype):
     values = torch.arange(-4, 5)
-    (name, shape, first), (_, _, second) = module._digests(
+    (name, shape, first), (_, _, second) = module._tensor_digests(
         {"a": values.to(dtype), "b": values.flip(0).to(dtype)}
     ).values()
     assert (name, shape) == (str(dtype)[6:], [9]) and first != second
@@ -251,7 +251,7 @@ def test_device_does_not_count(model, plain):
 
 
 def test_describe():
-    about = describe(adapted("llama-tied"), compute_dtype=torch.bfloat16, attention="sdpa", adapters=False)
+    about = describe_reference(adapted("llama-tied"), compute_dtype=torch.bfloat16, attention="sdpa", adapters=False)
     assert about == {
         "model": "",
         "model_type": "llama",

@@ -120,4 +120,4 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **OPTIONS)
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", "FSDP")
     with pytest.raises(ValueError, match="whole weights on every rank"):
-        MovingReference(trainer.packed, None, trainer.accelerator, trainer.args)
+        MovingReference(trainer.packed, None, trainer.accelerator)

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.reference.cache import ReferenceCache
-from cpt_kernels.reference.missing import find_missing, scoring_batches, scoring_rows
+from cpt_kernels.reference.missing import find_missing, read_sequences, scoring_batches
 from tests.helpers.architectures import tiny_model
 from tests.helpers.toy import config, losses, preference_rows, word_tokenizer
 from tests.reference.test_cache import FINGERPRINT, found, make_row
@@ -259,7 +259,7 @@ def test_the_folder_is_said_at_the_start(tmp_path, caplog):
         caplog.clear()
         trainer, _ = train(tmp_path)
         (message,) = [r.getMessage() for r in caplog.records if "ref_cache_dir" in r.getMessage()]
-        assert str(trainer.reference.cache.folder) in message and f": {there} completions so far" in message
+        assert str(trainer.reference.cache.folder) in message and f"which holds {there} completions" in message
 
 
 # --- Batches of a fill ---
@@ -284,9 +284,10 @@ def test_a_prompt_is_run_once_and_a_completion_scored_once(tmp_path):
     assert (missing.completions, missing.found, len(missing)) == (60, 0, 20)
     batches = scoring_batches(missing, collator, 28, 2)
     assert len(batches) % 2 == 0
-    rows = [row for batch in batches for row in scoring_rows(data, missing, batch, collator)]
-    assert len(rows) == 5 and all(len(row["completion_ids"]) == 4 for row in rows)
-    assert {tuple(c) for row in rows for c in row["completion_ids"]} == {(p, 1, a) for p in range(5) for a in range(4)}
+    sequences = [read_sequences(data, missing, batch, collator) for batch in batches]
+    prompts = [len({prompt for prompt, _ in batch}) for batch in sequences]
+    assert sum(prompts) == 5 and sum(map(len, sequences)) == 20
+    assert {c for batch in sequences for _, c in batch} == {(p, 1, a) for p in range(5) for a in range(4)}
 
 
 def test_a_group_beyond_the_budget_is_split(tmp_path):
@@ -306,7 +307,7 @@ def test_merging_keeps_every_row_and_the_mappings_of_readers(tmp_path):
         cache.add(*make_row(seed))
     cache.flush()  # else the last one is still being written
     reader = ReferenceCache(tmp_path, FINGERPRINT)
-    cache.merge(cache.shards)
+    cache.merge()
     assert len(list((tmp_path / FINGERPRINT).glob("*.arrow"))) == 1
     assert found(reader, range(30)) == list(range(30)), "its mappings outlive the files"
     reader.refresh()
@@ -326,5 +327,5 @@ def test_a_damaged_shard_is_not_merged(tmp_path, caplog):
     path.unlink()
     path.write_bytes(content[:at] + b"\xa5\xa5" + content[at + 2 :])
     fresh = ReferenceCache(tmp_path, FINGERPRINT)
-    fresh.merge(fresh.shards)
-    assert found(fresh, range(3)) == [0, 2] and path.exists() and "is damaged" in caplog.text
+    fresh.merge()
+    assert found(fresh, range(3)) == [0, 2] and path.exists() and "it is damaged" in caplog.text
