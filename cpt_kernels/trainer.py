@@ -1,14 +1,15 @@
-"""``ContrastiveTrainer``: transformers' Trainer on packed preference batches; its constructor is TRL's DPOTrainer's."""
+"""``ContrastiveTrainer``: transformers' Trainer on packed preference pairs, with the constructor of TRL's DPOTrainer.
+
+The constructor shows what a trainer is made of, in order. Steps, evaluations and checkpoints are in
+:mod:`cpt_kernels.training.loop`.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,64 +20,64 @@ from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
 from .data.formats import Form, detect_form
-from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws, report_stream
+from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .errors import UserError
 from .losses import Loss, user_loss
 from .model.layers import offloaded_activations, prepare_layers
-from .model.loading import (
-    aux_loss_coef,
-    cast_adapter,
-    check_checkpoint,
-    check_data,
-    check_engine,
-    check_moved,
-    check_overrides,
-    check_trainable,
-    checked_config,
-    checked_tokenizer,
-    load_models,
-    load_tokenizer,
-    may_share_prompts,
-    prepare_adapter,
-    wrap_in_adapter,
-)
+from .model.loading import load_models, prepare_models, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model
 from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
 from .reference.cache import default_cache_dir
 from .reference.moving import MovingReference
 from .reference.scorer import Reference, put_sums
-from .training.loop import PackedLoop, is_overridden
+from .training.checks import (
+    aux_loss_coef,
+    check_data,
+    check_engine,
+    check_overrides,
+    check_reference_model,
+    check_removed_arguments,
+    check_trainable,
+    checked_config,
+    checked_tokenizer,
+    is_overridden,
+    may_share_prompts,
+)
+from .training.loop import PackedLoop, log_on_main
 from .training.metrics import Metrics, PlaceMetrics
 from .training.model_card import write_model_card
 
-logger = logging.getLogger(__name__)
+Data = Dataset | IterableDataset
 
 
 class ContrastiveTrainer(PackedLoop):
-    """Trains a causal language model on preference pairs (DPO, SLiC, RSO, IPO) or on their chosen side (SFT).
+    """Trains a causal language model on preference pairs (DPO, SLiC, RSO, IPO, ...) or on their chosen side (SFT).
 
     Args:
-        model: a model, a PEFT model, or a name or folder to load one from.
-        ref_model: the reference. Default: adapters off for an adapter made by ``peft_config``, else the start weights.
-        args: default ``ContrastiveConfig("<model>-CPT")``.
-        data_collator: a :class:`PackedCollator`, the default; or one for padded batches, such as TRL's.
-        train_dataset: any form of ``data.preparation.prepare``, map-style or a stream (then ``max_steps`` is needed).
-        eval_dataset: one or a dictionary of several.
+        model: a model, a PEFT model, or the name or folder of a model to load.
+        ref_model: the reference. Default: the model with adapters off if ``peft_config`` makes the adapter, else the
+            start weights.
+        args: the options; default ``ContrastiveConfig("<model>-CPT")``.
+        data_collator: a :class:`PackedCollator`, which is the default, or a collator that pads, such as TRL's.
+        train_dataset: rows of any form that ``data.preparation.prepare`` takes, stored or as a stream; a stream needs
+            ``max_steps``.
+        eval_dataset: one such dataset, or a dictionary of several.
         processing_class: the tokenizer; default the model's own.
-        compute_metrics: gets an ``EvalPrediction`` with ``predictions`` (pairs, 2), the rewards of chosen and rejected.
-        callbacks, optimizers: as transformers' Trainer takes them.
+        compute_metrics: is called with an ``EvalPrediction`` whose ``predictions`` are (pairs, 2), the rewards of
+            chosen and rejected.
+        callbacks, optimizers: as for transformers' Trainer.
         quantization_config: for a model given by name.
-        peft_config: makes an adapter around the model.
-        loss: a loss of your own instead of ``args.loss_type``: a :class:`Loss` or a function of :class:`PairLogps`.
-        ref_tokenizer: the reference's tokenizer, to be compared with the policy's.
-        moved: arguments of old, to be refused with where they have gone.
+        peft_config: trains an adapter around the model.
+        loss: your own loss instead of ``args.loss_type``: a :class:`Loss` or a function of :class:`PairLogps`.
+        ref_tokenizer: the reference's tokenizer, to compare with the policy's.
+        removed: arguments that TRL's constructor once had; the error names their replacement.
 
     Raises:
-        UserError: data, model or options that cannot be trained with; the message says what and the mend.
+        UserError: data, models or options that cannot be used; the message says which and how to mend it.
     """
 
     dataset_name: str | None = None  # of the training data, for the model card
@@ -87,8 +88,8 @@ class ContrastiveTrainer(PackedLoop):
         ref_model: str | nn.Module | None = None,
         args: ContrastiveConfig | None = None,
         data_collator: Callable | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        train_dataset: Data | None = None,
+        eval_dataset: Data | dict[str, Data] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list | None = None,
@@ -98,78 +99,75 @@ class ContrastiveTrainer(PackedLoop):
         *,
         loss: Loss | Callable | None = None,
         ref_tokenizer: PreTrainedTokenizerBase | None = None,
-        **moved: Any,
+        **removed: Any,
     ) -> None:
-        check_moved(moved)
+        # Arguments, checked before anything is loaded.
+        check_removed_arguments(removed)
         check_overrides(type(self), ContrastiveTrainer)
-        args = checked_config(model, args, eval_dataset)
-        if train_dataset is None and eval_dataset is None:
-            raise UserError("there is no data: give train_dataset or eval_dataset")
-        set_seed(args.seed)  # a new adapter's weights are random
-        tokenizer = load_tokenizer(model, args) if processing_class is None else checked_tokenizer(processing_class)
-        model, ref_model = load_models(model, ref_model, args, quantization_config)
+        args = checked_config(model, args, train_dataset, eval_dataset)
+        set_seed(args.seed)  # before the weights of a new adapter are drawn
+
+        # Tokenizer, policy and reference model.
+        self._tokenizer = tokenizer_of(model, args) if processing_class is None else checked_tokenizer(processing_class)
         if ref_tokenizer is not None:
-            check_same_tokenizer(tokenizer, ref_tokenizer)
-        if peft_config is not None:
-            model = wrap_in_adapter(model, peft_config, args)
-        if hasattr(model, "peft_config"):
-            prepare_adapter(model, args)
+            check_same_tokenizer(self._tokenizer, ref_tokenizer)
+        model, ref_model = load_models(model, ref_model, args, quantization_config)
+        check_reference_model(model, ref_model)
+        model = prepare_models(model, ref_model, args, peft_config)
 
+        # Loss, packed model and collator: what turns rows into a loss.
         self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
-        share = may_share_prompts(model, ref_model, args)
-        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
-        self.reports: dict[str, PreparationReport] = {}
-        collator = PackedCollator(args.max_length, args.truncation_mode, share, self.packed.share_limit)
-        data_collator = packed_collator(data_collator, collator)
-        self.collator = getattr(data_collator, "packing", data_collator)
-        self._tokenizer = tokenizer
         self._aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
+        share = may_share_prompts(model, args)
+        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
+        packing = PackedCollator(args.max_length, args.truncation_mode, share, self.packed.share_limit)
+        data_collator = packed_collator(data_collator, packing)
+        self.collator = getattr(data_collator, "packing", data_collator)
 
-        self.curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
-        if train_dataset is not None:
-            check_trainable(model)
-            train_dataset = self._prepared(train_dataset, args, "train")
-            self.draws = make_draws(self.curriculum, train_dataset, order_seed(args))
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {k: self._prepared(v, args, k) for k, v in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._prepared(eval_dataset, args, "eval")
-
+        # Data, and transformers' Trainer around model and data.
+        datasets = self._prepare_datasets(train_dataset, eval_dataset, args)
         prepare_layers(model, args)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        options = dict(compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers)
+        super().__init__(model, args, data_collator, *datasets, processing_class=self._tokenizer, **options)
         check_engine(args, self.accelerator)
-        _say([describe_backend(args.attention_backend, args.device.type)])
         self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga says, before transformers 5.19
+        base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
+
+        # Metrics and reference.
+        log_on_main([describe_backend(args.attention_backend, args.device.type)])
         ld_alpha = args.ld_alpha if loss is None else None
         self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}
         self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
-        base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
-        self.reference = self._make_reference(ref_model, peft_config is not None) if self.loss.needs_reference else None
-        if ref_model is not None and self.reference is None:
-            _say([f"ref_model is not used: the loss '{self.loss.name}' has no reference"])
+        if self.loss.needs_reference:
+            self.reference = self._make_reference(ref_model, peft_config is not None)
+        elif ref_model is not None:
+            log_on_main([f"ref_model is not used: the loss '{self.loss.name}' has no reference"])
 
     # --- Data ---
 
+    def _prepare_datasets(
+        self, train_dataset: Data | None, eval_dataset: Data | dict[str, Data] | None, args: ContrastiveConfig
+    ) -> tuple[Data | None, Data | dict[str, Data] | None]:
+        """Returns the training data and the evaluation sets as prompt groups of token ids; sets ``draws``."""
+        self.reports: dict[str, PreparationReport] = {}
+        self.curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
+        if train_dataset is not None:
+            check_trainable(self.packed.model)
+            train_dataset = self._prepared(train_dataset, args, "train")
+            self.draws = make_draws(self.curriculum, train_dataset, order_seed(args))
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepared(data, args, name) for name, data in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(eval_dataset, args, "eval")
+        return train_dataset, eval_dataset
+
     def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: ContrastiveConfig,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
-        """Rows as ``data.preparation.prepare`` makes them. An override may return any form that it takes."""
+        self, dataset: Data, processing_class: PreTrainedTokenizerBase, args: ContrastiveConfig, dataset_name: str
+    ) -> Data:
+        """Tokenizes rows with ``data.preparation.prepare``. An override may return any form that ``prepare`` takes."""
         name, keep = dataset_name, kept_columns(self.curriculum, dataset) if dataset_name == "train" else ()
-        with args.main_process_first(desc=f"tokenising the {name} data"):  # the others find it in datasets' cache
+        # The other processes find the result in the cache of datasets.
+        with args.main_process_first(desc=f"tokenizing the {name} data"):
             dataset, report = prepare(
                 dataset,
                 processing_class,
@@ -185,14 +183,15 @@ class ContrastiveTrainer(PackedLoop):
         self.reports[name] = report
         vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]
         if isinstance(dataset, Dataset):
-            _say(report.summary())
+            log_on_main(report.summary())
             check_tokenizer(processing_class, vocab_size, report.max_token_id)
             check_data(self.loss, dataset, report.pairs, name)
-        else:
+        else:  # a stream is prepared while it is read, so its report is still empty
             check_tokenizer(processing_class, vocab_size)
         return dataset
 
-    def _prepared(self, dataset: Any, args: ContrastiveConfig, name: str) -> Dataset | IterableDataset:
+    def _prepared(self, dataset: Any, args: ContrastiveConfig, name: str) -> Data:
+        """Calls :meth:`_prepare_dataset`; what an override of it returned is prepared further if need be."""
         dataset = self._prepare_dataset(dataset, self._tokenizer, args, name)
         if not is_overridden(self, ContrastiveTrainer._prepare_dataset):
             return dataset
@@ -201,32 +200,37 @@ class ContrastiveTrainer(PackedLoop):
             return dataset
         return ContrastiveTrainer._prepare_dataset(self, dataset, self._tokenizer, args, name)
 
-    def _new_data(self, dataset: Any, name: str) -> Dataset | IterableDataset:
-        """A dataset that the constructor has not seen, ready to be evaluated."""
+    def _prepare_new(self, dataset: Any, name: str) -> Data:
+        """Prepares a dataset that the constructor has not seen, with its reference log-probs."""
         dataset = self._prepared(dataset, self.args, name)
         if self.reference is not None and isinstance(dataset, Dataset):
             self.reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
         return dataset
 
     @property
-    def datasets(self) -> dict[str, Dataset | IterableDataset]:
-        """The prepared datasets by name."""
+    def datasets(self) -> dict[str, Data]:
+        """The prepared datasets by name: "train", and "eval" or the names of the evaluation sets."""
         evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         return {name: data for name, data in {"train": self.train_dataset, **evals}.items() if data is not None}
 
+    # --- Reference ---
+
     def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
+        """Returns the reference, its cache filled for all stored datasets unless ``args`` ask for lazy scoring."""
         if self.args.sync_ref_model:
             reference = MovingReference(self.packed, ref_model, self.accelerator)
             self.add_callback(reference)
             return reference
         ahead = self.args.precompute_ref_log_probs
-        if ahead is None:
+        if ahead is None:  # a stream cannot be scored ahead
             ahead = all(isinstance(data, Dataset) for data in self.datasets.values())
+        # A collator that pads may truncate rows in its own way, which makes completions that were not scored ahead.
+        keep = not ahead or isinstance(self.data_collator, UnpaddingCollator)
         reference = Reference(
             self.packed,
             ref_model,
             new_adapter=new_adapter,
-            keep=not ahead or isinstance(self.data_collator, UnpaddingCollator),  # which may cut in its own way
+            keep=keep,
             accelerator=self.accelerator,
             cache_dir=self.args.ref_cache_dir or default_cache_dir(),
             head_memory_mb=self.args.head_memory_mb,
@@ -234,17 +238,15 @@ class ContrastiveTrainer(PackedLoop):
         )
         if self.loss.needs_tails:
             reference.check_tokens()
-        if ahead:
-            self._fill(reference)
-        return reference
-
-    def _fill(self, reference: Reference) -> None:
-        for name, data in self.datasets.items():
+        for name, data in self.datasets.items() if ahead else ():
             if isinstance(data, Dataset):
                 reference.fill(data, self.collator, self.args.max_tokens_per_batch, name)
+        return reference
 
-    def _loader(self, dataset: Dataset | IterableDataset, training: bool) -> DataLoader:
-        collator = packed_collator(self.data_collator, self.collator)  # which users may set, too
+    # --- Loaders ---
+
+    def _loader(self, dataset: Data, training: bool) -> DataLoader:
+        collator = packed_collator(self.data_collator, self.collator)  # users may have set data_collator since
         if self.reference is not None:
             collator = with_reference(collator, self.reference.lookup)
         draws = self.draws if training else None
@@ -253,21 +255,21 @@ class ContrastiveTrainer(PackedLoop):
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
-            raise UserError("training needs a train_dataset")
+            raise UserError("training needs data: give the trainer a train_dataset")
         loader = self._loader(self.train_dataset, training=True)
         if isinstance(self.draws, Draws) and self.is_world_process_zero():
-            _say(report_draws(loader, self.draws, self.args))
+            log_on_main(report_draws(loader, self.draws, self.args))
         return loader
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
         if eval_dataset is None:
-            raise UserError("evaluation needs an eval_dataset")
+            raise UserError("evaluation needs data: give the trainer or evaluate() an eval_dataset")
         return self._loader(eval_dataset, training=False)
 
-    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
-        return self._loader(self._new_data(test_dataset, "test"), training=False)
+    def get_test_dataloader(self, test_dataset: Data) -> DataLoader:
+        return self._loader(self._prepare_new(test_dataset, "test"), training=False)
 
     # --- Loss ---
 
@@ -278,15 +280,16 @@ class ContrastiveTrainer(PackedLoop):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        """Loss of a micro-batch; its mean over the micro-batches and ranks of a step is the mean over the step's pairs.
+        """Returns the loss of a micro-batch, scaled so that a step's mean over micro-batches and ranks is right.
 
-        transformers and DDP take that mean, so that what an override adds counts as it does in TRL.
+        transformers and DDP average over the micro-batches and ranks of a step. With this scale that average is the
+        mean over the step's pairs, and a term that an override adds has the weight that it has in TRL.
 
         Args:
             num_items_in_batch: (2,) pairs and chosen tokens of the step on all ranks; default this batch's own.
 
         Returns:
-            The loss, with ``return_outputs`` also :class:`Scores`.
+            The loss, (); with ``return_outputs`` the loss and :class:`Scores`.
         """
         if num_items_in_batch is None:
             pairs, tokens = (max(inputs[name], 1) for name in ("num_pairs", "num_chosen_tokens"))
@@ -305,9 +308,9 @@ class ContrastiveTrainer(PackedLoop):
         return (loss, scores) if return_outputs else loss
 
     def score(self, model: nn.Module, inputs: PackedBatch, tokens_per_pair: Tensor | float = 1.0) -> Scores:
-        """Log-probs, statistics and the summed loss of a batch; reference log-probs that it lacks are scored now."""
+        """Returns log-probs, statistics and the summed loss of a batch; missing reference log-probs are scored now."""
         if self.reference is not None:
-            self._complete(model, inputs)
+            self._complete_reference(model, inputs)
         with offloaded_activations(self.args.activation_offloading):
             return self.packed(
                 inputs,
@@ -320,54 +323,31 @@ class ContrastiveTrainer(PackedLoop):
             )
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Reference log-probs of a batch's pairs, (P,) of chosen and of rejected, from the cache or scored now.
+        """Returns the reference log-probs of a batch's pairs, (P,) chosen and (P,) rejected, cached or scored now.
 
-        Users may override it, as in TRL. Then it is called for every batch, and its values are not cached.
+        Users may override it, as in TRL. An override is called for every batch, and its values are not cached.
         """
         self.reference.complete(inputs)
         sums = segment_sum(inputs["ref_token_logps"], inputs["cu_completions"])
         return sums[inputs["chosen"]], sums[inputs["rejected"]]
 
-    def _complete(self, model: nn.Module, inputs: PackedBatch) -> None:
-        """Fill in the reference log-probs that a batch lacks."""
+    def _complete_reference(self, model: nn.Module, inputs: PackedBatch) -> None:
+        """Fills in the reference log-probs that a batch lacks."""
         if not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs):
             self.reference.complete(inputs)
             return
         if self.loss.needs_tails:
-            raise UserError("ld_alpha looks at tokens, and the overridden compute_ref_log_probs gives sums")
+            raise UserError(
+                "ld_alpha needs token log-probs, and the overridden compute_ref_log_probs returns sums: leave one out"
+            )
         put_sums(inputs, *self.compute_ref_log_probs(model, inputs))
 
-    def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
-        if self.place_metrics is not None:
-            self.place_metrics.add(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    # --- Logging and evaluation ---
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= self.metrics["train"].compute() | {"num_tokens": self.count_tokens()}
-            if self.place_metrics is not None:
-                logs |= self.place_metrics.compute()
-        elif self.args.include_num_input_tokens_seen != "no":  # transformers logs what was counted last
-            self.count_tokens()
-        super().log(logs, start_time)
-
-    def train(self, *args, **kwargs):
-        with self.reference.training() if self.reference is not None else contextlib.nullcontext():
-            output = super().train(*args, **kwargs)
-        if isinstance(self.train_dataset, IterableDataset) and "train" in self.reports:  # else prepared by an override
-            _say(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))
-        return output
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
+    # --- Model card and evaluation ---
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] = ()
     ) -> None:
-        """Write README.md of the model to ``output_dir``, in place of any that is there; see :mod:`model_card`."""
+        """Writes the model card, README.md in ``output_dir``, over any earlier one; see :mod:`.training.model_card`."""
         if self.is_world_process_zero():
             base = base_model(self.packed.model)
             write_model_card(
@@ -380,19 +360,9 @@ class ContrastiveTrainer(PackedLoop):
                 log_history=self.state.log_history,
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint(resume_from_checkpoint, self.packed.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        cast_adapter(self.packed.model)
-
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
-        """As transformers' ``evaluate``; a dataset given here may have any form that the constructor takes."""
-        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):  # transformers asks for each in turn
-            eval_dataset = self._new_data(eval_dataset, metric_key_prefix)
+        """Evaluates as transformers' ``evaluate``; ``eval_dataset`` may have any form that the constructor takes."""
+        # For a dictionary transformers calls this method again with each of its datasets.
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-
-def _say(lines: Sequence[str]) -> None:
-    if PartialState().is_main_process:
-        for line in lines:
-            logger.warning(line)

@@ -88,14 +88,6 @@ def test_resume_continues_the_same_run(tmp_path):
         assert torch.equal(ours, theirs), name
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    trainer.train()
-    other = make_trainer(tmp_path, model=tiny_model("qwen2"), max_steps=2)
-    with pytest.raises(ValueError, match="checkpoint of another model: its model_type is llama"):
-        other.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
-
-
 def test_streaming_equals_the_stored_dataset_in_order(tmp_path):
     options = dict(max_steps=4, train_sampling_strategy="sequential")
     stored = make_trainer(tmp_path, **options)
@@ -225,7 +217,7 @@ def test_odpo_takes_gaps_from_a_column_or_from_scores(tmp_path):
     by_score.train()
     assert losses(by_score)[0] == pytest.approx(losses(by_column)[0], abs=1e-6)
     with pytest.raises(
-        ValueError, match="loss 'odpo' needs by how much chosen is better, and row 0 of the train data does not"
+        ValueError, match="loss 'odpo' needs by how much chosen is better, and row 0 of the train data has no"
     ):
         make_trainer(tmp_path, **options)
 
@@ -308,21 +300,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert losses(recomputed) == losses(plain)
 
 
-def test_dropout_is_disabled_or_prompts_are_not_shared(tmp_path):
-    def model():
-        made = tiny_model("llama")
-        for layer in made.model.layers:
-            layer.self_attn.attention_dropout = 0.5
-        return made
-
-    off = make_trainer(tmp_path, model=model(), max_steps=1)
-    assert off.collator.share_prompts and off.model.model.layers[0].self_attn.attention_dropout == 0
-    on = make_trainer(tmp_path, model=model(), max_steps=1, disable_dropout=False)
-    assert not on.collator.share_prompts
-    with pytest.raises(ValueError, match="share_prompts=true with dropout"):
-        make_trainer(tmp_path, model=model(), disable_dropout=False, share_prompts="true")
-
-
 def test_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
     found = {}
     for coefficient in (0.0, 0.5):
@@ -351,7 +328,7 @@ def test_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
         ({"max_length": 0}, "max_length=0"),
         ({"label_smoothing": 0.7}, "flip probability"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "no meaning for loss_type 'ipo'"),
-        ({"router_aux_loss_coef": 0.1}, "no mixture of experts"),
+        ({"router_aux_loss_coef": 0.1}, "is not a mixture of experts"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"max_tokens_per_batch": 5, "max_steps": 1}, "more than max_tokens_per_batch=5"),
         ({"data": Dataset.from_list([{"messages": [{"role": "user", "content": "w1"}]}])}, "no assistant turn"),

@@ -43,7 +43,7 @@ class Scores(NamedTuple):
     loss: Tensor | None  # () sum over the pairs, through the forward's output
     losses: Tensor | None  # (P,) without gradient
     aux_loss: Tensor | None  # () load-balancing loss of a mixture of experts, over the row's tokens
-    numbers: PairLogps | None = None  # (P,) each, without gradient: what the loss saw
+    pair_logps: PairLogps | None = None  # (P,) each, without gradient: what the loss saw
 
 
 @dataclass
@@ -107,8 +107,8 @@ class PackedModel:
             pairs = _pairs(batch, tokens_per_pair)
             out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general)
             with torch.no_grad():
-                numbers = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
-            scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None, numbers))
+                pair_logps = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
+            scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None, pair_logps))
             return ((out.loss - out.loss.detach()) / options.logit_scale).reshape(1, 1, 1)
 
         base = base_model(self.model)

@@ -1,72 +1,117 @@
-"""transformers' training loop on packed batches: a step counts its pairs, and waits for the device only to log."""
+"""transformers' training and evaluation loop on packed batches.
+
+Three things differ from transformers' own loop. A step averages over its pairs, not over its micro-batches. No step
+makes the CPU wait for the GPU, except those that log. A checkpoint records what decides the order of pairs, so that a
+resumed run continues with the same pairs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 
+from ..config import ContrastiveConfig
 from ..data.collate import PackedBatch
-from ..data.loader import order_seed
+from ..data.curriculum import Draws
+from ..data.loader import order_seed, report_stream
+from ..data.preparation import PreparationReport
+from ..data.stream_curriculum import StreamDraws
 from ..errors import UserError
-from ..model.packed_model import Scores
+from ..model.loading import cast_adapter
+from ..model.packed_model import PackedModel, Scores
 from ..reference.moving import MovingReference
 from ..reference.scorer import Reference
-from .evaluation import run_evaluation
+from .checks import check_checkpoint, check_same_order
 from .metrics import Metrics, PlaceMetrics, pair_rewards
 
-_ORDER = "order.json"  # of a checkpoint: what the order of pairs in steps depends on
+logger = logging.getLogger(__name__)
 
-
-def is_overridden(trainer: Trainer, method: Callable) -> bool:
-    """Whether a trainer has another method in the place of ``method``, by its class or by itself."""
-    return getattr(getattr(trainer, method.__name__), "__func__", None) is not method
+_ORDER = "order.json"  # in a checkpoint: the options that decide which pairs are in which step
 
 
 class PackedLoop(Trainer):
-    """What :class:`ContrastiveTrainer` changes in the loop itself."""
+    """The part of :class:`ContrastiveTrainer` that runs steps, evaluations, logs and checkpoints."""
 
-    metrics: dict[str, Metrics]
-    place_metrics: PlaceMetrics | None = None
+    # The constructor of ContrastiveTrainer sets these.
+    args: ContrastiveConfig
+    packed: PackedModel
+    metrics: dict[str, Metrics]  # by mode, "train" and "eval"
+    place_metrics: PlaceMetrics | None = None  # with a curriculum
     reference: Reference | MovingReference | None = None
-    loss_is_scaled_for_ga = False  # transformers divides by the micro-batches of a step, as it does for TRL
-    current_gradient_accumulation_steps = 1  # until transformers counts a step's
-    num_tokens = 0  # of this rank, since they were last counted
+    reports: dict[str, PreparationReport]  # by dataset name
+    draws: Draws | StreamDraws | None = None  # with a curriculum
+
+    loss_is_scaled_for_ga = False  # transformers divides by the step's micro-batches, as it does for TRL
+    current_gradient_accumulation_steps = 1  # until transformers sets it in every step
+    num_tokens = 0  # of this rank since count_tokens was called last
     _filters_losses = False
 
     @property
     def beta(self) -> float:
-        """``args.beta``. TRL's trainer lets it be set; here the loss has it bound, and to set it is an error."""
+        """``args.beta``, read-only: the loss function is built with it, so a change would have no effect."""
         return self.args.beta
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference model in memory. As in TRL there is none where log-probs are known ahead or adapters are off,
-        unless one was given.
+        """The reference model in memory, or ``None``, as in TRL.
+
+        It is ``None`` if all reference log-probs are known ahead or the reference is the policy with its adapters off,
+        unless the user passed a ``ref_model``.
         """
         return None if self.reference is None else self.reference.model
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """An optimizer step's micro-batches, and what it averages over: pairs and chosen tokens of all ranks."""
+    # --- Steps ---
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as transformers' ``train`` does, with the reference model moved off the GPU where it is not needed."""
+        self._reset_counts()  # an earlier call may have ended between two logs
+        # With this filter on, transformers reads the loss of every micro-batch, and each read waits for the GPU.
+        # training_step does the same on the device.
+        self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            with self.reference.training() if self.reference is not None else contextlib.nullcontext():
+                output = super().train(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = self._filters_losses
+        # What a stream drops is known only now. An overridden _prepare_dataset may have left no report.
+        if isinstance(self.train_dataset, IterableDataset) and "train" in self.reports:
+            log_on_main(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))
+        return output
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
+        """Returns a step's micro-batches, and (2,) its pairs and chosen tokens on all ranks, to average over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [sum(batch[name] for batch in batches) for name in ("num_pairs", "num_chosen_tokens")]
         counts = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
         return batches, self.accelerator.reduce(counts, "sum")
 
     def _prepare_input(self, data: Any) -> Any:
-        """To the device, without waiting. Under DeepSpeed transformers would round reference log-probs to its dtype."""
-        return (
-            data.to(self.args.device, non_blocking=True) if isinstance(data, Tensor) else super()._prepare_input(data)
-        )
+        """Copies a batch to the device without waiting and without a change of dtype.
+
+        Under DeepSpeed transformers' own method would round the reference log-probs to DeepSpeed's dtype.
+        """
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Runs forward and backward of a micro-batch; returns the loss to log, with NaN and inf filtered as asked."""
+        if self.place_metrics is not None:
+            self.place_metrics.add(inputs)
         self.num_tokens += inputs["num_sequence_tokens"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._filters_losses:
@@ -74,32 +119,46 @@ class PackedLoop(Trainer):
         steps = 1 + self.state.global_step - self._globalstep_last_logged
         return torch.where(loss.isfinite(), loss, self._tr_loss / steps)
 
-    def train(self, *args, **kwargs):
-        self._count_anew()  # an earlier call may have ended between two logs
-        # transformers looks at every micro-batch's loss for what logging_nan_inf_filter replaces, and waits for it.
-        self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.args.logging_nan_inf_filter = self._filters_losses
-
     def _track_num_input_tokens(self, inputs: PackedBatch) -> None:
-        """Nothing: transformers would look at the device in every step; `count_tokens` does when they are asked for."""
+        """Does nothing: transformers' own would wait for the GPU in every step; see :meth:`count_tokens`."""
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         super()._update_auto_batch_size(batch_size)
-        self._count_anew()  # without the try that did not fit
+        self._reset_counts()  # drop the counts of the attempt that ran out of memory
 
-    def _count_anew(self) -> None:
+    def _reset_counts(self) -> None:
         self.num_tokens = 0
         self.metrics["train"].reset()
         if self.place_metrics is not None:
             self.place_metrics.reset()
 
+    def count_tokens(self) -> int:
+        """Returns the tokens of all ranks so far, including those before the checkpoint that the run resumed from."""
+        tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
+        self.state.num_input_tokens_seen += int(tokens.item())
+        self.num_tokens = 0
+        return self.state.num_input_tokens_seen
+
+    def floating_point_ops(self, inputs: PackedBatch) -> float:
+        """Returns 6 x parameters x tokens of the packed row, the estimate that transformers uses."""
+        return 6 * inputs["input_ids"].shape[1] * self.model.num_parameters(exclude_embeddings=True)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds TRL's metrics to the logs of a training step; this is where a step waits for the GPU."""
+        if "loss" in logs:
+            logs |= self.metrics["train"].compute() | {"num_tokens": self.count_tokens()}
+            if self.place_metrics is not None:
+                logs |= self.place_metrics.compute()
+        elif self.args.include_num_input_tokens_seen != "no":  # transformers adds the last count to these logs
+            self.count_tokens()
+        super().log(logs, start_time)
+
+    # --- Evaluation ---
+
     def prediction_step(
         self, model: nn.Module, inputs: PackedBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, None]:
-        """The loss of a batch, a mean over its pairs, and, where more than that is asked for, its rewards, (P, 2)."""
+        """Returns the mean loss of a batch's pairs and, unless ``prediction_loss_only``, their rewards, (P, 2)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
@@ -107,10 +166,10 @@ class PackedLoop(Trainer):
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
         if not isinstance(scores, Scores):
             raise UserError(
-                f"compute_loss returned {type(scores).__name__} beside the loss, of which compute_metrics and predict"
-                " cannot make rewards: return what super().compute_loss(..., return_outputs=True) does"
+                f"compute_loss returned {type(scores).__name__} beside the loss, and compute_metrics and predict cannot"
+                " make rewards of that: return what super().compute_loss(..., return_outputs=True) returns"
             )
-        return loss, pair_rewards(self.metrics["eval"].numbers(scores), self.args.beta), None
+        return loss, pair_rewards(self.metrics["eval"].pair_logps(scores), self.args.beta), None
 
     def evaluation_loop(
         self,
@@ -120,50 +179,79 @@ class PackedLoop(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Metrics as means over pairs and tokens; transformers' loop weighs every packed row alike."""
-        return run_evaluation(self, dataloader, metric_key_prefix, keep_rewards=not prediction_loss_only)
+        """Scores all batches; metrics are TRL's, each a mean over the pairs or tokens of all ranks.
 
-    def floating_point_ops(self, inputs: PackedBatch) -> float:
-        """6 x parameters x tokens of the row, as transformers estimates it."""
-        return 6 * inputs["input_ids"].shape[1] * self.model.num_parameters(exclude_embeddings=True)
+        transformers' own loop would give every packed row the same weight, however many pairs it holds.
 
-    def count_tokens(self) -> int:
-        """Tokens of all ranks, those before the checkpoint that the run was resumed from included."""
-        tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
-        self.state.num_input_tokens_seen += int(tokens.item())
-        self.num_tokens = 0
-        return self.state.num_input_tokens_seen
+        Returns:
+            Metrics with names that start with ``metric_key_prefix`` and, unless ``prediction_loss_only``, predictions:
+            (pairs, 2) rewards of chosen and rejected, which ``compute_metrics`` gets.
+        """
+        model = self._wrap_model(self.model, training=False)
+        if len(self.accelerator._models) == 0 and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader  # for callbacks
+        self.metrics["eval"].reset()
+        rewards, pairs = [], 0
+        losses = torch.zeros((), device=self.args.device)  # sum over this rank's pairs
+        for inputs in dataloader:
+            loss, batch_rewards, _ = self.prediction_step(model, inputs, bool(prediction_loss_only))
+            if inputs["num_pairs"]:
+                losses += loss.detach() * inputs["num_pairs"]
+            pairs += inputs["num_pairs"]
+            if not prediction_loss_only:
+                # As objects, because ranks have different numbers of pairs.
+                rewards.append(np.concatenate(gather_object([batch_rewards.cpu().numpy()])))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        total = self.accelerator.reduce(torch.stack([losses, losses.new_tensor(pairs)]), "sum").tolist()
+        means = self.metrics["eval"].compute() | {"loss": total[0] / max(total[1], 1.0)}
+        predictions = np.concatenate(rewards) if rewards else None
+        if self.compute_metrics is not None and predictions is not None:
+            # With batch_eval_metrics such a function accumulates batches; here it gets all of them in one call.
+            last = {"compute_result": True} if self.args.batch_eval_metrics else {}
+            labels = np.zeros(len(predictions), dtype=np.int64)
+            means |= self.compute_metrics(EvalPrediction(predictions, labels), **last)
+        means["num_tokens"] = self.count_tokens()
+        prefix = f"{metric_key_prefix}_"
+        means = {prefix + name.removeprefix(prefix): value for name, value in means.items()}
+        return EvalLoopOutput(predictions, None, means, num_samples=pairs)
+
+    # --- Checkpoints ---
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves a checkpoint, the order of its pairs, and the model card."""
+        self.create_model_card()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _ORDER).write_text(json.dumps(self._order(), indent=1))
+            (folder / _ORDER).write_text(json.dumps(self._pair_order(), indent=1))
         self.count_tokens()
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads a checkpoint's weights and moving reference.
+
+        Raises:
+            UserError: the checkpoint is of another model, reference or order of pairs.
+        """
+        check_checkpoint(resume_from_checkpoint, self.packed.model)
         file = Path(resume_from_checkpoint, _ORDER)
         if file.is_file() and not self.args.ignore_data_skip:
-            saved, ours = json.loads(file.read_text()), self._order()
-            if changed := [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]:
-                differences = ", ".join(f"{name} {saved.get(name)}, now {ours.get(name)}" for name in changed)
-                raise UserError(
-                    f"{resume_from_checkpoint} cannot be resumed with the same order of pairs: it was saved with"
-                    f" {differences}. On another number of processes keep processes x gradient_accumulation_steps"
-                    " (x per_device_train_batch_size) as it was; ignore_data_skip=true begins the epoch again instead"
-                )
+            check_same_order(resume_from_checkpoint, json.loads(file.read_text()), self._pair_order())
         if isinstance(self.reference, MovingReference):
             self.reference.load(resume_from_checkpoint)
         elif self.reference is not None and Path(resume_from_checkpoint, MovingReference.FILE).is_file():
             raise UserError(
-                f"{resume_from_checkpoint} was saved by a run with sync_ref_model, whose reference is not the start"
-                " weights any more: resume it with sync_ref_model=true, or begin a new run from its model"
+                f"{resume_from_checkpoint} was saved with sync_ref_model, so its reference has moved away from the"
+                " start weights: resume it with sync_ref_model=true, or begin a new run from its model"
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        cast_adapter(self.packed.model)  # PEFT loads adapters in fp32
 
-    def _order(self) -> dict[str, int | str | None]:
-        """What must be equal, on however many ranks, for steps to have the same pairs."""
+    def _pair_order(self) -> dict[str, int | str | None]:
+        """Returns the options that decide which pairs are in which step, on any number of ranks."""
         args = self.args
         micro_batches = args.world_size * args.gradient_accumulation_steps
         size = {"rows a step": micro_batches * self._train_batch_size}
@@ -172,3 +260,10 @@ class PackedLoop(Trainer):
         elif args.dataloader_drop_last:
             size["rows a micro-batch of all ranks"] = args.world_size * self._train_batch_size
         return {**size, "seed": order_seed(args), "train_sampling_strategy": args.train_sampling_strategy}
+
+
+def log_on_main(lines: Sequence[str]) -> None:
+    """Logs lines as warnings on the main process, which is the level that is shown by default."""
+    if PartialState().is_main_process:
+        for line in lines:
+            logger.warning(line)

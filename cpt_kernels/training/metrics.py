@@ -1,4 +1,4 @@
-"""Metrics under TRL's names: sums kept on the device, brought to the host only when they are logged."""
+"""Metrics under TRL's names, summed on the device and copied to the CPU only when they are logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..losses.transforms import desensitize
 from ..model.packed_model import Scores
 from ..ops.gather import segment_sum
 
-# Metric -> the count that it is a mean over.
+# Metric -> the count that its sum is divided by.
 _MEAN_OVER = {
     "rewards/chosen": "pairs",
     "rewards/rejected": "preferences",
@@ -31,39 +31,45 @@ _COUNTS = ("pairs", "preferences", "chosen_tokens", "rejected_tokens", "all_toke
 _NAMES = (*_MEAN_OVER, *_COUNTS)
 
 
-def pair_rewards(numbers: PairLogps, beta: float) -> Tensor:
-    """Implicit rewards ``beta (logp - reference logp)`` of chosen and rejected, (P, 2); without a rejected side (P, 1).
+def pair_rewards(pair_logps: PairLogps, beta: float) -> Tensor:
+    """Returns the implicit rewards ``beta * (policy - reference log-prob)``, (P, 2) of chosen and rejected.
 
-    Without a reference ``beta logp``.
+    Without a rejected side they are (P, 1). Without a reference they are ``beta * policy log-prob``.
     """
-    sides = [numbers.chosen] if numbers.rejected is None else [numbers.chosen, numbers.rejected]
-    references = [numbers.ref_chosen, numbers.ref_rejected]
+    sides = [pair_logps.chosen] if pair_logps.rejected is None else [pair_logps.chosen, pair_logps.rejected]
+    references = [pair_logps.ref_chosen, pair_logps.ref_rejected]
     rewards = [logps if ref is None else logps - ref for logps, ref in zip(sides, references)]
     return beta * torch.stack(rewards, dim=1).float()
 
 
 class Metrics:
-    """Running sums of one mode, training or evaluation.
+    """Running sums of the metrics of training or of evaluation.
 
-    A pair weighs 1, a token 1 in each pair that its completion is in: exact means however the pairs were batched. With
-    ``ld_alpha`` log-probs and rewards are those that the loss sees, as in TRL.
+    Every pair has weight 1, and every token has weight 1 in each pair of its completion, so the means do not depend on
+    how pairs are packed into micro-batches.
+
+    Args:
+        beta: factor of the rewards.
+        ld_alpha: weight of the tokens beyond the other side's length (LD-DPO). With it, log-probs and rewards are
+            those that the loss sees, as in TRL.
     """
 
     def __init__(self, accelerator: Accelerator, beta: float, ld_alpha: float | None = None) -> None:
         self.accelerator, self.beta, self.ld_alpha = accelerator, beta, ld_alpha
-        self.total: Tensor | None = None  # (len(_NAMES),) on the device
+        self.total: Tensor | None = None  # (len(_NAMES),) sums of this rank, on the device
 
-    def numbers(self, scores: Scores) -> PairLogps:
-        """The log-probs of a micro-batch's pairs that metrics are made of."""
-        return desensitize(scores.numbers, self.ld_alpha)
+    def pair_logps(self, scores: Scores) -> PairLogps:
+        """Returns the log-probs of a micro-batch's pairs, (P,) each, that log-probs and rewards are computed from."""
+        return desensitize(scores.pair_logps, self.ld_alpha)
 
     @torch.no_grad()
     def add(self, batch: PackedBatch, scores: Scores) -> None:
-        """Add a micro-batch that was scored with statistics."""
+        """Adds a micro-batch; ``scores`` must hold the token statistics. Does not wait for the device."""
         offsets, chosen, rejected = batch["cu_completions"], batch["chosen"], batch["rejected"]
         lengths = offsets.diff().float()
-        numbers = self.numbers(scores)
-        rewards = pair_rewards(numbers, self.beta).unbind(1)
+        pair_logps = self.pair_logps(scores)
+        rewards = pair_rewards(pair_logps, self.beta).unbind(1)
+        # Sums over the tokens of each completion, (S,).
         per_completion = {
             "entropy": segment_sum(scores.tokens.entropy, offsets),
             "logits": segment_sum(scores.tokens.mean_logit, offsets),
@@ -72,7 +78,7 @@ class Metrics:
         sums = {
             "pairs": lengths.new_full((), batch["num_pairs"]),
             "chosen_tokens": lengths[chosen].sum(),
-            "logps/chosen": numbers.chosen.sum(),
+            "logps/chosen": pair_logps.chosen.sum(),
             "rewards/chosen": rewards[0].sum(),
             "logits/chosen": per_completion["logits"][chosen].sum(),
             "mean_token_accuracy": per_completion["correct"][chosen].sum(),
@@ -85,7 +91,7 @@ class Metrics:
             sums |= {
                 "preferences": sums["pairs"],
                 "rejected_tokens": lengths[rejected].sum(),
-                "logps/rejected": numbers.rejected.sum(),
+                "logps/rejected": pair_logps.rejected.sum(),
                 "rewards/rejected": rewards[1].sum(),
                 "logits/rejected": per_completion["logits"][rejected].sum(),
                 "rewards/margins": margins.sum(),
@@ -94,16 +100,17 @@ class Metrics:
             sides.append(rejected)
         both = torch.cat(sides)
         sums |= {"all_tokens": lengths[both].sum(), "entropy": per_completion["entropy"][both].sum()}
+        # One vector, so that compute() needs one collective and one copy. What the batch lacks counts 0.
         zero = lengths.new_zeros(())
         vector = torch.stack([sums.get(name, zero).float() for name in _NAMES])
         self.total = vector if self.total is None else self.total + vector
 
     def reset(self) -> None:
-        """Forget all sums."""
+        """Sets all sums to zero."""
         self.total = None
 
     def compute(self) -> dict[str, float]:
-        """Means over all ranks since the last call, of what occurred on any of them; the sums start again."""
+        """Returns the means over all ranks since the last call, of metrics that occurred on any rank, and resets."""
         if self.total is None:
             return {}
         total = dict(zip(_NAMES, self.accelerator.reduce(self.total, "sum").tolist()))
@@ -112,14 +119,14 @@ class Metrics:
 
 
 class PlaceMetrics:
-    """Where in a curriculum the rows were that a rank ran since the last log: shares of levels, or their mean place."""
+    """Where the rows since the last log lie in the curriculum: the share of each level, or their mean place."""
 
     def __init__(self, accelerator: Accelerator, curriculum: Curriculum) -> None:
         self.accelerator, self.curriculum = accelerator, curriculum
         self.reset()
 
     def add(self, batch: PackedBatch) -> None:
-        """Add the rows of a micro-batch; one of a collator that knows no curriculum has none."""
+        """Adds the rows of a micro-batch. A batch from a collator without a curriculum holds no places."""
         for place in batch.get("places", []):
             self.rows += 1
             if self.curriculum.is_continuous:
@@ -128,11 +135,11 @@ class PlaceMetrics:
                 self.sums[int(place)] += 1
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Sets all sums to zero."""
         self.sums, self.rows = [0.0] * len(self.curriculum.metrics), 0
 
     def compute(self) -> dict[str, float]:
-        """Means over all ranks since the last call."""
+        """Returns the means over all ranks since the last call, and resets."""
         vector = torch.tensor([*self.sums, self.rows], dtype=torch.float32, device=self.accelerator.device)
         *totals, rows = self.accelerator.reduce(vector, "sum").tolist()
         self.reset()

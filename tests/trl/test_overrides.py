@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.data.preparation import prepare
-from cpt_kernels.model.loading import NEVER_CALLED
+from cpt_kernels.training.checks import NEVER_CALLED
 from tests.helpers.toy import losses, preference_data
 from tests.helpers.trl_runs import both, make_trainer, one_thread
 
@@ -40,7 +40,7 @@ def test_they_count_where_nothing_is_precomputed_too(tmp_path):
 
 
 def test_they_are_sums(tmp_path):
-    with pytest.raises(ValueError, match="ld_alpha looks at tokens"):
+    with pytest.raises(ValueError, match="ld_alpha needs token log-probs"):
         make_trainer(tmp_path, shifted(ContrastiveTrainer), ld_alpha=0.5).train()
 
 
@@ -130,7 +130,7 @@ def test_outputs_that_no_rewards_can_be_made_of(tmp_path):
 @pytest.mark.parametrize("name", NEVER_CALLED)
 def test_methods_that_would_never_be_called(tmp_path, name):
     own = type("Own", (ContrastiveTrainer,), {name: lambda self, *_: None})
-    with pytest.raises(ValueError, match=rf"^Own\.{name} would not be called by the trainer: .*override"):
+    with pytest.raises(ValueError, match=rf"^this trainer never calls Own\.{name}: .*override"):
         make_trainer(tmp_path, own)
 
 

@@ -1,0 +1,248 @@
+"""Checks of what a user passes to the trainer: arguments, models, data and checkpoints.
+
+Every check raises a :class:`UserError` whose message says what is wrong, where, and how to mend it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from datasets import Dataset
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from ..config import REMOVED, ContrastiveConfig
+from ..errors import UserError
+from ..losses import Loss
+from ..model.loading import dropout
+from ..model.packed_model import base_model
+
+# Methods of TRL's trainer, now or in an older version, that this trainer never calls, and the hook to use instead.
+NEVER_CALLED = {
+    **dict.fromkeys(("_compute_loss", "get_batch_loss_metrics", "concatenated_forward"), "override compute_loss"),
+    "dpo_loss": "pass a function of PairLogps as loss, or override compute_loss",
+    "tokenize_row": "override _prepare_dataset",
+    "_precompute_ref_logps": "override compute_ref_log_probs",
+    "_get_train_sampler": "set train_sampling_strategy=sequential or a curriculum, or override get_train_dataloader",
+    "_get_eval_sampler": "override get_eval_dataloader",
+}
+# Fields of a model's config that decide the shapes of its weights.
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+
+
+# --- The constructor's arguments ---
+
+
+def check_removed_arguments(names: Iterable[str]) -> None:
+    """Explains arguments that older versions of TRL's constructor took.
+
+    Raises:
+        UserError: TRL had the argument; the message names its replacement.
+        TypeError: TRL never had it.
+    """
+    options = ContrastiveConfig.__dataclass_fields__
+    for name in names:
+        if name == "tokenizer":
+            raise UserError("the argument tokenizer was removed: pass it as processing_class")
+        if name in REMOVED:
+            raise UserError(f"the argument {name} was removed: {REMOVED[name]}")
+        if name in options:
+            raise UserError(f"the argument {name} was removed: set it in args=DPOConfig({name}=...)")
+        raise TypeError(f"the trainer has no argument {name}")
+
+
+def check_overrides(given: type, base: type) -> None:
+    """Raises UserError if ``given``, a subclass of the trainer ``base``, overrides a method of ``NEVER_CALLED``."""
+    for name, mend in NEVER_CALLED.items():
+        if getattr(given, name, None) is not getattr(base, name, None):
+            raise UserError(
+                f"this trainer never calls {given.__name__}.{name}: {mend}; if your own code calls it, rename it"
+            )
+
+
+def is_overridden(trainer: Trainer, method: Callable) -> bool:
+    """Whether the class or the instance of ``trainer`` replaces ``method``, a function of a base class."""
+    return getattr(getattr(trainer, method.__name__), "__func__", None) is not method
+
+
+def checked_config(
+    model: str | nn.Module, args: ContrastiveConfig | None, train_dataset: Any, eval_dataset: Any
+) -> ContrastiveConfig:
+    """Returns ``args``, by default a configuration whose ``output_dir`` is named after the model.
+
+    Raises:
+        UserError: there is no data, ``args`` is a configuration of another package, or ``metric_for_best_model`` is a
+            metric of no evaluation set.
+    """
+    if train_dataset is None and eval_dataset is None:
+        raise UserError("there is no data: give train_dataset or eval_dataset")
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")
+    if not isinstance(args, ContrastiveConfig):
+        kind = type(args)
+        raise UserError(f"args is a {kind.__name__} of {kind.__module__}: import its class from cpt_kernels instead")
+    _check_best_metric(args, eval_dataset)
+    return args
+
+
+def _check_best_metric(args: ContrastiveConfig, eval_dataset: Any) -> None:
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no" or not isinstance(eval_dataset, dict):
+        return
+    name = metric.removeprefix("eval_")
+    if not name.startswith(tuple(f"{key}_" for key in eval_dataset)):
+        raise UserError(
+            f"metric_for_best_model={metric} names no evaluation set, and there are several: set"
+            f" {next(iter(eval_dataset))}_{name}"
+        )
+
+
+def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer that a user passed, or the tokenizer inside a multimodal processor."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(f"processing_class is {type(processing_class).__name__}, expected a tokenizer")
+    return tokenizer
+
+
+def check_engine(args: ContrastiveConfig, accelerator: Accelerator) -> None:
+    """Raises UserError for FSDP1, and for several GPUs in one process (DataParallel)."""
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise UserError("FSDP1 is not supported: set fsdp_version to 2 in accelerate's file, or version in fsdp_config")
+    if args.n_gpu > 1:
+        raise UserError(
+            f"one process sees {args.n_gpu} GPUs, and DataParallel is not supported: start with accelerate launch or"
+            " torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+
+
+# --- Models ---
+
+
+def check_reference_model(model: nn.Module, ref_model: nn.Module | None) -> None:
+    """Raises UserError if policy and reference share weights or have different vocabularies."""
+    if ref_model is None:
+        return
+    policy, reference = (base_model(m).config.get_text_config().vocab_size for m in (model, ref_model))
+    if policy != reference:
+        raise UserError(
+            f"the reference has a vocabulary of {reference} tokens, the policy of {policy}: use a reference of the"
+            " policy's family and tokenizer"
+        )
+    ours = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in ours for parameter in ref_model.parameters()):
+        raise UserError(
+            "model and ref_model are the same weights: leave ref_model out, then the start weights are the reference"
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises UserError if no parameter of the model requires a gradient."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            "the model's adapter is frozen: load it by peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable="
+            "True) and pass that, or merge it into its model and train a new one"
+        )
+    raise UserError("all parameters of the model have requires_grad=False: set it to True for those to train")
+
+
+def may_share_prompts(model: nn.Module, args: ContrastiveConfig) -> bool:
+    """Whether the completions of a prompt may share one run of the prompt, given the model's dropout and ``args``.
+
+    Raises:
+        UserError: ``share_prompts=true`` with dropout or NEFTune noise, which sharing would correlate.
+    """
+    random = args.neftune_noise_alpha is not None or dropout(model) > 0
+    if args.share_prompts == "true" and random:
+        raise UserError(
+            "share_prompts=true with dropout or NEFTune noise would give all completions of a prompt the same noise:"
+            " set disable_dropout=true and leave out neftune_noise_alpha, or set share_prompts=false"
+        )
+    return args.share_prompts == "true" or (args.share_prompts == "auto" and not random)
+
+
+def aux_loss_coef(model: PreTrainedModel, option: float | None) -> float:
+    """Returns the weight of the load-balancing loss: ``option``, else the model's own; 0 for a dense model.
+
+    Raises:
+        UserError: the option is set for a dense model.
+    """
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        return getattr(config, "router_aux_loss_coef", 0.0) if option is None else option
+    if option:
+        raise UserError(
+            f"router_aux_loss_coef={option}: {type(model).__name__} is not a mixture of experts; leave the option out"
+        )
+    return 0.0
+
+
+# --- Data ---
+
+
+def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
+    """Raises UserError if a prepared dataset lacks the pairs or the gaps that a loss needs.
+
+    Args:
+        pairs: number of pairs in the dataset.
+        name: of the dataset, for the message.
+    """
+    if loss.needs_rejected and not pairs:
+        raise UserError(
+            f"loss '{loss.name}' needs pairs, and the {name} data has none: give rows with chosen and rejected, or set"
+            " loss_type=sft"
+        )
+    if loss.needs_gap and not all(dataset["scores"]):
+        row = next(row["row"] for row in dataset if not row["scores"])
+        raise UserError(
+            f"loss '{loss.name}' needs by how much chosen is better, and row {row} of the {name} data has no positive"
+            " gap: name a column by gap_column, or give ranked rows with scores"
+        )
+
+
+# --- Checkpoints ---
+
+
+def check_checkpoint(folder: str | Path, model: nn.Module) -> None:
+    """Raises UserError if a folder to resume from is not a checkpoint, or is one of another model."""
+    folder = Path(folder)
+    adapter = hasattr(model, "peft_config")
+    file = folder / ("adapter_config.json" if adapter else "config.json")
+    if not file.is_file():
+        kind = "adapter" if adapter else "model"
+        raise UserError(f"{folder} is not a checkpoint of this {kind}: it has no {file.name}; name another folder")
+    if adapter:
+        return
+    saved = PretrainedConfig.from_dict(json.loads(file.read_text())).get_text_config()
+    config = base_model(model).config.get_text_config()
+    for name in _SHAPE:
+        ours, theirs = getattr(config, name, None), getattr(saved, name, None)
+        if ours != theirs:
+            raise UserError(
+                f"{folder} is a checkpoint of another model: its {name} is {theirs}, this model's {ours}; name a"
+                " checkpoint of this model"
+            )
+
+
+def check_same_order(checkpoint: str | Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises UserError if a resumed run would not see the pairs that its checkpoint's run would have seen next.
+
+    Args:
+        saved, ours: the options that decide which pairs are in which step, of the checkpoint and of this run.
+    """
+    changed = [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
+    if not changed:
+        return
+    differences = ", ".join(f"{name} {saved.get(name)}, now {ours.get(name)}" for name in changed)
+    raise UserError(
+        f"{checkpoint} cannot be resumed with the same order of pairs: it was saved with {differences}. On another"
+        " number of processes keep processes x gradient_accumulation_steps (x per_device_train_batch_size) as it was;"
+        " or set ignore_data_skip=true, which begins the epoch again"
+    )

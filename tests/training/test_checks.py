@@ -1,0 +1,56 @@
+"""What the trainer refuses: shared weights, unsupported engines, dropout in shared prompts, foreign checkpoints."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate import DistributedType
+from peft import LoraConfig, get_peft_model
+
+from cpt_kernels.training.checks import check_engine, check_reference_model
+from tests.helpers.architectures import tiny_model
+from tests.helpers.toy import config
+from tests.helpers.trl_runs import make_trainer
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: get_peft_model(model, LoraConfig())])
+def test_a_reference_with_the_policys_weights(wrap):
+    """It would be frozen, and its adapter with it."""
+    model = tiny_model("llama")
+    policy = wrap(model)
+    with pytest.raises(ValueError, match="model and ref_model are the same weights: leave ref_model out"):
+        check_reference_model(policy, model)
+    check_reference_model(policy, tiny_model("llama"))
+
+
+def test_fsdp1_is_refused(tmp_path):
+    plugin = SimpleNamespace(fsdp_version=1)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match="FSDP1 is not supported: set fsdp_version to 2"):
+        check_engine(config(tmp_path), accelerator)
+    plugin.fsdp_version = 2
+    check_engine(config(tmp_path), accelerator)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    other = make_trainer(tmp_path, model=tiny_model("qwen2"), max_steps=2)
+    with pytest.raises(ValueError, match="checkpoint of another model: its model_type is llama"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+
+
+def test_dropout_is_disabled_or_prompts_are_not_shared(tmp_path):
+    def model():
+        made = tiny_model("llama")
+        for layer in made.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        return made
+
+    off = make_trainer(tmp_path, model=model(), max_steps=1)
+    assert off.collator.share_prompts and off.model.model.layers[0].self_attn.attention_dropout == 0
+    on = make_trainer(tmp_path, model=model(), max_steps=1, disable_dropout=False)
+    assert not on.collator.share_prompts
+    with pytest.raises(ValueError, match="share_prompts=true with dropout"):
+        make_trainer(tmp_path, model=model(), disable_dropout=False, share_prompts="true")
