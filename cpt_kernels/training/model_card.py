@@ -1,4 +1,4 @@
-"""README.md of a trained model: what the hub shows of it."""
+"""Writes the model card, the README.md that the Hugging Face hub shows for a trained model."""
 
 from __future__ import annotations
 
@@ -68,14 +68,16 @@ def write_model_card(
     args: Any,
     log_history: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write a model card.
+    """Writes a model card with the run's options, last evaluation and package versions.
 
     Args:
-        name: of the model.
-        base: hub name of the model that training started from; a folder is left out.
-        dataset: hub name of the data; a file is left out.
+        file: path to write to.
+        name: name of the model.
+        base: hub name of the model that training started from; a local folder is not shown.
+        dataset: hub name of the training data; a local file is not shown.
+        tags: of the model on the hub.
         args: the run's ``ContrastiveConfig``.
-        log_history: what the trainer logged; its last evaluation is shown.
+        log_history: all logs of the trainer; the card shows the last evaluation.
     """
     base, dataset = (None if value is None or Path(value).exists() else value for value in (base, dataset))
     evaluations = [record for record in log_history if "eval_loss" in record]

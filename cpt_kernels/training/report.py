@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, curves, a line per log, a closing table."""
+"""Reports of a training run: metrics.jsonl, curves, one terminal line per log, and a closing table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-Record = dict[str, Any]  # one log: "step" and numbers; of evaluations the names start with "eval_"
+Record = dict[str, Any]  # one log: "step" and metrics by name; names of evaluations start with "eval_"
 
-# Title -> metrics drawn in one panel. The last two share a place: rewards of pairs, or tokens where there are none.
+# Panel title -> metrics drawn in it. Token accuracy is drawn only for data without pairs, which has no reward accuracy.
 _PANELS = {
     "loss": ("loss",),
     "rewards": ("rewards/chosen", "rewards/rejected"),
@@ -25,34 +25,37 @@ _PANELS = {
     "reward accuracy": ("rewards/accuracies",),
     "token accuracy": ("mean_token_accuracy",),
 }
+# Rows of the closing table.
 _TABLE = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     *("logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "aux_loss"),
 )
+# Metric -> its word in the terminal line.
 _IN_LINE = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "learning_rate": "lr"}
 
 
 class RunReport(TrainerCallback):
-    """Writes ``metrics.jsonl`` as the run goes, and ``curves.png`` and ``curves.svg`` when it ends.
+    """Writes ``metrics.jsonl`` during a run, and ``curves.png`` and ``curves.svg`` at its end.
 
-    One JSON object per log and line, the last step always among them. A resumed run continues the file from its
-    checkpoint: what the earlier run logged beyond it is dropped, and no step is there twice. Only the first process of
-    all writes.
+    ``metrics.jsonl`` has one JSON object per log, and the last step is always logged. A resumed run continues the file
+    from its checkpoint: later logs of the earlier run are removed, so no step occurs twice. Only the main process
+    writes.
 
     Args:
-        folder: where the files go; it is made if need be.
+        folder: of the files; created if it is missing.
         title: heading of the curves.
 
     Attributes:
-        records: all that was logged, as in the file.
-        tokens_before: tokens of the checkpoint that this training goes on from.
+        records: all logs, as in the file.
+        files: the curves that were drawn.
+        tokens_before: tokens that the checkpoint had seen which this run resumes from, else 0.
     """
 
     def __init__(self, folder: str | Path, title: str = "") -> None:
         self.folder, self.title = Path(folder), title
         self.records: list[Record] = []
         self.files: list[Path] = []
-        self._session = 0  # the first record of this training
+        self._first = 0  # index in records of the first log of this call of train()
         self.tokens_before = 0
 
     @property
@@ -60,9 +63,9 @@ class RunReport(TrainerCallback):
         return self.folder / "metrics.jsonl"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
-        # The state of a checkpoint holds every log up to it; before a fresh run there may have been an evaluation.
+        # A checkpoint's state holds all logs up to it. Without one, keep an evaluation that ran before training.
         self.records = [_order(record) for record in state.log_history] or self.records
-        self._session = len(self.records)
+        self._first = len(self.records)
         self.tokens_before = state.num_input_tokens_seen
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,12 +73,12 @@ class RunReport(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
-            control.should_log = True  # also a last step that is no multiple of logging_steps
+            control.should_log = True  # the last step may not be a multiple of logging_steps
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         record = _order(state.log_history[-1])
         same = (old for old in self.records if old["step"] == record["step"] and old.keys() == record.keys())
-        if next(same, None) is not None:  # eval_on_start of a resumed run repeats the checkpoint's evaluation
+        if next(same, None) is not None:  # with eval_on_start a resumed run repeats the checkpoint's evaluation
             return
         self.records.append(record)
         if state.is_world_process_zero:
@@ -88,32 +91,36 @@ class RunReport(TrainerCallback):
             self.draw()
 
     def draw(self) -> None:
-        """Draw the curves of what was logged so far."""
+        """Draws the curves of all logs so far."""
         self.files = draw_curves(self.records, self.folder, self.title)
 
     def note(self) -> str | None:
-        """What must be known to read the first evaluation, if anything."""
+        """Returns an explanation of an evaluation at step 0 whose rewards are all 0, else ``None``."""
         for record in eval_records(self.records)[:1]:
             if record["step"] == 0 and abs(record.get("rewards/margins", math.inf)) < 1e-3:
-                return "At step 0 the policy is its own reference: rewards are 0, and who wins a pair is rounding."
+                return (
+                    "At step 0 the policy equals its reference: rewards are 0, and reward accuracy is rounding noise."
+                )
         return None
 
     def tokens_per_second(self, tokens: float) -> float | None:
-        """``tokens`` over the time that this training took without its evaluations; ``None`` before its end."""
-        session = self.records[self._session :]
-        end = next((index for index, record in enumerate(session) if "train_loss" in record), None)
+        """Returns ``tokens`` per second of this training, evaluations excluded; ``None`` before training has ended."""
+        records = self.records[self._first :]
+        end = next((index for index, record in enumerate(records) if "train_loss" in record), None)
         if end is None:
             return None
-        evaluating = sum(record.get("eval_runtime", 0.0) for record in session[:end])
-        return tokens / max(session[end]["train_runtime"] - evaluating, 1e-9)
+        evaluating = sum(record.get("eval_runtime", 0.0) for record in records[:end])
+        return tokens / max(records[end]["train_runtime"] - evaluating, 1e-9)
 
 
 class ProgressLines(ProgressCallback):
-    """transformers' progress bar, in a terminal, with one short line per log instead of the whole dictionary."""
+    """transformers' progress bar, shown in a terminal only, with one short line per log instead of a dictionary."""
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)  # None: where no terminal
+            self.training_bar = tqdm(
+                total=state.max_steps, dynamic_ncols=True, disable=None
+            )  # no bar without a terminal
         self.current_step = 0
 
     def on_prediction_step(self, args, state: TrainerState, control, **kwargs) -> None:
@@ -135,18 +142,18 @@ def _order(record: Record) -> Record:
 
 
 def _line(record: Record) -> str:
-    """JSON has no NaN and no infinity."""
+    """Returns a record as a line of JSON; NaN and infinity, which JSON lacks, become null."""
     broken = {key: None for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(record | broken) + "\n"
 
 
 def train_records(records: Iterable[Record]) -> list[Record]:
-    """The logs of training steps."""
+    """Returns the logs of training steps."""
     return [record for record in records if "loss" in record]
 
 
 def eval_records(records: Iterable[Record]) -> list[Record]:
-    """The evaluations, their names without the prefix ``eval_``."""
+    """Returns the logs of evaluations, metric names without the prefix ``eval_``."""
     return [
         {key.removeprefix("eval_"): value for key, value in record.items()}
         for record in records
@@ -155,9 +162,14 @@ def eval_records(records: Iterable[Record]) -> list[Record]:
 
 
 def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") -> list[Path]:
-    """Draw loss, rewards, margins and accuracy over steps, evaluations as marked points; return the files written."""
-    from matplotlib.figure import Figure  # takes half a second
+    """Draws loss, rewards, margins and accuracy over steps, evaluations as marked points.
 
+    Returns:
+        The files written, in ``folder``: curves.png and curves.svg, or none if there is nothing to draw.
+    """
+    from matplotlib.figure import Figure  # imported here because it takes half a second
+
+    # Keep the panels of which at least one metric was logged.
     train, held_out = train_records(records), eval_records(records)
     known = {key for record in (*train, *held_out) for key in record}
     levels = [key for key in dict.fromkeys(key for record in train for key in record) if key.startswith("curriculum/")]
@@ -167,6 +179,7 @@ def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") 
         panels.pop("token accuracy", None)
     if not panels:
         return []
+    # Draw two panels per row, a solid line for training and a dashed line with markers for evaluations.
     figure = Figure(figsize=(5 * min(len(panels), 2), 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flat
@@ -180,7 +193,7 @@ def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") 
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    for axis in list(axes):
+    for axis in list(axes):  # the last cell of the grid is empty if the number of panels is odd
         axis.set_visible(False)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,18 +204,19 @@ def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") 
 
 
 def _curve(records: Iterable[Record], metric: str) -> tuple[list[int], list[float]]:
+    """Returns steps and values of a metric, from the records that have it."""
     points = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def metrics_table(records: Sequence[Record], title: str = "") -> Table:
-    """First and last value of every metric, in training and where it was held out."""
+    """Returns a table of the first and the last value of every metric, in training and on held-out data."""
     train, held_out = train_records(records), eval_records(records)
     table = Table(title=title, title_justify="left")
     table.add_column("")
     columns = []
     for kind, logs in (("training", train), ("held out", held_out)):
-        for record in dict.fromkeys([0, len(logs) - 1]) if logs else ():  # the first and the last, perhaps the same
+        for record in dict.fromkeys([0, len(logs) - 1]) if logs else ():  # one column if the first is the last
             table.add_column(f"{kind}\nstep {logs[record]['step']}", justify="right")
             columns.append(logs[record])
     for metric in _TABLE:

@@ -134,7 +134,7 @@ def test_the_note_is_for_a_policy_that_is_its_reference(tmp_path):
     report = RunReport(tmp_path)
     assert report.note() is None
     report.records = [evaluation(0)]
-    assert "its own reference" in report.note()
+    assert "equals its reference" in report.note()
     report.records = [{**evaluation(0), "eval_rewards/margins": 0.4}]
     assert report.note() is None
 
