@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from .data.curriculum import Curriculum
 from .data.formats import RankedPairs
 from .data.truncation import TruncationMode
-from .errors import UserError
+from .errors import UserError, user_error
 from .losses import F_DIVERGENCES, LOSSES, Loss, build_loss, loss_names, loss_options
 from .ops.attention.select import BACKENDS
 
@@ -199,7 +199,8 @@ class ContrastiveConfig(TrainingArguments):
         without_meaning = self._changed(WITHOUT_MEANING)  # transformers sets a few of them itself
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and _has_bf16()
-        super().__post_init__()
+        with user_error():  # transformers' own checks
+            super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise UserError("fp16=true needs a GPU: a CPU would compute in fp32 instead; set bf16, or leave it out")
         if self.curriculum is not None:

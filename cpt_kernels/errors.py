@@ -1,4 +1,9 @@
-"""The error that a user of the package can mend."""
+"""The error that a user of the package can mend, and how a library's errors become it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -6,3 +11,31 @@ class UserError(ValueError):
 
     Commands print the message in one line and exit with code 2. Any other exception is a bug and keeps its traceback.
     """
+
+
+class UnavailableError(UserError, RuntimeError):
+    """Something that the user asked for by name is not installed, or cannot run on this machine."""
+
+
+@contextmanager
+def user_error(
+    what: str | None = None, types: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
+) -> Iterator[None]:
+    """Turns the exceptions by which a library refuses a user's input into :class:`UserError`.
+
+    Put it around the call of the library and nothing else: a bug of ours inside would lose its traceback.
+
+    Args:
+        what: the option and its value, for a library whose message names neither.
+        types: the exceptions that this library raises for bad input.
+
+    Raises:
+        UserError: the library raised one of ``types``, which is the cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except types as error:
+        message = str(error).strip() or type(error).__name__
+        raise UserError(f"{what}: {message}" if what else message) from error

@@ -24,7 +24,7 @@ from .data.loader import kept_columns, make_draws, make_loader, order_seed, repo
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
-from .errors import UserError
+from .errors import UserError, user_error
 from .losses import Loss, user_loss
 from .model.layers import offloaded_activations, prepare_layers
 from .model.loading import load_models, prepare_models, tokenizer_of
@@ -128,7 +128,8 @@ class ContrastiveTrainer(PackedLoop):
         datasets = self._prepare_datasets(train_dataset, eval_dataset, args)
         prepare_layers(model, args)
         options = dict(compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers)
-        super().__init__(model, args, data_collator, *datasets, processing_class=self._tokenizer, **options)
+        with user_error():  # such as an unknown tracker, or a hub that refuses the repository
+            super().__init__(model, args, data_collator, *datasets, processing_class=self._tokenizer, **options)
         check_engine(args, self.accelerator)
         self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga says, before transformers 5.19
         base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])

@@ -1,39 +1,45 @@
-"""The commands ``cpt`` and ``cpt-train``: which there are, and how they end.
+"""The commands ``cpt`` and ``cpt-train``.
 
-A user's mistake ends in one line on stderr and exit code 2. Anything else keeps its traceback.
+A mistake of the user, which is a :class:`UserError`, ends in one line on stderr and exit code 2. So does a refusal of
+the operating system, such as a full disk. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import dis
 import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
-# Command -> module with a function main(argv, prog), imported on use (transformers takes seconds), and what it does.
+from ..errors import UserError
+
+# Command -> the module whose function main(argv, prog) runs it, and its line in `cpt --help`. The module is imported
+# when the command runs, because transformers takes seconds.
 COMMANDS = {
     "train": (".train", "train a model on preference pairs or on their chosen side"),
     "pairs": (".pairs", "build preference pairs from the responses of models of different strength"),
-    "cache": (".cache", "build, look into, check, prune, export and import reference log-probs"),
-    "generate": (".generate", "responses of a model, local or behind an endpoint, to a set of prompts"),
+    "cache": (".cache", "build, inspect, verify, prune, export and import reference log-probs"),
+    "generate": (".generate", "generate a model's responses to a set of prompts, locally or through an endpoint"),
     "eval": (".evaluate", "evaluate models on held-out pairs, or by a judge on what they generate"),
     "demo": ("..demo", "the paper in miniature: a small model, three teachers, SFT, SLiC and DPO; no network"),
 }
-# Those who call a user's mistake ValueError. The same from torch or numpy is a mistake of ours.
-_SPEAK_TO_USERS = ("cpt_kernels", "transformers", "accelerate", "datasets", "peft", "multiprocess")
+_PACKAGES = ("cpt-kernels", "torch", "transformers")  # whose versions --version prints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``cpt COMMAND ...``; returns the exit code."""
+    """Runs ``cpt COMMAND ...`` and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: cpt COMMAND [...]\n")
         for name, (_, help) in COMMANDS.items():
             print(f"  cpt {name:10}{help}")
-        print("\n  cpt COMMAND --help shows its options")
+        print("\n  cpt COMMAND --help shows the options of a command; cpt --version the version")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+        return 0
     command, *rest = argv
     if command not in COMMANDS:
         close = get_close_matches(command, COMMANDS, n=1)
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """``cpt-train ...``; returns the exit code."""
+    """Runs ``cpt-train ...`` and returns the exit code."""
     return _execute("train", sys.argv[1:] if argv is None else argv, "cpt-train")
 
 
@@ -54,31 +60,24 @@ def _execute(command: str, argv: Sequence[str], prog: str) -> int:
         import_module(module, __package__).main(argv, prog)
     except KeyboardInterrupt:
         return _fail(prog, "stopped", 130)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if not _is_for_users(error):
+    except UserError as error:
+        return _fail(prog, str(error))
+    except OSError as error:
+        if error.errno is None:  # not from the operating system, but a library's own
             raise
-        return _fail(prog, _one_line(error))
+        return _fail(prog, ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None))
     return 0
 
 
-def _is_for_users(error: Exception) -> bool:
-    """Whether it was raised on purpose, by a ``raise`` statement, in a package that speaks to users that way."""
-    raised = error.__traceback__
-    while raised.tb_next is not None:
-        raised = raised.tb_next
-    if dis.opname[raised.tb_frame.f_code.co_code[raised.tb_lasti]] != "RAISE_VARARGS":
-        return False  # by Python itself: int("x"), open(...) and the like
-    module = raised.tb_frame.f_globals.get("__name__", "")
-    if isinstance(error, RuntimeError):  # a tracker that is not installed; elsewhere a RuntimeError is a bug
-        return module.startswith("transformers.integrations")
-    return module.split(".")[0] in _SPEAK_TO_USERS
-
-
-def _one_line(error: Exception) -> str:
-    return "; ".join(line.strip().rstrip(";") for line in str(error).splitlines() if line.strip())
-
-
 def _fail(prog: str, message: str, code: int = 2) -> int:
+    line = "; ".join(part.strip().rstrip(";") for part in message.splitlines() if part.strip())
     rank = int(os.environ.get("RANK", "0"))
-    print(f"{prog}: {f'rank {rank}: ' if rank else ''}error: {message}", file=sys.stderr)
+    print(f"{prog}: {f'rank {rank}: ' if rank else ''}error: {line}", file=sys.stderr)
     return code
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"

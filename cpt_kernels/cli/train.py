@@ -15,6 +15,7 @@ import torch
 import transformers
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ContrastiveConfig
@@ -58,6 +59,7 @@ def train(options: Options) -> ContrastiveTrainer:
     output = Path(args.output_dir)
     quieten(args)
     _check_output(output, options.model)
+    _check_trackers(args.report_to)
     checkpoint = _find_checkpoint(args)
     report = RunReport(output, f"{output.name}: {args.build_loss().name}")
     trainer = make_trainer(options, callbacks=[report])
@@ -137,6 +139,15 @@ def _check_output(output: Path, model: ModelArguments) -> None:
             pass
     except OSError as error:
         raise UserError(f"output_dir={output} cannot be written to ({error.strerror})") from error
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is not installed, which transformers says after the data is prepared."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        # transformers' list of installed trackers leaves these two out, at times or always.
+        if name in INTEGRATION_TO_CALLBACK and name not in (*installed, "azure_ml", "flyte"):
+            raise UserError(f"report_to={name}: this tracker is not installed; install its package or leave it out")
 
 
 def _find_checkpoint(args: ContrastiveConfig) -> str | None:

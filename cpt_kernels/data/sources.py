@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import UserError
+from ..errors import UserError, user_error
 
 # File suffix -> the loader of `datasets`.
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -83,7 +83,8 @@ def _load_folder(path: Path, config: str | None, split: str | None, streaming: b
 
 
 def _load_saved(path: Path, split: str | None, streaming: bool):
-    saved = load_from_disk(str(path))
+    with user_error(f"{path} cannot be read"):
+        saved = load_from_disk(str(path))
     if isinstance(saved, Dataset):
         own = str(saved.split or "train")
         if split not in (None, own):
@@ -95,7 +96,8 @@ def _load_saved(path: Path, split: str | None, streaming: bool):
 
 def _load_hub(name: str, config: str | None, split: str | None, streaming: bool):
     try:
-        return load_dataset(name, config, split=split, streaming=streaming)
+        with user_error(name, (ValueError, ImportError)):  # an unknown configuration or split
+            return load_dataset(name, config, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{name!r} is no local file or folder, and the hub did not give a dataset of this name: {error}"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.integrations import deepspeed
 
 from ..config import ContrastiveConfig
-from ..errors import UserError
+from ..errors import UserError, user_error
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,8 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
         raise UserError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
     # ZeRO-3 gathers parameters into buffers of one dtype, so an fp32 adapter beside bf16 weights would fail.
     cast = zero_stage(args) != 3 or _is_quantised(model)
-    return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
+    with user_error("peft_config"):  # such as target modules that the model does not have
+        return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
 
 
 def prepare_models(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cpt_kernels import cli
 from cpt_kernels.cli import train as run_module
+from cpt_kernels.errors import UnavailableError, UserError, user_error
 from tests.helpers import ROOT
 from tests.helpers.command import (
     NEEDED,
@@ -122,6 +126,7 @@ def model_without_tokenizer(home: Path, folder: Path) -> Path:
         ("resume_from_checkpoint", "last", "there is no checkpoint in"),
         ("resume_from_checkpoint", "{home}/start", "is a checkpoint of another model: its hidden_size is 48"),
         ("report_to", "wandbb", "wandbb is not supported"),
+        ("report_to", "wandb", "report_to=wandb: this tracker is not installed"),
         ("attn_implementation", "flash_attention_2", "FlashAttention2"),
         ("max_tokens_per_batch", "4", "more than max_tokens_per_batch=4"),
     ],
@@ -159,17 +164,58 @@ def test_a_model_without_its_tokenizer(home, tmp_path, capsys):
     assert run(*argv, "--tokenizer_name", home / "start", "--max_steps", 1) == 0
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
-    def faulty(*_, **__):
-        return np.zeros(2).reshape(3)
+def _raises(error: Exception):
+    def function(*_, **__):
+        raise error
 
-    monkeypatch.setattr(run_module, "parse", faulty)
-    with pytest.raises(ValueError, match="cannot reshape"):
+    return function
+
+
+@pytest.mark.parametrize(
+    ("faulty", "error"),
+    [
+        (lambda *_: np.zeros(2).reshape(3), ValueError),
+        (lambda *_: int("ten"), ValueError),
+        (lambda *_: torch.zeros(2) + torch.zeros(3), RuntimeError),
+        (lambda *_: {}["beta"], KeyError),
+        (_raises(ValueError("on purpose, but not for users")), ValueError),
+        (_raises(ImportError("cannot import name 'x' from 'y'")), ImportError),
+        (_raises(OSError("a library's own")), OSError),
+    ],
+)
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys, faulty, error):
+    monkeypatch.setattr(run_module, "main", faulty)
+    with pytest.raises(error):
         run(*NEEDED)
-    exec(compile("def faulty(*_): int('ten')", "f", "exec"), vars(run_module))  # in a module of ours, but not raised
-    monkeypatch.setattr(run_module, "parse", vars(run_module).pop("faulty"))
-    with pytest.raises(ValueError, match="invalid literal"):
-        run(*NEEDED)
+    assert "error:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        (_raises(UserError("beta=-1: must be\n  positive;\n")), "beta=-1: must be; positive"),
+        (_raises(UnavailableError("install it")), "install it"),
+        (_raises(OSError(errno.ENOSPC, "No space left on device", "x.json")), "x.json: No space left on device"),
+        (_raises(PermissionError(errno.EACCES, "Permission denied", "/x")), "/x: Permission denied"),
+        (lambda *_: Path("/nowhere/x").read_text(), "/nowhere/x: No such file or directory"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, faulty, message):
+    monkeypatch.setattr(run_module, "main", faulty)
+    assert run(*NEEDED) == 2
+    assert one_error(capsys) == f"cpt-train: error: {message}"
+
+
+def test_errors_of_libraries_become_the_users():
+    with pytest.raises(UserError, match=r"^model=x: no such file$") as raised, user_error("model=x"):
+        raise OSError("no such file")
+    assert isinstance(raised.value.__cause__, OSError)
+    with pytest.raises(UserError, match=r"^KeyError$"), user_error(types=(KeyError,)):
+        raise KeyError
+    with pytest.raises(UnavailableError, match=r"^ours$"), user_error("model=x"):
+        raise UnavailableError("ours")
+    with pytest.raises(RuntimeError, match=r"^a bug$"), user_error("model=x"):
+        raise RuntimeError("a bug")
 
 
 def test_an_interrupted_run(monkeypatch, capsys):
@@ -181,6 +227,8 @@ def test_an_interrupted_run(monkeypatch, capsys):
 
 
 def test_cpt_lists_its_commands(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"cpt-kernels \S+, torch \d\S+, transformers \d\S+\n", capsys.readouterr().out)
     assert cli.main(["--help"]) == 0 and cli.main([]) == 2
     assert capsys.readouterr().out.count("cpt demo") == 2
     assert cli.main(["trian"]) == 2 and "did you mean train?" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from ...errors import UnavailableError, UserError
 from .flash import FLASH, flash_kernel
 from .varlen import Abilities, Kernel, Need, TorchKernel
 
@@ -58,7 +59,7 @@ def kernels_of(backend: str) -> dict[str, Kernel | str]:
     """What a backend's name stands for: ``auto`` all, ``flash_attn`` any generation, or one kernel by its own name.
 
     Raises:
-        ValueError: unknown backend.
+        UserError: unknown backend.
     """
     found = {
         name: kernel
@@ -66,7 +67,7 @@ def kernels_of(backend: str) -> dict[str, Kernel | str]:
         if backend in ("auto", name) or (backend == "flash_attn" and name in FLASH)
     }
     if not found:
-        raise ValueError(f"unknown attention backend '{backend}': choose one of {', '.join(BACKENDS)}")
+        raise UserError(f"unknown attention backend '{backend}': choose one of {', '.join(BACKENDS)}")
     return found
 
 
@@ -77,12 +78,12 @@ def choose_attention(backend: str, need: Need) -> Kernel | str:
     ``auto`` on CUDA takes the first kernel that can do it; one that could not is named in a warning, once.
 
     Raises:
-        ValueError: unknown backend, or one asked for by name that lacks something; the message says what.
-        RuntimeError: the backend asked for is not available here.
+        UserError: unknown backend, or one asked for by name that lacks something; the message says what.
+        UnavailableError: the backend asked for is not available here.
     """
     if backend in SEGMENTWISE:
         if lacking := SEGMENTWISE[backend].lacks(need):
-            raise ValueError(f"attention backend '{backend}' lacks {', '.join(lacking)}: take eager or auto")
+            raise UserError(f"attention backend '{backend}' lacks {', '.join(lacking)}: take eager or auto")
         return backend
     candidates = {} if backend == "auto" and need.device == "cpu" else kernels_of(backend)
     lacking = {}
@@ -107,7 +108,7 @@ def describe_backend(backend: str, device: str) -> str:
     """One line on what attention will run on, before any call is known.
 
     Raises:
-        ValueError, RuntimeError: as :func:`choose_attention`, where the backend cannot run here whatever the call.
+        UserError, UnavailableError: as :func:`choose_attention`, where the backend cannot run here whatever the call.
     """
     if backend in SEGMENTWISE:
         return f"attention: segment by segment, {backend}"
@@ -127,9 +128,9 @@ def _sentence(lacking: dict[str, list[str]]) -> str:
 
 def _refuse(backend: str, lacking: dict[str, list[str]]) -> NoReturn:
     if lacking:
-        raise ValueError(f"attention backend '{backend}' cannot do this: {_sentence(lacking)}; take auto")
+        raise UserError(f"attention backend '{backend}' cannot do this: {_sentence(lacking)}; take auto")
     reasons = "; ".join(f"{name}: {reason}" for name, reason in kernels_of(backend).items())
-    raise RuntimeError(f"attention backend '{backend}' is not available ({reasons}): install it, or take auto")
+    raise UnavailableError(f"attention backend '{backend}' is not available ({reasons}): install it, or take auto")
 
 
 @functools.cache
