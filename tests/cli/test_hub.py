@@ -121,7 +121,7 @@ def test_cpt_train_names_the_data_of_the_hub(tmp_path, hub, monkeypatch):
     monkeypatch.setenv("CPT_CACHE", str(tmp_path / "cache"))
     pairs = word_pairs(8)
     write_model(tmp_path / "start", bpe_tokenizer(text for row in pairs for text in row.values()))
-    monkeypatch.setattr(run_module, "load", lambda *_, **__: Dataset.from_list(pairs))
+    monkeypatch.setattr(run_module, "load_data", lambda *_, **__: Dataset.from_list(pairs))
     flags = ["--model_name_or_path", tmp_path / "start", "--from_scratch", "--dataset_name", "org/pairs"]
     flags += ["--max_steps", 1, "--output_dir", tmp_path / "out", "--use_cpu", "--disable_tqdm", "--push_to_hub"]
     assert run(*flags, "--hub_strategy", "end") == 0
