@@ -1,7 +1,7 @@
-"""Tokenised rows -> a packed batch of prompt groups.
+"""Collates tokenized rows into a packed batch of prompt groups.
 
-Rows of a micro-batch that have the same prompt become one group, and equal completions of a group become one: a
-response is run once however many pairs it is in.
+Rows of a micro-batch that have the same prompt become one group, and equal completions of a group become one. So each
+completion runs once, however many pairs contain it.
 """
 
 from __future__ import annotations
@@ -17,41 +17,59 @@ from torch import Tensor
 
 from .curriculum import PLACE
 from .packing import GroupLengths, pack, pair_block_boundaries, scatter_rounds
-from .truncation import truncate
+from .truncation import TruncationMode, truncate
 
-# [(prompt ids, completion ids)] -> log-probs of all their completions' tokens, one array; NaN where they are not known
+# [(prompt ids, completion ids)] -> log-probs of the tokens of all these completions in one array, NaN where unknown.
 ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], "NDArray[np.float32]"]
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, completion
 
 
 class PackedBatch(TypedDict):
-    """T tokens, N predicted tokens, S completions, P pairs, G attention segments. Lists stay on the host."""
+    """A packed row with T tokens, N predicted tokens, S completions, P pairs and G attention segments.
+
+    Tensors move to the device, lists stay on the host. An example with two groups; ``|`` separates the pieces of the
+    packed row, the segments, or the completions:
+
+        group 0: prompt [1, 2], chosen [3, 4], rejected [5]        group 1: prompt [6], chosen [7], rejected [8, 9]
+
+        input_ids        1 2 | 3 4 | 5 | 6 | 7 | 8 9        the pieces of both groups, each prompt once
+        position_ids     0 1 | 2 3 | 2 | 0 | 1 | 1 2        every completion continues its prompt
+        cu_seqlens_q     0 4 5 7 9                          queries of the 4 segments: 1 2 3 4 | 5 | 6 7 | 8 9
+        cu_seqlens_k     0 4 7 9 12                         keys of the 4 segments: 1 2 3 4 | 1 2 5 | 6 7 | 6 8 9
+        kv_index         0 1 2 3 | 0 1 4 | 5 6 | 5 7 8      where these keys lie in the packed row
+        predictor_index  1 2 | 1 | 5 | 5 7                  the last prompt token predicts 3 and 5, 3 predicts 4, ...
+        targets          3 4 | 5 | 7 | 8 9                  the predicted tokens
+        cu_completions   0 2 3 4 6                          completions 0 to 3 in the predicted tokens
+        chosen           0 2                                completions of the two pairs
+        rejected         1 3
+        pair_blocks      2 1 | 2 1                          two blocks of 2 completions and 1 pair
+    """
 
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64
     cu_seqlens_q: Tensor  # (G+1,) int32
     cu_seqlens_k: Tensor  # (G+1,) int32
-    kv_index: Tensor  # (K,) int64
-    kv_rounds: list[tuple[Tensor, Tensor]]  # see packing.scatter_rounds
+    kv_index: Tensor  # (K,) int64, place of each key in the packed row
+    kv_rounds: list[tuple[Tensor, Tensor]]  # of kv_index, see packing.scatter_rounds
     segment_lengths: list[tuple[int, int]]  # (queries, keys) of every segment
-    predictor_index: Tensor  # (N,) int64
-    predictor_rounds: list[tuple[Tensor, Tensor]]
+    predictor_index: Tensor  # (N,) int64, place of each predictor row
+    predictor_rounds: list[tuple[Tensor, Tensor]]  # of predictor_index
     targets: Tensor  # (N,) int64
     cu_completions: Tensor  # (S+1,) int64
     completion_lengths: list[int]  # S
     chosen: Tensor  # (P,) int64, index of a completion
     rejected: Tensor | None  # (P,) int64; None for supervised rows
-    sft_targets: Tensor  # (P,) int64, the completion of the regulariser
-    gaps: Tensor | None  # (P,) fp32, by how much chosen is better; None where rows do not say
+    sft_targets: Tensor  # (P,) int64, the completion of SLiC's regularizer
+    gaps: Tensor | None  # (P,) fp32, by how much chosen is better; None unless every pair has a gap
     # (completions, pairs) per block: the smallest consecutive completions containing both sides of all their pairs
     pair_blocks: list[tuple[int, int]]
     ref_token_logps: Tensor | None  # (N,) fp32; NaN where missing
     ref_missing: list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # (completion, prompt ids, completion ids)
     num_pairs: int
-    num_chosen_tokens: int  # with multiplicity: once per pair
-    num_sequence_tokens: int  # of prompts and completions, once per side of every pair
-    places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without one
+    num_chosen_tokens: int  # a completion counts once per pair in which it is chosen
+    num_sequence_tokens: int  # prompt and completion tokens, once per side of every pair
+    places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without a curriculum
     shared: bool  # some group runs its prompt once for several completions
 
 
@@ -60,36 +78,33 @@ class PackedCollator:
     """Collate function of a DataLoader: rows (see ``data/tokenize.py``) -> :class:`PackedBatch`.
 
     Attributes:
-        max_length, truncation_mode: applied to each prompt + completion, as TRL's.
+        max_length, truncation_mode: applied to each prompt + completion, as in TRL.
         share_prompts: run a prompt once for all its completions.
-        share_limit: sequences longer than this do not share their prompt (RoPE that depends on the sequence's length).
-        reference: per-token reference log-probs of completions; ``None`` if no loss needs them.
-        pad_token_id: the one token of the batch that a rank without rows runs.
+        share_limit: sequences with more tokens do not share their prompt (for RoPE that depends on the length).
+        reference: looks up per-token reference log-probs; ``None`` if the loss needs none.
+        pad_token_id: the only token of the batch that a rank without rows runs.
     """
 
     max_length: int | None = None
-    truncation_mode: str = "keep_start"
+    truncation_mode: TruncationMode = "keep_start"
     share_prompts: bool = True
     share_limit: int | None = None
     reference: ReferenceLookup | None = None
     pad_token_id: int = 0
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
-        run: list[Tokens] = []
+        """Truncates the rows' completions, and packs them with their pairs."""
+        sequences: list[Tokens] = []
         edges: list[tuple[Tokens, ...]] = []
         gaps: list[float | None] = []
         for row in rows:
-            sequences: list[Tokens] = [
-                tuple(map(tuple, truncate(row["prompt_ids"], completion, self.max_length, self.truncation_mode)))
-                for completion in row["completion_ids"]
-            ]
-            for chosen, target, *rejected in zip(
-                row["chosen"], row["targets"], *([row["rejected"]] * bool(row["rejected"]))
-            ):
-                edges.append(tuple(sequences[i] for i in (chosen, target, *rejected)))
+            cut = [self._truncate(row["prompt_ids"], completion) for completion in row["completion_ids"]]
+            rejected_columns = [row["rejected"]] if row["rejected"] else []  # supervised rows have none
+            for chosen, target, *rejected in zip(row["chosen"], row["targets"], *rejected_columns):
+                edges.append(tuple(cut[i] for i in (chosen, target, *rejected)))
                 gaps.append(gap_of(row, chosen, *rejected))
-            run += sequences
-        return self.pack(run, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
+            sequences += cut
+        return self.pack(sequences, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
 
     def pack(
         self,
@@ -98,30 +113,37 @@ class PackedCollator:
         gaps: Sequence[float | None],
         places: list[float],
     ) -> PackedBatch:
-        """A batch of these sequences.
+        """Packs sequences and their pairs into one batch.
 
         Args:
-            edges: the sequences of each pair: chosen, target of SLiC's regulariser, and rejected where there is one.
-            gaps: of the pairs, as of :func:`gap_of`.
+            sequences: (prompt, completion) ids, repeated or not.
+            edges: the sequences of each pair: chosen, target of SLiC's regularizer, and rejected if there is one.
+            gaps: one per pair, see :func:`gap_of`.
             places: see :class:`PackedBatch`.
         """
+        # Groups: equal prompts are joined, and equal completions of a prompt.
         groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # prompt -> its completions, in order
         for prompt, completion in sequences:
-            if completion:  # else nothing of it is left to score; no pair refers to it
+            if completion:  # truncation may leave none; the filter has dropped the pairs of such a completion
                 groups.setdefault(prompt, {})[completion] = None
-        if not sequences:  # a rank whose last micro-batch is empty still takes part in every collective
+        if not sequences:  # a rank without rows runs one token, to take part in every collective
             groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
         lengths = [self._lengths(prompt, completions) for prompt, completions in groups.items()]
         layout = pack(lengths)
         tokens = [(prompt, list(completions)) for prompt, completions in groups.items()]
-        number = {sequence: s for s, sequence in enumerate((p, c) for p, completions in tokens for c in completions)}
-        pairs, order, pair_blocks = _number_pairs(edges, number)
+
+        # Completions are numbered in packed order, and pairs are sorted so that each block's are consecutive.
+        unique = [(prompt, completion) for prompt, completions in tokens for completion in completions]
+        index_of = {sequence: s for s, sequence in enumerate(unique)}
+        pairs, order, pair_blocks = _index_pairs(edges, index_of)
         gaps = [gaps[p] for p in order]
         chosen, sft_targets, *rejected = np.array(pairs, np.int64).T if pairs else np.zeros((3, 0), np.int64)
-        row_count = len(layout.position_ids)
-        sequence_lengths = [len(prompt) + len(completion) for prompt, completion in number]
-        completion_lengths = np.diff(layout.cu_completions)
 
+        # Counts, and everything as tensors.
+        row_count = len(layout.position_ids)
+        sequence_lengths = [len(prompt) + len(completion) for prompt, completion in unique]
+        completion_lengths = np.diff(layout.cu_completions)
+        ref_token_logps, ref_missing = self._reference_logps(unique, scored=bool(edges))
         return PackedBatch(
             input_ids=_ints(_concatenate(tokens[g][0] if i < 0 else tokens[g][1][i] for g, i in layout.pieces))[None],
             position_ids=_ints(layout.position_ids)[None],
@@ -140,7 +162,8 @@ class PackedCollator:
             sft_targets=_ints(sft_targets),
             gaps=None if None in gaps else torch.tensor(gaps, dtype=torch.float32),
             pair_blocks=pair_blocks,
-            **self._reference_logps(number, scored=bool(edges)),
+            ref_token_logps=ref_token_logps,
+            ref_missing=ref_missing,
             num_pairs=len(pairs),
             num_chosen_tokens=int(completion_lengths[chosen].sum()),
             num_sequence_tokens=sum(sequence_lengths[s] for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
@@ -149,37 +172,44 @@ class PackedCollator:
         )
 
     def shares(self, longest: int) -> bool:
-        """Whether a prompt is run once for completions of which the longest makes, with it, so many tokens."""
+        """Returns whether a group runs its prompt once, if its longest prompt + completion has ``longest`` tokens."""
         return self.share_prompts and (self.share_limit is None or longest <= self.share_limit)
+
+    def _truncate(self, prompt: Sequence[int], completion: Sequence[int]) -> Tokens:
+        prompt, completion = truncate(prompt, completion, self.max_length, self.truncation_mode)
+        return tuple(prompt), tuple(completion)
 
     def _lengths(self, prompt: Sequence[int], completions: Iterable[Sequence[int]]) -> GroupLengths:
         lengths = [len(completion) for completion in completions]
         return GroupLengths(len(prompt), lengths, self.shares(len(prompt) + max(lengths)))
 
-    def _reference_logps(self, number: Mapping[Tokens, int], scored: bool) -> dict[str, Any]:
+    def _reference_logps(
+        self, sequences: Sequence[Tokens], scored: bool
+    ) -> tuple[Tensor | None, list[tuple[int, tuple[int, ...], tuple[int, ...]]]]:
+        """Returns `ref_token_logps` and `ref_missing` of the batch. A batch without pairs is not looked up."""
         if self.reference is None:
-            return {"ref_token_logps": None, "ref_missing": []}
-        sequences = list(number)
+            return None, []
         stops = np.cumsum([len(completion) for _, completion in sequences])
         logps = self.reference(sequences) if scored else np.zeros(stops[-1], np.float32)
         missing = [(s, *sequences[s]) for s in np.flatnonzero(np.isnan(logps[stops - 1])).tolist()]
-        return {"ref_token_logps": torch.from_numpy(logps), "ref_missing": missing}
+        return torch.from_numpy(logps), missing
 
 
-def _number_pairs(
-    edges: Sequence[tuple[Tokens, ...]], number: Mapping[Tokens, int]
+def _index_pairs(
+    edges: Sequence[tuple[Tokens, ...]], index_of: Mapping[Tokens, int]
 ) -> tuple[list[tuple[int, ...]], list[int], list[tuple[int, int]]]:
-    """Pairs as numbers of completions, a unit's one after another; the place that each had; and the units."""
-    pairs = [tuple(number[sequence] for sequence in edge) for edge in edges]
-    order = sorted(range(len(pairs)), key=lambda p: min(pairs[p]))  # so a unit's are consecutive; stable
+    """Returns the pairs as indices of completions, sorted by block; which edge each pair is; and the pair blocks."""
+    pairs = [tuple(index_of[sequence] for sequence in edge) for edge in edges]
+    # Blocks are ranges of completions, so sorting by the first completion makes the pairs of a block consecutive.
+    order = sorted(range(len(pairs)), key=lambda p: min(pairs[p]))
     pairs = [pairs[p] for p in order]
-    boundaries = pair_block_boundaries(len(number), pairs)
+    boundaries = pair_block_boundaries(len(index_of), pairs)
     pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
     return pairs, order, list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist()))
 
 
 def gap_of(row: Mapping[str, Any], chosen: int, rejected: int | None = None) -> float | None:
-    """By how much a row's completion is better than another, by its scores; None where it does not say."""
+    """Returns by how much one completion of a row is better than another, or None if the row has no ratings."""
     scores = row.get("scores")
     return scores[chosen] - scores[rejected] if scores and rejected is not None else None
 
@@ -188,7 +218,7 @@ def _ints(values: Any) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.int64))
 
 
-def _concatenate(pieces: Any) -> list[int]:
+def _concatenate(pieces: Iterable[Sequence[int]]) -> list[int]:
     return [token for piece in pieces for token in piece]
 
 

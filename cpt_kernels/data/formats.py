@@ -1,7 +1,7 @@
-"""Every accepted dataset form -> one prompt with its completions, still as text or chat messages.
+"""Reads rows of every accepted dataset form as one prompt with its completions, still as text or chat messages.
 
-The form is a property of the columns (`detect_form`), text or conversation a property of the row (`parse_row`). Pure
-Python: no tokenizer and no dataset here.
+The columns of a dataset decide its form (`detect_form`); whether a row is text or a conversation is decided row by row
+(`parse_row`). Pure Python, without tokenizer and `datasets`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from ..errors import UserError
 
 Text = str | list  # plain text, or chat messages: a list of {"role": ..., "content": ...}
 RankedPairs = Literal["all", "adjacent", "extremes"]
 
-# Why a row is dropped. These are keys of the preparation report.
+# Reasons why a row is dropped: the keys of `PreparationReport.dropped`.
 PROMPT_FILLS = "prompt fills max_length"
 EMPTY = "empty completion"
 IDENTICAL = "identical sides"
@@ -27,12 +27,12 @@ NO_ASSISTANT = "no assistant turn"
 MALFORMED = "malformed row"
 NO_PROMPT = "no prompt"
 
-# The renderer is called with these by us; from the data they would change what is tokenised.
+# Arguments that tokenize.py passes to the chat template itself. A row must not change them.
 _RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
 
 
 class RowError(UserError):
-    """A row that cannot be trained on: `reason` is one of this module's constants, `detail` names the field."""
+    """A row that cannot be used. `reason` is one of this module's constants, `detail` names the field."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -40,17 +40,18 @@ class RowError(UserError):
 
 
 class Form(str, Enum):
-    """What a dataset's columns say about its rows."""
+    """The form of a dataset's rows, known from its columns."""
 
-    GROUP = "prompt groups"  # our own output
-    TOKENS = "tokenised pairs"  # TRL's output
+    GROUP = "prompt groups"  # written by `preparation.prepare`
+    TOKENS = "tokenised pairs"  # written by TRL
     PREFERENCE = "preference"
     RANKED = "ranked"
     SUPERVISED = "prompt and completion"
     MESSAGES = "messages"
 
 
-# In this order: a preference dataset often has a `messages` column too, our own output has `chosen` and `rejected`.
+# The first form whose columns are all present counts: prompt groups also have `chosen` and `rejected`, and a preference
+# dataset often has a `messages` column.
 FORM_COLUMNS = {
     Form.GROUP: ("prompt_ids", "completion_ids", "chosen", "rejected", "targets"),
     Form.TOKENS: ("prompt_ids", "chosen_ids", "rejected_ids"),
@@ -64,22 +65,23 @@ READ_COLUMNS = {"prompt", "scores", "pairs", "tools", "chat_template_kwargs", "r
 
 
 def detect_form(columns: Iterable[str]) -> Form:
-    """The form that these column names have.
+    """Returns the form of a dataset with these columns.
 
     Raises:
-        UserError: images, unpaired preferences, or no known form; the message says what was found and expected.
+        UserError: the columns hold images or unpaired preferences, or have no known form; the message names the columns
+            found and expected.
     """
     columns = set(columns)
     if images := columns & {"image", "images"}:
-        raise UserError(f"the dataset has the column {_names(images)}: images are not supported; remove the column")
+        raise UserError(f"the dataset has the column {_names(images)}: images are not supported: remove the column")
     form = next((form for form, required in FORM_COLUMNS.items() if columns.issuperset(required)), None)
     if form is None:
         expected = "; ".join(_names(required) for required in FORM_COLUMNS.values())
         raise UserError(f"the dataset has the columns {_names(sorted(columns))}; expected one of: {expected}")
     if form is Form.SUPERVISED and "label" in columns:
         raise UserError(
-            "the dataset has the columns `prompt`, `completion`, `label`: unpaired preferences would be trained on as "
-            "if every completion were good; build pairs (`chosen`, `rejected`), or remove `label` if it is no verdict"
+            "the dataset has the columns `prompt`, `completion`, `label`: unpaired preferences are not supported, and "
+            "training on all completions would ignore `label`; build pairs (`chosen`, `rejected`), or remove `label`"
         )
     return form
 
@@ -90,33 +92,34 @@ class Example:
 
     prompt: Text
     completions: list[Text]
-    scores: list[float]  # one for each ranked completion, descending; equal scores make no pair
+    scores: list[float]  # rating of each ranked completion, descending; two with equal ratings make no pair
     has_target: bool = False
     tools: list | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None: what `ranked_pairs` gives
-    asked: list = field(default_factory=list)  # as `pairs`, or else as `scores`, with empty completions
+    pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None leaves the choice to `ranked_pairs`
+    asked: list = field(default_factory=list)  # `pairs` if given, else `scores`, before empty completions were removed
 
     @property
     def is_chat(self) -> bool:
         return not isinstance(self.prompt, str)
 
     def count_pairs(self, mode: RankedPairs) -> int:
-        """Pairs that the row asks for, also those that an empty completion takes away."""
+        """Returns how many pairs the row asks for, including those lost because a completion is empty."""
         return len(ranked_pairs(self.asked, mode) if self.pairs is None else self.asked)
 
 
 def parse_row(
     row: Mapping[str, Any], form: Form, target_column: str | None = None, gap_column: str | None = None
 ) -> Example:
-    """Text or messages of one row of form PREFERENCE, RANKED, SUPERVISED or MESSAGES.
+    """Parses one row of the form PREFERENCE, RANKED, SUPERVISED or MESSAGES.
 
-    Empty completions (null, no text, no messages) leave a ranked row; any other row needs all of its own. The scores of
-    a pair are `gap_column`'s value and 0.
+    Empty completions (null, no text, no messages) are removed from a ranked row; rows of other forms must have none.
+    With `gap_column`, the ratings of a pair are that column's value and 0.
 
     Raises:
-        RowError: the row cannot be used; the error says why.
+        RowError: the row cannot be used; its reason and detail say why.
     """
+    # The ranked completions. `names` are what errors call them.
     names, sides, scores = _read_sides(row, form)
     if gap_column is not None:
         scores = [read_gap(row, gap_column), 0.0]
@@ -128,50 +131,59 @@ def parse_row(
         empty = [f"`{names[i]}`" for i in range(len(sides)) if i not in filled]
         raise RowError(EMPTY, f"{', '.join(empty)} without text")
     all_scores = scores
-    names, sides, scores = ([values[i] for i in filled] for values in (names, sides, scores))
+    names, scores = [names[i] for i in filled], [scores[i] for i in filled]
+    completions = cast("list[Text]", [sides[i] for i in filled])
     pairs = _read_pairs(row, names) if form is Form.RANKED else None
     asked = all_scores if pairs is None else row["pairs"]
+
+    # The target, a further completion.
     if target_column is not None:
-        names.append(target_column)
-        sides.append(_read_text_or_messages(target_column, row.get(target_column)))
-        if _is_empty(sides[-1]):
+        target = _read_text_or_messages(target_column, row.get(target_column))
+        if target is None or _is_empty(target):
             raise RowError(EMPTY, f"`{target_column}` without text")
-    if len({isinstance(side, str) for side in sides}) > 1:
+        names.append(target_column)
+        completions.append(target)
+    if len({isinstance(completion, str) for completion in completions}) > 1:
         raise RowError(MALFORMED, f"{_names(names)} mix text and messages")
-    prompt = None if form is Form.MESSAGES else _read_text_or_messages("prompt", row.get("prompt"))
-    if prompt is None and form in (Form.RANKED, Form.SUPERVISED):
+
+    # The prompt: explicit, or what the completions have in common.
+    given = None if form is Form.MESSAGES else _read_text_or_messages("prompt", row.get("prompt"))
+    if given is None and form in (Form.RANKED, Form.SUPERVISED):
         raise RowError(MALFORMED, "`prompt` is null")
-    prompt, sides = _split_prompt(prompt, names, sides, ranked=len(scores))
-    for name, side in zip(names, sides):
-        if _is_empty(side):  # a conversation whose last turn says nothing
+    prompt, completions = _split_prompt(given, names, completions, ranked=len(scores))
+    for name, completion in zip(names, completions):
+        if _is_empty(completion):  # for instance a conversation whose last message has no content
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
     tools, template_kwargs = _read_tools(row), _read_template_kwargs(row)
-    return Example(prompt, sides, scores, target_column is not None, tools, template_kwargs, pairs, asked)
+    return Example(prompt, completions, scores, target_column is not None, tools, template_kwargs, pairs, asked)
 
 
 def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
-    """A prompt without completions; of a whole conversation all but the assistant's last turn.
+    """Parses the prompt of a row without completions. A conversation in `messages` loses the assistant's last turn.
 
     Raises:
-        RowError: there is none, or it cannot be used; the error says why.
+        RowError: the prompt is empty or cannot be used; its reason and detail say why.
     """
     prompt = _read_text_or_messages(column, row.get(column))
     if column == "messages" and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
-    if _is_empty(prompt):
+    if prompt is None or _is_empty(prompt):
         raise RowError(NO_PROMPT, f"`{column}` without text")
     return Example(prompt, [], [], tools=_read_tools(row), template_kwargs=_read_template_kwargs(row))
 
 
 def check_ranked_pairs(mode: str) -> None:
-    """Raise ValueError, naming the option, unless `ranked_pairs` knows the mode."""
+    """Raises a UserError that names the option unless `ranked_pairs` accepts the mode."""
     if mode not in get_args(RankedPairs):
-        raise UserError(f"ranked_pairs={mode!r} is unknown; it is one of {', '.join(get_args(RankedPairs))}")
+        raise UserError(f"ranked_pairs={mode!r} is unknown: choose one of {', '.join(get_args(RankedPairs))}")
 
 
 def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, int]]:
-    """(better, worse) positions in `scores`, which are descending. `all`: every two; `adjacent`: each with the next;
-    `extremes`: the first with the last. Two with equal scores are no pair."""
+    """Returns the pairs of a ranked row as (better, worse) positions in `scores`, which must be descending.
+
+    `all` pairs every two completions, `adjacent` each with the next, `extremes` the first with the last. Two with equal
+    scores are no pair.
+    """
     check_ranked_pairs(mode)
     last = len(scores) - 1
     if mode == "all":
@@ -184,13 +196,14 @@ def ranked_pairs(scores: Sequence[float], mode: RankedPairs) -> list[tuple[int, 
 
 
 def without_nulls(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as its author wrote it: Arrow gives every message of a column the keys of all."""
+    """Returns a message without null values: Arrow adds the keys of all messages of a column to each of them."""
     return {name: value for name, value in turn.items() if value is not None}
 
 
 def one_turn_as_text(text: Text, role: str) -> Text:
-    """Returns the content of a conversation that is a single turn of `role` with text alone; any other conversation
-    comes back without null values.
+    """Returns the content of a conversation that is one turn of `role` and has only text.
+
+    Text is returned as it is, and any other conversation without null values.
 
     This is the identity of prompts (role "user") and of responses (role "assistant"): two are the same if this function
     returns the same for both. So a prompt as text and the same prompt as one user message are one prompt.
@@ -199,24 +212,23 @@ def one_turn_as_text(text: Text, role: str) -> Text:
         return text
     turns = [without_nulls(turn) for turn in text]
     content = turns[0].get("content") if len(turns) == 1 else None
-    is_plain = isinstance(content, str) and turns[0] == {"role": role, "content": content}
-    return content if is_plain else turns
+    return content if isinstance(content, str) and turns[0] == {"role": role, "content": content} else turns
 
 
 def read_gap(row: Mapping[str, Any], column: str) -> float:
-    """By how much the chosen side of a row's pair is better.
+    """Returns by how much the chosen side of a row's pair is better than the rejected one.
 
     Raises:
-        RowError: it is no positive number.
+        RowError: the value is not a positive number.
     """
     gap = row.get(column)
     if isinstance(gap, bool) or not isinstance(gap, (int, float)) or not 0 < gap < math.inf:
-        raise RowError(MALFORMED, f"`{column}` is {gap!r}; expected a number above 0, by how much chosen is better")
+        raise RowError(MALFORMED, f"`{column}` is {gap!r}; expected a number above 0: by how much chosen is better")
     return float(gap)
 
 
 def _read_sides(row: Mapping[str, Any], form: Form) -> tuple[list[str], list[Text | None], list[float]]:
-    """Names, values and scores of the row's ranked completions, best first."""
+    """Returns names (for errors), values and ratings of the row's ranked completions, best first."""
     if form is Form.PREFERENCE:
         names = ["chosen", "rejected"]
         return names, [_read_text_or_messages(name, row.get(name)) for name in names], [1.0, 0.0]
@@ -228,7 +240,7 @@ def _read_sides(row: Mapping[str, Any], form: Form) -> tuple[list[str], list[Tex
             raise RowError(MALFORMED, "`messages` is str; expected a list of {role, content} messages")
         if not messages or messages[-1]["role"] != "assistant":
             raise RowError(NO_ASSISTANT, "`messages` does not end with an assistant turn")
-        return ["messages"], [messages], [0.0]  # a lone conversation's implicit prompt is all but its last turn
+        return ["messages"], [messages], [0.0]  # `_split_prompt` cuts before the last turn
     return _read_ranked_sides(row)
 
 
@@ -243,20 +255,21 @@ def _read_ranked_sides(row: Mapping[str, Any]) -> tuple[list[str], list[Text | N
     if not isinstance(scores, list) or len(scores) != len(sides):
         raise RowError(MALFORMED, f"`scores` is not a list of {len(sides)} numbers, one for each of `completions`")
     if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
-        raise RowError(MALFORMED, f"`scores` holds a value that is no finite number: {scores}")
+        raise RowError(MALFORMED, f"`scores` holds a value that is not a finite number: {scores}")
     order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep the row's order
     return [names[i] for i in order], [sides[i] for i in order], [float(scores[i]) for i in order]
 
 
 def _read_pairs(row: Mapping[str, Any], names: list[str]) -> list[tuple[int, int]] | None:
-    """The row's own pairs of those completions that are left, by their places in `names`."""
+    """Returns the row's `pairs` as positions in `names`, without pairs of removed completions; None without `pairs`."""
     if (pairs := row.get("pairs")) is None:
         return None
-    given, place = range(len(row["completions"])), {name: i for i, name in enumerate(names)}
+    given, position = range(len(row["completions"])), {name: i for i, name in enumerate(names)}
     if not isinstance(pairs, list) or not pairs or not all(_is_edge(pair, given) for pair in pairs):
-        raise RowError(MALFORMED, f"`pairs` is no list of [better, worse] positions in the {len(given)} completions")
-    found = [tuple(place.get(f"completions[{i}]") for i in pair) for pair in pairs]
-    if not (left := [pair for pair in found if None not in pair]):
+        raise RowError(MALFORMED, f"`pairs` is not a list of [better, worse] positions in the {len(given)} completions")
+    found = [(position.get(f"completions[{better}]"), position.get(f"completions[{worse}]")) for better, worse in pairs]
+    left = [(better, worse) for better, worse in found if better is not None and worse is not None]
+    if not left:
         raise RowError(EMPTY, "each of `pairs` has a completion without text")
     return left
 
@@ -267,9 +280,11 @@ def _is_edge(pair: Any, given: range) -> bool:
 
 
 def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], ranked: int) -> tuple[Text, list[Text]]:
-    """The explicit prompt, or the common start of the ranked sides, with what each side adds to it.
+    """Splits sides into the prompt and the completions that follow it.
 
-    A text prompt next to sides that are whole conversations only repeats their first turn, so these are split too.
+    An explicit prompt of the sides' own kind (text or messages) is returned with the sides as they are. Otherwise the
+    prompt is the common start of the first `ranked` sides. This includes a text prompt beside whole conversations: it
+    only repeats their first turn.
     """
     is_chat = not isinstance(sides[0], str)
     if prompt is not None and is_chat == isinstance(prompt, list):
@@ -278,7 +293,8 @@ def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], rank
         return prompt, sides
     if isinstance(prompt, list):
         raise RowError(MALFORMED, f"`prompt` is a list of messages, but `{names[0]}` is text")
-    bare = [list(map(without_nulls, side)) for side in sides] if is_chat else sides  # columns may have different keys
+    # Arrow adds null keys to messages, and not the same ones in every column.
+    bare = [list(map(without_nulls, side)) for side in sides] if is_chat else sides
     cut = _shared_length(bare[:ranked])
     if is_chat and cut == 0:
         raise RowError(MALFORMED, f"no turn comes before the completion in {_names(names[:ranked])}: no prompt")
@@ -288,12 +304,15 @@ def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], rank
 
 
 def _shared_length(sides: Sequence[Text]) -> int:
-    """Length of the common start of `sides`, in characters or turns, as TRL counts it: one that is wholly contained
-    keeps its last item as completion, and a space before the place where texts part belongs to the completion."""
+    """Returns the length of the common start of `sides`, in characters or turns, by TRL's rules.
+
+    A side that is a prefix of the others keeps its last character or turn as its completion. A space just before the
+    first difference of texts belongs to the completions.
+    """
     shortest = min(len(side) for side in sides)
     for cut in range(shortest):
         if any(side[cut] != sides[0][cut] for side in sides):
-            # TRL also looks one back from position 0, at the text's *end*: an oversight that we do not repeat.
+            # At cut 0 TRL looks at position -1, the end of the text, for the space. That is a bug, not copied here.
             return cut - 1 if cut > 0 and sides[0][cut - 1] == " " else cut
     return shortest - 1
 
@@ -317,7 +336,7 @@ def _read_tools(row: Mapping[str, Any]) -> list | None:
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise RowError(MALFORMED, f"`tools` is text that is no JSON: {error}") from error
+            raise RowError(MALFORMED, f"`tools` is text that is not JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
         raise RowError(MALFORMED, f"`tools` is {_type_name(tools)}; expected a list or its JSON")
     return tools
@@ -333,7 +352,7 @@ def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_empty(side: Text | None) -> bool:
-    """No text at all (white space is text). A message counts by anything besides its role: content, tool calls, ..."""
+    """Returns whether a side has nothing to train on. White space counts as text, and so do tool calls of a message."""
     if side is None or isinstance(side, str):
         return not side
     return not any(value for message in side for key, value in message.items() if key != "role")

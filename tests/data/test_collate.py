@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,18 @@ def sequences(batch: PackedBatch) -> list[tuple[tuple, tuple]]:
 
 def content(row: dict, i: int) -> tuple[tuple, tuple]:
     return tuple(row["prompt_ids"]), tuple(row["completion_ids"][i])
+
+
+def test_the_example_of_the_docstring():
+    batch = PackedCollator()([row([1, 2], [[3, 4], [5]], [(0, 1)]), row([6], [[7], [8, 9]], [(0, 1)])])
+    lines = [line.split() for line in PackedBatch.__doc__.splitlines()]
+    shown = {}
+    for name, *words in (line for line in lines if line and line[0] in batch):
+        numbers = list(itertools.takewhile(lambda word: word.isdigit() or word == "|", words))
+        shown[name] = [int(word) for word in numbers if word != "|"]
+    assert len(shown) == 11
+    for name, numbers in shown.items():
+        assert torch.as_tensor(batch[name]).flatten().tolist() == numbers, name
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -179,7 +179,7 @@ def test_ranked_rows_may_say_their_pairs(tokenizer):
 @pytest.mark.parametrize("pairs", [[], [[0]], [[0, 0]], [[0, 2]], [[-1, 0]], [[0, 1, 1]], [[[0], [1]]], ["01"]])
 def test_pairs_that_are_none(pairs, tokenizer):
     rows = [{"prompt": "p", "completions": [" a", " b"], "pairs": pairs}]
-    with pytest.raises(ValueError, match=r"`pairs` is no list of \[better, worse\] positions in the 2 completions"):
+    with pytest.raises(ValueError, match=r"`pairs` is not a list of \[better, worse\] positions in the 2 completions"):
         prepared(rows, tokenizer)
 
 
@@ -261,7 +261,7 @@ def test_detect_form_prefers_preferences():
         ({**chat(), "prompt": "the sky?"}, "no turn comes before the completion"),
         ({"chosen": user("a"), "rejected": user("b")}, "no turn comes before the completion in `chosen`, `rejected`"),
         ({**chat(), "prompt": user([{"type": "image"}])}, "`prompt` holds a part that is not text"),
-        (chat(tools="{not JSON"), "`tools` is text that is no JSON"),
+        (chat(tools="{not JSON"), "`tools` is text that is not JSON"),
         (chat(tools={"name": "weather"}), "`tools` is dict"),
         (chat(chat_template_kwargs={"add_generation_prompt": True}), "may not set `add_generation_prompt`"),
     ],
