@@ -1,14 +1,20 @@
-"""Texts -> token ids, those that calling the tokenizer gives, in less time.
+"""Encodes texts to the token ids that calling the tokenizer gives, but faster.
 
-What a tokenizer's backend (Rust) makes of a text is taken from it directly. A text that comes twice is encoded once,
-and so is the beginning that a prompt and its completions share, where that is sure to change no token.
+Three things save time. Ids come straight from the tokenizer's Rust backend. A text that occurs twice is encoded once.
+And the text that a prompt shares with its completions is encoded once, if the prompt has a place where the encoding of
+the whole text is the encodings of both parts, one after the other. Such a place is called a *cut*.
 
-It is sure at a *cut*, a place between an ASCII letter and a space with an ASCII letter behind it, for byte-level BPE
-whose words are found by one of the patterns below. BPE sees one word at a time. No alternative of these patterns
-matches a letter and a space behind it, so a word ends at the cut whatever stands elsewhere. None looks back, so words
-behind the cut depend on the text behind it alone. None that starts before the cut looks across it: a run of letters
-ends there, and `\\s+(?!\\S)`, which looks at the character behind a run of whitespace, has met the letter. NFC composes
-nothing with a space, and added tokens must not hold a character and a space behind it, or care for what is beside them.
+A cut lies after an ASCII letter that is followed by a space and another ASCII letter. It is safe in byte-level BPE
+tokenizers that split text into words by one of the patterns below, and each condition has its reason:
+
+- BPE encodes every word separately, so only the split into words matters.
+- No alternative of the patterns matches a letter followed by a space, so a word ends at the cut in any text.
+- No alternative looks back, so the words after the cut depend only on the text after it.
+- No match that starts before the cut depends on the text after it: a run of letters ends at the cut, and the
+  look-ahead of ``\\s+(?!\\S)`` from white space before the cut reaches at most the letter at the cut.
+- NFC composes no character with a space.
+- Tokenizers are excluded if an added token contains a character followed by a space, or strips or checks the text
+  around itself.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CAMELS = [rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*"]
-WORD_PATTERNS = {  # besides GPT-2's, which the library knows
+WORD_PATTERNS = {  # the pattern of GPT-2 is built into ByteLevel(use_regex=True)
     name: "|".join([*words, _SPACES])
     for name, words in {
         "GPT-4, Llama 3": [_ENDINGS, r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*"],
@@ -42,7 +48,7 @@ _LAST_CUT = re.compile(r"(?s).*[A-Za-z](?= [A-Za-z])")
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
 ) -> list[list[int]]:
-    """Token ids of each text, those that calling the tokenizer gives."""
+    """Returns the token ids of each text, the same as calling the tokenizer."""
     return [ids for (ids,) in encode_groups(tokenizer, [[text] for text in texts], add_special_tokens)]
 
 
@@ -51,16 +57,18 @@ def encode_groups(
     groups: Sequence[Sequence[str]],
     add_special_tokens: bool = True,
 ) -> list[list[list[int]]]:
-    """As `encode_texts`, for texts of which those of a group may begin with the group's first."""
-    # verbose=False: the warning about the model's maximum length would come before anything is truncated.
+    """Returns the token ids of each text of each group. Texts that begin with their group's first text save time."""
+    # verbose=False: the tokenizer would warn about the model's maximum length, but truncation happens later.
     options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
     if not has_own_backend(tokenizer):
         ids = iter(tokenizer(text=[text for group in groups for text in group], **options)["input_ids"])
         return [[next(ids) for _ in group] for group in groups]
-    # What transformers makes of an encoding besides its ids takes a third of the time. A call with one text leaves the
-    # backend in the state that all of them need (no truncation, no padding, special tokens as the tokenizer has it).
+    # Calling the backend directly avoids building transformers' BatchEncoding, a third of the time. The call with one
+    # text sets the backend's state as transformers does for any text: no truncation, no padding, its special tokens.
     tokenizer(text=["a"], **options)
     backend = tokenizer.backend_tokenizer
+    # Without a front (see `_front`) whole texts are encoded. Otherwise each distinct piece before or after a cut is
+    # encoded without special tokens, which are put in front afterwards.
     front = _front(backend, add_special_tokens) if _may_cut(backend) else None
     cuts = [0 if front is None else _cut(group) for group in groups]
     heads = [group[0][:cut] for group, cut in zip(groups, cuts)]
@@ -75,7 +83,7 @@ def encode_groups(
 
 
 def has_own_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether transformers' own methods turn text into ids, which end in one call of the Rust tokenizer."""
+    """Returns whether the tokenizer encodes with transformers' own methods, which end in one call of a Rust backend."""
     defined = {
         "__call__": "transformers.tokenization_utils_base",
         "apply_chat_template": "transformers.tokenization_utils_base",
@@ -86,14 +94,14 @@ def has_own_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _cut(group: Sequence[str]) -> int:
-    """The last cut of a group's first text, 0 if there is none or other texts of the group begin in another way."""
+    """Returns the last cut of the text that all texts of the group begin with: their first. Without one, returns 0."""
     first = group[0]
     found = _LAST_CUT.match(first) if len(group) > 1 and all(text.startswith(first) for text in group) else None
     return found.end() if found else 0
 
 
 def _may_cut(backend: Tokenizer) -> bool:
-    """Whether the tokenizer is one of those that this module's docstring speaks of."""
+    """Returns whether cuts are safe with this tokenizer: the conditions are in the module's docstring."""
     if type(backend.model).__name__ != "BPE" or backend.model.dropout or backend.pre_tokenizer is None:
         return False
     if type(backend.normalizer).__name__ not in ("NoneType", "NFC"):
@@ -107,7 +115,7 @@ def _may_cut(backend: Tokenizer) -> bool:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """What a step of a pre-tokenizer does: finds words by a known pattern, nothing that matters at a cut, or other."""
+    """Classifies a pre-tokenizer step: "words" (splits by a known pattern), "nothing" (harmless to cuts) or "other"."""
     if step["type"] == "ByteLevel":
         return "words" if step["use_regex"] else "nothing"  # GPT-2's pattern
     if step["type"] == "Digits":
@@ -118,7 +126,7 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _front(backend: Tokenizer, add_special_tokens: bool) -> list[int] | None:
-    """Special tokens in front of every text; None where some follow it."""
+    """Returns the special tokens that precede every text, or None if special tokens follow the text."""
     bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, add_special_tokens))
     front = whole[: len(whole) - len(bare)]
     return front if front + bare == whole else None

@@ -1,16 +1,16 @@
-"""Rows of any form -> tokenised prompt groups, one for each row, with TRL's tokens.
+"""Tokenizes rows of any form into prompt groups, one per row, with the same tokens as TRL.
 
-A group, the row that filter, packer and collator work on:
+A prompt group is the row that the filter, the packer and the collator work on:
 
-    prompt_ids          list[int]        may be empty: no prompt text and a tokenizer without bos
+    prompt_ids          list[int]        empty if there is no prompt text and the tokenizer has no bos token
     completion_ids      list[list[int]]  K different completions, each used by some pair
     chosen, rejected    list[int]        P pairs, as indices into completion_ids; a supervised row has no `rejected`
-    targets             list[int]        P completions for the regulariser (y_ref): the target column's, else `chosen`
-    scores              list[float]      K values whose differences are the gaps: of ranked rows (without `scores`
-                                         the rank, negated) and of pairs with a gap column; else empty
-    row                 int              index in the source dataset; of a stream, in what this process reads
+    targets             list[int]        P completions for SLiC's regularizer (y_ref): the target column, else `chosen`
+    scores              list[float]      K ratings whose differences are the gaps. Ranked rows have them (without a
+                                         column `scores`, the negated rank) and pairs with a gap column; else empty
+    row                 int              index in the source dataset; of a stream, in the rows that this process reads
 
-How long a sequence may be plays no part here, so that a change of `max_length` finds the tokens in datasets' cache.
+Nothing here depends on `max_length`: tokens cached by `datasets` are reused when it changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Features, List, Value
 from jinja2 import TemplateError
@@ -58,24 +58,25 @@ GROUP_FEATURES = Features(
         "row": Value("int64"),
     }
 )
-# What the filter must know of a row besides its group. `reason` is empty for a usable row; `seam` is empty unless the
-# prompt's last tokens change when the completion follows, else their text.
+# What the filter needs to know about a row besides its group: `reason` and `detail` say why the row is dropped, and are
+# empty for a usable row. `seam` is the text of the prompt's last tokens if a following completion changes them, else
+# empty. `pairs_given` counts the pairs of the row before any is dropped.
 REMARK_FEATURES = Features(
     {"reason": Value("string"), "detail": Value("string"), "seam": Value("string"), "pairs_given": Value("int32")}
 )
 
-_LARGEST_ID = 2**31 - 1  # of GROUP_FEATURES' int32
+_LARGEST_ID = 2**31 - 1  # GROUP_FEATURES store ids as int32
 _PART = 250  # rows that are encoded together
 
-_NO_GROUP = {"prompt_ids": [], "completion_ids": [], "chosen": [], "rejected": [], "targets": [], "scores": []}
+_GROUP_LISTS = ("prompt_ids", "completion_ids", "chosen", "rejected", "targets", "scores")
 
 
 @dataclass(frozen=True)
 class Tokenization:
     """Batched `datasets.map` function (with indices): columns of a form -> GROUP_FEATURES, REMARK_FEATURES, `keep`.
 
-    Its fields are all that the result depends on besides the rows, and datasets' cache is keyed by them: plain values,
-    no paths, nothing that changes when it is used. `version` goes up whenever this module's output changes.
+    The fields are everything that the result depends on besides the rows, because `datasets` keys its cache by them.
+    They must be plain values without paths or state. Raise `version` whenever the output of this module changes.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ class Tokenization:
         output: dict[str, list] = {name: [] for name in (*GROUP_FEATURES, *REMARK_FEATURES)}
         for index, row, group in zip(indices, rows, groups):
             if isinstance(group, RowError):
-                group = {**_NO_GROUP, "reason": group.reason, "detail": group.detail}
+                group = {**{name: [] for name in _GROUP_LISTS}, "reason": group.reason, "detail": group.detail}
             filled = {"row": index, "reason": "", "detail": "", "seam": "", "pairs_given": len(group["rejected"])}
             if self.form is Form.GROUP and row.get("row") is not None:
                 filled["row"] = row["row"]
@@ -105,7 +106,7 @@ class Tokenization:
                 output[name].append(value)
         return output | {name: columns[name] for name in self.keep}
 
-    # --- Rows that bring their tokens ---
+    # --- Rows that are tokenized already ---
 
     def _read_group(self, row: dict[str, Any]) -> dict[str, list]:
         prompt_ids = _token_list(row["prompt_ids"], "prompt_ids")
@@ -114,7 +115,7 @@ class Tokenization:
             completions = [_token_list(row[name], name) for name in names]
             scores = [1.0 if self.gap_column is None else read_gap(row, self.gap_column), 0.0]
             return self._build_group(prompt_ids, completions, scores, self.target_column is not None)
-        group = {name: row[name] for name in _NO_GROUP if name != "scores"}
+        group = {name: row[name] for name in _GROUP_LISTS if name != "scores"}
         group["scores"] = row.get("scores") or []
         if not isinstance(group["completion_ids"], list):
             raise RowError(MALFORMED, "`completion_ids` is not a list of token lists")
@@ -139,14 +140,14 @@ class Tokenization:
         parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
         ahead = has_own_backend(self.tokenizer) and len(parts) > 1
         if ahead:
-            encode_texts(self.tokenizer, [""])  # what this changes in the backend must not change under another thread
-        # Rust encodes a part while Python renders the next and makes groups of the one before.
+            encode_texts(self.tokenizer, [""])  # sets the backend's state before several threads use it
+        # Threads overlap: Rust encodes one part while Python renders the next and builds groups of the previous one.
         with ThreadPoolExecutor(2) if ahead else contextlib.nullcontext() as pool:
             encoded = chain.from_iterable((pool.map if pool else map)(self._encode, parts))
             return [row if isinstance(row, RowError) else _attempt(self._finish, *row) for row in encoded]
 
     def _encode(self, rows: list[dict]) -> list[tuple[Example, list[int], list[list[int]]] | RowError]:
-        """What each row says, with the tokens of its prompt and of each prompt + completion."""
+        """Parses and encodes rows: each becomes (example, prompt ids, ids of each prompt + completion) or an error."""
         results: list[Any] = [_attempt(parse_row, row, self.form, self.target_column, self.gap_column) for row in rows]
         examples = {i: result for i, result in enumerate(results) if isinstance(result, Example)}
         encoded = self._encode_texts({i: example for i, example in examples.items() if not example.is_chat})
@@ -157,18 +158,18 @@ class Tokenization:
         return results
 
     def _encode_texts(self, examples: dict[int, Example]) -> dict[int, tuple[list[int], list[list[int]]]]:
-        """Row -> tokens of (prompt, each prompt + completion)."""
+        """Returns, by row, the ids of the prompt and of each prompt + completion + eos."""
         if not examples:
             return {}
         eos = self.tokenizer.eos_token
-        texts = [
-            [example.prompt, *(example.prompt + (c if c.endswith(eos) else c + eos) for c in example.completions)]
-            for example in examples.values()
-        ]
+        texts = []
+        for example in examples.values():
+            prompt, completions = cast("str", example.prompt), cast("list[str]", example.completions)
+            texts.append([prompt, *(prompt + (c if c.endswith(eos) else c + eos) for c in completions)])
         return {i: (ids[0], ids[1:]) for i, ids in zip(examples, encode_groups(self.tokenizer, texts))}
 
     def _encode_chats(self, examples: dict[int, Example]) -> dict[int, Any]:
-        """As `_encode_texts`, for conversations that share their template arguments."""
+        """Like `_encode_texts`, for conversations with equal tools and template arguments. Values may be RowErrors."""
         first = next(iter(examples.values()))
         if getattr(self.tokenizer, "chat_template", "") is None and "chat_template" not in first.template_kwargs:
             raise UserError(
@@ -179,24 +180,28 @@ class Tokenization:
         render = partial(self.tokenizer.apply_chat_template, tools=first.tools, **first.template_kwargs)
         render = partial(render, tokenize=False) if as_text else partial(render, tokenize=True, return_dict=True)
         prompts = [example.prompt for example in examples.values()]
-        wholes = [example.prompt + completion for example in examples.values() for completion in example.completions]
+        wholes = [cast("list", e.prompt) + cast("list", turns) for e in examples.values() for turns in e.completions]
         try:
             rendered = render(prompts, add_generation_prompt=True), render(wholes)
         except (TemplateError, TypeError) as error:
-            # A template may refuse one conversation (roles that do not alternate, no content): find which.
+            # The template refuses some conversation (for instance because roles do not alternate). Each one is
+            # rendered alone to find which.
             if len(examples) == 1:
                 detail = f"the chat template cannot render it: {type(error).__name__}: {error}"
                 return {i: RowError(MALFORMED, detail) for i in examples}
             return {j: tokens for i in examples for j, tokens in self._encode_chats({i: examples[i]}).items()}
-        starts, ends = rendered if as_text else [tokens["input_ids"] for tokens in rendered]
-        ends = iter(ends)
-        groups = [[start, *islice(ends, len(e.completions))] for start, e in zip(starts, examples.values())]
+        starts, ends = rendered if as_text else [cast("dict", tokens)["input_ids"] for tokens in rendered]
+        rest = iter(ends)
+        groups = [[start, *islice(rest, len(e.completions))] for start, e in zip(starts, examples.values())]
         if as_text:
             groups = encode_groups(self.tokenizer, groups, add_special_tokens=False)
         return {i: (ids[0], ids[1:]) for i, ids in zip(examples, groups)}
 
     def _finish(self, example: Example, prompt_ids: list[int], wholes: list[list[int]]) -> dict[str, Any]:
-        """Cut where the prompt's tokens end in every completion. Tokens that merge across the seam are completion."""
+        """Builds the group: cuts each prompt + completion after the prompt tokens that all of them begin with.
+
+        A token that spans the end of the prompt text belongs to the completion, as in TRL.
+        """
         length = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
         seam = repr(self.tokenizer.decode(prompt_ids[length:])) if length < len(prompt_ids) else ""
         completions = [whole[length:] for whole in wholes]
@@ -211,49 +216,61 @@ class Tokenization:
         has_target: bool,
         pairs: list[tuple[int, int]] | None = None,
     ) -> dict[str, Any]:
-        """Pairs of the different completions: those given, or by score, where one given more than once counts with its
-        best."""
+        """Builds a prompt group from completions with descending ratings, then the target if there is one.
+
+        Pairs are those given, or follow from the ratings. A completion that occurs several times counts once, with its
+        best rating.
+
+        Raises:
+            RowError: no pair is left, or a completion of a pair has no tokens.
+        """
+        # Equal completions become one index, and completions without tokens none.
         sides = [tuple(ids) for ids in completions]
-        number: dict[tuple[int, ...], int] = {}  # of each different completion, those without tokens left out
+        index_of: dict[tuple[int, ...], int] = {}
         ranked_scores: list[float] = []
         for ids, score in zip(sides, scores):
-            if ids and ids not in number:
-                number[ids] = len(number)
+            if ids and ids not in index_of:
+                index_of[ids] = len(index_of)
                 ranked_scores.append(score)
+
+        # Edges: (chosen, rejected), or (chosen,) of supervised rows.
+        edges: list[tuple[int, ...]]
         if self.form in (Form.SUPERVISED, Form.MESSAGES):
-            edges = [(i,) for i in range(len(number))]
+            edges = [(i,) for i in range(len(index_of))]
         elif pairs is not None:
-            asked = dict.fromkeys(tuple(number.get(sides[i]) for i in pair) for pair in pairs)
-            edges = [edge for edge in asked if None not in edge and edge[0] != edge[1]]
+            asked = dict.fromkeys((sides[better], sides[worse]) for better, worse in pairs)
+            edges = [(index_of[a], index_of[b]) for a, b in asked if a in index_of and b in index_of and a != b]
         else:
-            edges = ranked_pairs(ranked_scores, self.ranked_pairs)
+            edges = [*ranked_pairs(ranked_scores, self.ranked_pairs)]
         if (has_target and not sides[-1]) or (not edges and not all(sides)):
             raise RowError(EMPTY, "a completion without tokens")
-        if not edges and (len(number) == 1 or pairs is not None):
+        if not edges and (len(index_of) == 1 or pairs is not None):
             raise RowError(IDENTICAL, f"all {'completions' if pairs is None else 'pairs'} have the same tokens")
         if not edges:
             raise RowError(TIED, f"ranked_pairs={self.ranked_pairs!r} finds no two different scores in {scores}")
+
+        # The group holds the completions that an edge or the target uses, in the order of their first use.
         group: dict[str, Any] = {"chosen": [], "rejected": [], "targets": [], "scores": []}
-        target = number.setdefault(sides[-1], len(number)) if has_target else None
-        used: dict[int, int] = {}  # number of a completion -> its place in the group
+        target = index_of.setdefault(sides[-1], len(index_of)) if has_target else None
+        used: dict[int, int] = {}  # index of a completion -> its place in the group
         for edge in edges:
             named = dict(zip(("chosen", "rejected"), edge))
             for name, i in {**named, "targets": named["chosen"] if target is None else target}.items():
                 group[name].append(used.setdefault(i, len(used)))
         if (self.form is Form.RANKED or self.gap_column is not None) and _has_gaps(ranked_scores, edges):
-            ranked_scores.append(0.0)  # of a target that is in no pair by itself
+            ranked_scores.append(0.0)  # for a target that is in no pair, so its value is never used
             group["scores"] = [ranked_scores[i] for i in used]
-        tokens = list(number)
+        tokens = list(index_of)
         return {"prompt_ids": prompt_ids, "completion_ids": [list(tokens[i]) for i in used]} | group
 
 
-def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, int]]) -> bool:
-    """Whether the scores say of all pairs what they are pairs for; those that a row gives itself may contradict."""
+def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, ...]]) -> bool:
+    """Returns whether the chosen side of every pair has the higher rating. Pairs given by a row may contradict it."""
     return all(scores[chosen] > scores[rejected] for chosen, rejected in pairs)
 
 
 def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Number of leading tokens that are the same."""
+    """Returns the number of leading tokens that are equal."""
     if others[: len(ids)] == ids:
         return len(ids)
     return next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
@@ -262,17 +279,17 @@ def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None, max_token_id: int | None = None
 ) -> None:
-    """Make sure that a model of `vocab_size` rows can be trained with the tokenizer. A missing pad token becomes eos.
+    """Checks that a model with `vocab_size` embeddings can be trained with the tokenizer, and sets a missing pad token.
 
-    `max_token_id` is the largest id in the data (`PreparationReport.max_token_id`). A tokenizer with more tokens than
-    the model has rows is fine as long as none of them occurs.
+    `max_token_id` is the largest id in the data (`PreparationReport.max_token_id`). A tokenizer may have tokens beyond
+    the model's embeddings if none of them occurs in the data.
 
     Raises:
-        UserError: no eos token, or a token that the model has no embedding for.
+        UserError: there is no eos token, or a token that occurs has no embedding.
     """
     if tokenizer.eos_token is None:
         raise UserError(
-            "the tokenizer has no eos token, so the model could not learn where a completion ends: set "
+            "the tokenizer has no eos token, which teaches the model where a completion ends: set "
             '`tokenizer.eos_token` to one of its tokens, for instance "</s>"'
         )
     if tokenizer.pad_token is None:
@@ -288,12 +305,12 @@ def check_tokenizer(
 
 
 def check_same_tokenizer(policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase) -> None:
-    """Make sure that token ids of the policy mean the same to the reference, which scores them.
+    """Checks that the reference, which scores the policy's token ids, reads them as the same tokens.
 
-    Tokens that only the reference has are fine, and so is a pad token that only the policy has.
+    The reference may have further tokens, and the policy a pad token of its own.
 
     Raises:
-        UserError: some token differs; the message names the first.
+        UserError: some tokens differ; the message names the first.
     """
     theirs = reference.get_vocab()
     different = [
@@ -311,7 +328,7 @@ def check_same_tokenizer(policy: PreTrainedTokenizerBase, reference: PreTrainedT
 
 
 def _attempt(function, *arguments) -> Any:
-    """The result, or the RowError: a row that cannot be used is a result, which the report counts."""
+    """Calls the function, and returns its RowError if it raises one: the filter counts rows that cannot be used."""
     try:
         return function(*arguments)
     except RowError as error:
@@ -319,7 +336,7 @@ def _attempt(function, *arguments) -> Any:
 
 
 def _group_by_template_arguments(examples: dict[int, Example]) -> list[dict[int, Example]]:
-    """One call renders any number of conversations, but with one `tools` and one set of template arguments."""
+    """Groups conversations that one call can render: those with equal `tools` and template arguments."""
     groups: dict[str, dict[int, Example]] = {}
     for i, example in examples.items():
         groups.setdefault(repr((example.tools, example.template_kwargs)), {})[i] = example
