@@ -1,4 +1,4 @@
-"""Several datasets as one: the ``datasets`` of a run's file, with TRL's keys and meaning."""
+"""Loads several datasets as one: the entry ``datasets`` of a run's file, with TRL's keys and meaning."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction
 def load_mixture(
     parts: Sequence[Mapping[str, Any]], *, streaming: bool = False, test_size: float | None = None, seed: int = 0
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Load datasets and put them one after another.
+    """Loads datasets and concatenates them.
 
     Args:
-        parts: one mapping for each dataset: ``path`` (a file, a folder, a name on the hub, or a loader of ``datasets``
-            if ``data_files`` or ``data_dir`` say what it reads), ``name`` (of a configuration), ``split`` (default
-            train), ``columns``, and ``fraction``, its share of the mixture: of each dataset its first rows are taken,
-            as many in all as the shares allow without taking a row twice. Fractions are for all datasets or for none.
+        parts: one mapping per dataset with the keys ``path`` (a file, a folder, a name on the hub, or a loader of the
+            ``datasets`` library if ``data_files`` or ``data_dir`` say what it reads), ``name`` (of a configuration),
+            ``split`` (default train), ``columns``, and ``fraction``: the dataset's share of the mixture. The first rows
+            of each dataset are taken, as many as the shares allow without repeating a row. Either all datasets have a
+            fraction or none.
         streaming: read rows as they are needed.
-        test_size: share of the rows (below 1) or number of them that becomes a test set, chosen by ``seed``.
+        test_size: share (below 1) or number of the rows that become a test set, drawn with ``seed``.
 
     Returns:
         The dataset, and the test set or None.
 
     Raises:
-        UserError: a part that is malformed or cannot be loaded; the message says which.
+        UserError: a part is malformed or cannot be loaded; the message names it.
     """
     if not parts:
-        raise UserError("datasets names no dataset: give at least one, as a mapping with a path")
+        raise UserError("datasets is empty: give at least one mapping with a path")
     for number, part in enumerate(parts):
         _check_part(part, f"datasets[{number}]", streaming)
     if len({part.get("fraction") is None for part in parts}) > 1:
-        raise UserError("datasets: fraction is given for some and not for others; set it for all, or for none")
+        raise UserError("datasets: fraction is set for some datasets only: set it for all, or for none")
     if streaming and test_size is not None:
-        raise UserError("test_split_size needs the number of rows, which a stream does not say: split the data itself")
+        raise UserError("test_split_size needs the number of rows, and a stream has none: split the data beforehand")
     loaded = [_load_part(part, f"datasets[{number}]", streaming) for number, part in enumerate(parts)]
     if parts[0].get("fraction") is not None:
         loaded = _shares(loaded, [part["fraction"] for part in parts])
@@ -54,22 +55,22 @@ def load_mixture(
 
 def _check_part(part: Mapping[str, Any], where: str, streaming: bool) -> None:
     if not isinstance(part, Mapping):
-        raise UserError(f"{where} is {part!r}, expected a mapping such as {{path: train.jsonl}}")
+        raise UserError(f"{where} is {part!r}; expected a mapping such as {{path: train.jsonl}}")
     if not part.get("path"):
         raise UserError(f"{where} has no path: a file, a folder or a name on the hub")
     if unknown := [key for key in part if key not in _KEYS]:
         raise UserError(f"{where} has the unknown key {unknown[0]}; it takes {', '.join(_KEYS)}")
     fraction = part.get("fraction")
     if fraction is not None and streaming:
-        raise UserError(f"{where}: fraction needs the number of rows, which a stream does not say: leave it out")
+        raise UserError(f"{where}: fraction needs the number of rows, and a stream has none: remove it")
     if fraction is not None and not (isinstance(fraction, (int, float)) and 0 < fraction < math.inf):
-        raise UserError(f"{where}: fraction is {fraction!r}, expected a number above 0")
+        raise UserError(f"{where}: fraction is {fraction!r}; expected a number above 0")
     if isinstance(part.get("columns"), str):
-        raise UserError(f"{where}: columns is {part['columns']!r}, expected a list of names")
+        raise UserError(f"{where}: columns is {part['columns']!r}; expected a list of names")
 
 
 def _load_part(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset | IterableDataset:
-    path, name, columns = (part.get(key) for key in ("path", "name", "columns"))
+    path, name, columns = part["path"], part.get("name"), part.get("columns")
     options = {"split": part.get("split", "train"), "streaming": streaming}
     files = {key: part[key] for key in ("data_dir", "data_files") if part.get(key) is not None}
     try:
@@ -82,6 +83,7 @@ def _load_part(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset 
 
 
 def _shares(loaded: Sequence[Dataset], fractions: Sequence[float]) -> list[Dataset]:
+    """Takes the first rows of each dataset, so that their numbers are as the fractions and no row is repeated."""
     weights = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(dataset) / weight for dataset, weight in zip(loaded, weights))
     return [dataset.select(range(round(weight * total))) for dataset, weight in zip(loaded, weights)]

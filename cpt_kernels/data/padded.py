@@ -1,4 +1,4 @@
-"""Collators written for TRL's padded batches, in the place of one for packed batches."""
+"""Adapts collators that return TRL's padded batches, so that they can be used where packed batches are needed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _PADDED = ("input_ids", "attention_mask", "completion_mask")
 
 @dataclass(frozen=True)
 class UnpaddingCollator:
-    """Collate function that packs what another one padded: rows -> :class:`PackedBatch`.
+    """Collate function that packs the batches of a padding one: rows -> :class:`PackedBatch`.
 
     Attributes:
-        padding: gets one row with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` for every pair, and returns
-            ``input_ids``, ``attention_mask`` and ``completion_mask``, (2P, L): all chosen sides, then all rejected
-            ones. It has to cut what is too long, as in TRL.
-        packing: packs what is left.
+        padding: takes one row per pair with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, and returns
+            ``input_ids``, ``attention_mask`` and ``completion_mask``, each (2P, L): all chosen sides, then all rejected
+            ones. It must truncate sequences that are too long, as in TRL.
+        packing: packs the sequences without their padding.
 
     Raises:
-        UserError: rows that are no pairs, or a batch that is no such batch.
+        UserError: a row does not consist of pairs, or ``padding`` does not return such a batch.
     """
 
     padding: Callable[[list[dict]], Mapping[str, Any]]
@@ -39,7 +39,7 @@ class UnpaddingCollator:
 
 
 def packed_collator(given: Callable | None, default: PackedCollator) -> PackedCollator | UnpaddingCollator:
-    """What a user gave, as a collator of packed batches, in the way of ``default``."""
+    """Returns a collator of packed batches: the given one, the given one adapted, or ``default`` if none is given."""
     if given is None or isinstance(given, (PackedCollator, UnpaddingCollator)):
         return given or default
     return UnpaddingCollator(given, default)
@@ -48,7 +48,7 @@ def packed_collator(given: Callable | None, default: PackedCollator) -> PackedCo
 def with_reference(
     collator: PackedCollator | UnpaddingCollator, lookup: ReferenceLookup | None
 ) -> PackedCollator | UnpaddingCollator:
-    """The collator, looking up reference log-probs."""
+    """Returns the collator with a lookup of reference log-probs. A lookup that a PackedCollator has already stays."""
     if isinstance(collator, UnpaddingCollator):
         return replace(collator, packing=replace(collator.packing, reference=lookup))
     return collator if collator.reference is not None else replace(collator, reference=lookup)
@@ -57,8 +57,8 @@ def with_reference(
 def _pair_examples(row: Mapping[str, Any]) -> list[dict]:
     if not row["rejected"] or row["targets"] != row["chosen"]:
         raise UserError(
-            f"row {row['row']} is more or less than pairs of chosen and rejected, which is all that a data_collator for"
-            " padded batches takes: leave it out, or give a PackedCollator"
+            f"row {row['row']} does not consist of pairs of chosen and rejected, but a data_collator for padded batches"
+            " takes only pairs: remove the row, or use a PackedCollator"
         )
     completions = row["completion_ids"]
     return [
@@ -68,15 +68,15 @@ def _pair_examples(row: Mapping[str, Any]) -> list[dict]:
 
 
 def _sequences(batch: Mapping[str, Any], pairs: int) -> list[Tokens]:
-    """(prompt, completion) of all chosen sides, then of all rejected ones."""
+    """Returns (prompt, completion) ids of all chosen sides, then of all rejected ones."""
     if not all(name in batch for name in _PADDED):
         raise UserError(
-            f"data_collator returned {', '.join(batch)}: it must be a PackedCollator, or give the padded batches of"
-            f" TRL's DataCollatorForPreference, with {', '.join(_PADDED)}"
+            f"data_collator returned {', '.join(batch)}: use a PackedCollator, or a collator that returns the padded"
+            f" batches of TRL's DataCollatorForPreference, with {', '.join(_PADDED)}"
         )
     ids, attended, completed = (batch[name].tolist() for name in _PADDED)
     if len(ids) != 2 * pairs:
-        raise UserError(f"data_collator returned {len(ids)} sequences for {pairs} pairs, expected {2 * pairs}")
+        raise UserError(f"data_collator returned {len(ids)} sequences for {pairs} pairs; expected {2 * pairs}")
     return [_sequence(*row) for row in zip(ids, attended, completed)]
 
 
@@ -88,7 +88,7 @@ def _sequence(ids: list[int], attended: list[int], completed: list[int]) -> Toke
     start = max(start, 1)  # nothing predicts the first token
     if start >= len(tokens):
         raise UserError(
-            "data_collator left nothing of a completion: let it cut at a greater length, or set max_length to its own,"
-            " for which such rows are dropped beforehand"
+            "data_collator truncated a whole completion: raise its maximum length, or set max_length to the same value,"
+            " so that such rows are dropped beforehand"
         )
     return tuple(token for token, _ in tokens[:start]), tuple(token for token, _ in tokens[start:])

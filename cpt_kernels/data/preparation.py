@@ -1,4 +1,4 @@
-"""A dataset of any accepted form -> the prompt groups that can be trained on, with an account of what was dropped."""
+"""Prepares a dataset of any accepted form: tokenizes it into prompt groups, and drops and counts unusable rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's, for one pair a row
+_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names, in rows of one pair
 _EDGES = ("chosen", "rejected", "targets")
 _VERDICT_FEATURES = Features(
     {
@@ -40,14 +40,14 @@ _EXAMPLE_ROWS = 5
 
 @dataclass
 class Drop:
-    """Rows dropped for one reason: how many, the first few row numbers, and what was wrong with the first."""
+    """The rows dropped for one reason: their count, the first row numbers, and what was wrong with the first row."""
 
     count: int = 0
     rows: list[int] = field(default_factory=list)
     detail: str = ""
 
     def add(self, row: int) -> None:
-        """Count a row."""
+        """Counts a row."""
         self.count += 1
         self.rows += [row] if len(self.rows) < _EXAMPLE_ROWS else []
 
@@ -58,9 +58,9 @@ class Drop:
 
 @dataclass
 class PreparationReport:
-    """What became of a dataset's rows: rows_in == kept + every drop's count, always.
+    """Counts of a dataset's rows. `rows_in` always equals `kept` plus the counts of all drops.
 
-    For a stream the numbers grow as it is read, in the process that reads it, and count its first pass.
+    For a stream, the process that reads it counts the rows of the first pass as they are read.
     """
 
     name: str = "train"
@@ -69,22 +69,22 @@ class PreparationReport:
     kept: int = 0
     dropped: dict[str, Drop] = field(default_factory=dict)  # reason -> rows
     pairs: int = 0  # in kept rows
-    pairs_dropped: int = 0  # of kept rows: equal sides, a side without tokens, a repeated pair
+    pairs_dropped: int = 0  # in kept rows: equal sides, a side without tokens, or a repeated pair
     truncated: int = 0  # sequences (prompt + completion) of kept rows that max_length cuts
-    promptless: int = 0  # sequences of kept rows whose first completion token serves as prompt
-    merged: int = 0  # kept rows whose prompt ends with other tokens once a completion follows
+    promptless: int = 0  # sequences of kept rows whose first completion token serves as the prompt
+    merged: int = 0  # kept rows whose last prompt tokens change when a completion follows
     merged_example: str = ""
     max_token_id: int = -1  # in kept rows
     _next_index: int = field(default=0, repr=False)
 
     def add_once(self, index: int, verdict: Mapping[str, Any]) -> None:
-        """`add`, for the row at `index` of a stream, unless an earlier pass over the stream counted it."""
+        """Counts the row at `index` of a stream, unless an earlier pass over the stream has counted it."""
         if index >= self._next_index:
             self._next_index = index + 1
             self.add(verdict)
 
     def add(self, verdict: Mapping[str, Any]) -> None:
-        """Count one row, given as a row of the filter's output."""
+        """Counts one row, given as a row of the filter's output."""
         self.rows_in += 1
         if reason := verdict["reason"]:
             self.dropped.setdefault(reason, Drop(detail=verdict["detail"])).add(verdict["row"])
@@ -100,15 +100,15 @@ class PreparationReport:
             if self.merged == 1:
                 self.merged_example = f"row {verdict['row']}: {verdict['seam']}"
                 logger.warning(
-                    "%s data: the end of a prompt is tokenised differently once a completion follows (%s). The "
-                    "completion starts there, so the model is not trained on the prompt as inference gives it. End "
-                    "prompts on a token boundary, or use a chat template that renders them alike. Shown once.",
+                    "%s data: a prompt ends with different tokens when a completion follows it (%s). Training starts "
+                    "the completion at these tokens, so the model never sees the prompt as inference tokenizes it. End "
+                    "prompts at a token boundary, or use a chat template that renders them alike. Shown once.",
                     self.name,
                     self.merged_example,
                 )
 
     def summary(self) -> list[str]:
-        """The report as lines of text; what did not happen is left out."""
+        """Returns the report as lines of text, without the counts that are zero."""
         lines = [f"{self.name} data: {self.kept} of {self.rows_in} rows kept, {self.pairs} pairs"]
         lines += [f"dropped, {reason}: {drop}" for reason, drop in self.dropped.items()]
         if self.pairs_dropped:
@@ -116,19 +116,22 @@ class PreparationReport:
         if self.truncated:
             lines.append(f"{self.truncated} sequences truncated to max_length={self.max_length}")
         if self.promptless:
-            lines.append(f"{self.promptless} sequences without a prompt: their first token is not scored")
+            lines.append(f"{self.promptless} sequences without a prompt: their first token has no log-prob")
         if self.merged:
-            lines.append(f"{self.merged} prompts end differently once a completion follows ({self.merged_example})")
+            lines.append(f"{self.merged} prompts end with other tokens before a completion ({self.merged_example})")
         return lines
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Batched `datasets.map` function: tokenised groups -> the pairs that remain and, in `reason`, why none does."""
+    """Batched `datasets.map` function: tokenized groups -> verdicts: the pairs left by truncation, or a reason to drop.
+
+    The fields key the cache of `datasets`, see `Tokenization`.
+    """
 
     max_length: int | None
     truncation_mode: TruncationMode
-    version: int = 1  # part of the cache key, see `Tokenization`
+    version: int = 1
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         verdicts = [self._judge(row) for row in _rows(batch, [*GROUP_FEATURES, *REMARK_FEATURES])]
@@ -144,16 +147,17 @@ class Filter:
             "max_token_id": max((max(ids) for ids in (prompt_ids, *completions) if ids), default=-1),
         }
         if row["reason"] or (prompt_ids and not verdict["truncated"]):
-            return verdict
+            return verdict  # dropped already, or nothing to cut
         if self.max_length is not None and self.truncation_mode == "keep_start" and len(prompt_ids) >= self.max_length:
             return verdict | {"reason": PROMPT_FILLS, "detail": f"{len(prompt_ids)} tokens"}
         cut = [truncate(prompt_ids, ids, self.max_length, self.truncation_mode) for ids in completions]
+        # A pair stays if all its completions keep some tokens and its two sides still differ.
         edges = list(zip(row["chosen"], row["targets"], *([row["rejected"]] if row["rejected"] else [])))
         scored = [edge for edge in edges if all(cut[i][1] for i in edge)]
         different = [edge for edge in scored if len(edge) < 3 or cut[edge[0]] != cut[edge[2]]]
         if not different:
             reason = IDENTICAL if scored else EMPTY
-            detail = f"when cut to max_length={self.max_length}" if verdict["truncated"] else "a token without a prompt"
+            detail = f"when cut to max_length={self.max_length}" if verdict["truncated"] else "one token and no prompt"
             return verdict | {"reason": reason, "detail": detail}
         chosen, targets, *rejected = map(list, zip(*different))
         return verdict | {"chosen": chosen, "targets": targets, "rejected": rejected[0] if rejected else []}
@@ -165,7 +169,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class _StreamFilter:
-    """`Filter` for a stream: drops the rows itself and counts them as they pass."""
+    """The filter of a stream: drops rows as they are read, and counts them in the report."""
 
     filter: Filter
     report: PreparationReport
@@ -194,32 +198,40 @@ def prepare(
     batch_size: int = 1000,
     name: str = "train",
 ) -> tuple[Dataset | IterableDataset, PreparationReport]:
-    """Tokenise a dataset of any accepted form and drop what cannot be trained on. Nothing is truncated here.
+    """Tokenizes a dataset of any accepted form, and drops rows that cannot be trained on. Truncation happens later.
 
     Args:
         dataset: rows of one of these forms:
-            `prompt, chosen, rejected`, text or messages; without `prompt`, the common start is the prompt;
-            `prompt, completions` (best first, or with `scores`, or with `pairs`, a list of [better, worse] positions);
-            `prompt, completion`; `messages`;
-            `prompt_ids, chosen_ids, rejected_ids`; or the output of this function. The text forms may have `tools` (a
-            list or its JSON) and `chat_template_kwargs`.
-        tokenizer: gets its eos token as pad token if it has none.
-        max_length, truncation_mode: how the collator will truncate; they decide which rows are dropped.
-        target_column: a third completion of each row, y_ref of SLiC's regulariser.
-        gap_column: by how much chosen is better, for rows of one pair; a ranked row has its `scores`, or ranks.
-        ranked_pairs: which pairs a ranked row without `pairs` gives: all, each with the next, or best and worst.
+
+            - `prompt, chosen, rejected`, text or messages; without `prompt`, the common start is the prompt;
+            - `prompt, completions`, best first, or with `scores`, or with `pairs`, a list of [better, worse] positions;
+            - `prompt, completion`;
+            - `messages`;
+            - `prompt_ids, chosen_ids, rejected_ids`;
+            - the output of this function.
+
+            Rows of text or messages may have `tools` (a list or its JSON) and `chat_template_kwargs`.
+        tokenizer: its eos token becomes its pad token if it has none.
+        max_length, truncation_mode: how the collator will truncate. They decide which rows are dropped.
+        target_column: a third completion of each row: y_ref of SLiC's regularizer.
+        gap_column: by how much chosen is better, in rows of one pair. Ranked rows use their `scores`, or ranks.
+        ranked_pairs: which pairs a ranked row without `pairs` has: `all`, `adjacent` or `extremes`, see
+            `formats.ranked_pairs`.
         keep_columns: columns to keep as they are.
-        num_proc: processes that tokenise a map-style dataset; a stream is tokenised where it is read.
-        batch_size: rows that are tokenised together.
-        name: what log, progress bar and report call the dataset.
+        num_proc: number of processes that tokenize a map-style dataset. A stream is tokenized where it is read.
+        batch_size: number of rows that are tokenized together.
+        name: name of the dataset in log lines, progress bars and the report.
 
     Returns:
-        The dataset, columns as in `tokenize.GROUP_FEATURES` plus `keep_columns`, and the report. After truncation a
-        ranked row may hold a completion that no pair refers to any more. A stream is filtered as it is read.
+        The dataset with the columns of `tokenize.GROUP_FEATURES` and `keep_columns`, and the report. A ranked row may
+        hold a completion that no pair refers to, because truncation removed its pairs. A stream is filtered as it is
+        read.
 
     Raises:
-        UserError: unknown form or option, unusable tokenizer, or no row is left (the message counts the reasons).
+        UserError: the form or an option is unknown, the tokenizer cannot be used, or no row is left (the message counts
+            the reasons).
     """
+    # Check everything before any row is read.
     _check_type(dataset, name)
     check_truncation(max_length, truncation_mode)
     check_ranked_pairs(ranked_pairs)
@@ -229,6 +241,8 @@ def prepare(
         raise UserError(f"the {name} data has no rows")
     form = detect_form(given)
     keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
+
+    # Tokenize. The features are given, because a batch of dropped rows alone would have lists of unknown type.
     features = None
     if dataset.features is not None:
         features = Features(GROUP_FEATURES | REMARK_FEATURES | {column: dataset.features[column] for column in keep})
@@ -241,26 +255,28 @@ def prepare(
         remove_columns=given,
         features=features,
     )
+
+    # Filter.
     report = PreparationReport(name, max_length)
     filtration = Filter(max_length, truncation_mode)
     columns = (*GROUP_FEATURES, *keep)
     if isinstance(dataset, IterableDataset):
         return _filter_stream(tokenise(), filtration, report, columns, batch_size), report
-    with _uncollected():
-        tokenised = tokenise(num_proc=num_proc, desc=f"Tokenising {name} data")
+    with _without_garbage_collection():
+        tokenised = tokenise(num_proc=num_proc, desc=f"Tokenizing {name} data")
         return _filter_rows(tokenised, filtration, report, columns, batch_size, num_proc), report
 
 
 def _check_type(dataset: Any, name: str) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         hint = f"; choose one of its splits: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
-        raise UserError(f"the {name} data is {type(dataset).__name__}, expected a datasets.Dataset or stream{hint}")
+        raise UserError(f"the {name} data is {type(dataset).__name__}; expected a Dataset or IterableDataset{hint}")
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Rows leave no cycles behind, and the garbage collector would walk through their lists of tokens time and again: a
-    third of the time that is not the tokenizer's own."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Switches the garbage collector off. It traverses the many lists of tokens again and again, which takes a third of
+    the time outside of the tokenizer, and rows leave no reference cycles to collect."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -278,7 +294,7 @@ def _filter_rows(
     batch_size: int,
     num_proc: int | None,
 ) -> Dataset:
-    # The verdicts are a small table beside the tokens, which are not written again.
+    """Counts and drops the rows of a map-style dataset. Verdicts are cached in a small table beside the tokens."""
     verdicts = tokenised.map(
         filtration,
         batched=True,
@@ -318,7 +334,7 @@ def _filter_stream(
 
 
 def _rows(batch: Mapping[str, list], names: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a batch of columns."""
+    """Returns the rows of a batch of columns."""
     columns = {name: batch[name] for name in names or batch}
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
@@ -330,17 +346,17 @@ def _kept_columns(
     gap_column: str | None,
     keep_columns: Sequence[str],
 ) -> tuple[str, ...]:
-    """`keep_columns`, and TRL's reference log-probs, once it is certain that all named columns are there."""
+    """Checks the columns that options name, and returns those to keep, including TRL's reference log-probs."""
     single = {"target_column": target_column, "gap_column": gap_column}
     named = {option: [name] if name else [] for option, name in single.items()} | {"keep_columns": keep_columns}
     for option, names in named.items():
         if missing := [name for name in names if name not in columns]:
             raise UserError(f"{option} names {missing}, but the dataset has the columns {sorted(columns)}")
     if target_column and form in (Form.GROUP, Form.SUPERVISED, Form.MESSAGES):
-        raise UserError(f"target_column={target_column!r} belongs to pairs; the dataset's form is {form.value}")
+        raise UserError(f"target_column={target_column!r} needs rows of pairs; the dataset's form is {form.value}")
     if gap_column and form not in (Form.PREFERENCE, Form.TOKENS):
-        raise UserError(f"gap_column={gap_column!r} belongs to rows of one pair; the dataset's form is {form.value}")
+        raise UserError(f"gap_column={gap_column!r} needs rows of one pair; the dataset's form is {form.value}")
     if taken := set(keep_columns) & {*GROUP_FEATURES, *REMARK_FEATURES}:
-        raise UserError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself; rename them")
+        raise UserError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself: rename them")
     references = _REFERENCE_COLUMNS if form is Form.TOKENS else ()
     return tuple(dict.fromkeys([*keep_columns, *(name for name in references if name in columns)]))

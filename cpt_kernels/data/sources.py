@@ -1,4 +1,4 @@
-"""Where datasets come from: a local file, a folder, or the hub."""
+"""Loads datasets from local files, folders and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..errors import UserError, user_error
 
-# File suffix -> the loader of `datasets`.
+# File suffix -> loader of the `datasets` library.
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -24,19 +24,19 @@ def load_data(
     streaming: bool = False,
     columns: Sequence[str] | Mapping[str, str] | None = None,
 ) -> Dataset | IterableDataset:
-    """Load one split of a dataset.
+    """Loads one split of a dataset.
 
     Args:
         name_or_path: a .json (a list of objects, or one object per line), .jsonl, .parquet or .csv file; a folder of
             such files, or one that `save_to_disk` wrote; or the name of a dataset on the hub.
         config: configuration of a hub dataset.
-        split: a file has only `train`. With None: `train` if there is one, else the only split there is.
-        streaming: read rows as they are needed, as an `IterableDataset`.
-        columns: keep only these; a mapping {name in the data: name here} renames them too.
+        split: name of the split. A file has only `train`. None: `train` if it exists, else the only split.
+        streaming: return an `IterableDataset` that reads rows as they are needed.
+        columns: keep only these columns. A mapping {name in the data: new name} also renames them.
 
     Raises:
-        UserError: nothing is there, or it is empty or malformed (for JSON, with the line); an unknown split or column.
-            Of a stream only the start is checked here; what is malformed further on raises datasets' own error there.
+        UserError: the data does not exist, is empty or malformed (the message gives the line of a JSON file), or has no
+            such split or column. In a stream only the first row is checked; later errors come from `datasets`.
     """
     path = Path(name_or_path).expanduser()
     if not path.exists() and _looks_like_path(str(name_or_path)):
@@ -61,7 +61,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _load_file(path: Path, config: str | None, split: str | None, streaming: bool):
     if path.suffix not in _LOADERS:
-        raise UserError(f"{path} is no {', '.join(_LOADERS)} file")
+        raise UserError(f"{path} is not a {', '.join(_LOADERS)} file")
     if config is not None:
         raise UserError(f"config={config!r} chooses a configuration of a hub dataset, but {path} is a file")
     if split is not None and split.split("[")[0] != "train":
@@ -75,10 +75,10 @@ def _load_folder(path: Path, config: str | None, split: str | None, streaming: b
     files = sorted(file for file in path.rglob("*") if file.suffix in _LOADERS and file.name != "dataset_info.json")
     if not files:
         raise UserError(f"the folder {path} holds no {', '.join(_LOADERS)} file and is not from `save_to_disk`")
-    # With a README, the folder is a copy of a hub dataset, which says itself which files count.
+    # A folder with a README is a copy of a hub dataset, and its README says which files to read.
     loaders = {_LOADERS[file.suffix] for file in files}
     if len(loaders) > 1 and not (path / "README.md").exists():
-        raise UserError(f"the folder {path} mixes {' and '.join(sorted(loaders))} files: choose one file")
+        raise UserError(f"the folder {path} mixes {' and '.join(sorted(loaders))} files: name one file instead")
     return _read_files(files, str(path), streaming, name=config, split=split)
 
 
@@ -100,7 +100,7 @@ def _load_hub(name: str, config: str | None, split: str | None, streaming: bool)
             return load_dataset(name, config, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"{name!r} is no local file or folder, and the hub did not give a dataset of this name: {error}"
+            f"{name!r} is not a local file or folder, and the hub did not return a dataset of this name: {error}"
         ) from error
 
 
@@ -110,15 +110,15 @@ def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
     try:
         dataset = load_dataset(loader, streaming=streaming, **arguments)
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            if streaming:  # nothing has been read yet: meet a malformed start here, where it can be explained
+            if streaming:  # read the first row, so that a malformed start is reported here
                 has_rows = next(iter(part), None) is not None
             else:
                 has_rows = len(part) > 0
-                part.data.validate(full=True)  # the JSON loader lets text through that is not UTF-8
+                part.data.validate(full=True)  # the JSON loader accepts text that is not UTF-8
             if not has_rows:
                 raise UserError("no rows")
-    except (DatasetGenerationError, ValueError, AttributeError) as error:  # the last: pandas 2, of a list's items
-        # What datasets and pyarrow say names no line, and often neither the file nor the fault.
+    except (DatasetGenerationError, ValueError, AttributeError) as error:  # AttributeError: pandas 2 with list items
+        # The errors of datasets and pyarrow name no line, and often neither the file nor the fault.
         for file in files:
             if _LOADERS[file.suffix] == "json" and (fault := find_json_fault(file)):
                 raise UserError(f"{file}: {fault}") from error
@@ -127,7 +127,7 @@ def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
 
 
 def find_json_fault(path: Path) -> str | None:
-    """The first place where the file is neither a JSON list of objects nor one object per line, in words, or None."""
+    """Returns a description of the first fault in a file of JSON objects (a list, or one per line), or None."""
     rows = 0
     with path.open("rb") as file:
         is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
@@ -152,11 +152,11 @@ def find_json_fault(path: Path) -> str | None:
 
 def _find_row_fault(row: object) -> str | None:
     if not isinstance(row, dict):
-        return f"{type(row).__name__}, expected an object that names the columns"
+        return f"{type(row).__name__}; expected an object with the columns as keys"
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return f"half of a surrogate pair, {error.object[error.start]!r}, is no text"
+        return f"{error.object[error.start]!r} is half of a surrogate pair, which is not valid text"
     return None
 
 
@@ -170,7 +170,7 @@ def _choose_split(dataset, split: str | None, name: str | Path):
 
 
 def parse_columns(names: Sequence[str] | None) -> dict[str, str] | None:
-    """`name`, or `name in the data=name here`, of each column -> the mapping that `load_data` takes."""
+    """Parses `name` or `name in the data=new name` of each column into the mapping that `load_data` takes."""
     if names is None:
         return None
     return {old: new if equals else old for old, equals, new in (name.partition("=") for name in names)}
@@ -179,10 +179,10 @@ def parse_columns(names: Sequence[str] | None) -> dict[str, str] | None:
 def choose_columns(
     dataset: Dataset | IterableDataset, columns: Sequence[str] | Mapping[str, str], name: str | Path
 ) -> Dataset | IterableDataset:
-    """Only these columns; a mapping {name in the data: name here} renames them too.
+    """Keeps only these columns. A mapping {name in the data: new name} also renames them.
 
     Raises:
-        UserError: one is not there.
+        UserError: the dataset has no such column.
     """
     present = dataset.column_names or list(next(iter(dataset)))
     if missing := [column for column in columns if column not in present]:

@@ -80,7 +80,7 @@ def test_gaps_of_pairs_and_of_ranked_rows(tokenizer):
     own = [ranked | {"pairs": pairs} for pairs in ([[1, 0]], [[1, 0], [2, 0]])]
     kept, _ = prepared(own, tokenizer)
     assert [row["scores"] for row in kept] == [[2.0, 0.5], []]  # " fell" is not better than " was" by these scores
-    with pytest.raises(ValueError, match="gap_column='gap' belongs to rows of one pair; the dataset's form is ranked"):
+    with pytest.raises(ValueError, match="gap_column='gap' needs rows of one pair; the dataset's form is ranked"):
         prepared([ranked | {"gap": 1.0}], tokenizer, gap_column="gap")
     with pytest.raises(ValueError, match=r"gap_column names \['gap'\], but the dataset has the columns"):
         prepared([pair()], tokenizer, gap_column="gap")

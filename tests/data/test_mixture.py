@@ -76,12 +76,12 @@ def test_parts_that_cannot_be_loaded(folder, monkeypatch, part, message):
     ("second", "options", "message"),
     [
         ({"name": "x"}, {}, r"datasets\[1\] has no path"),
-        ("b.jsonl", {}, r"datasets\[1\] is 'b.jsonl', expected a mapping"),
-        ({"path": "b.jsonl", "columns": "prompt"}, {}, r"datasets\[1\]: columns is 'prompt', expected a list of names"),
+        ("b.jsonl", {}, r"datasets\[1\] is 'b.jsonl'; expected a mapping"),
+        ({"path": "b.jsonl", "columns": "prompt"}, {}, r"datasets\[1\]: columns is 'prompt'; expected a list of names"),
         ({"path": "b.jsonl", "fraction": float("inf")}, {}, r"datasets\[1\]: fraction is inf"),
         ({"path": "b.jsonl", "weight": 2}, {}, r"datasets\[1\] has the unknown key weight; it takes path, name"),
-        ({"path": "b.jsonl", "fraction": 1}, {}, "fraction is given for some and not for others"),
-        ({"path": "b.jsonl", "fraction": -1}, {}, r"datasets\[1\]: fraction is -1, expected a number above 0"),
+        ({"path": "b.jsonl", "fraction": 1}, {}, "fraction is set for some datasets only"),
+        ({"path": "b.jsonl", "fraction": -1}, {}, r"datasets\[1\]: fraction is -1; expected a number above 0"),
         ({"path": "b.jsonl", "fraction": 1}, {"streaming": True}, r"datasets\[1\]: fraction needs the number of rows"),
         ({"path": "b.jsonl"}, {"streaming": True, "test_size": 0.1}, "test_split_size needs the number of rows"),
     ],
@@ -92,5 +92,5 @@ def test_bad_parts(second, options, message):
 
 
 def test_no_parts():
-    with pytest.raises(ValueError, match="datasets names no dataset"):
+    with pytest.raises(ValueError, match="datasets is empty"):
         load_mixture([])

@@ -57,16 +57,16 @@ def test_json_lines_in_a_json_file(folder):
     ("name", "content", "message"),
     [
         ("a.jsonl", LINES + '{"prompt": "p"\n' + LINES, "a.jsonl: line 4, column 15: Expecting ',' delimiter"),
-        ("a.jsonl", LINES + "\n\n[1, 2]\n", "a.jsonl: line 6: list, expected an object"),
+        ("a.jsonl", LINES + "\n\n[1, 2]\n", "a.jsonl: line 6: list; expected an object"),
         ("a.jsonl", b'{"prompt": "\xe9"}\n' + LINES.encode(), "a.jsonl: line 1: not UTF-8, at the byte 0xe9"),
         (
             "a.jsonl",
             LINES + '{"prompt": "\\ud800", "chosen": "", "rejected": ""}\n',
-            "line 4: half of a surrogate pair",
+            "is half of a surrogate pair",
         ),
         ("a.jsonl", LINES + '{"prompt": "a\0b"}\n', "line 4, column 14: Invalid control character"),
         ("a.json", json.dumps(ROWS, indent=1)[:-2] + ",\n]", "a.json: line 17, column 1: "),
-        ("a.json", '[{"prompt": "p"}, "text"]', "a.json: item 1: str, expected an object"),
+        ("a.json", '[{"prompt": "p"}, "text"]', "a.json: item 1: str; expected an object"),
         ("a.json", "[]", "a.json: no rows"),
         ("a.jsonl", "\n \n", "a.jsonl: no rows"),
         ("a.jsonl", "", "a.jsonl is an empty file"),
@@ -99,13 +99,13 @@ def test_missing_paths(folder):
     for path in (folder / "a.jsonl", folder / "b", "a.jsonl", "./a", "~/no such folder"):
         with pytest.raises(ValueError, match=r"does not exist \(looked for /"):
             load_data(path)
-    with pytest.raises(ValueError, match=r"a\.txt is no \.json, \.jsonl, \.parquet, \.csv file"):
+    with pytest.raises(ValueError, match=r"a\.txt is not a \.json, \.jsonl, \.parquet, \.csv file"):
         load_data(write(folder / "a.txt", "text"))
 
 
 def test_hub_name_without_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="'no-such-owner/no-such-data' is no local file or folder, and the hub"):
+    with pytest.raises(ValueError, match="'no-such-owner/no-such-data' is not a local file or folder, and the hub"):
         load_data("no-such-owner/no-such-data")
 
 
@@ -142,7 +142,7 @@ def test_folders_that_cannot_be_read(folder):
         load_data(folder)
     (folder / "b.jsonl").unlink()
     write_rows(folder / "b.parquet")
-    with pytest.raises(ValueError, match="mixes json and parquet files: choose one file"):
+    with pytest.raises(ValueError, match="mixes json and parquet files: name one file"):
         load_data(folder)
 
 

@@ -84,13 +84,13 @@ def test_collators_pad_as_they_like(tmp_path):
     [
         (
             lambda rows: {"input_ids": torch.zeros(2, 2)},
-            "data_collator returned input_ids: it must be a PackedCollator",
+            "data_collator returned input_ids: use a PackedCollator",
         ),
         (
             lambda rows: dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), torch.ones(3, 4)),
             "3 sequences",
         ),
-        (collators.DataCollatorForPreference(0, max_length=1), "left nothing of a completion"),
+        (collators.DataCollatorForPreference(0, max_length=1), "truncated a whole completion"),
     ],
 )
 def test_collators_that_do_not_fit(tmp_path, collate, message):
@@ -309,7 +309,7 @@ def test_evaluation_of_whatever_is_given(tmp_path):
     assert one["held_out_logps/chosen"] == expected["eval_b_logps/chosen"]
     stream = trainer.evaluate(sets["a"].to_iterable_dataset())
     assert stream["eval_logps/chosen"] == pytest.approx(expected["eval_a_logps/chosen"], abs=1e-4)
-    with pytest.raises(ValueError, match=r"the eval data is list, expected a datasets.Dataset or stream"):
+    with pytest.raises(ValueError, match=r"the eval data is list; expected a Dataset or IterableDataset"):
         trainer.evaluate(list(sets["a"]))
 
 
