@@ -20,7 +20,7 @@ SUBJECTS = {
     "gpu_check": "all that wants a GPU: tests, comparisons and benchmarks, in eight minutes",
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
     "plot": "pictures of recorded results",
-    "readme": "the README's figures, from recorded results",
+    "readme": "the figures of README.md and docs/benchmarks.md, from recorded results",
 }
 
 

@@ -1,8 +1,8 @@
-"""The README's figures, written from recorded results: ``python -m bench readme``; ``--check`` only compares.
+"""Writes the figures of README.md and docs/benchmarks.md from recorded results: ``python -m bench readme``.
 
-A block of the README is what stands between ``<!-- bench: SUBJECT MACHINE -->`` and ``<!-- /bench -->``, MACHINE being
-a folder of bench/results. It is written from the machine's newest result of that subject, with the command that made
-it; pictures of that result are drawn beside it. No figure of a benchmark stands in the README outside of a block.
+A generated block lies between ``<!-- bench: SUBJECT MACHINE -->`` and ``<!-- /bench -->``; MACHINE is a folder of
+bench/results. The block shows the machine's newest result of that subject and the command that measured it. Plots of
+that result are drawn beside it. Every benchmark figure on these pages is in such a block. ``--check`` only compares.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import plot
 from .step import compared_with
 from .timing import RESULTS, ROOT, folder_name
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 _BLOCK = re.compile(r"(<!-- bench: (\w+) ([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _NAMES = {
     "ours": "cpt_kernels",
@@ -34,44 +34,45 @@ _TRL = ("trl", "trl-tuned")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench readme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit code 1 where README and results differ")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a page and the results differ")
     options = parser.parse_args(arguments)
-    old = README.read_text()
-    new = written(old)
+    pages = {path: updated(path.read_text()) for path in PAGES}
     if options.check:
-        print("README.md is what the results say" if old == new else "README.md differs: python -m bench readme")
-        return int(old != new)
-    README.write_text(new)
-    for subject, machine in dict.fromkeys((match[2], match[3]) for match in _BLOCK.finditer(new)):
-        if subject in plot.DRAWINGS:
-            plot.DRAWINGS[subject](newest(subject, machine), RESULTS / machine)
-    print(f"written: {README.name}, {len(_BLOCK.findall(new))} blocks")
+        stale = [path.relative_to(ROOT) for path, text in pages.items() if path.read_text() != text]
+        print(f"{', '.join(map(str, stale))}: run python -m bench readme" if stale else "the pages match the results")
+        return int(bool(stale))
+    for path, text in pages.items():
+        path.write_text(text)
+        for subject, machine in dict.fromkeys((match[2], match[3]) for match in _BLOCK.finditer(text)):
+            if subject in plot.DRAWINGS:
+                plot.DRAWINGS[subject](newest(subject, machine), RESULTS / machine)
+        print(f"written: {path.relative_to(ROOT)}, {len(_BLOCK.findall(text))} blocks")
     return 0
 
 
-def written(text: str) -> str:
-    """``text`` with every block as the results have it."""
+def updated(text: str) -> str:
+    """Returns ``text`` with every block generated again."""
     return _BLOCK.sub(lambda match: match[1] + block(match[2], match[3]) + match[4], text)
 
 
 def block(subject: str, machine: str) -> str:
-    """Markdown of the newest result.
+    """Returns the Markdown of a machine's newest result.
 
     Raises:
-        ValueError: a subject that has no block, or no result on that machine.
+        ValueError: the subject has no block, or the machine has no result of it.
     """
     if subject not in BLOCKS:
-        raise ValueError(f"README: no block for '{subject}'; there are {', '.join(BLOCKS)}")
+        raise ValueError(f"no block for '{subject}': choose one of {', '.join(BLOCKS)}")
     result = newest("step" if subject == "headline" else subject, machine)
     return BLOCKS[subject](result).rstrip() + "\n"
 
 
 def newest(subject: str, machine: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """The last recorded result of a subject."""
+    """Returns the newest recorded result of a subject."""
     found = [json.loads(path.read_text()) for path in sorted((folder / machine).glob("*.json"))]
     results = [whole[subject] for whole in found if subject in whole]
     if not results:
-        raise ValueError(f"README: no result of '{subject}' in bench/results/{machine}")
+        raise ValueError(f"no result of '{subject}' in bench/results/{machine}")
     return max(results, key=lambda result: result["date"])
 
 
@@ -79,14 +80,14 @@ def newest(subject: str, machine: str, folder: Path = RESULTS) -> dict[str, Any]
 
 
 def headline(result: dict[str, Any]) -> str:
-    """What a step's table comes to."""
+    """The README's one sentence about a training step; the table is :func:`step`."""
     measured = result["measured"]
     installed, tuned = (_median(measured[name]) / _median(measured[compared_with(name, measured)]) for name in _TRL)
     memory = measured["trl"]["peak_mib"] / measured["ours"]["peak_mib"]
     return (
-        f"For the same training steps TRL {result['versions']['trl']} takes {installed:.1f} times as long, in"
-        f" {memory:.1f} times the memory, as it installs, and {tuned:.2f} times as long with its head on completion"
-        f" rows and a tuned allocator ({_machine(result)}; [what was measured, and how](#measured)).\n"
+        f"For the same training steps, TRL {result['versions']['trl']} as installed takes {installed:.1f} times as long"
+        f" and {memory:.1f} times the memory; with its head limited to completion tokens and a tuned allocator it takes"
+        f" {tuned:.2f} times as long ({_machine(result)}; [what was measured](docs/benchmarks.md)).\n"
     )
 
 
@@ -132,9 +133,9 @@ def scaling(result: dict[str, Any]) -> str:
                 cells.append(f"{value}: {ratio:.2f} ({point[name]['gflop'] / point['ours']['gflop']:.2f})")
             rows.append([plot.TITLES[axis], _NAMES[name].format(**result["versions"]), "; ".join(cells)])
     return (
-        f"As work grows, seconds of a step × ours, medians of {result['options']['steps'] - 1} steps, in brackets what"
-        f" the operations predict; TRL has its allocator settings, ours has none ({_where(result)};"
-        f" [picture]({_picture(result, 'scaling')})):\n\n{_table(['', '', '× ours'], rows)}"
+        f"Seconds of a step as a multiple of ours, medians of {result['options']['steps'] - 1} steps; in parentheses"
+        f" the ratio of operations. TRL has the tuned allocator, ours does not ({_where(result)};"
+        f" [plot]({_picture(result, 'scaling')})):\n\n{_table(['', '', '× ours'], rows)}"
     )
 
 
@@ -145,9 +146,9 @@ def packing(result: dict[str, Any]) -> str:
         f"Packing of {options['rows']} pairs of {options['lengths']} lengths into micro-batches of {budgets[0]:,} to"
         f" {budgets[-1]:,} tokens on {ranks[0]} to {ranks[-1]} ranks ({_where(result)}): {result['pads']} pad tokens,"
         f" micro-batches at least {100 * result['fill']:.1f} % full in the mean over {options['epochs']} epochs, and in"
-        f" the worst step, on {worst['ranks']} ranks, one has {100 * worst['imbalance_worst']:.1f} % fewer tokens than"
-        f" another. Right-padded batches of {options['pairs']} such pairs are {100 * result['padded_share']:.0f} %"
-        " pads.\n"
+        f" the worst step, on {worst['ranks']} ranks, one rank has {100 * worst['imbalance_worst']:.1f} % fewer tokens"
+        f" than another. In right-padded batches of {options['pairs']} such pairs, {100 * result['padded_share']:.0f} %"
+        " of the tokens are pads.\n"
     )
 
 
@@ -181,11 +182,11 @@ def tokenize(result: dict[str, Any]) -> str:
         return f"{found[pairs, 'text'][key]:.1f} (chats {found[pairs, 'chat'][key]:.1f})"
 
     return (
-        f"Tokenising {result['rows']:,} pairs of real lengths, TRL's tokens,"
+        f"Tokenizing {result['rows']:,} pairs of real lengths to the same tokens,"
         f" {_runs(len(result['results'][0]['seconds']['trl']))} ({_where(result)}): {ratios(every, 'ratio')} times"
         f" TRL's rate for all pairs of four models, where a response is in several pairs, and {ratios(once, 'ratio')}"
-        f" where every text is there once; where TRL has `dataset_num_proc={result['processes']}`,"
-        f" {ratios(every, 'ratio_processes')} and {ratios(once, 'ratio_processes')}.\n"
+        f" times where every text occurs once. Against TRL with `dataset_num_proc={result['processes']}`:"
+        f" {ratios(every, 'ratio_processes')} and {ratios(once, 'ratio_processes')} times.\n"
     )
 
 
@@ -223,7 +224,7 @@ def crash(result: dict[str, Any]) -> str:
 
 
 def head(result: dict[str, Any]) -> str:
-    """All contestants at the most tokens; then how eager / ours goes with tokens."""
+    """A table of all contestants at the largest number of tokens, then the ratio eager / ours by tokens."""
     vocabs, ours = result["measured"], {3: "trained", 2: "frozen", 1: "score"}
     tokens = list(next(iter(vocabs.values())))
     header, rows = [""], []
@@ -247,10 +248,10 @@ def head(result: dict[str, Any]) -> str:
     return (
         f"The head, hidden size {options['hidden']:,}, {options['dtype']}, {int(tokens[-1]):,} completion tokens,"
         f" forward and backward, {_runs(options['rounds'], 'rounds')} ({_where(result)}). The floor is the matrix"
-        " products that are needed, alone; × ours is over the mode that differentiates the same:\n\n"
+        " products that are needed, alone; × ours compares with our mode that computes the same gradients:\n\n"
         f"{_table(header, rows)}\n"
         f"Eager / trained at {', '.join(f'{int(n):,}' for n in tokens)} tokens: {'; '.join(speeds) or 'not measured'}."
-        + (f" Not here: {absent}.\n" if absent else "\n")
+        + (f" Not run: {absent}.\n" if absent else "\n")
     )
 
 
@@ -270,7 +271,7 @@ def attention(result: dict[str, Any]) -> str:
             rows.append([*cells, *ratios])
     return (
         f"Attention with a shared prompt, {result['options']['dtype']}, {_runs(result['options']['rounds'], 'rounds')}"
-        f" ({_where(result)}); in brackets what the (query, key) pairs that are looked at predict:\n\n"
+        f" ({_where(result)}); in parentheses the ratio of (query, key) pairs computed:\n\n"
         f"{_table(header, rows)}"
     )
 
@@ -303,7 +304,7 @@ def _millions(count: int) -> str:
 
 
 def _where(result: dict[str, Any]) -> str:
-    """Machine, day and command, as they stand in a caption."""
+    """Returns machine, day and command for a caption."""
     command = re.sub(r" --device cpu\b", "", result["command"]).removesuffix(" --record")
     return f"{_machine(result)}, {result['date'][:10]}, `{command}`"
 
@@ -314,7 +315,8 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def _picture(result: dict[str, Any], subject: str) -> str:
-    return f"bench/results/{folder_name(result['machine'])}/{subject}.svg"
+    """Returns the path of a plot relative to docs/, where all plots are shown."""
+    return f"../bench/results/{folder_name(result['machine'])}/{subject}.svg"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
