@@ -33,10 +33,7 @@ FOLDERS = {
     "evaluation": {"reference", "generation", "pairs", "model", "data", "config"},
 }
 COMMANDS = {"cli", "demo"}  # on top: they import whatever they need
-SHOWS = COMMANDS | {
-    "report.py",
-    "exports.py",
-}  # what may parse arguments and print
+SHOWS = COMMANDS | {"report.py"}  # what may parse arguments and print
 USES_TRANSFORMERS = {"model", "reference", "training", "trainer", "config", "generation", *COMMANDS}
 NUMPY_ALONE = {
     "data/batches.py",

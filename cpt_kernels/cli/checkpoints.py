@@ -1,4 +1,4 @@
-"""Models to be evaluated: their names, and the reference, tokenizer and options that they were trained with."""
+"""Finds the names, reference, tokenizer and options of trained models that are evaluated."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..data.tokenize import check_same_tokenizer
 from ..errors import UserError
-from ..losses import LOSSES, loss_names
 from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
-from .options import Options, defaults
-from .parsing import parse
-from .train import CONFIG_FILE
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-# Options of cpt-train that an evaluation depends on.
+    from .options import Options
+
+# The options of cpt-train that affect an evaluation.
 SETTINGS = (
     *("beta", "max_length", "truncation_mode", "ranked_pairs", "dataset_num_proc"),
     *("share_prompts", "max_tokens_per_batch", "head_memory_mb", "attention_backend", "ref_cache_dir"),
@@ -32,14 +29,17 @@ SETTINGS = (
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
-Configs = Mapping[Path, Mapping[str, Any]]  # files that `cpt-train` wrote or reads, and what they hold
+Configs = Mapping[Path, Mapping[str, Any]]  # training configuration file -> its options
 
 
 def name_models(given: Sequence[str]) -> dict[str, str]:
-    """Name -> model, from NAME=MODEL, or from the last parts of the model's path, as many as tell all apart.
+    """Returns name -> model.
+
+    The name is given by NAME=MODEL, or consists of the last parts of the model's path, as many as make all names
+    different.
 
     Raises:
-        UserError: a name that is there twice.
+        UserError: two models have the same name.
     """
     named = [part.split("=", 1) if re.match(r"[^/=]+=", part) else (None, part) for part in given]
     paths = [path.rstrip("/") for _, path in named]
@@ -47,16 +47,21 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
         names = [name or "/".join(path.split("/")[-parts:]) for (name, _), path in zip(named, paths)]
         if len(set(names)) == len(names):
             return dict(zip(names, paths))
-    raise UserError(f"models names {next(name for name in names if names.count(name) > 1)} twice")
+    twice = next(name for name in names if names.count(name) > 1)
+    raise UserError(f"models has {twice} twice: give it once, or give one of them another name with NAME=MODEL")
 
 
 def read_configs(models: Sequence[str], config: Path | None) -> Configs:
-    """The one training configuration given, or else those beside the models, in their folder or above a checkpoint's;
-    first those whose loss has a reference.
+    """Reads the given training configuration, or else the one of each model.
+
+    A model's configuration is in its folder, or for a checkpoint in the folder above. Configurations whose loss has a
+    reference come first.
 
     Raises:
-        UserError: a model that is nowhere, or a file that is no such configuration.
+        UserError: a model does not exist, or a file is not a training configuration.
     """
+    from .train import CONFIG_FILE
+
     for model in models:
         path = Path(model).expanduser()
         if not path.is_dir() and (not _HUB_NAME.fullmatch(model) or ("/" in model and path.parent.is_dir())):
@@ -69,12 +74,16 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
 
 
 def choose_reference(given: str | None, configs: Configs, models: Sequence[str]) -> str | None:
-    """The reference asked for, or else the one that the models were trained against; where their losses have none, what
-    they started from.
+    """Returns the name of the reference, or None for an evaluation without one.
+
+    It is the given one, or else the one that the models were trained against. If their losses have no reference, it is
+    the model from which training started.
 
     Raises:
-        UserError: there is none, or there are several.
+        UserError: the configurations name no reference, or several.
     """
+    from .train import CONFIG_FILE
+
     if given is not None:
         return None if given.lower() == "none" else given
     against = {path: values for path, values in configs.items() if _has_reference(values)} or configs
@@ -82,26 +91,31 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
     for path, values in against.items():
         name = values.get("ref_model_name_or_path") or values.get("model_name_or_path")
         if name is None or (values.get("from_scratch") and not values.get("ref_model_name_or_path")):
-            raise UserError(f"{path} names no reference that could be loaded: give --reference, or --reference none")
+            raise UserError(f"{path} names no reference that can be loaded: give --reference MODEL or --reference none")
         names[name] = path
     if not names:
         raise UserError(
-            f"there is no {CONFIG_FILE} beside {' or '.join(models)} to tell the reference: give --reference MODEL, or"
-            " --reference none for log-probs alone"
+            f"there is no {CONFIG_FILE} beside {' or '.join(models)}, so the reference is unknown: give --reference"
+            " MODEL, or --reference none for log-probs alone"
         )
     if len(names) > 1:
-        raise UserError(f"the models were trained against {' and '.join(names)}: choose one by --reference")
+        raise UserError(f"the models were trained against {' and '.join(names)}: choose one with --reference")
     return next(iter(names))
 
 
-def read_options(
+def training_options(
     configs: Configs, flags: Sequence[str], *, model: str, data: str, output_dir: Path, reference: str | None, prog: str
 ) -> Options:
-    """The options of ``cpt-train`` that count here: those of the first configuration, flags over them.
+    """Returns the options of ``cpt-train``: those of the first configuration that affect an evaluation, and the flags.
+
+    A flag overrides the configuration.
 
     Raises:
-        UserError: an option without effect here, or a value that cannot be.
+        UserError: a flag is not in ``SETTINGS``, or a value is invalid.
     """
+    from .options import defaults
+    from .parsing import parse
+
     for text in flags:
         name = text[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if text.startswith("--") and name not in SETTINGS:
@@ -113,17 +127,19 @@ def read_options(
             argv += [f"--{name}", _as_flag(values[name])]
     argv += flags
     if {"--load_in_4bit", "--load_in_8bit"} & {*argv}:
-        argv.append("--use_peft")  # which quantised weights need in training; no adapter is made here
+        argv.append("--use_peft")  # cpt-train requires it for quantized weights; evaluation creates no adapter
     argv += ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(output_dir)]
     return parse([*argv, *(["--ref_model_name_or_path", reference] if reference else [])], prog)
 
 
 def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrainedTokenizerBase:
-    """The tokenizer of all models, or the one named for them.
+    """Loads the tokenizer that all models share, or the one that ``tokenizer_name`` names.
 
     Raises:
-        UserError: they have different ones, or the reference has.
+        UserError: two models, or a model and the reference, have different tokenizers.
     """
+    from ..data.tokenize import check_same_tokenizer
+
     model, training = options.model, options.training
     trust = training.trust_remote_code
     if model.tokenizer_name is not None:
@@ -134,26 +150,30 @@ def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrained
         other = load_named_tokenizer(name, "models", trust_remote_code=trust)
         if other.get_vocab() != first.get_vocab() or other.chat_template != first.chat_template:
             raise UserError(
-                f"{name} has another tokenizer or chat template than {models[0]}: name one for all by --tokenizer_name,"
-                " or evaluate them apart"
+                f"{name} has another tokenizer or chat template than {models[0]}: name one for all with"
+                " --tokenizer_name, or evaluate the models separately"
             )
     if (reference := load_ref_tokenizer(model, training)) is not None:
         check_same_tokenizer(first, reference)
     return first
 
 
-def loader(name: str, option: str, options: Options) -> Callable[[], nn.Module]:
-    """A function that loads a model, of the type and quantisation asked for."""
+def model_loader(name: str, option: str, options: Options) -> Callable[[], nn.Module]:
+    """Returns a function that loads a model with the dtype and quantization of the options."""
     return lambda: load_weights(name, option, options.model, options.training)
 
 
 def _has_reference(values: Mapping[str, Any]) -> bool:
+    """Returns whether a loss of the configuration needs a reference."""
+    from ..losses import LOSSES, loss_names
+    from .options import defaults
+
     losses = loss_names(values.get("loss_type", defaults()["loss_type"]))
     return any(loss in LOSSES and LOSSES[loss].needs_reference for loss in losses)
 
 
 def _as_flag(value: Any) -> str:
-    """A value of a YAML file as a flag has it."""
+    """Returns a value of a YAML file in the form of a command-line value."""
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 

@@ -1,12 +1,12 @@
-"""``cpt eval``: how good models are, on held-out pairs and on what they generate.
+"""``cpt eval``: evaluates models on held-out pairs, and by a judge on their outputs.
 
   cpt eval pairs --models runs/sft runs/dpo --data held_out.jsonl
   cpt eval win-rate --outputs dpo.jsonl --baseline sft.jsonl --judge my_package.judges:prefer
   cpt eval win-rate --outputs dpo.jsonl --baseline sft.jsonl --judge_model NAME --base_url URL
   cpt eval export --outputs dpo.jsonl --to model_outputs.json
 
-Every figure has a bootstrap interval over prompts. Tables are printed; numbers (JSON) and pictures (PNG, SVG) go to
---output_dir.
+Every figure has a bootstrap interval over prompts. The command prints tables, and writes the numbers (JSON) and
+pictures (PNG, SVG) to --output_dir.
 """
 
 from __future__ import annotations
@@ -16,80 +16,87 @@ import json
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from accelerate import PartialState
-from rich.console import Console
-
-from ..data.sources import load_data, parse_columns
 from ..errors import UserError
 from ..evaluation.judge import TEMPLATE, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
-from ..evaluation.judged import OutputEvaluation, differences
-from ..evaluation.outputs import Comparisons, choose, join, read_outputs, write_alpaca_eval
-from ..evaluation.pairs import LENGTH_EDGES, RATIO_EDGES, evaluate_pairs
+from ..evaluation.judged import OutputEvaluation, win_rate_differences
+from ..evaluation.outputs import Comparisons, as_alpaca_outputs, join, read_outputs, select_models
+from ..evaluation.pair_metrics import LENGTH_EDGES, RATIO_EDGES
 from ..evaluation.report import (
     difference_lines,
+    draw_judged,
     draw_pairs,
-    draw_win_rates,
     own_references,
     pair_tables,
     win_rate_notes,
     win_rate_table,
 )
-from ..evaluation.win_rate import CONFIDENCE, RESAMPLES
+from ..evaluation.win_rate import DEFAULT_BOOTSTRAP, Bootstrap
 from ..files import replacing, write_text
 from ..generation.endpoint import ENDPOINT_DEFAULTS, EndpointOptions
+from ..generation.exports import write_alpaca_eval
 from ..generation.prompts import Sampling
-from .checkpoints import (
-    SETTINGS,
-    choose_reference,
-    load_shared_tokenizer,
-    loader,
-    name_models,
-    read_configs,
-    read_options,
-)
+from .checkpoints import SETTINGS
 from .parsers import Help, Parser, add_endpoint_options
-from .train import quieten
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _JUDGE_FILE = "judged.jsonl"
-_BOOTSTRAP = ("resamples", "confidence", "seed")
-_WIDTH = 120  # of tables that do not go to a terminal
+_DETAILS = (".jsonl", ".parquet")
+_WIDTH = 120  # columns of tables that are not printed to a terminal
 
 
 def main(argv: Sequence[str], prog: str = "cpt eval") -> None:
-    """Run one of the commands.
+    """Runs one of the commands.
 
     Raises:
-        UserError: an unknown command or option, or data, models or a judge that cannot be used; the message says why.
+        UserError: a command or option is unknown, or the data, the models or the judge cannot be used.
     """
-    args, rest = _parser(prog).parse_known_args(argv)
+    args, rest = _evaluate_parser(prog).parse_known_args(argv)
     args.prog = f"{prog} {args.command}"
     if rest and args.command != "pairs":
         raise UserError(f"unknown option {rest[0]}; see {args.prog} --help")
-    args.training = rest
+    args.training = rest  # options of cpt-train
     if args.command != "export":
-        _check_output(args)
+        args.bootstrap = Bootstrap(args.resamples, args.confidence, args.seed)
+        _prepare_output(args)
     _COMMANDS[args.command][0](args)
 
 
 def score_pairs(args: argparse.Namespace) -> None:
-    """Score held-out pairs by every model, whole and by group."""
+    """Evaluates every model on held-out pairs, over all pairs and by group."""
+    from accelerate import PartialState
+
+    from ..data.sources import load_data, parse_columns
+    from ..evaluation.pairs import evaluate_pairs
+    from .checkpoints import (
+        choose_reference,
+        load_shared_tokenizer,
+        model_loader,
+        name_models,
+        read_configs,
+        training_options,
+    )
+    from .train import quieten
+
+    # The models, their reference, and the options that they were trained with.
     models = name_models(args.models)
     names = list(models.values())
     configs = read_configs(names, args.config)
     reference = choose_reference(args.reference, configs, names)
     given = {"model": names[0], "data": args.data, "output_dir": args.output_dir, "reference": reference}
-    options = read_options(configs, args.training, **given, prog=args.prog)
+    options = training_options(configs, args.training, **given, prog=args.prog)
     quieten(options.training)
     tokenizer = load_shared_tokenizer(names, options)
+
+    # Evaluate on all ranks; only the main process reports.
     evaluation = evaluate_pairs(
-        {name: loader(model, "models", options) for name, model in models.items()},
+        {name: model_loader(model, "models", options) for name, model in models.items()},
         load_data(args.data, split=args.split, columns=parse_columns(args.columns)),
         tokenizer,
-        reference=None if reference is None else loader(reference, "reference", options),
+        reference=None if reference is None else model_loader(reference, "reference", options),
         args=options.training,
         by=args.by,
         ratio_edges=args.ratio_edges,
@@ -97,11 +104,12 @@ def score_pairs(args: argparse.Namespace) -> None:
     )
     if not PartialState().is_main_process:
         return
-    bootstrap = {name: getattr(args, name) for name in _BOOTSTRAP}
-    summary, compared = evaluation.summary(**bootstrap), evaluation.differences(**bootstrap)
-    rewards = f"rewards against {reference}" if reference else "rewards of log-probs alone, without a reference"
+
+    # Files, then tables and notes on the terminal.
+    summary, compared = evaluation.summary(args.bootstrap), evaluation.differences(args.bootstrap)
+    rewards = f"rewards against {reference}" if reference else "rewards from log-probs alone, without a reference"
     title = f"{args.data}: {rewards}, beta {evaluation.beta:g}"
-    settings = {"models": models, "reference": reference, "data": args.data, **bootstrap}
+    settings = {"models": models, "reference": reference, "data": args.data, **vars(args.bootstrap)}
     settings |= {name: getattr(options.training, name) for name in ("beta", "max_length", "truncation_mode")}
     data_report = evaluation.report.summary()
     written = [
@@ -114,49 +122,50 @@ def score_pairs(args: argparse.Namespace) -> None:
     ]
     metrics = {"rewards/accuracies": ("accuracy", 100, "+.1f"), "rewards/margins": ("margin", 1, "+.3f")}
     lines = [
-        *(f"{model} is its own reference: all its rewards are 0" for model in own_references(summary)),
+        *(f"{model} equals the reference: all its rewards are 0" for model in own_references(summary)),
         *difference_lines(compared, metrics),
-        f"{title}; log-probs are sums over a response's tokens, in nats",
-        *([f"options as in {next(iter(configs))}"] if configs else []),
+        f"{title}; log-probs are sums over the tokens of a response, in nats",
+        *([f"options from {next(iter(configs))}"] if configs else []),
         *data_report,
     ]
     _print(pair_tables(summary, args.confidence), lines, written)
 
 
 def judge_outputs(args: argparse.Namespace) -> None:
-    """Have a judge compare outputs with a baseline's."""
+    """Lets a judge compare outputs with a baseline's."""
     ask = _make_judge(args)
     evaluations = [OutputEvaluation(each, ask(each)) for each in _read_comparisons(args)]
-    bootstrap = {name: getattr(args, name) for name in _BOOTSTRAP}
-    summaries = [evaluation.summary(**bootstrap) for evaluation in evaluations]
-    compared = differences(evaluations, **bootstrap)
+    summaries = [evaluation.summary(args.bootstrap) for evaluation in evaluations]
+    compared = win_rate_differences(evaluations, args.bootstrap)
     settings = {"outputs": args.outputs, "baseline": args.baseline, "judge": args.judge or args.judge_model}
     written = [
         _write_json(
             args.output_dir / "win_rate.json",
-            {"settings": settings | bootstrap, "models": summaries, "differences": compared},
+            {"settings": settings | vars(args.bootstrap), "models": summaries, "differences": compared},
         ),
-        *draw_win_rates(summaries, args.output_dir),
+        *draw_judged(summaries, args.output_dir),
     ]
     if args.details:
+        import pyarrow as pa
+
         rows = [row for evaluation in evaluations for row in evaluation.rows()]
         written.append(_write_details(args.details, pa.Table.from_pylist(rows)))
     lines = [
         *difference_lines(compared, {"win_rate": ("win rate", 100, "+.1f")}),
         *(note for summary in summaries for note in win_rate_notes(summary)),
-        "length-controlled as in arXiv 2404.04475, but without its instruction difficulty, which one model's outputs"
-        " cannot tell: not comparable to AlpacaEval's leaderboard",
+        "length-controlled as in arXiv 2404.04475, but without its instruction difficulty, which cannot be estimated"
+        " from one model's outputs: the rates are not comparable to AlpacaEval's leaderboard",
     ]
     _print([win_rate_table(summaries, args.confidence)], lines, written)
 
 
-def export(args: argparse.Namespace) -> None:
-    """Write a model's outputs as ``alpaca_eval --model_outputs`` reads them."""
+def export_outputs(args: argparse.Namespace) -> None:
+    """Writes a model's outputs in the form that ``alpaca_eval --model_outputs`` reads."""
     found = read_outputs(args.outputs)
-    chosen = choose(found, [args.model] if args.model else list(found), "model")
+    chosen = select_models(found, [args.model] if args.model else list(found), "model")
     if len(chosen) > 1:
         raise UserError(f"{args.outputs} has outputs of {', '.join(found)}: choose one by --model")
-    write_alpaca_eval(chosen[0], args.to)
+    write_alpaca_eval(args.to, chosen[0].model, as_alpaca_outputs(chosen[0]))
     print(f"{len(chosen[0])} outputs of {chosen[0].model} written to {args.to}")
 
 
@@ -164,27 +173,29 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _read_comparisons(args: argparse.Namespace) -> list[Comparisons]:
+    """Reads the outputs of the baseline and of every model, and pairs them by prompt."""
     of_baseline = read_outputs(args.baseline)
     wanted = [args.baseline_model] if args.baseline_model else list(of_baseline)
     if len(wanted) > 1:
         raise UserError(f"{args.baseline} has outputs of {', '.join(wanted)}: choose one by --baseline_model")
-    (baseline,) = choose(of_baseline, wanted, "baseline_model")
+    (baseline,) = select_models(of_baseline, wanted, "baseline_model")
     outputs = [each for path in args.outputs for each in read_outputs(path).values()]
     names = [each.model for each in outputs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"outputs of {twice[0]} are in several files: give one of them")
+        raise UserError(f"outputs of {twice[0]} are in several files: give only one of the files")
     if args.models:
-        outputs = choose({each.model: each for each in outputs}, args.models, "models")
+        outputs = select_models({each.model: each for each in outputs}, args.models, "models")
     elif len(outputs) > 1:
         outputs = [each for each in outputs if each != baseline]
     return [join(each, baseline) for each in outputs]
 
 
 def _make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
+    """Returns a function that asks the judge for its verdicts."""
     if args.judge:
         given = [name for name, default in _JUDGE_MODEL_DEFAULTS.items() if getattr(args, name) != default]
         if given:
-            raise UserError(f"{given[0]} has no effect on a Python function: it belongs to --judge_model")
+            raise UserError(f"{given[0]} has no effect with a Python function as judge, only with --judge_model")
         judge = load_judge(args.judge)
         return lambda comparisons: ask_function(judge, comparisons, args.both_orders)
     endpoint = EndpointOptions(args.judge_model, **{name: getattr(args, name) for name in ENDPOINT_DEFAULTS})
@@ -194,15 +205,13 @@ def _make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
     return lambda comparisons: ask_endpoint(comparisons, endpoint, sampling, file, template)
 
 
-# --- What is written ---
+# --- Results ---
 
 
-def _check_output(args: argparse.Namespace) -> None:
-    """What would make the end fail, before anything is scored or asked."""
-    if not 0 < args.confidence < 1 or args.resamples < 1:
-        raise UserError("confidence lies between 0 and 1, and resamples are at least 1")
-    if args.details and args.details.suffix not in _WRITERS:
-        raise UserError(f"details={args.details}: expected a {' or '.join(_WRITERS)} file")
+def _prepare_output(args: argparse.Namespace) -> None:
+    """Creates the output folder before anything is scored, so that a mistake does not cost a run."""
+    if args.details and args.details.suffix not in _DETAILS:
+        raise UserError(f"details={args.details}: expected a {' or '.join(_DETAILS)} file")
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -214,21 +223,21 @@ def _write_json(path: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def _write_jsonl(table: pa.Table, file: BinaryIO) -> None:
-    for batch in table.to_batches(max_chunksize=1000):
-        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
-
-
-_WRITERS = {".jsonl": _write_jsonl, ".parquet": pq.write_table}
-
-
 def _write_details(path: Path, table: pa.Table) -> Path:
+    import pyarrow.parquet as pq
+
     with replacing(path) as (temporary,), temporary.open("wb") as file:
-        _WRITERS[path.suffix](table, file)
+        if path.suffix == ".parquet":
+            pq.write_table(table, file)
+        else:
+            for batch in table.to_batches(max_chunksize=1000):
+                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
     return path
 
 
 def _print(tables: Iterable[Any], lines: Iterable[str], written: Iterable[Path]) -> None:
+    from rich.console import Console
+
     console = Console(soft_wrap=True)
     if not console.is_terminal:  # a file or a pipe has no width
         console.width = _WIDTH
@@ -242,8 +251,8 @@ def _print(tables: Iterable[Any], lines: Iterable[str], written: Iterable[Path])
 
 _COMMANDS = {
     "pairs": (score_pairs, "implicit reward accuracy, margins and log-probs on held-out pairs"),
-    "win-rate": (judge_outputs, "win rate against a baseline's outputs, also length-controlled"),
-    "export": (export, "outputs in the form of alpaca_eval's model_outputs.json"),
+    "win-rate": (judge_outputs, "win rate against a baseline's outputs, plain and length-controlled"),
+    "export": (export_outputs, "outputs in the form of alpaca_eval's model_outputs.json"),
 }
 _JUDGE_MODEL_DEFAULTS = {
     **ENDPOINT_DEFAULTS,
@@ -254,7 +263,7 @@ _JUDGE_MODEL_DEFAULTS = {
 }
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _evaluate_parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     made = {
@@ -263,39 +272,49 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     }
     _add_pairs_options(made["pairs"])
     _add_win_rate_options(made["win-rate"])
+    default = DEFAULT_BOOTSTRAP
     for name in ("pairs", "win-rate"):
         group = made[name].add_argument_group("Intervals and files")
-        group.add_argument("--confidence", type=float, default=CONFIDENCE, metavar="P", help="[%(default)s]")
-        group.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help="[%(default)s]")
-        group.add_argument("--seed", type=int, default=0, metavar="N", help="of the resampling [0]")
+        group.add_argument("--confidence", type=float, default=default.confidence, metavar="P", help="[%(default)s]")
+        group.add_argument("--resamples", type=int, default=default.resamples, metavar="N", help="[%(default)s]")
+        group.add_argument(
+            "--seed", type=int, default=default.seed, metavar="N", help="of the resampling [%(default)s]"
+        )
         group.add_argument("--output_dir", type=Path, default=Path("runs/eval"), metavar="FOLDER", help="[%(default)s]")
-        group.add_argument("--details", type=Path, metavar="FILE", help="also a row for each pair: .jsonl or .parquet")
+        group.add_argument("--details", type=Path, metavar="FILE", help="also write each pair: .jsonl or .parquet")
     add = made["export"].add_argument
     add("--outputs", required=True, metavar="FILE", help="outputs of cpt generate")
-    add("--model", metavar="NAME", help="whose, where the file has several")
-    add("--to", required=True, type=Path, metavar="FILE", help="the JSON file")
+    add("--model", metavar="NAME", help="the model to export, if the file has several")
+    add("--to", required=True, type=Path, metavar="FILE", help="the JSON file to write")
     return parser
 
 
 def _add_pairs_options(parser: argparse.ArgumentParser) -> None:
     names = textwrap.wrap(", ".join(f"--{name}" for name in SETTINGS), 112, break_on_hyphens=False)
-    parser.epilog = "\n  ".join(["options of cpt-train, as in training or else with their defaults:", *names])
+    parser.epilog = "\n  ".join(["options of cpt-train, with the values of training or else their defaults:", *names])
     group = parser.add_argument_group("Models and data")
     add = group.add_argument
     add("--models", nargs="+", required=True, metavar="MODEL", help="folders or hub names; NAME=MODEL names one")
     add("--data", required=True, metavar="DATA", help="pairs: a file, a folder or a hub name")
-    add("--split", metavar="NAME", help="of the data")
-    add("--columns", nargs="+", metavar="NAME", help="to read: name, or 'name in the data=name here'")
+    add("--split", metavar="NAME", help="split of the data")
+    add("--columns", nargs="+", metavar="NAME", help="columns to read: name, or 'name in the data=name here'")
     add(
         "--reference",
         metavar="MODEL",
-        help="[the one that the models were trained against, by the training_config.yaml beside them]; none: without",
+        help="folder or hub name, or none [from the training_config.yaml beside the models]",
     )
-    add("--config", type=Path, metavar="FILE", help="a training configuration to take options and reference from")
+    add("--config", type=Path, metavar="FILE", help="training configuration with the options and the reference")
     add = parser.add_argument_group("Groups").add_argument
     add("--by", nargs="+", default=[], metavar="COLUMN", help="columns to group by, besides the models of a pair")
     ratios, lengths = (" ".join(map(str, edges)) for edges in (RATIO_EDGES, LENGTH_EDGES))
-    add("--ratio_edges", nargs="+", type=float, default=RATIO_EDGES, metavar="X", help=f"chosen / rejected [{ratios}]")
+    add(
+        "--ratio_edges",
+        nargs="+",
+        type=float,
+        default=RATIO_EDGES,
+        metavar="X",
+        help=f"chosen / rejected tokens [{ratios}]",
+    )
     add("--length_edges", nargs="+", type=float, default=LENGTH_EDGES, metavar="N", help=f"chosen tokens [{lengths}]")
 
 
@@ -304,8 +323,8 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
     form = "prompt, model, response (cpt generate), or instruction, output, generator (AlpacaEval)"
     add("--outputs", nargs="+", required=True, metavar="FILE", help=form)
     add("--baseline", required=True, metavar="FILE", help="the baseline's outputs")
-    add("--models", nargs="+", metavar="NAME", help="only these of the outputs' models")
-    add("--baseline_model", metavar="NAME", help="whose, where the file has several")
+    add("--models", nargs="+", metavar="NAME", help="use only the outputs of these models")
+    add("--baseline_model", metavar="NAME", help="the baseline, if its file has several models")
     group = parser.add_argument_group("The judge")
     judge = group.add_mutually_exclusive_group(required=True)
     judge.add_argument(
@@ -315,16 +334,25 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
         " 'output_2' or 'tie'",
     )
     judge.add_argument("--judge_model", metavar="NAME", help="a model behind an OpenAI-compatible endpoint")
-    group.add_argument("--both_orders", action="store_true", help="swap the outputs, too; a judging model's always are")
+    group.add_argument(
+        "--both_orders",
+        action="store_true",
+        help="also ask with the outputs swapped [always for --judge_model]",
+    )
     group = parser.add_argument_group("The judging model")
     add = group.add_argument
     add(
         "--judge_file",
         type=Path,
         metavar="FILE",
-        help=f"its replies; none is asked for twice [{_JUDGE_FILE} in --output_dir]",
+        help=f"file of its replies, which are reused [{_JUDGE_FILE} in --output_dir]",
     )
-    add("--judge_template", type=Path, metavar="FILE", help=f"jinja: prompt, output_1, output_2 [{TEMPLATE.name}]")
+    add(
+        "--judge_template",
+        type=Path,
+        metavar="FILE",
+        help=f"jinja: prompt, output_1, output_2 [{TEMPLATE.name}]",
+    )
     add("--max_new_tokens", type=int, metavar="N", help="[%(default)s]")
     add("--temperature", type=float, metavar="T", help="[%(default)s]")
     add_endpoint_options(group)

@@ -1,7 +1,8 @@
-"""Who compares two outputs: a Python function, or a model behind an OpenAI-compatible endpoint.
+"""Judges that compare two outputs: a Python function, or a model behind an OpenAI-compatible endpoint.
 
-A judge sees ``output_1`` and ``output_2`` and says how much it prefers the first: 1 where it is better, 0 where the
-second is, 1/2 for a tie, or anything between. Asked in both orders, what it has for whichever stands first cancels out.
+A judge sees ``output_1`` and ``output_2`` and returns its preference for the first: 1 if the first is better, 0 if the
+second is better, 1/2 for a tie, or any value between. If a judge is asked in both orders, a bias towards the output in
+the first position cancels out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .outputs import Comparisons
 Judge = Callable[[str, str, str], "float | str"]  # (prompt, output_1, output_2) -> preference, or one of _WINNERS
 
 TEMPLATE = Path(__file__).with_name("judge.jinja")
-NO_VERDICT = "no verdict in the reply"  # one of the reasons in `Verdicts.failures`
+NO_VERDICT = "no verdict in the reply"  # a reason in `Verdicts.failures`
 _WINNERS = {"output_1": 1.0, "output_2": 0.0, "tie": 0.5}
 _VARIABLES = {"prompt", "output_1", "output_2"}
 _VERDICT = re.compile(r"\[\[(1|2|tie)\]\]", re.IGNORECASE)
@@ -45,10 +46,10 @@ class Verdicts:
     """Preferences for a model's output over the baseline's, for n comparisons.
 
     Attributes:
-        orders: (n, 1) or (n, 2) preference in each order that was asked, the model's output first and then second; NaN
-            where the judge gave none.
-        failures: reason -> how many answers are missing for it.
-        identical: comparisons of equal outputs, which are ties and were not asked.
+        orders: (n, 1) or (n, 2) preference in each order that was asked. In column 0 the model's output stands first,
+            in column 1 second. NaN means that there is no verdict.
+        failures: reason -> number of verdicts that are missing for this reason.
+        identical: number of comparisons of equal outputs. They count as ties, and no judge is asked.
     """
 
     orders: NDArray[np.float64]
@@ -57,17 +58,20 @@ class Verdicts:
 
     @property
     def preferences(self) -> NDArray[np.float64]:
-        """(n,) means over the orders; NaN where one is missing."""
+        """(n,) mean over the orders; NaN if the verdict in one order is missing."""
         return self.orders.mean(axis=1)
 
     def first_rate(self) -> float | None:
-        """How much the output that stood first was preferred, whoever's it was: 1/2 without a position bias."""
+        """Returns the mean preference for the output in the first position: 1/2 means no position bias.
+
+        None if no comparison has verdicts in both orders.
+        """
         if (both := self._in_both_orders()) is None:
             return None
         return float((both[:, 0] + 1 - both[:, 1]).mean() / 2)
 
     def consistency(self) -> float | None:
-        """Share of comparisons in which both orders had the same winner, or both a tie."""
+        """Returns the share of comparisons with the same verdict in both orders, or None if there are none."""
         if (both := self._in_both_orders()) is None:
             return None
         return float((np.sign(both[:, 0] - 0.5) == np.sign(both[:, 1] - 0.5)).mean())
@@ -81,58 +85,58 @@ class Verdicts:
 
 
 def load_judge(name: str) -> Judge:
-    """The function that ``module:function`` names; modules of the working directory are found, too.
+    """Imports the function that ``module:function`` names, also from the working directory.
 
     Raises:
-        UserError: there is none.
+        UserError: the module or the function does not exist.
     """
     module, _, function = name.partition(":")
     if not module or not function:
-        raise UserError(f"judge={name}: expected module:function, such as my_package.judges:prefer")
+        raise UserError(f"judge={name}: expected module:function, for example my_package.judges:prefer")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the command `cpt` does not have it there
+        sys.path.append(os.getcwd())  # the console script `cpt` does not add the working directory
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # something that the module itself needs
-        raise UserError(f"judge={name}: there is no module {error.name}") from error
+            raise  # the module exists, but one of its own imports is missing
+        raise UserError(f"judge={name}: the module {error.name} does not exist") from error
     for part in function.split("."):
         if not hasattr(found, part):
-            raise UserError(f"judge={name}: {module} has no {function}")
+            raise UserError(f"judge={name}: the module {module} has no {function}")
         found = getattr(found, part)
     if not callable(found):
-        raise UserError(f"judge={name}: {function} is {type(found).__name__}, not a function")
+        raise UserError(f"judge={name}: {function} is of type {type(found).__name__}, not a function")
     return found
 
 
 def ask_function(judge: Judge, comparisons: Comparisons, both_orders: bool = False) -> Verdicts:
-    """Call a judge for every comparison.
+    """Calls a judge for every comparison.
 
     Args:
-        both_orders: call it with the outputs swapped, too.
+        both_orders: call the judge a second time with the outputs swapped.
 
     Raises:
-        UserError: it returned neither a preference in [0, 1] nor "output_1", "output_2" or "tie".
+        UserError: the judge returned neither a preference in [0, 1] nor "output_1", "output_2" or "tie".
     """
     orders = np.empty((len(comparisons), 1 + both_orders))
     rows = zip(comparisons.prompts, comparisons.outputs, comparisons.baseline_outputs)
     for i, (prompt, output, baseline) in enumerate(tqdm(rows, "Judging", len(comparisons), disable=None)):
-        orders[i, 0] = _preference(judge(prompt, output, baseline), i)
+        orders[i, 0] = _as_preference(judge(prompt, output, baseline), i)
         if both_orders:
-            orders[i, 1] = 1 - _preference(judge(prompt, baseline, output), i)
+            orders[i, 1] = 1 - _as_preference(judge(prompt, baseline, output), i)
     return Verdicts(orders)
 
 
-def _preference(value: Any, number: int) -> float:
-    found = value.item() if getattr(value, "ndim", None) == 0 else value  # of an array or a tensor
+def _as_preference(value: Any, comparison: int) -> float:
+    found = value.item() if getattr(value, "ndim", None) == 0 else value  # an array or a tensor of one value
     if isinstance(found, str) and found in _WINNERS:
         return _WINNERS[found]
     if isinstance(found, Real) and 0 <= found <= 1:
         return float(found)
     raise UserError(
-        f"the judge returned {value!r} for comparison {number}: expected a preference for output_1 between 0 and 1, or"
-        f" one of {', '.join(map(repr, _WINNERS))}"
+        f"the judge returned {value!r} for comparison {comparison}: expected a preference for output_1 between 0"
+        f" and 1, or one of {', '.join(map(repr, _WINNERS))}"
     )
 
 
@@ -140,12 +144,12 @@ def _preference(value: Any, number: int) -> float:
 
 
 class JudgePrompt:
-    """The text that a judging model is asked, from a jinja template of ``prompt``, ``output_1`` and ``output_2``.
+    """Writes the question for a judging model, from a jinja template of ``prompt``, ``output_1`` and ``output_2``.
 
-    The reply's last line must hold one verdict: ``[[1]]``, ``[[2]]`` or ``[[tie]]``.
+    The last line of the reply must hold one verdict: ``[[1]]``, ``[[2]]`` or ``[[tie]]``.
 
     Raises:
-        UserError: no such file, no jinja, or other variables than these three.
+        UserError: the file cannot be read, is not a jinja template, or does not use exactly these three variables.
     """
 
     def __init__(self, path: str | Path = TEMPLATE) -> None:
@@ -158,7 +162,7 @@ class JudgePrompt:
             raise UserError(f"judge_template={path} cannot be used: {error}") from error
         if variables != _VARIABLES:
             raise UserError(
-                f"judge_template={path} has the variables {sorted(variables)}, expected {sorted(_VARIABLES)}"
+                f"judge_template={path} uses the variables {sorted(variables)}, expected {sorted(_VARIABLES)}"
             )
 
     def __call__(self, prompt: str, output_1: str, output_2: str) -> str:
@@ -166,7 +170,7 @@ class JudgePrompt:
 
     @staticmethod
     def read(reply: str) -> float | None:
-        """Preference for output 1, or None where the last line does not hold exactly one verdict."""
+        """Returns the preference for output 1, or None if the last line does not hold exactly one verdict."""
         lines = reply.strip().splitlines()
         found = _VERDICT.findall(lines[-1]) if lines else []
         return _PREFERENCES[found[0].lower()] if len(found) == 1 else None
@@ -179,20 +183,23 @@ def ask_endpoint(
     file: Path,
     prompt: JudgePrompt | None = None,
 ) -> Verdicts:
-    """Ask a model about every comparison, in both orders.
+    """Asks a model about every comparison, in both orders.
 
-    Replies are kept in a JSONL file as they come, each with the question: what was answered is never asked again,
-    whether this run was killed or another one asks the same. A reply without a verdict stays there, and counts as a
-    failure.
+    Every reply is appended with its question to a JSONL file as soon as it arrives. A question whose reply is in the
+    file is not asked again, neither after a killed run nor by another evaluation. A reply without a verdict stays in
+    the file and counts as a failure.
 
     Args:
-        sampling: of the reply.
-        file: rows of ``prompt, model, response``.
+        sampling: how replies are sampled.
+        file: the JSONL file, with rows of ``prompt, model, response``.
+        prompt: writes the questions; default the template that comes with the package.
 
     Raises:
-        UserError: the endpoint refuses, or ``file`` holds something else.
+        UserError: the endpoint refuses the requests, or ``file`` holds something other than such replies.
     """
     prompt = prompt or JudgePrompt()
+
+    # The questions, two for each comparison of different outputs. Equal questions are asked once.
     rows = list(zip(comparisons.prompts, comparisons.outputs, comparisons.baseline_outputs))
     different = [i for i, (_, output, baseline) in enumerate(rows) if output != baseline]
     questions = [
@@ -201,6 +208,8 @@ def ask_endpoint(
     ]
     requests = list({question.key: Request(question) for both in questions for question in both}.values())
     replies, failures = _collect_replies(requests, options, sampling, file)
+
+    # The verdicts: 1/2 for equal outputs, NaN for a missing verdict, else the preference for the model's output.
     verdicts = {key: prompt.read(reply) for key, reply in replies.items()}
     orders = np.full((len(rows), 2), 0.5)
     for i, (forward, backward) in zip(different, questions):
@@ -214,7 +223,11 @@ def ask_endpoint(
 def _collect_replies(
     requests: Sequence[Request], options: EndpointOptions, sampling: Sampling, file: Path
 ) -> tuple[dict[str, str], Counter[str]]:
-    """Key of a question -> the reply, once the endpoint was asked what the file lacks; and reason -> failures."""
+    """Asks the endpoint for the replies that the file lacks.
+
+    Returns:
+        The reply to each question by the question's key, and the number of failures by reason.
+    """
     failures: Counter[str] = Counter()
     origin = {"extra_body": json.dumps(dict(options.extra_body), sort_keys=True)}
     with ResponseFile(file, options.model, sampling, origin) as replies:

@@ -1,4 +1,4 @@
-"""Judged outputs beside a baseline's: win rate, length-controlled win rate, and what to know of the judge."""
+"""Judged outputs against a baseline's: win rate, length-controlled win rate, and the bias of the judge."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..errors import UserError
 from ..pairs.build import factorize
 from .judge import Verdicts
 from .outputs import Comparisons
-from .win_rate import CONFIDENCE, RESAMPLES, interval, length_controlled_win_rate, win_rate
+from .win_rate import DEFAULT_BOOTSTRAP, Bootstrap, interval, length_controlled_win_rate, win_rate
 
 
 @dataclass(frozen=True)
 class OutputEvaluation:
-    """Comparisons and their verdicts.
+    """Comparisons of one model with the baseline, and their verdicts.
 
     Raises:
-        UserError: the judge gave no preference at all.
+        UserError: the judge gave no verdict at all.
     """
 
     comparisons: Comparisons
@@ -35,26 +35,25 @@ class OutputEvaluation:
 
     @property
     def judged(self) -> NDArray[np.bool_]:
-        """(n,) whether there is a preference."""
+        """(n,) True for each comparison with a verdict."""
         return ~np.isnan(self.verdicts.preferences)
 
-    def summary(self, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0) -> dict[str, Any]:
-        """Rates with bootstrap intervals over prompts, lengths in characters, counts, and the judge's position bias.
+    def summary(self, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> dict[str, Any]:
+        """Computes rates with bootstrap intervals over prompts, mean lengths in characters, counts and position bias.
 
-        A comparison without a verdict is in none of the rates. ``length_controlled`` is None where it is not
-        identified, see :func:`length_controlled_win_rate`.
+        The rates leave out comparisons without a verdict. ``length_controlled`` is None if it is not identified, see
+        :func:`length_controlled_win_rate`.
         """
-        bootstrap = {"resamples": resamples, "confidence": confidence, "seed": seed}
         pairs, judged = self.comparisons, self.judged
         wins = self.verdicts.preferences[judged]
         lengths = np.array([len(text) for text in pairs.outputs])[judged]
         baseline_lengths = np.array([len(text) for text in pairs.baseline_outputs])[judged]
         prompts = factorize(pairs.prompts)[judged]
-        controlled = length_controlled_win_rate(wins, lengths, baseline_lengths, prompts=prompts, **bootstrap)
+        controlled = length_controlled_win_rate(wins, lengths, baseline_lengths, prompts=prompts, bootstrap=bootstrap)
         return {
             "model": pairs.model,
             "baseline": pairs.baseline,
-            "win_rate": win_rate(wins, prompts=prompts, **bootstrap)._asdict(),
+            "win_rate": win_rate(wins, prompts=prompts, bootstrap=bootstrap)._asdict(),
             "length_controlled": None if controlled is None else controlled._asdict(),
             "prompts": len(np.unique(prompts)),
             "wins": int((wins > 0.5).sum()),
@@ -73,7 +72,8 @@ class OutputEvaluation:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each comparison: texts, preference (None without a verdict), and that of each order asked."""
+        """Returns a row for each comparison: its texts, its preference (None without a verdict), and that of each order
+        that was asked."""
         pairs, rows = self.comparisons, []
         for i, preference in enumerate(self.verdicts.preferences.tolist()):
             orders = [None if np.isnan(value) else value for value in self.verdicts.orders[i].tolist()]
@@ -91,7 +91,7 @@ class OutputEvaluation:
         return rows
 
     def by_prompt(self) -> dict[str, float]:
-        """Prompt -> mean preference, of what was judged."""
+        """Returns prompt -> mean preference over its comparisons with a verdict."""
         sums, counts = Counter[str](), Counter[str]()
         for prompt, preference, judged in zip(self.comparisons.prompts, self.verdicts.preferences, self.judged):
             if judged:
@@ -100,21 +100,18 @@ class OutputEvaluation:
         return {prompt: float(sums[prompt] / count) for prompt, count in counts.items()}
 
 
-def differences(
-    evaluations: Sequence[OutputEvaluation],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
+def win_rate_differences(
+    evaluations: Sequence[OutputEvaluation], bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
 ) -> list[dict[str, Any]]:
-    """Win rate of every further model minus that of the first, over the prompts that both were judged on."""
+    """Computes the win rate of every further model minus that of the first, over the prompts on which both were
+    judged."""
     first, *others = ((each.comparisons.model, each.by_prompt()) for each in evaluations)
     rows = []
     for model, preferences in others:
         values = np.array([value - first[1][prompt] for prompt, value in preferences.items() if prompt in first[1]])
         row = {"model": model, "minus": first[0], "prompts": len(values)}
         if len(values):
-            low, high = interval(values, resamples=resamples, confidence=confidence, seed=seed)
+            low, high = interval(values, bootstrap=bootstrap)
             row["win_rate"] = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
             rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Outputs of models, as ``cpt generate`` or AlpacaEval writes them, and which of them answer the same prompt."""
+"""Reads outputs of models, as ``cpt generate`` or AlpacaEval writes them, and pairs them with a baseline's outputs."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..data.formats import RowError, parse_prompt, without_nulls
-from ..data.sources import load_data
+from ..data.formats import RowError, Text, parse_prompt, without_nulls
+from ..data.response_columns import ALPACA_COLUMNS, RESPONSE_COLUMNS
 from ..errors import UserError
-from ..files import write_text
+from ..generation.exports import AlpacaOutput
+from ..generation.prompts import single_instruction
 
-# Columns of a file: prompt, output, name of the model. Without a name, the file's own serves.
-_FORMS = (("prompt", "response", "model"), ("instruction", "output", "generator"))
+_FORMS = (RESPONSE_COLUMNS, ALPACA_COLUMNS)  # each: prompt, model, response; the column of models is optional
 _SHOWN = 60  # characters of a prompt in a message
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What one model answered.
+class ModelOutputs:
+    """The outputs of one model.
 
     Attributes:
         responses: prompt -> responses to it, in the order of the file.
-        conversations: prompts of several turns, which stand here as JSON.
+        conversations: the prompts of several turns; their text is JSON.
     """
 
     model: str
@@ -37,12 +36,13 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """n prompts that a model and the baseline both answered; a prompt with several responses counts as several.
+    """n pairs of outputs to the same prompt, one of a model and one of the baseline.
 
     Attributes:
-        model, baseline: their names.
-        prompts, outputs, baseline_outputs: n texts each.
-        without_baseline, without_output: prompts that only the one or the other answered.
+        model, baseline: names of the two.
+        prompts, outputs, baseline_outputs: n texts each. A prompt with several responses occurs several times.
+        without_baseline: number of prompts that only the model answered.
+        without_output: number of prompts that only the baseline answered.
     """
 
     model: str
@@ -57,60 +57,69 @@ class Comparisons:
         return len(self.prompts)
 
 
-def read_outputs(path: str | Path) -> dict[str, Outputs]:
-    """Model -> its outputs, from a JSONL, JSON, Parquet or CSV file with the columns ``prompt, response, model`` or, as
-    AlpacaEval has them, ``instruction, output, generator``.
+def read_outputs(path: str | Path) -> dict[str, ModelOutputs]:
+    """Reads the outputs of each model from a JSONL, JSON, Parquet or CSV file.
 
-    A conversation of one turn, besides a system prompt, is the same prompt as that turn's text.
+    The columns are ``prompt, model, response``, or AlpacaEval's ``instruction, generator, output``. A conversation of
+    one turn (apart from a system prompt) is the same prompt as the text of that turn.
+
+    Returns:
+        The outputs by the name of the model.
 
     Raises:
-        UserError: no such file, other columns, or a row without a prompt or a response; the message names it.
+        UserError: the file does not exist or has other columns, or a row lacks a prompt or a response; the message
+            names the row.
     """
+    from ..data.sources import load_data
+
     data = load_data(path)
-    form = next((form for form in _FORMS if set(form[:2]) <= set(data.column_names)), None)
+    form = next((form for form in _FORMS if {form[0], form[2]} <= set(data.column_names)), None)
     if form is None:
         expected = " or ".join(", ".join(form) for form in _FORMS)
         raise UserError(f"{path} has the columns {sorted(data.column_names)}; outputs have {expected}")
     responses: dict[str, dict[str, list[str]]] = {}
     conversations = set()
     for number, row in enumerate(data.select_columns([name for name in form if name in data.column_names])):
-        prompt, response, model = (row.get(name) for name in form)
+        prompt, model, response = (row.get(name) for name in form)
         if not prompt or not isinstance(response, str):
-            name = form[1] if prompt else form[0]
+            name = form[2] if prompt else form[0]
             raise UserError(f"{path}, row {number} (from 0): {name} is {row.get(name)!r}, expected text")
         model = Path(path).stem if model is None else str(model)
         try:
-            text, is_conversation = _text(parse_prompt(row, form[0]).prompt)
+            content = parse_prompt(row, form[0]).prompt
         except RowError as error:
             raise UserError(f"{path}, row {number} (from 0): {error.detail}") from error
-        if is_conversation:
+        text = single_instruction(content)
+        if text is None:
+            text = _conversation_text(content)
             conversations.add(text)
         responses.setdefault(model, {}).setdefault(text, []).append(response)
     return {
-        model: Outputs(model, of_model, frozenset(conversations.intersection(of_model)))
+        model: ModelOutputs(model, of_model, frozenset(conversations.intersection(of_model)))
         for model, of_model in responses.items()
     }
 
 
-def choose(found: Mapping[str, Outputs], names: Sequence[str], option: str) -> list[Outputs]:
-    """Some of a file's models.
+def select_models(found: Mapping[str, ModelOutputs], names: Sequence[str], option: str) -> list[ModelOutputs]:
+    """Returns the outputs of the models that ``option`` names.
 
     Raises:
-        UserError: one is not there.
+        UserError: the file has no outputs of a model.
     """
     if lacking := [name for name in names if name not in found]:
-        raise UserError(f"{option}={lacking[0]}: the outputs are of {', '.join(found)}")
+        raise UserError(f"{option}={lacking[0]}: the file has outputs of {', '.join(found)}")
     return [found[name] for name in names]
 
 
-def join(outputs: Outputs, baseline: Outputs) -> Comparisons:
-    """Outputs beside the baseline's to the same prompt, in the order of the baseline's file.
+def join(outputs: ModelOutputs, baseline: ModelOutputs) -> Comparisons:
+    """Pairs each output with the baseline's output to the same prompt, in the order of the baseline's file.
 
-    Where both answered a prompt several times, the first is compared with the first, and so on; where one of them
-    answered it once, this one is compared with all of the other's.
+    If both answered a prompt n times, the i-th output is compared with the i-th output of the baseline. If one of them
+    answered it once, that output is compared with every output of the other.
 
     Raises:
-        UserError: no prompt is in both, or one was answered by them a different number of times.
+        UserError: the two have no prompt in common, or they answered a prompt a different number of times, both more
+            than once.
     """
     prompts, mine, theirs = [], [], []
     for prompt, answers in baseline.responses.items():
@@ -118,7 +127,7 @@ def join(outputs: Outputs, baseline: Outputs) -> Comparisons:
         if own and len(own) != len(answers) and min(len(own), len(answers)) > 1:
             raise UserError(
                 f"{outputs.model} has {len(own)} responses to {_short(prompt)}, {baseline.model} has {len(answers)}:"
-                " give the same number of each, or one"
+                " give the same number of responses for both, or one response for one of them"
             )
         count = max(len(own), len(answers)) if own else 0
         prompts += [prompt] * count
@@ -134,11 +143,11 @@ def join(outputs: Outputs, baseline: Outputs) -> Comparisons:
     return Comparisons(outputs.model, baseline.model, prompts, mine, theirs, *unmatched)
 
 
-def write_alpaca_eval(outputs: Outputs, path: str | Path) -> None:
-    """Write ``model_outputs.json`` for ``alpaca_eval``: a list of ``instruction, output, generator``.
+def as_alpaca_outputs(outputs: ModelOutputs) -> list[AlpacaOutput]:
+    """Returns the rows that :func:`write_alpaca_eval` writes.
 
     Raises:
-        UserError: a prompt has several responses or several turns, which ``alpaca_eval`` does not know.
+        UserError: a prompt has several responses or several turns; ``alpaca_eval`` supports neither.
     """
     if outputs.conversations:
         raise UserError(
@@ -151,20 +160,12 @@ def write_alpaca_eval(outputs: Outputs, path: str | Path) -> None:
             raise UserError(
                 f"{outputs.model} has {len(responses)} responses to {_short(prompt)}; alpaca_eval takes one"
             )
-        rows.append({"instruction": prompt, "output": responses[0], "generator": outputs.model})
-    text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
-    write_text(Path(path), text)
+        rows.append(AlpacaOutput(prompt, responses[0]))
+    return rows
 
 
-def _text(prompt: Any) -> tuple[str, bool]:
-    """The prompt as text, and whether it is a conversation that no one turn stands for."""
-    if isinstance(prompt, str):
-        return prompt, False
-    turns = [without_nulls(turn) for turn in prompt]
-    said = [turn for turn in turns if turn["role"] != "system"]
-    if len(said) == 1 and isinstance(said[0].get("content"), str):
-        return said[0]["content"], False
-    return json.dumps(turns, ensure_ascii=False), True
+def _conversation_text(content: Text) -> str:
+    return json.dumps([without_nulls(turn) for turn in content], ensure_ascii=False)
 
 
 def _short(prompt: str) -> str:

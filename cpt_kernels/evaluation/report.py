@@ -1,4 +1,4 @@
-"""Evaluations to look at: tables for a terminal, pictures as PNG and SVG."""
+"""Shows evaluations: tables for a terminal, pictures as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from .judge import NO_VERDICT
-from .pairs import ALL
+from .pair_metrics import ALL
 
 Row = dict[str, Any]
 
 _FORMATS = ("png", "svg")
-# Metric of a pair -> what to call it, factor, format.
+# Metric of a pair -> (title, factor, format).
 _METRICS = {
     "rewards/accuracies": ("reward accuracy, %", 100, ".1f"),
     "rewards/margins": ("reward margin", 1, ".3f"),
@@ -32,7 +32,7 @@ _METRICS = {
 
 
 def pair_tables(summary: Sequence[Row], confidence: float) -> list[Table]:
-    """Every metric over all pairs, a column for each model; then a table for each grouping."""
+    """Returns a table of every metric over all pairs with a column for each model, and a table for each grouping."""
     whole = [row for row in summary if row["by"] == ALL]
     table = _table(f"{whole[0]['pairs']:,} pairs of {whole[0]['prompts']:,} prompts, mean [{confidence:.0%} interval]")
     table.add_column("")
@@ -42,11 +42,11 @@ def pair_tables(summary: Sequence[Row], confidence: float) -> list[Table]:
         table.add_row(title, *(_with_ends(row[metric], factor, format) for row in whole))
     tied = set(own_references(summary))
     grouped = [row for row in summary if row["by"] != ALL and row["model"] not in tied]
-    return [table, *(_group_table(by, rows) for by, rows in _split(grouped).items())]
+    return [table, *(_group_table(by, rows) for by, rows in _by_grouping(grouped).items())]
 
 
 def own_references(summary: Sequence[Row]) -> list[str]:
-    """Models whose rewards are 0 throughout: there is nothing to see in their groups."""
+    """Returns the models that equal the reference: all their rewards are 0, so the groups leave them out."""
     whole = [row for row in summary if row["by"] == ALL]
     return [row["model"] for row in whole if not any(row["rewards/margins"].values())]
 
@@ -75,10 +75,10 @@ def _group_table(by: str, rows: Sequence[Row]) -> Table:
 
 
 def difference_lines(differences: Iterable[Row], metrics: dict[str, tuple[str, float, str]]) -> list[str]:
-    """A line for each model that is compared with the first.
+    """Returns a line for each model that is compared with the first.
 
     Args:
-        metrics: name in the row -> what to call it, factor, format.
+        metrics: metric in the row -> (title, factor, format).
     """
     lines = []
     for row in differences:
@@ -90,9 +90,9 @@ def difference_lines(differences: Iterable[Row], metrics: dict[str, tuple[str, f
 
 
 def draw_pairs(summary: Sequence[Row], folder: Path, title: str) -> list[Path]:
-    """Accuracy and margin with their intervals, a row of panels for each grouping; returns the files."""
+    """Draws accuracy and margin with their intervals, a row of panels for each grouping, and returns the files."""
     tied = set(own_references(summary))
-    groupings = _split([row for row in summary if row["model"] not in tied] or summary)
+    groupings = _by_grouping([row for row in summary if row["model"] not in tied] or summary)
     models = list(dict.fromkeys(row["model"] for rows in groupings.values() for row in rows))
     values = {by: list(dict.fromkeys(row["value"] for row in rows)) for by, rows in groupings.items()}
     heights = [0.6 + 0.28 * len(names) * max(1, 0.6 * len(models)) for names in values.values()]
@@ -122,7 +122,7 @@ def draw_pairs(summary: Sequence[Row], folder: Path, title: str) -> list[Path]:
 
 
 def win_rate_table(summaries: Sequence[Row], confidence: float) -> Table:
-    """A line for each model."""
+    """Returns a table with a line for each model."""
     table = _table(f"Against {escape(summaries[0]['baseline'])}, mean [{confidence:.0%} interval]")
     table.add_column("model", overflow="fold")
     headings = ("win rate, %", "length-controlled, %", "wins / ties / losses")
@@ -144,39 +144,39 @@ def win_rate_table(summaries: Sequence[Row], confidence: float) -> Table:
 
 
 def win_rate_notes(summary: Row) -> list[str]:
-    """What must be known to read a model's line: what was not compared, and what the judge leans to."""
+    """Returns notes on a model's line in the table: outputs that were not compared, and the bias of the judge."""
     model, notes = summary["model"], []
     unmatched = (("without_baseline", summary["baseline"]), ("without_output", model))
     notes += [
-        f"{model}: {summary[name]} prompts were left out, as {other} did not answer them"
+        f"{model}: {summary[name]} prompts were left out because {other} did not answer them"
         for name, other in unmatched
         if summary[name]
     ]
     if summary["not_judged"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in summary["failures"].items())
-        again = "; start again to ask for what failed" if {*summary["failures"]} - {NO_VERDICT} else ""
+        again = "; run the command again to repeat the failed requests" if {*summary["failures"]} - {NO_VERDICT} else ""
         notes.append(
-            f"{model}: {summary['not_judged']} comparisons have no verdict and are in no rate (missing answers:"
-            f" {reasons}{again})"
+            f"{model}: {summary['not_judged']} comparisons have no verdict and are left out of the rates (missing"
+            f" answers: {reasons}{again})"
         )
     if summary["identical"]:
-        notes.append(f"{model}: {summary['identical']} outputs are the baseline's own, which is a tie")
+        notes.append(f"{model}: {summary['identical']} outputs equal the baseline's and count as ties")
     if summary["first_rate"] is not None:
         notes.append(
-            f"{model}: the judge preferred what stood first in {summary['first_rate']:.1%} (50% is no bias), and gave"
-            f" both orders the same winner in {summary['consistency']:.1%}"
+            f"{model}: the judge preferred the first position in {summary['first_rate']:.1%} (50% means no bias), and"
+            f" gave the same verdict in both orders in {summary['consistency']:.1%}"
         )
     if summary["length_controlled"] is None:
         longer = "longer" if summary["longer"] else "shorter"
         notes.append(
-            f"{model}: all its outputs are {longer} than the baseline's, so that being better and being {longer} look"
-            " the same: no length-controlled rate"
+            f"{model}: all its outputs are {longer} than the baseline's, so quality and length cannot be told apart: no"
+            " length-controlled rate"
         )
     return notes
 
 
-def draw_win_rates(summaries: Sequence[Row], folder: Path) -> list[Path]:
-    """Both rates of every model with their intervals; returns the files."""
+def draw_judged(summaries: Sequence[Row], folder: Path) -> list[Path]:
+    """Draws both win rates of every model with their intervals, and returns the files."""
     figure = _figure(8, 1.4 + 0.5 * len(summaries))
     axis = figure.subplots()
     for number, (name, label) in enumerate((("win_rate", "win rate"), ("length_controlled", "length-controlled"))):
@@ -190,14 +190,14 @@ def draw_win_rates(summaries: Sequence[Row], folder: Path) -> list[Path]:
     return _save(figure, folder, "win_rate")
 
 
-# --- Both ---
+# --- Shared by both ---
 
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def _split(summary: Sequence[Row]) -> dict[str, list[Row]]:
+def _by_grouping(summary: Sequence[Row]) -> dict[str, list[Row]]:
     return {by: [row for row in summary if row["by"] == by] for by in dict.fromkeys(row["by"] for row in summary)}
 
 
@@ -207,7 +207,7 @@ def _with_ends(estimate: dict[str, float], factor: float, format: str, mean: str
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # takes half a second
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -231,7 +231,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name may hold dollars
+        text.set_parse_math(False)  # a dollar sign in a name would start a formula
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.{format}" for format in _FORMATS]
     for file in files:

@@ -1,7 +1,8 @@
 """Responses of an OpenAI-compatible endpoint, through the ``openai`` client.
 
-Retries are made here and not in the client: a reply that is no JSON is retried, too, and when the endpoint asks one
-request to wait, all of them do. The key is read from the environment, and is in no message.
+The client retries failed requests. This module adds two things that the client cannot do: it retries a reply that is
+not valid JSON or has no answer, and if the endpoint asks one request to wait, all requests wait. The API key is read
+from the environment, and no message contains it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import logging
 import math
 import os
-import random
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds between two tries, where the endpoint asks for none
-_WORTH_SAYING = 60.0  # seconds of waiting
-_GIVE_UP = 20  # requests in a row that failed for good: no answer is to be expected any more
-_LONGEST_DETAIL = 300  # characters of the endpoint's own words
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before a request is sent again after a malformed reply
+_LONG_WAIT = 60.0  # seconds; a longer wait that the endpoint asks for is logged
+_GIVE_UP = 20  # consecutive requests without an answer after which the run stops
+_LONGEST_DETAIL = 300  # characters of an error message of the endpoint
 _OPENAI = "api.openai.com"
 
 
 @dataclass(frozen=True)
 class EndpointOptions:
-    """Which endpoint, and how it is treated.
+    """The endpoint, and how requests are sent to it.
 
     Raises:
-        UserError: a value out of its range; the message names it.
+        UserError: a value is out of range; the message names it.
     """
 
     model: str
-    base_url: str | None = None  # of $OPENAI_BASE_URL, or OpenAI's
-    api_key_env: str = "OPENAI_API_KEY"  # the variable that holds the key
-    concurrency: int = 16  # requests at a time
+    base_url: str | None = None  # None: $OPENAI_BASE_URL, or else OpenAI's
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    concurrency: int = 16  # number of requests in flight
     requests_per_minute: float | None = None
     max_retries: int = 8
-    timeout: float = 600.0  # seconds for one try
-    extra_body: Mapping[str, Any] = field(default_factory=dict)  # sent with every request, under these names
+    timeout: float = 600.0  # seconds without data from the endpoint after which a try fails
+    extra_body: Mapping[str, Any] = field(default_factory=dict)  # additional fields of every request
 
     def __post_init__(self) -> None:
         for name, valid in (
@@ -68,39 +68,41 @@ ENDPOINT_DEFAULTS = {name: value for name, value in vars(EndpointOptions("")).it
 
 
 class Endpoint:
-    """Answers requests, each on its own and many at a time.
+    """Answers requests by an endpoint, many at a time.
 
     Raises:
-        UserError: the openai package or the key is missing.
+        UserError: the openai package or the API key is missing.
     """
 
     def __init__(self, options: EndpointOptions, sampling: Sampling) -> None:
         if find_spec("openai") is None:
-            raise UserError("an endpoint is asked through the openai package: pip install 'cpt-kernels[openai]'")
+            raise UserError("an endpoint needs the openai package: pip install 'cpt-kernels[openai]'")
         self.options, self.sampling = options, sampling
         base_url = options.base_url or os.environ.get("OPENAI_BASE_URL")
         self._key = os.environ.get(options.api_key_env)
         if not self._key and base_url is None:
-            raise UserError(f"there is no key: set {options.api_key_env} in the environment, or give a base_url")
-        self._client_options = {"api_key": self._key or "none", "base_url": base_url, "max_retries": 0}
-        self._not_before = 0.0  # when the next request may be sent, on the clock of time.monotonic
-        self._in_vain = 0
+            raise UserError(f"the API key is missing: set {options.api_key_env} in the environment, or give a base_url")
+        self._client_options = {"api_key": self._key or "none", "base_url": base_url, "timeout": options.timeout}
+        self._not_before = 0.0  # earliest time of the next try, as time.monotonic() gives it
+        self._failed_in_a_row = 0
         self._has_answered = False
 
     def answer(self, requests: Sequence[Request], record: Record, answered: Container[int] = ()) -> None:
-        """Answer the requests that are not ``answered``, in their order but as the replies come.
+        """Sends the requests whose positions are not in ``answered``, and records each result as soon as it arrives.
 
         Raises:
-            UserError: the endpoint refuses the key or knows no such model, or does not answer any more. What was
-                recorded stands.
+            UserError: the endpoint refuses the key, does not have the model, or no longer answers. The results recorded
+                before stay valid.
         """
         asyncio.run(self._answer(requests, record, answered))
 
     async def _answer(self, requests: Sequence[Request], record: Record, answered: Container[int]) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         pending = (index for index in range(len(requests)) if index not in answered)
-        async with AsyncOpenAI(timeout=self.options.timeout, **self._client_options) as client:
+        # The hooks run at every try, also when the client retries by itself.
+        http = DefaultAsyncHttpxClient(event_hooks={"request": [self._before_try], "response": [self._after_try]})
+        async with AsyncOpenAI(http_client=http, **self._client_options) as client:
             workers = [
                 asyncio.create_task(self._work(client, requests, pending, record))
                 for _ in range(min(self.options.concurrency, len(requests)))
@@ -121,36 +123,38 @@ class Endpoint:
     async def _ask(self, client: AsyncOpenAI, request: Request) -> Answer | Failure:
         from openai import APIConnectionError, APIResponseValidationError, APIStatusError, APITimeoutError
 
-        failure = None
-        for attempt in range(self.options.max_retries + 1):
-            if failure is not None:
-                await asyncio.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT) * random.uniform(0.5, 1))
-            await self._wait_for_turn()
+        if request.prompt.tools or request.prompt.template_kwargs:
+            return Failure("tools", "tools and chat_template_kwargs of a row cannot be sent to an endpoint")
+        tries = 0
+        while True:
             try:
-                answer = await asyncio.wait_for(self._send(client, request), self.options.timeout)
+                left = self.options.max_retries - tries
+                reply = await self._send(client.with_options(max_retries=left), request)
+                tries += 1 + reply.retries_taken
+                answer = _read_reply(reply.parse())
+            except (_MalformedError, APIResponseValidationError, json.JSONDecodeError) as error:
+                if tries > self.options.max_retries:
+                    return self._count_failure(Failure("malformed reply", self._describe(error)))
+                await asyncio.sleep(min(_FIRST_WAIT * 2 ** (tries - 1), _LONGEST_WAIT))
             except APIStatusError as error:
                 failure = Failure(f"HTTP {error.status_code}", self._describe(error))
                 self._check_fatal(error, failure)
-                if not (error.status_code in (408, 409, 425, 429) or error.status_code >= 500):
-                    return self._count_failure(failure, refused=True)
-                self._hold_back(_retry_after(error.response.headers))
-            except (_MalformedError, APIResponseValidationError, json.JSONDecodeError) as error:
-                failure = Failure("malformed reply", self._describe(error))
-            except (asyncio.TimeoutError, APITimeoutError):
-                failure = Failure("timeout", f"no reply within timeout={self.options.timeout:g} s")
+                was_retried = error.status_code in (408, 409, 429) or error.status_code >= 500
+                return self._count_failure(failure, refused=not was_retried)
+            except APITimeoutError:
+                return self._count_failure(Failure("timeout", f"no reply within timeout={self.options.timeout:g} s"))
             except APIConnectionError as error:
-                failure = Failure("connection", f"{self._describe(error)} ({self._describe(error.__cause__ or error)})")
+                detail = f"{self._describe(error)} ({self._describe(error.__cause__ or error)})"
+                return self._count_failure(Failure("connection", detail))
             else:
                 if isinstance(answer, Failure):
                     return self._count_failure(answer, refused=True)
-                self._has_answered, self._in_vain = True, 0
+                self._has_answered, self._failed_in_a_row = True, 0
                 return answer
-        return self._count_failure(failure, refused=False)
 
-    async def _send(self, client: AsyncOpenAI, request: Request) -> Answer | Failure:
+    async def _send(self, client: AsyncOpenAI, request: Request) -> Any:
+        """Sends one request and returns the raw reply, which knows the number of retries that the client made."""
         sampling, prompt = self.sampling, request.prompt
-        if prompt.tools or prompt.template_kwargs:
-            return Failure("tools", "tools and chat_template_kwargs of a row cannot be sent to an endpoint")
         limit = "max_completion_tokens" if client.base_url.host == _OPENAI else "max_tokens"
         arguments: dict[str, Any] = {
             "model": self.options.model,
@@ -165,38 +169,48 @@ class Endpoint:
         if sampling.stop:
             arguments["stop"] = list(sampling.stop)
         if isinstance(prompt.content, str) and not sampling.chat:
-            reply = await client.completions.create(prompt=prompt.content, **arguments)
-        else:
-            turns: Any = [without_nulls(turn) for turn in prompt.messages(sampling.system_prompt)]
-            reply = await client.chat.completions.create(messages=turns, **arguments)
-        return _read(reply)
+            return await client.completions.with_raw_response.create(prompt=prompt.content, **arguments)
+        turns: Any = [without_nulls(turn) for turn in prompt.messages(sampling.system_prompt)]
+        return await client.chat.completions.with_raw_response.create(messages=turns, **arguments)
 
-    # --- When a request may be sent ---
+    # --- Hooks of the HTTP client ---
 
-    async def _wait_for_turn(self) -> None:
+    async def _before_try(self, _: Any) -> None:
+        """Waits until the rate limit and the waits that the endpoint asked for allow another try."""
         interval = 60 / self.options.requests_per_minute if self.options.requests_per_minute else 0.0
-        while (wait := self._not_before - time.monotonic()) > 0:  # it may be put off while we sleep
+        while (wait := self._not_before - time.monotonic()) > 0:  # another reply may extend the wait during the sleep
             await asyncio.sleep(wait)
         self._not_before = time.monotonic() + interval
 
-    def _hold_back(self, seconds: float | None) -> None:
-        if seconds is None:
+    async def _after_try(self, response: Any) -> None:
+        """Makes all requests wait if the endpoint asks this one to wait."""
+        if not response.is_error:
             return
-        now = time.monotonic()
-        if now + seconds > max(self._not_before, now) + _WORTH_SAYING:
-            logger.warning("the endpoint asks to be left alone for %.0f s", seconds)
-        self._not_before = max(self._not_before, now + seconds)
+        if b"insufficient_quota" in await response.aread():
+            response.headers["x-should-retry"] = "false"  # the client would retry this 429, which cannot succeed
+        if seconds := _retry_after(response.headers):
+            now = time.monotonic()
+            if now + seconds > max(self._not_before, now) + _LONG_WAIT:
+                logger.warning("the endpoint asks for a wait of %.0f s", seconds)
+            self._not_before = max(self._not_before, now + seconds)
+        # The wait above covers this request, too. The client must not see the headers: it gives up on long waits.
+        for name in ("retry-after", "retry-after-ms"):
+            response.headers.pop(name, None)
 
-    # --- What went wrong ---
+    # --- Failures ---
 
-    def _count_failure(self, failure: Failure, refused: bool) -> Failure:
-        """Between answers a refusal is about its prompt; before any it may be about the options."""
+    def _count_failure(self, failure: Failure, refused: bool = False) -> Failure:
+        """Returns the failure, or raises UserError after ``_GIVE_UP`` requests in a row without an answer.
+
+        A refusal after the first answer concerns only its prompt and does not count. Before the first answer the
+        endpoint may refuse the options, and thus every request.
+        """
         if not refused or not self._has_answered:
-            self._in_vain += 1
-        if self._in_vain >= _GIVE_UP:
+            self._failed_in_a_row += 1
+        if self._failed_in_a_row >= _GIVE_UP:
             raise UserError(
                 f"the last {_GIVE_UP} requests to the endpoint failed, the last one by {failure.reason}:"
-                f" {failure.detail}; stopped, and what was answered is kept"
+                f" {failure.detail}; stopped, the responses so far are kept"
             )
         return failure
 
@@ -217,17 +231,20 @@ class Endpoint:
         body = getattr(error, "body", None)
         said = body.get("message") if isinstance(body, dict) else None
         text = " ".join(str(said or error).split())
-        if self._key:  # some endpoints repeat the key that they refuse
+        if self._key:  # some endpoints repeat a refused key in their message
             text = text.replace(self._key, "***")
         return text if len(text) <= _LONGEST_DETAIL else f"{text[:_LONGEST_DETAIL]} ..."
 
 
 class _MalformedError(Exception):
-    """A reply that holds no answer."""
+    """A reply without an answer."""
 
 
-def _read(reply: Any) -> Answer | Failure:
-    """The client lets any JSON through, so nothing of its types can be relied on here."""
+def _read_reply(reply: Any) -> Answer | Failure:
+    """Returns the answer in a parsed reply.
+
+    The client does not validate replies: any attribute may be missing or have another type than declared.
+    """
     choices = getattr(reply, "choices", None)
     if not isinstance(choices, list) or not choices:
         said = getattr(reply, "error", None) or (reply if isinstance(reply, str) else "a reply without choices")
@@ -244,7 +261,7 @@ def _read(reply: Any) -> Answer | Failure:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a reply asks to wait, by ``retry-after-ms``, or by ``retry-after`` in seconds or as a date."""
+    """Returns the seconds to wait from ``retry-after-ms``, or from ``retry-after`` in seconds or as a date."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         with suppress(ValueError):
             seconds = float(headers.get(name, "")) * unit

@@ -1,15 +1,15 @@
-"""Responses of a local model: a transformers model in memory, or vLLM's engine.
+"""Generates responses with a transformers model in memory.
 
-A response depends on its prompt, its number and the seed, not on what stands beside it in a batch: every row draws from
-a generator of its own. What is left of the batch is rounding (other shapes, other kernels), and batches are planned
-over all requests, answered or not, so that a run which was killed repeats the batches of an undisturbed one.
+A response depends on its prompt, its number and the seed, and not on the other rows of its batch, because every row
+samples with its own random generator. The batch affects only rounding: other shapes select other GPU kernels. Batches
+are planned over all requests, including the answered ones, so that a run that was killed repeats the batches of an
+uninterrupted run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,18 +39,23 @@ def generate_local(
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Responses to prompts of text or messages, n to each: those of the first prompt, then those of the second, ...
+    """Generates n responses to each prompt.
 
-    The model may be in training; its mode and generation config are afterwards as they were.
+    The model may be in training: its training mode and its generation config are restored at the end.
 
     Args:
         model: a transformers model, or a PEFT model around one.
+        prompts: text or messages.
         sampling: the defaults of :class:`Sampling` if None; ``Sampling(temperature=0)`` is greedy.
-        batch_size: responses that are generated together; prompts of like length are.
-        progress: called with the number of responses after every batch.
+        batch_size: responses per batch; prompts of similar length are batched together.
+        progress: called after every batch with its number of responses.
+
+    Returns:
+        The n responses to the first prompt, then those to the second, and so on.
 
     Raises:
-        UserError: a prompt that cannot be answered (too long, or no chat template), or too large a batch.
+        UserError: a prompt cannot be answered (it is too long, or there is no chat template), or a batch does not fit
+            into memory.
     """
     requests = [Request(Prompt(prompt), sample) for prompt in prompts for sample in range(n)]
     texts = [""] * len(requests)
@@ -67,11 +72,11 @@ def generate_local(
     return texts
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: Sampling) -> list[int] | Failure:
-    """The prompt's tokens, as in training: text as it is, messages through the chat template."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: Sampling) -> list[int] | Failure:
+    """Returns the token ids of a prompt as in training: text is encoded as it is, messages by the chat template."""
     if isinstance(prompt.content, str) and not sampling.chat:
         ids = tokenizer(prompt.content, verbose=False)["input_ids"]
-        # Some tokenizers end every text with eos, after which there is nothing to say.
+        # Some tokenizers append eos to every text, and a model generates nothing after eos.
         has_eos_added = ids[-1:] == [tokenizer.eos_token_id] and not prompt.content.endswith(tokenizer.eos_token)
         return ids[:-1] if has_eos_added else ids
     template_kwargs = {**sampling.template_kwargs, **prompt.template_kwargs}
@@ -87,7 +92,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: Samplin
             **template_kwargs,
         )["input_ids"]
     except (TemplateError, TypeError) as error:
-        return Failure("not for the chat template", f"{type(error).__name__}: {error}")
+        return Failure("rejected by the chat template", f"{type(error).__name__}: {error}")
 
 
 def _encode_all(
@@ -98,13 +103,17 @@ def _encode_all(
     record: Record,
     answered: Container[int],
 ) -> dict[int, list[int]]:
-    """Tokens of every request's prompt, answered or not; what cannot be answered is recorded as a failure."""
+    """Encodes the prompt of every request, answered or not, and records a failure for each one that cannot be answered.
+
+    Returns:
+        Position of the request -> token ids of its prompt, without the failures.
+    """
     by_prompt: dict[str, list[int] | Failure] = {}
     encoded: dict[int, list[int]] = {}
     failed = []
     for index, (prompt, _) in enumerate(requests):
         if prompt.key not in by_prompt:
-            by_prompt[prompt.key] = _check_length(encode(tokenizer, prompt, sampling), sampling, context)
+            by_prompt[prompt.key] = _check_length(encode_prompt(tokenizer, prompt, sampling), sampling, context)
         ids = by_prompt[prompt.key]
         if not isinstance(ids, Failure):
             encoded[index] = ids
@@ -119,7 +128,7 @@ def _check_length(ids: list[int] | Failure, sampling: Sampling, context: int | N
     if isinstance(ids, Failure):
         return ids
     if not ids:
-        return Failure("empty prompt", "it has no tokens")
+        return Failure("empty prompt", "the prompt has no tokens")
     if context is not None and len(ids) + sampling.max_new_tokens > context:
         detail = f"{len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's {context}"
         return Failure("prompt too long", detail)
@@ -127,8 +136,11 @@ def _check_length(ids: list[int] | Failure, sampling: Sampling, context: int | N
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], ids: list[int], continues: bool) -> str:
-    """The text of a response. One that continues a text keeps the space before its first word, which some tokenizers
-    drop from what they take for the start of a text."""
+    """Returns the text of a response.
+
+    Some tokenizers drop the space before the first word of a text. A response that continues a text prompt needs that
+    space, so it is decoded together with the prompt.
+    """
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     if continues:
         prompt, whole = tokenizer.decode(prompt_ids, **options), tokenizer.decode(prompt_ids + ids, **options)
@@ -137,16 +149,13 @@ def _decode(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], ids: list
     return tokenizer.decode(ids, **options)
 
 
-# --- transformers ---
-
-
 class LocalModel:
-    """A transformers model that answers, batch by batch.
+    """Answers requests with a transformers model, batch by batch.
 
     Args:
-        model: on whichever device it is to run.
-        sampling: how responses are drawn; nothing is taken from the model's own generation config but its ends.
-        batch_size: responses that are generated together.
+        model: a model on the device on which it shall run.
+        sampling: how responses are sampled. Of the model's own generation config only the end tokens are used.
+        batch_size: responses per batch.
     """
 
     def __init__(
@@ -160,10 +169,10 @@ class LocalModel:
         self.pad = next(pad for pad in pads if pad is not None)
 
     def answer(self, requests: Sequence[Request], record: Record, answered: Container[int] = ()) -> None:
-        """Answer the requests that are not ``answered``, longest prompts first.
+        """Answers the requests whose positions are not in ``answered``, longest prompts first.
 
         Raises:
-            UserError: a batch does not fit into memory. What was recorded stands.
+            UserError: a batch does not fit into memory. The results recorded before stay valid.
         """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         encoded = _encode_all(self.tokenizer, requests, self.sampling, context, record, answered)
@@ -171,26 +180,31 @@ class LocalModel:
             for batch in self._plan(encoded, answered):
                 seeds = [requests[index].seed(self.sampling) for index in batch]
                 rows = zip(batch, self._generate([encoded[index] for index in batch], seeds))
-                record([(i, self._read(requests[i].prompt, encoded[i], row)) for i, row in rows if i not in answered])
+                record(
+                    [(i, self._to_answer(requests[i].prompt, encoded[i], row)) for i, row in rows if i not in answered]
+                )
 
     def _plan(self, encoded: Mapping[int, list[int]], answered: Container[int]) -> list[list[int]]:
-        """Batches of requests, longest first: those of an undisturbed run that are not done, since the same shapes give
-        the same numbers. A killed run leaves one of them half done, which is repeated as a whole. Where more are half
-        done, other prompts were asked then, and only what is missing is planned."""
+        """Returns the batches of requests to run, longest prompts first.
+
+        They are the batches of an uninterrupted run without those that are finished: equal shapes give equal numbers. A
+        killed run leaves at most one batch partly answered, which is repeated as a whole. If more batches are partly
+        answered, the earlier run had other prompts, and the batches are planned over the missing requests alone.
+        """
         order = sorted(encoded, key=lambda index: -len(encoded[index]))
-        batches = self._split(order)
+        batches = self._batches(order)
         done = [sum(index in answered for index in batch) for batch in batches]
         if sum(0 < count < len(batch) for count, batch in zip(done, batches)) > 1:
-            return self._split([index for index in order if index not in answered])
+            return self._batches([index for index in order if index not in answered])
         return [batch for count, batch in zip(done, batches) if count < len(batch)]
 
-    def _split(self, order: list[int]) -> list[list[int]]:
+    def _batches(self, order: list[int]) -> list[list[int]]:
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
     def _generation_config(self) -> GenerationConfig:
         return GenerationConfig(
             max_new_tokens=self.sampling.max_new_tokens,
-            do_sample=False,  # _Draw makes the likeliest token a drawn one
+            do_sample=False,  # _GumbelNoise turns the argmax into a sample
             use_cache=True,
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=self.pad,
@@ -203,7 +217,7 @@ class LocalModel:
         ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         processors = LogitsProcessorList(self._processors(seeds))
-        # Only stop_strings needs the tokenizer.
+        # generate() needs the tokenizer only for stop_strings.
         extra: dict[str, Any] = {"tokenizer": self.tokenizer} if self.sampling.stop else {}
         try:
             out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **extra)
@@ -223,10 +237,10 @@ class LocalModel:
             yield TopKLogitsWarper(sampling.top_k)
         if sampling.top_p < 1:
             yield TopPLogitsWarper(sampling.top_p)
-        yield _Draw(seeds)
+        yield _GumbelNoise(seeds)
 
     def _cut(self, row: list[int]) -> list[int]:
-        """Up to and with the first end; a row that was ended by a stop text is followed by pads."""
+        """Returns the tokens up to and including the first end token, without the padding after a stop text."""
         end = next((i for i, token in enumerate(row) if token in self.ends), None)
         if end is not None:
             return row[: end + 1]
@@ -234,7 +248,7 @@ class LocalModel:
             row = row[:-1]
         return row
 
-    def _read(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> Answer:
+    def _to_answer(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> Answer:
         has_ended = bool(ids) and ids[-1] in self.ends
         is_text = isinstance(prompt.content, str) and not self.sampling.chat
         text = _decode(self.tokenizer, prompt_ids, ids[:-1] if has_ended else ids, is_text)
@@ -243,9 +257,11 @@ class LocalModel:
         return Answer(text[: min(stops)] if stops else text, reason, len(prompt_ids), len(ids))
 
 
-class _Draw(LogitsProcessor):
-    """Noise that makes the likeliest token a draw from the softmax (the Gumbel-max trick), each row from its own seed:
-    ``torch.multinomial`` would draw for a whole batch from one generator."""
+class _GumbelNoise(LogitsProcessor):
+    """Adds noise that makes the argmax a sample from the softmax (the Gumbel-max trick), with one seed per row.
+
+    ``torch.multinomial`` samples a whole batch from one generator, so a response would depend on its batch.
+    """
 
     def __init__(self, seeds: Sequence[int | None]) -> None:
         self.seeds = seeds
@@ -259,14 +275,17 @@ class _Draw(LogitsProcessor):
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
-        # A zero would give a filtered token, at -inf, the score nan.
+        # -log(E) of an exponential E is Gumbel noise. The clamp avoids log(0): for a filtered token -inf + inf is NaN.
         return scores - noise.clamp_min_(torch.finfo(torch.float32).tiny).log_()
 
 
 @contextmanager
 def _generating(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and exactly this config: generate() fills the gaps of one that is passed to it from the model's
-    own, which may bring a repetition penalty or a list of suppressed tokens."""
+    """Puts the model into evaluation mode and replaces its generation config while the context lasts.
+
+    The config is replaced, not passed to generate(), because generate() fills unset fields of a passed config from the
+    model's own, for example a repetition penalty or suppressed tokens.
+    """
     was_training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = config
@@ -275,59 +294,3 @@ def _generating(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     finally:
         model.generation_config = own
         model.train(was_training)
-
-
-# --- vLLM ---
-
-
-class VllmModel:
-    """vLLM's engine on prompts that are tokenised as for a transformers model.
-
-    Args:
-        name: folder or hub name of the model.
-        batch_size: responses between two writes of the file; the engine itself runs as many at a time as it can.
-        options: for ``vllm.LLM``.
-
-    Raises:
-        UserError: the vllm package is missing.
-    """
-
-    def __init__(
-        self, name: str, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 1024, **options: Any
-    ) -> None:
-        if find_spec("vllm") is None:
-            raise UserError("--backend vllm needs the vllm package: pip install vllm")
-        from vllm import LLM
-
-        self.llm = LLM(model=name, **options)
-        self.tokenizer, self.sampling, self.batch_size = tokenizer, sampling, batch_size
-
-    def answer(self, requests: Sequence[Request], record: Record, answered: Container[int] = ()) -> None:
-        """Answer the requests that are not ``answered``."""
-        context = self.llm.llm_engine.model_config.max_model_len
-        encoded = _encode_all(self.tokenizer, requests, self.sampling, context, record, answered)
-        order = [index for index in encoded if index not in answered]
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            prompts = [{"prompt_token_ids": encoded[index]} for index in batch]
-            outputs = self.llm.generate(prompts, [self._params(requests[index]) for index in batch], use_tqdm=False)
-            record([(index, self._read(output)) for index, output in zip(batch, outputs)])
-
-    def _params(self, request: Request) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            max_tokens=self.sampling.max_new_tokens,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            top_k=self.sampling.top_k or -1,
-            stop=list(self.sampling.stop),
-            seed=request.seed(self.sampling),
-        )
-
-    @staticmethod
-    def _read(output: Any) -> Answer:
-        (completion,) = output.outputs
-        return Answer(
-            completion.text, completion.finish_reason, len(output.prompt_token_ids), len(completion.token_ids)
-        )

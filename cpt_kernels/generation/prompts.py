@@ -1,6 +1,6 @@
-"""What is asked of a model: the prompts of a dataset, how to sample, and what makes two requests the same.
+"""Requests to a model: the prompts of a dataset, the sampling options, and the identity of a request.
 
-No tokenizer and no model here, so that an endpoint can be asked without them.
+This module needs neither a tokenizer nor a model, because an endpoint is asked without them.
 """
 
 from __future__ import annotations
@@ -23,32 +23,35 @@ from ..data.formats import (
     parse_prompt,
     parse_row,
 )
-from ..data.preparation import Drop
 from ..data.response_columns import PROMPT_NAMES
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..data.preparation import Drop
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. The seed of each is made from ``seed``, its prompt and its number alone, so that it
-    does not depend on what else is asked.
+    """How responses are sampled.
+
+    Each response has its own seed, which depends only on ``seed``, the prompt and the number of the response. It does
+    not depend on the other requests.
 
     Raises:
-        UserError: a value out of its range; the message names it.
+        UserError: a value is out of range; the message names it.
     """
 
     max_new_tokens: int = 512
-    temperature: float = 1.0  # 0: the likeliest token each time
+    temperature: float = 1.0  # 0: greedy decoding
     top_p: float = 1.0
-    top_k: int = 0  # 0: of all tokens
-    stop: tuple[str, ...] = ()  # texts that end a response and are no part of it
-    seed: int | None = 0  # None leaves the seed to an endpoint
-    chat: bool = False  # a text prompt is a user's turn in the chat template; messages always go through it
-    system_prompt: str | None = None  # for conversations that do not start with one of their own
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for the chat template; a row's own come first
+    top_k: int = 0  # 0: all tokens
+    stop: tuple[str, ...] = ()  # texts that end a response; the response does not include them
+    seed: int | None = 0  # None: no seed, so that responses cannot be reproduced
+    chat: bool = False  # a text prompt becomes a user turn in the chat template; messages always use the template
+    system_prompt: str | None = None  # for conversations that do not start with a system prompt
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for the chat template; those of a row override
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
@@ -56,7 +59,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("stop", all(self.stop), "texts that are not empty"),
+            ("stop", all(self.stop), "non-empty texts"),
         ):
             if not valid:
                 raise UserError(f"{name}={getattr(self, name)} must be {wanted}")
@@ -68,7 +71,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the data has it, with what its chat template is called with."""
+    """A prompt as the data gives it, with the arguments of its chat template."""
 
     content: Text
     tools: list | None = None
@@ -81,63 +84,68 @@ class Prompt:
         return xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
     def messages(self, system_prompt: str | None = None) -> list[dict]:
-        """The prompt as a conversation; text is a user's turn."""
+        """Returns the prompt as a conversation, in which a text prompt is a user turn."""
         turns = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else list(self.content)
         has_own = turns and turns[0]["role"] in ("system", "developer")
         return turns if system_prompt is None or has_own else [{"role": "system", "content": system_prompt}, *turns]
 
 
 class Request(NamedTuple):
-    """One response that is wanted: the ``sample``-th to this prompt, counted from 0."""
+    """A request for one response to a prompt; ``sample`` numbers the responses to the same prompt from 0."""
 
     prompt: Prompt
     sample: int = 0
 
     def seed(self, sampling: Sampling) -> int | None:
-        """31 bits, or None where nothing is drawn or the seed is left open."""
+        """Returns a seed of 31 bits, or None for greedy decoding and for sampling without a seed."""
         if sampling.is_greedy or sampling.seed is None:
             return None
         return xxh3_64_intdigest(f"{sampling.seed} {self.sample} {self.prompt.key}".encode()) >> 33
 
 
 class Answer(NamedTuple):
-    """A response. The tokens are None where an endpoint does not tell them."""
+    """A response. The numbers of tokens are None if the endpoint does not report them."""
 
     text: str
-    finish_reason: str | None  # "stop", or "length" where max_new_tokens ended it
+    finish_reason: str | None  # "stop", or "length" if max_new_tokens ended the response
     prompt_tokens: int | None = None
     response_tokens: int | None = None
 
 
 class Failure(NamedTuple):
-    """Why there is no response: what is counted, and what is said of one example."""
+    """The reason why there is no response."""
 
-    reason: str
-    detail: str
+    reason: str  # short; failures are counted by reason
+    detail: str  # about this request; shown for one example
 
 
-# Called with finished requests, by their position among those asked, as they come.
+# A function that is called with the results of finished requests: (position in the list of requests, result).
 Record = Callable[[Sequence[tuple[int, Answer | Failure]]], None]
 
 
 # --- Prompts of a dataset ---
 
-# The completions of these forms tell what the prompt is: it may be their common start.
+# Forms whose prompt may be the common start of their completions.
 _WITH_COMPLETIONS = {form: FORM_COLUMNS[form] for form in (Form.PREFERENCE, Form.RANKED, Form.SUPERVISED)}
 _ALONE = (*PROMPT_NAMES, "messages")
 
 
 def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prompt | None], dict[str, Drop]]:
-    """The prompt of every row, as training reads it; and the rows that have none, by reason.
+    """Reads the prompt of every row, in the same way as training does.
 
     Args:
         dataset: rows with a column of text or messages, or with completions as for training.
-        column: where the prompts are. None: what comes before the completions; else ``prompt``, ``instruction`` or
-            ``messages``.
+        column: the column of the prompts. By default the prompt is the part before the completions if there are
+            completions, else the first of ``prompt``, ``instruction`` and ``messages`` that exists.
+
+    Returns:
+        The prompt of each row, None if it has none; and the rows without a prompt by reason.
 
     Raises:
-        UserError: no such column, or none in which prompts are to be expected.
+        UserError: the column does not exist, or none of the default columns does.
     """
+    from ..data.preparation import Drop
+
     names = set(dataset.column_names)
     form = None if column else next((form for form, has in _WITH_COMPLETIONS.items() if names.issuperset(has)), None)
     if form is None:
@@ -166,13 +174,24 @@ def _find_column(names: Iterable[str], column: str | None) -> str:
     return found
 
 
+def single_instruction(content: Text) -> str | None:
+    """Returns a text prompt, or the text of the only turn of a conversation; None for several turns.
+
+    A system prompt does not count as a turn.
+    """
+    if isinstance(content, str):
+        return content
+    turns = [turn for turn in content if turn["role"] != "system"]
+    return turns[0]["content"] if len(turns) == 1 and isinstance(turns[0].get("content"), str) else None
+
+
 def as_completion(row: Mapping[str, Any], prompt: Prompt, text: str) -> Text:
-    """A response in the form of the row's completions, so that it can stand in a column beside them."""
+    """Returns a response in the form of the row's completions, for a new column beside them."""
     sides = [row.get("chosen"), row.get("completion"), *(row.get("completions") or ())]
     side = next((side for side in sides if side is not None), None)
     is_chat = not isinstance(prompt.content if side is None else side, str)
     own: Text = [{"role": "assistant", "content": text}] if is_chat else text
     given = row.get("prompt")
-    # Completions without a prompt beside them, or beside one that only repeats their start, hold the whole of it.
+    # Completions include the prompt if the row has no prompt, or has a text prompt beside completions of messages.
     is_whole = side is not None and (given is None or isinstance(given, str) == is_chat)
     return prompt.content + own if is_whole else own

@@ -1,7 +1,7 @@
-"""The file of responses: one JSON object per line and response, appended as they come.
+"""The file of responses: JSONL with one line per response, appended as responses arrive.
 
-One process at a time writes a file. What a killed one leaves is at most half a line, which the next one removes. Each
-row says how it was drawn, so that nothing is ever mixed up: a model's responses in one file are all drawn alike.
+One process at a time writes a file. A killed process leaves at most one incomplete line, which the next process
+removes. Each row holds its sampling settings, and all responses of a model in one file have the same settings.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from .prompts import Answer, Prompt, Request, Sampling
 
 logger = logging.getLogger(__name__)
 
-_START = b'{"prompt": '  # of every line written here
-_SYNC_EVERY = 1.0  # seconds: what a power cut may cost; a killed process loses nothing that was added
+_START = b'{"prompt": '  # the first bytes of every line that this module writes
+_SYNC_EVERY = 1.0  # seconds between fsyncs: a power cut loses at most these; a killed process loses no added row
 
 Row = dict[str, Any]
 
 
 class ResponseFile:
-    """Rows of ``prompt, model, response``, of one model added to those that are there. A context manager.
+    """Reads and appends rows of ``prompt, model, response`` of one model. A context manager.
+
+    The file may hold responses of other models, which stay as they are.
 
     Args:
-        path: the JSONL file; it is made if need be, its folder too, and beside it the file of a lock, ``.NAME.lock``.
+        path: the JSONL file. The file and its folder are created if they do not exist, with a lock file
+            ``.NAME.lock`` beside it.
         model: the name in the column ``model``.
-        sampling: how this model's responses are drawn.
-        origin: what else they depend on: the weights, or what an endpoint is sent besides.
+        sampling: how the responses of this model are sampled.
+        origin: further settings on which they depend: the weights, or extra fields of the request to an endpoint.
 
     Raises:
-        UserError: on entering, where another process writes the file, it holds something else than responses, or
-            responses of this model that were drawn in another way.
+        UserError: on entering, if another process writes the file, if the file holds something other than responses, or
+            if it holds responses of this model with other settings.
     """
 
     def __init__(self, path: Path, model: str, sampling: Sampling, origin: Mapping[str, Any]) -> None:
@@ -57,7 +60,7 @@ class ResponseFile:
             **origin,
         }
         self.answered: set[tuple[str, int]] = set()  # (key of the prompt, sample)
-        # Beside the file, as Windows lets no one read a locked one.
+        # The lock is a file of its own because Windows denies reading a locked file.
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         self._synced = 0.0
 
@@ -68,13 +71,13 @@ class ResponseFile:
             self._file = self.path.open("ab", buffering=0)
         except Timeout as error:
             raise UserError(
-                f"{self.path} is being written by another process: wait for it to end, or choose another file"
+                f"{self.path} is being written by another process: wait until it ends, or choose another file"
             ) from error
         except OSError as error:
             self._lock.release()
             raise UserError(f"{self.path} cannot be written to ({error.strerror})") from error
         try:
-            self._read()
+            self._read_existing()
         except BaseException:
             self._close()
             raise
@@ -89,10 +92,10 @@ class ResponseFile:
         self._lock.release()
 
     def add(self, answers: Sequence[tuple[Request, Answer]]) -> None:
-        """Append rows.
+        """Appends rows.
 
         Raises:
-            UserError: they cannot be written (a full disk); the file is as before.
+            UserError: the rows cannot be written (for example, the disk is full); the file stays as it was.
         """
         lines = memoryview(b"".join(self._line(request, answer) for request, answer in answers))
         size = os.fstat(self._file.fileno()).st_size
@@ -108,7 +111,7 @@ class ResponseFile:
         self.answered.update((request.prompt.key, request.sample) for request, _ in answers)
 
     def rows(self) -> Iterator[Row]:
-        """This model's rows, as the file has them."""
+        """Yields the rows of this model in the order of the file."""
         for _, _, row in self._lines():
             if row is not None and row["model"] == self.model:
                 yield row
@@ -128,18 +131,19 @@ class ResponseFile:
             "response_tokens": answer.response_tokens,
             "settings": self.settings,
         }
-        # An endpoint may end a text in the middle of a surrogate pair, which is no UTF-8.
+        # An endpoint may cut a text inside a surrogate pair, and half a pair cannot be encoded as UTF-8.
         return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    # --- What is there already ---
+    # --- Existing rows ---
 
-    def _read(self) -> None:
+    def _read_existing(self) -> None:
+        """Collects the requests that are already answered, checks their settings, and removes a torn last line."""
         is_whole = True
         for start, line, row in self._lines():
             is_whole = line.endswith(b"\n")
             if row is None:
                 self._file.truncate(start)
-                logger.warning("%s: its last line was cut off by a run that was killed; it is removed", self.path)
+                logger.warning("%s: removed the last line, which a killed run had cut off", self.path)
                 return
             if row["model"] == self.model:
                 self._check_settings(row)
@@ -148,18 +152,18 @@ class ResponseFile:
             self._file.write(b"\n")
 
     def _lines(self) -> Iterator[tuple[int, bytes, Row | None]]:
-        """Every line that is not empty, with the position where it starts and its row; None for a torn last one."""
+        """Yields the start, the bytes and the row of every non-empty line. The row of a torn last line is None."""
         with self.path.open("rb") as file:
             end = 0
             for number, line in enumerate(file, start=1):
                 start, end = end, end + len(line)
                 if not line.strip():
                     continue
-                row = _parse(line)
+                row = _parse_row(line)
                 if row is None and not _is_torn(line):
                     raise UserError(
-                        f"{self.path}, line {number}: not a response (an object with {', '.join(RESPONSE_COLUMNS)}):"
-                        " is this the file to add to?"
+                        f"{self.path}, line {number}: not a response (with the keys {', '.join(RESPONSE_COLUMNS)});"
+                        " choose another file to append to"
                     )
                 yield start, line, row
 
@@ -169,20 +173,21 @@ class ResponseFile:
         if changed:
             ways = "; ".join(f"{name} was {theirs[name]!r} and is {self.settings[name]!r}" for name in sorted(changed))
             raise UserError(
-                f"{self.path} has responses of {self.model} that were drawn in another way ({ways}): choose another"
-                " file, or with cpt generate another --model_label"
+                f"{self.path} has responses of {self.model} with other settings ({ways}): choose another file, or give"
+                " cpt generate another --model_label"
             )
 
 
 def prompt_of(row: Row) -> Prompt:
-    """The prompt that a row answers."""
+    """Returns the prompt that a row answers."""
     return Prompt(row["prompt"], row.get("tools"), row.get("chat_template_kwargs") or {})
 
 
-def _parse(line: bytes) -> Row | None:
+def _parse_row(line: bytes) -> Row | None:
+    """Returns the row of a line, or None if the line is not a response."""
     try:
         row = json.loads(line)
-    except ValueError:  # also bytes that are no UTF-8
+    except ValueError:  # not JSON, or not UTF-8
         return None
     if not isinstance(row, dict) or not all(row.get(name) is not None for name in RESPONSE_COLUMNS):
         return None
@@ -190,6 +195,6 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a killed run may have left this; after a power cut the file may end in zeros."""
-    line = line.rstrip(b"\0")
+    """Returns whether a killed run may have left this line."""
+    line = line.rstrip(b"\0")  # after a power cut a file may end in zeros
     return not line.endswith(b"\n") and line[: len(_START)] == _START[: len(line)]

@@ -13,7 +13,7 @@ from cpt_kernels.cli.checkpoints import (
     load_shared_tokenizer,
     name_models,
     read_configs,
-    read_options,
+    training_options,
 )
 from cpt_kernels.cli.options import defaults
 from tests.helpers.toy import word_tokenizer
@@ -44,9 +44,9 @@ def test_names(given, names):
 
 
 def test_names_that_cannot_be_told_apart():
-    with pytest.raises(ValueError, match="models names runs/a twice"):
+    with pytest.raises(ValueError, match="models has runs/a twice"):
         name_models(["runs/a", "runs/a"])
-    with pytest.raises(ValueError, match="models names x twice"):
+    with pytest.raises(ValueError, match="models has x twice"):
         name_models(["x=runs/a", "x=runs/b"])
 
 
@@ -84,7 +84,7 @@ def test_reference():
     for configs, message in (
         ((), "no training_config.yaml beside m"),
         ((dpo, {**dpo, "model_name_or_path": "y"}), "trained against sft and y"),
-        ((scratch,), "names no reference that could be loaded"),
+        ((scratch,), "names no reference that can be loaded"),
     ):
         with pytest.raises(ValueError, match=message):
             choose(None, *configs)
@@ -92,7 +92,7 @@ def test_reference():
 
 def options(flags, **values):
     given = {"model": "m", "data": "d", "output_dir": Path("o"), "reference": "r", "prog": "cpt eval pairs"}
-    return read_options({Path("c"): values} if values else {}, flags, **given)
+    return training_options({Path("c"): values} if values else {}, flags, **given)
 
 
 def test_options_of_training_and_flags_over_them():
@@ -129,7 +129,7 @@ def test_one_tokenizer_for_all(tmp_path):
 
     def shared(*models, flags=()):
         given = {"model": models[0], "data": "d", "output_dir": Path("o"), "reference": None, "prog": ""}
-        return load_shared_tokenizer(models, read_options({}, ["--use_cpu", *flags], **given))
+        return load_shared_tokenizer(models, training_options({}, ["--use_cpu", *flags], **given))
 
     assert shared(*folders[:2]).get_vocab() == word_tokenizer().get_vocab()
     for other in folders[2:]:

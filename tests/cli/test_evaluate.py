@@ -57,7 +57,7 @@ def test_pairs(home, capsys, caplog):
     out = capsys.readouterr().out
     assert re.search(r"reward accuracy, % +50\.0 \[50\.0, 50\.0\] +\d+\.\d \[", out)
     assert "By model pair" in out and "strong > middle" in out and "By chosen tokens" in out
-    assert "sft is its own reference" in out and "dpo minus sft, on the same prompts: accuracy " in out
+    assert "sft equals the reference" in out and "dpo minus sft, on the same prompts: accuracy " in out
     assert f"rewards against {home / 'sft'}, beta 0.2" in out and "20 of 20 rows kept" in out
     # Training evaluated on these pairs: its reference log-probs are found.
     assert "reference log-probs of 40 completions: 40 found" in caplog.text
@@ -103,7 +103,7 @@ def test_pairs_without_a_reference(home, capsys):
         *("--by", "rejected_model", "--output_dir", "out", "--details", "d.parquet", "--resamples", 20),
     )
     out = capsys.readouterr().out
-    assert "rewards of log-probs alone, without a reference" in out and "By rejected_model" in out
+    assert "rewards from log-probs alone, without a reference" in out and "By rejected_model" in out
     table = pq.read_table("d.parquet").to_pandas()
     assert set(table["model"]) == {"one"} and set(table["rejected_model"]) == {"weak", "middle"}
     assert (table["rewards/chosen"] - 0.2 * table["logps/chosen"]).abs().max() < 1e-9
@@ -130,8 +130,8 @@ def test_win_rate_by_a_function(capsys):
     evaluate(*write_outputs(), "--judge", "judges:longer", "--both_orders", "--details", "d.jsonl")
     out = capsys.readouterr().out
     assert "Against c" in out and re.search(r"a +50\.0 \[", out) and re.search(r"b +50\.0 \[", out)
-    assert "a: 1 prompts were left out, as a did not answer them" in out
-    assert "preferred what stood first in 50.0%" in out and "b minus a, on the same prompts: win rate " in out
+    assert "a: 1 prompts were left out because a did not answer them" in out
+    assert "preferred the first position in 50.0%" in out and "b minus a, on the same prompts: win rate " in out
     assert "arXiv 2404.04475" in out
     results = json.loads(Path("runs/eval/win_rate.json").read_text())
     assert [(row["model"], row["wins"], row["ties"], row["losses"]) for row in results["models"]] == [
@@ -153,8 +153,11 @@ def test_win_rate_by_an_endpoint(capsys, monkeypatch):
         evaluate(*argv, stub.url)
         assert len(stub.asked) == asked == len(Path("runs/eval/judged.jsonl").read_text().splitlines()) == 18
     out = capsys.readouterr().out
-    assert "1 comparisons have no verdict and are in no rate (missing answers: 2 by no verdict in the reply)" in out
-    assert "preferred what stood first in 100.0%" in out and "same winner in 0.0%" in out
+    assert (
+        "1 comparisons have no verdict and are left out of the rates (missing answers: 2 by no verdict in the reply)"
+        in out
+    )
+    assert "preferred the first position in 100.0%" in out and "same verdict in both orders in 0.0%" in out
 
 
 def test_lengths_on_one_side_identify_nothing(capsys):
@@ -201,11 +204,14 @@ def test_one_file_of_several_models(capsys):
         (["win-rate", "WIN", "--judge", "judges:no"], "judges has no no"),
         (
             ["win-rate", "WIN", "--judge", "judges:longer", "--timeout", "3"],
-            "timeout has no effect on a Python function",
+            "timeout has no effect with a Python function",
         ),
-        (["win-rate", "WIN", "--judge", "judges:longer", "--models", "d"], "models=d: the outputs are of a, b"),
+        (["win-rate", "WIN", "--judge", "judges:longer", "--models", "d"], "models=d: the file has outputs of a, b"),
         (["win-rate", "WIN", "--judge", "judges:longer", "--baseline_model", "d"], "baseline_model=d"),
-        (["win-rate", "WIN", "--judge", "judges:longer", "--confidence", "95"], "confidence lies between 0 and 1"),
+        (
+            ["win-rate", "WIN", "--judge", "judges:longer", "--confidence", "95"],
+            "confidence=95.0 must lie between 0 and 1",
+        ),
         (["win-rate", "WIN", "--judge_model", "gpt", "--timeout", "0"], "timeout=0.0 is too small"),
         (["win-rate", "WIN", "--judge", "judges:longer", "--output_dir", "a.jsonl"], "output_dir=a.jsonl cannot be"),
         (
@@ -213,7 +219,7 @@ def test_one_file_of_several_models(capsys):
             "no.* JSON object",
         ),
         (["win-rate", "WIN", "--judge", "judges:longer", "--judgee", "x"], "unknown option --judgee"),
-        (["export", "--outputs", "a.jsonl", "--model", "b", "--to", "x"], "model=b: the outputs are of a"),
+        (["export", "--outputs", "a.jsonl", "--model", "b", "--to", "x"], "model=b: the file has outputs of a"),
     ],
 )
 def test_mistakes_are_one_line(home, capsys, argv, message):

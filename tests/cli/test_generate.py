@@ -16,11 +16,10 @@ from datasets import load_dataset
 
 from cpt_kernels import cli
 from cpt_kernels.data.formats import Form, parse_row
-from cpt_kernels.generation import endpoint
 from tests.helpers import ROOT
 from tests.helpers.architectures import tiny_model
 from tests.helpers.command import write_rows
-from tests.helpers.stub_endpoint import StubEndpoint, answer_to, faults
+from tests.helpers.stub_endpoint import StubEndpoint, answer_to, faults, shorten_waits
 from tests.helpers.toy import word_tokenizer
 
 KEY = "sk-secret-of-the-tests"
@@ -30,7 +29,7 @@ TIMEOUT = 120  # seconds, for what takes a few
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.005)
+    shorten_waits(monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
@@ -151,7 +150,7 @@ def test_failures_are_said_and_asked_again(home, tmp_path, capsys):
         assert cli.main(remote(home, output, stub, data="pairs.jsonl")) == 2
         out, error = capsys.readouterr()
         assert "2 answered; 0 skipped (answered before); 3 failed (3 by HTTP 400)" in out
-        assert "3 of 5 responses are missing, one by HTTP 400: the prompt is too long; the same command asks" in error
+        assert "3 of 5 responses are missing, one by HTTP 400: the prompt is too long; run the same" in error
         assert cli.main(remote(home, output, stub, data="pairs.jsonl")) == 0
     assert "3 answered; 2 skipped" in capsys.readouterr().out
     assert len(rows_of(output)) == 5 and set(stub.delivered.values()) == {1}
@@ -206,7 +205,7 @@ def test_a_new_model_in_the_same_folder_is_noticed(home, tmp_path, capsys):
     assert cli.main(command) == 0
     tiny_model("llama", seed=1).save_pretrained(folder)
     assert cli.main(command) == 2
-    assert "drawn in another way (weights was" in error_of(capsys)
+    assert "with other settings (weights was" in error_of(capsys)
     assert cli.main([*command, "--model_label", "again"]) == 0
     assert Counter(row["model"] for row in rows_of(output)) == {str(folder): 5, "again": 5}
 
@@ -227,7 +226,7 @@ def test_prompt_formats(home, tmp_path, capsys):
 
     assert tokens("chat") > tokens("text", prompt_format="text") == 1
     out = capsys.readouterr().out
-    assert "a user's turn of the chat template" in out and "continued as text" in out
+    assert "become a user turn of the chat template" in out and "continued as text" in out
     column = {"add_column": "y_ref", "dataset_output": tmp_path / "data.jsonl"}
     assert tokens("column", **column) == 1, "as training reads it"
     assert tokens("kwargs", chat_template_kwargs='{"enable_thinking": false}') > tokens("plain", prompt_format="chat")
@@ -267,7 +266,7 @@ def test_alpaca_eval(home, tmp_path, capsys):
     assert {path.name for path in output.parent.glob("[!.]*")} == {"responses.jsonl", "model_outputs.json"}
     capsys.readouterr()
     assert cli.main([*command, "--model_label", "other"]) == 2
-    assert "has the outputs of tiny: choose a folder for each model" in error_of(capsys)
+    assert "has the outputs of tiny: use one folder for each model" in error_of(capsys)
     assert len(rows_of(output)) == 3, "before anything is asked"
 
 
@@ -300,14 +299,14 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
         ({"concurrency": 3}, "--concurrency has no effect with --backend transformers, only with openai"),
         ({"backend": "openai", "device": "cpu"}, "--device has no effect with --backend openai"),
         ({"model_kwargs": "[1]"}, "'[1]' is not a JSON object"),
-        ({"model_kwargs": '{"device_map": "auto"}', "device": "cpu"}, "leave one out"),
+        ({"model_kwargs": '{"device_map": "auto"}', "device": "cpu"}, "give only one of them"),
         ({"output": tmp_path / "responses.json"}, "responses go to a .jsonl file"),
         ({"add_column": "y_ref"}, "add_column needs dataset_output"),
         ({"dataset_output": "x.jsonl"}, "dataset_output needs add_column"),
         ({"add_column": "y_ref", "dataset_output": pairs}, "is the dataset itself"),
-        ({"add_column": "chosen", "dataset_output": "x.jsonl"}, "has that column already"),
-        ({"n": 2, **column}, "add_column takes one response"),
-        ({"n": 2, "format": "alpaca_eval"}, "alpaca_eval takes one response"),
+        ({"add_column": "chosen", "dataset_output": "x.jsonl"}, "already has a column of this name"),
+        ({"n": 2, **column}, "add_column takes one response per prompt"),
+        ({"n": 2, "format": "alpaca_eval"}, "alpaca_eval takes one response per prompt"),
         ({"dataset_name": tmp_path / "turns.jsonl", "format": "alpaca_eval"}, "a prompt has 2 turns"),
         (
             {"dataset_name": tmp_path / "empty.jsonl"},
@@ -316,10 +315,10 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
         ({"system_prompt": "Be brief."}, "give --prompt_format chat"),
         (
             {"chat_template_kwargs": '{"x": 1}', "prompt_format": "text"},
-            "has no effect where prompts are continued as text",
+            "has no effect on prompts that are continued as text",
         ),
         ({"model_name_or_path": tmp_path / "none"}, "there is no such folder"),
-        ({"backend": "vllm"}, "pip install vllm"),
+        ({"backend": "vllm"}, "vllm was removed: run `vllm serve MODEL`, and use --backend openai"),
     ):
         given = {"model_name_or_path": home / "model", **options}
         data = given.pop("dataset_name", pairs)

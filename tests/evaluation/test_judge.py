@@ -12,11 +12,10 @@ import torch
 
 from cpt_kernels.evaluation.judge import NO_VERDICT, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
 from cpt_kernels.evaluation.outputs import Comparisons
-from cpt_kernels.generation import endpoint
 from cpt_kernels.generation.endpoint import EndpointOptions
 from cpt_kernels.generation.prompts import Sampling
 from tests.helpers import stub_endpoint
-from tests.helpers.stub_endpoint import StubEndpoint, faults
+from tests.helpers.stub_endpoint import StubEndpoint, faults, shorten_waits
 
 SAMPLING = Sampling(temperature=0, chat=True)
 
@@ -78,10 +77,10 @@ def test_load_judge(tmp_path, monkeypatch):
     assert load_judge("my_judges:Judges.tie")("p", "a", "b") == "tie"
     for name, message in (
         ("my_judges", "expected module:function"),
-        ("no_such_module:prefer", "there is no module no_such_module"),
-        ("my_judges.deeper:prefer", "there is no module my_judges.deeper"),
+        ("no_such_module:prefer", "the module no_such_module does not exist"),
+        ("my_judges.deeper:prefer", "the module my_judges.deeper does not exist"),
         ("my_judges:prefers", "my_judges has no prefers"),
-        ("my_judges:number", "number is int, not a function"),
+        ("my_judges:number", "number is of type int, not a function"),
     ):
         with pytest.raises(ValueError, match=message):
             load_judge(name)
@@ -120,7 +119,7 @@ def test_templates_of_the_user(tmp_path):
     path.write_text("{{ prompt }}|{{ output_1 }}|{{ output_2 }}")
     assert JudgePrompt(path)("p", "a", "b") == "p|a|b"
     for text, message in (
-        ("{{ prompt }} {{ output_1 }}", r"has the variables \['output_1', 'prompt'\], expected"),
+        ("{{ prompt }} {{ output_1 }}", r"uses the variables \['output_1', 'prompt'\], expected"),
         ("{{ prompt }} {{ output_1 }} {{ output_2 }} {{ answer }}", "answer"),
         ("{% if %}", "cannot be used"),
     ):
@@ -145,7 +144,7 @@ def longer_wins(question: str, seed: int | None) -> str:
 @pytest.fixture(autouse=True)
 def _judging(monkeypatch):
     monkeypatch.setattr(stub_endpoint, "answer_to", longer_wins)
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.005)
+    shorten_waits(monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-tests")
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cpt_kernels.evaluation.judge import Verdicts, ask_function
-from cpt_kernels.evaluation.judged import OutputEvaluation, differences
-from cpt_kernels.evaluation.outputs import Comparisons, Outputs, join
-from cpt_kernels.evaluation.win_rate import interval, length_controlled_win_rate, win_rate
+from cpt_kernels.evaluation.judged import OutputEvaluation, win_rate_differences
+from cpt_kernels.evaluation.outputs import Comparisons, ModelOutputs, join
+from cpt_kernels.evaluation.win_rate import Bootstrap, interval, length_controlled_win_rate, win_rate
 from tests.helpers.rows import real_rows
 
 NAN = float("nan")
@@ -26,13 +26,13 @@ def evaluation(orders, model="m", prompts=None, **verdicts) -> OutputEvaluation:
 
 def test_summary():
     made = evaluation([[1, 1], [1, 0], [0, 0], [NAN, 1], [0.5, 1]], failures={"no verdict": 1}, identical=2)
-    found = made.summary(resamples=50)
+    found = made.summary(Bootstrap(50))
     wins = [1, 0.5, 0, 0.75]
     prompts = [0, 1, 2, 4]
     lengths, baseline = [1, 2, 3, 1], [4, 3, 2, 4]
-    rate = win_rate(wins, prompts=prompts, resamples=50)
+    rate = win_rate(wins, prompts=prompts, bootstrap=Bootstrap(50))
     assert found["win_rate"] == rate._asdict() and rate.n == 4
-    controlled = length_controlled_win_rate(wins, lengths, baseline, prompts=prompts, resamples=50)
+    controlled = length_controlled_win_rate(wins, lengths, baseline, prompts=prompts, bootstrap=Bootstrap(50))
     assert found["length_controlled"] == controlled._asdict()
     assert (found["wins"], found["ties"], found["losses"], found["prompts"]) == (2, 1, 1, 4)
     assert (found["characters"], found["baseline_characters"], found["longer"]) == (7 / 4, 13 / 4, 1 / 4)
@@ -56,8 +56,8 @@ def test_no_verdict_at_all():
 def test_several_responses_to_a_prompt_are_one_draw():
     once = evaluation([1, 0, 1, 1] * 5)
     many = evaluation([1, 0, 1, 1] * 5, prompts=[f"prompt {i // 4}" for i in range(20)])
-    rate = many.summary(resamples=50)["win_rate"]
-    assert once.summary(resamples=50)["win_rate"]["rate"] == rate["rate"] == 0.75
+    rate = many.summary(Bootstrap(50))["win_rate"]
+    assert once.summary(Bootstrap(50))["win_rate"]["rate"] == rate["rate"] == 0.75
     assert rate["low"] == rate["high"] == 0.75 and rate["n"] == 20, "all five prompts are alike"
     assert many.by_prompt() == {f"prompt {i}": 0.75 for i in range(5)}
 
@@ -70,11 +70,11 @@ def test_differences_are_paired():
     a = evaluation(base, "a", prompts)
     b = evaluation(better[:70], "b", prompts[:70])
     other = evaluation([1], "c", ["elsewhere"])
-    (found,) = differences([a, b, other], resamples=100)
-    low, high = interval(better[:70] - base[:70], resamples=100)
+    (found,) = win_rate_differences([a, b, other], Bootstrap(100))
+    low, high = interval(better[:70] - base[:70], bootstrap=Bootstrap(100))
     assert found["win_rate"] == {"mean": pytest.approx((better - base)[:70].mean()), "low": low, "high": high}
     assert (found["model"], found["minus"], found["prompts"]) == ("b", "a", 70)
-    unpaired = b.summary(resamples=100)["win_rate"]
+    unpaired = b.summary(Bootstrap(100))["win_rate"]
     assert high - low < unpaired["high"] - unpaired["low"]
 
 
@@ -83,13 +83,13 @@ def test_length_alone_on_real_outputs():
     responses: dict[str, dict[str, list[str]]] = {}
     for row in real_rows("responses.jsonl"):
         responses.setdefault(row["model"], {})[row["prompt"]] = [row["response"]]
-    outputs = [Outputs(model, responses[model]) for model in ("gpt4", "text_davinci_003")]
+    outputs = [ModelOutputs(model, responses[model]) for model in ("gpt4", "text_davinci_003")]
 
     def longer(prompt, first, second):
         return 0.5 + 0.5 * np.sign(len(first) - len(second))
 
     comparisons = join(*outputs)
-    found = OutputEvaluation(comparisons, ask_function(longer, comparisons)).summary(resamples=200)
+    found = OutputEvaluation(comparisons, ask_function(longer, comparisons)).summary(Bootstrap(200))
     assert found["win_rate"]["rate"] > 0.9 and found["prompts"] == 300
     controlled = found["length_controlled"]
     assert controlled["rate"] == pytest.approx(0.5, abs=0.1) and controlled["low"] < 0.5 < controlled["high"]

@@ -9,8 +9,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cpt_kernels.data.preparation import prepare
-from cpt_kernels.evaluation.pairs import CHOSEN_LENGTH, LENGTH_RATIO, MODEL_PAIR, evaluate_pairs
-from cpt_kernels.evaluation.win_rate import interval, win_rate
+from cpt_kernels.evaluation.pair_metrics import CHOSEN_LENGTH, LENGTH_RATIO, MODEL_PAIR
+from cpt_kernels.evaluation.pairs import evaluate_pairs
+from cpt_kernels.evaluation.win_rate import Bootstrap, interval, win_rate
 from cpt_kernels.trainer import ContrastiveTrainer
 from tests.helpers.architectures import tiny_model
 from tests.helpers.rows import make_tokenizer, pair
@@ -74,7 +75,9 @@ def test_agrees_with_the_trainers_evaluation(tmp_path, options):
     data, tokenizer = Dataset.from_list(rows()), word_tokenizer()
     reference, policy = models()
     args = config(tmp_path, **options)
-    found = evaluate_pairs({"policy": policy}, data, tokenizer, reference=reference, args=args).summary(resamples=10)[0]
+    found = evaluate_pairs({"policy": policy}, data, tokenizer, reference=reference, args=args).summary(Bootstrap(10))[
+        0
+    ]
     reference, policy = models()
     trainer = ContrastiveTrainer(policy, reference, args, eval_dataset=data, processing_class=tokenizer)
     expected = trainer.evaluate()
@@ -97,7 +100,7 @@ def test_summary_by_groups(tmp_path):
         ratio_edges=[1],
         length_edges=[4, 8],
     )
-    summary = found.summary(resamples=50)
+    summary = found.summary(Bootstrap(50))
     table = found.table().to_pandas()
     assert len(table) == 44 and set(table["model"]) == {"start", "policy"}
     kept = [row for i, row in enumerate(rows()) if i not in (0, 7)]
@@ -127,11 +130,11 @@ def test_summary_by_groups(tmp_path):
     overall = summary[1]
     assert overall["prompts"] == 12
     values = found.metrics("policy")
-    expected = interval(values["rewards/margins"], prompts=found.prompts, resamples=50)
+    expected = interval(values["rewards/margins"], prompts=found.prompts, bootstrap=Bootstrap(50))
     assert [overall["rewards/margins"][end] for end in ("low", "high")] == pytest.approx(expected.tolist())
-    accuracy = win_rate(values["rewards/accuracies"], prompts=found.prompts, resamples=50)
+    accuracy = win_rate(values["rewards/accuracies"], prompts=found.prompts, bootstrap=Bootstrap(50))
     assert overall["rewards/accuracies"] == {"mean": accuracy.rate, "low": accuracy.low, "high": accuracy.high}
-    (difference,) = found.differences(resamples=50)
+    (difference,) = found.differences(Bootstrap(50))
     assert (difference["model"], difference["minus"]) == ("policy", "start")
     assert difference["rewards/accuracies"]["mean"] == pytest.approx(accuracy.rate - 0.5)
 
@@ -217,7 +220,7 @@ def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
         )
         for rows in (grouped, pairs)
     )
-    assert found.summary(resamples=20) == expected.summary(resamples=20)
+    assert found.summary(Bootstrap(20)) == expected.summary(Bootstrap(20))
     assert found.groupings[0].values == ["strong > middle", "strong > weak", "middle > weak"]
     assert found.rows.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5]
     assert found.completions.tolist() == [pair for row in grouped for pair in row["pairs"]]
@@ -225,7 +228,7 @@ def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
     with pytest.raises(ValueError, match="row 3: models and pairs do not belong to its 3 completions"):
         evaluate_pairs({"policy": tiny_model("llama")}, Dataset.from_list(grouped), word_tokenizer())
     grouped[2]["pairs"] = None
-    with pytest.raises(ValueError, match="row 2 has no pairs, as grouped rows do"):
+    with pytest.raises(ValueError, match="row 2 has no pairs, which grouped rows need"):
         evaluate_pairs({"policy": tiny_model("llama")}, Dataset.from_list(grouped), word_tokenizer())
 
 
@@ -233,8 +236,8 @@ def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
     ("change", "message"),
     [
         ({"by": ["nowhere"]}, "by names the column 'nowhere'"),
-        ({"by": ["model"]}, "by names the column 'model', which the result has itself"),
-        ({"by": ["chosen"]}, "by names the column 'chosen', which the result has itself"),
+        ({"by": ["model"]}, "by names the column 'model', which is a column of the result"),
+        ({"by": ["chosen"]}, "by names the column 'chosen', which is a column of the result"),
         ({"by": ["number"]}, "number has 120 different values"),
         ({"ratio_edges": [2, 1]}, "must increase"),
         ({"models": {}}, "no model"),

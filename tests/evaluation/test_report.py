@@ -9,8 +9,8 @@ from rich.console import Console
 
 from cpt_kernels.evaluation.report import (
     difference_lines,
+    draw_judged,
     draw_pairs,
-    draw_win_rates,
     own_references,
     pair_tables,
     win_rate_notes,
@@ -98,11 +98,11 @@ def test_win_rate_table_and_notes():
         )
     )
     for expected in (
-        "m: 3 prompts were left out, as base did not answer them",
-        "m: 4 prompts were left out, as m did not answer them",
-        "2 comparisons have no verdict and are in no rate (missing answers: 3 by HTTP 400; start again to ask",
-        "m: 1 outputs are the baseline's own, which is a tie",
-        "what stood first in 61.0% (50% is no bias), and gave both orders the same winner in 90.0%",
+        "m: 3 prompts were left out because base did not answer them",
+        "m: 4 prompts were left out because m did not answer them",
+        "2 comparisons have no verdict and are left out of the rates (missing answers: 3 by HTTP 400; run the command",
+        "m: 1 outputs equal the baseline's and count as ties",
+        "the first position in 61.0% (50% means no bias), and gave the same verdict in both orders in 90.0%",
         "all its outputs are shorter than the baseline's",
     ):
         assert any(expected in note for note in notes), expected
@@ -113,7 +113,7 @@ def test_pictures(tmp_path):
     """Whatever the names hold: a dollar begins no formula."""
     files = draw_pairs(summary(("start", r"a$\no{math$", "b")), tmp_path / "new", r"a$\b$")
     files += draw_pairs(summary(("start",)), tmp_path / "tied", "title")
-    files += draw_win_rates([rates(), rates(model=r"$\n$", length_controlled=None)], tmp_path)
+    files += draw_judged([rates(), rates(model=r"$\n$", length_controlled=None)], tmp_path)
     assert [file.name for file in files] == [*["pairs.png", "pairs.svg"] * 2, "win_rate.png", "win_rate.svg"]
     for file in files:
         if file.suffix == ".svg":

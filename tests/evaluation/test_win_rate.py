@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpt_kernels.evaluation.win_rate import interval, length_controlled_win_rate, win_rate
+from cpt_kernels.evaluation.win_rate import Bootstrap, interval, length_controlled_win_rate, win_rate
 
 
 def logistic(x):
@@ -30,15 +30,17 @@ def test_rate_counts_ties_half():
     assert found.rate == 0.625 and found.n == 4
     assert found.low < found.rate < found.high
     assert win_rate([1, 1, 0, 0.5]) == found
-    assert win_rate([1, 1, 0, 0.5] * 40, seed=1) != win_rate([1, 1, 0, 0.5] * 40, seed=2)
+    assert win_rate([1, 1, 0, 0.5] * 40, bootstrap=Bootstrap(seed=1)) != win_rate(
+        [1, 1, 0, 0.5] * 40, bootstrap=Bootstrap(seed=2)
+    )
 
 
 def test_interval_is_that_of_the_normal_approximation():
     wins = np.arange(1000) % 10 < 3
-    found = win_rate(wins, resamples=4000)
+    found = win_rate(wins, bootstrap=Bootstrap(4000))
     half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
     assert found.low == pytest.approx(0.3 - half, abs=0.003) and found.high == pytest.approx(0.3 + half, abs=0.003)
-    narrower = win_rate(wins, resamples=4000, confidence=0.5)
+    narrower = win_rate(wins, bootstrap=Bootstrap(4000, confidence=0.5))
     assert found.low < narrower.low < narrower.high < found.high
 
 
@@ -46,7 +48,7 @@ def test_interval_covers_as_often_as_it_says():
     random = np.random.default_rng(0)
     covered = 0
     for seed in range(200):
-        found = win_rate(random.random(100) < 0.7, resamples=400, seed=seed)
+        found = win_rate(random.random(100) < 0.7, bootstrap=Bootstrap(400, seed=seed))
         covered += found.low <= 0.7 <= found.high
     assert 0.88 <= covered / 200 <= 0.99  # 0.95 within three standard deviations of so few trials and of n = 100
 
@@ -87,7 +89,7 @@ def test_bad_outcomes(wins, message):
 @pytest.mark.parametrize("theta", [-1.0, 0.0, 0.7])
 @pytest.mark.parametrize("phi", [0.0, 2.0, -1.5])
 def test_length_control_finds_the_truth(theta, phi):
-    found = length_controlled_win_rate(*judged(4000, theta, phi), resamples=100)
+    found = length_controlled_win_rate(*judged(4000, theta, phi), bootstrap=Bootstrap(100))
     assert found.rate == pytest.approx(logistic(theta), abs=0.03)
     assert found.length_effect == pytest.approx(phi, abs=0.25)
     assert found.low < logistic(theta) + 0.01 and found.high > logistic(theta) - 0.01 and found.high - found.low < 0.08
@@ -98,7 +100,7 @@ def test_a_judge_of_length_alone_prefers_nobody():
     for seed in range(10):
         _, lengths, baseline = judged(500, 0, 0, seed=seed)
         wins = (lengths > baseline).astype(float)
-        found = length_controlled_win_rate(wins, lengths, baseline, resamples=100)
+        found = length_controlled_win_rate(wins, lengths, baseline, bootstrap=Bootstrap(100))
         assert 0.65 < wins.mean() == found.longer < 0.8 and found.length_effect > 50
         rates.append(found.rate)
         covered += found.low <= 0.5 <= found.high
@@ -108,28 +110,28 @@ def test_a_judge_of_length_alone_prefers_nobody():
 
 def test_without_a_taste_for_length_the_rate_stays():
     wins, lengths, baseline = judged(3000, 0.5, 0.0, shift=1.0)
-    found = length_controlled_win_rate(wins, lengths, baseline, resamples=10)
+    found = length_controlled_win_rate(wins, lengths, baseline, bootstrap=Bootstrap(10))
     assert found.rate == pytest.approx(wins.mean(), abs=0.03)
-    equal = length_controlled_win_rate(wins, baseline, baseline, resamples=10)
+    equal = length_controlled_win_rate(wins, baseline, baseline, bootstrap=Bootstrap(10))
     assert equal.rate == pytest.approx(wins.mean(), abs=1e-4) and equal.longer == 0
 
 
 def test_swapping_model_and_baseline():
     wins, lengths, baseline = judged(300, 0.4, 1.0)
-    found = length_controlled_win_rate(wins, lengths, baseline, resamples=50)
-    swapped = length_controlled_win_rate(1 - wins, baseline, lengths, resamples=50)
+    found = length_controlled_win_rate(wins, lengths, baseline, bootstrap=Bootstrap(50))
+    swapped = length_controlled_win_rate(1 - wins, baseline, lengths, bootstrap=Bootstrap(50))
     assert swapped.rate == pytest.approx(1 - found.rate, abs=1e-9)
     assert (swapped.low, swapped.high) == (pytest.approx(1 - found.high), pytest.approx(1 - found.low))
 
 
 def test_length_control_draws_a_prompts_values_together():
     wins, lengths, baseline = judged(60, 0.4, 1.0)
-    once = length_controlled_win_rate(wins, lengths, baseline, resamples=200)
+    once = length_controlled_win_rate(wins, lengths, baseline, bootstrap=Bootstrap(200))
     copied = [np.repeat(values, 10) for values in (wins, lengths, baseline)]
-    found = length_controlled_win_rate(*copied, prompts=np.repeat(np.arange(60), 10), resamples=200)
+    found = length_controlled_win_rate(*copied, prompts=np.repeat(np.arange(60), 10), bootstrap=Bootstrap(200))
     assert found.rate == pytest.approx(once.rate, abs=0.01)
     assert found.high - found.low == pytest.approx(once.high - once.low, rel=0.1)
-    apart = length_controlled_win_rate(*copied, resamples=200)
+    apart = length_controlled_win_rate(*copied, bootstrap=Bootstrap(200))
     assert apart.high - apart.low < 0.5 * (once.high - once.low)
 
 
@@ -138,7 +140,7 @@ def test_fit_is_the_minimum():
     random = np.random.default_rng(3)
     _, lengths, baseline = judged(200, 0, 0)
     wins = random.random(200)
-    found = length_controlled_win_rate(wins, lengths, baseline, resamples=10)
+    found = length_controlled_win_rate(wins, lengths, baseline, bootstrap=Bootstrap(10))
     x = torch.tanh(torch.from_numpy((lengths - baseline) / (lengths - baseline).std(ddof=1)))
     coefficients = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([coefficients], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-16)

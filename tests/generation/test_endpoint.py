@@ -11,7 +11,7 @@ import pytest
 from cpt_kernels.generation import endpoint as module
 from cpt_kernels.generation.endpoint import Endpoint, EndpointOptions, _retry_after
 from cpt_kernels.generation.prompts import Answer, Failure, Prompt, Request, Sampling
-from tests.helpers.stub_endpoint import StubEndpoint, answer_to, faults
+from tests.helpers.stub_endpoint import StubEndpoint, answer_to, faults, shorten_waits
 
 CHAT = Sampling(chat=True)
 RETRIED = ("429", "500", "503", "drop", "cut", "malformed", "no JSON", "no choices", "odd choices")
@@ -19,7 +19,7 @@ RETRIED = ("429", "500", "503", "drop", "cut", "malformed", "no JSON", "no choic
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
-    monkeypatch.setattr(module, "_FIRST_WAIT", 0.005)
+    shorten_waits(monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-tests")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 

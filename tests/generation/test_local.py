@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from importlib.machinery import ModuleSpec
-
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from cpt_kernels.generation import local as module
-from cpt_kernels.generation.local import LocalModel, VllmModel, _decode, _Draw, encode, generate_local
+from cpt_kernels.generation.local import LocalModel, _decode, _GumbelNoise, encode_prompt, generate_local
 from cpt_kernels.generation.prompts import Answer, Failure, Prompt, Request, Sampling
 from tests.helpers.architectures import CONFIGS, tiny_model
 from tests.helpers.rows import make_tokenizer, user
@@ -69,12 +64,12 @@ def test_seeds(model, tokenizer):
 def test_draws_have_the_right_shares():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, -torch.inf])
     count = 20_000
-    picked = _Draw(list(range(count)))(None, logits.expand(count, -1)).argmax(-1)
+    picked = _GumbelNoise(list(range(count)))(None, logits.expand(count, -1)).argmax(-1)
     shares = picked.bincount(minlength=5) / count
     expected = logits.softmax(-1)
     spread = (expected * (1 - expected) / count).sqrt()
     assert ((shares - expected).abs() <= 4 * spread).all(), shares
-    draw = _Draw([7])
+    draw = _GumbelNoise([7])
     first, second = (draw(None, torch.zeros(1, 1000)).argmax().item() for _ in range(2))
     assert first != second, "each step draws anew"
 
@@ -139,13 +134,15 @@ def test_the_models_own_generation_config_has_no_say(model, tokenizer):
 def test_conversations(model):
     tokenizer = make_tokenizer()
     prompt = Prompt(user("the sky?"))
-    ids = encode(tokenizer, prompt, Sampling(system_prompt="Be brief."))
+    ids = encode_prompt(tokenizer, prompt, Sampling(system_prompt="Be brief."))
     assert tokenizer.decode(ids) == "[system]Be brief.</s>[user]the sky?</s>[assistant]"
-    as_text = encode(tokenizer, Prompt("the sky?"), Sampling(chat=True, template_kwargs={"enable_thinking": False}))
+    as_text = encode_prompt(
+        tokenizer, Prompt("the sky?"), Sampling(chat=True, template_kwargs={"enable_thinking": False})
+    )
     assert tokenizer.decode(as_text) == "[user]the sky?</s>[assistant]<think>"
-    own = encode(tokenizer, Prompt(user("x"), [{"name": "f"}], {"enable_thinking": False}), Sampling())
+    own = encode_prompt(tokenizer, Prompt(user("x"), [{"name": "f"}], {"enable_thinking": False}), Sampling())
     assert tokenizer.decode(own) == '[tools][{"name": "f"}][user]x</s>[assistant]<think>'
-    assert tokenizer.decode(encode(tokenizer, Prompt("the sky?"), Sampling())) == "the sky?"
+    assert tokenizer.decode(encode_prompt(tokenizer, Prompt("the sky?"), Sampling())) == "the sky?"
 
 
 def test_what_cannot_be_answered(model, tokenizer):
@@ -161,7 +158,7 @@ def test_what_cannot_be_answered(model, tokenizer):
     twice = Request(Prompt(user("x") + user("y")))
     chat = make_tokenizer()
     LocalModel(model, chat, GREEDY).answer([twice], failures.update)
-    assert failures[0] == Failure("not for the chat template", "TemplateError: roles must alternate")
+    assert failures[0] == Failure("rejected by the chat template", "TemplateError: roles must alternate")
 
 
 def test_an_end_that_the_tokenizer_adds_is_left_out(tokenizer):
@@ -172,8 +169,8 @@ def test_an_end_that_the_tokenizer_adds_is_left_out(tokenizer):
             return ids
 
     ends = Ends(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
-    assert encode(ends, Prompt("w1 w2"), GREEDY) == encode(tokenizer, Prompt("w1 w2"), GREEDY)
-    assert encode(tokenizer, Prompt("w1 </s>"), GREEDY)[-1] == tokenizer.eos_token_id
+    assert encode_prompt(ends, Prompt("w1 w2"), GREEDY) == encode_prompt(tokenizer, Prompt("w1 w2"), GREEDY)
+    assert encode_prompt(tokenizer, Prompt("w1 </s>"), GREEDY)[-1] == tokenizer.eos_token_id
 
 
 def test_a_character_that_prompt_and_response_share():
@@ -231,69 +228,3 @@ def test_progress(model, tokenizer):
     counts = []
     generate_local(model, tokenizer, PROMPTS, GREEDY, batch_size=4, progress=counts.append)
     assert counts == [4, 2]
-
-
-# --- vLLM, which cannot run here: what its LLM class is called with ---
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    fake = types.ModuleType("vllm")
-    fake.__spec__ = ModuleSpec("vllm", None)
-    fake.calls = []
-
-    class SamplingParams:
-        def __init__(self, **options):
-            self.options = options
-
-    class LLM:
-        def __init__(self, model, **options):
-            self.made_with = (model, options)
-            config = types.SimpleNamespace(max_model_len=40)
-            self.llm_engine = types.SimpleNamespace(model_config=config)
-
-        def generate(self, prompts, params, use_tqdm=True):
-            fake.calls.append((prompts, [p.options for p in params], use_tqdm))
-            return [
-                types.SimpleNamespace(
-                    prompt_token_ids=prompt["prompt_token_ids"],
-                    outputs=[
-                        types.SimpleNamespace(
-                            text=f"seed {p.options['seed']}", token_ids=[1, 2, 3], finish_reason="stop"
-                        )
-                    ],
-                )
-                for prompt, p in zip(prompts, params)
-            ]
-
-    fake.LLM, fake.SamplingParams = LLM, SamplingParams
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    return fake
-
-
-def test_vllm(vllm, tokenizer):
-    sampling = Sampling(max_new_tokens=12, temperature=0.5, top_p=0.9, stop=("x",))
-    model = VllmModel("m", tokenizer, sampling, batch_size=2, dtype="bfloat16")
-    assert model.llm.made_with == ("m", {"dtype": "bfloat16"})
-    prompts = [*PROMPTS[:4], " ".join(["w1"] * 30)]
-    requests = [Request(Prompt(prompt)) for prompt in prompts]
-    results: dict = {}
-    model.answer(requests, results.update, answered={1})
-    assert results[4] == Failure("prompt too long", "30 tokens and max_new_tokens=12 exceed the model's 40")
-    assert set(results) == {0, 2, 3, 4}
-    for index in (0, 2, 3):
-        ids = tokenizer(prompts[index])["input_ids"]
-        assert results[index] == Answer(f"seed {requests[index].seed(sampling)}", "stop", len(ids), 3)
-    assert [len(prompts) for prompts, *_ in vllm.calls] == [2, 1]
-    prompts, params, use_tqdm = vllm.calls[0]
-    assert prompts[0] == {"prompt_token_ids": tokenizer(PROMPTS[0])["input_ids"]} and use_tqdm is False
-    assert params[0] == {
-        **{"max_tokens": 12, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "stop": ["x"]},
-        "seed": requests[0].seed(sampling),
-    }
-
-
-def test_without_vllm(monkeypatch, tokenizer):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install vllm"):
-        VllmModel("m", tokenizer, GREEDY)

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on 127.0.0.1 that misbehaves on demand."""
+"""An OpenAI-compatible endpoint on 127.0.0.1 that fails on demand."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# What it does to the n-th try (from 0) for a prompt: one of the names in _FAULTS, or None to answer.
+from openai import _base_client
+
+from cpt_kernels.generation import endpoint
+
+# (prompt, n) -> the fault of the n-th try (from 0) for this prompt: a name in _FAULTS, or None to answer.
 Plan = Callable[[str, int], str | None]
 
 
 class StubEndpoint:
-    """A context manager. `asked` lists the bodies of all requests, `tries` counts them and `delivered` the good replies
-    by (prompt, seed)."""
+    """A context manager that runs the endpoint.
+
+    Attributes:
+        asked: bodies of all requests.
+        tries: (prompt, seed) -> number of requests.
+        delivered: (prompt, seed) -> number of replies with an answer.
+    """
 
     def __init__(self, plan: Plan = lambda prompt, attempt: None, headers: dict[str, str] | None = None) -> None:
         self.plan, self.headers = plan, headers or {}
@@ -52,15 +61,21 @@ def answer_to(prompt: str, seed: int | None) -> str:
 
 
 def faults(kinds: Sequence[str | None]) -> Plan:
-    """The n-th try of every prompt meets the n-th of these; later ones are answered."""
+    """Returns a plan in which the n-th try of every prompt has the n-th fault, and later tries are answered."""
     return lambda prompt, attempt: kinds[attempt] if attempt < len(kinds) else None
+
+
+def shorten_waits(monkeypatch) -> None:
+    """Makes the waits before a retry short, those of the openai client, too."""
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.005)
+    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.005)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # who asked has been killed meanwhile, or we hung up
+        if not isinstance(sys.exc_info()[1], OSError):  # the client was killed, or this endpoint closed the connection
             super().handle_error(request, client_address)
 
 

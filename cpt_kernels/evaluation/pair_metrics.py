@@ -1,0 +1,140 @@
+"""Computes metrics of held-out pairs from log-probs: reward accuracy and margins, over all pairs and by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .win_rate import DEFAULT_BOOTSTRAP, Bootstrap, interval, win_rate
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ..data.preparation import PreparationReport
+
+# Edges of the groups by tokens of chosen / tokens of rejected. GPT-4's answers are about four times as long as
+# InstructGPT's.
+RATIO_EDGES = (0.5, 0.8, 1.25, 2.0, 4.0)
+LENGTH_EDGES = (32, 64, 128, 256, 512)  # edges of the groups by tokens of chosen
+ALL = "all pairs"
+MODEL_PAIR, LENGTH_RATIO, CHOSEN_LENGTH = "model pair", "chosen / rejected tokens", "chosen tokens"
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A division of P pairs into groups, one for each value."""
+
+    name: str
+    values: list[str]
+    codes: NDArray[np.int64]  # (P,) index into values
+
+
+@dataclass(frozen=True)
+class PairEvaluation:
+    """P pairs scored by one or several models.
+
+    Attributes:
+        rows: (P,) row of each pair in the given data.
+        completions: (P, 2) positions of chosen and rejected among the completions of the row; 0 and 1 except in ranked
+            rows.
+        prompts: (P,) hash of the prompt of each pair; intervals resample prompts.
+        lengths: (P, 2) tokens of chosen and rejected after truncation.
+        groupings: by models, by length, and by the requested columns.
+        logps: model -> (P, 2) summed log-probs of chosen and rejected, in nats.
+        ref_logps: (P, 2) the same for the reference, or None without a reference.
+        beta: factor of the rewards.
+        report: which rows of the data were used, truncated and dropped.
+    """
+
+    rows: NDArray[np.int64]
+    completions: NDArray[np.int64]
+    prompts: NDArray[np.uint64]
+    lengths: NDArray[np.int64]
+    groupings: list[Grouping]
+    logps: dict[str, NDArray[np.float64]]
+    ref_logps: NDArray[np.float64] | None
+    beta: float
+    report: PreparationReport
+
+    def metrics(self, model: str) -> dict[str, NDArray[np.float64]]:
+        """Returns the values of each metric for all pairs, (P,), by the trainer's name of the metric.
+
+        An exact tie counts 1/2 in the accuracies, whereas the trainer logs it as 0. The two differ only while the
+        policy equals its reference. Without a reference the reward is beta times the log-prob, as in training.
+        """
+        logps = self.logps[model]
+        rewards = self.beta * (logps if self.ref_logps is None else logps - self.ref_logps)
+        margins = rewards[:, 0] - rewards[:, 1]
+        return {
+            "rewards/accuracies": (np.sign(margins) + 1) / 2,
+            "rewards/margins": margins,
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "logps/accuracies": (np.sign(logps[:, 0] - logps[:, 1]) + 1) / 2,
+            "logps/chosen": logps[:, 0],
+            "logps/rejected": logps[:, 1],
+        }
+
+    def summary(self, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> list[dict[str, Any]]:
+        """Computes the mean of every metric for each model and each group that has pairs.
+
+        Returns:
+            A row for each model and group: ``model``, ``by``, ``value``, ``pairs``, ``prompts``, and every metric as
+            ``{"mean", "low", "high"}`` with the ends of a bootstrap interval over prompts.
+        """
+        everything = Grouping(ALL, [ALL], np.zeros(len(self.rows), np.int64))
+        metrics = {model: self.metrics(model) for model in self.logps}
+        rows = []
+        for grouping in (everything, *self.groupings):
+            for code, value in enumerate(grouping.values):
+                where = np.flatnonzero(grouping.codes == code)
+                for model in metrics if len(where) else ():
+                    prompts = self.prompts[where]
+                    row = {"model": model, "by": grouping.name, "value": value}
+                    row |= {"pairs": len(where), "prompts": len(np.unique(prompts))}
+                    found = {name: values[where] for name, values in metrics[model].items()}
+                    rows.append(row | _estimates(found, prompts, bootstrap))
+        return rows
+
+    def differences(self, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> list[dict[str, Any]]:
+        """Computes the metrics of every further model minus those of the first, pair by pair, as `summary` does."""
+        first, *others = self.logps
+        base = self.metrics(first)
+        rows = []
+        for model in others:
+            found = {name: values - base[name] for name, values in self.metrics(model).items()}
+            rows.append({"model": model, "minus": first} | _estimates(found, self.prompts, bootstrap, shares=False))
+        return rows
+
+    def table(self) -> pa.Table:
+        """Returns a row for each model and pair: its place in the data, groups, lengths, log-probs and metrics."""
+        import pyarrow as pa
+
+        shared = {
+            "row": self.rows,
+            "chosen": self.completions[:, 0],
+            "rejected": self.completions[:, 1],
+            **{grouping.name: np.array(grouping.values)[grouping.codes] for grouping in self.groupings},
+            "chosen_tokens": self.lengths[:, 0],
+            "rejected_tokens": self.lengths[:, 1],
+        }
+        if self.ref_logps is not None:
+            shared |= {"ref_logps/chosen": self.ref_logps[:, 0], "ref_logps/rejected": self.ref_logps[:, 1]}
+        parts = [{"model": [model] * len(self.rows)} | shared | self.metrics(model) for model in self.logps]
+        return pa.concat_tables([pa.table(part) for part in parts])
+
+
+def _estimates(
+    values: dict[str, NDArray], prompts: NDArray, bootstrap: Bootstrap, shares: bool = True
+) -> dict[str, dict[str, float]]:
+    """Returns the mean and the interval of each metric; with ``shares``, accuracies are shares in [0, 1]."""
+    ends = interval(np.stack(list(values.values()), axis=1), prompts=prompts, bootstrap=bootstrap).T.tolist()
+    estimates = {}
+    for (name, found), (low, high) in zip(values.items(), ends):
+        if shares and name.endswith("/accuracies") and low == high:  # all pairs agree, so the interval is the exact one
+            _, low, high, _ = win_rate(found, prompts=prompts, bootstrap=bootstrap)
+        estimates[name] = {"mean": float(found.mean()), "low": low, "high": high}
+    return estimates
