@@ -5,68 +5,65 @@ How a YAML file and flags fill them is :mod:`cpt_kernels.cli.parsing`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from ..config import WITHOUT_MEANING, ContrastiveConfig, default_of
+from ..config import IGNORED_OPTIONS, ContrastiveConfig
 from ..errors import UserError
-from ..losses import LOSSES, loss_names
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from ..losses import LOSSES, LossOptions, loss_names
+from ..losses.options import default_of, option
 
 
 @dataclass
 class ScriptArguments:
     """Which data."""
 
-    dataset_name: str | None = _option(
+    dataset_name: str | None = option(
         None, "Training data: a .json, .jsonl, .parquet or .csv file, a folder, or a hub name."
     )
-    dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
-    dataset_train_split: str = _option("train", "Split to train on.")
-    dataset_test_split: str = _option("test", "Split to evaluate on.")
-    dataset_streaming: bool = _option(False, "Read rows as they are needed; needs max_steps.")
-    datasets: list[dict] | None = _option(
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on.")
+    dataset_streaming: bool = option(False, "Read rows as they are needed; needs max_steps.")
+    datasets: list[dict] | None = option(
         None, "Several datasets in place of one, each a mapping: path, name, split, columns, fraction, ..."
     )
-    test_split_size: float | None = _option(None, "Share or number of rows of datasets to evaluate on.")
-    eval_dataset_name: str | None = _option(None, "Evaluation data of its own: a file, a folder, or a hub name.")
-    columns: list[str] | None = _option(None, "Columns to read: name, or 'name in the data=name here'.")
-    ignore_bias_buffers: bool = _option(False, "Keep true-or-false buffers of the model out of what DDP synchronises.")
+    test_split_size: float | None = option(None, "Share or number of rows of datasets to evaluate on.")
+    eval_dataset_name: str | None = option(None, "Evaluation data of its own: a file, a folder, or a hub name.")
+    columns: list[str] | None = option(None, "Columns to read: name, or 'name in the data=name here'.")
+    ignore_bias_buffers: bool = option(False, "Keep true-or-false buffers of the model out of what DDP synchronises.")
 
 
 @dataclass
 class ModelArguments:
     """Which model, which reference, which adapter."""
 
-    model_name_or_path: str | None = _option(None, "Model to train: a folder, or a name on the hub.")
-    model_revision: str = _option("main", "Branch, tag or commit of a hub model.")
-    tokenizer_name: str | None = _option(None, "Folder or name of the tokenizer. Default: the model's.")
-    from_scratch: bool = _option(False, "Start from random weights; of the model only its config.json is read.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _option("float32", "Type of the weights.")
-    attn_implementation: str | None = _option(None, "The model's attention where rows are not packed: sdpa, eager, ...")
-    ref_model_name_or_path: str | None = _option(None, "Reference model. Default: the model as training starts.")
-    use_peft: bool = _option(False, "Train a LoRA adapter instead of all weights.")
-    lora_r: int = _option(16, "Rank of the adapter.")
-    lora_alpha: int = _option(32, "The adapter is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = _option(0.05, "Dropout in the adapter, where disable_dropout is false.")
-    lora_target_modules: list[str] | None = _option(None, "Modules to adapt, or all-linear. Default: by architecture.")
-    lora_target_parameters: list[str] | None = _option(None, "Parameters to adapt that belong to no linear module.")
-    lora_modules_to_save: list[str] | None = _option(None, "Modules to train whole beside the adapter.")
-    lora_task_type: Literal["CAUSAL_LM"] = _option("CAUSAL_LM", "What the adapter is for.")
-    use_rslora: bool = _option(False, "Multiply by lora_alpha / sqrt(lora_r) instead.")
-    use_dora: bool = _option(False, "Weight-decomposed LoRA.")
-    load_in_4bit: bool = _option(False, "Load the base model in 4 bits (bitsandbytes); needs use_peft.")
-    load_in_8bit: bool = _option(False, "Load the base model in 8 bits (bitsandbytes); needs use_peft.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _option("nf4", "Kind of the 4 bits.")
-    use_bnb_nested_quant: bool = _option(False, "Quantise the scales of the 4 bits, too.")
-    bnb_4bit_quant_storage: str | None = _option(None, "Type in which the 4 bits are stored: bfloat16, ...")
+    model_name_or_path: str | None = option(None, "Model to train: a folder, or a name on the hub.")
+    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
+    tokenizer_name: str | None = option(None, "Folder or name of the tokenizer. Default: the model's.")
+    from_scratch: bool = option(False, "Start from random weights; of the model only its config.json is read.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("float32", "Type of the weights.")
+    attn_implementation: str | None = option(None, "The model's attention where rows are not packed: sdpa, eager, ...")
+    ref_model_name_or_path: str | None = option(None, "Reference model. Default: the model as training starts.")
+    use_peft: bool = option(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: int = option(32, "The adapter is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout in the adapter, where disable_dropout is false.")
+    lora_target_modules: list[str] | None = option(None, "Modules to adapt, or all-linear. Default: by architecture.")
+    lora_target_parameters: list[str] | None = option(None, "Parameters to adapt that belong to no linear module.")
+    lora_modules_to_save: list[str] | None = option(None, "Modules to train whole beside the adapter.")
+    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "What the adapter is for.")
+    use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(lora_r) instead.")
+    use_dora: bool = option(False, "Weight-decomposed LoRA.")
+    load_in_4bit: bool = option(False, "Load the base model in 4 bits (bitsandbytes); needs use_peft.")
+    load_in_8bit: bool = option(False, "Load the base model in 8 bits (bitsandbytes); needs use_peft.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "Kind of the 4 bits.")
+    use_bnb_nested_quant: bool = option(False, "Quantise the scales of the 4 bits, too.")
+    bnb_4bit_quant_storage: str | None = option(None, "Type in which the 4 bits are stored: bfloat16, ...")
 
 
 CLASSES = (ScriptArguments, ModelArguments, ContrastiveConfig)
@@ -79,11 +76,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *(name for name in NAMES[ModelArguments] if name != "ref_model_name_or_path"),
         *("trust_remote_code", "model_init_kwargs", "disable_dropout", "router_aux_loss_coef", "attention_backend"),
     ),
-    "Loss": (
-        *("loss_type", "loss_weights", "beta", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type"),
-        *("f_alpha_divergence_coef", "slic_delta", "slic_lambda", "slic_length_normalize", "simpo_gamma", "cpo_alpha"),
-        *("dpop_lambda", "odpo_alpha", "discopop_tau"),
-    ),
+    "Loss": tuple(f.name for f in fields(LossOptions)),
     "Data": (
         *("max_length", "truncation_mode", "target_column", "gap_column", "ranked_pairs", "curriculum"),
         "dataset_num_proc",
@@ -104,7 +97,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *("logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps"),
         *("save_total_limit", "resume_from_checkpoint", "report_to", "disable_tqdm"),
     ),
-    "Accepted from TRL, without meaning here": tuple(WITHOUT_MEANING),
+    "Accepted from TRL, without effect here": tuple(IGNORED_OPTIONS),
     _LAST_GROUP: (),
 }
 # In place of what transformers says of its own options at length.
@@ -131,7 +124,7 @@ HELP = {
     "resume_from_checkpoint": "Folder of a checkpoint, or last: the last one in output_dir.",
     "report_to": "Trackers to report to: wandb, tensorboard, ...",
     "disable_tqdm": "No progress bars.",
-    **{name: f"{reason[0].upper()}{reason[1:]}." for name, reason in WITHOUT_MEANING.items()},
+    **{name: f"{reason[0].upper()}{reason[1:]}." for name, reason in IGNORED_OPTIONS.items()},
 }
 # Of TrainingArguments, what no text can say.
 NOT_OPTIONS = {"parallelism_config": "accelerate's sharding is a matter of the file of --accelerate_config"}
@@ -210,9 +203,11 @@ def check_together(values: dict[str, Any]) -> None:
 
 def _check_loss(losses: list[str], given: set[str]) -> None:
     named = f"loss_type={' '.join(losses)}"
-    for column, loss in (("target_column", "slic"), ("gap_column", "odpo")):
-        if column in given and loss not in losses:
-            raise UserError(f"{column} has no effect with {named}: leave it out, or set loss_type={loss}")
+    for column, reads in (("target_column", "uses_target"), ("gap_column", "needs_gap")):
+        readers = [name for name, entry in LOSSES.items() if getattr(entry, reads)]
+        if column in given and not set(losses) & set(readers):
+            choices = " or ".join(readers)
+            raise UserError(f"{column} has no effect with {named}: leave it out, or set loss_type={choices}")
     of_reference = {"ref_model_name_or_path", "precompute_ref_log_probs"} & given
     if of_reference and not any(LOSSES[loss].needs_reference for loss in losses):
         raise UserError(f"{min(of_reference)} has no effect with {named}, which has no reference: leave it out")

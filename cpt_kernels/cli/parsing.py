@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from ..config import REMOVED
+from ..config import REMOVED_OPTIONS
 from ..errors import UserError
 from . import launch
 from .options import CLASSES, HELP, NAMES, NOT_OPTIONS, Options, check_together, defaults, groups, type_hints
@@ -161,10 +161,10 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 
 def _check_name(name: str, where: str, dashes: str = "") -> None:
-    if name in REMOVED:
-        raise UserError(f"{where}{dashes}{name} is no option any more: {REMOVED[name]}")
+    if name in REMOVED_OPTIONS:
+        raise UserError(f"{where}{dashes}{name} was removed: {REMOVED_OPTIONS[name]}")
     if name in NOT_OPTIONS:
-        raise UserError(f"{where}{dashes}{name} is no option here: {NOT_OPTIONS[name]}")
+        raise UserError(f"{where}{dashes}{name} cannot be set here: {NOT_OPTIONS[name]}")
     if name not in defaults():
         raise UserError(f"{where}unknown option {dashes}{name}{_suggest(name, defaults(), dashes)}")
 

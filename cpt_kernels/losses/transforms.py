@@ -1,4 +1,4 @@
-"""What changes the log-probs that a loss sees, or weighs its pairs; pure functions of :class:`PairLogps`."""
+"""Changes of the log-probs that a loss sees, and weights of its pairs: pure functions of :class:`PairLogps`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .logps import PairLogps
 
-_LARGEST_EXPONENT = 80.0  # exp stays finite in fp32; TRL's
+_LARGEST_EXPONENT = 80.0  # as in TRL: exp stays finite in fp32
 
 
 def _forward_kl(log_ratio: Tensor) -> Tensor:
@@ -24,12 +24,12 @@ def _js_divergence(log_ratio: Tensor) -> Tensor:
 
 
 def _alpha_divergence(log_ratio: Tensor, coef: float) -> Tensor:
-    if abs(coef - 1) < 1e-6:  # the limit
+    if abs(coef - 1) < 1e-6:  # the limit of the expression below
         return log_ratio
     return (torch.exp(torch.clamp((coef - 1) * log_ratio, max=_LARGEST_EXPONENT)) - 1) / (coef - 1)
 
 
-# f_divergence_type -> f'(exp d) of a log-ratio d. reverse_kl is DPO itself: d, up to a constant that cancels.
+# f_divergence_type -> Δ ↦ f'(exp Δ). For reverse_kl that is Δ itself, up to a constant that cancels: plain DPO.
 F_DIVERGENCES: dict[str, Callable[..., Tensor] | None] = {
     "reverse_kl": None,
     "forward_kl": _forward_kl,
@@ -39,20 +39,21 @@ F_DIVERGENCES: dict[str, Callable[..., Tensor] | None] = {
 
 
 def f_divergence(logps: PairLogps, kind: str, alpha_coef: float = 0.5) -> PairLogps:
-    """Log-ratios ``d`` replaced by ``f'(exp d)``, f the generator of the divergence that takes the place of the KL
+    """Replaces log-ratios ``Δ`` by ``f'(exp Δ)``, where f generates the divergence that takes the place of the KL
     divergence from the reference: Wang et al., arXiv 2309.16240.
 
-    Forward KL ``1 - exp(-d)``, Jensen-Shannon ``log 2 + log s(d)``, alpha ``(exp((a-1) d) - 1) / (a-1)``. Only for
-    losses of the *difference* of the two: each alone lacks a term of the prompt that is unknown.
+    Forward KL is ``1 - exp(-Δ)``, Jensen-Shannon ``log 2 + log(σ(Δ))``, alpha ``(exp((a-1)·Δ) - 1) / (a-1)``. The
+    result holds for losses of the *difference* of the log-ratios only: an unknown term of the prompt cancels there.
 
-    Forward KL's value for a chosen ratio below about -88 is beyond fp32: the loss is inf, as TRL's is.
+    Forward KL exceeds fp32 for a log-ratio of chosen below about -88. The loss is then inf, as TRL's is.
     """
     derivative = F_DIVERGENCES[kind]
     if derivative is None:
         return logps
     coef = (alpha_coef,) if kind == "alpha_divergence" else ()
     chosen, rejected = logps.log_ratios()
-    if kind == "forward_kl":  # the loss is flat long before a rejected side's exp(-d) is inf, and 0 times inf is NaN
+    if kind == "forward_kl":
+        # exp(-Δ) of the rejected side would be inf, and its gradient inf times 0. The loss is flat long before.
         limits = torch.finfo(rejected.dtype)
         rejected = rejected.clamp(min=-math.log(limits.max) * (1 - limits.eps))
     chosen, rejected = (derivative(ratio, *coef) for ratio in (chosen, rejected))
@@ -61,8 +62,8 @@ def f_divergence(logps: PairLogps, kind: str, alpha_coef: float = 0.5) -> PairLo
 
 
 def desensitize(logps: PairLogps, alpha: float | None) -> PairLogps:
-    """LD-DPO: tokens beyond the length of the pair's other side weigh ``alpha``, for policy and reference. Liu et al.,
-    arXiv 2409.06411. Lengths stay as they are.
+    """Weights tokens beyond the length of the pair's other side by ``alpha``, for policy and reference: LD-DPO, Liu et
+    al., arXiv 2409.06411. The lengths do not change.
     """
     if alpha is None:
         return logps
@@ -71,8 +72,10 @@ def desensitize(logps: PairLogps, alpha: float | None) -> PairLogps:
 
 
 def wpo_weights(logps: PairLogps) -> Tensor:
-    """WPO: how likely the policy is to say what the pair says, (P,) without gradient, ``w(yw) w(yl)`` with
-    ``w(y) = exp mean_t (log p(y_t) - log sum_v p(v)^2)``: Zhou et al., arXiv 2406.11827, eq. 2; not clamped, as TRL's.
+    """Returns WPO's weights of the pairs, (P,) without gradient: the probability of both completions under the policy.
+
+    ``w(chosen)·w(rejected)`` with ``w(y) = exp(mean_t (log p(y_t) - log sum_v p(v)²))``: Zhou et al., arXiv 2406.11827,
+    eq. 2, without a bound, as in TRL.
     """
     chosen = (logps.chosen - logps.chosen_log_sum_sq) / logps.chosen_length
     rejected = (logps.rejected - logps.rejected_log_sum_sq) / logps.rejected_length

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from ..config import REMOVED, ContrastiveConfig
+from ..config import REMOVED_OPTIONS, ContrastiveConfig
 from ..errors import UserError
 from ..losses import Loss
 from ..model.loading import dropout
@@ -48,8 +48,8 @@ def check_removed_arguments(names: Iterable[str]) -> None:
     for name in names:
         if name == "tokenizer":
             raise UserError("the argument tokenizer was removed: pass it as processing_class")
-        if name in REMOVED:
-            raise UserError(f"the argument {name} was removed: {REMOVED[name]}")
+        if name in REMOVED_OPTIONS:
+            raise UserError(f"the argument {name} was removed: {REMOVED_OPTIONS[name]}")
         if name in options:
             raise UserError(f"the argument {name} was removed: set it in args=DPOConfig({name}=...)")
         raise TypeError(f"the trainer has no argument {name}")

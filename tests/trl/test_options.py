@@ -15,7 +15,7 @@ from cpt_kernels.cli import options as arguments
 from cpt_kernels.cli import parsing
 from cpt_kernels.cli import train as run_module
 from cpt_kernels.cli.parsing import parse
-from cpt_kernels.config import REMOVED
+from cpt_kernels.config import REMOVED_OPTIONS
 from tests.helpers.command import NEEDED, bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_rows
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
@@ -79,7 +79,7 @@ def test_no_option_of_trl_dpo_is_missing():
     ours = {*arguments.defaults(), *parsing._ALIASES, *arguments.NOT_OPTIONS}
     assert sorted(set(trl_actions()) - ours) == []
     assert sorted(trl_actions().keys() & arguments.NOT_OPTIONS.keys()) == ["parallelism_config"]  # no text is one
-    assert not REMOVED.keys() & trl_actions().keys()
+    assert not REMOVED_OPTIONS.keys() & trl_actions().keys()
 
 
 def test_no_argument_of_trls_constructor_is_missing():

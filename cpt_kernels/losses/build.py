@@ -1,0 +1,209 @@
+"""Losses with their options bound: a built-in loss, a weighted sum of several, or a user's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .functions import LOSSES, loss_options
+from .logps import PairLogps
+from .transforms import F_DIVERGENCES, desensitize, f_divergence, wpo_weights
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss with its options bound, and what the trainer must know about it.
+
+    Attributes:
+        name: as given to ``loss_type``.
+        function: ``PairLogps -> (P,)``.
+        needs_reference: ``ref_chosen`` and ``ref_rejected`` are read.
+        needs_rejected: pairs must have a rejected side.
+        separable: the loss of a subset of pairs is the subset of the losses, so gradients may be taken tile by tile.
+        options: the options of one built-in loss without changes, which a kernel may compute in closed form; ``None``
+            for any other loss.
+        needs_tails, needs_log_sum_sq, needs_gap: the fields of :class:`PairLogps` of that name are read.
+    """
+
+    name: str
+    function: Callable[[PairLogps], Tensor] = field(repr=False)
+    needs_reference: bool
+    needs_rejected: bool = True
+    separable: bool = True
+    options: dict[str, float] | None = None
+    needs_tails: bool = False
+    needs_log_sum_sq: bool = False
+    needs_gap: bool = False
+
+    def __call__(self, logps: PairLogps) -> Tensor:
+        return self.function(logps)
+
+    def check_separable(self) -> None:
+        """Checks on random log-probs that a loss which is declared separable is.
+
+        Raises:
+            UserError: the losses of some pairs change when other pairs leave the batch.
+        """
+        generator = torch.Generator().manual_seed(0)
+        values = {f.name: torch.rand(8, generator=generator, dtype=torch.float64) for f in fields(PairLogps)}
+        lengths = torch.arange(1, 9, dtype=torch.float64)
+        for name in values:
+            if name.endswith("_length"):
+                values[name] = lengths.flip(0) if name == "rejected_length" else lengths
+            elif not name.endswith("_log_sum_sq") and name != "gap":
+                values[name] *= -10 if name.endswith("_tail") else -20
+        logps = replace(PairLogps(**values), tokens_per_pair=4.0)
+        some = torch.tensor([1, 4, 6])
+        if not torch.allclose(self(logps)[some], self(logps[some])):
+            raise UserError(
+                f"loss '{self.name}' is declared separable, but the losses of a subset of pairs are not the subset of"
+                " the losses: declare it separable=False"
+            )
+
+
+def loss_names(loss_type: str | Sequence[str]) -> list[str]:
+    """Returns ``loss_type`` as a list: one name, or several that are added up."""
+    return [loss_type] if isinstance(loss_type, str) else list(loss_type)
+
+
+def build_loss(
+    name: str | Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    ld_alpha: float | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    use_weighting: bool = False,
+    **options: float,
+) -> Loss:
+    """Binds the options of a built-in loss, or of the weighted sum of several.
+
+    Args:
+        name: of one loss or of several, keys of ``LOSSES``.
+        weights: one for each name. Default: 1 each.
+        ld_alpha: weight of tokens beyond the length of the pair's other side (LD-DPO), for losses with a reference.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference, one of ``F_DIVERGENCES``.
+        use_weighting: weight pairs by their probability under the policy (WPO); ``sft`` has no pairs to weight.
+        options: each goes to the losses that take it, see :func:`loss_options`.
+
+    Raises:
+        UserError: an unknown name, another number of weights, or a change that is not defined for the loss.
+        TypeError: none of the losses takes an option.
+    """
+    names = loss_names(name)
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    for unknown in set(names) - set(LOSSES):
+        raise UserError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}")
+    if not names or len(weights) != len(names):
+        raise UserError(f"loss_weights has {len(weights)} weights for the {len(names)} losses of loss_type")
+    taken = {option for one in names for option in loss_options(one)}
+    if foreign := set(options) - taken:
+        raise TypeError(f"loss '{' + '.join(names)}' takes {sorted(taken)}, not {sorted(foreign)}")
+    if f_divergence_type not in F_DIVERGENCES:
+        raise UserError(f"f_divergence_type='{f_divergence_type}' is unknown: choose one of {', '.join(F_DIVERGENCES)}")
+    divergence = (f_divergence_type, f_alpha_divergence_coef)
+    parts = [
+        _build_one(one, ld_alpha, divergence, use_weighting, {k: options[k] for k in loss_options(one) if k in options})
+        for one in names
+    ]
+    loss = parts[0] if len(parts) == 1 and weights[0] == 1 else _weighted_sum(parts, weights)
+    ignored = {
+        "ld_alpha": ld_alpha is not None and not loss.needs_tails,
+        "f_divergence_type": f_divergence_type != "reverse_kl" and not loss.needs_reference,
+        "use_weighting": use_weighting and not loss.needs_log_sum_sq,
+    }
+    for option, is_ignored in ignored.items():
+        if is_ignored:
+            raise UserError(f"{option} has no effect on loss '{loss.name}': leave it out")
+    return loss
+
+
+def _build_one(
+    name: str, ld_alpha: float | None, divergence: tuple[str, float], use_weighting: bool, options: dict[str, float]
+) -> Loss:
+    builtin = LOSSES[name]
+    # In a sum, a change applies to the losses that it is defined for.
+    diverges = builtin.needs_reference and divergence[0] != "reverse_kl"
+    weighted = use_weighting and builtin.needs_rejected
+    desensitized = builtin.needs_reference and ld_alpha is not None
+    if diverges and not builtin.of_difference:
+        known = ", ".join(other for other, entry in LOSSES.items() if entry.of_difference)
+        raise UserError(
+            f"f_divergence_type='{divergence[0]}' is not defined for loss '{name}': leave it at reverse_kl, or take one"
+            f" of {known}"
+        )
+    if weighted and not builtin.separable:
+        raise UserError(
+            f"use_weighting is not defined for loss '{name}', which sorts the two sides of a pair apart: leave it out"
+        )
+
+    def function(logps: PairLogps) -> Tensor:
+        seen = desensitize(logps, ld_alpha) if desensitized else logps
+        losses = builtin.function(f_divergence(seen, *divergence) if diverges else seen, **options)
+        return wpo_weights(logps) * losses if weighted else losses
+
+    return Loss(
+        name,
+        function,
+        builtin.needs_reference,
+        builtin.needs_rejected,
+        builtin.separable,
+        options=None if diverges or weighted or desensitized else options,
+        needs_tails=desensitized,
+        needs_log_sum_sq=weighted,
+        needs_gap=builtin.needs_gap,
+    )
+
+
+def _weighted_sum(parts: Sequence[Loss], weights: Sequence[float]) -> Loss:
+    def function(logps: PairLogps) -> Tensor:
+        return torch.stack([weight * part(logps) for part, weight in zip(parts, weights)]).sum(0)
+
+    return Loss(
+        " + ".join(part.name if weight == 1 else f"{weight:g} {part.name}" for part, weight in zip(parts, weights)),
+        function,
+        needs_reference=any(part.needs_reference for part in parts),
+        needs_rejected=any(part.needs_rejected for part in parts),
+        separable=all(part.separable for part in parts),
+        needs_tails=any(part.needs_tails for part in parts),
+        needs_log_sum_sq=any(part.needs_log_sum_sq for part in parts),
+        needs_gap=any(part.needs_gap for part in parts),
+    )
+
+
+def user_loss(
+    function: Callable[[PairLogps], Tensor],
+    *,
+    needs_reference: bool = True,
+    needs_rejected: bool = True,
+    separable: bool = False,
+    name: str | None = None,
+    needs_tails: bool = False,
+    needs_log_sum_sq: bool = False,
+    needs_gap: bool = False,
+) -> Loss:
+    """Makes a :class:`Loss` of a user's own function of log-probs, ``PairLogps -> (P,)``.
+
+    ``separable=True`` declares that each pair's loss depends on that pair alone. It saves one of the four matrix
+    products in the head, and is checked here, once.
+
+    Raises:
+        UserError: it is declared separable and is not.
+    """
+    loss = Loss(
+        name or str(getattr(function, "__name__", "user")),
+        function,
+        needs_reference,
+        needs_rejected,
+        separable,
+        needs_tails=needs_tails,
+        needs_log_sum_sq=needs_log_sum_sq,
+        needs_gap=needs_gap,
+    )
+    if separable:
+        loss.check_separable()
+    return loss
