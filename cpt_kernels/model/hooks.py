@@ -1,20 +1,21 @@
-"""What a transformers model must do differently on a packed row: its attention, and RoPE that depends on lengths.
+"""Changes how a transformers model runs a packed row: attention, RoPE, NEFTune's noise and quantized layers.
 
-An attention implementation of ours is registered *over* the model's own: it takes part only where a packed layout
-arrives as a keyword argument, so generation and plain forwards of the same model go on as before.
+Our attention is registered *over* the model's own. It runs only when a packed layout arrives as a keyword argument;
+generation and plain forwards of the same model use the model's own attention.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,24 +23,28 @@ from ..errors import UserError
 from ..ops.attention import AttentionLayout, shared_prompt_attention
 
 _PREFIX = "shared_prompt_over_"
-_segments = torch.compiler.disable(shared_prompt_attention)  # a graph of it would hold for one batch's lengths alone
-# What transformers asks the device about a row, and waits for: whether positions start again, whether it has pads.
-_QUESTIONS = [
+_attend = torch.compiler.disable(shared_prompt_attention)  # its graph would be valid for the lengths of one batch only
+# transformers checks that force a GPU sync; disabled during packed forwards. Not every version has both.
+_SYNCING_CHECKS = [
     (owner, name)
     for owner, name in (
         (masking_utils, "find_packed_sequence_indices"),
         (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
     )
-    if hasattr(owner, name)  # not in every version
+    if hasattr(owner, name)
 ]
-_packed = ContextVar("packed", default=False)  # masks are built by the model, outside of what checkpointing recomputes
+# Read where the model builds its masks. Activation checkpointing recomputes layers only, so never that part.
+_in_packed_forward = ContextVar("in_packed_forward", default=False)
 
 
 def attention_over(implementation: str) -> str:
-    """Name of the packed attention over ``implementation`` ("sdpa", "eager", ...), registered on first use."""
+    """Returns the name of the packed attention over ``implementation`` ("sdpa", "eager", ...).
+
+    The first call registers it with transformers, both as an attention and as a mask function.
+    """
     if implementation.startswith(_PREFIX):
         return implementation
-    # A name with "flash" or a slash in it transformers takes for a kernel that it has to import or to download.
+    # transformers would import or download a kernel for a name that contains "flash" or a slash.
     name = _PREFIX + implementation.replace("flash", "fa").replace("/", "-")
     if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return name
@@ -48,18 +53,21 @@ def attention_over(implementation: str) -> str:
         module: nn.Module,
         query: Tensor,  # (B, Hq, T, D)
         key: Tensor,  # (B, Hk, T, D)
-        value: Tensor,
+        value: Tensor,  # (B, Hk, T, Dv)
         attention_mask: Tensor | None,
         layout: AttentionLayout | None = None,
         attention_backend: str = "auto",
         **kwargs,
     ):
+        # A plain forward: the model's own attention.
         if layout is None:
             eager = sys.modules[type(module).__module__].eager_attention_forward
             own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-            with _named(module.config, implementation) if "flash" in implementation else contextlib.nullcontext():
+            is_flash = "flash" in implementation
+            with _implementation_named(module.config, implementation) if is_flash else contextlib.nullcontext():
                 return own(module, query, key, value, attention_mask, **kwargs)
-        out = _segments(
+        # A packed row.
+        out = _attend(
             *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             layout,
             scale=kwargs.get("scaling"),
@@ -72,7 +80,7 @@ def attention_over(implementation: str) -> str:
         return out[None], None
 
     def mask(*args, **kwargs):
-        return None if _packed.get() else ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
+        return None if _in_packed_forward.get() else ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
@@ -80,8 +88,8 @@ def attention_over(implementation: str) -> str:
 
 
 @contextlib.contextmanager
-def _named(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
-    """transformers' flash attention imports the kernel that the config names."""
+def _implementation_named(config: Any, implementation: str) -> Iterator[None]:
+    """Sets the name in the config: transformers' flash attention imports the kernel that the config names."""
     ours, config._attn_implementation_internal = config._attn_implementation_internal, implementation
     try:
         yield
@@ -91,21 +99,21 @@ def _named(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def packed_forward() -> Iterator[None]:
-    """The forward inside runs a packed row, whose masking is the attention's own business."""
-    token = _packed.set(True)
-    own = [getattr(owner, name) for owner, name in _QUESTIONS]
-    for owner, name in _QUESTIONS:
+    """Context of a forward on a packed row: the model builds no mask, and skips checks that force a GPU sync."""
+    token = _in_packed_forward.set(True)
+    own = [getattr(owner, name) for owner, name in _SYNCING_CHECKS]
+    for owner, name in _SYNCING_CHECKS:
         setattr(owner, name, lambda *_: None)
     try:
         yield
     finally:
-        for (owner, name), function in zip(_QUESTIONS, own):
+        for (owner, name), function in zip(_SYNCING_CHECKS, own):
             setattr(owner, name, function)
-        _packed.reset(token)
+        _in_packed_forward.reset(token)
 
 
 def length_dependent_rotaries(model: nn.Module) -> list[nn.Module]:
-    """Rotary embeddings that choose frequencies by the longest position of a *batch*: LongRoPE and dynamic NTK."""
+    """Returns rotary embeddings whose frequencies depend on a batch's longest position: LongRoPE and dynamic NTK."""
 
     def depends(rope_type: str | dict | None) -> bool:
         kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
@@ -114,9 +122,9 @@ def length_dependent_rotaries(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if depends(getattr(module, "rope_type", None))]
 
 
-def rope_length_limit(rotaries: list[nn.Module]) -> int | None:
-    """Longest sequence for which frequencies are the same as for any shorter one; ``None`` without such rotaries."""
-    limits = []
+def rope_length_limit(rotaries: Sequence[Any]) -> int | None:
+    """Returns the length up to which all sequences have the same frequencies; None without such rotaries."""
+    limits: list[int] = []
     for rotary in rotaries:
         parameters = rotary.config.rope_parameters
         for kind in parameters.values() if isinstance(rotary.rope_type, dict) else [parameters]:
@@ -127,29 +135,33 @@ def rope_length_limit(rotaries: list[nn.Module]) -> int | None:
 
 @contextlib.contextmanager
 def rope_per_sequence(rotaries: list[nn.Module], limit: int | None, segments: list[tuple[int, int]]) -> Iterator[None]:
-    """Let every sequence longer than ``limit`` take its frequencies by its own length, as if it were run alone.
+    """Context in which every sequence longer than ``limit`` gets the frequencies of its own length, as if run alone.
 
-    ``segments`` are the (queries, keys) of the row; a longer sequence shares nothing, so it is one segment. All shorter
-    ones have the same frequencies and are done together.
+    Args:
+        limit: see `rope_length_limit`.
+        segments: (queries, keys) of the packed row. A sequence longer than ``limit`` shares no prompt, so it is one
+            segment.
     """
     if not rotaries:
         yield
         return
+    assert limit is not None, "rotaries have a limit"
+    # Cut the row into spans of equal frequencies: one per long sequence, one for consecutive short ones.
     spans: list[int] = []
     in_short_span = False
     for queries, keys in segments:
-        short = keys <= limit
-        if short and in_short_span:
+        is_short = keys <= limit
+        if is_short and in_short_span:
             spans[-1] += queries
         else:
             spans.append(queries)
-        in_short_span = short
+        in_short_span = is_short
 
-    def patched(rotary: nn.Module, forward):
-        def per_sequence(x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def patched(rotary: nn.Module, forward: Callable) -> Callable:
+        def per_sequence(x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
             parts = []
             for positions in position_ids.split(spans, dim=1):
-                _reset(rotary, x.device)
+                _forget_longest(rotary, x.device)
                 parts.append(forward(x, positions, *args, **kwargs))
             return tuple(torch.cat(part, dim=1) for part in zip(*parts))
 
@@ -161,40 +173,42 @@ def rope_per_sequence(rotaries: list[nn.Module], limit: int | None, segments: li
         yield
 
 
-def quantised_layers(model: nn.Module) -> list[nn.Module]:
-    """Linear layers of bitsandbytes, which on a CPU compute in another way in eval mode, see :func:`as_in_training`.
+def bitsandbytes_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the linear layers of bitsandbytes. On a CPU their eval mode computes differently, see `in_training_mode`.
 
     Raises:
-        UserError: a forward in eval mode has packed 4-bit weights for inference already; DoRA over 8 bits on a CPU.
+        UserError: a forward in eval mode has packed 4-bit weights for inference; DoRA is used over 8 bits on a CPU.
     """
-    for module in model.modules():
-        # After each forward there PEFT puts weights in place that have no scales, which the next one lacks.
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        # After every forward, PEFT puts back weights without the scales that the next forward needs.
         if getattr(module, "lora_magnitude_vector", None) and _is_int8_on_cpu(module.get_base_layer()):
             raise UserError(
-                "DoRA over weights of 8 bits cannot be run by PEFT on a CPU: load the model in 4 bits (nf4 or fp4), or"
-                " set use_dora=False"
+                "PEFT cannot run DoRA over 8-bit weights on a CPU: load the model in 4 bits (nf4 or fp4), or set"
+                " use_dora=False"
             )
-    layers = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+    layers = [module for module in modules if type(module).__module__.startswith("bitsandbytes.")]
     if any(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False) for layer in layers):
         raise UserError(
-            "a forward in eval mode on a CPU has made bitsandbytes pack the model's 4-bit weights for inference, which"
-            " has no gradient: load the model anew"
+            "a forward in eval mode on a CPU made bitsandbytes pack the model's 4-bit weights for inference, which has"
+            " no gradient: load the model again"
         )
-    for layer in layers:  # nor shall anybody else's forward, such as generation between two steps
+    # Forwards outside of this package, such as generation between two steps, must not pack the weights either.
+    for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return layers
 
 
-def _is_int8_on_cpu(layer: nn.Module) -> bool:
+def _is_int8_on_cpu(layer: Any) -> bool:
     return layer.weight.dtype == torch.int8 and layer.weight.device.type == "cpu"
 
 
 @contextlib.contextmanager
-def as_in_training(layers: list[nn.Module]) -> Iterator[None]:
-    """Let quantised layers compute as in training, so that a reference (eval mode) is scored as the policy is trained.
+def in_training_mode(layers: list[nn.Module]) -> Iterator[None]:
+    """Context in which layers are in training mode, so that policy (training) and reference (eval) compute the same.
 
-    On a CPU, bitsandbytes' 8-bit layers round their inputs to 8 bits, too, in eval mode alone.
+    On a CPU, bitsandbytes' 8-bit layers round their inputs to 8 bits in eval mode, but not in training mode.
     """
     modes = [layer.training for layer in layers]
     for layer in layers:
@@ -207,11 +221,14 @@ def as_in_training(layers: list[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noise_per_sequence(embeddings: nn.Module, segments: list[tuple[int, int]]) -> Iterator[None]:
-    """Let NEFTune's noise (arXiv 2310.05914, algorithm 1), uniform within ``alpha / sqrt(L d)``, take every sequence's
-    own length for L. That which transformers adds while training would take the row's.
+def noise_per_sequence(embeddings: Any, segments: list[tuple[int, int]]) -> Iterator[None]:
+    """Context in which NEFTune's noise (arXiv 2310.05914, algorithm 1) depends on the length of every sequence.
 
-    ``segments`` are the (queries, keys) of the row.
+    The noise is uniform within ``alpha / sqrt(L d)``. L is the length of the sequence here; transformers' own hook,
+    which is off meanwhile, would take the length of the packed row.
+
+    Args:
+        segments: (queries, keys) of the packed row.
     """
     alpha = getattr(embeddings, "neftune_noise_alpha", None)
     if alpha is None or not embeddings.training:
@@ -220,7 +237,7 @@ def noise_per_sequence(embeddings: nn.Module, segments: list[tuple[int, int]]) -
     queries, keys = zip(*segments)
     forward = embeddings.forward
 
-    @torch.compiler.disable  # a graph of it would hold for one batch's lengths alone
+    @torch.compiler.disable  # its graph would be valid for the lengths of one batch only
     def noisy(ids: Tensor) -> Tensor:
         rows = forward(ids)  # (1, T, d)
         bound = torch.from_numpy(alpha / np.sqrt(np.repeat(keys, queries) * rows.shape[-1]))[:, None]
@@ -236,8 +253,8 @@ def noise_per_sequence(embeddings: nn.Module, segments: list[tuple[int, int]]) -
 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a module run ``forward`` instead of its own, behind its hooks."""
-    own = module.__dict__.get("forward")  # set on the instance, e.g. by accelerate's hooks
+    """Context in which a module runs ``forward`` in place of its own forward; the module's hooks still run."""
+    own = module.__dict__.get("forward")  # set on the instance, for example by accelerate's hooks
     module.forward = forward
     try:
         yield
@@ -248,8 +265,8 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-def _reset(rotary: nn.Module, device: torch.device) -> None:
-    """Dynamic NTK remembers the longest sequence that it ever saw; forget it."""
+def _forget_longest(rotary: Any, device: torch.device) -> None:
+    """Resets a dynamic-NTK rotary embedding, which otherwise remembers the longest sequence that it has seen."""
     kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
     for layer_type, kind in kinds.items():
         if "dynamic" in kind:

@@ -1,15 +1,15 @@
-"""A transformers causal language model on packed batches: completion log-probs or a preference loss, in one forward.
+"""Runs a transformers causal language model on packed batches: log-probs or a preference loss in one forward.
 
-The head runs *as* the model's ``lm_head`` forward, inside the forward of the wrapped model, so that the hooks of DDP,
-FSDP and DeepSpeed see every module run. What the model's forward returns as logits is then one number: 0, with the
-gradient of the loss. Scales and caps that the model applies to its logits map 0 to 0, with a known derivative.
+The head runs *as* the forward of the model's ``lm_head``, inside the forward of the wrapped model, so that the hooks of
+DDP, FSDP and DeepSpeed see every module run. The model's forward then returns a single number in place of logits: 0,
+with the gradient of the loss. The model may scale or cap its logits; both map 0 to 0 with a known derivative.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from ..ops.gather import gather_rows, segment_sum
 from ..ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from ..ops.vocab_score import VocabScore, vocab_score
 from .hooks import (
-    as_in_training,
     attention_over,
+    bitsandbytes_layers,
+    in_training_mode,
     length_dependent_rotaries,
     noise_per_sequence,
     packed_forward,
-    quantised_layers,
     replaced_forward,
     rope_length_limit,
     rope_per_sequence,
@@ -36,27 +36,32 @@ from .hooks import (
 
 
 class Scores(NamedTuple):
-    """Result of :meth:`PackedModel.__call__`; N tokens, S completions, P pairs as in the batch."""
+    """Result of :meth:`PackedModel.__call__`, for N tokens, S completions and P pairs of the batch."""
 
     tokens: VocabScore  # (N,) each
     completion_logps: Tensor  # (S,)
-    loss: Tensor | None  # () sum over the pairs, through the forward's output
-    losses: Tensor | None  # (P,) without gradient
-    aux_loss: Tensor | None  # () load-balancing loss of a mixture of experts, over the row's tokens
-    pair_logps: PairLogps | None = None  # (P,) each, without gradient: what the loss saw
+    loss: Tensor | None = None  # () sum over the pairs; its gradient flows through the model's output
+    losses: Tensor | None = None  # (P,) without gradient
+    aux_loss: Tensor | None = None  # () load-balancing loss of a mixture of experts, over the packed row's tokens
+    pair_logps: PairLogps | None = None  # (P,) each, without gradient: the input of the loss
 
 
 @dataclass
 class PackedModel:
-    """A causal LM prepared for packed batches.
+    """A causal language model prepared for packed batches.
 
     Args:
         model: a transformers model or a PEFT model around one, not wrapped for distribution.
-        head_memory_mb: budget for a tile of logits, see :class:`HeadOptions`.
-        attention_backend: of packed rows, see :func:`cpt_kernels.ops.attention.shared_prompt_attention`.
+        head_memory_mb: memory budget of a tile of logits, see :class:`HeadOptions`.
+        attention_backend: backend for packed rows, see :func:`cpt_kernels.ops.attention.shared_prompt_attention`.
+
+    Attributes:
+        share_limit: sequences longer than this must not share their prompt; None without a limit. See
+            :func:`rope_length_limit`.
+        options: how the model's logits follow from the head's product.
 
     Raises:
-        UserError: an architecture whose attention, state, positions or logits cannot be packed exactly.
+        UserError: the attention, state, positions or logits of the architecture cannot be packed exactly.
     """
 
     model: nn.Module
@@ -68,7 +73,7 @@ class PackedModel:
         _check_architecture(base)
         base.set_attn_implementation(attention_over(base.config._attn_implementation))
         self.rotaries = length_dependent_rotaries(base)
-        self.quantised = quantised_layers(base)
+        self.quantized = bitsandbytes_layers(base)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = _head_options(base, self.head_memory_mb)
         _check_head(base, self.options)
@@ -84,39 +89,32 @@ class PackedModel:
         tokens_per_pair: Tensor | float = 1.0,
         aux_loss: bool = False,
     ) -> Scores:
-        """Run a packed batch.
+        """Runs a packed batch.
 
         Args:
-            loss: to take over the batch's pairs; without one, log-probs are scored (differentiable where grad is on).
+            loss: loss over the batch's pairs. Without one, only log-probs are computed, with gradient if it is enabled.
             wrapped: the model as DDP, FSDP or DeepSpeed wrapped it; default the model itself.
             general: keep token and completion log-probs differentiable beside the loss.
-            statistics: entropy, mean logit, top-1 and log sum p^2 of every token.
+            statistics: compute entropy, mean logit, top-1 and log sum p^2 of every token.
             tokens_per_pair: see :class:`PairLogps`.
-            aux_loss: ask a mixture of experts for its load-balancing loss.
+            aux_loss: compute the load-balancing loss of a mixture of experts.
         """
-        scores: list[Scores] = []
-
-        def head_forward(hidden: Tensor, *_, **__) -> Tensor:
-            rows = gather_rows(hidden.squeeze(0), batch["predictor_index"], batch["predictor_rounds"])
-            options = dataclasses.replace(self.options, statistics=statistics, compute_dtype=_autocast_dtype(rows))
-            rows, weight, bias = _head_operands(head, rows)
-            if loss is None:
-                tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
-                scores.append(Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]), None, None, None))
-                return tokens.logps.new_zeros(1, 1, 1)
-            pairs = _pairs(batch, tokens_per_pair)
-            out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general)
-            with torch.no_grad():
-                pair_logps = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
-            scores.append(Scores(out.tokens, out.completion_logps, out.loss, out.losses, None, pair_logps))
-            return ((out.loss - out.loss.detach()) / options.logit_scale).reshape(1, 1, 1)
-
         base = base_model(self.model)
         head = base.get_output_embeddings()
+        scores: list[Scores] = []  # head_forward leaves its result here, because the model returns only logits
+
+        def head_forward(hidden: Tensor, *_, **__) -> Tensor:
+            result = self._run_head(head, hidden.squeeze(0), batch, loss, general, statistics, tokens_per_pair)
+            scores.append(result)
+            if result.loss is None:
+                return result.tokens.logps.new_zeros(1, 1, 1)
+            # The model multiplies this by its logit scale; the division makes the gradient that of the loss.
+            return ((result.loss - result.loss.detach()) / self.options.logit_scale).reshape(1, 1, 1)
+
         layout = AttentionLayout.of(batch)
         with (
             packed_forward(),
-            as_in_training(self.quantised),
+            in_training_mode(self.quantized),
             rope_per_sequence(self.rotaries, self.share_limit, batch["segment_lengths"]),
             noise_per_sequence(base.get_input_embeddings(), batch["segment_lengths"]),
             replaced_forward(head, head_forward),
@@ -130,14 +128,39 @@ class PackedModel:
                 **({"output_router_logits": True} if aux_loss else {}),
             )
         (result,) = scores
-        if loss is not None:
+        if result.loss is not None:
+            # The value of the loss, with the gradient that arrives through the wrapped model's output.
             result = result._replace(loss=result.loss.detach() + outputs.logits.sum())
         return result._replace(aux_loss=outputs.aux_loss if aux_loss else None)
 
+    def _run_head(
+        self,
+        head: nn.Module,
+        hidden: Tensor,  # (T, H)
+        batch: PackedBatch,
+        loss: Loss | None,
+        general: bool,
+        statistics: bool,
+        tokens_per_pair: Tensor | float,
+    ) -> Scores:
+        """Computes log-probs, and the loss if there is one, from the hidden rows; arguments as of :meth:`__call__`."""
+        rows = gather_rows(hidden, batch["predictor_index"], batch["predictor_rounds"])
+        options = dataclasses.replace(self.options, statistics=statistics, compute_dtype=_autocast_dtype(rows))
+        rows, weight, bias = _head_operands(head, rows)
+        if loss is None:
+            tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
+            return Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]))
+        pairs = _pairs(batch, tokens_per_pair)
+        out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general)
+        with torch.no_grad():
+            pair_logps = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
+        return Scores(out.tokens, out.completion_logps, out.loss, out.losses, pair_logps=pair_logps)
+
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    """Returns the transformers model inside a PEFT model, or the model itself."""
+    is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return cast("Any", model).get_base_model() if is_peft else cast("PreTrainedModel", model)
 
 
 def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
@@ -163,25 +186,32 @@ def _autocast_dtype(rows: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(rows, weight, bias) whose ``rows @ weight.T + bias`` is what ``head`` computes, PEFT's wrappers included."""
+def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns (rows, weight, bias) such that ``head`` computes ``rows @ weight.T + bias``, including PEFT's wrappers.
+
+    Raises:
+        UserError: the head is quantized, or has an adapter that cannot be written as a matrix product.
+    """
+    # modules_to_save: a full copy of the head is trained.
     if hasattr(head, "modules_to_save"):
         trained = not head.disable_adapters and head.active_adapters
         head = head.modules_to_save[head.active_adapters[0]] if trained else head.original_module
-    if hasattr(head, "token_adapter"):  # some tokens of an embedding that is tied to the head
+    # trainable_token_indices: rows of an embedding that is tied to the head are trained.
+    if hasattr(head, "token_adapter"):
         tokens = head.token_adapter
         trained = not (tokens.disable_adapters or tokens.merged) and tokens.active_adapters
         return rows, tokens.get_merged_weights(trained or []), None if trained else tokens.base_layer.bias
+    # A plain head, or one whose adapter is off or merged.
     base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     weight, bias = base.weight, base.bias
-    if not weight.is_floating_point() or hasattr(weight, "quant_state"):  # 4 bits may be stored as any dtype
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):  # bitsandbytes stores 4 bits in any dtype
         raise UserError(
-            f"the output head is quantised ({weight.dtype}): load the model with the head left unquantised"
+            f"the output head is quantized ({weight.dtype}): load the model with an unquantized head"
             " (llm_int8_skip_modules=['lm_head'])"
         )
     if base is head or head.disable_adapters or head.merged:
         return rows, weight, bias
-    # X W^T + s (X A^T) B^T = [X, X A^T] [W, s B]^T: an adapter is columns more.
+    # LoRA: X W^T + s (X A^T) B^T = [X, X A^T] [W, s B]^T, so an adapter adds columns to both operands.
     hidden_columns, weight_columns = [rows], [weight]
     for name in head.active_adapters:
         if name not in getattr(head, "lora_A", {}) or head.use_dora.get(name) or _drops(head.lora_dropout[name]):
@@ -201,11 +231,11 @@ def _head_operands(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _drops(dropout: nn.Module) -> bool:
-    return getattr(dropout, "p", 0.0) > 0  # PEFT has an Identity where there is none
+    return getattr(dropout, "p", 0.0) > 0  # PEFT uses an Identity for no dropout
 
 
 def _head_options(model: PreTrainedModel, memory_mb: float | None) -> HeadOptions:
-    """Scale and cap between the head's product and the softmax, from the names under which configs keep them."""
+    """Returns the logit scale and soft-cap of a model. Configs keep them under several names."""
     config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -224,8 +254,8 @@ def _check_architecture(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "mamba", "recurrent"}:
         raise UserError(
-            f"{name} has layers that carry a state along the row (recurrent or linear attention); packed completions"
-            " would leak into each other. Such models are not supported"
+            f"{name} has layers that carry a state along the row (recurrent or linear attention), so packed completions"
+            " would leak into each other: choose a model without such layers"
         )
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder; only causal language models are supported")
@@ -233,25 +263,30 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise UserError(f"{name} uses chunked or bidirectional attention, which packed rows do not support")
     if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise UserError(
-            f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map; packed rows run"
-            " on one: leave device_map out, and for several GPUs start a process on each (accelerate launch, torchrun)"
+            f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map, but a packed row"
+            " runs on one device: leave device_map out, and for several GPUs start a process on each (accelerate"
+            " launch, torchrun)"
         )
     if not model._can_set_attn_implementation() or model.get_output_embeddings() is None:
         raise UserError(
-            f"{name} does not let its attention be replaced (transformers' AttentionInterface) or has no output head"
+            f"{name} has no output head, or its attention cannot be replaced (transformers' AttentionInterface)"
         )
 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
-    """Compare the model's own logits of three tokens with what the head will make of the same hidden rows.
+    """Compares the model's own log-probs of three tokens with those that the head computes from the same hidden rows.
 
-    An unknown transform of the logits would otherwise train on a wrong softmax without a word. Attention is eager here:
-    flash attention, which the model may have been loaded with, knows neither the CPU that it still is on nor fp32.
+    Without this check, a model with an unknown transform of its logits would train on a wrong softmax. Attention is
+    eager here, because the model may still be on the CPU or in fp32, which flash attention does not support.
+
+    Raises:
+        UserError: the log-probs differ by more than rounding, or the logits are not finite.
     """
     head = model.get_output_embeddings()
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters()):
-        return  # sharded already (ZeRO-3): the weight is there only in the wrapped model's forward
+        return  # sharded (ZeRO-3): the weight exists only during the wrapped model's forward
+    # Run the model, and record input and output of its head.
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, args, output: seen.append((args[0], output.detach().clone())))
     training = {module: module.training for module in model.modules()}
@@ -272,7 +307,8 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
         for module, mode in training.items():
             module.training = mode
     ((hidden, raw),) = seen
-    _head_operands(head, hidden[0])  # or what cannot be trained would be told when data are prepared
+    _head_operands(head, hidden[0])  # raises now, rather than after the data has been prepared
+    # Compare log-probs.
     targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
     expected = vocab_score(logits.float(), targets).logps
     if not expected.isfinite().all():
@@ -284,18 +320,18 @@ def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
     bound = 20 * eps * (1 + logits.float().abs().max())
     if not (difference := (expected - found).abs().max()) <= bound:
         raise UserError(
-            f"{type(model).__name__} transforms its logits in a way that the head does not know (log-probs differ by"
+            f"{type(model).__name__} transforms its logits in a way that is not supported (log-probs differ by"
             f" {difference:.3g}); scale {options.logit_scale} and soft-cap {options.softcap} were read from its config"
         )
 
 
 def why_not_finite(model: PreTrainedModel) -> str:
-    """The likely cause of log-probs that are NaN or inf, and the mend."""
+    """Returns the likely cause of log-probs that are NaN or inf, and the mend, for an error message."""
     tensors = *model.named_parameters(), *model.named_buffers()
     if broken := [name for name, tensor in tensors if not tensor.float().isfinite().all()]:
         return (
             f"{len(broken)} of its weights hold NaN or inf, such as {broken[0]}: its files are damaged, or training"
-            " had gone wrong when they were saved; load an earlier checkpoint"
+            " had diverged when they were saved; load an earlier checkpoint"
         )
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"its weights are finite, and what it computes overflows in {dtype}; load it with dtype bfloat16 or float32"
+    return f"its weights are finite, but its forward overflows in {dtype}; load it with dtype bfloat16 or float32"

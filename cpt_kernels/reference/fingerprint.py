@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -113,18 +113,20 @@ def describe_reference(
 def _unwrap(model: nn.Module) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Returns the transformers model inside torch.compile, DDP and PEFT, and its PEFT configs by adapter name."""
     configs: Mapping[str, Any] = {}
-    inner: Any = model
-    while inner is not None:
-        model = inner
-        configs = getattr(model, "peft_config", None) or configs
-        if hasattr(model, "get_base_model"):  # PEFT
-            inner = model.get_base_model()
+    base: Any = model
+    while True:
+        configs = getattr(base, "peft_config", None) or configs
+        if hasattr(base, "get_base_model"):  # PEFT
+            inner = base.get_base_model()
         else:
-            wrapped = (getattr(model, name, None) for name in ("_orig_mod", "module"))
+            wrapped = (getattr(base, name, None) for name in ("_orig_mod", "module"))
             inner = next((m for m in wrapped if isinstance(m, nn.Module)), None)
-    if not hasattr(getattr(model, "config", None), "to_dict"):
-        raise UserError(f"{type(model).__name__} has no config; a reference must be a transformers model")
-    return cast("PreTrainedModel", model), configs
+        if inner is None:
+            break
+        base = inner
+    if not hasattr(getattr(base, "config", None), "to_dict"):
+        raise UserError(f"{type(base).__name__} has no config; a reference must be a transformers model")
+    return base, configs
 
 
 def _active_adapters(base: nn.Module, configs: Mapping[str, Any]) -> list[str]:
@@ -203,7 +205,7 @@ def _chunk_digests(task: tuple[Tensor, range]) -> bytes:
     tensor, starts = task
     flat = tensor.detach().reshape(-1)
     chunks = (flat[start : start + _CHUNK].cpu().view(torch.uint8).numpy() for start in starts)
-    return b"".join(sha256(memoryview(chunk)).digest() for chunk in chunks)
+    return b"".join(sha256(chunk.data).digest() for chunk in chunks)
 
 
 def _normalized(value: Any) -> Any:

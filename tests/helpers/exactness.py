@@ -188,14 +188,14 @@ def run_alone(model: nn.Module, rows: Sequence[Row], loss: Loss, routing: Routin
         sides = zip(row["chosen"], row["targets"], *([row["rejected"]] if row["rejected"] else []))
         for chosen, target, *rejected in ([sequences[i] for i in pair] for pair in sides):
             losses[(chosen, target, *rejected)] = loss(
-                _numbers(logps, chosen, target, *rejected, tokens_per_pair=_tokens_per_pair(rows))
+                _pair_logps(logps, chosen, target, *rejected, tokens_per_pair=_tokens_per_pair(rows))
             )[0]
     torch.stack(list(losses.values())).sum().backward()
     detached = ({key: value.detach() for key, value in values.items()} for values in (logps, losses))
     return Result(*detached, gradients(model))
 
 
-def _numbers(logps: dict, chosen, target, rejected=None, *, tokens_per_pair: float) -> PairLogps:
+def _pair_logps(logps: dict, chosen, target, rejected=None, *, tokens_per_pair: float) -> PairLogps:
     def of(sequence: Key | None) -> list[Tensor | None]:
         if sequence is None:
             return [None] * 3

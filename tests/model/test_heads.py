@@ -238,7 +238,7 @@ def test_a_shift_of_the_logits_is_no_transform():
     PackedModel(Shifted(tiny_model("llama").config))
 
 
-def test_a_quantised_head_is_one_clear_error():
+def test_a_quantized_head_is_one_clear_error():
     class Int8Head(nn.Module):
         def __init__(self, weight: torch.Tensor):
             super().__init__()
@@ -250,7 +250,7 @@ def test_a_quantised_head_is_one_clear_error():
 
     model = tiny_model("llama")
     model.set_output_embeddings(Int8Head(model.lm_head.weight.detach()))
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="quantized"):
         PackedModel(model)
 
 

@@ -63,7 +63,7 @@ def test_training_without_packing_stays_as_it_was():
 
 
 @torch.no_grad()
-def test_quantised_layers_compute_as_in_training_on_packed_rows_alone():
+def test_quantized_layers_compute_as_in_training_on_packed_rows_alone():
     """On a CPU those of bitsandbytes look at the mode; this one is theirs by its module's name."""
     modes = []
 

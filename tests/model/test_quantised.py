@@ -1,4 +1,4 @@
-"""Adapters over weights that bitsandbytes quantised (QLoRA), on a CPU; run by `make test-quantised`."""
+"""Adapters over weights that bitsandbytes quantized (QLoRA), on a CPU; run by `make test-quantised`."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("quantised") / "model"
+    folder = tmp_path_factory.mktemp("quantized") / "model"
     tiny_model("qwen2").save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 
 
-def quantised(folder: Path, **kind):
+def quantized(folder: Path, **kind):
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**kind)
     )
@@ -53,7 +53,7 @@ def lora(**changes) -> LoraConfig:
 
 def never_packed(folder: Path, **kind):
     """For TRL, whose forwards in eval mode would let bitsandbytes pack 4-bit weights for inference."""
-    model = quantised(folder, **kind)
+    model = quantized(folder, **kind)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
@@ -77,7 +77,7 @@ class InFp32(TrainerCallback):
 def test_every_step_is_trls(folder, tmp_path, kind, adapter):
     rows = tokenised_pairs(5 * PAIRS)
     options = {"max_steps": 10, "learning_rate": 1e-2, "peft_config": lora(**adapter), "callbacks": [InFp32()]}
-    ours = run_ours(tmp_path / "ours", rows, quantised(folder, **KINDS[kind]), **options)
+    ours = run_ours(tmp_path / "ours", rows, quantized(folder, **KINDS[kind]), **options)
     # In eval mode TRL's reference, scored ahead, would have its inputs rounded to 8 bits.
     options["precompute_ref_log_probs"] = kind != "int8"
     theirs = run_trl(tmp_path / "trl", rows, model=never_packed(folder, **KINDS[kind]), **options)
@@ -92,7 +92,7 @@ def test_what_is_trained_whole_is_not_rounded(folder, tmp_path, kind):
     """So rewards start at 0, which they do not where the reference's head is in fp32 and the policy's in bf16."""
     adapter = lora(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[5, 7])
     trainer = ContrastiveTrainer(
-        quantised(folder, **KINDS[kind]),
+        quantized(folder, **KINDS[kind]),
         args=config(tmp_path, max_steps=3),
         train_dataset=preference_data(8),
         processing_class=word_tokenizer(),
@@ -114,7 +114,7 @@ def test_what_is_trained_whole_is_not_rounded(folder, tmp_path, kind):
 )
 def test_where_trls_rewards_do_not_start_at_0(folder, tmp_path, kind, adapter):
     rows, options = tokenised_pairs(PAIRS), {"max_steps": 1, "peft_config": lora(**adapter)}
-    ours = run_ours(tmp_path / "ours", rows, quantised(folder, **KINDS[kind]), **options)
+    ours = run_ours(tmp_path / "ours", rows, quantized(folder, **KINDS[kind]), **options)
     theirs = run_trl(tmp_path / "trl", rows, model=never_packed(folder, **KINDS[kind]), **options)
     assert abs(theirs.logs[0]["rewards/margins"]) > 1e-5 > abs(ours.logs[0]["rewards/margins"])
 
@@ -140,15 +140,15 @@ def test_another_quantisation_is_another_reference(folder, tmp_path):
         "computes in bf16": {**_NF4, "bnb_4bit_compute_dtype": torch.bfloat16},
         "stored as bf16": {**_NF4, "bnb_4bit_quant_storage": torch.bfloat16},
     }
-    digests = {name: digest(quantised(folder, **kind)) for name, kind in kinds.items()}
+    digests = {name: digest(quantized(folder, **kind)) for name, kind in kinds.items()}
     digests["not at all"] = digest(tiny_model("qwen2"))
     assert len(set(digests.values())) == len(digests)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_reference_stays_itself(folder, tmp_path, kind):
+def test_a_quantized_reference_stays_itself(folder, tmp_path, kind):
     """After a forward, without its adapter, and saved; its scales are part of it."""
-    model = quantised(folder, **KINDS[kind])
+    model = quantized(folder, **KINDS[kind])
     expected = digest(model)
     model.save_pretrained(tmp_path / "saved")
     assert digest(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)) == expected
@@ -171,7 +171,7 @@ def test_a_quantised_reference_stays_itself(folder, tmp_path, kind):
 def train(folder, tmp_path, model=None, ref_model=None, peft_config=None, data=None, **options) -> list[float]:
     """Losses of a few steps; by default of a new adapter over nf4."""
     trainer = ContrastiveTrainer(
-        quantised(folder, **_NF4) if model is None else model,
+        quantized(folder, **_NF4) if model is None else model,
         ref_model,
         args=config(tmp_path, max_steps=3, **options),
         train_dataset=preference_data(12) if data is None else data,
@@ -189,13 +189,13 @@ def plain(folder, tmp_path_factory) -> list[float]:
 
 def test_whichever_way_a_model_comes(plain, folder, tmp_path):
     kind = BitsAndBytesConfig(**_NF4)
-    quantised(folder, **_NF4).save_pretrained(tmp_path / "saved")
+    quantized(folder, **_NF4).save_pretrained(tmp_path / "saved")
     ways = {
         "by name": {"model": str(folder), "model_init_kwargs": {"quantization_config": kind}},
-        "quantised on disk": {"model": str(tmp_path / "saved")},
-        "as PEFT prepares it": {"model": prepare_model_for_kbit_training(quantised(folder, **_NF4))},
-        "with a reference": {"ref_model": quantised(folder, **_NF4)},
-        "with a reference that stays": {"ref_model": quantised(folder, **_NF4), "precompute_ref_log_probs": False},
+        "quantized on disk": {"model": str(tmp_path / "saved")},
+        "as PEFT prepares it": {"model": prepare_model_for_kbit_training(quantized(folder, **_NF4))},
+        "with a reference": {"ref_model": quantized(folder, **_NF4)},
+        "with a reference that stays": {"ref_model": quantized(folder, **_NF4), "precompute_ref_log_probs": False},
     }
     for name, way in ways.items():
         assert train(folder, tmp_path / name, **way) == plain, name
@@ -219,7 +219,7 @@ def test_engines(plain, folder, tmp_path, options):
 def test_an_adapter_that_came_with_the_model(folder, tmp_path, kind, stream):
     """A stream keeps a copy of all of it as the reference."""
     torch.manual_seed(0)
-    model = get_peft_model(quantised(folder, **KINDS[kind]), lora(init_lora_weights=False))
+    model = get_peft_model(quantized(folder, **KINDS[kind]), lora(init_lora_weights=False))
     data = preference_data(16).to_iterable_dataset() if stream else None
     found = train(folder, tmp_path, model, data=data)
     assert found[0] == pytest.approx(math.log(2), abs=1e-6) and found[1] != found[0]
@@ -230,15 +230,15 @@ def test_an_adapter_that_came_with_the_model(folder, tmp_path, kind, stream):
     [_NF4, {**_NF4, "bnb_4bit_quant_storage": torch.bfloat16}, {"load_in_8bit": True}],
     ids=["nf4", "stored as bf16", "int8"],
 )
-def test_a_quantised_head(folder, kind):
-    with pytest.raises(ValueError, match="the output head is quantised"):
-        PackedModel(quantised(folder, **kind, llm_int8_skip_modules=["nothing"]))
+def test_a_quantized_head(folder, kind):
+    with pytest.raises(ValueError, match="the output head is quantized"):
+        PackedModel(quantized(folder, **kind, llm_int8_skip_modules=["nothing"]))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_dora_over_8_bits(folder, tmp_path, wrapped):
     """PEFT's own error, in the first step, is that None has no attribute."""
-    model, adapter = quantised(folder, **KINDS["int8"]), lora(use_dora=True)
+    model, adapter = quantized(folder, **KINDS["int8"]), lora(use_dora=True)
     with pytest.raises(ValueError, match=r"8 bits .*: load the model in 4 bits \(nf4 or fp4\), or set use_dora=False"):
         if wrapped:
             model, adapter = get_peft_model(model, adapter), None
@@ -247,14 +247,14 @@ def test_dora_over_8_bits(folder, tmp_path, wrapped):
 
 def test_weights_that_are_packed_for_inference(folder):
     """By a forward in eval mode on some CPUs: it rounds scales, and has no gradient."""
-    model = quantised(folder, **_NF4)
+    model = quantized(folder, **_NF4)
     model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="load the model anew"):
+    with pytest.raises(ValueError, match="load the model again"):
         PackedModel(model)
 
 
 def test_nobody_packs_weights_between_two_steps(folder):
-    model = quantised(folder, **_NF4).eval()
+    model = quantized(folder, **_NF4).eval()
     PackedModel(model)
     with torch.no_grad():
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, pad_token_id=0)
