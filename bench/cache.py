@@ -1,14 +1,14 @@
-"""``python -m bench cache``: how fast the reference cache fills, opens and is looked up, and what else could be had.
+"""``python -m bench cache``: speed of filling, opening and looking up the reference cache, compared with other stores.
 
-The index has ten million completions, one million of them with 200 values (0.8 GB); the others have one. Everything is
-read in fresh processes with a warm page cache. At one million, in the same run: SQLite, LMDB, an Arrow column of the
-same values as ``datasets`` stores it, and TRL's columns, which hold one sum per completion. The last two are addressed
-by row number: they know nothing of content, so a look-up there is less than a look-up here.
+The index has ten million completions. One million of them have 200 values (0.8 GB), the others one. Everything is read
+in fresh processes with a warm page cache. For the one million, the same run measures SQLite, LMDB, an Arrow column of
+the same values as ``datasets`` stores it, and TRL's columns, which hold one sum per completion. The last two are
+addressed by row number and not by content, so a look-up there does less work.
 
-Filling is timed from token ids and log-probs in memory to bytes on disk, all synced every 524,288 rows (the last two do
-not sync). Ours syncs full shards in between, beside what comes next. Look-ups copy every value out. Last comes the
-share of a training step (``bench.step``'s, on a CPU) that is spent in the cache. Next to seconds stand seconds of CPU
-time, which other work on the machine disturbs less.
+Filling is timed from token ids and log-probs in memory to bytes on disk, synced every 524,288 rows (the last two do not
+sync). Ours also syncs full shards in between, in the background. Look-ups copy every value out. Finally, the share of a
+training step (that of ``bench.step``, on a CPU) that is spent in the cache is measured. CPU seconds are shown beside
+seconds, because other work on the machine disturbs them less.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from .timing import add_output_options, finish, table
 
 FINGERPRINT = "c0ffee" * 5 + "00"
 BATCH = 512  # completions added or looked up together
-_CHUNK = 1 << 19  # rows between two syncs of all
-_SHORT_CHUNK = 1 << 16  # where rows have one value: they lie in many shards, too
+_CHUNK = 1 << 19  # rows between two syncs
+_SHORT_CHUNK = 1 << 16  # for rows of one value, so that they are in many shards, too
 _TOKENS = np.random.default_rng(0).integers(0, 150_000, 1 << 16)
 _VALUES = -np.random.default_rng(1).random(1 << 16, dtype=np.float32)
 
 
 def sequence(row: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and completion number ``row``: any process knows them."""
+    """Returns prompt and completion number ``row``, the same in every process."""
     prompt = np.array([row, 1, 2, 3])
     start = row * 31 % (len(_TOKENS) - tokens)
     return prompt, _TOKENS[start : start + tokens]
 
 
 def values(row: int, tokens: int) -> np.ndarray:
-    """What a look-up of it must give."""
+    """Returns the values that a look-up of completion ``row`` must give."""
     start = row * 37 % (len(_VALUES) - tokens)
     return _VALUES[start : start + tokens]
 
 
-# --- Stores that hold the same: each with a folder to itself ---
+# --- Stores of the same content, each in its own folder ---
 
 
 class Ours:
@@ -78,7 +78,7 @@ class Ours:
 
 
 class OursByTokens(Ours):
-    """The look-up hashes the tokens, too. Reads what ``Ours`` wrote."""
+    """Also hashes the tokens in every look-up. Reads the files of ``Ours``."""
 
     name = "reference cache, from tokens"
 
@@ -90,7 +90,7 @@ class OursByTokens(Ours):
 
 
 class ByKey:
-    """Stores of bytes by bytes share our keys."""
+    """Base of stores that map bytes to bytes; they use the cache's keys."""
 
     hasher = ReferenceCache("/nonexistent", FINGERPRINT)
 
@@ -136,7 +136,7 @@ class LMDB(ByKey):
 
 
 class ArrowColumn:
-    """Values by row number, as a column of a dataset."""
+    """Values by row number, in a column of a dataset."""
 
     name = "Arrow column, by row number"
 
@@ -166,7 +166,7 @@ class ArrowColumn:
 
 
 class TrlColumns(ArrowColumn):
-    """As TRL's DPOTrainer keeps them: two sums beside every pair, a pair being two of our completions."""
+    """The format of TRL's DPOTrainer: two sums per pair. Two completions of ours make a pair."""
 
     name = "TRL's columns of sums, by row number"
 
@@ -190,7 +190,7 @@ STORES = {store.__name__: store for store in (Ours, OursByTokens, SQLite, LMDB, 
 
 @dataclass
 class Clock:
-    """Seconds, and seconds of CPU time of this process, spent inside of ``with``."""
+    """Counts seconds and CPU seconds of this process spent inside of ``with``."""
 
     seconds: float = 0.0
     cpu: float = 0.0
@@ -205,13 +205,13 @@ class Clock:
 
 
 def _import_libraries(store: str) -> None:
-    """What is imported when a store is made is no part of its time."""
+    """Imports the libraries of a store beforehand, so that opening it is timed without imports."""
     if issubclass(STORES[store], ArrowColumn):
         __import__("datasets")
 
 
 def fill(store: str, folder: str, first: str, rows: str, tokens: str) -> dict[str, float]:
-    """Add the rows from ``first`` to ``rows``."""
+    """Adds the rows from ``first`` to ``rows``."""
     step = _CHUNK if int(tokens) > 1 else _SHORT_CHUNK
     _import_libraries(store)
     with Clock() as opening:
@@ -228,7 +228,7 @@ def fill(store: str, folder: str, first: str, rows: str, tokens: str) -> dict[st
 
 
 def read(store: str, folder: str, rows: str, tokens: str, rounds: int = 7, batches: int = 200) -> dict[str, float]:
-    """Open, and look up random rows among the first ``rows``. Every batch is checked, outside of the clock."""
+    """Opens a store and looks up random rows among the first ``rows``. Every batch is checked, outside of the clock."""
     _import_libraries(store)
     opened: list = []
     opening, peak = _peak_anonymous(lambda: opened.append(STORES[store](Path(folder))))
@@ -245,13 +245,13 @@ def read(store: str, folder: str, rows: str, tokens: str, rounds: int = 7, batch
         if store != "TrlColumns":
             for batch, got in zip(drawn, found):
                 np.testing.assert_array_equal(got, np.concatenate([values(row, int(tokens)) for row in batch]))
-    rate, cpu_rate = (statistics.median(column) for column in zip(*rates[1:]))  # the first warms the page cache up
+    rate, cpu_rate = (statistics.median(column) for column in zip(*rates[1:]))  # the first one warms up
     lookups = {"lookups_per_s": rate, "lookups_per_cpu_s": cpu_rate}
     return {"open_s": opening.seconds, "open_cpu_s": opening.cpu, "peak_anonymous_mb": peak, **lookups}
 
 
 def _peak_anonymous(call: Callable[[], None]) -> tuple[Clock, float]:
-    """What a call takes, and the most anonymous memory in MB that it added."""
+    """Returns the time of a call, and the peak of the anonymous memory that it added, in MB."""
 
     def resident() -> float:
         status = Path("/proc/self/status").read_text()
@@ -273,7 +273,7 @@ def _peak_anonymous(call: Callable[[], None]) -> tuple[Clock, float]:
 
 
 def train(lengths: str, steps: str) -> dict[str, float]:
-    """Train ``bench.step``'s model; seconds of a step, and of them those in the cache."""
+    """Trains the model of ``bench.step``; returns the seconds of a step, and the share that is spent in the cache."""
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -291,7 +291,7 @@ def train(lengths: str, steps: str) -> dict[str, float]:
 
     class Times(TrainerCallback):
         def on_step_end(self, args, state, control, **_) -> None:
-            if state.global_step == 1:  # it warms up
+            if state.global_step == 1:  # warm-up
                 lookups.__init__()
                 stepping.__enter__()
             elif state.global_step == state.max_steps:
@@ -325,11 +325,11 @@ def _measure(call: Callable[..., dict[str, float]], *arguments: object) -> dict[
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench cache", description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=10_000_000, help="completions in the large index")
-    parser.add_argument("--valued", type=int, default=1_000_000, help="of them with --tokens values; the others have 1")
+    parser.add_argument("--valued", type=int, default=1_000_000, help="completions with --tokens values; others have 1")
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--stores", default=",".join(STORES), help="comma-separated, of these")
+    parser.add_argument("--stores", default=",".join(STORES), help="stores to measure, separated by commas")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    parser.add_argument("--quick", action="store_true", help="50,000 and 5,000 rows, one peer, toy steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test: 50,000 and 5,000 rows, one peer, toy steps")
     add_output_options(parser)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -368,7 +368,7 @@ def _compare(folder: Path, names: list[str], rows: int, tokens: int) -> dict[str
     for name in names:
         store = STORES[name]
         if store is LMDB and find_spec("lmdb") is None:
-            print("LMDB is not installed, and left out")
+            print("LMDB is left out, because it is not installed")
             continue
         place = folder / ("Ours" if name in _OF_OURS else name)
         place.mkdir(exist_ok=True)

@@ -1,15 +1,15 @@
-"""``python -m bench crash``: builds of a reference cache on two ranks, killed at random; nothing lost, nothing wrong.
+"""``python -m bench crash``: kills builds of a reference cache on two ranks at random, and checks what they leave.
 
 A build is the trainer's own: ``Reference.fill`` with a small model, two ranks over gloo, one folder. Both ranks are
-forked from this process, so that starting over takes a second. After a random time one is killed with SIGKILL, and soon
-after the other, as a launcher would: one run of five while it starts, the others within a second of their first batch.
-After the last kill an undisturbed run ends the build. Should it come to its end before, the next one starts in a new
-folder. Shown is:
+forked from this process, so that a restart takes a second. After a random time, one rank is killed with SIGKILL, and
+the other one soon afterwards, as a launcher does. One run in five is killed during its start, the others within a
+second of their first batch. After the last kill, an undisturbed run finishes the build. If a build finishes earlier,
+the next one starts in a new folder. The benchmark checks that
 
-- every value is that of an undisturbed build, but for rounding (a resumed build packs what is left in another way);
-- what was scored twice had been scored within one flush interval, one batch and the writing of a shard of its rank's
-  death;
-- no damaged file was met: a reader warns of each, and none did.
+- every value equals that of an undisturbed build up to rounding (a resumed build packs the remaining rows differently);
+- a completion that was scored twice was scored shortly before its rank was killed: within one flush interval, one batch
+  and the writing of a shard;
+- no reader found a damaged file (it would log a warning).
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from .work import Shape
 RANKS = 2
 TOKENS_PER_BATCH = 256
 TOLERANCE = 1e-5  # nats, the one rule for fp32
-_LONGEST = 1800.0  # seconds of an undisturbed run
+_LONGEST = 1800.0  # seconds after which an undisturbed run counts as failed
 _SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=512)
 
 
 def make_rows(prompts: int, completions: int = 4) -> Dataset:
-    """Prepared rows: a prompt and its completions, random tokens."""
+    """Returns prepared rows of a prompt and its completions, with random tokens."""
     draw = np.random.default_rng(0)
 
     def ids(longest: int) -> list[int]:
@@ -65,7 +65,7 @@ def make_rows(prompts: int, completions: int = 4) -> Dataset:
 
 
 class LoggedCache(ReferenceCache):
-    """Notes every completion that was scored, and when, in a file that outlives its process."""
+    """Logs every scored completion with the time, in a file that survives the process."""
 
     log: Path
 
@@ -78,7 +78,7 @@ class LoggedCache(ReferenceCache):
 
 
 def build(model: torch.nn.Module, rows: Dataset, folder: Path, flush_seconds: float) -> None:
-    """One rank of a build; its place in the world is in the environment."""
+    """Runs one rank of a build; environment variables hold its rank and the world size."""
     LoggedCache.log = folder.with_suffix(".log")
     reference_module.ReferenceCache = LoggedCache
     accelerator = Accelerator(cpu=True)
@@ -87,13 +87,15 @@ def build(model: torch.nn.Module, rows: Dataset, folder: Path, flush_seconds: fl
     )
     reference.cache.flush_seconds = flush_seconds
     reference.fill(rows, PackedCollator(), TOKENS_PER_BATCH, "crash")
-    broadcast_object_list([None])  # rank 0 keeps the group's store, so it leaves last
+    broadcast_object_list([None])  # waits: rank 0 hosts the group's store, so it must exit last
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When a run ends: seconds after its start, or after it has begun to score; which rank first, how long before the
-    other."""
+    """When a run is killed: ``after`` seconds from its start, or from its first batch if ``scoring``.
+
+    Rank ``victim`` is killed first, and the other one ``grace`` seconds later.
+    """
 
     after: float = 0.0
     scoring: bool = False
@@ -103,18 +105,18 @@ class Kill:
 
 @dataclass
 class Build:
-    """Runs of one folder until it is full."""
+    """Runs on one folder until all completions are stored."""
 
     model: torch.nn.Module
     rows: Dataset
     folder: Path
     flush_seconds: float
-    kills: int = 0  # runs that were killed
-    deaths: dict[int, float] = field(default_factory=dict)  # process -> when it was killed
+    kills: int = 0  # number of runs that were killed
+    deaths: dict[int, float] = field(default_factory=dict)  # process id -> time at which it was killed
     problems: list[str] = field(default_factory=list)
 
     def run(self, kill: Kill | None = None) -> bool:
-        """One run, of which one rank is killed, and then the other. Whether it came to its end before."""
+        """Starts a run and kills it as ``kill`` says. Returns whether the run finished before."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -130,7 +132,7 @@ class Build:
                     done[process] = status
             time.sleep(0.005)
             if kill and kill.scoring and not (log.exists() and log.stat().st_size > size):
-                deadline = time.time() + kill.after  # nothing has been scored yet
+                deadline = time.time() + kill.after  # no batch has been scored yet
         if len(done) == RANKS:
             if any(done.values()):
                 self.problems.append(f"a rank failed: {done}")
@@ -154,7 +156,7 @@ class Build:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in world.items()})
         code = 1
-        tqdm.set_lock(threading.RLock())  # its own is shared by forks, and stays held by one that is killed
+        tqdm.set_lock(threading.RLock())  # forks share tqdm's own lock, and a killed process never releases it
         try:
             with open(self.folder.with_suffix(".err"), "a") as errors:
                 os.dup2(errors.fileno(), 2)
@@ -166,7 +168,7 @@ class Build:
             os._exit(code)
 
     def warnings(self) -> int:
-        """Damaged files that readers met."""
+        """Returns the number of damaged files that readers found."""
         return self.folder.with_suffix(".err").read_text().count("is damaged")
 
     def scorings(self) -> list[tuple[float, int, str]]:
@@ -174,7 +176,11 @@ class Build:
         return [(float(at), int(process), key) for at, process, key in map(str.split, lines)]
 
     def oldest_repeated(self) -> tuple[int, float, float]:
-        """Scorings repeated; how long before a death the oldest of them was; and what a batch and a flush may take."""
+        """Returns how many completions were scored again, and two durations in seconds.
+
+        The first is the longest time from such a scoring to the death of its rank, the second the longest time that a
+        batch and a flush took.
+        """
         by_process: dict[int, list[float]] = {}
         last: dict[str, tuple[float, int]] = {}
         repeated, oldest, slack = 0, 0.0, 0.0
@@ -193,7 +199,7 @@ class Build:
 
 
 def stored(folder: Path) -> dict[bytes, np.ndarray]:
-    """All rows of the one reference in a cache folder, by key."""
+    """Returns all rows of the only reference in a cache folder, by key."""
     (place,) = [path for path in folder.iterdir() if path.is_dir()]
     cache = ReferenceCache(folder, place.name)
     rows: dict[bytes, np.ndarray] = {}
@@ -203,8 +209,8 @@ def stored(folder: Path) -> dict[bytes, np.ndarray]:
 
 
 def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: int) -> dict:
-    """Kill so many runs, and compare what they left with an undisturbed build."""
-    # Where nothing is said accelerate takes two threads per process: on few cores, two ranks wait for each other.
+    """Kills so many runs, and compares the cache that they leave with an undisturbed build."""
+    # accelerate's default is two threads per process, with which two ranks are slow on few cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     disable_progress_bars()
@@ -257,8 +263,8 @@ def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: in
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench crash", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=200, help="runs to kill")
-    parser.add_argument("--prompts", type=int, default=5_000, help="of the data; each has four completions")
+    parser.add_argument("--kills", type=int, default=200, help="number of runs to kill")
+    parser.add_argument("--prompts", type=int, default=5_000, help="number of prompts; each has four completions")
     parser.add_argument("--flush_seconds", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     add_output_options(parser)

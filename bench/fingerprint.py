@@ -1,7 +1,7 @@
-"""``python -m bench fingerprint``: how fast the weights of a reference are digested.
+"""``python -m bench fingerprint``: speed of the fingerprint of a reference's weights.
 
 A Llama-shaped model of random bits in bf16 is saved in shards and loaded as ``cpt-train`` loads one. Its fingerprint is
-taken on one core and on all.
+computed on one core and on all cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .timing import add_output_options, finish, table
 
 
 def save_random_model(folder: Path, gigabytes: float) -> None:
-    """A model of that size, but for one layer more or less."""
+    """Saves a model of about that size; it differs by at most one layer."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     if gigabytes < 1:
         sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -39,7 +39,7 @@ def save_random_model(folder: Path, gigabytes: float) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench fingerprint", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gb", type=float, default=4.0, help="of weights; as much is written to --folder")
+    parser.add_argument("--gb", type=float, default=4.0, help="size of the weights; --folder needs as much space")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     add_output_options(parser)
     args = parser.parse_args(argv)

@@ -1,16 +1,17 @@
-"""``python -m bench reference_pass --data FILE.jsonl``: the reference pass over all pairs of a file of responses.
+"""``python -m bench reference_pass --data FILE.jsonl``: time to score the reference on all pairs of a response file.
 
-Rows are ``{"prompt_id", "prompt", "model", "response"}``; every two different responses to a prompt are a pair. TRL's
-pass runs both sides of every pair, padded, in the order of the data; ours runs a prompt once and a response once. Both
-are the trainers' own, timed inside of their constructors on the same model, tokens and machine, one after the other,
-each in a process of its own that has run the model before. That both give the same sums comes first.
+Rows are ``{"prompt_id", "prompt", "model", "response"}``. Any two different responses to a prompt are a pair. TRL runs
+both sides of every pair, padded, in the order of the data. Ours runs every prompt and every response once. Both passes
+are those of the trainers, timed inside of their constructors. They run one after the other on the same model, tokens
+and machine, each in a process of its own that has run the model before. Their sums of log-probs are compared first.
 
-``trl`` is TRL as it installs; ``trl-tuned`` scores completion rows only, runs ``--trl-batch`` pairs together and has
-the allocator settings of ``bench.step``; ``ours-tuned`` has the same settings. ``ratio_trl`` is trl / ours,
-``ratio_trl_tuned`` trl-tuned / ours-tuned. Predicted ratios are those of floating-point operations counted from
-lengths, forward only: 2 p T + 4 L Hq D A + 2 R H V with T tokens run, A attended pairs, R rows of the head.
+``trl`` is TRL with default settings. ``trl-tuned`` runs the head on completion rows only, puts ``--trl-batch`` pairs in
+a batch, and has the allocator settings of ``bench.step``; ``ours-tuned`` has the same allocator settings. ``ratio_trl``
+is trl / ours, ``ratio_trl_tuned`` is trl-tuned / ours-tuned. Predicted ratios are ratios of floating-point operations,
+counted from lengths for the forward only: 2 p T + 4 L Hq D A + 2 R H V with p parameters of the layers, T tokens that
+are run, A pairs of query and key, R rows of the head.
 
-Words are hashed to token ids: what a pass costs depends on lengths alone.
+Words are hashed to token ids, because the time depends on lengths only.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=50
 
 
 def read_groups(path: Path, prompts: int | None, vocab: int, longest: int) -> Groups:
-    """The first so many prompts, as token ids; a prompt and a response have at most ``longest`` each."""
+    """Reads the first so many prompts with their responses as token ids, at most ``longest`` tokens each."""
 
     def ids(text: str) -> list[int]:
         words = re.findall(r"\w{1,6}|\W", text)[:longest]
@@ -80,7 +81,7 @@ def forward_flops(work: Work, shape: Shape) -> float:
 
 
 def padded_work(pairs: list[dict[str, list[int]]], batch: int, completion_rows_only: bool) -> Work:
-    """Of all batches together."""
+    """Returns the work of all batches together."""
     sides = list(map(pair_of, pairs))
     parts = [padded(sides[i : i + batch], completion_rows_only) for i in range(0, len(sides), batch)]
     return Work(*(sum(getattr(part, name) for part in parts) for name in ("tokens", "attended", "head_rows")), 1)
@@ -90,20 +91,20 @@ def padded_work(pairs: list[dict[str, list[int]]], batch: int, completion_rows_o
 
 
 class Pass:
-    """What a pass took, and what its model ran."""
+    """Counts the time of a pass, and the completions, prompts and tokens that its model ran."""
 
     def __init__(self) -> None:
-        self.numbers = {"completions": 0, "prompts": 0, "tokens": 0, "batches": 0}
+        self.counts = {"completions": 0, "prompts": 0, "tokens": 0, "batches": 0}
 
     def time(self, call: Callable, *arguments: Any) -> Any:
         started, busy = time.perf_counter(), time.process_time()
         result = call(*arguments)
-        self.numbers |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
+        self.counts |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
         return result
 
     def count(self, completions: int, prompts: int, tokens: int) -> None:
-        for name, value in zip(self.numbers, (completions, prompts, tokens, 1)):
-            self.numbers[name] += value
+        for name, value in zip(self.counts, (completions, prompts, tokens, 1)):
+            self.counts[name] += value
 
 
 def run_trl(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> tuple[Pass, np.ndarray]:
@@ -111,7 +112,7 @@ def run_trl(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder:
     from trl import DPOConfig, DPOTrainer
 
     if spec.get("tuned"):
-        trl.trainer.utils._use_triton = lambda device: True  # read by the fused head alone, for this one switch
+        trl.trainer.utils._use_triton = lambda device: True  # only the fused head reads it
     done = Pass()
 
     class Timed(DPOTrainer):
@@ -156,7 +157,7 @@ def run_ours(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder
 
 
 def worker(spec: dict[str, Any]) -> None:
-    """Get ready, say so, run the pass when told to."""
+    """Prepares model and data, reports that, and runs the pass on request."""
     channel = Channel()
     torch.set_num_threads(spec["threads"])
     shape = Shape(**spec["shape"])
@@ -164,13 +165,13 @@ def worker(spec: dict[str, Any]) -> None:
     rows = Dataset.from_list(pairs_of(groups))
     model = build_model(shape)
     __import__("trl" if spec["side"] == "trl" else "cpt_kernels.trainer")
-    with torch.no_grad():  # threads and the libraries' kernels are there when the clock starts
+    with torch.no_grad():  # starts threads and loads kernels before the clock starts
         model(torch.arange(256)[None] % shape.vocab)
     channel.reply(checksum=sum(parameter.double().sum().item() for parameter in model.parameters()))
     channel.receive()
     with tempfile.TemporaryDirectory() as folder:
         done, sums = {"trl": run_trl, "ours": run_ours}[spec["side"]](spec, model, rows, folder)
-    channel.reply(**done.numbers, threads=torch.get_num_threads(), sums=sums.tolist())
+    channel.reply(**done.counts, threads=torch.get_num_threads(), sums=sums.tolist())
 
 
 # --- The comparison ---
@@ -179,14 +180,14 @@ def worker(spec: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench reference_pass", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="responses, one JSON object per line")
-    parser.add_argument("--prompts", type=int, help="only the first so many; default: all")
-    parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, and of a response")
-    parser.add_argument("--trl-batch", type=int, default=1, help="pairs that trl-tuned runs together; 1 is best here")
-    parser.add_argument("--tokens-per-batch", type=int, default=4096, help="of ours")
+    parser.add_argument("--prompts", type=int, help="number of prompts to use; default: all")
+    parser.add_argument("--longest", type=int, default=256, help="most tokens of a prompt, and of a response")
+    parser.add_argument("--trl-batch", type=int, default=1, help="batch size of trl-tuned, in pairs; 1 is fastest here")
+    parser.add_argument("--tokens-per-batch", type=int, default=4096, help="budget of our micro-batches")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma-separated, of these")
-    parser.add_argument("--quick", action="store_true", help="a toy model: does it run?")
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="passes to measure, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="smoke test with a toy model")
     add_output_options(parser)
     args = parser.parse_args(argv)
     shape = _TOY if args.quick else Shape()

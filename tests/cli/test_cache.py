@@ -1,4 +1,4 @@
-"""``cpt cache``: every command, on a small model and a small dataset."""
+"""Every command of ``cpt cache``, on a small model and a small dataset."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_build_info_verify(home, tmp_path, capsys, caplog):
 
 
 def test_two_ranks_go_on_where_one_was(home, tmp_path, capsys):
-    """`torchrun --nproc_per_node 2 -m cpt_kernels.cli cache build ...`"""
+    """Runs `torchrun --nproc_per_node 2 -m cpt_kernels.cli cache build ...`."""
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in preference_rows(40, seed=1)]
     for name, count in (("some", 20), ("all", 40)):
         (home / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:count]))
@@ -75,7 +75,7 @@ def test_two_ranks_go_on_where_one_was(home, tmp_path, capsys):
     assert built.returncode == 0, built.stderr
     assert built.stderr.count("of 80 completions: 40 found") == built.stderr.count("40 different ones were scored") == 1
     (folder,) = cache.glob("?" * 32)
-    assert len(list(folder.glob("*.arrow"))) == 3, "each rank has written"
+    assert len(list(folder.glob("*.arrow"))) == 3, "each rank wrote a shard"
     main(["verify", *options(home, cache, "all.jsonl")])
     assert "64 completions scored again" in capsys.readouterr().out
 
@@ -175,7 +175,7 @@ def test_prune(tmp_path, capsys):
         main(["prune", "--ref_cache_dir", str(tmp_path), *flags])
 
     prune()
-    assert left.exists(), "someone may still be writing it"
+    assert left.exists(), "its writer may still be running"
     os.utime(left, times=(0, 0))
     prune("--older_than", "5", "--dry_run")
     assert left.exists() and old.exists() and "2 files" in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_prune(tmp_path, capsys):
 
 
 def test_import_of_sums(home, tmp_path, capsys, caplog):
-    """What TRL keeps of the same model gives the same losses; of another one it is refused."""
+    """TRL's sums of the same model are imported, those of another model are refused."""
     scored = tmp_path / "scored"
     main(["build", *options(home, scored)])
     (folder,) = scored.glob("?" * 32)

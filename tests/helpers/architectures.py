@@ -1,4 +1,4 @@
-"""Tiny random models of every supported architecture."""
+"""Tiny random models of the supported architectures."""
 
 from __future__ import annotations
 
@@ -88,16 +88,17 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
-# RoPE that depends on the sequence's length, with a limit of 16 positions.
+# Their RoPE depends on the length of a sequence beyond 16 positions.
 LENGTH_DEPENDENT = ["phi3-longrope", "llama-dynamic", "gemma3-dynamic"]
 
 
 def tiny_model(
     name: str, dtype: torch.dtype = torch.float32, seed: int = 0, weights: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A random model whose attention matters: weights are larger than an initialisation's.
+    """Returns a random model in ``dtype`` whose weights are larger than at initialization, so that attention matters.
 
-    ``weights`` is the dtype to which they are rounded before they get ``dtype``.
+    Args:
+        weights: dtype to which the weights are rounded before they get ``dtype``.
     """
     torch.manual_seed(seed)
     implementation = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
@@ -112,6 +113,6 @@ def tiny_model(
                 parameter.normal_(0, 0.15)
             else:
                 parameter += 0.1 * torch.randn_like(parameter)
-    for parameter in model.parameters():  # not buffers: RoPE's frequencies stay in fp32, as from_pretrained leaves them
+    for parameter in model.parameters():  # not buffers: RoPE's frequencies stay in fp32, as after from_pretrained
         parameter.data = parameter.data.to(weights or dtype).to(dtype)
     return model.eval()

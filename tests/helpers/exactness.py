@@ -1,12 +1,13 @@
-"""Packed against alone: the same prompt groups as one packed row, and every completion in a forward of its own.
+"""Compares a packed row of prompt groups with the same completions run alone, each in a forward of its own.
 
-"Alone" is the definition: transformers' forward of prompt + completion with the model's own attention, log-softmax, a
-sum, the loss, and autograd. Nothing of the package takes part in it but the loss function, which has its own tests.
+"Alone" is the definition: transformers' forward of prompt + completion with the model's own attention, then
+log-softmax, a sum, the loss, and autograd. The loss function is the only part of the package that it uses, and has
+tests of its own.
 
-How the rule of ``numerics.py`` is applied. In fp64, to every gradient by itself, with a floor for what transformers
-keeps in fp32 (``FLOOR``). In fp32 and bf16 the errors of a small model's gradients are a few shared roundings, so a
-single tensor's error against eager's is a draw of two random numbers, and either may be the larger. There gradients
-are taken in units of their own size and pooled, over six batches and over the parameters of a kind (``_KINDS``).
+The rule of ``numerics.py`` is applied as follows. In fp64, it is applied to every gradient separately, with a floor for
+the parts that transformers keeps in fp32 (``FLOOR``). In fp32 and bf16, the gradient errors of a small model consist of
+a few shared roundings, so it is chance whether the error of a single tensor is larger or smaller than eager's. There
+gradients are scaled by their own size, and pooled over six batches and over the parameters of a kind (``_KINDS``).
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from cpt_kernels.model.packed_model import PackedModel, Scores
 from tests.helpers.architectures import LENGTH_DEPENDENT, MIXTURES, VOCAB, tiny_model
 from tests.numerics import assert_close
 
-torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
+torch.set_num_threads(1)  # at tiny shapes, several threads are slower
 
 Row = dict[str, Any]
 Key = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt, completion)
 
-# Options under which no loss of the batch is flat: gradients of every pair count.
+# With these options no loss saturates, so every pair has a gradient.
 LOSSES = {
     "sigmoid": build_loss("sigmoid", beta=0.3, label_smoothing=0.1),
     "slic": build_loss("slic", slic_delta=40.0, slic_lambda=0.5),
     "sft": build_loss("sft"),
 }
 
-# What transformers leaves in fp32 after .double() (RMSNorm, RoPE, the softmax of eager attention and of routers) rounds
-# to about 1e-7 of its value, and two runs that agree to 1e-15 before it may be rounded to different sides.
+# transformers leaves some parts in fp32 after .double() (RMSNorm, RoPE, the softmax of eager attention and of routers).
+# They round to about 1e-7 of their value, so two runs that agree to 1e-15 may be rounded differently.
 FLOOR = 2e-6
-FLOORS = {"gpt2": 1e-13, "gpt_neox": 1e-13, "phi": 1e-13}  # none of that
+FLOORS = {"gpt2": 1e-13, "gpt_neox": 1e-13, "phi": 1e-13}  # all in fp64
 
 BATCHES = 6
 _KINDS = {
@@ -54,8 +55,9 @@ _KINDS = {
     "mlp": "",
 }
 
-# (prompt, completions, pairs of (chosen, target, rejected)): K from 1 to 4, one-token prompt, one-token completions, a
-# completion in no pair. The last two exceed 16 tokens: the limit of the RoPE variants that depend on lengths.
+# (prompt length, completion lengths, pairs of (chosen, target, rejected)). They include 1 to 4 completions, a one-token
+# prompt, one-token completions and a completion in no pair. Those in _LONG exceed 16 tokens, the limit of the
+# length-dependent RoPE variants.
 _GROUPS: list[tuple[int, list[int], list[tuple[int, int, int]]]] = [
     (1, [1, 5], [(0, 0, 1)]),
     (7, [3, 1, 6, 2], [(0, 3, 1), (0, 3, 2), (3, 3, 1)]),
@@ -72,13 +74,13 @@ _LONG = [
 
 
 def make_rows(loss: str, *, long: bool = False, seed: int = 0) -> list[Row]:
-    """Tokenised rows as ``data/tokenize.py`` gives them, with pairs for sigmoid and slic and without for sft."""
+    """Returns rows in the form of ``data/tokenize.py``, with pairs for sigmoid and slic and without for sft."""
     random = np.random.default_rng(seed)
     rows = []
     groups = _GROUPS + _LONG * long
     for g in random.permutation(len(groups)) if seed else range(len(groups)):
         prompt, lengths, edges = groups[g]
-        first = random.permutation(np.arange(3, VOCAB))[: len(lengths)]  # different, so that no two are equal
+        first = random.permutation(np.arange(3, VOCAB))[: len(lengths)]  # so that no two completions are equal
         completions = [[int(f), *map(int, random.integers(3, VOCAB, n - 1))] for f, n in zip(first, lengths)]
         chosen, targets, rejected = (list(side) for side in zip(*edges)) if edges else ([], [], [])
         if loss == "sft":
@@ -96,13 +98,13 @@ def make_rows(loss: str, *, long: bool = False, seed: int = 0) -> list[Row]:
 
 
 def reference_logps(prompt: Sequence[int], completion: Sequence[int]) -> np.ndarray:
-    """Reference log-probs that depend on both, in eighths: their sums are exact."""
+    """Returns log-probs that depend on prompt and completion. They are multiples of 1/8, so sums are exact."""
     return np.array([-((sum(prompt) + 5 * token) % 29 + 1) / 8 for token in completion], dtype=np.float32)
 
 
 @dataclass
 class Result:
-    """What is compared; keys are completions or pairs by their tokens, so that the order of a batch plays no part."""
+    """The values to compare. Keys are token ids, so that the order of completions and pairs does not matter."""
 
     completion_logps: dict[Key, Tensor]
     losses: dict[tuple[Key, ...], Tensor] = field(default_factory=dict)
@@ -117,14 +119,14 @@ class Result:
 
 
 def assert_equal(result: Result, reference: Result, floor: float) -> None:
-    """Log-probs, losses and every gradient that ``result`` has, both in fp64, one by one."""
+    """Compares log-probs, losses and every gradient of ``result``, one by one; both in fp64."""
     tensors = dict(reference.tensors())
     for name, tensor in result.tensors():
         assert_close(tensor, tensors[name], tensors[name].double(), name, floor)
 
 
 def assert_as_exact(results: list[Result], eager: list[Result], reference: list[Result], eps: float) -> None:
-    """The rule for log-probs, losses and the gradients that ``results`` have, over several batches."""
+    """Applies the rule to log-probs, losses and the gradients of ``results``, pooled over several batches."""
     pools: dict[str, list[list[Tensor]]] = {}
     for batch in zip(results, eager, reference):
         found, *others = (dict(result.tensors()) for result in batch)
@@ -146,7 +148,7 @@ def _pool(name: str) -> str:
 
 
 def sequences_of(rows: Sequence[Row]) -> list[Key]:
-    """The different (prompt, completion) of the rows."""
+    """Returns the different (prompt, completion) of the rows."""
     return list(dict.fromkeys((tuple(r["prompt_ids"]), tuple(c)) for r in rows for c in r["completion_ids"]))
 
 
@@ -157,7 +159,7 @@ def _tokens_per_pair(rows: Sequence[Row]) -> float:
 
 @functools.cache
 def alone(name: str, weights: torch.dtype, dtype: torch.dtype, loss: str) -> tuple[list[Result], list[Routing | None]]:
-    """Results of the architecture's batches in ``dtype`` with the weights rounded to ``weights``, and their routing."""
+    """Runs an architecture's batches alone in ``dtype``, with weights rounded to ``weights``; also returns routings."""
     model = tiny_model(name, dtype, weights=weights)
     results, routings = [], []
     for seed in range(BATCHES):
@@ -173,7 +175,7 @@ def alone(name: str, weights: torch.dtype, dtype: torch.dtype, loss: str) -> tup
 
 
 def run_alone(model: nn.Module, rows: Sequence[Row], loss: Loss, routing: Routing | None = None) -> Result:
-    """Every completion in a forward of its own; one backward from the sum of the pairs' losses."""
+    """Runs every completion in its own forward, and one backward from the sum of the pairs' losses."""
     logps = {}
     for sequence in sequences_of(rows):
         prompt, completion = sequence
@@ -208,13 +210,13 @@ def _pair_logps(logps: dict, chosen, target, rejected=None, *, tokens_per_pair: 
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients of all parameters that are trained; zeros for those that nothing reached."""
+    """Returns the gradients of all trained parameters; zeros for those without a gradient."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
 
 
 def _forget_longest(model: nn.Module) -> None:
-    """Dynamic NTK scales RoPE by the longest sequence that a model ever saw; alone means that it saw none."""
+    """Resets dynamic NTK, which scales RoPE by the longest sequence that the model has seen."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for prefix, kind in ((f"{k}_", v) for k, v in kinds.items()) if isinstance(kinds, dict) else [("", kinds)]:
@@ -241,7 +243,7 @@ def run_packed(
     routing: Routing | None = None,
     **options,
 ) -> Result:
-    """All rows in one packed batch (or the batch given), forward and backward; options are ``PackedModel``'s."""
+    """Runs forward and backward of all rows as one packed batch, or of ``batch``; options are ``PackedModel``'s."""
     batch = make_batch(rows, packed, share_prompts=share) if batch is None else batch
     with routing.of(*sequences_in(batch), lengths=batch["segment_lengths"]) if routing else contextlib.nullcontext():
         scores = packed(batch, loss, tokens_per_pair=_tokens_per_pair(rows), **options)
@@ -258,7 +260,7 @@ def packed_result(model: nn.Module, batch: PackedBatch, scores: Scores) -> Resul
 
 
 def sequences_in(batch: PackedBatch) -> list[Key]:
-    """The (prompt, completion) of every completion of a batch, read from what its attention segment sees."""
+    """Returns the (prompt, completion) of every completion of a batch, read from the keys of its attention segment."""
     keys = batch["input_ids"][0][batch["kv_index"]].split([k for _, k in batch["segment_lengths"]])
     return [
         (tuple(key[: len(key) - n].tolist()), tuple(key[len(key) - n :].tolist()))
@@ -267,16 +269,16 @@ def sequences_in(batch: PackedBatch) -> list[Key]:
 
 
 def freeze_head(model: nn.Module) -> None:
-    """The output head, and with tied weights the embedding, take no gradient."""
+    """Freezes the output head, and with tied weights the embedding."""
     model.get_output_embeddings().requires_grad_(False)
 
 
 class Routing:
-    """Which experts every token goes to: recorded in one run of a mixture of experts, forced upon others.
+    """The experts of every token of a mixture of experts: recorded in one run, and forced upon the other runs.
 
-    Rounding flips the choice between two experts that are nearly as good, and the error is then as large as the output
-    itself. With free routing eager's own error would be of that size, and the rule could not fail. So all runs take
-    the choice of the fp64 run alone. Weights of the experts are still each run's own.
+    Rounding can flip the choice between two experts with nearly equal scores, and the error is then as large as the
+    output itself. With free routing, eager's own error would be of that size, and the rule could not fail. So all runs
+    use the experts that the fp64 run chose. Each run still computes its own weights of the experts.
     """
 
     def __init__(self, model: nn.Module, recorded: Routing | None = None):
@@ -287,7 +289,7 @@ class Routing:
 
     @contextlib.contextmanager
     def of(self, *sequences: Key, lengths: Sequence[tuple[int, int]] | None = None) -> Iterator[None]:
-        """The forwards (and recomputations) inside run these sequences; of a shared one only the last queries run."""
+        """Context of forwards (and recomputations) of these sequences; ``lengths`` are the (queries, keys) of each."""
         topk = torch.topk
 
         def choose(layer: int, scores: Tensor, k: int, **_):

@@ -32,7 +32,7 @@ _ADAPTERS = {
     "dora": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
 }
 _TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4, 5, 6, 7, 8]}
-_OF_TIED = {  # PEFT adapts either side alone, unless it is told that they are one
+_OF_TIED = {  # without ensure_weight_tying, PEFT adapts only one side of a tied weight
     "embedding": {"target_modules": ["embed_tokens"]},
     "embedding-and-head": {"target_modules": ["embed_tokens", "lm_head"]},
     "embedding-as-head": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
@@ -49,7 +49,7 @@ _TRAINED = ("lora", "modules_to_save", "trainable_tokens")
 
 
 def _adapted(adapter: str, dtype: torch.dtype, architecture: str = "llama", **changes) -> nn.Module:
-    """A PEFT model whose adapter is not zero, as it is at the start, and whose head is frozen but for the adapter."""
+    """Returns a PEFT model with a nonzero adapter. The base is frozen, the head as well unless it has an adapter."""
     config = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **(_ADAPTERS | _OF_TIED)[adapter], **changes)
     model = get_peft_model(tiny_model(architecture, dtype, weights=torch.float32), config)
     torch.manual_seed(1)
@@ -63,7 +63,7 @@ def _adapted(adapter: str, dtype: torch.dtype, architecture: str = "llama", **ch
 @pytest.mark.parametrize(("architecture", "adapter"), _CASES)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_adapters(architecture, adapter, general):
-    """Trainable adapters over a frozen base; the head is frozen but where the adapter is on it."""
+    """Gradients of trainable adapters over a frozen base, with and without an adapter on the head."""
     loss = LOSSES["sigmoid"]
     results = {}
     for key, dtype, packed in (("exact", torch.float64, 0), ("eager", torch.float32, 0), ("packed", torch.float32, 1)):
@@ -87,7 +87,7 @@ def test_adapters(architecture, adapter, general):
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_adapters_switched_off(architecture, adapter):
-    """As a reference model: the base alone."""
+    """Like a reference, the model with its adapter off is the base model."""
     model, rows = _adapted(adapter, torch.float64, architecture), make_rows("sft")
     expected = run_alone(tiny_model(architecture, torch.float64), rows, LOSSES["sft"])
     packed = PackedModel(model)
@@ -177,7 +177,7 @@ def test_architectures_that_cannot_be_packed(build, message):
 
 
 def test_layers_on_several_devices():
-    """Their attention would be given the layout of a row on another device than the row's."""
+    """Refused: attention would get hidden rows and layout on different devices."""
     model = tiny_model("llama")
     model.hf_device_map = {"": 0}
     PackedModel(model)
@@ -265,7 +265,7 @@ def test_the_probe_of_the_head_leaves_modes_as_they_were():
 
 
 def _router_logits(model: nn.Module, rows: list[dict], unique: bool) -> tuple[torch.Tensor, ...]:
-    """Of every layer, over the tokens of all completions run alone: prompts once per group, or once per completion."""
+    """Router logits of every layer for all completions run alone; prompts once per group (unique) or completion."""
     parts = []
     for row in rows:
         for i, completion in enumerate(row["completion_ids"]):
@@ -279,7 +279,7 @@ def _router_logits(model: nn.Module, rows: list[dict], unique: bool) -> tuple[to
 @pytest.mark.parametrize("share", [True, False], ids=["unique-tokens", "with-prompt-copies"])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_auxiliary_loss_is_that_of_the_rows_tokens(name, share):
-    """Over unique tokens where prompts are shared. Unshared it is what a batch without padding has, as in TRL."""
+    """It covers every token of the packed row once. Without shared prompts this is TRL's value without padding."""
     rows, model = make_rows("sft"), tiny_model(name, torch.float64)
     loss = LOSSES["sft"]
     gate = _router_logits(model, rows, unique=share)

@@ -1,4 +1,4 @@
-"""A model prepared for packed rows goes on as before in plain forwards and in generation."""
+"""A model prepared for packed rows still runs plain forwards and generation as before."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ARCHITECTURES = [
 
 
 def _padded() -> dict[str, torch.Tensor]:
-    """Two rows, the second padded on its left as for generation."""
+    """Two rows, the second one padded on its left as for generation."""
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
@@ -64,7 +64,7 @@ def test_training_without_packing_stays_as_it_was():
 
 @torch.no_grad()
 def test_quantized_layers_compute_as_in_training_on_packed_rows_alone():
-    """On a CPU those of bitsandbytes look at the mode; this one is theirs by its module's name."""
+    """The layer has the module name of bitsandbytes, whose layers compute by mode on a CPU."""
     modes = []
 
     class Layer(torch.nn.Linear):
@@ -93,7 +93,7 @@ def test_the_attention_is_registered_once_under_one_name():
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn3"])
 def test_a_model_that_was_loaded_with_flash_attention(name, monkeypatch):
-    """Its attention imports what the config names, and knows neither CPU nor fp32: heads are checked without it."""
+    """Flash attention imports the kernel that the config names. The check of the head must not run it."""
     own, named = ALL_ATTENTION_FUNCTIONS["sdpa"], []
 
     def flash(module, *args, **kwargs):
@@ -125,7 +125,7 @@ def test_an_exception_in_a_packed_forward_leaves_nothing_behind():
 
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
 def test_hooks_on_a_rotary_embedding_survive(name):
-    """accelerate's hooks replace the forward on the instance; ours stands in front of it and goes away again."""
+    """accelerate's hooks set the forward on the instance. Ours replaces it for a packed forward only."""
     model = tiny_model(name)
     packed = PackedModel(model)
     (rotary,) = packed.rotaries
@@ -149,7 +149,7 @@ def test_rope_that_does_not_depend_on_lengths_is_left_alone(name):
 
 
 def test_noise_is_scaled_by_the_length_of_each_sequence():
-    """NEFTune's: uniform within alpha / sqrt(L d), for a prompt that is shared, too; none in evaluation."""
+    """NEFTune's noise is within alpha / sqrt(L d), also for a shared prompt, and is off in evaluation."""
     embeddings, ids = torch.nn.Embedding(10, 4096), torch.zeros(1, 60, dtype=torch.int64)
     embeddings.neftune_noise_alpha = 5.0
     handle = embeddings.register_forward_hook(neftune_post_forward_hook)

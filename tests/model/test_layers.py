@@ -1,4 +1,4 @@
-"""Compiled layers, offloaded activations and Liger's kernels take the same steps, and the head stays ours."""
+"""Compiled layers, offloaded activations and Liger's kernels take the same steps, with our head."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_compiled_layers_take_the_same_steps_with_few_graphs(plain, tmp_path):
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True}
     compiled = train(tmp_path, **options)
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
-    # Attention cuts a layer into a few parts. One set of them has gradients, one (the reference's) has none; more would
-    # be graphs of single layers or lengths.
+    # Attention splits a layer into a few graphs. There is one set with gradients and one without (for the reference).
+    # More graphs would mean that single layers or lengths were compiled.
     assert 0 < counters["stats"]["unique_graphs"] <= 12
 
 
@@ -60,10 +60,10 @@ def test_activations_leave_the_device_and_parameters_stay():
 
 
 def liger_takes_the_same_steps(folder: str) -> None:
-    """On packed rows, whose positions start again for every completion. Liger puts its functions into transformers'
-    modules for good, so this is for a process of its own.
+    """Trains on packed rows, whose positions restart for every completion, with Liger's RoPE.
 
-    It is RoPE alone: Triton's interpreter lacks what the kernels of norms and MLPs call.
+    Liger patches transformers' modules permanently, so the test runs in a process of its own. Only RoPE is covered:
+    Triton's interpreter cannot run Liger's kernels for norms and MLPs.
     """
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 

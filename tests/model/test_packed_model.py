@@ -1,4 +1,4 @@
-"""Packed = alone: losses and all gradients of a packed, prompt-sharing row are those of every completion run alone."""
+"""Packed = alone: a packed row with shared prompts has the losses and gradients of every completion run alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _ids(value) -> str:
 
 
 def _loss_of(name: str, turn: int = 0) -> str:
-    """Losses go round the architectures: to cross them too would test the same code again."""
+    """Assigns losses to architectures in turn: a full cross product would test the same code again."""
     return list(LOSSES)[(list(CONFIGS).index(name) + turn) % len(LOSSES)]
 
 
@@ -120,7 +120,7 @@ def test_rows_that_do_not_share_their_prompts_give_the_same(name):
 
 @pytest.mark.parametrize("loss", ["sigmoid", "slic"])
 def test_rows_with_one_prompt_are_one_group(loss):
-    """A row for each pair: prompts and completions that recur are run once, and every pair counts."""
+    """With one row per pair, repeated prompts and completions are run once, and every pair counts."""
     rows, split = make_rows(loss), []
     for row in rows:
         for w, y, x in zip(row["chosen"], row["targets"], row["rejected"]):
@@ -167,10 +167,10 @@ def test_autocast_is_as_exact_as_autocast_alone(name):
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_truncated_rows(mode):
-    """`keep_end` leaves chosen and rejected with different parts of their prompt: groups of one, a pair across them."""
+    """`keep_end` leaves chosen and rejected with different prompts: a pair then spans two groups of one completion."""
     rows = _rows("llama", "slic")
     kept = slice(11) if mode == "keep_start" else slice(-11, None)
-    cut = []  # of every row: its completions' (prompt, completion)
+    cut = []  # for every row, the (prompt, completion) of its completions
     for row in rows:
         completions = row["completion_ids"]
         wholes = [(row["prompt_ids"] + c)[kept] for c in completions]
@@ -189,7 +189,7 @@ def test_truncated_rows(mode):
 
 
 def _slic_alone(model: nn.Module, rows: list[dict], cut: list[list[tuple]]) -> Result:
-    """SLiC, spelt out, for rows whose completions have a prompt each."""
+    """Computes SLiC step by step for rows whose completions have different prompts."""
     logps, losses = {}, {}
     for prompt, completion in (sequence for sequences in cut for sequence in sequences):
         logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
@@ -205,7 +205,7 @@ def _slic_alone(model: nn.Module, rows: list[dict], cut: list[list[tuple]]) -> R
     return Result(*detached, gradients(model))
 
 
-# -- uses of one forward ---
+# --- Uses of one forward ---
 
 
 @pytest.mark.parametrize("head", [FROZEN, TRAINED, GENERAL])
@@ -246,7 +246,7 @@ def test_scoring_without_a_loss(name):
     assert_equal(found, expected, _floor(name))
     assert scores.tokens.entropy.min() > 0 and scores.tokens.correct.dtype == torch.bool
     torch.testing.assert_close(segment_sum(scores.tokens.logps, batch["cu_completions"]), scores.completion_logps)
-    # With gradients wanted, log-probs are differentiable: their sum is the sft loss.
+    # Log-probs are differentiable if gradients are enabled; their sum is the sft loss.
     (-packed(batch).completion_logps.sum() * batch["num_pairs"] / batch["num_chosen_tokens"]).backward()
     assert_equal(packed_result(packed.model, batch, scores), expected, _floor(name))
 
@@ -290,7 +290,7 @@ def test_the_wrapped_model_and_the_heads_hooks_run():
     packed, wrapped, seen = PackedModel(model), Wrapper(model), []
     model.lm_head.register_forward_pre_hook(lambda *_: seen.append("pre"))
     model.lm_head.register_full_backward_hook(lambda *_: seen.append("backward"))
-    own = model.lm_head.forward = functools.partial(nn.Linear.forward, model.lm_head)  # as accelerate's hooks set it
+    own = model.lm_head.forward = functools.partial(nn.Linear.forward, model.lm_head)  # like accelerate's hooks
     packed(make_batch(make_rows("slic")), LOSSES["slic"], wrapped=wrapped).loss.backward()
     assert wrapped.calls == 1 and seen == ["pre", "backward"] and model.lm_head.forward is own
 
@@ -307,17 +307,17 @@ def test_checkpointing_recomputes_every_layer():
     assert len(calls) == 2 * len(model.model.layers)
 
 
-# -- a comparison that could not fail would prove nothing ---
+# --- The comparison fails for a wrong batch ---
 
 
 def _positions_go_on(batch) -> None:
-    """Completion 2 does not go back to where its prompt ended."""
+    """Positions of completion 2 continue those of completion 1, rather than the prompt's."""
     start, end = batch["cu_seqlens_q"][1:3].tolist()
     batch["position_ids"][0, start:end] += batch["completion_lengths"][0]
 
 
 def _sees_the_one_before(batch) -> None:
-    """Completion 2 sees the keys of completion 1 too."""
+    """Completion 2 also sees the keys of completion 1."""
     queries, keys = batch["segment_lengths"][1]
     at, row = batch["cu_seqlens_k"][2].item() - queries, batch["cu_seqlens_q"][1].item()
     strays = torch.arange(row - batch["completion_lengths"][0], row)
@@ -328,7 +328,7 @@ def _sees_the_one_before(batch) -> None:
 
 
 def _predicts_its_first_token_from_its_own_row(batch) -> None:
-    """The first token of completion 2 is not predicted by the prompt's last row."""
+    """The first token of completion 2 is predicted by its own row, rather than by the prompt's last row."""
     first = batch["cu_completions"][1]
     batch["predictor_index"][first] = batch["predictor_index"][first + 1]
     _sum_again(batch, "predictor")

@@ -52,7 +52,7 @@ def lora(**changes) -> LoraConfig:
 
 
 def never_packed(folder: Path, **kind):
-    """For TRL, whose forwards in eval mode would let bitsandbytes pack 4-bit weights for inference."""
+    """Returns a model for TRL, whose forwards in eval mode must not make bitsandbytes pack 4-bit weights."""
     model = quantized(folder, **kind)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -60,11 +60,11 @@ def never_packed(folder: Path, **kind):
     return model
 
 
-# --- Beside TRL ---
+# --- Comparison with TRL ---
 
 
 class InFp32(TrainerCallback):
-    """Both trainers round adapters to bf16, after which every difference in the last bit grows; here they do not."""
+    """Puts adapters into fp32. Both trainers use bf16, in which differences in the last bit grow from step to step."""
 
     def on_train_begin(self, args, state, control, model=None, **_) -> None:
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def test_every_step_is_trls(folder, tmp_path, kind, adapter):
     rows = tokenised_pairs(5 * PAIRS)
     options = {"max_steps": 10, "learning_rate": 1e-2, "peft_config": lora(**adapter), "callbacks": [InFp32()]}
     ours = run_ours(tmp_path / "ours", rows, quantized(folder, **KINDS[kind]), **options)
-    # In eval mode TRL's reference, scored ahead, would have its inputs rounded to 8 bits.
+    # TRL would score its reference ahead in eval mode, which rounds inputs to 8 bits.
     options["precompute_ref_log_probs"] = kind != "int8"
     theirs = run_trl(tmp_path / "trl", rows, model=never_packed(folder, **KINDS[kind]), **options)
     assert_same_steps(ours, theirs, (*REWARDS, *LOGPS))
@@ -89,7 +89,7 @@ def test_every_step_is_trls(folder, tmp_path, kind, adapter):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_trained_whole_is_not_rounded(folder, tmp_path, kind):
-    """So rewards start at 0, which they do not where the reference's head is in fp32 and the policy's in bf16."""
+    """Rewards start at 0. They would not if the reference's head were in fp32 and the policy's in bf16."""
     adapter = lora(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[5, 7])
     trainer = ContrastiveTrainer(
         quantized(folder, **KINDS[kind]),
@@ -120,7 +120,7 @@ def test_where_trls_rewards_do_not_start_at_0(folder, tmp_path, kind, adapter):
 
 
 def test_rounding_of_an_adapter_is_no_warning(folder, tmp_path, caplog):
-    """DoRA takes norms in bf16, so its first log-probs are the reference's up to that."""
+    """DoRA computes norms in bf16, so its first log-probs differ from the reference's by that rounding."""
     train(folder, tmp_path, peft_config=lora(use_dora=True))
     assert "rewards do not start at 0" not in caplog.text
 
@@ -147,7 +147,7 @@ def test_another_quantisation_is_another_reference(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantized_reference_stays_itself(folder, tmp_path, kind):
-    """After a forward, without its adapter, and saved; its scales are part of it."""
+    """The fingerprint is the same after a forward, without the adapter, and after saving. It covers the scales."""
     model = quantized(folder, **KINDS[kind])
     expected = digest(model)
     model.save_pretrained(tmp_path / "saved")
@@ -169,7 +169,7 @@ def test_a_quantized_reference_stays_itself(folder, tmp_path, kind):
 
 
 def train(folder, tmp_path, model=None, ref_model=None, peft_config=None, data=None, **options) -> list[float]:
-    """Losses of a few steps; by default of a new adapter over nf4."""
+    """Returns the losses of a few steps, by default with a new adapter over nf4."""
     trainer = ContrastiveTrainer(
         quantized(folder, **_NF4) if model is None else model,
         ref_model,
@@ -217,7 +217,7 @@ def test_engines(plain, folder, tmp_path, options):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_an_adapter_that_came_with_the_model(folder, tmp_path, kind, stream):
-    """A stream keeps a copy of all of it as the reference."""
+    """For a stream, the reference is a copy of the model with its adapter."""
     torch.manual_seed(0)
     model = get_peft_model(quantized(folder, **KINDS[kind]), lora(init_lora_weights=False))
     data = preference_data(16).to_iterable_dataset() if stream else None
@@ -237,16 +237,16 @@ def test_a_quantized_head(folder, kind):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_dora_over_8_bits(folder, tmp_path, wrapped):
-    """PEFT's own error, in the first step, is that None has no attribute."""
+    """PEFT itself would fail in the first step with an AttributeError on None."""
     model, adapter = quantized(folder, **KINDS["int8"]), lora(use_dora=True)
-    with pytest.raises(ValueError, match=r"8 bits .*: load the model in 4 bits \(nf4 or fp4\), or set use_dora=False"):
+    with pytest.raises(ValueError, match=r"8-bit .*: load the model in 4 bits \(nf4 or fp4\), or set use_dora=False"):
         if wrapped:
             model, adapter = get_peft_model(model, adapter), None
         train(folder, tmp_path, model, peft_config=adapter)
 
 
 def test_weights_that_are_packed_for_inference(folder):
-    """By a forward in eval mode on some CPUs: it rounds scales, and has no gradient."""
+    """A forward in eval mode packs them on some CPUs. This rounds scales, and gives no gradient."""
     model = quantized(folder, **_NF4)
     model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="load the model again"):
@@ -266,7 +266,7 @@ def test_nobody_packs_weights_between_two_steps(folder):
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_cpt_train_resumes_bit_by_bit(tmp_path, caplog, bits):
-    """From a cache that `cpt cache build` filled."""
+    """Both runs read a cache that `cpt cache build` filled."""
     pairs = word_pairs(24)
     folder = write_model(tmp_path / "model", bpe_tokenizer(text for row in pairs for text in row.values()))
     set_seed(1)

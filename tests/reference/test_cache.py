@@ -1,4 +1,4 @@
-"""The store of reference log-probs: what was added is found, by anyone, after anything."""
+"""The reference cache returns the rows that were added, to every reader, with the right values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = tuple[list[int], list[int], np.ndarray]
 
 
 def make_row(seed: int) -> Row:
-    """Row `seed`: any process knows what its values must be."""
+    """Returns a row that depends on the seed alone, so every process knows its values."""
     rng = np.random.default_rng(seed)
     prompt, completion = (rng.integers(0, 200_000, rng.integers(1, 9)).tolist() for _ in range(2))
     return [seed, *prompt], completion, -rng.random(len(completion), dtype=np.float32)
@@ -41,7 +41,7 @@ def fill(directory: Path, seeds: Sequence[int]) -> ReferenceCache:
 
 
 def found(cache: ReferenceCache, seeds: Sequence[int]) -> list[int]:
-    """The seeds whose rows are there, every one of them with the right values."""
+    """Returns the seeds whose rows are stored. Asserts that their values are right."""
     there = []
     for seed in seeds:
         prompt, completion, logps = make_row(seed)
@@ -93,7 +93,7 @@ def test_tokens_may_be_of_any_integer_sequence(tmp_path):
 
 
 def test_the_key_is_this_forever():
-    """Another key for the same content would orphan every cache: then raise the version with it."""
+    """A change of the key would make every stored row unreachable: raise the format version with it."""
     cache = ReferenceCache("unused", FINGERPRINT)
     assert cache.key([1, 2, 3], [4]).hex() == "ca4cddaba416b831f7bd4f2f8a19592a"
 
@@ -181,7 +181,7 @@ def test_flat_look_ups(tmp_path):
     assert there.tolist() == [True, False, True, True] and (cache.hits, cache.misses) == (3, 1)
     expected = [logps if known else np.full(len(logps), np.nan) for (_, _, logps), known in zip(rows, there)]
     np.testing.assert_array_equal(values, np.concatenate(expected))
-    values[:] = 0  # the caller's own
+    values[:] = 0  # the array belongs to the caller
     assert found(cache, range(5)) == list(range(5))
     nothing, there = cache.look_up([], [])
     assert len(nothing) == len(there) == 0
@@ -209,7 +209,7 @@ def test_flushes_by_time(tmp_path, monkeypatch):
     cache.add(*make_row(2))
     wait_for_writer()
     assert len(shards(tmp_path)) == 1 and found(ReferenceCache(tmp_path, FINGERPRINT), range(3)) == [0, 1, 2]
-    now[0] += 1000  # no row is waiting, so the next one waits its 30 seconds
+    now[0] += 1000  # no row is pending, so the next one is pending for 30 seconds
     cache.add(*make_row(3))
     wait_for_writer()
     assert len(shards(tmp_path)) == 1
@@ -319,7 +319,7 @@ def test_shard_deleted_under_a_reader(tmp_path):
     cache = ReferenceCache(tmp_path, FINGERPRINT)
     for path in shards(tmp_path):
         path.unlink()
-    assert found(cache, range(5)) == list(range(5)), "the mapping outlives the name"
+    assert found(cache, range(5)) == list(range(5)), "the mapping outlives the file name"
     assert found(ReferenceCache(tmp_path, FINGERPRINT), range(5)) == []
 
 

@@ -1,4 +1,4 @@
-"""The store of reference log-probs under damage, dying writers and many processes: right values, or none and a word."""
+"""The reference cache under damage, killed writers and many processes: right values, or none and a warning."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.reference.test_cache import FINGERPRINT, OTHER, fill, found, make_row
 
 
 def opened_with(directory: Path, content: bytes, seeds: Sequence[int], caplog) -> tuple[list[int], int]:
-    """Rows found when the only shard holds `content` (all of them with right values), and the number of warnings."""
+    """Replaces the only shard by `content`; returns the rows found (with right values) and the number of warnings."""
     (path,) = shards(directory)
-    path.unlink()  # a file of its own: other readers hold mappings of the old one
+    path.unlink()  # makes a new file: other readers hold mappings of the old one
     path.write_bytes(content)
     caplog.clear()
     cache = ReferenceCache(directory, FINGERPRINT)
@@ -49,7 +49,7 @@ def test_truncated_at_any_length(tmp_path, caplog):
 
 
 def test_any_flipped_byte(tmp_path, caplog):
-    """Values are right or not there. Only padding may be damaged without a word."""
+    """Values are right, or not found and warned of. Only damage to padding goes unnoticed."""
     fill(tmp_path, range(3))
     content = shards(tmp_path)[0].read_bytes()
     noticed = 0
@@ -59,7 +59,7 @@ def test_any_flipped_byte(tmp_path, caplog):
         assert (there, warnings) in (([], 1), ([0, 1, 2], 0)), at
         noticed += warnings
     assert noticed > len(content) / 2
-    for row in map(make_row, range(3)):  # every byte that carries a value is noticed
+    for row in map(make_row, range(3)):  # damage to any byte of a value is noticed
         at = content.index(row[2].tobytes())
         for i in range(at, at + row[2].nbytes):
             assert opened_with(tmp_path, content[:i] + b"\xa5" + content[i + 1 :], range(3), caplog) == ([], 1)
@@ -68,13 +68,13 @@ def test_any_flipped_byte(tmp_path, caplog):
 def test_a_damaged_shard_takes_no_other_with_it_and_its_rows_can_be_scored_again(tmp_path, caplog):
     fill(tmp_path, range(10))
     (damaged,) = shards(tmp_path)
-    fill(tmp_path, range(5, 15))  # 5 to 9 are there already
+    fill(tmp_path, range(5, 15))  # 5 to 9 are stored already
     content = damaged.read_bytes()
     at = content.index(make_row(7)[2].tobytes())
     damaged.unlink()
     damaged.write_bytes(content[:at] + b"\xa5\xa5" + content[at + 2 :])
     cache = ReferenceCache(tmp_path, FINGERPRINT)
-    assert not caplog.records, "values are checked when they are looked for"
+    assert not caplog.records, "values are verified when they are read"
     assert found(cache, range(15)) == list(range(10, 15)) and len(caplog.records) == 1
     with cache:
         for seed in range(10):
@@ -124,7 +124,7 @@ def test_row_of_another_length_is_not_trusted(tmp_path, caplog, monkeypatch):
     assert cache.get([1], [2]).tolist() == [-5.0]
 
 
-# --- writers that fail, die, or meet
+# --- writers that fail, are killed, or run at the same time
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES])
@@ -159,14 +159,14 @@ def test_write_errors_beside_the_scoring_are_raised_by_the_next_call(tmp_path, m
             with pytest.raises(OSError, match=r"cannot be written to .*ref_cache_dir"):
                 call()
     assert found(cache, range(4)) == [0, 1, 2] and not [p for p in tmp_path.rglob("*") if p.is_file()]
-    cache.add(*make_row(3))  # the disk has room again: what is left over is written at once
+    cache.add(*make_row(3))  # the disk has space again: the shard that failed is written at once
     assert found(ReferenceCache(tmp_path, FINGERPRINT), range(4)) == [0]
     cache.flush()
     assert found(ReferenceCache(tmp_path, FINGERPRINT), range(4)) == [0, 1, 2, 3]
 
 
 def without_privileges(call: Callable[[], str]) -> str:
-    """What a call gives to a user who is not root: nothing is read-only for root."""
+    """Returns the result of a call as a user who is not root, because root may write to any folder."""
     if os.geteuid():
         return call()
     reading, writing = os.pipe()
@@ -185,7 +185,7 @@ def without_privileges(call: Callable[[], str]) -> str:
 
 
 def test_read_only_folder():
-    """What is there is found; what is not there ends in one message that names the folder and the mend."""
+    """Stored rows are found. Writing others raises one error that names the folder and the mend."""
 
     def use() -> str:
         cache = ReferenceCache(directory, FINGERPRINT)
@@ -198,9 +198,9 @@ def test_read_only_folder():
             return str(error)
         return "it was written"
 
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+    with tempfile.TemporaryDirectory() as name:  # other users cannot enter pytest's own folders
         directory = Path(name)
-        assert found(fill(directory, [0]), [0]) == [0]  # imports what others may not be allowed to read
+        assert found(fill(directory, [0]), [0]) == [0]  # imports modules that the other user may not be able to read
         (directory / FINGERPRINT).chmod(0o555)
         directory.chmod(0o755)
         message = without_privileges(use)
@@ -226,7 +226,7 @@ def test_disk_full_in_the_middle_of_a_shard(tmp_path):
 
 
 def die_in_flush(directory: Path, call: str, occasion: int) -> None:
-    """Stored: 0 to 9. Then write 10 to 19 and die, with no chance to clean up, in a call of that flush."""
+    """Stores rows 0 to 9, then exits without cleaning up at one call of the flush that writes rows 10 to 19."""
     cache = fill(directory, range(10))
     for seed in range(10, 20):
         cache.add(*make_row(seed))
@@ -282,7 +282,7 @@ def test_kill_9_at_any_time(tmp_path, caplog):
         writer.kill()
         writer.join()
     cache = ReferenceCache(tmp_path, FINGERPRINT)
-    rows = 0  # a writer's rows lie without gaps from its first on: nothing but its last flush can be lost
+    rows = 0  # the rows of a writer have no gaps: only its last flush can be lost
     for first in range(0, 3 * 10**6, 10**6):
         rows += next(n for n in range(10**6) if not found(cache, [first + n]))
     assert rows == cache.num_rows >= 60 and not caplog.records
@@ -299,7 +299,7 @@ def write_some(directory: Path, seeds: Sequence[int], barrier) -> None:
 
 
 def run_at_once(target: Callable, *arguments: tuple) -> None:
-    """In a process for each arguments, which get a barrier besides."""
+    """Runs `target` in one process per tuple of arguments; a barrier is added to each."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(len(arguments))
     processes = [context.Process(target=target, args=(*each, barrier)) for each in arguments]
@@ -313,7 +313,7 @@ def run_at_once(target: Callable, *arguments: tuple) -> None:
 def test_four_writers_of_the_same_rows(tmp_path, caplog):
     run_at_once(write_some, *[(tmp_path, range(200))] * 4)
     cache = ReferenceCache(tmp_path, FINGERPRINT)
-    assert cache.num_rows == 800, "each wrote all of them, waiting for nobody"
+    assert cache.num_rows == 800, "each writer wrote all rows, without waiting for the others"
     assert found(cache, range(201)) == list(range(200)) and not caplog.records
     assert not list((tmp_path / FINGERPRINT).glob(".*.tmp"))
     cache.merge()

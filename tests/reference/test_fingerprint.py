@@ -1,4 +1,4 @@
-"""A reference's fingerprint: the same for the same numbers, another for any others."""
+"""The fingerprint is equal for models with equal log-probs, and differs for all others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def plain() -> str:
-    """Of what `model` gives."""
+    """The fingerprint of the fixture `model`."""
     return digest(tiny_model("llama"))
 
 
@@ -74,7 +74,7 @@ def test_memory_layout_does_not_count(model, plain, monkeypatch):
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.data = weight.data.t().contiguous().t()
     assert not weight.is_contiguous() and digest(model) == plain
-    monkeypatch.setattr(module, "_CHUNK", 1000)  # now in several chunks, of contiguous and of other tensors
+    monkeypatch.setattr(module, "_CHUNK", 1000)  # several chunks per tensor, contiguous or not
     assert digest(model) == digest(tiny_model("llama"))
 
 
@@ -139,7 +139,7 @@ def test_config_that_changes_numbers_counts(model, plain, changes):
 def test_config_that_does_not_change_numbers_does_not_count(model, plain, changes):
     for name, value in changes.items():
         setattr(model.config, name, value)
-    model.set_attn_implementation("eager")  # the attention is an argument
+    model.set_attn_implementation("eager")  # irrelevant: the attention is an argument of fingerprint
     assert digest(model) == plain
 
 
@@ -161,7 +161,7 @@ def test_tied_tensors_are_read_once(monkeypatch):
 
 
 def test_persistent_buffers_count_and_others_do_not(model, plain):
-    model.model.rotary_emb.inv_freq.mul_(2)  # follows from the config, and moves with dtype and device
+    model.model.rotary_emb.inv_freq.mul_(2)  # not persistent: it follows from the config
     assert digest(model) == plain
     model.register_buffer("extra", torch.zeros(1))
     assert digest(model) != plain
@@ -195,12 +195,12 @@ def test_adapters_off_is_the_plain_base_model(name, changes):
         assert digest(model) == expected
     assert digest(model) == on
     for key, parameter in model.named_parameters():
-        if "default" in key:  # every tensor of the adapter counts when it is on, none when it is off
+        if "default" in key:  # every tensor of the adapter counts if the adapter is on
             parameter.data.view(-1)[0] += 1
             assert digest(model) != on, key
             assert digest(model, adapters=False) == expected, key
             parameter.data.view(-1)[0] -= 1
-            on = digest(model)  # adding and taking away one need not give the same bits
+            on = digest(model)  # + 1 - 1 may not restore the same bits
 
 
 def test_adapter_config_counts_and_its_name_does_not(tmp_path):
@@ -212,9 +212,9 @@ def test_adapter_config_counts_and_its_name_does_not(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path / "adapter")
     model.load_adapter(tmp_path / "adapter", "frozen")
-    assert digest(model) == expected, "an inactive adapter takes no part"
+    assert digest(model) == expected, "an inactive adapter does not count"
     model.set_adapter("frozen")
-    assert digest(model) == expected, "as TRL keeps the start values of a trained adapter"
+    assert digest(model) == expected, "TRL keeps the start values of a trained adapter like this"
 
 
 def test_adapter_added_by_transformers_itself(model, plain):

@@ -1,4 +1,4 @@
-"""A reference that follows the policy: by hand after every step, resumed, evaluated; and where it cannot be had."""
+"""A reference that follows the policy: its weights after every step, resuming, evaluation, and refused set-ups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_a
 
 
 class Record(TrainerCallback):
-    """Weights of the policy and of the reference after every step."""
+    """Records the weights of policy and reference after every step."""
 
     def __init__(self) -> None:
         self.policy, self.reference = [], []

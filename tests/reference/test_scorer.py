@@ -1,4 +1,4 @@
-"""Reference log-probs of a run: which changes score rows again, and that cached and live references train alike."""
+"""Which changes of a run score rows again; cached and live references give the same training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dataset(rows) -> Dataset:
 
 
 def train(folder, rows=ROWS, model=None, tokenizer=None, **options) -> tuple[ContrastiveTrainer, int]:
-    """A trainer over the cache in a folder, and how many completions it had to score."""
+    """Returns a trainer over the cache in a folder, and the number of completions that it scored."""
     arguments = {key: options.pop(key) for key in ("peft_config", "ref_model", "eval_dataset") if key in options}
     before = stored(folder)
     trainer = ContrastiveTrainer(
@@ -48,7 +48,7 @@ def stored(folder) -> int:
 
 @pytest.fixture
 def scored(tmp_path):
-    """A folder in which the ten rows were scored."""
+    """A folder whose cache holds the ten rows."""
     assert train(tmp_path)[1] == 20
     return tmp_path
 
@@ -160,7 +160,7 @@ def test_a_cached_reference_trains_like_a_live_one(tmp_path, lora):
     live, ahead = train(tmp_path / "live", precompute_ref_log_probs=False, **own, **copy.deepcopy(common))
     assert ahead == 0
     nothing = lambda keys, lengths: (np.full(sum(lengths), np.nan, np.float32), np.zeros(len(keys), bool))  # noqa: E731
-    live.reference.cache.look_up = nothing  # so that every batch is scored
+    live.reference.cache.look_up = nothing  # every batch has to be scored
     live.train()
     assert len(losses(live)) == 20
     assert losses(live) == pytest.approx(losses(cached), abs=1e-5)
@@ -218,7 +218,7 @@ def test_the_start_reports_hits_misses_seconds_and_bytes(tmp_path, caplog):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_log_probs_that_are_not_finite(tmp_path, keep):
-    """None is stored: the completion would have them for ever."""
+    """They are not stored: the cache would return them from then on."""
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data[9] = torch.nan
     with pytest.raises(ValueError, match=r"reference log-probs of some .* not finite: 1 of .*embed_tokens.weight"):
@@ -262,7 +262,7 @@ def test_the_folder_is_said_at_the_start(tmp_path, caplog):
         assert str(trainer.reference.cache.folder) in message and f"which holds {there} completions" in message
 
 
-# --- Batches of a fill ---
+# --- Micro-batches of Reference.fill ---
 
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])
@@ -272,7 +272,7 @@ def test_the_bar_of_scoring_is_a_progress_bar_like_others(tmp_path, capsys, disa
 
 
 def test_a_prompt_is_run_once_and_a_completion_scored_once(tmp_path):
-    """All pairs of four completions: each of them is in three."""
+    """With all pairs of four completions, each completion is in three pairs."""
     prepared = [
         {"prompt_ids": [7, prompt], "completion_ids": [[prompt, 1, a], [prompt, 1, b]]}
         for prompt in range(5)
@@ -305,7 +305,7 @@ def test_merging_keeps_every_row_and_the_mappings_of_readers(tmp_path):
     cache = ReferenceCache(tmp_path, FINGERPRINT, flush_seconds=0)
     for seed in range(30):
         cache.add(*make_row(seed))
-    cache.flush()  # else the last one is still being written
+    cache.flush()  # waits for the shard that is being written
     reader = ReferenceCache(tmp_path, FINGERPRINT)
     cache.merge()
     assert len(list((tmp_path / FINGERPRINT).glob("*.arrow"))) == 1
