@@ -26,7 +26,7 @@ FOLDERS = {
     "pairs": {"data"},
     "config": {"data", "losses", "ops"},  # ops: the names of attention backends
     "model": {"ops", "data", "config", "losses"},
-    "reference": {"model", "ops", "data", "config"},
+    "reference": {"model", "ops", "data"},
     "training": {"reference", "model", "ops", "data", "config", "losses"},
     "trainer": {"training", "reference", "model", "ops", "data", "config", "losses"},
     "generation": {"data"},
