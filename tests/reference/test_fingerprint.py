@@ -245,7 +245,7 @@ def test_what_cannot_be_fingerprinted_is_named(model):
         digest(model)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_device_does_not_count(model, plain):
     assert digest(model.cuda()) == plain
 

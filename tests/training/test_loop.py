@@ -173,7 +173,7 @@ def test_a_step_of_trl_asks_more_than_ten_times(tmp_path):
     assert len(asked) > 2 * 10
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS)
 def test_no_step_synchronises_with_a_gpu(tmp_path, options):
     """CUDA's own count, fetching and optimizer included, from the third step on: by then kernels are compiled."""

@@ -242,8 +242,6 @@ def _cuda_kernels() -> list[str]:
     )
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 # Segments around the tiles' sizes (64 and 128); the first has one completion, which nothing is gathered for.
 LONG = [(1, [129]), (128, [64, 1, 127]), (300, [65, 513]), (37, [1, 1])]
 CUDA_CASES = {
@@ -270,7 +268,7 @@ def cuda_inputs(case: Case, layout: AttentionLayout, dtype: torch.dtype, seed: i
     return {name: tensor.cuda() for name, tensor in inputs.items()}
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CUDA_CASES)
@@ -288,7 +286,7 @@ def test_on_cuda(name, case, dtype, share):
         hold(found[key], eager[key], exact[key], f"{name} {key}", torch.finfo(dtype).eps)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", ["grouped", "window", "gpt-oss"])
 @pytest.mark.parametrize("name", _cuda_kernels())
 def test_two_runs_give_the_same_bits_on_cuda(name, case):
@@ -298,7 +296,7 @@ def test_two_runs_give_the_same_bits_on_cuda(name, case):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
 def test_it_is_what_varlen_attn_computes(window):
     from torch.nn.attention.varlen import varlen_attn
