@@ -1,4 +1,4 @@
-"""The trainer: what a step averages over, which reference it takes, resuming, streams, evaluation, errors."""
+"""The trainer: the mean over a step's pairs, the choice of the reference, resuming, streams, evaluation, errors."""
 
 from __future__ import annotations
 
@@ -11,20 +11,7 @@ from datasets import Dataset
 
 from cpt_kernels import ContrastiveTrainer, PairLogps, user_loss
 from tests.helpers.architectures import tiny_model
-from tests.helpers.toy import config, losses, preference_data, preference_rows, word_tokenizer
-
-
-def make_trainer(folder, rows=16, model=None, **options) -> ContrastiveTrainer:
-    keys = ("ref_model", "eval_dataset", "peft_config", "loss", "compute_metrics", "ref_tokenizer")
-    arguments = {key: options.pop(key) for key in keys if key in options}
-    data = options.pop("data", None)
-    return ContrastiveTrainer(
-        tiny_model("llama") if model is None else model,
-        args=config(folder, **options),
-        train_dataset=preference_data(rows) if data is None else data,
-        processing_class=word_tokenizer(),
-        **arguments,
-    )
+from tests.helpers.toy import losses, make_trainer, preference_data, preference_rows
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "slic", "sft", "ipo", "hinge"])
@@ -92,11 +79,11 @@ def test_streaming_equals_the_stored_dataset_in_order(tmp_path):
     options = dict(max_steps=4, train_sampling_strategy="sequential")
     stored = make_trainer(tmp_path, **options)
     stored.train()
-    stream = make_trainer(tmp_path / "stream", data=preference_data(16).to_iterable_dataset(), **options)
+    stream = make_trainer(tmp_path / "stream", train_dataset=preference_data(16).to_iterable_dataset(), **options)
     stream.train()
     assert losses(stream) == pytest.approx(losses(stored), abs=1e-6)
-    again = make_trainer(tmp_path / "stream", data=preference_data(16).to_iterable_dataset(), **options)
-    again.reference._score = None  # everything is on disk by now
+    again = make_trainer(tmp_path / "stream", train_dataset=preference_data(16).to_iterable_dataset(), **options)
+    again.reference._score = None  # scoring would fail, but all log-probs are on disk
     again.train()
     assert losses(again) == losses(stream)
 
@@ -125,7 +112,7 @@ def test_lora_reference(tmp_path, arrives):
 
     peft_config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     if arrives == "new":
-        # Adapters off is the reference, so a non-zero start of the adapter shows in the first rewards.
+        # The reference is the model with adapters off, so an adapter that starts at non-zero values has rewards.
         trainer = make_trainer(tmp_path, peft_config=peft_config, max_steps=2)
         trainer.train()
         assert abs(trainer.state.log_history[0]["rewards/chosen"]) > 1e-3
@@ -168,16 +155,16 @@ def test_evaluating_new_data_needs_a_reference(tmp_path):
 
 
 def test_a_loss_of_the_users_own(tmp_path):
-    def centred(numbers: PairLogps) -> torch.Tensor:  # looks at the whole batch: not separable
-        margins = numbers.log_ratio_difference()
+    def centred(pair_logps: PairLogps) -> torch.Tensor:  # not separable: it uses a mean over the batch
+        margins = pair_logps.log_ratio_difference()
         return torch.nn.functional.softplus(-(margins - margins.detach().mean()))
 
     own = make_trainer(tmp_path, max_steps=3, loss=centred)
     own.train()
     assert losses(own)[0] == pytest.approx(np.log(2), abs=1e-4) and losses(own)[2] != losses(own)[0]
 
-    def dpo(numbers: PairLogps) -> torch.Tensor:
-        return torch.nn.functional.softplus(-0.1 * numbers.log_ratio_difference())
+    def dpo(pair_logps: PairLogps) -> torch.Tensor:
+        return torch.nn.functional.softplus(-0.1 * pair_logps.log_ratio_difference())
 
     declared = make_trainer(tmp_path, max_steps=3, loss=user_loss(dpo, separable=True))
     declared.train()
@@ -202,18 +189,18 @@ def test_odpo_takes_gaps_from_a_column_or_from_scores(tmp_path):
     options = {"loss_type": "odpo", "odpo_alpha": 0.5, "max_steps": 1, "per_device_train_batch_size": 8}
     by_column = make_trainer(
         tmp_path,
-        data=Dataset.from_list([row | {"gap": gap} for row, gap in zip(rows, gaps)]),
+        train_dataset=Dataset.from_list([row | {"gap": gap} for row, gap in zip(rows, gaps)]),
         gap_column="gap",
         **options,
     )
     by_column.train()
-    expected = np.mean([np.log1p(np.exp(0.5 * np.log(gap))) for gap in gaps])  # h = 0 at the start
+    expected = np.mean([np.log1p(np.exp(0.5 * np.log(gap))) for gap in gaps])  # the rewards are 0 at the start
     assert losses(by_column)[0] == pytest.approx(expected, abs=1e-4)
     ranked = [
         {"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"]], "scores": [1.0, 1.0 + gap]}
         for row, gap in zip(rows, gaps)
     ]
-    by_score = make_trainer(tmp_path, data=Dataset.from_list(ranked), **options)
+    by_score = make_trainer(tmp_path, train_dataset=Dataset.from_list(ranked), **options)
     by_score.train()
     assert losses(by_score)[0] == pytest.approx(losses(by_column)[0], abs=1e-6)
     with pytest.raises(
@@ -232,7 +219,7 @@ def test_a_sum_of_losses_is_the_sum_of_their_values(tmp_path):
     trainer.train()
     expected = found["sigmoid"] + 0.2 * found["sft"] + 0.5 * found["simpo"]
     assert losses(trainer)[0] == pytest.approx(expected, abs=1e-5)
-    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # there is a reference
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # sigmoid needs a reference
 
 
 def test_ld_alpha_shows_in_log_probs_and_needs_tokens_of_the_reference(tmp_path):
@@ -243,7 +230,7 @@ def test_ld_alpha_shows_in_log_probs_and_needs_tokens_of_the_reference(tmp_path)
         logged[alpha] = trainer.state.log_history[0]
     for name in ("logps/chosen", "logps/rejected", "rewards/chosen"):
         assert logged[1.0][name] == pytest.approx(logged[None][name], abs=1e-5)
-    assert logged[0.0]["logps/chosen"] > logged[None]["logps/chosen"] + 1  # the longer sides are cut short
+    assert logged[0.0]["logps/chosen"] > logged[None]["logps/chosen"] + 1  # tails of the longer sides do not count
     assert logged[0.0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     cache = trainer.reference.cache
     cache.kind = "sums"
@@ -278,12 +265,7 @@ def test_an_overridden_loss_cannot_lose_gradients_silently(tmp_path):
             return loss - 0.01 * scores.completion_logps.mean()
 
     def run(mode):
-        trainer = Regularised(
-            tiny_model("llama"),
-            args=config(tmp_path, max_steps=2, head_mode=mode),
-            train_dataset=preference_data(8),
-            processing_class=word_tokenizer(),
-        )
+        trainer = make_trainer(tmp_path, Regularised, rows=8, max_steps=2, head_mode=mode)
         trainer.train()
         return losses(trainer)
 
@@ -331,14 +313,17 @@ def test_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
         ({"router_aux_loss_coef": 0.1}, "is not a mixture of experts"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"max_tokens_per_batch": 5, "max_steps": 1}, "more than max_tokens_per_batch=5"),
-        ({"data": Dataset.from_list([{"messages": [{"role": "user", "content": "w1"}]}])}, "no assistant turn"),
-        ({"data": Dataset.from_list([{"prompt": "w1 ", "completion": "w2"}])}, "needs pairs"),
-        ({"data": Dataset.from_list([{"text": "w1"}])}, "text"),
+        (
+            {"train_dataset": Dataset.from_list([{"messages": [{"role": "user", "content": "w1"}]}])},
+            "no assistant turn",
+        ),
+        ({"train_dataset": Dataset.from_list([{"prompt": "w1 ", "completion": "w2"}])}, "needs pairs"),
+        ({"train_dataset": Dataset.from_list([{"text": "w1"}])}, "text"),
         ({"max_length": 1}, "max_length"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, change, message):
-    if message is None:  # same vocabulary, another architecture: fine
+    if message is None:  # a reference of another architecture with the same vocabulary is allowed
         make_trainer(tmp_path, **change)
         return
     with pytest.raises(ValueError, match=message):
@@ -355,7 +340,7 @@ def test_a_token_beyond_the_vocabulary(tmp_path):
 def test_rows_as_ranked_completions(tmp_path):
     rows = [{"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"], row["sampled"]]}
             for row in preference_rows(6)]  # fmt: skip
-    trainer = make_trainer(tmp_path, data=Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=6)
+    trainer = make_trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=6)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["num_pairs"] == 18 and len(batch["completion_lengths"]) == 18 and batch["shared"]
     trainer.train()

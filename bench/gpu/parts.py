@@ -30,7 +30,7 @@ TESTS = (
     "ops/attention/test_attention.py",
     "ops/test_csrc.py",
     "model/test_packed_model.py",
-    "training/test_loop.py",
+    "training/test_waiting.py",
 )
 
 

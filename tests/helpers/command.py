@@ -1,4 +1,4 @@
-"""A folder in which ``cpt-train`` can be run in the test's own process: a tiny model's config, a tokenizer, pairs."""
+"""Files for runs of ``cpt-train`` in the test's own process: a tiny model's config, a tokenizer, pairs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bpe_tokenizer(texts: Iterable[str], size: int = 330, eos: str | None = "</s>
 
 
 def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast, **config) -> Path:
-    """A folder with a config and a tokenizer, for ``from_scratch``."""
+    """Writes a config and a tokenizer, which suffice for ``from_scratch``."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
     LlamaConfig(**{**sizes, **tokens, "tie_word_embeddings": True, **config}).save_pretrained(folder)
@@ -44,7 +44,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> Path:
 
 
 def word_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """The chosen side repeats the prompt's words, the rejected one does not."""
+    """Returns rows whose chosen side repeats the prompt's words and whose rejected side does not."""
     rng = random.Random(seed)
     draw = lambda: " ".join(rng.choices(WORDS, k=4))  # noqa: E731
     prompts = [draw() for _ in range(count)]
@@ -65,7 +65,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def one_error(capsys) -> str:
-    """The one line on stderr that is no progress bar."""
+    """Returns the only line of cpt-train on stderr, which must be an error."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cpt-train: ")]
     assert len(lines) == 1 and lines[0].startswith("cpt-train: error: ")
     return lines[0]

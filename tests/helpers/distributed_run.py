@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: trains, writes what rank 0 logged and each rank's gradients of the first step."""
+"""One rank of test_distributed.py: trains, then writes the logs of rank 0 and the first gradients of every rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from cpt_kernels import ContrastiveTrainer
-from tests.helpers.architectures import tiny_model
-from tests.helpers.toy import config, losses, pairs_of, preference_data, word_tokenizer
+from tests.helpers.toy import losses, make_trainer, pairs_of, preference_data
 
 
 class Recording(ContrastiveTrainer):
@@ -35,12 +34,8 @@ def main(folder: Path, name: str, rows: int, options: dict) -> None:
     if options.pop("stream", False):
         data = data.to_iterable_dataset()
     checkpoint = options.pop("resume", None)
-    trainer = Recording(
-        tiny_model(options.pop("model", "llama")),
-        args=config(folder / name, **options),
-        train_dataset=data,
-        eval_dataset=preference_data(5, seed=1),
-        processing_class=word_tokenizer(),
+    trainer = make_trainer(
+        folder / name, Recording, train_dataset=data, eval_dataset=preference_data(5, seed=1), **options
     )
     trainer.pairs = {}
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,4 +1,4 @@
-"""Runs of test_resume.py. As a script: each case in a process of its own that kills itself in the middle of a step."""
+"""Runs of test_resume.py. As a script, it runs each case in a process that kills itself in the middle of a step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from cpt_kernels import ContrastiveTrainer
-from tests.helpers.architectures import tiny_model
-from tests.helpers.toy import config, preference_data, word_tokenizer
+from tests.helpers import toy
 
 STEPS, SAVED, KILLED = 20, 10, 14
 CASES = {
@@ -29,7 +28,7 @@ CASES = {
 
 
 class Dying(ContrastiveTrainer):
-    """Kills its process in the last micro-batch of step KILLED, before the optimizer's turn."""
+    """Kills its process in the last micro-batch of step KILLED, before the optimizer step."""
 
     seen = 0
 
@@ -41,7 +40,7 @@ class Dying(ContrastiveTrainer):
 
 
 def data(case: str) -> Dataset | IterableDataset:
-    rows = preference_data(30)
+    rows = toy.preference_data(30)
     if "stream" not in case:
         return rows
     stream = rows.to_iterable_dataset()
@@ -51,8 +50,7 @@ def data(case: str) -> Dataset | IterableDataset:
 def make_trainer(folder: Path, case: str, cls: type[ContrastiveTrainer] = ContrastiveTrainer) -> ContrastiveTrainer:
     torch.set_num_threads(1)
     saving = {"save_strategy": "steps", "save_steps": SAVED, "max_steps": STEPS}
-    args = config(folder / case, **{**saving, **CASES[case]})
-    return cls(tiny_model("llama"), args=args, train_dataset=data(case), processing_class=word_tokenizer())
+    return toy.make_trainer(folder / case, cls, train_dataset=data(case), **saving, **CASES[case])
 
 
 if __name__ == "__main__":

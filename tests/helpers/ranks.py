@@ -1,4 +1,4 @@
-"""Modules of this folder as processes, alone or as the ranks that torchrun starts."""
+"""Runs modules of this folder as processes, one alone or several as ranks of torchrun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 
 def torchrun(script: str, processes: int, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    """Run a script, with more than one process under torchrun; its standard error is shown if it fails."""
+    """Runs a module, under torchrun if there are several processes; fails with the end of its standard error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

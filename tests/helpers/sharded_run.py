@@ -1,6 +1,6 @@
-"""Steps of AdamW on packed batches on one process, or as a rank of test_sharding.py under FSDP2 or DeepSpeed ZeRO.
+"""AdamW steps on packed batches, in one process or as a rank of test_sharding.py under FSDP2 or DeepSpeed ZeRO.
 
-accelerate has neither on a CPU (it turns both into DDP), so the model is sharded here as accelerate does it on a GPU.
+On a CPU accelerate replaces both by DDP, so this module shards the model as accelerate does on a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tests.helpers.exactness import make_batch, make_rows
 
 MODELS = ("llama", "llama-tied")
 STEPS = 20
-UNEVEN = 5  # in every so many steps the last rank has no rows
+UNEVEN = 5  # in every fifth step the last rank has no rows
 
 
 class FullySharded:
-    """``fully_shard`` on layers, head (where it is not tied) and root, over a mesh of CPUs."""
+    """FSDP2: ``fully_shard`` on layers, head (unless it is tied) and root, over a mesh of CPUs."""
 
     def __init__(self, model: nn.Module, offload: bool = False) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -47,7 +47,7 @@ class FullySharded:
 
 
 class ZeRO:
-    """DeepSpeed's engine at a stage; every parameter is gathered for its own module and freed after it."""
+    """DeepSpeed's engine at a ZeRO stage; in stage 3 every parameter is gathered for its module and then freed."""
 
     def __init__(self, model: nn.Module, stage: int) -> None:
         import deepspeed
@@ -73,7 +73,7 @@ class ZeRO:
 
 
 class Alone:
-    """The same steps on one process."""
+    """One process without sharding."""
 
     def __init__(self, model: nn.Module) -> None:
         self.wrapped = model
@@ -104,7 +104,7 @@ def rows_of(step: int, rank: int, world: int) -> list[dict]:
 
 
 def train(engine: str, name: str, rank: int = 0, world: int = 1) -> tuple[list[float], dict[str, Tensor]]:
-    """Loss of every step over the pairs of all ranks, and the first step's gradients, whole."""
+    """Returns the mean loss over all ranks' pairs for every step, and the unsharded gradients of the first step."""
     model = tiny_model(name)
     packed = PackedModel(model)
     sharded = ENGINES[engine](model)
@@ -117,7 +117,7 @@ def train(engine: str, name: str, rank: int = 0, world: int = 1) -> tuple[list[f
         if world > 1:
             dist.all_reduce(total)
         pairs, step_loss = total.tolist()
-        gradients = sharded.step(scores.loss * (world / pairs))  # engines average over ranks
+        gradients = sharded.step(scores.loss * (world / pairs))  # the engines average gradients over ranks
         first = gradients if first is None else first
         losses.append(step_loss / pairs)
     return losses, first

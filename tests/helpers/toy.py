@@ -1,22 +1,24 @@
-"""A word-level tokenizer and random preference rows for trainer tests."""
+"""A word-level tokenizer, random preference rows, and trainers of tiny models on them."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
+from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cpt_kernels.config import ContrastiveConfig
-from tests.helpers.architectures import VOCAB
+from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
+from tests.helpers.architectures import CONFIGS, VOCAB, tiny_model
 
 WORDS = [f"w{i}" for i in range(VOCAB - 3)]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... and <pad>, <s>, </s>, as many as the tiny models have rows."""
+    """Returns a tokenizer of w0, w1, ..., <pad>, <s> and </s>, with the vocabulary size of the tiny models."""
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -28,7 +30,7 @@ def text(rng: random.Random, longest: int = 12) -> str:
 
 
 def preference_rows(count: int, seed: int = 0) -> list[dict]:
-    """Every third row is of the models a>c, the others of a>b; ``gap`` grows with the row's number, then repeats."""
+    """Returns rows of which every third has the models a>c and the others a>b; ``gap`` is the row's index modulo 7."""
     rng = random.Random(seed)
     return [
         {
@@ -43,8 +45,8 @@ def preference_data(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_list(preference_rows(count, seed))
 
 
-def config(folder, **options) -> ContrastiveConfig:
-    """Quiet CPU options; reference log-probs beside the output."""
+def config(folder: Path, **options) -> ContrastiveConfig:
+    """Returns options of a short run on a CPU, with the reference cache and the output in ``folder``."""
     defaults = {
         "report_to": "none",
         "disable_tqdm": True,
@@ -60,12 +62,24 @@ def config(folder, **options) -> ContrastiveConfig:
     return ContrastiveConfig(output_dir=f"{folder}/out", **{**defaults, **options})
 
 
+def make_trainer(
+    folder: Path, cls: type[ContrastiveTrainer] = ContrastiveTrainer, model="llama", rows: int = 16, **arguments
+) -> ContrastiveTrainer:
+    """Returns a trainer of a tiny model; ``arguments`` are options of its configuration or of its constructor."""
+    fields = {field.name for field in dataclasses.fields(ContrastiveConfig)}
+    options = {name: arguments.pop(name) for name in fields & arguments.keys()}
+    defaults = {"train_dataset": preference_data(rows), "processing_class": word_tokenizer()}
+    model = tiny_model(model) if isinstance(model, str) and model in CONFIGS else model
+    return cls(model, args=config(folder, **options), **{**defaults, **arguments})
+
+
 def pairs_of(batch: dict) -> list[str]:
-    """The pairs of a packed batch, as the tokens of chosen > rejected."""
+    """Returns the pairs of a packed batch as texts, "chosen tokens > rejected tokens"."""
     ends, tokens = batch["cu_completions"].tolist(), batch["targets"].tolist()
     texts = [" ".join(map(str, tokens[start:end])) for start, end in itertools.pairwise(ends)]
     return [f"{texts[c]} > {texts[r]}" for c, r in zip(batch["chosen"].tolist(), batch["rejected"].tolist())]
 
 
-def losses(trainer) -> list[float]:
+def losses(trainer: ContrastiveTrainer) -> list[float]:
+    """Returns the logged loss of every step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,10 +1,10 @@
-"""The same training by TRL's DPOTrainer and by ours, and how their logs are compared."""
+"""The same training by TRL's DPOTrainer and by ours, and the comparison of their logs."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,17 +12,18 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
+from tests.helpers import toy
 from tests.helpers.architectures import tiny_model
-from tests.helpers.toy import config, preference_data, preference_rows, word_tokenizer
+from tests.helpers.toy import preference_rows, word_tokenizer
 
-PAIRS = 8  # of an optimizer step
+PAIRS = 8  # per optimizer step
 
 LOSS_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-3
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 LOGPS = ("logps/chosen", "logps/rejected")
 TOKEN_MEANS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-# Roles are words, and every message ends with the end token.
+# A role is one word, and every message ends with </s>.
 TEMPLATE = (
     "{% for message in messages %}{{ 'w0 ' if message['role'] == 'user' else 'w1 ' }}{{ message['content'] }} </s> "
     "{% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
@@ -30,7 +31,7 @@ TEMPLATE = (
 
 
 def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread; and what is loaded by now need not be looked at by every run."""
+    """Uses one thread, as a second one gains nothing here, and keeps the garbage collector off objects that exist."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()
@@ -40,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Record(TrainerCallback):
-    """Keeps every step's log, and the gradients of the first step before they are clipped or used."""
+    """Keeps the log of every step, and the gradients of the first step before they are clipped."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, float]] = []
@@ -67,7 +68,7 @@ def run(
     callbacks=(),
     **options,
 ) -> Record:
-    """Train with settings that both configurations know."""
+    """Trains with options that both configurations have."""
     record = Record()
     tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -87,7 +88,7 @@ def run(
         "disable_tqdm": True,
     }
     config = config_class(**{**args, **options})
-    set_seed(config.seed)  # of a new adapter
+    set_seed(config.seed)  # for the weights of a new adapter
     trainer = trainer_class(
         model or tiny_model("qwen2"),
         ref_model,
@@ -125,14 +126,7 @@ def assert_same_steps(ours: Record, theirs: Record, metrics: tuple[str, ...]) ->
             assert abs(a[name] - b[name]) <= tolerance, f"step {step}, {name}: ours {a[name]}, TRL's {b[name]}"
 
 
-def make_trainer(folder, cls=ContrastiveTrainer, model=None, **arguments) -> ContrastiveTrainer:
-    names = [field.name for field in dataclasses.fields(ContrastiveConfig)]
-    options = {name: arguments.pop(name) for name in names if name in arguments}
-    return cls(
-        tiny_model("llama") if model is None else model,
-        args=config(folder, **{"max_steps": 2, **options}),
-        **{"train_dataset": preference_data(8), "processing_class": word_tokenizer(), **arguments},
-    )
+make_trainer = partial(toy.make_trainer, rows=8, max_steps=2)
 
 
 def rows(count: int = 24) -> Dataset:
@@ -140,7 +134,7 @@ def rows(count: int = 24) -> Dataset:
 
 
 def both(folder, ours=ContrastiveTrainer, theirs=None, **options) -> None:
-    """Train by TRL's trainer, or a class of it, and by ours, and compare."""
+    """Trains with TRL's trainer and with ours, or with subclasses of them, and compares all steps."""
     trl = pytest.importorskip("trl", reason="parity needs TRL: pip install trl==1.16.0")
     options = {"max_steps": 6, "per_device_train_batch_size": 4, **options}
     cache = {"ref_cache_dir": f"{folder}/cache"}

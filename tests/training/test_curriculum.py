@@ -1,4 +1,4 @@
-"""A curriculum in training: what is drawn, logged, resumed and refused, with budgets, streams and a killed run."""
+"""A curriculum in training: draws, logs, resuming and errors, with token budgets, streams and a killed run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import pytest
 from datasets import Dataset
 
 from cpt_kernels import ContrastiveTrainer
-from tests.helpers import ROOT
-from tests.helpers.architectures import tiny_model
+from tests.helpers import ROOT, toy
 from tests.helpers.command import (
     bpe_tokenizer,
     one_error,
@@ -28,27 +27,23 @@ from tests.helpers.command import (
     write_options,
     write_rows,
 )
-from tests.helpers.toy import config, losses, pairs_of, preference_data, preference_rows, word_tokenizer
+from tests.helpers.toy import losses, pairs_of, preference_data, preference_rows
 
 PAIRS = {"levels": ["a>b", "a>c"]}
 
 
 class Recording(ContrastiveTrainer):
-    """Keeps the pairs of every micro-batch that it trained on."""
+    """Keeps the pairs of every micro-batch."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.__dict__.setdefault("seen", []).append(sorted(pairs_of(inputs)))
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def make_trainer(folder, rows=30, data=None, stream=False, eval_dataset=None, **options) -> Recording:
+def make_trainer(folder, rows=30, data=None, stream=False, **arguments) -> Recording:
     data = preference_data(rows) if data is None else data
-    return Recording(
-        tiny_model("llama"),
-        args=config(folder, **options),
-        train_dataset=data.to_iterable_dataset() if stream else data,
-        eval_dataset=eval_dataset,
-        processing_class=word_tokenizer(),
+    return toy.make_trainer(
+        folder, Recording, train_dataset=data.to_iterable_dataset() if stream else data, **arguments
     )
 
 
@@ -57,7 +52,7 @@ def shares(trainer, name="curriculum/a>c") -> list[float]:
 
 
 def test_shares_are_logged_and_rows_accounted_for(tmp_path, caplog):
-    """30 rows, 10 of them hard: over the first epoch half the draws are hard, after it all are."""
+    """10 of 30 rows are hard. Half of the draws of the first epoch are hard, and all draws after it."""
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, num_train_epochs=2, curriculum=PAIRS, per_device_train_batch_size=3)
         trainer.train()
@@ -93,7 +88,7 @@ def test_the_reference_scores_every_pair_once_whatever_the_curriculum(tmp_path):
     ids=["rows", "budget", "max_steps", "stream", "stream, budget"],
 )
 def test_a_resumed_run_draws_the_pairs_that_remained(tmp_path, options):
-    """From a checkpoint within an epoch or a pass over the stream, and at another step of the optimizer."""
+    """The checkpoint lies within an epoch, or within a pass over the stream."""
     saving = dict(save_strategy="steps", save_steps=5, **options)
     whole = make_trainer(tmp_path, **saving)
     whole.train()
@@ -210,7 +205,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_kill_9_and_resume(home, tmp_path, streaming):
     curriculum = {"schedule": "linear", "levels": ["gpt4>td003", "gpt4>chatgpt"]}
-    curriculum |= {"buffer": 20} if streaming else {"epochs": 6.6}  # 40 steps of a sixth of the data
+    curriculum |= {"buffer": 20} if streaming else {"epochs": 6.6}  # a step takes a sixth of the data, and there are 40
     options = ["--config", str(home / "run.yaml"), "--curriculum", json.dumps(curriculum)]
     options += ["--dataset_streaming", str(streaming).lower()]
     assert run(*options, "--output_dir", tmp_path / "whole") == 0

@@ -1,4 +1,4 @@
-"""Two processes take the steps of one: the mean over a step's pairs, uneven ranks, gradients, one shared cache."""
+"""Two processes take the same steps as one: mean over pairs, uneven ranks, gradients, one shared cache."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, rows, one, two):
         assert both["metrics"][key] == pytest.approx(alone["metrics"][key], abs=1e-3), key
     keys = {"rewards/chosen", "rewards/accuracies", "entropy", "num_tokens", "mean_token_accuracy"}
     for step, (ours, theirs) in enumerate(zip(both["history"], alone["history"])):
-        # Before the first update the policy is the reference: which of two rewards is larger is rounding.
+        # Before the first update all rewards are 0 up to rounding, so the accuracy is noise.
         for key in keys & set(theirs) - ({"rewards/accuracies"} if step == 0 else set()):
             assert ours[key] == pytest.approx(theirs[key], abs=1e-3), key
     reference = torch.load(tmp_path / "one-0.pt")
@@ -54,7 +54,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, rows, one, two):
 
 
 def pairs_by_step(folder: Path, name: str, ranks: int) -> list[list[str]]:
-    """Of all ranks together, sorted within each optimizer step."""
+    """Returns the pairs of all ranks, sorted within each optimizer step."""
     parts = [json.loads((folder / f"{name}-{rank}-pairs.json").read_text()) for rank in range(ranks)]
     return [sorted(pair for part in parts for pair in part.get(step, [])) for step in parts[0]]
 
@@ -77,7 +77,9 @@ def test_ranks_fill_one_cache_and_a_token_budget_evens_them(tmp_path):
     assert len(two["losses"]) > 3
     cached = run(tmp_path, "two", 2, 40, **options)
     assert cached["losses"] == two["losses"]
-    assert len(list((tmp_path / "two/ref").rglob("*.arrow"))) <= 4  # two ranks, two datasets, and only once
+    assert (
+        len(list((tmp_path / "two/ref").rglob("*.arrow"))) <= 4
+    )  # one shard per rank and dataset, and none from the second run
 
 
 RESUMED = {
@@ -94,7 +96,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, case):
-    """From one to two and back: the pairs of every step, and its loss, are those of a run that was never stopped."""
+    """From one rank to two and back: every step has the pairs and the loss of a run that was never stopped."""
     one, two = RESUMED[case]
     saving = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}
     whole = run(tmp_path, "whole", 1, 26, max_steps=9, **saving, **one)

@@ -1,4 +1,4 @@
-"""Sums of what was scored, as they are logged."""
+"""Means that are computed from sums over micro-batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def computed(*batches_of_rows):
 
 
 def test_a_batch_without_rows_adds_nothing():
-    """One tells not whether its rows would have had a rejected side."""
+    """An empty batch does not say whether its data has rejected sides, so it must not create their metrics."""
     assert computed([ROW], []) == computed([ROW])
     assert computed([ROW]).keys().isdisjoint(["rewards/rejected", "rewards/margins", "logits/rejected", "aux_loss"])
     assert computed([]) == {}

@@ -1,4 +1,4 @@
-"""README.md of a model: what the hub reads of it, and what people do."""
+"""The model card: its metadata for the hub, and its text."""
 
 from __future__ import annotations
 

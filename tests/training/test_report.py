@@ -34,7 +34,7 @@ SUMMARY = {"train_runtime": 3.0, "train_loss": 0.5, "step": 4}
 
 
 def play(report, logs, history=(), begin=True, main=True):
-    """What a trainer does with a callback."""
+    """Calls a callback as the trainer does; returns the lines of metrics.jsonl on the main process."""
     state = SimpleNamespace(log_history=list(history), is_world_process_zero=main, num_input_tokens_seen=0)
     if begin:
         report.on_train_begin(None, state, None)

@@ -1,4 +1,4 @@
-"""20 steps are 10 steps, a kill -9 in the middle of a later step, and 10 steps resumed: bit by bit on a CPU."""
+"""A run of 20 steps equals, bit for bit on a CPU, one that is killed by SIGKILL in step 14 and resumed from step 10."""
 
 from __future__ import annotations
 

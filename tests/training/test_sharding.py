@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed ZeRO on two CPU processes: the losses of one process, and every gradient synchronised."""
+"""FSDP2 and DeepSpeed ZeRO on two CPU processes have the losses of one process, and synchronize every gradient."""
 
 from __future__ import annotations
 

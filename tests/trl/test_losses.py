@@ -1,4 +1,4 @@
-"""Every loss of TRL 1.16 against TRL itself: full and LoRA, every form of data; and where we differ on purpose."""
+"""Every loss of TRL 1.16 equals TRL's own, full and LoRA, on every form of data; and the deliberate differences."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from tests.helpers.trl_runs import (
 )
 
 STEPS = 10
-PAIRS = 4  # of a step
+PAIRS = 4  # per step
 EPOCHS = 2
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
-# TRL's losses, with the options that they cannot do without, or that would otherwise not be seen.
+# Options that a loss needs, or whose defaults would hide their effect.
 OPTIONS = {
     "exo_pair": {"label_smoothing": 1e-3},
     "robust": {"label_smoothing": 0.1},
     "aot": {"label_smoothing": 0.1},
     "discopop": {"discopop_tau": 0.5, "beta": 0.5},
     "sigmoid_norm": {"beta": 2.0},
-    "sppo_hard": {"beta": 0.5},  # at 0.1 the loss is 50, and 1e-4 of it a matter of rounding
+    "sppo_hard": {"beta": 0.5},  # at 0.1 the loss is 50, of which fp32 rounding exceeds the tolerance
 }
 TRLS = [name for name, row in LOSSES.items() if row.trl == name]
 CHANGES = {
@@ -76,7 +76,7 @@ def rows(form: str) -> Dataset:
 
 
 def both(folder, form: str, tuned: str, **options) -> tuple[Record, Record]:
-    """(ours, TRL's)."""
+    """Returns the records of our run and of TRL's."""
     options |= {"max_steps": STEPS, "per_device_train_batch_size": PAIRS}
     if tuned == "lora":
         options |= {"learning_rate": 1e-2, "peft_config": LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")}
@@ -88,7 +88,7 @@ def assert_parity(ours: Record, theirs: Record, rewards: bool = True) -> None:
     assert set(theirs.logs[0]) <= set(ours.logs[0])
     assert ours.gradients.keys() == theirs.gradients.keys()
     assert ours.logs[-1]["num_tokens"] == theirs.logs[-1]["num_tokens"]
-    moved = ours.logs[STEPS // EPOCHS]["loss"] - ours.logs[0]["loss"]  # of the same rows
+    moved = ours.logs[STEPS // EPOCHS]["loss"] - ours.logs[0]["loss"]  # the same rows, one epoch later
     assert abs(moved) > 10 * LOSS_TOLERANCE
 
 
@@ -121,10 +121,12 @@ def test_a_reference_that_follows_the_policy(tmp_path):
         for run in (run_ours, run_trl)
     )
     assert_parity(ours, theirs)
-    assert abs(ours.logs[3]["rewards/chosen"]) < abs(ours.logs[2]["rewards/chosen"])  # it moved after the third step
+    assert abs(ours.logs[3]["rewards/chosen"]) < abs(
+        ours.logs[2]["rewards/chosen"]
+    )  # the reference moved after the third step
 
 
-# --- Where we differ on purpose ---
+# --- Deliberate differences ---
 
 
 def softplus(x: float) -> float:
@@ -132,13 +134,13 @@ def softplus(x: float) -> float:
 
 
 def first_step(run, folder, **options) -> dict[str, float]:
-    """One pair, and a reference that is not the policy, so that its margin is not 0."""
+    """Returns the log of one step on one pair, whose margin is not 0 as the reference is another model."""
     arguments = {"max_steps": 1, "per_device_train_batch_size": 1, "ref_model": tiny_model("qwen2", seed=1)}
     return run(folder / run.__name__, rows("string"), **arguments, **options).logs[0]
 
 
 def test_label_smoothing_of_sigmoid_is_not_ignored(tmp_path):
-    """TRL 1.16 takes the option and computes plain DPO; ours is conservative DPO."""
+    """TRL 1.16 accepts the option and computes plain DPO; ours computes conservative DPO."""
     theirs, ours = (first_step(run, tmp_path, beta=1.0, label_smoothing=0.2) for run in (run_trl, run_ours))
     margin = ours["rewards/margins"]
     assert abs(margin) > 0.1 and theirs["rewards/margins"] == pytest.approx(margin, abs=1e-4)
@@ -147,7 +149,7 @@ def test_label_smoothing_of_sigmoid_is_not_ignored(tmp_path):
 
 
 def test_sft_runs_no_reference(tmp_path):
-    """TRL scores a reference for its metrics alone; a reward without one is beta times the log-prob."""
+    """TRL runs a reference only for its metrics. Here the reward is beta times the log-prob."""
     theirs, ours = (first_step(run, tmp_path, loss_type="sft") for run in (run_trl, run_ours))
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     assert ours["rewards/chosen"] == pytest.approx(0.1 * ours["logps/chosen"], abs=1e-4)
@@ -156,7 +158,7 @@ def test_sft_runs_no_reference(tmp_path):
 
 
 def test_the_auxiliary_loss_is_over_unique_tokens(tmp_path):
-    """Of a mixture of experts. A prompt counts once, in TRL and with share_prompts=false once per completion."""
+    """The tokens of a prompt count once; in TRL and with share_prompts=false they count once per completion."""
     options = {"max_steps": 1, "router_aux_loss_coef": 0.5, "per_device_train_batch_size": PAIRS}
     theirs, unshared, shared = (
         run(tmp_path / name, rows("string"), model=tiny_model("mixtral"), **options, **more).logs[0]
@@ -174,7 +176,7 @@ def test_the_auxiliary_loss_is_over_unique_tokens(tmp_path):
 
 
 def test_losses_that_trl_refuses_or_crashes_on(tmp_path):
-    """WPO beside sft: TRL multiplies an expanded number in place; ours leaves the likelihood unweighted."""
+    """WPO with sft: TRL multiplies an expanded tensor in place and fails. Ours leaves the sft term unweighted."""
     options = {"loss_type": ["sigmoid", "sft"], "use_weighting": True, "max_steps": 2, "per_device_train_batch_size": 2}
     with pytest.raises(RuntimeError, match="unsupported operation"):
         run_trl(tmp_path / "trl", rows("string"), **options)

@@ -1,4 +1,4 @@
-"""Options of `trl dpo`: none is missing here, and what they make (adapter, quantisation, data) is what TRL makes."""
+"""Every option of `trl dpo` exists here and makes the same adapters, quantization and data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.command import NEEDED, bpe_tokenizer, read_metrics, run, word
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
 dpo = pytest.importorskip("trl.scripts.dpo")
 
-# A file as TRL's documentation and recipes have it, with what they have that means nothing here.
+# A file as in TRL's documentation and recipes, with options of theirs that have no effect here.
 YAML = """
 model_name_or_path: {home}/model
 model_revision: main
@@ -78,7 +78,8 @@ def trl_actions() -> dict:
 def test_no_option_of_trl_dpo_is_missing():
     ours = {*arguments.defaults(), *parsing._ALIASES, *arguments.NOT_OPTIONS}
     assert sorted(set(trl_actions()) - ours) == []
-    assert sorted(trl_actions().keys() & arguments.NOT_OPTIONS.keys()) == ["parallelism_config"]  # no text is one
+    # The value of parallelism_config cannot be written as text.
+    assert sorted(trl_actions().keys() & arguments.NOT_OPTIONS.keys()) == ["parallelism_config"]
     assert not REMOVED_OPTIONS.keys() & trl_actions().keys()
 
 
@@ -154,7 +155,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def test_a_yaml_file_for_trl_dpo(home, tmp_path, monkeypatch, capsys):
-    """The same file to both: the same losses, and an adapter of the same kind."""
+    """Both commands read the same file, and log the same losses and save an adapter of the same shapes."""
     monkeypatch.setenv("CPT_CACHE", str(tmp_path / "cache"))
     flags = ["--config", str(home / "dpo.yaml"), "--train_sampling_strategy", "sequential"]
     assert run(*flags, "--output_dir", tmp_path / "ours", "--no_remove_unused_columns") == 0

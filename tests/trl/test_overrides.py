@@ -1,4 +1,4 @@
-"""What users of TRL override in the trainer counts here as it does there, or is refused."""
+"""Methods that users of TRL override have the same effect here as in TRL, or are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
 
 
 def shifted(base):
-    """A trainer whose reference finds every chosen side half a nat less likely."""
+    """Returns a trainer whose reference log-prob of every chosen side is lower by half a nat."""
 
     class Shifted(base):
         def compute_ref_log_probs(self, model, inputs):
@@ -32,19 +32,19 @@ def test_reference_log_probs_of_the_users_own(tmp_path):
     both(tmp_path, shifted(ContrastiveTrainer), shifted(trl.DPOTrainer), beta=1.0)
 
 
-def test_they_count_where_nothing_is_precomputed_too(tmp_path):
-    """TRL then never calls the method."""
+def test_overridden_reference_log_probs_count_without_precomputing(tmp_path):
+    """TRL does not call the method then."""
     trainer = make_trainer(tmp_path, shifted(ContrastiveTrainer), precompute_ref_log_probs=False, beta=1.0)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.5, abs=1e-4)
 
 
-def test_they_are_sums(tmp_path):
+def test_overridden_reference_log_probs_are_sums(tmp_path):
     with pytest.raises(ValueError, match="ld_alpha needs token log-probs"):
         make_trainer(tmp_path, shifted(ContrastiveTrainer), ld_alpha=0.5).train()
 
 
-def test_they_are_a_completions_and_no_pairs(tmp_path):
+def test_overridden_reference_log_probs_belong_to_completions(tmp_path):
     """In w1 > w2 > w3 the shifted trainer gives w2 one value as chosen, another as rejected."""
     ranked = Dataset.from_list([{"prompt": "w4 ", "completions": ["w1 ", "w2 ", "w3 "]}])
     trainer = make_trainer(tmp_path, shifted(ContrastiveTrainer), train_dataset=ranked)
@@ -59,7 +59,7 @@ def test_preparation_of_the_users_own(tmp_path):
             return super()._prepare_dataset(dataset.select(range(4)), processing_class, args, dataset_name)
 
     class Tokenised(ContrastiveTrainer):
-        """As TRL's own returns them."""
+        """Returns columns of token ids, as TRL's own method does."""
 
         def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
             ids = lambda text: processing_class(text)["input_ids"]  # noqa: E731
@@ -135,7 +135,7 @@ def test_methods_that_would_never_be_called(tmp_path, name):
 
 
 def test_preparation_of_a_stream_without_ours(tmp_path):
-    """Nothing is known of what was dropped, and training ends as it does else."""
+    """There is no report of dropped rows then, and training ends as usual."""
 
     class Prepared(ContrastiveTrainer):
         def _prepare_dataset(self, dataset, processing_class, args, dataset_name):

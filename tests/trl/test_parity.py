@@ -1,4 +1,4 @@
-"""The same training as TRL's DPOTrainer, step by step; and a step that does not depend on how it was batched."""
+"""Every step equals TRL's, and a step does not depend on how its pairs are split into micro-batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
 def tokenised_pairs(rows: int) -> Dataset:
-    """Rows as TRL tokenises them; a few share their prompt with the row before."""
+    """Returns rows with TRL's columns of token ids; every fifth row has the prompt of the row before."""
     random = np.random.default_rng(0)
 
     def ids(low: int, high: int) -> list[int]:
@@ -35,16 +35,16 @@ def test_every_step_is_trls(loss: str, tmp_path) -> None:
     rows = tokenised_pairs(STEPS // EPOCHS * PAIRS)
     theirs = run_trl(tmp_path / "trl", rows, loss_type=loss, max_steps=STEPS)
     ours = run_ours(tmp_path / "ours", rows, loss_type=loss, max_steps=STEPS)
-    rewards = () if loss == "sft" else REWARDS  # ours runs no reference for a loss that has none
+    rewards = () if loss == "sft" else REWARDS  # ours runs no reference for sft
     assert_same_steps(ours, theirs, (*rewards, *LOGPS, *TOKEN_MEANS))
     assert set(theirs.logs[0]) <= set(ours.logs[0])
     assert ours.logs[-1]["num_tokens"] == theirs.logs[-1]["num_tokens"]
-    assert ours.logs[-1]["loss"] < 0.95 * ours.logs[0]["loss"]  # it did train
+    assert ours.logs[-1]["loss"] < 0.95 * ours.logs[0]["loss"]  # the model learns
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_every_accumulated_step_is_trls(loss: str, tmp_path) -> None:
-    """TRL averages its token means over micro-batches, ours over tokens: pair means are compared."""
+    """Compares means over pairs only, as TRL averages token means over micro-batches and ours over tokens."""
     rows = tokenised_pairs(STEPS // EPOCHS * PAIRS)
     options = {"loss_type": loss, "per_device_train_batch_size": PAIRS // 2, "gradient_accumulation_steps": 2}
     theirs = run_trl(tmp_path / "trl", rows, **options)
@@ -77,7 +77,7 @@ def test_a_step_averages_over_its_pairs_however_they_fell_into_micro_batches(los
     expected = found.pop("8 x 1")
     for name, record in found.items():
         assert record.logs[0]["num_tokens"] == expected.logs[0]["num_tokens"], name
-        # transformers adds the losses of micro-batches up in fp32
+        # transformers sums the losses of micro-batches in fp32
         assert record.logs[0]["loss"] == pytest.approx(expected.logs[0]["loss"], rel=1e-6, abs=1e-6), name
         for parameter, gradient in expected.gradients.items():
             difference = (record.gradients[parameter] - gradient).abs().max()
@@ -85,7 +85,7 @@ def test_a_step_averages_over_its_pairs_however_they_fell_into_micro_batches(los
 
 
 def test_mixed_precision_is_trls(tmp_path) -> None:
-    """bf16 on a CPU: both round, each in its own places."""
+    """In bf16 both trainers round, in different places."""
     rows = tokenised_pairs(STEPS // EPOCHS * PAIRS)
     theirs, ours, exact = (
         run(tmp_path / name, rows, bf16=bf16)

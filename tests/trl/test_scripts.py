@@ -1,4 +1,4 @@
-"""Scripts written for TRL, run by TRL and, with the import changed and nothing else, by this package."""
+"""Scripts written for TRL run with TRL and, with only the import changed, with this package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def home(tmp_path_factory) -> Path:
         set_seed(seed)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(home / name)).save_pretrained(home / name)
     write_rows(home / "train.jsonl", pairs[:16])
-    write_rows(home / "test.jsonl", pairs[16:24])  # whole batches: TRL's evaluation is a mean of their means
+    write_rows(home / "test.jsonl", pairs[16:24])  # whole batches, because TRL's evaluation is a mean of batch means
     turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     chats = [
         {"prompt": turn("user", p["prompt"]), **{k: turn("assistant", p[k]) for k in ("chosen", "rejected")}}
@@ -38,7 +38,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def run(script: Path, package: str, home: Path, folder: Path, monkeypatch) -> tuple[list[dict], Path]:
-    """What the script's trainer logged, on a CPU, in the order of the data, without other changes."""
+    """Runs a script with the import changed in a folder of its own; returns its trainer's logs and the folder."""
     folder.mkdir()
     for file in home.iterdir():
         (folder / file.name).symlink_to(file)
@@ -52,7 +52,7 @@ def run(script: Path, package: str, home: Path, folder: Path, monkeypatch) -> tu
 
 
 def our_name(name: str, record: dict) -> str:
-    """Of several evaluation sets TRL names the one in its loss and times alone, and calls all other metrics alike."""
+    """Returns our name of TRL's metric; with several evaluation sets TRL names the set only in its loss and times."""
     sets = [match.group(1) for key in record if (match := re.fullmatch(r"eval_(\w+)_loss", key))]
     if not sets or not name.startswith("eval_") or name.startswith(f"eval_{sets[0]}_"):
         return name
@@ -61,7 +61,7 @@ def our_name(name: str, record: dict) -> str:
 
 @pytest.fixture(autouse=True)
 def _order_of_the_data(monkeypatch):
-    """Each trainer shuffles in its own way; here both read the rows in order."""
+    """Makes both trainers read the rows in order, as they shuffle differently."""
     monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, data: SequentialSampler(data))
     start = BatchSampler.__post_init__
 

@@ -1,4 +1,4 @@
-"""What users of TRL pass to the trainer, and call of it: collators, optimizers, adapters, methods."""
+"""Arguments that users of TRL pass to the trainer, and methods and attributes that they use."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def make_trl_trainer(folder, model, ref_model=None, peft_config=None, **options)
     )  # fmt: skip
 
 
-# --- Passed ---
+# --- Arguments ---
 
 
 class LeftPadding(collators.DataCollatorForPreference):
     def torch_call(self, examples):
         batch = super().torch_call(examples)
-        order = batch["attention_mask"].argsort(dim=1, stable=True)  # pads first
+        order = batch["attention_mask"].argsort(dim=1, stable=True)  # pads come first
         return {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask", "completion_mask")}
 
 
@@ -63,7 +63,7 @@ def with_collator(base, collator):
     "cut", [{}, {"max_length": 14}, {"max_length": 14, "truncation_mode": "keep_end"}], ids=["", "start", "end"]
 )
 def test_a_collator_written_for_trl(tmp_path, cut):
-    """It cuts what it likes, shorter than max_length; where a reference is in memory, what it makes new is scored."""
+    """It truncates to less than max_length; the reference, kept in memory, scores the truncated completions."""
     collator = collators.DataCollatorForPreference(pad_token_id=0, **cut)
     options = {"precompute_ref_log_probs": False, "ref_model": tiny_model("qwen2"), "max_length": 16}
     both(tmp_path, *(with_collator(base, collator) for base in (ContrastiveTrainer, trl.DPOTrainer)), **options)
@@ -98,7 +98,7 @@ def test_collators_that_do_not_fit(tmp_path, collate, message):
         make_trainer(tmp_path, data_collator=collate).train()
 
 
-def test_what_is_set_after_the_trainer_was_made(tmp_path):
+def test_attributes_set_after_construction(tmp_path):
     usual, changed = make_trainer(tmp_path), make_trainer(tmp_path)
     changed.data_collator = collators.DataCollatorForPreference(pad_token_id=0)
     for trainer in (usual, changed):
@@ -168,7 +168,7 @@ def test_arguments_that_do_not_fit(tmp_path, arguments, message):
         ("is_encoder_decoder", "only decoders are supported"),
     ],
 )
-def test_arguments_of_old(tmp_path, name, message):
+def test_removed_arguments(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         ContrastiveTrainer(tiny_model("llama"), args=config(tmp_path), train_dataset=preference_data(4), **{name: 1})
     with pytest.raises(TypeError, match="the trainer has no argument reward_model"):
@@ -182,7 +182,7 @@ def test_two_adapters(tmp_path):
 
 
 def test_an_adapter_that_is_frozen(tmp_path):
-    """As PEFT loads it unless told otherwise, and as transformers loads a folder that holds one."""
+    """PEFT loads adapters frozen by default, and so does transformers from a folder with an adapter."""
     tiny_model("llama").save_pretrained(tmp_path / "model")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
@@ -195,7 +195,7 @@ def test_an_adapter_that_is_frozen(tmp_path):
     assert make_trainer(tmp_path, model=adapted, train_dataset=None, eval_dataset=preference_data(4)).evaluate()
 
 
-def test_a_model_that_came_from_nowhere_has_no_tokenizer(tmp_path):
+def test_a_model_built_in_memory_has_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="pass the tokenizer as processing_class"):
         make_trainer(tmp_path, processing_class=None)
 
@@ -216,7 +216,7 @@ def test_init_kwargs_of_a_model_that_is_loaded(tmp_path, caplog):
 
 
 def test_models_and_a_reference_by_name(tmp_path):
-    """Both are loaded as model_init_kwargs say."""
+    """Both are loaded with model_init_kwargs."""
     word_tokenizer().save_pretrained(tmp_path / "model")
     for name, seed in (("model", 0), ("reference", 1)):
         tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
@@ -236,7 +236,7 @@ def test_models_and_a_reference_by_name(tmp_path):
 
 
 def test_adapters_are_prepared_as_trl_does_it(tmp_path):
-    """QLoRA's in bf16, but for DoRA's magnitudes; under ZeRO-3 checkpoints are recomputed reentrantly."""
+    """QLoRA adapters train in bf16, except DoRA's magnitudes. Under ZeRO-3 checkpointing is reentrant."""
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
     args = config(tmp_path, gradient_checkpointing=True)
     prepare_adapter(model, args)
@@ -250,7 +250,7 @@ def test_adapters_are_prepared_as_trl_does_it(tmp_path):
     assert {dtype for name, dtype in dtypes.items() if "magnitude" not in name} == {torch.bfloat16}
 
 
-# --- Called ---
+# --- Methods and attributes ---
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_adapters_are_prepared_as_trl_does_it(tmp_path):
     ids=["given", "given and precomputed", "precomputed", "start weights", "moving", "adapter"],
 )
 def test_the_reference_in_memory(tmp_path, options, held):
-    """Its weights are those of the given reference, made from seed 1, or of the start, from seed 0."""
+    """Its weights are those of the given reference, of seed 1, or the start weights, of seed 0."""
     tiny_model("llama").save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     options = {"precompute_ref_log_probs": False, "model": model, **options}
@@ -284,7 +284,7 @@ def test_the_reference_in_memory(tmp_path, options, held):
 
 
 def test_the_reference_is_read(tmp_path, caplog):
-    """Also after training, and as any model of transformers."""
+    """``trainer.ref_model`` runs like any transformers model, also after training."""
     given, ids = tiny_model("llama", seed=1), torch.tensor([[5, 6, 7]])
     expected = tiny_model("llama", seed=1)(ids).logits
     trainer = make_trainer(tmp_path, ref_model=given)
@@ -297,7 +297,7 @@ def test_the_reference_is_read(tmp_path, caplog):
     assert "ref_model is not used: the loss 'sft' has no reference" in caplog.text
 
 
-def test_evaluation_of_whatever_is_given(tmp_path):
+def test_evaluation_of_every_kind_of_data(tmp_path):
     sets = {"a": preference_data(4, seed=3), "b": preference_data(5, seed=4)}
     trainer = make_trainer(tmp_path, eval_dataset=DatasetDict(sets))
     expected = trainer.evaluate()
@@ -320,7 +320,10 @@ def test_predictions_are_rewards(tmp_path):
     trainer.train()
     data = preference_data(5, seed=8)
     trainer.args.precompute_ref_log_probs = False
-    trainer.reference.packed, trainer.reference.owned = trainer.packed, False  # any reference will do
+    trainer.reference.packed, trainer.reference.owned = (
+        trainer.packed,
+        False,
+    )  # any model in memory can be the reference here
     output = trainer.predict(data)
     assert output.predictions.shape == (5, 2) and output.metrics["test_spread"] == np.ptp(output.predictions)
     margins = output.predictions[:, 0] - output.predictions[:, 1]
@@ -329,7 +332,7 @@ def test_predictions_are_rewards(tmp_path):
 
 
 def test_metrics_batch_by_batch(tmp_path):
-    """As transformers calls such a function for the last batch, here of all of them."""
+    """transformers calls the function per batch; here it is called once, for all pairs."""
 
     def compute_metrics(prediction, compute_result):
         return {"count": len(prediction.predictions) if compute_result else None}
@@ -339,7 +342,7 @@ def test_metrics_batch_by_batch(tmp_path):
 
 
 def test_new_data_after_training(tmp_path):
-    """The start weights left memory; they come from where they came from, if they are still the same."""
+    """The start weights are not in memory; they are loaded again from their folder if it is unchanged."""
     tiny_model("llama").save_pretrained(tmp_path / "model")
     data = preference_data(4, seed=9)
     with_reference = make_trainer(tmp_path / "a", ref_model=tiny_model("llama"), model=str(tmp_path / "model"))
