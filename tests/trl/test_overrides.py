@@ -48,7 +48,7 @@ def test_overridden_reference_log_probs_belong_to_completions(tmp_path):
     """In w1 > w2 > w3 the shifted trainer gives w2 one value as chosen, another as rejected."""
     ranked = Dataset.from_list([{"prompt": "w4 ", "completions": ["w1 ", "w2 ", "w3 "]}])
     trainer = make_trainer(tmp_path, shifted(ContrastiveTrainer), train_dataset=ranked)
-    with pytest.raises(ValueError, match="a completion another log-prob in another of its pairs: give it one"):
+    with pytest.raises(ValueError, match="different log-probs for one completion in two of its pairs: return the same"):
         trainer.train()
     make_trainer(tmp_path, shifted(ContrastiveTrainer), train_dataset=ranked, ranked_pairs="extremes").train()
 
