@@ -1,0 +1,171 @@
+"""docs/architecture.md and CONTRIBUTING.md: the folders, functions and files that they name exist, and recipes work."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tests.helpers import ROOT
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+PACKAGE = ROOT / "cpt_kernels"
+# Reference.fill may change folders so often on its way from the model to disk.
+MOST_FOLDER_CHANGES = 6
+
+
+def section(text: str, heading: str) -> str:
+    """The text under a heading, up to the next one of the same or a higher level."""
+    level = heading.split(" ")[0]
+    start = text.index(f"\n{heading}\n") + len(heading) + 2
+    following = re.search(rf"^#{{1,{len(level)}}} ", text[start:], flags=re.MULTILINE)
+    return text[start : start + following.start()] if following else text[start:]
+
+
+def resolve(name: str) -> Any:
+    """The object ``folder.module.attribute...`` of the package."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        path = PACKAGE.joinpath(*parts[:cut])
+        if path.is_dir() or path.with_suffix(".py").is_file():
+            found: Any = import_module(".".join(["cpt_kernels", *parts[:cut]]))
+            for attribute in parts[cut:]:
+                found = getattr(found, attribute)
+            return found
+    raise AssertionError(f"{name} is in no module")
+
+
+# --- Folders and glossary ---
+
+
+def test_the_map_has_every_folder_and_nothing_else():
+    tree = section(ARCHITECTURE, "## Folders")
+    package = tree[tree.index("cpt_kernels/") : tree.index("csrc/")]
+    named = set(re.findall(r"^  ([\w./]+)", package, flags=re.MULTILINE))
+    there = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    assert named == {name for name in there if not name.startswith("__py")}
+    for folder in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
+    for folder in re.findall(r"^    (\w+)/", package, flags=re.MULTILINE):
+        assert (PACKAGE / "ops" / folder).is_dir(), folder
+
+
+def test_the_glossary_defines_each_term_once():
+    rows = re.findall(r"^\| ([^|]+) \|", section(ARCHITECTURE, "## Glossary"), flags=re.MULTILINE)
+    terms = [term for term in rows if term != "term" and not term.startswith("-")]
+    assert len(terms) == len(set(terms)) >= 25
+
+
+# --- Journeys ---
+
+
+def journey(heading: str) -> list[str]:
+    """The first function of every step."""
+    steps = re.findall(r"^\d+\. (.*)$", section(ARCHITECTURE, heading), flags=re.MULTILINE)
+    return [names[0] for step in steps if (names := re.findall(r"`((?:\w+\.)+\w+)`", step))]
+
+
+JOURNEYS = [line for line in section(ARCHITECTURE, "## Journeys").splitlines() if line.startswith("### ")]
+
+
+def test_there_are_three_journeys():
+    assert len(JOURNEYS) == 3 and all(len(journey(heading)) > 10 for heading in JOURNEYS)
+
+
+@pytest.mark.parametrize("heading", JOURNEYS)
+def test_functions_of_journeys_exist(heading):
+    for name in re.findall(r"`((?:\w+\.)+\w+)`", section(ARCHITECTURE, heading)):
+        assert callable(resolve(name)), name
+
+
+def test_reference_fill_stays_in_few_folders():
+    steps = journey(next(heading for heading in JOURNEYS if "reference" in heading))
+    assert steps[0] == "reference.scorer.Reference.fill"
+    way = steps[: steps.index("reference.shards.write_shard") + 1]
+    folders = [name.split(".")[0] for name in way]
+    changes = sum(first != second for first, second in pairwise(folders))
+    assert changes <= MOST_FOLDER_CHANGES, folders
+
+
+# --- Recipes of CONTRIBUTING.md ---
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+RECIPES = re.findall(r"^## (Add .*)$", CONTRIBUTING, flags=re.MULTILINE)
+
+
+def files_of(recipe: str) -> list[str]:
+    """The files in the list at the end of a recipe."""
+    text = section(CONTRIBUTING, f"## {recipe}")
+    return re.findall(r"`([\w./-]+\.\w+)`", "\n".join(line for line in text.splitlines() if line.startswith("- ")))
+
+
+def test_every_change_has_a_recipe():
+    assert [recipe.split()[2] for recipe in RECIPES] == ["loss", "architecture", "kernel", "peer"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_files_of_recipes_exist(recipe):
+    files = files_of(recipe)
+    assert files
+    for file in files:
+        assert (ROOT / file).is_file(), file
+
+
+def test_a_loss_touches_at_most_four_files():
+    assert len(files_of("Add a loss")) <= 4
+
+
+def test_a_loss_in_memory(monkeypatch):
+    """A function, its entry and the field of its option give the loss, its checks and its rows in the docs."""
+
+    @dataclass
+    class Options(LossOptions):
+        squared_mu: float = option(1.0, "Margin of the squared loss.", symbol="μ")
+
+    def squared(pairs: PairLogps, *, squared_mu: float = 1.0) -> torch.Tensor:
+        return (pairs.log_ratio_difference() - squared_mu) ** 2
+
+    monkeypatch.setitem(LOSSES, "squared", Builtin(squared, "(h − μ)²", "a test"))
+    pairs = random_pairs()
+    loss = Options(loss_type=["squared"], squared_mu=3.0).check_loss()
+    torch.testing.assert_close(loss(pairs), (pairs.log_ratio_difference() - 3.0) ** 2)
+    loss.check_separable()
+    page = runpy.run_path(str(ROOT / "docs/losses.py"))
+    assert "| `squared` | `(h − μ)²` | a test | yes | yes | — |" in list(page["loss_rows"]())
+    assert "| `squared_mu` | μ | 1.0 | `squared` | Margin of the squared loss. |" in list(page["option_rows"](Options))
+
+
+def test_a_backend_in_memory(monkeypatch):
+    """One entry in the table of an operator makes a backend, also of the head that calls the operator."""
+    operator = import_module("cpt_kernels.ops.vocab_score")
+    calls = []
+
+    def mine(logits, targets, options):
+        calls.append(tuple(logits.shape))
+        return operator.BACKENDS["eager"].load()(logits, targets, options)
+
+    monkeypatch.setitem(sys.modules, "my_backend", SimpleNamespace(vocab_score_mine=mine))
+    monkeypatch.setitem(operator.BACKENDS, "mine", Backend("my_backend:vocab_score_mine"))
+    logits, targets = torch.randn(3, 7), torch.tensor([0, 6, 2])
+    found = vocab_score(logits, targets, backend="mine")
+    torch.testing.assert_close(found.logps, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
+    with pytest.raises(ValueError, match="choose one of auto, eager, triton, cuda, mine"):
+        vocab_score(logits, targets, backend="yours")
+    linear_logprobs(torch.randn(3, 4), torch.randn(7, 4), targets, options=HeadOptions(backend="mine"))
+    assert calls == [(3, 7)] * 2
+
+
+def test_a_peer_in_memory(monkeypatch):
+    """A head is compared with the expected loss and gradients, and a trainer is one entry of the contestants."""
+    problem = heads.Problem.make(32, 16, 50, 4, "cpu", torch.float32)
+    peer = heads.Contestant(lambda p: lambda x, w: p.dpo(heads.token_logps(x @ w.t(), p.targets)))
+    hidden, weight = (x.clone().requires_grad_() for x in (problem.hidden, problem.weight))
+    loss = peer.build(problem)(hidden, weight)
+    loss.backward()
+    found = {"loss": loss.item(), **heads.norms(hidden.grad, weight.grad)}
+    assert heads.disagreement(found, problem.expected()[peer.kind], half=False) is None
+    monkeypatch.setitem(step.CONTESTANTS, "mine", step.Entry("ours"))
+    assert step.parse(["--peers", "mine"]).peers == ["mine"]
