@@ -1,4 +1,7 @@
-"""docs/architecture.md and CONTRIBUTING.md: the folders, functions and files that they name exist, and recipes work."""
+"""docs/architecture.md and CONTRIBUTING.md: the folders, functions and files that they name exist, and recipes work.
+
+The recipe of a loss is run by tests/losses/test_options.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
+from bench import heads, step
 from tests.helpers import ROOT
 
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
@@ -116,46 +121,6 @@ def test_files_of_recipes_exist(recipe):
 
 def test_a_loss_touches_at_most_four_files():
     assert len(files_of("Add a loss")) <= 4
-
-
-def test_a_loss_in_memory(monkeypatch):
-    """A function, its entry and the field of its option give the loss, its checks and its rows in the docs."""
-
-    @dataclass
-    class Options(LossOptions):
-        squared_mu: float = option(1.0, "Margin of the squared loss.", symbol="μ")
-
-    def squared(pairs: PairLogps, *, squared_mu: float = 1.0) -> torch.Tensor:
-        return (pairs.log_ratio_difference() - squared_mu) ** 2
-
-    monkeypatch.setitem(LOSSES, "squared", Builtin(squared, "(h − μ)²", "a test"))
-    pairs = random_pairs()
-    loss = Options(loss_type=["squared"], squared_mu=3.0).check_loss()
-    torch.testing.assert_close(loss(pairs), (pairs.log_ratio_difference() - 3.0) ** 2)
-    loss.check_separable()
-    page = runpy.run_path(str(ROOT / "docs/losses.py"))
-    assert "| `squared` | `(h − μ)²` | a test | yes | yes | — |" in list(page["loss_rows"]())
-    assert "| `squared_mu` | μ | 1.0 | `squared` | Margin of the squared loss. |" in list(page["option_rows"](Options))
-
-
-def test_a_backend_in_memory(monkeypatch):
-    """One entry in the table of an operator makes a backend, also of the head that calls the operator."""
-    operator = import_module("cpt_kernels.ops.vocab_score")
-    calls = []
-
-    def mine(logits, targets, options):
-        calls.append(tuple(logits.shape))
-        return operator.BACKENDS["eager"].load()(logits, targets, options)
-
-    monkeypatch.setitem(sys.modules, "my_backend", SimpleNamespace(vocab_score_mine=mine))
-    monkeypatch.setitem(operator.BACKENDS, "mine", Backend("my_backend:vocab_score_mine"))
-    logits, targets = torch.randn(3, 7), torch.tensor([0, 6, 2])
-    found = vocab_score(logits, targets, backend="mine")
-    torch.testing.assert_close(found.logps, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
-    with pytest.raises(ValueError, match="choose one of auto, eager, triton, cuda, mine"):
-        vocab_score(logits, targets, backend="yours")
-    linear_logprobs(torch.randn(3, 4), torch.randn(7, 4), targets, options=HeadOptions(backend="mine"))
-    assert calls == [(3, 7)] * 2
 
 
 def test_a_peer_in_memory(monkeypatch):
