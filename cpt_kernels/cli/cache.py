@@ -33,7 +33,7 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
     Raises:
         UserError: a command or an option is unknown, or a command fails; the message says why.
     """
-    args, rest = _parser(prog).parse_known_args(argv)
+    args, rest = _cache_parser(prog).parse_known_args(argv)
     if rest and args.command not in _OF_DATASET:
         raise UserError(f"unknown option {rest[0]}; see {prog} {args.command} --help")
 
@@ -193,7 +193,7 @@ _COMMANDS = {
 }
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _cache_parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (_, help) in _COMMANDS.items():
