@@ -45,6 +45,7 @@ class MovingReference(TrainerCallback):
         ref_model: nn.Module | None,
         accelerator: Accelerator,
     ) -> None:
+        # Refuse what cannot be mixed.
         if hasattr(policy.model, "peft_config"):
             raise UserError("sync_ref_model mixes weights, which is not defined for an adapter: leave out one of them")
         plugin = accelerator.state.deepspeed_plugin
@@ -54,6 +55,7 @@ class MovingReference(TrainerCallback):
         shapes = [[(name, p.shape) for name, p in m.named_parameters()] for m in (policy.model, model)]
         if shapes[0] != shapes[1]:
             raise UserError("sync_ref_model mixes policy and reference: they must have the same architecture")
+        # Prepare the reference.
         model.requires_grad_(False).eval().to(accelerator.device)
         self.accelerator, self.policy = accelerator, policy
         self.packed = PackedModel(model, policy.head_memory_mb, policy.attention_backend)

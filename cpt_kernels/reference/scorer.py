@@ -82,6 +82,8 @@ class Reference:
         # Choose the model that scores.
         self.adapters_off = ref_model is None and new_adapter
         is_start = ref_model is None and not new_adapter  # the reference is the policy's start weights
+        # The start weights must survive training if data comes later: an adapter's values always, as they are small; a
+        # whole model only if `keep` asks for it.
         self._start = _adapter_values(policy.model, accelerator) if is_start and not keep else {}
         self._start_is_checked = ref_model is not None  # a separate model may differ from the policy at the start
         if is_start and keep:
@@ -94,7 +96,7 @@ class Reference:
             ref_model.requires_grad_(False).eval()
             self.packed = PackedModel(ref_model, head_memory_mb, policy.attention_backend)
 
-        # Identify it, and open its part of the cache.
+        # Identify it, and open its part of the cache. Packing is not part of the identity: it changes only rounding.
         model = self.packed.model
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.compute_dtype = mixed or base_model(model).dtype
@@ -191,14 +193,17 @@ class Reference:
             UserError: the ranks do not share the cache's folder.
             OSError: the folder cannot be written to.
         """
+        # Find what is missing.
         started = time.perf_counter()
         missing = find_missing(dataset, self.cache, collator.max_length, collator.truncation_mode)
         looking = time.perf_counter() - started
         # Ranks must score the same list: another run may have added rows between the look-ups of two ranks.
         (missing,) = broadcast_object_list([missing])
+        # Score it.
         bytes_before = self.cache.bytes_written
         if len(missing):
             self._fill(dataset, missing, collator, max_tokens, f"{name} data: {whose} log-probs")
+        # See what the other ranks wrote, and report.
         self.accelerator.wait_for_everyone()
         self.cache.refresh()
         self._check_shared(missing)
@@ -351,6 +356,7 @@ class Reference:
         model: Any = packed.model
         if self.owned:
             model.to(self.accelerator.device)
+        # Without dropout. A policy gets its mode back afterwards.
         training = model.training
         model.eval()
         try:
