@@ -1,5 +1,5 @@
 #!/bin/bash
-# Several nodes under Slurm, one task a node that starts a process for each GPU:   sbatch examples/slurm.sh
+# Several nodes under Slurm. Each node has one task, which starts a process per GPU:   sbatch examples/slurm.sh
 #SBATCH --job-name=cpt
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -9,11 +9,11 @@
 #SBATCH --requeue
 set -euo pipefail
 
-export CPT_CACHE=/shared/cpt-cache       # reference log-probs: a folder that all nodes see
-export HF_HUB_OFFLINE=1                  # compute nodes seldom reach the hub: fetch model and data beforehand
+export CPT_CACHE=/shared/cpt-cache       # reference log-probs, in a folder that all nodes share
+export HF_HUB_OFFLINE=1                  # compute nodes often cannot reach the hub: download model and data first
 main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# A requeued job goes on from the last checkpoint; the first run has none.
+# A requeued job resumes from the last checkpoint. The first run has none.
 resume=()
 compgen -G "runs/dpo/checkpoint-*" > /dev/null && resume=(--resume_from_checkpoint last)
 
@@ -22,6 +22,6 @@ srun --kill-on-bad-exit=1 bash -c "torchrun \
     --rdzv_id $SLURM_JOB_ID --rdzv_backend c10d --rdzv_endpoint $main:29500 \
     -m cpt_kernels.cli train --config examples/dpo.yaml --ddp_timeout 7200 ${resume[*]:-}"
 
-# FSDP2 or DeepSpeed instead of DDP: cpt-train starts its processes itself. In place of torchrun above:
+# For FSDP2 or DeepSpeed instead of DDP, cpt-train starts the processes itself. Replace the torchrun command by:
 #   cpt-train --accelerate_config fsdp2 --num_machines $SLURM_NNODES --num_processes $((8 * SLURM_NNODES)) \
 #       --machine_rank \$SLURM_NODEID --main_process_ip $main --main_process_port 29500 --config examples/dpo.yaml

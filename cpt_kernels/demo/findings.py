@@ -105,12 +105,12 @@ def find(results: Sequence[SeedResult]) -> Findings:
     groups["start"] = ("SFT (start)", [each.start for each in results])
     groups |= {name: (ARMS[name].title, [each.arms[name] for each in results]) for name in results[0].arms}
     return Findings(
-        {name: _summarize(*group) for name, group in groups.items()},
+        {name: _summarize_seeds(*group) for name, group in groups.items()},
         [_compare(groups[first], groups[second]) for first, second in _EXPECTED if {first, second} <= groups.keys()],
     )
 
 
-def _summarize(title: str, of_seeds: Sequence[Result]) -> Summary:
+def _summarize_seeds(title: str, of_seeds: Sequence[Result]) -> Summary:
     decodings = list(of_seeds[0].responses)
     trained = [result.training for result in of_seeds if result.training is not None]
     return Summary(
