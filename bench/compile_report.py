@@ -121,15 +121,17 @@ def triton_cases(torch, quick: bool):
     """(description, function that launches) for everything to be compiled."""
     from cpt_kernels.losses import build_loss
     from cpt_kernels.ops.head.tiles import row_stride
-    from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, kernel_options
+    from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossInput, kernel_loss
     from cpt_kernels.ops.pair_loss.triton import pair_loss_triton
+    from cpt_kernels.ops.vocab_score import TileOptions
     from cpt_kernels.ops.vocab_score.triton import vocab_score_triton
 
     def vocab_score(vocab, dtype, softcap=None, bias=False, statistics=True, stride=None):
         logits = torch.empty(2, stride or vocab, dtype=dtype)[:, :vocab]
         targets = torch.zeros(2, dtype=torch.int64)
         bias = torch.empty(vocab, dtype=dtype) if bias else None
-        return lambda: vocab_score_triton(logits, targets, bias, 1.0, softcap, vocab, statistics, True)
+        options = TileOptions(bias, softcap=softcap, statistics=statistics, score=True)
+        return lambda: vocab_score_triton(logits, targets, options)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for vocab in VOCABULARIES:
@@ -147,8 +149,8 @@ def triton_cases(torch, quick: bool):
         index = torch.zeros(4, dtype=torch.int64)
         offsets = torch.zeros(completions + 1, dtype=torch.int64)
         tokens, reference = torch.empty(64), torch.empty(completions)
-        options = kernel_options(build_loss(loss))
-        return lambda: pair_loss_triton(tokens, offsets, index, index, index, reference, loss, 1.0, **options)
+        inputs = PairLossInput(tokens, offsets, index, index, index, reference)
+        return lambda: pair_loss_triton(inputs, kernel_loss(build_loss(loss)))
 
     for loss in ("sigmoid",) if quick else KERNEL_LOSSES:
         yield f"{loss}, one launch", pair_loss(loss, 8)

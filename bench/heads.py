@@ -183,7 +183,9 @@ def contestants(backend: str = "auto") -> dict[str, Contestant]:
 
 def _preference(options: HeadOptions, general: bool, p: Problem) -> Head:
     count = len(p.pairs.chosen)
-    return lambda x, w: linear_preference_loss(x, w, p.targets, p.pairs, _LOSS, None, options, general).loss / count
+    return lambda x, w: (
+        linear_preference_loss(x, w, p.targets, p.pairs, _LOSS, None, options, general=general).loss / count
+    )
 
 
 def _scoring(options: HeadOptions, p: Problem) -> Head:

@@ -151,7 +151,7 @@ class PackedModel:
             tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
             return Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]))
         pairs = _pairs(batch, tokens_per_pair)
-        out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general)
+        out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general=general)
         with torch.no_grad():
             pair_logps = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
         return Scores(out.tokens, out.completion_logps, out.loss, out.losses, pair_logps=pair_logps)

@@ -1,4 +1,8 @@
-"""Gather of rows whose gradient is summed by segments: deterministic, in fp32, without atomics."""
+"""Gathers and segment sums whose gradients are deterministic: summed in a fixed order, without atomics.
+
+PyTorch's ``index_select`` and ``index_add_`` use atomics on CUDA. They matter here because a prompt's rows are gathered
+once for every completion.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Conflict-free rounds of (rows, sources), see data.packing.scatter_rounds: rows are unique within a round.
 Rounds = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -19,11 +24,12 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # -> gradients of x, index, rounds
         dtype = torch.promote_types(grad.dtype, torch.float32)
         total = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=dtype)
         for turn, (rows, sources) in enumerate(ctx.rounds):
             part = grad[sources].to(dtype)
+            # The first round reaches every row that occurs at all, so it writes and need not add.
             total[rows] = part if turn == 0 else total[rows] + part
         return total.to(grad.dtype), None, None
 
@@ -31,9 +37,9 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(
     x: Tensor,  # (T, ...)
     index: Tensor,  # (M,) int64
-    rounds: Rounds,  # of (rows, sources), see data.packing.scatter_rounds
+    rounds: Rounds,  # of index, see data.packing.scatter_rounds
 ) -> Tensor:
-    """``x[index]``, (M, ...); a row that occurs several times gets the fp32 sum of its gradients, in a fixed order."""
+    """Returns ``x[index]``, (M, ...). The gradients of a row that occurs several times are summed in fp32, in order."""
     return _GatherRows.apply(x, index, rounds)
 
 
@@ -46,14 +52,14 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # -> gradients of values, offsets
         (offsets,) = ctx.saved_tensors
         return grad.repeat_interleave(offsets.diff(), output_size=ctx.length), None
 
 
 def segment_sum(
     values: Tensor,  # (N,) fp32 or fp64
-    offsets: Tensor,  # (S+1,) int64, from 0 to N
+    offsets: Tensor,  # (S+1,) int64, ascending from 0 to N
 ) -> Tensor:
-    """Sums of S consecutive segments, (S,): accumulated in fp64 in order, returned in the dtype of ``values``."""
+    """Returns the sums of S consecutive segments, (S,), accumulated in fp64 in order, in the dtype of ``values``."""
     return _SegmentSum.apply(values, offsets)

@@ -1,20 +1,22 @@
 """The head: hidden rows -> log-probs -> preference loss and gradients, tile by tile, without storing the logits.
 
-With ``G = onehot(y) - softmax(X W^T)`` and a loss that sees the batch only through completion log-probs ``logp_s``,
+With ``G = onehot(y) - softmax(X W^T)``, the vocab score, and a loss that reads the batch only through completion
+log-probs ``logp_s``,
 
-    dX = diag(g) (G W),   dW = G^T (diag(g) X),   g_i = dL/dlogp_i of token i: dL/dlogp_s of its completion s, or more
-                                                  where a loss weighs the tokens of a completion (ld_alpha).
+    dX = diag(g) (G W),   dW = G^T (diag(g) X).
 
-``g`` never touches the vocabulary-sized tile, so each tile of logits is scored in place and used while it is there:
+``g_i = dL/dlogp_i`` belongs to token i. It is ``dL/dlogp_s`` of the token's completion s, unless the loss weighs the
+tokens of a completion (ld_alpha). ``g`` scales rows of X or of G W and never the vocabulary-sized tile, so each tile of
+logits is turned into G in place and used while it is there:
 
     no gradient wanted       1 GEMM    logits
-    head frozen              2 GEMMs   logits, G W (kept unscaled, (N, H)); the backward scales rows; any loss
-    head trained, separable  3 GEMMs   logits, G W, G^T (g X); tiles hold whole pair blocks, so g is known at once
+    head frozen              2 GEMMs   logits, G W (kept unscaled, (N, H)); the backward scales its rows; any loss
+    head trained, separable  3 GEMMs   logits, G W, G^T (g X); a tile holds whole pair blocks, so g is known at once
                                        (4 for a block with more rows than a tile: its logits again, once g is known)
     head trained, general    4 GEMMs   log-sum-exp kept, logits again in the backward; any use of token log-probs
-    the same, one tile       3 GEMMs   where one tile holds all rows it is kept, scored, until the backward
+    the same, one tile       3 GEMMs   if one tile holds all rows it is kept, as G, until the backward
 
-``linear_logprobs`` is the first, second and fourth, ``linear_preference_loss`` adds the third.
+``linear_logprobs`` has the first, second, fourth and fifth mode; ``linear_preference_loss`` adds the third.
 """
 
 from __future__ import annotations
@@ -28,8 +30,18 @@ from torch.autograd.function import once_differentiable
 
 from ..losses import Loss
 from .gather import segment_sum
-from .head import compiled as head_operators
-from .head.passes import Wanted, finished_gradients, row_gradients, score_pair_blocks, score_rows, scored_gradients
+from .head.compiled import REFUSAL, compiled_logprobs, compiled_preference
+from .head.passes import (
+    Dtypes,
+    GradientSums,
+    Operands,
+    Wanted,
+    finished_gradients,
+    row_gradients,
+    score_pair_blocks,
+    score_rows,
+    scored_gradients,
+)
 from .head.tiles import HeadOptions, Pairs
 from .pair_loss import has_kernel
 from .vocab_score import VocabScore
@@ -53,11 +65,11 @@ def linear_logprobs(
     bias: Tensor | None = None,  # (V,)
     options: HeadOptions | None = None,
 ) -> VocabScore:
-    """Log-probs of ``targets`` under ``softmax(hidden @ weight.T + bias)`` and statistics, (N,) each, fp32 (or fp64).
+    """Returns log-probs of ``targets`` under ``softmax(hidden @ weight.T + bias)`` and statistics, (N,) each.
 
-    ``logps`` is differentiable in hidden, weight and bias, with any upstream gradient; the rest is not. Memory beside
-    the inputs: one tile of logits, kept until the backward where it holds all rows and the head is trained, and (N, H)
-    where it is frozen. Example::
+    Results are fp32 (fp64 for fp64). ``logps`` is differentiable in hidden, weight and bias, with any upstream
+    gradient; the statistics are not. Memory beside the inputs: one tile of logits, kept until the backward if it holds
+    all rows and the head is trained, and (N, H) if the head is frozen. Example::
 
         score = linear_logprobs(hidden, model.lm_head.weight, targets)
         score.logps.sum().backward()
@@ -67,12 +79,14 @@ def linear_logprobs(
         RuntimeError: the backend asked for is not available.
     """
     options = options or HeadOptions()
-    _check(hidden, weight, targets, bias, options)
-    wanted = Wanted.of(hidden, weight, bias)
+    operands = Operands(hidden, weight, targets, bias)
+    _check_operands(operands, options)
+    wanted = Wanted.of(operands)
     if torch.compiler.is_compiling():
-        return head_operators.linear_logprobs(hidden, weight, targets, bias, wanted, options)
-    run = _LinearLogprobs.apply if any(wanted) else score_rows
-    return VocabScore(*run(hidden, weight, targets, bias, wanted, options)[:6])
+        return compiled_logprobs(operands, wanted, options)
+    if not any(wanted):
+        return score_rows(operands, wanted, options).tokens
+    return VocabScore(*_LinearLogprobs.apply(*operands, wanted, options))
 
 
 def linear_preference_loss(
@@ -83,115 +97,116 @@ def linear_preference_loss(
     loss: Loss,
     bias: Tensor | None = None,  # (V,)
     options: HeadOptions | None = None,
+    *,
     general: bool = False,
 ) -> PreferenceOutput:
-    """Sum of a preference loss over pairs of completions whose tokens are predicted by ``hidden``.
+    """Returns the sum of a preference loss over pairs of completions whose tokens are predicted by ``hidden``.
 
-    With a trained head and a separable loss, gradients are finished here (3 GEMMs): then ``loss`` is the only
-    differentiable output, and a backward through the log-probs raises. ``general=True`` keeps everything differentiable
-    (4 GEMMs). A pair block with more rows than a tile takes 4 as well. Example::
+    With a trained head and a separable loss, the forward finishes the gradients (3 GEMMs): then ``loss`` is the only
+    differentiable output, and a backward through the log-probs raises. ``general=True`` keeps all outputs
+    differentiable (4 GEMMs). A pair block with more rows than a tile takes 4 as well. Example::
 
         out = linear_preference_loss(hidden, head.weight, targets, pairs, build_loss("sigmoid", beta=0.1))
         (out.loss / num_pairs).backward()
 
     Raises:
-        ValueError: shapes that do not fit together, or the loss needs what the pairs do not have; on a CPU, a target
+        ValueError: shapes that do not fit together, or pairs without something that the loss needs; on a CPU, a target
             outside the vocabulary, or a pair that reaches into another block.
         RuntimeError: the backend asked for is not available.
     """
     options = options or HeadOptions()
-    _check(hidden, weight, targets, bias, options)
+    operands = Operands(hidden, weight, targets, bias)
+    _check_operands(operands, options)
     pairs.check(loss, hidden.device, len(hidden))
     if loss.needs_log_sum_sq:
         options = replace(options, statistics=True)
-    wanted = Wanted.of(hidden, weight, bias)
+    wanted = Wanted.of(operands)
     if wanted.head and loss.separable and not general:
-        run = _LinearPreference.apply
+        run = _run_preference
         if torch.compiler.is_compiling():
-            run = head_operators.linear_preference if has_kernel(loss) else _outside_of_graphs
-        total, losses, completion_logps, *tokens = run(hidden, weight, targets, bias, wanted, pairs, loss, options)
-        return PreferenceOutput(total, losses, completion_logps, VocabScore(*tokens[:6]))
+            run = compiled_preference if has_kernel(loss) else _outside_graph
+        total, losses, completion_logps, *statistics = run(operands, wanted, pairs, loss, options)
+        return PreferenceOutput(total, losses, completion_logps, VocabScore(*statistics))
     tokens = linear_logprobs(hidden, weight, targets, bias, options)
     completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
     losses = loss(pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
     return PreferenceOutput(losses.sum(), losses.detach(), completion_logps, tokens)
 
 
+def _run_preference(operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
+    return _LinearPreference.apply(*operands, wanted, pairs, loss, options)
+
+
+def _outside_graph(operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
+    """Breaks the graph once for losses without an operator; Dynamo would break it at many lines of the pass."""
+    # Disabled here and not by a decorator, which would import Dynamo with this module.
+    return torch.compiler.disable(_run_preference)(operands, wanted, pairs, loss, options)
+
+
 class _LinearLogprobs(torch.autograd.Function):
-    """What the forward scored, ``G W`` and a single tile, the backward weighs; else it computes the tiles again."""
+    """Log-probs. The backward weighs ``G W`` and a kept tile if the forward made them; else it computes tiles again."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, wanted: Wanted, options):
-        *out, score_weight, score = score_rows(hidden, weight, targets, bias, wanted, options, keep=True)
-        ctx.wanted, ctx.options, ctx.dtypes = wanted, options, _dtypes(hidden, weight, bias)
-        ctx.again = wanted.head and score is None
-        rows = None if score is None else hidden
-        ctx.save_for_backward(*((hidden, weight, targets, bias) if ctx.again else (score_weight, score, rows)))
-        ctx.mark_non_differentiable(*(tensor for tensor in out[1:] if tensor is not None))
-        return tuple(out)
+    def forward(ctx, hidden, weight, targets, bias, wanted: Wanted, options: HeadOptions):
+        operands = Operands(hidden, weight, targets, bias)
+        out = score_rows(operands, wanted, options, keep=True)
+        ctx.wanted, ctx.options, ctx.dtypes = wanted, options, Dtypes.of(operands)
+        ctx.again = wanted.head and out.score is None
+        rows = None if out.score is None else hidden
+        ctx.save_for_backward(*(operands if ctx.again else (out.score_weight, out.score, rows)))
+        ctx.mark_non_differentiable(*(tensor for tensor in out.tokens[1:] if tensor is not None))
+        return tuple(out.tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor, *_):  # -> gradients of hidden, weight, targets, bias, wanted, options
         if ctx.again:
-            grads = row_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.options)
+            grads = row_gradients(grad, Operands(*ctx.saved_tensors), ctx.wanted, ctx.options)
         else:
-            grads = scored_gradients(grad, *ctx.saved_tensors, ctx.wanted, ctx.dtypes, _is_last_backward())
-        grad_hidden, grad_weight, grad_bias = grads
-        return grad_hidden, grad_weight, None, grad_bias, None, None
+            score_weight, score, rows = ctx.saved_tensors
+            grads = scored_gradients(grad, score_weight, score, rows, ctx.wanted, ctx.dtypes, _is_last_backward())
+        return grads.hidden, grads.weight, None, grads.bias, None, None
 
 
 class _LinearPreference(torch.autograd.Function):
-    """Trained head, separable loss: the gradients are finished in the forward and scaled in the backward.
+    """Trained head, separable loss: the forward finishes the gradients, and the backward scales them.
 
-    Where one tile holds all rows it is kept and the products of the weight's gradient are left to the backward, which
-    spares an accumulator and its scaling.
+    If one tile holds all rows it is kept, and the backward computes the products for the gradient of the weight. That
+    saves an accumulator and its scaling.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
-        *out, g, score_weight, grad_weight, grad_bias, score = score_pair_blocks(
-            hidden, weight, targets, bias, wanted, pairs, loss, options, keep=True
-        )
-        rows = None if score is None else hidden
-        ctx.save_for_backward(g, score_weight, grad_weight, grad_bias, score, rows)
-        ctx.wanted, ctx.dtypes = wanted, _dtypes(hidden, weight, bias)
+        operands = Operands(hidden, weight, targets, bias)
+        out = score_pair_blocks(operands, wanted, pairs, loss, options, keep=True)
+        ctx.save_for_backward(out.g, *out.sums, out.score, None if out.score is None else hidden)
+        ctx.wanted, ctx.dtypes = wanted, Dtypes.of(operands)
         ctx.set_materialize_grads(False)
-        _, losses, _, _, *statistics = out
-        ctx.mark_non_differentiable(losses, *(tensor for tensor in statistics if tensor is not None))
-        return tuple(out)
+        ctx.mark_non_differentiable(out.losses, *(tensor for tensor in out.tokens[1:] if tensor is not None))
+        return out.loss, out.losses, out.completion_logps, *out.tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _, grad_completion_logps, grad_logps, *__):
+        # -> gradients of hidden, weight, targets, bias, wanted, pairs, loss, options
         if grad_completion_logps is not None or grad_logps is not None:
-            raise RuntimeError(head_operators.REFUSAL)
-        g, score_weight, grad_weight, grad_bias, score, rows = ctx.saved_tensors
+            raise RuntimeError(REFUSAL)
+        g, *sums, score, rows = ctx.saved_tensors
+        made, last = GradientSums(*sums), _is_last_backward()
         if score is None:
-            made = (g, score_weight, grad_weight, grad_bias)
-            grads = finished_gradients(grad_loss, *made, ctx.dtypes, _is_last_backward())
+            grads = finished_gradients(grad_loss, g, made, ctx.dtypes, last)
         else:
-            weighed = (grad_loss * g, score_weight, score, rows)
-            grads = scored_gradients(*weighed, ctx.wanted, ctx.dtypes, _is_last_backward())
-        grad_hidden, grad_weight, grad_bias = grads
-        return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
+            grads = scored_gradients(grad_loss * g, made.score_weight, score, rows, ctx.wanted, ctx.dtypes, last)
+        return grads.hidden, grads.weight, None, grads.bias, *(None,) * 4
 
 
 def _is_last_backward() -> bool:
-    """Whether what was saved may be written over: nobody keeps the graph for another backward."""
+    """Whether the saved tensors may be overwritten: the graph is not kept for another backward."""
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _dtypes(*leaves: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    return tuple(None if leaf is None else leaf.dtype for leaf in leaves)
-
-
-def _outside_of_graphs(*arguments):
-    """Losses that no operator carries break a graph here, and not at each line of the pass."""
-    return torch.compiler.disable(_LinearPreference.apply)(*arguments)
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions) -> None:
+def _check_operands(operands: Operands, options: HeadOptions) -> None:
+    hidden, weight, targets, bias = operands
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden (N, H) and weight (V, H) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:

@@ -102,7 +102,7 @@ class Head:
         leaves = self.leaves(dtype)
         out = linear_preference_loss(
             leaves["hidden"], leaves["weight"], self.targets, self.pairs(), self.loss, leaves.get("bias"), self.options,
-            general,
+            general=general,
         )  # fmt: skip
         (out.loss * self.upstream).backward()
         values = out.loss, out.losses, out.completion_logps, out.tokens.logps

@@ -1,4 +1,4 @@
-"""Which backend ``auto`` is, that it says so once, and what a backend asked for by name needs."""
+"""Which backend ``auto`` takes and logs, what a backend asked for by name needs, and tables of backends."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import torch
 
 from cpt_kernels.losses import build_loss
 from cpt_kernels.ops import backends
-from cpt_kernels.ops.backends import BUILD_HINT, automatic, resolve
-from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs
-from cpt_kernels.ops.pair_loss import kernel_options, pair_loss
-from cpt_kernels.ops.vocab_score import vocab_score
-
-FP32 = (torch.float32,)
+from cpt_kernels.ops import pair_loss as pairs
+from cpt_kernels.ops import vocab_score as scores
+from cpt_kernels.ops.attention import AttentionLayout, segments, select, shared_prompt_attention
+from cpt_kernels.ops.attention.varlen import Abilities
+from cpt_kernels.ops.backends import BUILD_HINT, Backend, automatic, resolve
+from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
+from cpt_kernels.ops.pair_loss import BACKENDS as PAIR_LOSS
+from cpt_kernels.ops.pair_loss import PairLossInput, PairLossOutput, kernel_loss, pair_loss
+from cpt_kernels.ops.vocab_score import BACKENDS as VOCAB_SCORE
+from cpt_kernels.ops.vocab_score import TileOptions, VocabScore, vocab_score
+from tests.helpers.heads import Head
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    for cached in (automatic, backends.extension_misses, backends._announce):
+    for cached in (automatic, backends.extension_misses, backends._announce_choice):
         cached.cache_clear()
     yield
     for cached in (automatic, backends.extension_misses):
@@ -65,7 +70,7 @@ def gpu(monkeypatch):
 )
 def test_auto_on_a_gpu(gpu, caplog, options, expected, said):
     tensor = gpu(**options)
-    assert [resolve("auto", tensor, FP32) for _ in range(3)] == [expected] * 3
+    assert [resolve("auto", tensor, PAIR_LOSS) for _ in range(3)] == [expected] * 3
     assert caplog.messages == [said]
 
 
@@ -93,10 +98,10 @@ def test_a_gpu_that_the_extension_is_not_for(gpu):
     with pytest.raises(
         RuntimeError, match=r"needs compute capability 8.0, and cuda:0 has 7.5; or take backend='triton'"
     ):
-        resolve("cuda", gpu(capability=(7, 5)), FP32)
-    assert resolve("eager", gpu(capability=(7, 5)), FP32) == "eager"
+        resolve("cuda", gpu(capability=(7, 5)), PAIR_LOSS)
+    assert resolve("eager", gpu(capability=(7, 5)), PAIR_LOSS) == "eager"
     backends.extension_misses.cache_clear()
-    assert resolve("cuda", gpu(capability=(8, 6)), FP32) == "cuda"
+    assert resolve("cuda", gpu(capability=(8, 6)), PAIR_LOSS) == "cuda"
 
 
 @pytest.mark.skipif(not backends.has_extension(), reason="the CUDA extension is not built")
@@ -108,10 +113,10 @@ def test_the_extension_knows_its_cuda_and_the_drivers():
 def test_unknown_backends_and_dtypes():
     tensor = torch.zeros(1, dtype=torch.float64)
     with pytest.raises(ValueError, match="choose one of auto, eager, triton, cuda"):
-        resolve("rocm", tensor, FP32)
+        resolve("rocm", tensor, PAIR_LOSS)
     with pytest.raises(ValueError, match=r"takes torch.float32, not torch.float64"):
-        resolve("triton", tensor, FP32)
-    assert resolve("auto", tensor, FP32) == "eager"
+        resolve("triton", tensor, PAIR_LOSS)
+    assert resolve("auto", tensor, PAIR_LOSS) == "eager"
 
 
 @pytest.mark.parametrize("name", ["vocab_score", "pair_loss"])
@@ -133,10 +138,124 @@ def test_triton_launches_on_the_gpu_of_its_tensors(name, monkeypatch):
     monkeypatch.setattr(module, f"_{name}_kernel", Kernel())
     if name == "vocab_score":
         tensor, launches = torch.zeros(2, 5), 1
-        module.vocab_score_triton(tensor, torch.tensor([0, 1]), None, 1.0, None, 5, False, False)
+        module.vocab_score_triton(tensor, torch.tensor([0, 1]), TileOptions())
     else:
         tensor, launches = torch.zeros(100), 2
-        options = kernel_options(build_loss("sft"))
-        index = torch.arange(100)
-        module.pair_loss_triton(tensor, torch.arange(101), index, None, None, None, "sft", 1.0, **options)
+        inputs = PairLossInput(tensor, torch.arange(101), torch.arange(100), None, None, None)
+        module.pair_loss_triton(inputs, kernel_loss(build_loss("sft")))
     assert inside[0] is tensor and inside[1:] == ["launched"] * launches + ["left"]
+
+
+# --- A backend is an entry of the operator's table ---
+
+
+def my_vocab_score(logits: torch.Tensor, targets: torch.Tensor, options: TileOptions) -> VocabScore:
+    out = VocabScore.empty(len(targets), logits, options.statistics)
+    out.logps.fill_(-7.0)
+    out.lse.zero_()
+    if options.score:
+        logits.zero_()
+    return out
+
+
+def my_pair_loss(inputs: PairLossInput, loss) -> PairLossOutput:
+    out = PairLossOutput.empty(inputs)
+    for values, value in zip(out, (-1.0, 3.0, 0.0)):
+        values.fill_(value)
+    return out
+
+
+MINE = {
+    "vocab_score": (VOCAB_SCORE, Backend(f"{__name__}:my_vocab_score")),
+    "pair_loss": (PAIR_LOSS, Backend(f"{__name__}:my_pair_loss")),
+}
+
+
+def _attend(backend: str) -> torch.Tensor:
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    layout = AttentionLayout(offsets, offsets, torch.arange(3), [], [(3, 3)], shared=False)
+    return shared_prompt_attention(*torch.randn(3, 3, 2, 4), layout, backend=backend)
+
+
+def test_a_name_that_is_in_no_table_runs_nothing():
+    """Not even behind the checks of the public functions, where a pass looks up the name that was resolved."""
+    tile, targets, pair = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64), torch.tensor([0])
+    for table in (VOCAB_SCORE, PAIR_LOSS):
+        with pytest.raises(ValueError, match=r"choose one of auto, eager, triton, cuda$"):
+            resolve("rocm", tile, table)
+    for call in (
+        lambda: vocab_score(tile, targets, backend="rocm"),
+        lambda: pair_loss(tile[:, 0], torch.tensor([0, 3]), pair, loss="sft", backend="rocm"),
+        lambda: linear_logprobs(tile, torch.randn(5, 8), targets, options=HeadOptions(backend="rocm")),
+    ):
+        with pytest.raises(ValueError, match="unknown backend 'rocm': choose one of auto, eager, triton, cuda"):
+            call()
+    with pytest.raises(ValueError, match="unknown attention backend 'rocm': choose one of auto, sdpa, eager"):
+        _attend("rocm")
+    with pytest.raises(KeyError):
+        scores.score_tile(tile, targets, TileOptions(), "rocm")
+    inputs = PairLossInput(tile[:, 0], torch.tensor([0, 3]), pair, None, None, None)
+    with pytest.raises(KeyError):
+        pairs.weigh_pairs(inputs, build_loss("sft"), 1.0, "rocm")
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_an_entry_of_the_table_is_what_runs(name, monkeypatch):
+    table, mine = MINE[name]
+    monkeypatch.setitem(table, "mine", mine)
+    with pytest.raises(ValueError, match="choose one of auto, eager, triton, cuda, mine"):
+        resolve("rocm", torch.zeros(1), table)
+    if name == "vocab_score":
+        tile = torch.randn(3, 8)
+        assert (vocab_score(tile, torch.zeros(3, dtype=torch.int64), score=True, backend="mine").logps == -7).all()
+        assert not tile.any()
+    else:
+        found = pair_loss(torch.randn(3), torch.tensor([0, 3]), torch.tensor([0]), loss="sft", backend="mine")
+        assert found.losses.tolist() == [3.0] and found.completion_logps.tolist() == [-1.0]
+
+
+def test_the_head_runs_a_backend_of_both_tables(monkeypatch):
+    for table, mine in MINE.values():
+        monkeypatch.setitem(table, "mine", mine)
+    head = Head(trained=("hidden", "weight")).with_options(backend="mine")
+    leaves = head.leaves(torch.float32)
+    out = linear_preference_loss(
+        leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, head.options
+    )
+    assert (out.tokens.logps == -7).all() and (out.losses == 3).all()
+
+
+def test_an_entry_of_the_table_of_segmentwise_attention_is_what_runs(monkeypatch):
+    def values(q, k, v, call, sinks):
+        return v
+
+    monkeypatch.setitem(select.SEGMENTWISE, "mine", segments.SegmentKernel("mine", values, Abilities()))
+    select.choose_attention.cache_clear()
+    torch.manual_seed(0)
+    found = _attend("mine")
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.randn(3, 3, 2, 4)[2])
+    select.choose_attention.cache_clear()
+
+
+def test_an_entry_of_the_table_of_variable_length_kernels_is_what_runs(monkeypatch):
+    class Mine:
+        name, version, abilities = "mine", "1", Abilities()
+
+        def attend(self, q, k, v, call):
+            return 2 * v
+
+    def absent():
+        raise LookupError("no such chip")
+
+    monkeypatch.setattr(select, "KERNELS", {"absent": absent, "mine": Mine})
+    select.kernels.cache_clear()
+    select.choose_attention.cache_clear()
+    torch.manual_seed(0)
+    found = _attend("mine")
+    torch.manual_seed(0)
+    assert torch.equal(found, 2 * torch.randn(3, 3, 2, 4)[2][..., :4])
+    with pytest.raises(RuntimeError, match=r"'absent' is not available .absent: no such chip"):
+        _attend("absent")
+    select.kernels.cache_clear()
+    select.choose_attention.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from cpt_kernels.losses import build_loss
-from cpt_kernels.ops.pair_loss import kernel_options, pair_loss
+from cpt_kernels.ops.pair_loss import kernel_loss, pair_loss
 from cpt_kernels.ops.vocab_score import vocab_score
 from tests.helpers.emulation import CSRC, WARNINGS, build, emulated, load, sources
 from tests.numerics import assert_close
@@ -199,10 +200,12 @@ def test_arguments_of_pair_loss_are_checked():
     inputs = {"token_logps": numbers, "ref_logps": numbers, "cu_completions": index, "chosen": index, "rejected": index}
     outputs = {name: torch.zeros(4) for name in ("completion_logps", "losses", "weights")}
     pointers = {name: tensor.data_ptr() for name, tensor in {**inputs, **outputs}.items()}
-    sizes = {"tokens": 3, "wide": True, "completions": 3, "pairs": 2, "tokens_per_pair": 1.0, "targets": 0, "stream": 0}
+    sizes = {"tokens": 3, "wide": True, "completions": 3, "pairs": 2, "targets": 0, "stream": 0}
+    options = dataclasses.asdict(kernel_loss(build_loss("sigmoid")))
+    del options["name"]
     rejects(
         load().pair_loss,
-        {**pointers, **sizes, "loss": "sigmoid", **kernel_options(build_loss("sigmoid"))},
+        {**pointers, **sizes, "loss": "sigmoid", **options},
         {"loss": "dpo"},
         {"pairs": -1},
         {"tokens": -1},

@@ -247,7 +247,14 @@ def test_backward_twice(mode, dtype, rows):
     leaves = head.leaves(dtype)
     trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
     out = linear_preference_loss(
-        leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, head.options, mode == GENERAL
+        leaves["hidden"],
+        leaves["weight"],
+        head.targets,
+        head.pairs(),
+        head.loss,
+        None,
+        head.options,
+        general=mode == GENERAL,
     )
     upstream = torch.tensor(0.5)
     first = torch.autograd.grad(out.loss, trained, upstream, retain_graph=True)

@@ -12,7 +12,7 @@ import torch
 
 from cpt_kernels.losses import LOSSES, Loss, PairLogps, build_loss, loss_options, user_loss
 from cpt_kernels.ops import backends
-from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossOutput, has_kernel, pair_loss
+from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossInput, PairLossOutput, has_kernel, kernel_loss, pair_loss
 from cpt_kernels.ops.pair_loss.reference import pair_loss_reference
 from tests.helpers.emulation import emulated
 from tests.numerics import assert_close
@@ -86,7 +86,7 @@ def double(arguments: dict) -> dict:
 
 def definition(arguments: dict, loss: str, tokens_per_pair: float = 1.0, **options) -> PairLossOutput:
     """By autograd through the functions of ``cpt_kernels.losses``, which no implementation here uses."""
-    return pair_loss_reference(**arguments, loss=build_loss(loss, **options), tokens_per_pair=tokens_per_pair)
+    return pair_loss_reference(PairLossInput(**arguments), build_loss(loss, **options), tokens_per_pair)
 
 
 def check(arguments: dict, loss: str, options: dict, run) -> PairLossOutput:
@@ -96,6 +96,11 @@ def check(arguments: dict, loss: str, options: dict, run) -> PairLossOutput:
     for name in result._fields:
         assert_close(getattr(result, name), getattr(eager, name), getattr(exact, name), name)
     return result
+
+
+def operator_keywords(loss: str, options: dict, tokens_per_pair: float, backend: str) -> dict:
+    flat = {"loss": loss, "loss_options": list(options), "loss_values": list(options.values())}
+    return {**flat, "tokens_per_pair": tokens_per_pair, "backend": backend}
 
 
 @pytest.fixture
@@ -187,15 +192,15 @@ def test_indices_out_of_range(name, monkeypatch):
     with implementation(name, monkeypatch) as (backend, device):
         arguments = make("pairs share completions", device=device)
         good = pair_loss(**arguments, backend=backend)
-        sigmoid = ("sigmoid", ["beta"], [0.1], 1.0, backend)
+        sigmoid = operator_keywords("sigmoid", {"beta": 0.1}, 1.0, backend)
         for value in (-1, 7, 1 << 40, -(1 << 62)):
             arguments["rejected"][4] = value
-            losses = torch.ops.cpt_kernels.pair_loss(*arguments.values(), *sigmoid)[1]
+            losses = torch.ops.cpt_kernels.pair_loss(*arguments.values(), **sigmoid)[1]
             assert losses[4].isnan()
             assert torch.equal(losses[torch.arange(9) != 4], good.losses[torch.arange(9) != 4])
         arguments["cu_completions"][3] = 1 << 40
         arguments["cu_completions"][4] = -5
-        torch.ops.cpt_kernels.pair_loss(*arguments.values(), *sigmoid)
+        torch.ops.cpt_kernels.pair_loss(*arguments.values(), **sigmoid)
 
 
 def test_same_in_any_order_of_threads(monkeypatch):
@@ -223,7 +228,7 @@ def test_a_loss_of_ones_own():
     arguments = make("pairs share completions")
     centred = user_loss(lambda logps: (logps.chosen - logps.chosen.mean()) ** 2, needs_reference=False)
     out = pair_loss(**arguments, loss=centred)
-    assert all(map(torch.equal, out, pair_loss_reference(**arguments, loss=centred))) and out.weights.any()
+    assert all(map(torch.equal, out, pair_loss_reference(PairLossInput(**arguments), centred))) and out.weights.any()
     with pytest.raises(ValueError, match=r"has no kernel .* 'auto' or 'eager'"):
         pair_loss(**arguments, loss=centred, backend="triton")
     with pytest.raises(ValueError, match="has its options bound already: beta"):
@@ -247,7 +252,8 @@ def test_built_in_losses_and_options_that_the_kernels_do_not_know(monkeypatch):
     for name, options in (("square", {}), ("square", {"beta": 0.3}), ("sigmoid", {"temperature": 2.0})):
         loss = Loss(name, function, needs_reference=False, options=options)
         assert not has_kernel(loss)
-        assert all(map(torch.equal, pair_loss(**arguments, loss=loss), pair_loss_reference(**arguments, loss=loss)))
+        expected = pair_loss_reference(PairLossInput(**arguments), loss)
+        assert all(map(torch.equal, pair_loss(**arguments, loss=loss), expected))
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name not in (*KERNEL_LOSSES, "odpo")])
@@ -290,8 +296,8 @@ def test_planted_bugs_are_found_in_triton(bug, tmp_path):
     spec.loader.exec_module(module)
 
     def run(loss, slic_delta, **tensors):
-        options = {"beta": 0.1, "label_smoothing": 0.0, "slic_lambda": 1.0, "slic_length_normalize": False}
-        return module.pair_loss_triton(**tensors, loss=loss, tokens_per_pair=1.0, slic_delta=slic_delta, **options)
+        bound = build_loss(loss, slic_delta=slic_delta)
+        return module.pair_loss_triton(PairLossInput(**tensors), kernel_loss(bound))
 
     arguments = make("pairs share completions", device="cuda" if GPU else "cpu")
     with pytest.raises(AssertionError) if bug else contextlib.nullcontext():
@@ -306,8 +312,8 @@ def test_operator(name, loss, monkeypatch):
         arguments |= {"rejected": None, "targets": None, "ref_logps": None}
     options = {"slic": {"slic_delta": 0.5, "slic_length_normalize": True}, "sft": {}}[loss]
     with implementation(name, monkeypatch) as (backend, _):
-        given = (loss, list(options), list(options.values()), 2.0, backend)
-        torch.library.opcheck(torch.ops.cpt_kernels.pair_loss.default, (*arguments.values(), *given))
+        keywords = operator_keywords(loss, options, 2.0, backend)
+        torch.library.opcheck(torch.ops.cpt_kernels.pair_loss.default, tuple(arguments.values()), keywords)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cpt_kernels.ops import backends
-from cpt_kernels.ops.vocab_score import VocabScore, vocab_score
+from cpt_kernels.ops.vocab_score import TileOptions, VocabScore, vocab_score
 from cpt_kernels.ops.vocab_score.reference import vocab_score_reference
 from tests.helpers.emulation import emulated
 from tests.numerics import assert_close
@@ -200,7 +200,8 @@ def test_targets_outside_the_vocabulary(name, monkeypatch):
     with implementation(name, monkeypatch) as (backend, device):
         tile = torch.randn(5, 1021, device=device)
         targets = torch.tensor([1000, 1, -1, 1 << 40, -(1 << 62)], device=device)
-        out = torch.ops.cpt_kernels.vocab_score_(tile, targets, None, 1.0, None, 1000, True, backend)
+        options = {"logit_scale": 1.0, "softcap": None, "vocab_size": 1000, "statistics": True, "backend": backend}
+        out = torch.ops.cpt_kernels.vocab_score_(tile, targets, None, **options)
     known = torch.tensor([False, True, False, False, False], device=device)
     assert torch.equal(out[0].isfinite(), known)
     assert torch.equal(tile[:, :1000].isfinite().all(1), known)
@@ -246,9 +247,10 @@ def test_eager_blocks_of_rows(monkeypatch):
     _, tile, targets, _ = make(CASES[0])
     monkeypatch.setattr("cpt_kernels.ops.vocab_score.reference._BLOCK_ELEMENTS", 10)
     blocked = tile.clone()
-    out = vocab_score_reference(blocked, targets, statistics=True, score=True)
+    options = TileOptions(statistics=True, score=True)
+    out = vocab_score_reference(blocked, targets, options)
     monkeypatch.undo()
-    expected = vocab_score_reference(tile, targets, statistics=True, score=True)
+    expected = vocab_score_reference(tile, targets, options)
     assert torch.equal(blocked, tile) and all(map(torch.equal, out, expected))
 
 
@@ -285,9 +287,8 @@ def test_planted_bugs_are_found_in_triton(bug, tmp_path):
     changes = [("_TILE_BYTES = 8192", "_TILE_BYTES = 1024"), *([TRITON_BUGS[bug]] if bug else [])]
     function = load_triton(tmp_path, *changes)
 
-    def run(tile, targets, *, bias, logit_scale, softcap, vocab_size, statistics, score, backend):
-        vocab_size = vocab_size or tile.shape[1]
-        return function(tile, targets, bias, logit_scale, softcap, vocab_size, statistics, score)
+    def run(tile, targets, *, backend, **options):
+        return function(tile, targets, TileOptions(**options))
 
     with pytest.raises(AssertionError) if bug else contextlib.nullcontext():
         for stride in (1021, 1024):
@@ -304,7 +305,8 @@ def test_a_product_that_rounds_is_not_fused_with_the_subtraction_behind_it(scale
             return lambda *args, **options: given.append(options["enable_fp_fusion"])
 
     monkeypatch.setattr(module, "_vocab_score_kernel", Kernel())
-    module.vocab_score_triton(torch.randn(2, 5), torch.tensor([0, 1]), None, scale, softcap, 5, True, True)
+    options = TileOptions(logit_scale=scale, softcap=softcap, statistics=True, score=True)
+    module.vocab_score_triton(torch.randn(2, 5), torch.tensor([0, 1]), options)
     assert given == [fused]
 
 
@@ -316,7 +318,8 @@ def test_operators(mutating, name, statistics, monkeypatch):
     with implementation(name, monkeypatch) as (backend, device):
         tile, targets = torch.randn(5, 40, device=device), torch.randint(0, 38, (5,), device=device)
         bias = torch.randn(40, device=device)
-        torch.library.opcheck(operator.default, (tile, targets, bias, 1.0, 30.0, 38, statistics, backend))
+        options = {"logit_scale": 1.0, "softcap": 30.0, "vocab_size": 38, "statistics": statistics, "backend": backend}
+        torch.library.opcheck(operator.default, (tile, targets, bias), options)
 
 
 def test_arguments():

@@ -1,4 +1,8 @@
-"""Flash attention's own packages, 2.x, 3 and 4, as kernels of ``varlen.py``."""
+"""Kernels of the flash attention packages, generations 2, 3 and 4; see ``varlen.Kernel``.
+
+Releases differ in the names and the order of parameters. Every argument is therefore passed by name, and only those
+that the release has; an option that it lacks is missing in its :class:`Abilities`.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,20 @@ from torch import Tensor
 
 from .varlen import HALF, Abilities, Call
 
+# Stands for a call where only the names of its arguments matter.
+_ANY_CALL = Call(torch.empty(0), torch.empty(0), 0, 0, 1.0)
+
 
 @dataclass(frozen=True)
 class FlashKernel:
-    """``flash_attn_varlen_func`` of a generation of flash attention; options go by the names that it has for them.
+    """``flash_attn_varlen_func`` of one generation of flash attention.
 
-    Args:
+    Attributes:
         function: the public function.
-        inner: the forward and the backward that it is made of, for sinks; ``None`` where there are none.
-        no_window: what its windows have for "no limit": -1, or None (4).
-        limits: what it can do, but for what its signatures tell.
+        inner: the forward and the backward that it calls, for sinks; ``None`` for one that the package lacks.
+        no_window: its value for a window without limit: -1, or ``None`` in generation 4.
+        limits: abilities that do not show in signatures.
+        abilities: ``limits`` and what the signatures show.
     """
 
     name: str
@@ -38,26 +46,26 @@ class FlashKernel:
         if missing := {"cu_seqlens_q", "causal", "window_size", "deterministic"} - set(_parameters(self.function)):
             raise ImportError(f"{self.name} {self.version} is too old: no {', '.join(sorted(missing))}")
         names = _parameters(self.function)
-        found = {
-            "softcap": "softcap" in names,
-            "dropout": "dropout_p" in names,
-            "dropout_alone": True,
-            "sinks": all(self._callable(function) for function in self.inner),
-        }
-        object.__setattr__(self, "abilities", dataclasses.replace(self.limits, **found))
+        abilities = dataclasses.replace(
+            self.limits,
+            softcap="softcap" in names,
+            dropout="dropout_p" in names,
+            dropout_alone=True,
+            sinks=all(self._callable(function) for function in self.inner),
+        )
+        object.__setattr__(self, "abilities", abilities)
 
     def _callable(self, function: Callable | None) -> bool:
-        """Whether all that an inner function must be given, and segments and windows at least, goes by known names."""
+        """Whether every required parameter of an inner function has a known name, and it takes segments and windows."""
         if function is None:
             return False
         parameters = _parameters(function)
-        known = {*self._values(), "q", "k", "v", "out", "dout", "lse", "softmax_lse", "dq", "dk", "dv"}
+        known = {*self._values(_ANY_CALL), "q", "k", "v", "out", "dout", "lse", "softmax_lse", "dq", "dk", "dv"}
         required = {name for name, optional in parameters.items() if not optional}
         return required <= known and {"cu_seqlens_q", "window_size_left"} <= set(parameters)
 
-    def _values(self, call: Call | None = None) -> dict[str, Any]:
-        """Arguments under every name that some version has for them."""
-        call = call or Call(None, None, 0, 0, 1.0)
+    def _values(self, call: Call) -> dict[str, Any]:
+        """Returns arguments under every name that some release has for them."""
         left, right = (self.no_window, self.no_window) if call.window is None else (call.window - 1, 0)
         return {
             "cu_seqlens_q": call.cu_seqlens_q,
@@ -78,7 +86,8 @@ class FlashKernel:
             "return_lse": True,
         }
 
-    def _run(self, function: Callable, call: Call, **tensors: Tensor):
+    def _run(self, function: Callable | None, call: Call, **tensors: Tensor) -> Any:
+        assert function is not None, "choose_attention checks that the kernel can do this call"
         values = {**self._values(call), **tensors}
         return function(**{name: values[name] for name in _parameters(function) if name in values})
 
@@ -92,20 +101,18 @@ class FlashKernel:
 
     def backward(self, grad, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        found = self._run(
-            self.inner[1],
-            call,
-            **{"dout": grad, "q": q, "k": k, "v": v, "out": out, "lse": lse, "softmax_lse": lse},
-            **{"dq": dq, "dk": dk, "dv": dv},
-        )
-        # 4 returns the gradients; 2 and 3 write them and return a by-product, alone or after the gradients.
-        return tuple(found[:3]) if isinstance(found, tuple) and len(found) >= 3 else (dq, dk, dv)
+        tensors = {"dout": grad, "q": q, "k": k, "v": v, "out": out, "lse": lse, "softmax_lse": lse}
+        found = self._run(self.inner[1], call, **tensors, dq=dq, dk=dk, dv=dv)
+        # 4 returns the gradients. 2 and 3 write them to dq, dk, dv, and return a by-product, alone or after them.
+        if isinstance(found, tuple) and len(found) >= 3:
+            dq, dk, dv = found[:3]
+        return dq, dk, dv
 
 
 @functools.cache
 def _parameters(function: Callable) -> dict[str, bool]:
-    """Names of a function's parameters, and whether each may be left out."""
-    operator = getattr(function, "_opoverload", None)  # a torch.library.custom_op hides its signature
+    """Returns the names of a function's parameters, and whether each has a default."""
+    operator = getattr(function, "_opoverload", None)  # a torch.library.custom_op hides its Python signature
     if operator is not None:
         return {a.name: a.has_default_value() for a in operator._schema.arguments}
     return {p.name: p.default is not p.empty for p in inspect.signature(function).parameters.values()}
@@ -113,11 +120,11 @@ def _parameters(function: Callable) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Generation:
-    """Where the functions of a generation of flash attention are, and what it does not do."""
+    """Where the functions of a generation of flash attention are, and its limits."""
 
     module: str
     distribution: str
-    forward: str  # what its public function is made of
+    forward: str  # the functions that its public one calls
     backward: str
     no_window: int | None
     limits: Abilities
@@ -127,7 +134,8 @@ def _limits(head_size: int, *architectures: int) -> Abilities:
     return Abilities(head_size=head_size, dtypes=HALF, device="cuda", architectures=architectures)
 
 
-FLASH = {  # in the order of preference
+# In the order in which `auto` tries them.
+FLASH = {
     "flash_attn_3": Generation(
         "flash_attn_interface",
         "flash_attn_3",
@@ -156,7 +164,7 @@ FLASH = {  # in the order of preference
 
 
 def flash_kernel(name: str, module: Any, version: str = "", limits: Abilities | None = None) -> FlashKernel:
-    """The kernel of a generation ("flash_attn_2", ...), from the module that holds its functions.
+    """Returns the kernel of a generation ("flash_attn_2", ...), from the module that holds its functions.
 
     Raises:
         ImportError: the functions are not there, or too old.

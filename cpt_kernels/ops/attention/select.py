@@ -1,10 +1,14 @@
-"""Which attention runs: one variable-length call of a kernel (``varlen.py``, ``flash.py``), or segment by segment."""
+"""Chooses the attention that runs: one call of a variable-length kernel (``KERNELS``), or ``SEGMENTWISE``.
+
+Both are tables by name; a new backend is one more entry in one of them.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import logging
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import NoReturn
 
@@ -12,32 +16,50 @@ import torch
 
 from ...errors import UnavailableError, UserError
 from .flash import FLASH, flash_kernel
+from .segments import SEGMENTWISE, SegmentKernel
 from .varlen import Abilities, Kernel, Need, TorchKernel
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "sdpa", "eager", "flash_attn", "varlen")
 
-# What runs segment by segment (``attention.py``), on any device.
-SEGMENTWISE = {"sdpa": Abilities(softcap=False, sinks=False), "eager": Abilities()}
+def _load_flash(name: str) -> Kernel:
+    generation = FLASH[name]
+    return flash_kernel(name, importlib.import_module(generation.module), _version(generation.distribution))
+
+
+def _load_torch_kernel() -> Kernel:
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        raise LookupError("this PyTorch has no CUDA flash attention")
+    return TorchKernel()
+
+
+# Variable-length kernels in the order in which `auto` tries them: name -> a function that returns the kernel. It raises
+# if the kernel is not there: LookupError with the reason, or what the import of its package raises.
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    **{name: functools.partial(_load_flash, name) for name in FLASH},
+    "varlen": _load_torch_kernel,
+}
+
+# Names that a user may ask for, beside the generations in FLASH.
+BACKENDS = ("auto", *SEGMENTWISE, "flash_attn", *(name for name in KERNELS if name not in FLASH))
 
 
 @functools.cache
 def kernels() -> dict[str, Kernel | str]:
-    """All kernels in the order in which ``auto`` tries them; for one that is not there, the reason why."""
+    """Returns all variable-length kernels; in place of one that is not there, the reason."""
     found: dict[str, Kernel | str] = {}
-    for name, spec in FLASH.items():
+    for name, load in KERNELS.items():
         try:
-            found[name] = flash_kernel(name, importlib.import_module(spec.module), _version(spec.distribution))
-        except Exception as error:  # an optional package that is broken must not end a run that never asked for it
-            found[name] = _why(error, spec.module)
-    built = torch.backends.cuda.is_flash_attention_available() and torch.version.hip is None
-    found["varlen"] = TorchKernel() if built else "this PyTorch has no CUDA flash attention"
+            found[name] = load()
+        except LookupError as error:
+            found[name] = str(error.args[0])
+        except Exception as error:  # a broken optional package must not end a run that never asked for it
+            found[name] = _import_failure(error, FLASH[name].module if name in FLASH else name)
     return found
 
 
-def _why(error: Exception, module: str) -> str:
-    # flash-attn-4 alone makes a package flash_attn in which there is no 2.
+def _import_failure(error: Exception, module: str) -> str:
+    # flash-attn-4 alone installs a package `flash_attn` without the modules of 2.
     if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
         return "not installed"
     return f"does not import ({type(error).__name__}: {error})".splitlines()[0]
@@ -51,12 +73,13 @@ def _version(distribution: str) -> str:
 
 
 def capabilities() -> dict[str, Abilities | str]:
-    """The capability table: backend -> what it can do, or why it is not there."""
-    return {name: k if isinstance(k, str) else k.abilities for name, k in kernels().items()} | SEGMENTWISE
+    """Returns the capability table: backend -> what it can do, or why it is not there."""
+    table = {name: k if isinstance(k, str) else k.abilities for name, k in kernels().items()}
+    return table | {name: kernel.abilities for name, kernel in SEGMENTWISE.items()}
 
 
 def kernels_of(backend: str) -> dict[str, Kernel | str]:
-    """What a backend's name stands for: ``auto`` all, ``flash_attn`` any generation, or one kernel by its own name.
+    """Returns the kernels a name stands for: ``auto`` all, ``flash_attn`` any generation, or one by its own name.
 
     Raises:
         UserError: unknown backend.
@@ -72,21 +95,24 @@ def kernels_of(backend: str) -> dict[str, Kernel | str]:
 
 
 @functools.cache
-def choose_attention(backend: str, need: Need) -> Kernel | str:
-    """The kernel to run, or ``sdpa`` or ``eager``: segment by segment.
+def choose_attention(backend: str, need: Need) -> Kernel | SegmentKernel:
+    """Returns the attention that runs a call.
 
-    ``auto`` on CUDA takes the first kernel that can do it; one that could not is named in a warning, once.
+    ``auto`` on CUDA takes the first kernel that can do the call. The first time, a warning names the kernels that
+    could not, or says that attention runs segment by segment.
 
     Raises:
         UserError: unknown backend, or one asked for by name that lacks something; the message says what.
         UnavailableError: the backend asked for is not available here.
     """
     if backend in SEGMENTWISE:
-        if lacking := SEGMENTWISE[backend].lacks(need):
-            raise UserError(f"attention backend '{backend}' lacks {', '.join(lacking)}: take eager or auto")
-        return backend
+        if missing := SEGMENTWISE[backend].abilities.lacks(need):
+            raise UserError(f"attention backend '{backend}' lacks {', '.join(missing)}: take eager or auto")
+        return SEGMENTWISE[backend]
+
+    # Variable-length kernels; a CPU has none, so `auto` does not ask there.
     candidates = {} if backend == "auto" and need.device == "cpu" else kernels_of(backend)
-    lacking = {}
+    lacking: dict[str, list[str]] = {}
     for name, kernel in candidates.items():
         if isinstance(kernel, str):
             continue
@@ -97,18 +123,20 @@ def choose_attention(backend: str, need: Need) -> Kernel | str:
         lacking[f"{name} {kernel.version}"] = missing
     if backend != "auto":
         _refuse(backend, lacking)
-    fallback = next(name for name, abilities in SEGMENTWISE.items() if not abilities.lacks(need))
+
+    # Segment by segment.
+    fallback = next(kernel for kernel in SEGMENTWISE.values() if not kernel.abilities.lacks(need))
     if need.device != "cpu":
         reasons = _sentence(lacking) or "; ".join(f"{name}: {reason}" for name, reason in candidates.items())
-        _announce(f"attention runs segment by segment ({fallback}), slow where there are many: {reasons}")
+        _announce(f"attention runs segment by segment ({fallback.name}), slow where there are many: {reasons}")
     return fallback
 
 
 def describe_backend(backend: str, device: str) -> str:
-    """One line on what attention will run on, before any call is known.
+    """Returns one line on what attention will run on, before any call is known.
 
     Raises:
-        UserError, UnavailableError: as :func:`choose_attention`, where the backend cannot run here whatever the call.
+        UserError, UnavailableError: as :func:`choose_attention`, if the backend cannot run any call here.
     """
     if backend in SEGMENTWISE:
         return f"attention: segment by segment, {backend}"
@@ -116,23 +144,23 @@ def describe_backend(backend: str, device: str) -> str:
     found = {f"{k.name} {k.version}": k for k in candidates.values() if not isinstance(k, str)}
     usable = [name for name, kernel in found.items() if kernel.abilities.device in (None, device)]
     if backend == "auto":
-        usable.append("segment by segment (sdpa or eager)")
+        usable.append(f"segment by segment ({' or '.join(SEGMENTWISE)})")
     elif not usable:
         _refuse(backend, {name: [f"tensors on {device}"] for name in found})
     return f"attention: {', else '.join(usable)}"
 
 
-def _sentence(lacking: dict[str, list[str]]) -> str:
+def _sentence(lacking: Mapping[str, list[str]]) -> str:
     return "; ".join(f"{name} lacks {', '.join(missing)}" for name, missing in lacking.items())
 
 
-def _refuse(backend: str, lacking: dict[str, list[str]]) -> NoReturn:
+def _refuse(backend: str, lacking: Mapping[str, list[str]]) -> NoReturn:
     if lacking:
         raise UserError(f"attention backend '{backend}' cannot do this: {_sentence(lacking)}; take auto")
     reasons = "; ".join(f"{name}: {reason}" for name, reason in kernels_of(backend).items())
     raise UnavailableError(f"attention backend '{backend}' is not available ({reasons}): install it, or take auto")
 
 
-@functools.cache
+@functools.cache  # logs each text once
 def _announce(message: str) -> None:
     logger.warning(message)

@@ -1,12 +1,12 @@
 """Attention of all segments in one variable-length call on CUDA: what a kernel is, what it can do, and PyTorch's own.
 
-Causal masks are aligned at the ends of queries and keys (bottom-right), as all flash kernels since 2.1 do. Their window
-(left, right) lets the query that is aligned with key i see keys i - left to i + right, so "the last W keys, itself
-included" is (W - 1, 0); PyTorch documents (W, 0) for the same thing, but hands it to the same kernels.
+Causal masks are aligned at the ends of queries and keys (bottom-right), as in all flash kernels since 2.1. A window
+(left, right) of theirs lets the query that is aligned with key i see keys i - left to i + right. "The last W keys,
+itself included" is therefore (W - 1, 0). PyTorch documents (W, 0) for the same, but passes it to the same kernels.
 
-PyTorch's kernel is called beneath ``torch.nn.attention.varlen.varlen_attn``, by the two operators that it is made of.
-Those have had scale, window and grouped heads since before torch 2.10; ``varlen_attn`` got them one by one until 2.12.
-And only so can the backward be made deterministic, and sinks be done (:class:`_FlashAttention`).
+PyTorch's kernel is called by the two operators that ``torch.nn.attention.varlen.varlen_attn`` is made of, for three
+reasons: they have scale, window and grouped heads in every torch that we support (``varlen_attn`` got them one by one
+until 2.12), their backward can be made deterministic, and sinks need both halves (:class:`_FlashAttention`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 HALF = (torch.float16, torch.bfloat16)
-_ALIGNMENT = 8  # head sizes of flash kernels are multiples of 16 bytes
+_ALIGNMENT = 8  # flash kernels need head sizes in multiples of 16 bytes
 
 
 @dataclass(frozen=True)
 class Call:
-    """Segments and what happens to their scores."""
+    """Segments of an attention call, and what happens to their scores; see ``shared_prompt_attention``."""
 
     cu_seqlens_q: Tensor  # (G+1,) int32
     cu_seqlens_k: Tensor  # (G+1,) int32
-    max_q: int
+    max_q: int  # queries of the longest segment
     max_k: int
     scale: float
     window: int | None = None
@@ -42,7 +42,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Need:
-    """What a call asks of a kernel."""
+    """What a call needs of a kernel."""
 
     device: str
     architecture: tuple[int, int]  # compute capability; (0, 0) without CUDA
@@ -65,17 +65,17 @@ class Need:
         sinks: Tensor | None,
         dropout: float,
     ) -> Need:
-        """Of a call with these arguments, as :func:`cpt_kernels.ops.attention.shared_prompt_attention` has them."""
+        """Returns the needs of a call with these arguments, which are those of ``shared_prompt_attention``."""
         return cls(
-            query.device.type,
-            torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0),
-            compute_dtype(query),
-            max(query.shape[-1], value.shape[-1]),
-            query.shape[1] != key.shape[1],
-            window is not None,
-            softcap is not None,
-            sinks is not None,
-            dropout > 0,
+            device=query.device.type,
+            architecture=torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0),
+            dtype=compute_dtype(query),
+            head_size=max(query.shape[-1], value.shape[-1]),
+            gqa=query.shape[1] != key.shape[1],
+            window=window is not None,
+            softcap=softcap is not None,
+            sinks=sinks is not None,
+            dropout=dropout > 0,
         )
 
 
@@ -84,21 +84,21 @@ _WORDS = {"gqa": "grouped heads", "window": "windows", "softcap": "soft-cap", "s
 
 @dataclass(frozen=True)
 class Abilities:
-    """A row of the capability table. The defaults are those of plain PyTorch: everything."""
+    """A row of the capability table. The defaults are what plain PyTorch can do: everything."""
 
     gqa: bool = True
     window: bool = True
     softcap: bool = True
     sinks: bool = True
     dropout: bool = True
-    dropout_alone: bool = False  # dropout goes with neither soft-cap nor sinks
-    head_size: int | None = None  # the largest; different sizes of keys and values are padded to the same
+    dropout_alone: bool = False  # dropout works only without soft-cap and sinks
+    head_size: int | None = None  # the largest; smaller keys or values are padded to the size of the others
     dtypes: tuple[torch.dtype, ...] | None = None
     device: str | None = None
     architectures: tuple[int, ...] | None = None  # major compute capabilities
 
     def lacks(self, need: Need) -> list[str]:
-        """What of ``need`` there is not, in words; empty if all is there."""
+        """Returns, in words, the needs that are not met; empty if all are."""
         if self.device not in (None, need.device):
             return [f"tensors on {need.device}"]
         missing = []
@@ -119,20 +119,28 @@ class Abilities:
 class Kernel(Protocol):
     """A variable-length attention. Tensors are (tokens, heads, head size), log-sum-exps (Hq, tokens) fp32."""
 
-    name: str
-    version: str
-    abilities: Abilities
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def abilities(self) -> Abilities: ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """Differentiable attention without sinks."""
+        """Returns differentiable attention without sinks."""
+        ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """(output, log-sum-exp of each query's scores)."""
+        """Returns (output, log-sum-exp of each query's scores)."""
+        ...
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, given what the forward put out."""
+        """Returns the gradients of q, k and v, given the outputs of the forward."""
+        ...
 
 
 # --- The call ---
@@ -146,7 +154,7 @@ def varlen_attention(
     call: Call,
     sinks: Tensor | None = None,  # (Hq,)
 ) -> Tensor:
-    """One call of ``kernel`` for all segments, (T, Hq, Dv), in autocast's dtype where that is on."""
+    """Runs ``kernel`` once for all segments, (T, Hq, Dv), in autocast's dtype where autocast is on."""
     dtype, size = compute_dtype(query), value.shape[-1]
     padded = -(-max(query.shape[-1], size) // _ALIGNMENT) * _ALIGNMENT
     q, k, v = (_pad(x.to(dtype), padded) for x in (query, key, value))
@@ -158,12 +166,12 @@ def varlen_attention(
 
 
 def _pad(x: Tensor, size: int) -> Tensor:
-    """Zeros behind each head: those of queries and keys change no score, those of values are cut off again."""
+    """Appends zeros to each head. Those of queries and keys change no score; those of values are cut off again."""
     return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Flash kernels are not among autocast's operators: what it would do for them is done here."""
+    """Returns the dtype that autocast would choose: flash kernels are not among the operators that it casts."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -171,20 +179,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _FlashAttention(torch.autograd.Function):
-    r"""A kernel's own forward and backward, and sinks around them.
+    """A kernel's own forward and backward, with sinks around them.
 
     A sink s is one more key with score s and value 0. With z the log-sum-exp over the real keys and P their softmax,
 
         z' = logaddexp(z, s),   P' = P exp(z - z') = P sigmoid(z - s),   O' = P' V = O sigmoid(z - s).
 
-    A flash backward rebuilds everything from the z and O that it is given: P = exp(S - z), D = rowsum(dO * O),
-    dV = P^T dO, dS = P * (dO V^T - D). The gradient of any softmax has that form, so with z' and O' in the place of z
-    and O it is the gradient of the softmax with the sink, for the real keys. The sink's own column of it is
+    A flash backward computes everything from the z and O that it gets: P = exp(S - z), D = rowsum(dO * O),
+    dV = P^T dO, dS = P * (dO V^T - D). The gradient of any softmax has that form. With z' and O' in place of z and O it
+    is therefore the gradient of the softmax with the sink, for the real keys. The sink's own column of it is
 
         ds = sum_t p_t (dO_t . 0 - D'_t) = - sum_t p_t (dO_t . O'_t),   p = exp(s - z') = sigmoid(s - z).
 
-    Multiplying O by sigmoid(z - s) outside of a flash attention would need the gradient of z, which flash backwards
-    drop without a word.
+    Hazard: multiplying O by sigmoid(z - s) outside of a flash attention would need the gradient of z, which flash
+    backwards ignore, so gradients would be silently wrong.
     """
 
     @staticmethod
@@ -200,7 +208,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # -> gradients of q, k, v, sinks, kernel, call
         q, k, v, out, lse, sinks = ctx.saved_tensors
         grads = ctx.kernel.backward(grad.contiguous(), q, k, v, out, lse, ctx.call)
         grad_sinks = None
@@ -234,35 +242,43 @@ class TorchKernel:
         return _FlashAttention.apply(q, k, v, None, self, call)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = self.operators._flash_attention_forward(
-            q, k, v, *self._segments(call), return_debug_mask=False, **self._scores(call)
-        )
+        arguments = {**self._arguments(call), "return_debug_mask": False}
+        out, lse, *_ = self.operators._flash_attention_forward(q, k, v, **arguments)
         return out, lse
 
     def backward(self, grad, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        no_dropout = {
+            "rng_state": torch.zeros(2, dtype=torch.uint64, device=q.device),
+            "unused": torch.empty(0, device=q.device),
+        }
+        arguments = {**self._arguments(call), **no_dropout}
         with _deterministic() if call.deterministic else contextlib.nullcontext():
-            return self.operators._flash_attention_backward(
-                grad, q, k, v, out, lse, *self._segments(call), *no_dropout, **self._scores(call)
-            )
+            return self.operators._flash_attention_backward(grad, q, k, v, out, lse, **arguments)
 
-    def _segments(self, call: Call) -> tuple:
-        causal = call.window is None  # a window says it by itself, and the operators take one of the two
-        return call.cu_seqlens_q, call.cu_seqlens_k, call.max_q, call.max_k, call.dropout, causal
-
-    def _scores(self, call: Call) -> dict[str, Any]:
-        left = -1 if call.window is None else call.window - 1
-        return {"scale": call.scale, "window_size_left": left, "window_size_right": 0}
+    def _arguments(self, call: Call) -> dict[str, Any]:
+        return {
+            "cum_seq_q": call.cu_seqlens_q,
+            "cum_seq_k": call.cu_seqlens_k,
+            "max_q": call.max_q,
+            "max_k": call.max_k,
+            "dropout_p": call.dropout,
+            # The operators take a causal mask or a window. A window (left, 0) is causal by itself.
+            "is_causal": call.window is None,
+            "scale": call.scale,
+            "window_size_left": -1 if call.window is None else call.window - 1,
+            "window_size_right": 0,
+        }
 
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's flash backward sums dq without atomics only where the process asks for deterministic algorithms."""
-    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # would write over every gradient once more
+    """Asks the process for deterministic algorithms, without which PyTorch's flash backward sums dq with atomics."""
+    settings: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False  # it would fill every new tensor, one write more each
     torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill

@@ -1,24 +1,28 @@
-"""The passes of ``head.py`` as operators, functional and with autograd, so that ``torch.compile`` takes the head whole.
+"""The passes of the head as ``torch.library`` operators, so that ``torch.compile`` takes the head as one node.
 
-Outside of a graph nobody needs them: there the autograd functions of ``linear_preference.py`` run the same passes, with
-no operator's boundary, and whoever counts or watches products sees them. An operator takes tensors, numbers and lists
-of them, so options, pairs and losses cross its boundary field by field; what a pass leaves out is an empty tensor.
+Only graphs use them. Eager mode calls the passes directly (the autograd functions of ``linear_preference.py``), so
+profilers see the matmuls, and no call pays for the dispatcher. An operator takes tensors, numbers and lists of them:
+tensors are positional, because autograd needs them so, and options, pairs and losses are keywords, field by field. It
+returns tensors alone: an empty tensor stands for a result that is absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...losses import Loss, build_loss
-from ..vocab_score import VocabScore
+from ...losses import Loss
+from ..pair_loss import flat_loss, unflatten_loss
+from ..vocab_score import VocabScore, fill_absent
 from .passes import (
+    Dtypes,
+    GradientSums,
+    Operands,
     Wanted,
-    empty_gradients,
-    empty_score,
+    empty_sums,
     finished_gradients,
     row_gradients,
     scale,
@@ -28,20 +32,21 @@ from .passes import (
 from .tiles import HeadOptions, Pairs
 
 REFUSAL = (
-    "a gradient reached the log-probs of linear_preference_loss, whose gradients were finished for its loss alone: pass"
+    "a gradient reached the log-probs of linear_preference_loss, which finished its gradients for the loss alone: pass"
     " general=True (head_mode='general' in the trainer) for losses built on the log-probs"
 )
 
-_ROWS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, bool[] wanted"
+_OPERANDS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
+_PAIR_TENSORS = (
+    "Tensor cu_completions, Tensor chosen, Tensor? rejected, Tensor sft_targets, Tensor? ref_logps,"
+    " Tensor tokens_per_pair"
+)
+_PAIR_LISTS = "SymInt[] completion_lengths, SymInt[] pair_blocks"
+_LOSS = "str loss, str[] loss_options, Scalar[] loss_values"
 _OPTIONS = (
-    "float logit_scale, float? softcap, SymInt? vocab_size, bool statistics, float? memory_mb,"
+    "bool[] wanted, float logit_scale, float? softcap, SymInt? vocab_size, bool statistics, float? memory_mb,"
     " ScalarType? compute_dtype, str backend"
 )
-_PAIRS = (
-    "Tensor cu_completions, SymInt[] completion_lengths, Tensor chosen, Tensor? rejected, Tensor sft_targets,"
-    " SymInt[] pair_blocks, Tensor? ref_logps, Tensor tokens_per_pair"
-)
-_LOSS = "str loss, str[] loss_options, Scalar[] loss_values"
 _STATISTICS = len(VocabScore._fields)
 
 
@@ -52,48 +57,47 @@ def _tensors(number: int) -> str:
 # --- linear_logprobs ---
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, wanted: Wanted, options: HeadOptions
-) -> VocabScore:
-    """Differentiable ``head.score_rows``."""
-    out = torch.ops.cpt_kernels.linear_logprobs(hidden, weight, targets, bias, wanted, *_flat_options(options))
+def compiled_logprobs(operands: Operands, wanted: Wanted, options: HeadOptions) -> VocabScore:
+    """Differentiable ``score_rows``, as one operator."""
+    out = torch.ops.cpt_kernels.linear_logprobs(*operands, wanted=wanted, **flat_options(options))
     return VocabScore(*(out[:_STATISTICS] if options.statistics else out[:2]))
 
 
 @torch.library.custom_op(
     "cpt_kernels::linear_logprobs",
     mutates_args=(),
-    schema=f"({_ROWS}, {_OPTIONS}) -> {_tensors(_STATISTICS + 1)}",
+    schema=f"({_OPERANDS}, *, {_OPTIONS}) -> {_tensors(_STATISTICS + 1)}",
 )
-def _linear_logprobs(hidden, weight, targets, bias, wanted, *options) -> tuple[Tensor, ...]:
-    *out, _ = score_rows(hidden, weight, targets, bias, Wanted(*wanted), HeadOptions(*options))
-    return _filled(hidden, out)
+def _linear_logprobs(hidden, weight, targets, bias, *, wanted, **options) -> tuple[Tensor, ...]:
+    operands = Operands(hidden, weight, targets, bias)
+    out = score_rows(operands, Wanted(*wanted), HeadOptions(**options))
+    return fill_absent(hidden, (*out.tokens, out.score_weight))
 
 
 @_linear_logprobs.register_fake
-def _(hidden, weight, targets, bias, wanted, *options) -> tuple[Tensor, ...]:
-    wanted, options = Wanted(*wanted), HeadOptions(*options)
+def _fake_linear_logprobs(hidden, weight, targets, bias, *, wanted, **flat) -> tuple[Tensor, ...]:
+    wanted, options = Wanted(*wanted), HeadOptions(**flat)
     x = torch.empty_like(hidden, dtype=options.compute_dtype)
-    return _filled(hidden, (*empty_score(x, options), x if wanted.hidden and not wanted.head else None))
+    tokens = VocabScore.empty(x.shape[0], x, options.statistics)
+    return fill_absent(hidden, (*tokens, x if wanted.hidden and not wanted.head else None))
 
 
-def _setup_logprobs(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, wanted, *options = inputs
+def _setup_logprobs(ctx, inputs, keyword_only_inputs, output) -> None:
     *statistics, score_weight = output
-    ctx.wanted, ctx.options, ctx.dtype = Wanted(*wanted), options, hidden.dtype
-    ctx.save_for_backward(*((hidden, weight, targets, bias) if ctx.wanted.head else (score_weight,)))
+    ctx.wanted, ctx.keywords = Wanted(*keyword_only_inputs["wanted"]), keyword_only_inputs
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*(inputs if ctx.wanted.head else (score_weight,)))
     ctx.mark_non_differentiable(*statistics[1:], score_weight)
 
 
 @once_differentiable
-def _logprobs_backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (1 + len(ctx.options))
+def _logprobs_backward(ctx, grad: Tensor, *_):  # -> gradients of hidden, weight, targets, bias
     if not ctx.wanted.head:
         (score_weight,) = ctx.saved_tensors
-        return scale(score_weight, grad[:, None], ctx.dtype), None, None, None, *nothing
-    grads = torch.ops.cpt_kernels.linear_logprobs_backward(grad, *ctx.saved_tensors, ctx.wanted, *ctx.options)
+        return scale(score_weight, grad[:, None], ctx.dtype), None, None, None
+    grads = torch.ops.cpt_kernels.linear_logprobs_backward(grad, *ctx.saved_tensors, **ctx.keywords)
     grad_hidden, grad_weight, grad_bias = (g if wants else None for g, wants in zip(grads, ctx.wanted))
-    return grad_hidden, grad_weight, None, grad_bias, *nothing
+    return grad_hidden, grad_weight, None, grad_bias
 
 
 _linear_logprobs.register_autograd(_logprobs_backward, setup_context=_setup_logprobs)
@@ -102,127 +106,123 @@ _linear_logprobs.register_autograd(_logprobs_backward, setup_context=_setup_logp
 @torch.library.custom_op(
     "cpt_kernels::linear_logprobs_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_ROWS}, {_OPTIONS}) -> {_tensors(3)}",
+    schema=f"(Tensor grad, {_OPERANDS}, *, {_OPTIONS}) -> {_tensors(3)}",
 )
-def _linear_logprobs_backward(grad, hidden, weight, targets, bias, wanted, *options) -> tuple[Tensor, ...]:
-    wanted, options = Wanted(*wanted), HeadOptions(*options)
-    return _filled(hidden, row_gradients(grad, hidden, weight, targets, bias, wanted, options))
+def _linear_logprobs_backward(grad, hidden, weight, targets, bias, *, wanted, **options) -> tuple[Tensor, ...]:
+    operands = Operands(hidden, weight, targets, bias)
+    return fill_absent(hidden, row_gradients(grad, operands, Wanted(*wanted), HeadOptions(**options)))
 
 
 @_linear_logprobs_backward.register_fake
-def _(grad, hidden, weight, targets, bias, wanted, *options) -> tuple[Tensor, ...]:
+def _fake_linear_logprobs_backward(grad, hidden, weight, targets, bias, *, wanted, **_) -> tuple[Tensor, ...]:
     leaves = zip((hidden, weight, bias), wanted)
-    return _filled(hidden, (torch.empty_like(leaf) if wants else None for leaf, wants in leaves))
+    return fill_absent(hidden, (torch.empty_like(leaf) if wants else None for leaf, wants in leaves))
 
 
 # --- linear_preference ---
 
 
-def linear_preference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    wanted: Wanted,
-    pairs: Pairs,
-    loss: Loss,
-    options: HeadOptions,
-) -> tuple[Tensor | None, ...]:
-    """Differentiable ``head.score_pair_blocks``, without what it has for the backward."""
-    ours = (loss.name, list(loss.options), list(loss.options.values()))
-    out = torch.ops.cpt_kernels.linear_preference(
-        hidden, weight, targets, bias, wanted, *_flat_pairs(pairs), *ours, *_flat_options(options)
-    )
-    statistics = out[3 : 3 + _STATISTICS] if options.statistics else (*out[3:5], *(None,) * (_STATISTICS - 2))
-    return *out[:3], *statistics
+def compiled_preference(operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
+    """Differentiable ``score_pair_blocks``, as one operator; returns loss, losses, completion_logps and the tokens'."""
+    tensors, lists = flat_pairs(pairs)
+    flat = {**lists, **flat_loss(loss), **flat_options(options)}
+    out = torch.ops.cpt_kernels.linear_preference(*operands, *tensors, wanted=wanted, **flat)
+    return out[: 3 + (_STATISTICS if options.statistics else 2)]
 
 
 @torch.library.custom_op(
     "cpt_kernels::linear_preference",
     mutates_args=(),
-    schema=f"({_ROWS}, {_PAIRS}, {_LOSS}, {_OPTIONS}) -> {_tensors(3 + _STATISTICS + 4)}",
+    schema=f"({_OPERANDS}, {_PAIR_TENSORS}, *, {_PAIR_LISTS}, {_LOSS}, {_OPTIONS}) -> {_tensors(3 + _STATISTICS + 4)}",
 )
-def _linear_preference(hidden, weight, targets, bias, wanted, *flat) -> tuple[Tensor, ...]:
-    pairs, loss, options = _unflatten(flat)
-    *out, _ = score_pair_blocks(hidden, weight, targets, bias, Wanted(*wanted), pairs, loss, options)
-    return _filled(hidden, out)
+def _linear_preference(*tensors, wanted, loss, loss_options, loss_values, **keywords) -> tuple[Tensor, ...]:
+    operands, pairs, options = _unflatten(tensors, **keywords)
+    bound = unflatten_loss(loss, loss_options, loss_values)
+    out = score_pair_blocks(operands, Wanted(*wanted), pairs, bound, options)
+    return fill_absent(operands.hidden, (out.loss, out.losses, out.completion_logps, *out.tokens, out.g, *out.sums))
 
 
 @_linear_preference.register_fake
-def _(hidden, weight, targets, bias, wanted, *flat) -> tuple[Tensor, ...]:
-    wanted, (pairs, _, options) = Wanted(*wanted), _unflatten(flat)
-    x = torch.empty_like(hidden, dtype=options.compute_dtype)
-    tokens = empty_score(x, options)
-    sums = (tokens.logps.new_empty(size) for size in ((), len(pairs.chosen), len(pairs.cu_completions) - 1))
-    finished = (torch.empty_like(tokens.logps), *empty_gradients(x, weight, bias, wanted))
-    return _filled(hidden, (*sums, *tokens, *finished))
+def _fake_linear_preference(*tensors, wanted, loss, loss_options, loss_values, **keywords) -> tuple[Tensor, ...]:
+    operands, pairs, options = _unflatten(tensors, **keywords)
+    x = torch.empty_like(operands.hidden, dtype=options.compute_dtype)
+    tokens = VocabScore.empty(x.shape[0], x, options.statistics)
+    sums = (tokens.logps.new_empty(size) for size in ((), pairs.chosen.shape[0], pairs.cu_completions.shape[0] - 1))
+    g = torch.empty_like(tokens.logps)
+    return fill_absent(operands.hidden, (*sums, *tokens, g, *empty_sums(x, operands, Wanted(*wanted))))
 
 
-def _setup_preference(ctx, inputs, output) -> None:
-    hidden, weight, _, bias, wanted, *_ = inputs
+def _setup_preference(ctx, inputs, keyword_only_inputs, output) -> None:
     _, losses, _, _, *others = output
-    ctx.wanted, ctx.inputs = Wanted(*wanted), len(inputs)
-    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(*output[-4:])
+    ctx.wanted, ctx.inputs = Wanted(*keyword_only_inputs["wanted"]), len(inputs)
+    ctx.dtypes = Dtypes.of(Operands(*inputs[:4]))
+    ctx.save_for_backward(*output[-4:])  # g and the gradient sums
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(losses, *others)
 
 
 @once_differentiable
-def _preference_backward(ctx, grad_loss, _, grad_completion_logps, grad_logps, *__) -> tuple[Tensor | None, ...]:
+def _preference_backward(ctx, grad_loss, _, grad_completion_logps, grad_logps, *__):  # -> gradients of all tensors
     for grad in (grad_completion_logps, grad_logps):
-        if grad is not None:  # zeros stand for an output that nobody used, so a graph must look at the values
+        # A graph passes zeros for an output that is not used, so only the values tell whether a gradient arrived.
+        if grad is not None:
             torch._assert_async((grad == 0).all(), REFUSAL)
     if grad_loss is None:
         return (None,) * ctx.inputs
-    g, *finished = ctx.saved_tensors
-    finished = (tensor if wants else None for tensor, wants in zip(finished, ctx.wanted))
-    grad_hidden, grad_weight, grad_bias = finished_gradients(grad_loss, g, *finished, ctx.dtypes)
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * (ctx.inputs - 4)
+    g, *sums = ctx.saved_tensors
+    finished = GradientSums(*(tensor if wants else None for tensor, wants in zip(sums, ctx.wanted)))
+    grads = finished_gradients(grad_loss, g, finished, ctx.dtypes)
+    return grads.hidden, grads.weight, None, grads.bias, *(None,) * (ctx.inputs - 4)
 
 
 _linear_preference.register_autograd(_preference_backward, setup_context=_setup_preference)
 
 
-# --- Across the boundary ---
+# --- Across the boundary of an operator ---
 
 
-def _flat_options(options: HeadOptions) -> tuple:
-    return (
-        options.logit_scale,
-        options.softcap,
-        options.vocab_size,
-        options.statistics,
-        options.memory_mb,
-        options.compute_dtype,
-        options.backend,
-    )
+def flat_options(options: HeadOptions) -> dict[str, Any]:
+    """Returns options as keywords of an operator. Written out, because Dynamo traces this function."""
+    return {
+        "logit_scale": options.logit_scale,
+        "softcap": options.softcap,
+        "vocab_size": options.vocab_size,
+        "statistics": options.statistics,
+        "memory_mb": options.memory_mb,
+        "compute_dtype": options.compute_dtype,
+        "backend": options.backend,
+    }
 
 
-def _flat_pairs(pairs: Pairs) -> tuple:
-    return (
+def flat_pairs(pairs: Pairs) -> tuple[tuple[Tensor | None, ...], dict[str, list[int]]]:
+    """Returns pairs as arguments of an operator: the tensors of ``_PAIR_TENSORS``, and the lists."""
+    # The normaliser becomes a tensor, by a product because a graph can make that of numbers and of tensors. As a number
+    # it would be a constant of the graph, and each step with another number would compile again.
+    tokens_per_pair = torch.ones((), dtype=torch.float64) * pairs.tokens_per_pair
+    tensors = (
         pairs.cu_completions,
-        list(pairs.completion_lengths),
         pairs.chosen,
         pairs.rejected,
         pairs.sft_targets,
-        [number for block in pairs.pair_blocks for number in block],
         pairs.ref_logps,
-        # A product, of which a graph can make one of tensors: another number each step would compile another graph.
-        torch.ones((), dtype=torch.float64) * pairs.tokens_per_pair,
+        tokens_per_pair,
     )
+    pair_blocks = [count for block in pairs.pair_blocks for count in block]
+    return tensors, {"completion_lengths": list(pairs.completion_lengths), "pair_blocks": pair_blocks}
 
 
-def _unflatten(flat: tuple) -> tuple[Pairs, Loss, HeadOptions]:
-    offsets, lengths, chosen, rejected, sft_targets, pair_blocks, ref_logps, tokens_per_pair = flat[:8]
-    name, options, values = flat[8:11]
-    pair_blocks = list(zip(pair_blocks[::2], pair_blocks[1::2]))
-    return (
-        Pairs(offsets, lengths, chosen, rejected, sft_targets, pair_blocks, ref_logps, tokens_per_pair),
-        build_loss(name, **dict(zip(options, values))),
-        HeadOptions(*flat[11:]),
+def _unflatten(
+    tensors: tuple, *, completion_lengths: list[int], pair_blocks: list[int], **options
+) -> tuple[Operands, Pairs, HeadOptions]:
+    cu_completions, chosen, rejected, sft_targets, ref_logps, tokens_per_pair = tensors[4:]
+    pairs = Pairs(
+        cu_completions,
+        completion_lengths,
+        chosen,
+        rejected,
+        sft_targets,
+        list(zip(pair_blocks[::2], pair_blocks[1::2])),
+        ref_logps,
+        tokens_per_pair,
     )
-
-
-def _filled(like: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if result is None else result for result in results)
+    return Operands(*tensors[:4]), pairs, HeadOptions(**options)

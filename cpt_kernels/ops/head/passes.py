@@ -1,12 +1,16 @@
-"""Passes of the head over its tiles of logits, without autograd: what ``linear_preference.py`` makes its modes of.
+"""Passes of the head over its tiles of logits, without autograd; ``linear_preference.py`` combines them into modes.
 
-Every tile is a GEMM, is scored in place, serves the GEMMs of the gradients and is overwritten by the next. Where one
-tile holds all rows, it can be kept for the backward instead, which then knows how to weigh its rows. Results that
-nobody wants are ``None``.
+A tile is computed by one matrix product, scored in place, used by the products of the gradients, and overwritten by the
+next tile. If one tile holds all rows it can be kept for the backward instead, which then knows the weights of its rows.
+Results that are not wanted are ``None``.
+
+Notation: ``x`` and ``w`` are hidden rows (N, H) and weight (V, H) in the dtype of the products; ``G`` is the vocab
+score (N, V); ``g`` (N,) is the derivative of the loss by each row's log-prob.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,25 +19,38 @@ from torch import Tensor
 from ...losses import Loss
 from .. import backends, pair_loss, vocab_score
 from ..gather import segment_sum
-from ..vocab_score import VocabScore
+from ..pair_loss import PairLossInput, PairLossOutput
+from ..vocab_score import VocabScore, score_tile
 from .tiles import HeadOptions, Pairs, Tile, logits_tiles, pair_block_tiles, tile_buffer, tile_logits
 
 _BLOCK_ROWS = 4096
 _HALF = (torch.bfloat16, torch.float16)
 
 
+class Operands(NamedTuple):
+    """Inputs of the head."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    targets: Tensor  # (N,) int64
+    bias: Tensor | None  # (V,)
+
+
 class Wanted(NamedTuple):
-    """Which gradients a pass prepares. The caller says: inside of an autograd function all look wanted."""
+    """Which gradients a pass prepares. Passed in, because ctx.needs_input_grad is True even under no_grad."""
 
     hidden: bool
     weight: bool
     bias: bool
 
     @classmethod
-    def of(cls, *tensors: Tensor | None) -> Wanted:
-        """Of hidden, weight and bias, those that take a gradient here and now."""
-        enabled = torch.is_grad_enabled()
-        return cls(*(enabled and tensor is not None and tensor.requires_grad for tensor in tensors))
+    def of(cls, operands: Operands) -> Wanted:
+        """Returns which of hidden, weight and bias take a gradient in the current grad mode."""
+
+        def wants(tensor: Tensor | None) -> bool:
+            return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
+        return cls(wants(operands.hidden), wants(operands.weight), wants(operands.bias))
 
     @property
     def head(self) -> bool:
@@ -41,170 +58,201 @@ class Wanted(NamedTuple):
         return self.weight or self.bias
 
 
-def score_rows(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    wanted: Wanted,
-    options: HeadOptions,
-    keep: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """The fields of ``VocabScore``; then what the backward needs to compute no logits again.
+class Dtypes(NamedTuple):
+    """Dtypes of the leaves, in which gradients are returned."""
 
-    Without a gradient of the head ``G W`` (N, H). With one, if ``keep`` and one tile holds all rows, both ``G W`` and
-    ``G`` (N, V), the tile itself.
+    hidden: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype | None
+
+    @classmethod
+    def of(cls, operands: Operands) -> Dtypes:
+        bias = operands.bias
+        return cls(operands.hidden.dtype, operands.weight.dtype, None if bias is None else bias.dtype)
+
+
+class Gradients(NamedTuple):
+    """Gradients of the leaves."""
+
+    hidden: Tensor | None  # (N, H)
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+class GradientSums(NamedTuple):
+    """What the tiles add up to before the upstream gradient is known."""
+
+    score_weight: Tensor | None  # (N, H) G W, not scaled by g: small weights times half-precision rows underflow
+    weight: Tensor | None  # (V, H) G^T (g X) in fp32, or fp64 for fp64
+    bias: Tensor | None  # (V,) G^T g likewise
+
+
+class ScoredRows(NamedTuple):
+    """Result of :func:`score_rows`."""
+
+    tokens: VocabScore  # (N,)
+    score_weight: Tensor | None  # (N, H) G W
+    score: Tensor | None  # (N, V) G, the kept tile
+
+
+class ScoredPairs(NamedTuple):
+    """Result of :func:`score_pair_blocks`."""
+
+    loss: Tensor  # () sum of the losses
+    losses: Tensor  # (P,)
+    completion_logps: Tensor  # (S,)
+    tokens: VocabScore  # (N,)
+    g: Tensor  # (N,)
+    sums: GradientSums  # without weight and bias if the tile was kept
+    score: Tensor | None  # (N, V) G, the kept tile
+
+
+class WeighedTile(NamedTuple):
+    """What the pairs of a tile give."""
+
+    completion_logps: Tensor
+    losses: Tensor
+    g: Tensor  # d(sum of losses)/dlogp of each row
+
+
+# --- Log-probs ---
+
+
+def score_rows(operands: Operands, wanted: Wanted, options: HeadOptions, keep: bool = False) -> ScoredRows:
+    """Scores all rows, and prepares what the backward needs to compute no logits again.
+
+    If the head is frozen that is ``G W`` (1 more product). If it is trained, ``keep`` is set and one tile holds all
+    rows, it is ``G W`` and the tile itself. In the remaining cases the backward computes the logits again.
     """
-    x, w, backend = _operands(hidden, weight, targets, options)
+    x, w, backend = _prepare(operands, options)
+    targets = operands.targets
     buffer = tile_buffer(x, w, options)
     kept = keep and wanted.head
     wants_score_weight = wanted.hidden and (keep or not wanted.head)
     if len(buffer) == len(x):
         logits = tile_logits(x, w, buffer)
-        out = options.score(logits, targets, bias, kept or wants_score_weight, backend)
-        return *out, torch.mm(logits, w) if wants_score_weight else None, logits if kept else None
-    out = empty_score(x, options)
+        out = score_tile(logits, targets, options.of_tile(operands.bias, kept or wants_score_weight), backend)
+        return ScoredRows(out, torch.mm(logits, w) if wants_score_weight else None, logits if kept else None)
+    out = VocabScore.empty(len(x), x, options.statistics)
     score_weight = torch.empty_like(x) if wanted.hidden and not wanted.head else None
+    tile_options = options.of_tile(operands.bias, score_weight is not None)
     for rows, logits in logits_tiles(x, w, buffer):
-        _store(out, rows, options.score(logits, targets[rows], bias, score_weight is not None, backend))
+        _store(out, rows, score_tile(logits, targets[rows], tile_options, backend))
         if score_weight is not None:
             torch.mm(logits, w, out=score_weight[rows])
-    return *out, score_weight, None
+    return ScoredRows(out, score_weight, None)
 
 
 def scored_gradients(
     grad: Tensor,  # (N,) that arrives at the log-probs
     score_weight: Tensor | None,  # (N, H) G W
-    score: Tensor | None,  # (N, V) G
-    hidden: Tensor | None,  # (N, H), with the score
+    score: Tensor | None,  # (N, V) G, if the head is trained
+    hidden: Tensor | None,  # (N, H), if the head is trained
     wanted: Wanted,
-    dtypes: tuple[torch.dtype | None, ...],  # of hidden, weight and bias
+    dtypes: Dtypes,
     in_place: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias from the score of all rows; ``in_place`` as below."""
+) -> Gradients:
+    """Computes gradients from the vocab score of all rows; ``in_place`` as in :func:`finished_gradients`."""
     grad_weight = grad_bias = None
-    if wanted.weight:
-        gx = scale(hidden.to(score.dtype), grad[:, None], score.dtype)
-        if score.dtype == dtypes[1] and (score.is_cuda or score.dtype not in _HALF):
-            grad_weight = score.t() @ gx
-        else:
-            grad_weight = hidden.new_zeros(score.shape[1], hidden.shape[1], dtype=torch.float32)
-            _add_product(grad_weight, score, gx)
-            grad_weight = grad_weight.to(dtypes[1])
-    if wanted.bias:
-        grad_bias = (score.t() @ grad[:, None].to(score.dtype))[:, 0].to(dtypes[2])
-    grad_hidden = None if score_weight is None else scale(score_weight, grad[:, None], dtypes[0], in_place)
-    return grad_hidden, grad_weight, grad_bias
+    if score is not None and hidden is not None:
+        if wanted.weight:
+            gx = scale(hidden.to(score.dtype), grad[:, None], score.dtype)
+            if score.dtype == dtypes.weight and (score.is_cuda or score.dtype not in _HALF):
+                grad_weight = score.t() @ gx
+            else:  # the gradient is wider than the product, or a CPU would accumulate in half precision
+                grad_weight = hidden.new_zeros(score.shape[1], hidden.shape[1], dtype=torch.float32)
+                _add_product(grad_weight, score, gx)
+                grad_weight = grad_weight.to(dtypes.weight)
+        if wanted.bias:
+            grad_bias = (score.t() @ grad[:, None].to(score.dtype))[:, 0].to(dtypes.bias)
+    grad_hidden = None if score_weight is None else scale(score_weight, grad[:, None], dtypes.hidden, in_place)
+    return Gradients(grad_hidden, grad_weight, grad_bias)
 
 
-def row_gradients(
-    grad: Tensor,  # (N,) that arrives at the log-probs
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    wanted: Wanted,
-    options: HeadOptions,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, from tiles that are computed again."""
-    score_weight, grad_weight, grad_bias = _sum_gradients(grad, hidden, weight, targets, bias, wanted, options)
-    return (
-        None if score_weight is None else scale(score_weight, grad[:, None], hidden.dtype),
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(bias.dtype),
+def row_gradients(grad: Tensor, operands: Operands, wanted: Wanted, options: HeadOptions) -> Gradients:
+    """Computes gradients from tiles that are computed again; ``grad`` (N,) arrives at the log-probs."""
+    sums, (hidden, weight, _, bias) = _sum_gradients(grad, operands, wanted, options), operands
+    return Gradients(
+        None if sums.score_weight is None else scale(sums.score_weight, grad[:, None], hidden.dtype),
+        None if sums.weight is None else sums.weight.to(weight.dtype),
+        None if sums.bias is None or bias is None else sums.bias.to(bias.dtype),
     )
 
 
-def _sum_gradients(grad, hidden, weight, targets, bias, wanted, options):
-    """A function of its own, so that the tile is gone when gradients are rounded."""
-    x, w, backend = _operands(hidden, weight, targets, options)
-    score_weight, grad_weight, grad_bias = empty_gradients(x, weight, bias, wanted)
+def _sum_gradients(grad: Tensor, operands: Operands, wanted: Wanted, options: HeadOptions) -> GradientSums:
+    """A function of its own, so that the tile is freed before the gradients are rounded to their dtype."""
+    x, w, backend = _prepare(operands, options)
+    sums = empty_sums(x, operands, wanted)
+    tile_options = options.of_tile(operands.bias, score=True)
     for rows, logits in logits_tiles(x, w, tile_buffer(x, w, options)):
-        options.score(logits, targets[rows], bias, True, backend)
-        _add_gradients(logits, x[rows], w, grad[rows], score_weight, rows, grad_weight, grad_bias)
-    return score_weight, grad_weight, grad_bias
+        score_tile(logits, operands.targets[rows], tile_options, backend)
+        _add_gradients(sums, rows, logits, x[rows], w, grad[rows])
+    return sums
+
+
+# --- Losses of pairs ---
 
 
 def score_pair_blocks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    wanted: Wanted,
-    pairs: Pairs,
-    loss: Loss,
-    options: HeadOptions,
-    keep: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """A separable loss with its gradients: a tile holds whole pair blocks, so they are finished while it is there.
+    operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions, keep: bool = False
+) -> ScoredPairs:
+    """Computes a separable loss with its gradients: a tile holds whole pair blocks, so they are finished in one go.
 
-    Returns:
-        Sum of the losses, losses (P,), completion log-probs (S,), the six fields of ``VocabScore``; then, for the
-        backward, ``g`` (N,), ``G W`` (N, H) unscaled, and the gradients of weight (V, H) and bias (V,) in fp32; or, if
-        ``keep`` and one tile holds all rows, in place of these two the tile itself, ``G`` (N, V), last.
+    If ``keep`` is set and one tile holds all rows, the tile is returned in place of the sums for weight and bias.
     """
-    x, w, backend = _operands(hidden, weight, targets, options)
+    x, w, backend = _prepare(operands, options)
+    targets = operands.targets
     buffer = tile_buffer(x, w, options)
+    scoring = options.of_tile(operands.bias, score=True)
+
+    # One tile holds everything: it is kept for the backward.
     if keep and len(buffer) == len(x):
         logits = tile_logits(x, w, buffer)
-        tokens = options.score(logits, targets, bias, True, backend)
+        tokens = score_tile(logits, targets, scoring, backend)
         everything = Tile(slice(0, len(x)), (0, 0), (len(pairs.completion_lengths), len(pairs.chosen)))
-        completion_logps, losses, g = _weigh_tile(everything, tokens, pairs, loss, options.backend)
-        score_weight = torch.mm(logits, w) if wanted.hidden else None
-        return losses.sum(), losses, completion_logps, *tokens, g, score_weight, None, None, logits
-    tokens = empty_score(x, options)
+        found = _weigh_tile(everything, tokens, pairs, loss, options.backend)
+        sums = GradientSums(torch.mm(logits, w) if wanted.hidden else None, None, None)
+        return ScoredPairs(found.losses.sum(), found.losses, found.completion_logps, tokens, found.g, sums, logits)
+
+    tokens = VocabScore.empty(len(x), x, options.statistics)
     completion_logps = tokens.logps.new_empty(len(pairs.completion_lengths))
     losses = tokens.logps.new_empty(len(pairs.chosen))
     g = torch.empty_like(tokens.logps)
-    score_weight, grad_weight, grad_bias = empty_gradients(x, weight, bias, wanted)
+    sums = empty_sums(x, operands, wanted)
     for tile in pair_block_tiles(pairs, len(buffer)):
+        # Log-probs of the tile. Its logits become the vocab score at once if they all fit the buffer; else only the
+        # log-probs are kept.
         whole = tile.rows.stop - tile.rows.start <= len(buffer)
+        tile_options = options.of_tile(operands.bias, score=whole)
         for rows, logits in logits_tiles(x, w, buffer, tile.rows):
-            _store(tokens, rows, options.score(logits, targets[rows], bias, whole, backend))
-        part = VocabScore(*(None if tensor is None else tensor[tile.rows] for tensor in tokens))
-        completions, some = slice(tile.first[0], tile.last[0]), slice(tile.first[1], tile.last[1])
-        completion_logps[completions], losses[some], g[tile.rows] = _weigh_tile(
-            tile, part, pairs, loss, options.backend
-        )
+            _store(tokens, rows, score_tile(logits, targets[rows], tile_options, backend))
+        # Losses of its pairs, and with them g.
+        found = _weigh_tile(tile, tokens.part(tile.rows), pairs, loss, options.backend)
+        completion_logps[tile.completions], losses[tile.pairs], g[tile.rows] = found
+        # Gradients. For a block larger than the buffer the logits are computed again, now that g is known.
         if whole:
-            _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
+            _add_gradients(sums, rows, logits, x[rows], w, g[rows])
             continue
-        # The block is larger than a tile: its logits are computed again, now that g is known.
         for rows, logits in logits_tiles(x, w, buffer, tile.rows):
-            options.score(logits, targets[rows], bias, True, backend)
-            _add_gradients(logits, x[rows], w, g[rows], score_weight, rows, grad_weight, grad_bias)
-    return losses.sum(), losses, completion_logps, *tokens, g, score_weight, grad_weight, grad_bias, None
+            score_tile(logits, targets[rows], scoring, backend)
+            _add_gradients(sums, rows, logits, x[rows], w, g[rows])
+    return ScoredPairs(losses.sum(), losses, completion_logps, tokens, g, sums, None)
 
 
 def finished_gradients(
     grad_loss: Tensor,  # ()
-    g: Tensor,  # and the next three: as from score_pair_blocks
-    score_weight: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    dtypes: tuple[torch.dtype | None, ...],  # of hidden, weight and bias
+    g: Tensor,  # (N,)
+    sums: GradientSums,
+    dtypes: Dtypes,
     in_place: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, ``in_place`` written over what they are made from, where dtypes allow."""
-    return (
-        None if score_weight is None else scale(score_weight, (grad_loss * g)[:, None], dtypes[0], in_place),
-        None if grad_weight is None else scale(grad_weight, grad_loss, dtypes[1], in_place),
-        None if grad_bias is None else scale(grad_bias, grad_loss, dtypes[2], in_place),
+) -> Gradients:
+    """Scales finished sums by the gradient that arrives at the loss; ``in_place`` overwrites them if dtypes allow."""
+    score_weight, weight, bias = sums
+    return Gradients(
+        None if score_weight is None else scale(score_weight, (grad_loss * g)[:, None], dtypes.hidden, in_place),
+        None if weight is None else scale(weight, grad_loss, dtypes.weight, in_place),
+        None if bias is None or dtypes.bias is None else scale(bias, grad_loss, dtypes.bias, in_place),
     )
-
-
-def scale(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
-    """``x * factor`` in the wider of their precisions, rounded once: small weights times half-precision rows underflow.
-
-    In blocks of rows, as a CPU computes what it has to round or to widen in a temporary.
-    """
-    if x.dtype == factor.dtype == dtype:
-        return x.mul_(factor) if in_place else x * factor
-    out = x if in_place and x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-    factors = factor.split(_BLOCK_ROWS) if factor.dim() else [factor] * -(-len(x) // _BLOCK_ROWS)
-    for part, some, into in zip(x.split(_BLOCK_ROWS), factors, out.split(_BLOCK_ROWS)):
-        torch.mul(part, some, out=into)
-    return out
 
 
 def _weigh_tile(
@@ -213,61 +261,60 @@ def _weigh_tile(
     pairs: Pairs,
     loss: Loss,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a tile: log-probs of its completions, losses of its pairs, and ``g``, d(sum of losses)/dlogp of each row."""
+) -> WeighedTile:
     offsets = pairs.cu_completions[tile.first[0] : tile.last[0] + 1] - tile.rows.start
     if pair_loss.has_kernel(loss):
-        sums, losses, weights = _closed_form(tile, tokens.logps, offsets, pairs, loss, backend)
-        return sums, losses, weights.repeat_interleave(offsets.diff(), output_size=len(tokens.logps))
+        sums, losses, weights = _weigh_closed_form(tile, tokens.logps, offsets, pairs, loss, backend)
+        return WeighedTile(sums, losses, weights.repeat_interleave(offsets.diff(), output_size=len(tokens.logps)))
     with torch.enable_grad():
         tokens = tokens._replace(logps=tokens.logps.detach().requires_grad_())
         sums = segment_sum(tokens.logps, offsets)
         losses = loss(pairs.pair_logps(sums, tile.first, tile.last, loss, tokens))
         (g,) = torch.autograd.grad(losses.sum(), tokens.logps)
-    return sums.detach(), losses.detach(), g
+    return WeighedTile(sums.detach(), losses.detach(), g)
 
 
-def _closed_form(
+def _weigh_closed_form(
     tile: Tile, logps: Tensor, offsets: Tensor, pairs: Pairs, loss: Loss, backend: str
-) -> pair_loss.PairLossOutput:
-    completions, some = slice(tile.first[0], tile.last[0]), slice(tile.first[1], tile.last[1])
-    backend = backends.resolve(backend, logps, pair_loss.KERNEL_DTYPES)
+) -> PairLossOutput:
+    backend = backends.resolve(backend, logps, pair_loss.BACKENDS)
+    # A kernel takes the normaliser as a number. A tensor on a GPU is not read, because that would synchronise.
     normaliser = pairs.tokens_per_pair
     if isinstance(normaliser, Tensor):
         if normaliser.device.type == "cpu":
             normaliser = normaliser.item()
         elif loss.name != "sft":
-            normaliser = 1.0  # nobody else looks at it
+            normaliser = 1.0  # only sft reads it
         else:
-            backend = "eager"  # it would have to be waited for to become a kernel's argument
-    indices = (pairs.chosen, pairs.rejected, pairs.sft_targets)
-    return pair_loss.weigh_pairs(
-        logps,
-        offsets,
-        *(None if index is None else index[some] - completions.start for index in indices),
-        None if pairs.ref_logps is None else pairs.ref_logps[completions],
-        loss,
-        normaliser,
-        backend,
+            backend = "eager"
+    # Indices and reference log-probs of this tile alone.
+    chosen, rejected, targets = (
+        None if index is None else index[tile.pairs] - tile.first[0]
+        for index in (pairs.chosen, pairs.rejected, pairs.sft_targets)
     )
+    assert chosen is not None
+    ref_logps = None if pairs.ref_logps is None else pairs.ref_logps[tile.completions]
+    inputs = PairLossInput(logps, offsets, chosen, rejected, targets, ref_logps)
+    return pair_loss.weigh_pairs(inputs, loss, normaliser, backend)
+
+
+# --- Products and sums ---
 
 
 def _add_gradients(
-    score: Tensor,  # (R, V)
+    sums: GradientSums,  # written (score_weight) and added to (weight, bias)
+    rows: slice,
+    score: Tensor,  # (R, V) G of these rows
     x: Tensor,  # (R, H)
     w: Tensor,  # (V, H)
     g: Tensor,  # (R,)
-    score_weight: Tensor | None,  # (N, H), its rows are written
-    rows: slice,
-    grad_weight: Tensor | None,  # (V, H) fp32, added to
-    grad_bias: Tensor | None,  # (V,) fp32, added to
 ) -> None:
-    if score_weight is not None:
-        torch.mm(score, w, out=score_weight[rows])
-    if grad_weight is not None:
-        _add_product(grad_weight, score, scale(x, g[:, None], x.dtype))
-    if grad_bias is not None:
-        grad_bias += (score.t() @ g[:, None].to(score.dtype))[:, 0]
+    if sums.score_weight is not None:
+        torch.mm(score, w, out=sums.score_weight[rows])
+    if sums.weight is not None:
+        _add_product(sums.weight, score, scale(x, g[:, None], x.dtype))
+    if sums.bias is not None:
+        sums.bias.add_((score.t() @ g[:, None].to(score.dtype))[:, 0])
 
 
 def _add_product(
@@ -279,39 +326,53 @@ def _add_product(
         grad_weight.addmm_(score.t(), gx)
     elif score.is_cuda:
         torch.addmm(grad_weight, score.t(), gx, out_dtype=grad_weight.dtype, out=grad_weight)
-    else:  # a CPU has no half-precision product that accumulates in fp32 across calls; blocks, as both are copied
+    else:
+        # A CPU has no half-precision product that accumulates in fp32 over several calls, so both operands are copied
+        # to fp32, block by block.
         gx = gx.to(grad_weight.dtype)
         for columns, into in zip(score.t().split(_BLOCK_ROWS), grad_weight.split(_BLOCK_ROWS)):
             into.addmm_(columns.to(grad_weight.dtype), gx)
 
 
-def _operands(hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, str]:
-    """Operands of the GEMMs in their dtype, and the backend of the kernels between them."""
+def scale(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    """Returns ``x * factor``, computed in the wider of their dtypes and rounded once to ``dtype``.
+
+    Small weights times half-precision rows would underflow otherwise. The work goes in blocks of rows, because a CPU
+    makes a temporary of whatever it has to round or widen.
+    """
+    if x.dtype == factor.dtype == dtype:
+        return x.mul_(factor) if in_place else x * factor
+    out = x if in_place and x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    factors: Sequence[Tensor] = factor.split(_BLOCK_ROWS) if factor.dim() else [factor] * -(-len(x) // _BLOCK_ROWS)
+    for part, some, into in zip(x.split(_BLOCK_ROWS), factors, out.split(_BLOCK_ROWS)):
+        torch.mul(part, some, out=into)
+    return out
+
+
+def _prepare(operands: Operands, options: HeadOptions) -> tuple[Tensor, Tensor, str]:
+    """Returns x and w in the dtype of the products, and the backend of ``vocab_score``. Checks the targets."""
+    hidden, weight, targets, _ = operands
     vocab_score.check_targets(targets, weight.shape[0] if options.vocab_size is None else options.vocab_size)
     dtype = options.compute_dtype or hidden.dtype
     x, w = hidden.to(dtype), weight if options.compute_dtype is None else weight.to(dtype)
-    return x, w, backends.resolve(options.backend, x, vocab_score.KERNEL_DTYPES)
+    return x, w, backends.resolve(options.backend, x, vocab_score.BACKENDS)
 
 
-def empty_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Room for ``G W``, and zeros to accumulate in: fp32, or fp64 for fp64."""
-    zeros = (
-        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if wants else None
-        for t, wants in ((weight, wanted.weight), (bias, wanted.bias))
+def empty_sums(x: Tensor, operands: Operands, wanted: Wanted) -> GradientSums:
+    """Allocates ``G W`` without initialising it, and zeros for weight and bias: fp32, or fp64 for fp64."""
+
+    def zeros(leaf: Tensor) -> Tensor:
+        return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+
+    _, weight, _, bias = operands
+    return GradientSums(
+        torch.empty_like(x) if wanted.hidden else None,
+        zeros(weight) if wanted.weight else None,
+        zeros(bias) if wanted.bias and bias is not None else None,
     )
-    return torch.empty_like(x) if wanted.hidden else None, *zeros
-
-
-def empty_score(x: Tensor, options: HeadOptions) -> VocabScore:
-    """Room for the statistics of all rows, of those that the options ask for."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    kinds = (dtype, dtype, *((dtype, dtype, torch.bool, dtype) if options.statistics else (None,) * 4))
-    return VocabScore(*(None if kind is None else x.new_empty(x.shape[0], dtype=kind) for kind in kinds))
 
 
 def _store(out: VocabScore, rows: slice, part: VocabScore) -> None:
-    for whole, tensor in zip(out, part):
-        if whole is not None:
-            whole[rows] = tensor
+    for whole, values in zip(out, part):
+        if whole is not None and values is not None:
+            whole[rows] = values

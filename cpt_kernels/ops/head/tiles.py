@@ -1,4 +1,4 @@
-"""What the head is asked for, and how its rows are cut into tiles that hold whole pair blocks."""
+"""Options and pairs of the head, and how its rows are cut into tiles that hold whole pair blocks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from ...losses import Loss, PairLogps
 from ..gather import segment_sum
 from ..pair_loss import check_pairs
-from ..vocab_score import VocabScore, score_tile
+from ..vocab_score import TileOptions, VocabScore
 
-# Fewer rows make slow products, and a pair that fits no tile costs a fourth one; more only take memory.
+# Default rows of a tile on a CPU. With fewer rows matrix products are slower, and more pair blocks are larger than a
+# tile, which costs a fourth product; more rows only take memory.
 _CPU_ROWS = 512
 
-# For so few rows a CPU makes the transposed product, in pieces that stay in cache: its sgemm prefers few columns to few
-# rows, by up to 1.8 times on the machine of bench/NOTES.md.
+# For so few rows a CPU computes the transposed product, in pieces that stay in the cache: its sgemm prefers few columns
+# to few rows, by up to 1.8 times on the machine of bench/NOTES.md.
 _CPU_FEW_ROWS, _CPU_PIECE = 128, 2048
 
 
@@ -30,8 +31,8 @@ class HeadOptions:
         logit_scale, softcap, vocab_size: see :func:`cpt_kernels.vocab_score`.
         statistics: also return entropy, mean logit, top-1 and log sum p^2 of every token.
         memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator, and 512 rows on a CPU.
-        compute_dtype: dtype of the GEMMs, as autocast would choose; default the dtype of ``hidden``.
-        backend: of the kernels between the GEMMs, see ``ops.backends``.
+        compute_dtype: dtype of the matrix products, as autocast would choose; default the dtype of ``hidden``.
+        backend: of the kernels between the products, see ``ops.backends``.
     """
 
     logit_scale: float = 1.0
@@ -50,11 +51,9 @@ class HeadOptions:
         itemsize = (self.compute_dtype or hidden.dtype).itemsize
         return max(1, int(budget * 2**20) // (row_stride(weight.shape[0], hidden.device) * itemsize))
 
-    def score(self, logits: Tensor, targets: Tensor, bias: Tensor | None, score: bool, backend: str) -> VocabScore:
-        """``vocab_score`` of a tile with these options, on a resolved backend."""
-        vocab_size = logits.shape[1] if self.vocab_size is None else self.vocab_size
-        between = (bias, self.logit_scale, self.softcap, vocab_size)
-        return score_tile(logits, targets, *between, self.statistics, score, backend)
+    def of_tile(self, bias: Tensor | None, score: bool) -> TileOptions:
+        """The options of ``vocab_score`` for a tile."""
+        return TileOptions(bias, self.logit_scale, self.softcap, self.vocab_size, self.statistics, score)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Pairs:
     """Which completions the N rows form, and which of them are paired; fields as in ``data.collate.PackedBatch``."""
 
     cu_completions: Tensor  # (S+1,) int64
-    completion_lengths: Sequence[int]  # S, the same on the host
+    completion_lengths: Sequence[int]  # S, the differences of cu_completions on the host
     chosen: Tensor  # (P,) int64
     rejected: Tensor | None  # (P,)
     sft_targets: Tensor  # (P,)
@@ -74,7 +73,7 @@ class Pairs:
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
 
     def check(self, loss: Loss, device: torch.device, rows: int) -> None:
-        """Hold the pairs of so many rows on a device to what they should be, and to what the loss needs.
+        """Checks that the pairs fit so many rows on a device, and have what the loss needs.
 
         Raises:
             ValueError: they do not fit.
@@ -93,23 +92,23 @@ class Pairs:
             self._check_blocks(rows)
 
     def _check_blocks(self, rows: int) -> None:
-        """Rows outside all blocks would be in no tile, and their gradients would stay unwritten."""
+        # Rows outside all blocks would be in no tile, and their gradients would stay unwritten.
         found = len(self.completion_lengths), sum(self.completion_lengths)
         if found != (expected := (len(self.cu_completions) - 1, rows)):
             raise ValueError(
                 "completion_lengths are of {} completions with {} tokens; cu_completions and hidden have {} and"
                 " {}".format(*found, *expected)
             )
-        found = tuple(sum(block[i] for block in self.pair_blocks) for i in (0, 1))
+        found = sum(completions for completions, _ in self.pair_blocks), sum(pairs for _, pairs in self.pair_blocks)
         if found != (expected := (len(self.completion_lengths), len(self.chosen))):
             raise ValueError(
                 "pair_blocks hold {} completions and {} pairs, and there are {} and {}".format(*found, *expected)
             )
-        if self.chosen.device.type == "cpu":  # else to look at indices is to wait for the device
+        if self.chosen.device.type == "cpu":  # on a GPU reading the indices would cost a synchronisation
             self._check_sides()
 
     def _check_sides(self) -> None:
-        """A pair that reaches into another block would be given wrong log-probs where that lies in another tile."""
+        # A pair that reaches into another block would get wrong log-probs if that block is in another tile.
         blocks = list(enumerate(self.pair_blocks))
         owners = dict(enumerate(block for block, (completions, _) in blocks for _ in range(completions)))
         expected = [block for block, (_, pairs) in blocks for _ in range(pairs)]
@@ -130,30 +129,39 @@ class Pairs:
         loss: Loss | None = None,
         tokens: VocabScore | None = None,  # (N,) of the same completions
     ) -> PairLogps:
-        """What a loss sees of the pairs from ``first`` to ``last`` (completion, pair).
+        """Returns what a loss sees of the pairs from ``first`` to ``last``, each a (completion, pair).
 
-        With ``loss`` and ``tokens`` also what this loss needs besides sums of log-probs.
+        With ``loss`` and ``tokens`` the result also has what this loss needs besides sums of log-probs.
         """
         last = last or (len(self.completion_lengths), len(self.chosen))
         lengths = self.cu_completions.diff().to(logps.dtype)
+        some = slice(first[1], last[1])
 
-        def select(index: Tensor | None) -> tuple[Tensor | None, ...]:
-            if index is None:
-                return None, None, None
-            index = index[first[1] : last[1]]
+        def select(index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            """Log-probs, lengths and reference log-probs of completions."""
             ref = None if self.ref_logps is None else self.ref_logps[index]
             return logps[index - first[0]], lengths[index], ref
 
-        chosen, chosen_length, ref_chosen = select(self.chosen)
-        rejected, rejected_length, ref_rejected = select(self.rejected)
-        target, target_length, _ = select(self.sft_targets)
-        more = {} if loss is None else self._more(loss, tokens, first, last)
+        chosen, chosen_length, ref_chosen = select(self.chosen[some])
+        rejected, rejected_length, ref_rejected = None, None, None
+        if self.rejected is not None:
+            rejected, rejected_length, ref_rejected = select(self.rejected[some])
+        target, target_length, _ = select(self.sft_targets[some])
         return PairLogps(
-            chosen, rejected, target, chosen_length, rejected_length, target_length, ref_chosen, ref_rejected,
-            self.tokens_per_pair, **more,
-        )  # fmt: skip
+            chosen=chosen,
+            rejected=rejected,
+            target=target,
+            chosen_length=chosen_length,
+            rejected_length=rejected_length,
+            target_length=target_length,
+            ref_chosen=ref_chosen,
+            ref_rejected=ref_rejected,
+            tokens_per_pair=self.tokens_per_pair,
+            **({} if loss is None or tokens is None else self._more(loss, tokens, first, last)),
+        )
 
     def _more(self, loss: Loss, tokens: VocabScore, first: tuple[int, int], last: tuple[int, int]) -> dict[str, Tensor]:
+        """Fields of ``PairLogps`` that are made of single tokens, or of gaps."""
         some, row = slice(first[1], last[1]), self.cu_completions[first[0]]
         more: dict[str, Tensor] = {}
         if loss.needs_tails:
@@ -161,15 +169,21 @@ class Pairs:
             if self.ref_token_logps is not None:
                 more["ref_chosen_tail"], more["ref_rejected_tail"] = self._tails(self.ref_token_logps, 0, some)
         if loss.needs_log_sum_sq:
+            assert tokens.log_sum_sq is not None and self.rejected is not None
             sums = segment_sum(tokens.log_sum_sq.detach(), self.cu_completions[first[0] : last[0] + 1] - row)
             more["chosen_log_sum_sq"] = sums[self.chosen[some] - first[0]]
             more["rejected_log_sum_sq"] = sums[self.rejected[some] - first[0]]
         if loss.needs_gap:
+            assert self.gaps is not None
             more["gap"] = self.gaps[some].to(tokens.logps.dtype)
         return more
 
     def _tails(self, values: Tensor, row: Tensor | int, some: slice) -> Iterator[Tensor]:
-        """Sums beyond the other side's length of token values that start at ``row``, (P,) for chosen and rejected."""
+        """Yields, for the chosen and the rejected side, (P,) sums of token values beyond the other side's length.
+
+        ``values`` start at row ``row`` of the batch.
+        """
+        assert self.rejected is not None
         starts, lengths = self.cu_completions[:-1] - row, self.cu_completions.diff()
         steps = torch.arange(max(self.completion_lengths), device=values.device)
         chosen, rejected = self.chosen[some], self.rejected[some]
@@ -181,19 +195,27 @@ class Pairs:
 
 
 class Tile(NamedTuple):
-    """A run of whole pair blocks."""
+    """Consecutive whole pair blocks. Usually their logits exist at one time; a large block takes several buffers."""
 
     rows: slice
     first: tuple[int, int]  # (completion, pair) where it starts
-    last: tuple[int, int]  # and ends
+    last: tuple[int, int]  # (completion, pair) where it ends
+
+    @property
+    def completions(self) -> slice:
+        return slice(self.first[0], self.last[0])
+
+    @property
+    def pairs(self) -> slice:
+        return slice(self.first[1], self.last[1])
 
 
 def row_stride(columns: int, device: torch.device) -> int:
     """Elements from row to row of a tile.
 
-    On a GPU a multiple of 16: GEMMs and kernels load 16 bytes at once where rows start at multiples of 16 bytes, and
-    what Triton knows of a stride is whether it is a multiple of 16. On a CPU an odd multiple of 64: rows that are
-    multiples of 4 KiB apart evict each other from its caches, which costs GEMMs up to a fifth of their time.
+    On a GPU it is a multiple of 16: products and kernels access 16 bytes at once if rows start at multiples of 16
+    bytes, and Triton only knows whether a stride is a multiple of 16. On a CPU it is an odd multiple of 64: rows that
+    are multiples of 4 KiB apart evict each other from the cache, which costs products up to a fifth of their time.
     """
     if device.type == "cpu":
         return (-(-columns // 64) | 1) * 64
@@ -201,13 +223,13 @@ def row_stride(columns: int, device: torch.device) -> int:
 
 
 def tile_buffer(x: Tensor, w: Tensor, options: HeadOptions) -> Tensor:
-    """Room for the largest tile. One for the whole call: on a CPU a new one would be faulted in page by page."""
+    """Allocates the largest tile, (R, V), once per call: on a CPU each new buffer would be faulted in page by page."""
     rows, columns = max(1, min(options.tile_rows(x, w), x.shape[0])), w.shape[0]
     return x.new_empty(rows, row_stride(columns, x.device))[:, :columns]
 
 
 def tile_logits(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
-    """``x @ w.T``, written to ``out`` (R, V)."""
+    """Writes ``x @ w.T`` to ``out`` (R, V) and returns it."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) > _CPU_FEW_ROWS:
         return torch.mm(x, w.t(), out=out)
     piece = x.new_empty(min(_CPU_PIECE, len(w)), len(x))
@@ -217,7 +239,7 @@ def tile_logits(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
 
 
 def logits_tiles(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of logits in the buffer: each is overwritten by the next."""
+    """Yields (rows, logits) of consecutive tiles. All share the buffer: each overwrites the one before."""
     start, stop = (0, x.shape[0]) if rows is None else (rows.start, rows.stop)
     for first in range(start, stop, len(buffer)):
         rows = slice(first, min(first + len(buffer), stop))
@@ -225,7 +247,7 @@ def logits_tiles(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None
 
 
 def pair_block_tiles(pairs: Pairs, budget: int) -> Iterator[Tile]:
-    """Runs of whole pair blocks with at most ``budget`` rows; a block that is larger is a tile of its own."""
+    """Yields runs of whole pair blocks with at most ``budget`` rows. A block with more rows is a tile of its own."""
     row, completion, pair = 0, 0, 0
     start = (0, (0, 0))
     for completions, block_pairs in pairs.pair_blocks:

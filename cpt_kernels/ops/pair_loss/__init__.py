@@ -1,21 +1,49 @@
-"""Token log-probs -> completion log-probs -> one loss per pair -> one weight per completion."""
+"""``pair_loss``: token log-probs -> completion log-probs -> one loss per pair -> one weight per completion.
+
+``reference`` defines it and runs any loss by autograd. For the losses in ``KERNEL_LOSSES``, ``BACKENDS`` lists a closed
+form in eager PyTorch and the kernels ``triton`` and ``cuda``.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...losses import LOSSES, Loss, build_loss
 from .. import backends
-from .reference import PairLossOutput, pair_loss_reference
+from ..backends import Backend
+from .closed_form import KernelLoss
+from .reference import PairLossInput, PairLossOutput, pair_loss_reference
 
-__all__ = ["KERNEL_DTYPES", "KERNEL_LOSSES", "PairLossOutput", "check_pairs", "has_kernel", "pair_loss", "weigh_pairs"]
+__all__ = [
+    "BACKENDS",
+    "KERNEL_LOSSES",
+    "KernelLoss",
+    "PairLossInput",
+    "PairLossOutput",
+    "check_pairs",
+    "flat_loss",
+    "has_kernel",
+    "kernel_loss",
+    "pair_loss",
+    "unflatten_loss",
+    "weigh_pairs",
+]
 
-KERNEL_DTYPES = (torch.float32,)
+_KERNEL_DTYPES = (torch.float32,)
 
-# The losses that the kernels know, each with those of its options that they know. Any other runs in eager PyTorch.
+# A function of this table takes (PairLossInput, KernelLoss) and returns PairLossOutput.
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend(f"{__name__}.closed_form:pair_loss_closed_form"),
+    "triton": Backend(f"{__name__}.triton:pair_loss_triton", _KERNEL_DTYPES, backends.check_triton),
+    "cuda": Backend(f"{__name__}.cuda:pair_loss_cuda", _KERNEL_DTYPES, backends.check_extension),
+}
+
+# The losses that the kernels know, each with the options that they know of it. Others run in eager PyTorch.
 KERNEL_LOSSES = {
     "sigmoid": ("beta", "label_smoothing"),
     "hinge": ("beta",),
@@ -34,10 +62,11 @@ def has_kernel(loss: Loss) -> bool:
     return loss.options is not None and loss.name in KERNEL_LOSSES and set(loss.options) <= set(_DEFAULTS[loss.name])
 
 
-def kernel_options(loss: Loss) -> dict[str, float]:
-    """What the kernels are given: the options of all their losses, with this loss's values for those that it has."""
+def kernel_loss(loss: Loss, tokens_per_pair: Tensor | float = 1.0) -> KernelLoss:
+    """Returns ``loss`` as the kernels take it. Options of other losses get their defaults, which are not read."""
+    assert loss.options is not None, f"loss '{loss.name}' has no kernel"
     everything = {option: value for options in _DEFAULTS.values() for option, value in options.items()}
-    return {**everything, **_DEFAULTS[loss.name], **loss.options}
+    return KernelLoss(loss.name, tokens_per_pair, **{**everything, **_DEFAULTS[loss.name], **loss.options})
 
 
 def pair_loss(
@@ -53,10 +82,10 @@ def pair_loss(
     backend: str = "auto",
     **options,
 ) -> PairLossOutput:
-    """Losses of pairs, and how much each completion's log-prob moves their sum.
+    """Returns the losses of pairs, and the weight of each completion: the derivative of their sum by its log-prob.
 
-    Deterministic. The losses of ``KERNEL_LOSSES`` are one launch of CUDA, and one of Triton's or, from some size, two;
-    any other runs in eager PyTorch. No autograd: the weights are the gradient.
+    Deterministic. The losses of ``KERNEL_LOSSES`` take one launch in CUDA, and one or, above some size, two in Triton;
+    other losses run in eager PyTorch. No autograd: the weights are the gradient.
 
     Args:
         loss: the name of a built-in loss, its options given as keywords; or a :class:`Loss`, built in or a user's.
@@ -67,92 +96,89 @@ def pair_loss(
         :class:`PairLossOutput`: completion log-probs (S,), losses (P,), weights (S,).
 
     Raises:
-        ValueError: wrong shapes or dtypes, an unknown loss, a side or a reference that the loss needs is missing, or it
-            needs more than a log-prob of each completion; a kernel asked for that does not know the loss; on a CPU,
-            offsets or indices out of range. On a GPU looking would cost a synchronisation: there the kernels keep
-            offsets within the tokens and give NaN for a pair with an index out of range.
+        ValueError: wrong shapes or dtypes, or an unknown loss; a side or a reference that the loss needs is missing, or
+            the loss needs more than a log-prob of each completion; a kernel is asked for that does not know the loss;
+            on a CPU, offsets or indices out of range. On a GPU that check would cost a synchronisation: there the
+            kernels keep offsets within the tokens and return NaN for a pair with an index out of range.
         TypeError: an option is not this loss's.
         RuntimeError: the backend asked for is not available.
     """
     if isinstance(loss, Loss) and options:
         raise ValueError(f"loss '{loss.name}' has its options bound already: {', '.join(options)} cannot be given here")
     bound = loss if isinstance(loss, Loss) else build_loss(loss, **options)
-    _check(token_logps, cu_completions, chosen, rejected, targets, ref_logps, bound)
+    inputs = PairLossInput(token_logps, cu_completions, chosen, rejected, targets, ref_logps)
+    _check_pair_loss(inputs, bound)
     if not has_kernel(bound):
         if backend not in ("auto", "eager"):
             raise ValueError(f"loss '{bound.name}' has no kernel with its options: take backend 'auto' or 'eager'")
         backend = "eager"
-    tensors = (token_logps, cu_completions, chosen, rejected, targets, ref_logps)
     with torch.no_grad():
         if torch.compiler.is_compiling() and has_kernel(bound):
-            given = (bound.name, list(bound.options), list(bound.options.values()), tokens_per_pair, backend)
-            return PairLossOutput(*torch.ops.cpt_kernels.pair_loss(*tensors, *given))
-        return weigh_pairs(*tensors, bound, tokens_per_pair, backends.resolve(backend, token_logps, KERNEL_DTYPES))
+            flat = {**flat_loss(bound), "tokens_per_pair": tokens_per_pair, "backend": backend}
+            return PairLossOutput(*torch.ops.cpt_kernels.pair_loss(*inputs, **flat))
+        return weigh_pairs(inputs, bound, tokens_per_pair, backends.resolve(backend, token_logps, BACKENDS))
+
+
+def weigh_pairs(
+    inputs: PairLossInput,
+    loss: Loss,
+    tokens_per_pair: Tensor | float,  # a tensor only on the eager backend
+    backend: str,
+) -> PairLossOutput:
+    """Runs ``pair_loss`` on a resolved backend, without checks and outside the dispatcher: for the head's passes."""
+    if not has_kernel(loss):
+        return pair_loss_reference(inputs, loss, tokens_per_pair)
+    # Kernels take a missing tensor as "this loss has no such side", so tensors that the loss does not read are dropped.
+    ref_logps = inputs.ref_logps if loss.needs_reference else None
+    inputs = inputs._replace(
+        rejected=inputs.rejected if loss.needs_rejected else None,
+        ref_logps=None if ref_logps is None else ref_logps.to(inputs.token_logps.dtype),
+    )
+    function: Callable[[PairLossInput, KernelLoss], PairLossOutput] = BACKENDS[backend].load()
+    return function(inputs, kernel_loss(loss, tokens_per_pair))
+
+
+# --- The operator, for graphs alone: tensors and numbers, the loss by its name and options ---
 
 
 @torch.library.custom_op(
     "cpt_kernels::pair_loss",
     mutates_args=(),
     schema="(Tensor token_logps, Tensor cu_completions, Tensor chosen, Tensor? rejected, Tensor? targets,"
-    " Tensor? ref_logps, str loss, str[] options, Scalar[] values, float tokens_per_pair, str backend)"
+    " Tensor? ref_logps, *, str loss, str[] loss_options, Scalar[] loss_values, float tokens_per_pair, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def _pair_loss(*arguments) -> tuple[Tensor, Tensor, Tensor]:  # for graphs alone
-    *tensors, loss, options, values, tokens_per_pair, backend = arguments
-    backend = backends.resolve(backend, tensors[0], KERNEL_DTYPES)
-    return tuple(weigh_pairs(*tensors, build_loss(loss, **dict(zip(options, values))), tokens_per_pair, backend))
+def _pair_loss(*tensors, tokens_per_pair, backend, **loss) -> tuple[Tensor, ...]:
+    inputs = PairLossInput(*tensors)
+    backend = backends.resolve(backend, inputs.token_logps, BACKENDS)
+    return tuple(weigh_pairs(inputs, unflatten_loss(**loss), tokens_per_pair, backend))
 
 
 @_pair_loss.register_fake
-def _(token_logps, cu_completions, chosen, *_) -> tuple[Tensor, Tensor, Tensor]:
-    completions = cu_completions.shape[0] - 1
-    return (
-        token_logps.new_empty(completions),
-        token_logps.new_empty(chosen.shape[0]),
-        token_logps.new_empty(completions),
-    )
+def _fake_pair_loss(*tensors, **_) -> tuple[Tensor, ...]:
+    return tuple(PairLossOutput.empty(PairLossInput(*tensors)))
 
 
-def weigh_pairs(
-    token_logps: Tensor,
-    cu_completions: Tensor,
-    chosen: Tensor,
-    rejected: Tensor | None,
-    targets: Tensor | None,
-    ref_logps: Tensor | None,
-    loss: Loss,
-    tokens_per_pair: Tensor | float,
-    backend: str,
-) -> PairLossOutput:
-    """``pair_loss`` on a resolved backend, without checks and without an operator: for operators made of it."""
-    if not has_kernel(loss):
-        return pair_loss_reference(
-            token_logps, cu_completions, chosen, rejected, targets, ref_logps, loss, tokens_per_pair
-        )
-    if backend == "eager":
-        from .closed_form import pair_loss_closed_form as function
-    elif backend == "triton":
-        from .triton import pair_loss_triton as function
-    else:
-        from .cuda import pair_loss_cuda as function
-    rejected = rejected if loss.needs_rejected else None
-    ref_logps = ref_logps.to(token_logps.dtype) if loss.needs_reference else None
-    tensors = (token_logps, cu_completions, chosen, rejected, targets, ref_logps)
-    return function(*tensors, loss.name, tokens_per_pair, **kernel_options(loss))
+def flat_loss(loss: Loss) -> dict[str, Any]:
+    """Returns a loss of the kernels as arguments of an operator: its name, and names and values of its options."""
+    assert loss.options is not None, f"loss '{loss.name}' has no kernel"
+    return {"loss": loss.name, "loss_options": list(loss.options), "loss_values": list(loss.options.values())}
 
 
-def _check(
-    token_logps: Tensor,
-    cu_completions: Tensor,
-    chosen: Tensor,
-    rejected: Tensor | None,
-    targets: Tensor | None,
-    ref_logps: Tensor | None,
-    loss: Loss,
-) -> None:
+def unflatten_loss(loss: str, loss_options: list[str], loss_values: list[float]) -> Loss:
+    """Inverse of :func:`flat_loss`."""
+    options: dict[str, Any] = dict(zip(loss_options, loss_values))
+    return build_loss(loss, **options)
+
+
+# --- Checks ---
+
+
+def _check_pair_loss(inputs: PairLossInput, loss: Loss) -> None:
+    token_logps, cu_completions, _, rejected, _, ref_logps = inputs
     if token_logps.dim() != 1 or token_logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"token_logps must be fp32 or fp64 (N,), not {token_logps.dtype} {tuple(token_logps.shape)}")
-    check_pairs(token_logps.device, cu_completions, chosen, rejected, targets, ref_logps)
+    check_pairs(token_logps.device, *inputs[1:])
     if loss.needs_rejected and rejected is None:
         raise ValueError(f"loss '{loss.name}' needs rejected completions")
     if loss.needs_reference and ref_logps is None:
@@ -165,7 +191,8 @@ def _check(
         if cu_completions[0] != 0 or cu_completions[-1] != len(token_logps) or (cu_completions.diff() < 0).any():
             raise ValueError(f"cu_completions must ascend from 0 to {len(token_logps)}")
         completions = len(cu_completions) - 1
-        for name, side in {"chosen": chosen, "rejected": rejected, "targets": targets}.items():
+        for name in ("chosen", "rejected", "targets"):
+            side = getattr(inputs, name)
             if side is not None and ((side < 0) | (side >= completions)).any():
                 raise ValueError(f"{name} must index the {completions} completions")
 
@@ -178,7 +205,7 @@ def check_pairs(
     targets: Tensor | None,
     ref_logps: Tensor | None,
 ) -> None:
-    """Hold pairs to their shapes, dtypes and device.
+    """Checks shapes, dtypes and device of pairs.
 
     Raises:
         ValueError: they do not fit.

@@ -1,96 +1,100 @@
-"""What the kernels of ``pair_loss`` compute, in PyTorch: losses and their derivatives, without autograd.
+"""The ``eager`` backend of ``pair_loss``: losses and their derivatives in closed form, without autograd.
 
-Autograd does not work inside of an operator, and a closed form is faster. There are few numbers, so all is fp64.
+Autograd does not work inside a custom operator, and a closed form is faster. The arrays have one value per completion
+or pair, so fp64 throughout costs nothing.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import PairLossOutput, completion_sums
+from .reference import PairLossInput, PairLossOutput, completion_sums
+
+
+@dataclass(frozen=True)
+class KernelLoss:
+    """A loss that the kernels know, with every option of all such losses; see ``cpt_kernels.losses`` for the options.
+
+    Attributes:
+        name: a key of ``KERNEL_LOSSES``.
+        tokens_per_pair: the normaliser of ``sft``; a tensor only in eager PyTorch.
+    """
+
+    name: str
+    tokens_per_pair: Tensor | float
+    beta: float
+    label_smoothing: float
+    slic_delta: float
+    slic_lambda: float
+    slic_length_normalize: bool
 
 
 class _Completions(NamedTuple):
-    """What losses are made of, (S,) fp64."""
+    """What losses read of S completions, fp64."""
 
-    logps: Tensor
-    ratios: Tensor | None  # log-prob minus the reference's
-    lengths: Tensor
+    logps: Tensor  # (S,)
+    ratios: Tensor | None  # (S,) log-prob minus the reference's
+    lengths: Tensor  # (S,)
 
 
-def pair_loss_closed_form(
-    token_logps: Tensor,  # (N,) fp32 or fp64
-    cu_completions: Tensor,  # (S+1,) int32 or int64
-    chosen: Tensor,  # (P,) int64, as the next two
-    rejected: Tensor | None,
-    targets: Tensor | None,
-    ref_logps: Tensor | None,  # (S,)
-    loss: str,
-    tokens_per_pair: Tensor | float,
-    **options,
-) -> PairLossOutput:
-    """Losses and weights; arguments as ``pair_loss``, with every option of every loss that the kernels know."""
-    sums, lengths = completion_sums(token_logps, cu_completions)
-    logps = sums.to(token_logps.dtype)  # rounded, as whoever is given them sees them
-    sums, ratios = logps.double(), None if ref_logps is None else logps.double() - ref_logps.double()
+# A side's completions (P,) and the derivatives of the losses by their log-probs (P,).
+_Slope = tuple[Tensor, Tensor]
 
-    losses, slopes = _losses(
-        loss,
-        _Completions(sums, ratios, lengths),
-        chosen,
-        rejected,
-        chosen if targets is None else targets,
-        tokens_per_pair,
-        **options,
-    )
+
+def pair_loss_closed_form(inputs: PairLossInput, loss: KernelLoss) -> PairLossOutput:
+    """Computes losses and weights as ``pair_loss_reference`` does, for the losses that the kernels know."""
+    sums, lengths = completion_sums(inputs.token_logps, inputs.cu_completions)
+    # Losses see the log-probs as the caller gets them: rounded to the dtype of the tokens.
+    logps = sums.to(inputs.token_logps.dtype)
+    sums, ratios = logps.double(), None if inputs.ref_logps is None else logps.double() - inputs.ref_logps.double()
+
+    target = inputs.chosen if inputs.targets is None else inputs.targets
+    sides = _Completions(sums, ratios, lengths)
+    losses, slopes = _losses_and_slopes(loss, sides, inputs.chosen, inputs.rejected, target)
     indices, values = (torch.cat(parts) for parts in zip(*slopes))
-    # Sorted by index on CUDA, so in a fixed order; index_add_ would be atomic.
+    # On CUDA index_put_ sorts by index and adds in a fixed order; index_add_ would use atomics.
     weights = torch.zeros_like(sums).index_put_((indices,), values, accumulate=True)
     return PairLossOutput(logps, losses.to(logps.dtype), weights.to(logps.dtype))
 
 
-def _losses(
-    loss: str,
-    of: _Completions,
+def _losses_and_slopes(
+    loss: KernelLoss,
+    sides: _Completions,
     w: Tensor,  # (P,) chosen
-    x: Tensor | None,  # rejected
-    y: Tensor,  # the regulariser's
-    tokens_per_pair: Tensor | float,
-    *,
-    beta: float,
-    label_smoothing: float,
-    slic_delta: float,
-    slic_lambda: float,
-    slic_length_normalize: bool,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The kernels' losses, and (completions, derivatives by their log-probs) of each side that has any."""
-    if loss == "sft":
-        return -of.logps[w] / tokens_per_pair, [(w, torch.full_like(of.logps[w], -1) / tokens_per_pair)]
-    if loss == "slic":
-        lengths = of.lengths if slic_length_normalize else torch.ones_like(of.lengths)
-        margin = slic_delta - of.logps[w] / lengths[w] + of.logps[x] / lengths[x]
-        losses, active = _relu(margin)
-        slopes = [(w, -active / lengths[w]), (x, active / lengths[x]), (y, -slic_lambda / lengths[y])]
-        return losses - slic_lambda * (of.logps[y] / lengths[y]), slopes
-    if loss == "ipo":
-        h = of.ratios[w] / of.lengths[w] - of.ratios[x] / of.lengths[x] - 1 / (2 * beta)
-        return h * h, [(w, 2 * h / of.lengths[w]), (x, -2 * h / of.lengths[x])]
-    h = beta * (of.ratios[w] - of.ratios[x])
-    if loss == "hinge":
+    x: Tensor | None,  # (P,) rejected
+    y: Tensor,  # (P,) of the regulariser
+) -> tuple[Tensor, list[_Slope]]:
+    """Returns the losses (P,) and the slope of each side that has one."""
+    if loss.name == "sft":
+        tokens = loss.tokens_per_pair
+        return -sides.logps[w] / tokens, [(w, torch.full_like(sides.logps[w], -1) / tokens)]
+    assert x is not None, f"{loss.name} has a rejected side"
+    if loss.name == "slic":
+        lengths = sides.lengths if loss.slic_length_normalize else torch.ones_like(sides.lengths)
+        losses, active = _relu(loss.slic_delta - sides.logps[w] / lengths[w] + sides.logps[x] / lengths[x])
+        slopes = [(w, -active / lengths[w]), (x, active / lengths[x]), (y, -loss.slic_lambda / lengths[y])]
+        return losses - loss.slic_lambda * (sides.logps[y] / lengths[y]), slopes
+    assert sides.ratios is not None, f"{loss.name} has a reference"
+    if loss.name == "ipo":
+        h = sides.ratios[w] / sides.lengths[w] - sides.ratios[x] / sides.lengths[x] - 1 / (2 * loss.beta)
+        return h * h, [(w, 2 * h / sides.lengths[w]), (x, -2 * h / sides.lengths[x])]
+    h = loss.beta * (sides.ratios[w] - sides.ratios[x])
+    if loss.name == "hinge":
         losses, active = _relu(1 - h)
-        slope = -beta * active
+        slope = -loss.beta * active
     else:
-        assert loss == "sigmoid", loss
-        e = label_smoothing
+        assert loss.name == "sigmoid", loss.name
+        e = loss.label_smoothing
         losses = -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
-        slope = beta * (e - torch.sigmoid(-h))
+        slope = loss.beta * (e - torch.sigmoid(-h))
     return losses, [(w, slope), (x, -slope)]
 
 
 def _relu(margin: Tensor) -> tuple[Tensor, Tensor]:
-    """relu and its derivative, which is 1 at NaN, as in PyTorch."""
+    """Returns relu and its derivative, which is 1 at NaN, as in PyTorch."""
     return torch.relu(margin), (~(margin <= 0)).to(margin.dtype)

@@ -1,49 +1,36 @@
-"""``pair_loss`` by the CUDA extension, one cooperative launch; the kernel: ``csrc/pair_loss.cu``."""
+"""``pair_loss`` by the CUDA extension, one cooperative launch; ``csrc/pair_loss.cu`` holds the kernel."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import backends
-from .reference import PairLossOutput
+from .closed_form import KernelLoss
+from .reference import PairLossInput, PairLossOutput
 
 
 def pair_loss_cuda(
-    token_logps: Tensor,  # (N,) fp32
-    cu_completions: Tensor,  # (S+1,) int32 or int64
-    chosen: Tensor,  # (P,) int64, as the next two
-    rejected: Tensor | None,
-    targets: Tensor | None,
-    ref_logps: Tensor | None,  # (S,) fp32
-    loss: str,
-    tokens_per_pair: float,
-    **options,
+    inputs: PairLossInput,  # token_logps and ref_logps fp32
+    loss: KernelLoss,
 ) -> PairLossOutput:
-    """Losses and weights; arguments as ``pair_loss``, with every option of every built-in loss."""
-    completions = len(cu_completions) - 1
-    out = PairLossOutput(*(token_logps.new_empty(size) for size in (completions, len(chosen), completions)))
-    tensors = {
-        "token_logps": token_logps,
-        "cu_completions": cu_completions,
-        "chosen": chosen,
-        "rejected": rejected,
-        "targets": targets,
-        "ref_logps": ref_logps,
-        **out._asdict(),
-    }
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    absent = dict.fromkeys(("rejected", "targets", "ref_logps"), 0)
-    with backends.on_device_of(token_logps):
+    """Computes losses and weights as ``pair_loss_closed_form`` does."""
+    out = PairLossOutput.empty(inputs)
+    # Copies must live until the launch is enqueued, so they have a name here. 0 stands for an absent tensor.
+    tensors = {name: x if x is None else x.contiguous() for name, x in {**inputs._asdict(), **out._asdict()}.items()}
+    with backends.on_device_of(inputs.token_logps):
         backends.load_extension().pair_loss(
-            **{**absent, **{name: tensor.data_ptr() for name, tensor in tensors.items()}},
-            tokens=len(token_logps),
-            wide=cu_completions.dtype == torch.int64,
-            completions=completions,
-            pairs=len(chosen),
-            loss=loss,
-            tokens_per_pair=tokens_per_pair,
-            stream=backends.stream_of(token_logps),
-            **options,
+            **{name: 0 if x is None else x.data_ptr() for name, x in tensors.items()},
+            tokens=len(inputs.token_logps),
+            wide=inputs.cu_completions.dtype == torch.int64,
+            completions=len(inputs.cu_completions) - 1,
+            pairs=len(inputs.chosen),
+            loss=loss.name,
+            tokens_per_pair=loss.tokens_per_pair,
+            beta=loss.beta,
+            label_smoothing=loss.label_smoothing,
+            slic_delta=loss.slic_delta,
+            slic_lambda=loss.slic_lambda,
+            slic_length_normalize=loss.slic_length_normalize,
+            stream=backends.stream_of(inputs.token_logps),
         )
     return out

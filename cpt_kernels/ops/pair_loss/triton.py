@@ -1,66 +1,55 @@
 """``pair_loss`` in Triton: one launch of a single program where that is fast, else two launches.
 
-Losses need the log-probs of completions that other programs sum, and Triton has no barrier across programs. A batch of
-a few short completions is therefore summed and scored by one program, with a barrier of its own in between; otherwise
-the same kernel is launched once to sum and once to score. The order of every sum is fixed either way.
+A loss reads the log-probs of completions that other programs sum, and Triton has no barrier across programs. So one
+program sums and scores a batch of a few short completions, with a barrier within the program in between; for larger
+batches the same kernel is launched twice, to sum and then to score. Either way the order of every sum is fixed, and
+there are no atomics: each program finds the pairs of its completions by comparing indices.
 
-There are few numbers, so doubles cost nothing: sums of 100k tokens and closed forms need no care for rounding.
+Sums and losses are fp64. There are few values, so fp64 costs nothing, and neither sums over 100k tokens nor closed
+forms need care for rounding.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import backends
-from .reference import PairLossOutput
+from .closed_form import KernelLoss
+from .reference import PairLossInput, PairLossOutput
 
-# One program does it all up to these sizes: some tens of microseconds at the worst, for one completion of all tokens.
+# One program does everything up to these sizes. The worst case, one completion of all tokens, takes some tens of
+# microseconds.
 _SINGLE_PROGRAM_TOKENS = 32768
 _SINGLE_PROGRAM_COMPLETIONS = 64
 
-_SCORED_COMPLETIONS = 32  # per program, against blocks of pairs
+# A program of the second stage compares so many completions with blocks of so many pairs.
+_SCORED_COMPLETIONS = 32
 _PAIRS = 64
 
 
 def pair_loss_triton(
-    token_logps: Tensor,  # (N,) fp32
-    cu_completions: Tensor,  # (S+1,) int32 or int64
-    chosen: Tensor,  # (P,) int64, as the next two
-    rejected: Tensor | None,
-    targets: Tensor | None,
-    ref_logps: Tensor | None,  # (S,) fp32
-    loss: str,
-    tokens_per_pair: float,
-    *,
-    beta: float,
-    label_smoothing: float,
-    slic_delta: float,
-    slic_lambda: float,
-    slic_length_normalize: bool,
+    inputs: PairLossInput,  # token_logps and ref_logps fp32
+    loss: KernelLoss,
 ) -> PairLossOutput:
-    """Losses and weights; arguments as ``pair_loss``, with every option of every built-in loss."""
-    completions, tokens = len(cu_completions) - 1, len(token_logps)
-    out = PairLossOutput(*(token_logps.new_empty(size) for size in (completions, len(chosen), completions)))
+    """Computes losses and weights as ``pair_loss_closed_form`` does."""
+    completions, tokens = len(inputs.cu_completions) - 1, len(inputs.token_logps)
+    out = PairLossOutput.empty(inputs)
     if completions == 0:
         return out
-    tensors = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (token_logps, cu_completions, chosen, rejected, targets, ref_logps)
-    )
-    sizes = (tokens, completions, len(chosen))
-    # An integer would be another type of the kernel's.
-    options = map(float, (beta, label_smoothing, slic_delta, slic_lambda, tokens_per_pair))
-    arguments = (*tensors, *out, *sizes, *options)
+    tensors = (None if tensor is None else tensor.contiguous() for tensor in inputs)
+    sizes = (tokens, completions, len(inputs.chosen))
+    # As floats always: an int would be another type of kernel argument, and compile the kernel again.
+    options = (loss.beta, loss.label_smoothing, loss.slic_delta, loss.slic_lambda, loss.tokens_per_pair)
+    arguments = (*tensors, *out, *sizes, *map(float, options))
     constants = {
-        "LOSS": loss,
-        "LENGTH_NORMALIZE": bool(slic_length_normalize),
+        "LOSS": loss.name,
+        "LENGTH_NORMALIZE": bool(loss.slic_length_normalize),
         "SCORED": _SCORED_COMPLETIONS,
         "PAIRS": _PAIRS,
         "num_warps": 8,
     }
-    with backends.on_device_of(token_logps):
+    with backends.on_device_of(inputs.token_logps):
         if tokens <= _SINGLE_PROGRAM_TOKENS and completions <= _SINGLE_PROGRAM_COMPLETIONS:
             _pair_loss_kernel[(1,)](*arguments, **constants, DO_SUMS=True, DO_LOSSES=True, SUMMED=16, TOKENS=256)
             return out
@@ -102,6 +91,7 @@ def _pair_loss_kernel(
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
 
+    # Stage 1: log-probs of SUMMED completions at a time, TOKENS of their tokens at a time.
     if DO_SUMS:
         for first in range(program * SUMMED, completions, programs * SUMMED):
             s = first + tl.arange(0, SUMMED)
@@ -114,8 +104,11 @@ def _pair_loss_kernel(
             tl.store(completion_logps + s, tl.sum(total, axis=1).to(tl.float32), mask=s < completions)
 
     if DO_SUMS and DO_LOSSES:
-        tl.debug_barrier()  # completion log-probs, written by some threads of this one program, are read by others
+        # Stage 2 reads completion log-probs that other threads of this program wrote. Without the barrier it may read
+        # memory that is not written yet.
+        tl.debug_barrier()
 
+    # Stage 2: weights of SCORED completions at a time. All pairs pass by, PAIRS at a time, in order.
     if DO_LOSSES:
         for first in range(program * SCORED, completions, programs * SCORED):
             s = first + tl.arange(0, SCORED)
@@ -142,14 +135,14 @@ def _pair_loss_kernel(
                     LENGTH_NORMALIZE,
                 )
                 weight += _scatter(s, c, by_chosen) + _scatter(s, r, by_rejected) + _scatter(s, t, by_target)
-                # Every program computes the losses, as it needs their derivatives; the first one writes them.
+                # Every program computes all losses because it needs their derivatives; only the first writes them.
                 tl.store(losses + pair, loss.to(tl.float32), mask=real & (first == 0))
             tl.store(weights + s, weight.to(tl.float32), mask=s < completions)
 
 
 @triton.jit
 def _losses(
-    chosen,  # (PAIRS,) fp64 log-probs, as the other sides'
+    chosen,  # (PAIRS,) fp64: log-prob, reference log-prob and length of each side
     chosen_ref,
     chosen_length,
     rejected,
@@ -166,12 +159,12 @@ def _losses(
     LOSS: tl.constexpr,
     LENGTH_NORMALIZE: tl.constexpr,
 ):
-    """The kernels' losses and their derivatives by the three log-probs; relu's is 1 at NaN, as in PyTorch."""
+    """Returns losses and their derivatives by the log-probs of the three sides. relu's is 1 at NaN, as in PyTorch."""
     zero = tl.zeros_like(chosen)
     h = (chosen - chosen_ref) - (rejected - rejected_ref)
     if LOSS == "sigmoid":
         loss = (1 - label_smoothing) * _softplus(-beta * h) + label_smoothing * _softplus(beta * h)
-        slope = beta * (label_smoothing * _logistic(beta * h) - (1 - label_smoothing) * _logistic(-beta * h))
+        slope = beta * (label_smoothing * _sigmoid(beta * h) - (1 - label_smoothing) * _sigmoid(-beta * h))
         return loss, slope, -slope, zero
     elif LOSS == "hinge":
         margin = 1 - beta * h
@@ -194,7 +187,7 @@ def _losses(
 
 @triton.jit
 def _extent(cu_completions, s, known, tokens):
-    """Start and length of completions, kept inside the tokens whatever the caller passed; 0 if not ``known``."""
+    """Returns start and length of completions, clamped to the tokens so that bad offsets read nothing else."""
     start = tl.load(cu_completions + s, mask=known, other=0).to(tl.int64)
     end = tl.load(cu_completions + s + 1, mask=known, other=0).to(tl.int64)
     start = tl.minimum(tl.maximum(start, 0), tokens)
@@ -204,7 +197,7 @@ def _extent(cu_completions, s, known, tokens):
 
 @triton.jit
 def _side(completion_logps, ref_logps, cu_completions, s, completions, tokens):
-    """Log-prob, reference log-prob and length of completions, fp64. NaN, not a read elsewhere, for unknown ones."""
+    """Returns log-prob, reference log-prob and length of completions, fp64. An index out of range gives NaN."""
     known = (s >= 0) & (s < completions)
     logp = tl.load(completion_logps + s, mask=known, other=float("nan")).to(tl.float64)
     ref_logp = logp
@@ -216,7 +209,7 @@ def _side(completion_logps, ref_logps, cu_completions, s, completions, tokens):
 
 @triton.jit
 def _scatter(s, index, values):
-    """Sums of the ``values`` of pairs whose completion is ``s``: (PAIRS,) -> (SCORED,)."""
+    """Sums the ``values`` of the pairs whose completion is ``s``: (PAIRS,) -> (SCORED,)."""
     return tl.sum(tl.where(s[:, None] == index[None, :], values[None, :], 0.0), axis=1)
 
 
@@ -227,5 +220,5 @@ def _softplus(x):
 
 
 @triton.jit
-def _logistic(x):
+def _sigmoid(x):
     return 1 / (1 + tl.exp(-x))

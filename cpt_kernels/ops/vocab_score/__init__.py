@@ -1,20 +1,29 @@
-"""A tile of logits -> log-probs of its targets, statistics and, in place, its score."""
+"""``vocab_score``: a tile of logits -> log-probs of its targets, statistics and, in place, the vocab score.
+
+``reference`` defines it, ``triton`` and ``cuda`` are kernels; ``BACKENDS`` lists all three.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from .reference import VocabScore, vocab_score_reference
+from ..backends import Backend
+from .reference import TileOptions, VocabScore
 
-__all__ = ["KERNEL_DTYPES", "VocabScore", "check_targets", "score_tile", "vocab_score"]
+__all__ = ["BACKENDS", "TileOptions", "VocabScore", "check_targets", "fill_absent", "score_tile", "vocab_score"]
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# An operator that writes to an argument must return a fixed number of tensors: the fields of VocabScore, with empty
-# tensors for statistics that were not asked for.
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# A function of this table takes (logits, targets, TileOptions), scores in place where asked to, returns VocabScore.
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend(f"{__name__}.reference:vocab_score_reference"),
+    "triton": Backend(f"{__name__}.triton:vocab_score_triton", _KERNEL_DTYPES, backends.check_triton),
+    "cuda": Backend(f"{__name__}.cuda:vocab_score_cuda", _KERNEL_DTYPES, backends.check_extension),
+}
 
 
 def vocab_score(
@@ -29,105 +38,97 @@ def vocab_score(
     score: bool = False,
     backend: str = "auto",
 ) -> VocabScore:
-    """Log-prob of each row's target under ``softmax(softcap(logit_scale * (logits + bias)))``; see ``reference.py``.
+    """Returns the log-prob of each row's target under ``softmax(softcap(logit_scale * (logits + bias)))``.
 
-    Kernels are fastest where rows are a multiple of 16 elements apart: pad the row stride of a tile of odd width.
+    The formulas are in ``reference.py``. Kernels are fastest where rows are a multiple of 16 elements apart: pad the
+    row stride of a tile with an odd number of columns.
 
     Args:
-        vocab_size: columns at and above it are padding, with probability 0. Default: all columns are vocabulary.
+        vocab_size: columns from here on are padding, with probability 0. Default: all columns are vocabulary.
         statistics: also return entropy, mean logit, target = largest and log sum p^2, each (R,).
         score: overwrite ``logits`` with ``d logp / d logits``: ``onehot - softmax``, through scale and cap.
         backend: ``auto``, ``eager``, ``triton`` or ``cuda``; see ``ops.backends``. fp64 is eager only.
 
     Returns:
-        :class:`VocabScore`, fp32 (fp64 for fp64 logits). No autograd: gradients are built from the score.
+        :class:`VocabScore`, fp32 (fp64 for fp64 logits). No autograd: gradients are built from the vocab score.
 
     Raises:
-        ValueError: wrong shapes, dtypes or strides; on a CPU, a target outside the vocabulary. On a GPU looking would
-            cost a synchronisation: there the kernels return NaN for such a row, and eager fails a device assertion.
+        ValueError: wrong shapes, dtypes or strides; on a CPU, a target outside the vocabulary. On a GPU that check
+            would cost a synchronisation: there the kernels return NaN for such a row, and eager fails an assertion on
+            the device.
         RuntimeError: the backend asked for is not available.
     """
-    _check(logits, targets, bias, vocab_size, score)
-    vocab_size = logits.shape[1] if vocab_size is None else vocab_size
+    _check_tile(logits, targets, TileOptions(bias, logit_scale, softcap, vocab_size, statistics, score))
     operator = torch.ops.cpt_kernels.vocab_score_ if score else torch.ops.cpt_kernels.vocab_score
     with torch.no_grad():
-        out = operator(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, backend)
+        out = operator(
+            logits,
+            targets,
+            bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            vocab_size=logits.shape[1] if vocab_size is None else vocab_size,
+            statistics=statistics,
+            backend=backend,
+        )
     return VocabScore(*(out if statistics else out[:2]))
 
 
-@torch.library.custom_op("cpt_kernels::vocab_score", mutates_args=())
-def _vocab_score(
-    logits: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    vocab_size: int,
-    statistics: bool,
-    backend: str,
-) -> _Outputs:
-    return _score(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, False, backend)
+def score_tile(logits: Tensor, targets: Tensor, options: TileOptions, backend: str) -> VocabScore:
+    """Runs ``vocab_score`` on a resolved backend, without checks and outside the dispatcher: for the head's passes."""
+    function: Callable[[Tensor, Tensor, TileOptions], VocabScore] = BACKENDS[backend].load()
+    return function(logits, targets, options)
 
 
-@torch.library.custom_op("cpt_kernels::vocab_score_", mutates_args=("logits",))
-def _vocab_score_(
-    logits: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    vocab_size: int,
-    statistics: bool,
-    backend: str,
-) -> _Outputs:
-    return _score(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, True, backend)
+# --- Operators: flat schemas, one that writes to the tile and one that does not ---
+
+# Such an operator must return a fixed number of tensors: the fields of VocabScore, empty where not asked for.
+_SCHEMA = (
+    " targets, Tensor? bias, *, float logit_scale, float? softcap, SymInt vocab_size, bool statistics, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _score(logits: Tensor, *arguments) -> _Outputs:
-    *arguments, backend = arguments
-    backend = backends.resolve(backend, logits, KERNEL_DTYPES)
-    out = score_tile(logits, *arguments, backend)
-    return tuple(logits.new_empty(0) if tensor is None else tensor for tensor in out)
+@torch.library.custom_op("cpt_kernels::vocab_score", mutates_args=(), schema=f"(Tensor logits, Tensor{_SCHEMA}")
+def _vocab_score(logits, targets, bias, *, backend, **options) -> tuple[Tensor, ...]:
+    return _score_flat(logits, targets, TileOptions(bias, score=False, **options), backend)
 
 
-def score_tile(
-    logits: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    vocab_size: int,
-    statistics: bool,
-    score: bool,
-    backend: str,
-) -> VocabScore:
-    """``vocab_score`` on a resolved backend, without checks and without an operator: for operators made of it."""
-    if backend == "eager":
-        function = vocab_score_reference
-    elif backend == "triton":
-        from .triton import vocab_score_triton as function
-    else:
-        from .cuda import vocab_score_cuda as function
-    return function(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, score)
+@torch.library.custom_op(
+    "cpt_kernels::vocab_score_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, Tensor{_SCHEMA}"
+)
+def _vocab_score_(logits, targets, bias, *, backend, **options) -> tuple[Tensor, ...]:
+    return _score_flat(logits, targets, TileOptions(bias, score=True, **options), backend)
+
+
+def _score_flat(logits: Tensor, targets: Tensor, options: TileOptions, backend: str) -> tuple[Tensor, ...]:
+    return fill_absent(logits, score_tile(logits, targets, options, backends.resolve(backend, logits, BACKENDS)))
 
 
 @_vocab_score.register_fake
 @_vocab_score_.register_fake
-def _(logits, targets, bias, logit_scale, softcap, vocab_size, statistics, backend) -> _Outputs:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    out = (logits.new_empty(logits.shape[0], dtype=d) for d in (dtype, dtype, dtype, dtype, torch.bool, dtype))
-    return tuple(tensor if statistics or i < 2 else logits.new_empty(0) for i, tensor in enumerate(out))
+def _fake_vocab_score(logits, targets, bias, *, statistics, **_) -> tuple[Tensor, ...]:
+    return fill_absent(logits, VocabScore.empty(logits.shape[0], logits, statistics))
 
 
-def _check(logits: Tensor, targets: Tensor, bias: Tensor | None, vocab_size: int | None, score: bool) -> None:
+def fill_absent(like: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """Puts an empty tensor in place of each result that is ``None``: operators return tensors alone."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+# --- Checks ---
+
+
+def _check_tile(logits: Tensor, targets: Tensor, options: TileOptions) -> None:
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be a floating (R, V) matrix, not {logits.dtype} {tuple(logits.shape)}")
     rows, columns = logits.shape
+    bias, vocab_size = options.bias, options.vocab_size
     if columns == 0:
         raise ValueError("logits have no columns")
     if columns > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits must be contiguous along the vocabulary, their strides are {logits.stride()}")
-    if score and rows > 1 and logits.stride(0) < columns:
+    if options.score and rows > 1 and logits.stride(0) < columns:
         raise ValueError(f"rows overlap (strides {logits.stride()}): a score cannot be written over them")
     if targets.shape != (rows,) or targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64 of shape ({rows},), not {targets.dtype} {tuple(targets.shape)}")
@@ -138,14 +139,14 @@ def _check(logits: Tensor, targets: Tensor, bias: Tensor | None, vocab_size: int
     if any(t is not None and t.device != logits.device for t in (targets, bias)):
         raise ValueError(f"targets and bias must be on the logits' device, {logits.device}")
     if not torch.compiler.is_compiling():
-        check_targets(targets, columns if vocab_size is None else vocab_size)
+        check_targets(targets, options.vocabulary(columns))
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """On a CPU, where looking costs nothing, hold targets to the vocabulary.
+    """Checks that targets lie in the vocabulary, on a CPU only: reading GPU tensors would cost a synchronisation.
 
     Raises:
-        ValueError: one is outside.
+        ValueError: a target is outside.
     """
     if targets.device.type == "cpu" and len(targets):
         low, high = (x.item() for x in targets.aminmax())

@@ -1,35 +1,24 @@
-"""``vocab_score`` by the CUDA extension; the kernel and how it works: ``csrc/vocab_score.cu``."""
+"""``vocab_score`` by the CUDA extension; ``csrc/vocab_score.cu`` holds the kernel and explains it."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import backends
-from .reference import VocabScore
+from .reference import TileOptions, VocabScore
 
 
 def vocab_score_cuda(
     logits: Tensor,  # (R, V) bf16, fp16 or fp32
     targets: Tensor,  # (R,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
-    vocab_size: int,
-    statistics: bool,
-    score: bool,
+    options: TileOptions,
 ) -> VocabScore:
-    """Score a tile; arguments as ``vocab_score_reference``. A target outside the vocabulary makes its row NaN."""
+    """Scores a tile as ``vocab_score_reference`` does. A target outside the vocabulary makes its row NaN."""
     rows, columns = logits.shape
-    out = VocabScore(
-        *(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2)),
-        *(
-            torch.empty(rows, dtype=dtype, device=logits.device) if statistics else None
-            for dtype in (torch.float32, torch.float32, torch.bool, torch.float32)
-        ),
-    )
+    out = VocabScore.empty(rows, logits, options.statistics)
+    # Copies must live until the launch is enqueued, so they have names here.
     targets = targets.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if options.bias is None else options.bias.float().contiguous()
     pointers = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in out._asdict().items()}
     with backends.on_device_of(logits):
         backends.load_extension().vocab_score(
@@ -38,12 +27,12 @@ def vocab_score_cuda(
             rows=rows,
             columns=columns,
             row_stride=logits.stride(0),
-            vocab_size=vocab_size,
+            vocab_size=options.vocabulary(columns),
             targets=targets.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
-            logit_scale=logit_scale,
-            softcap=softcap or 0.0,
-            score=score,
+            logit_scale=options.logit_scale,
+            softcap=options.softcap or 0.0,
+            score=options.score,
             stream=backends.stream_of(logits),
             **pointers,
         )

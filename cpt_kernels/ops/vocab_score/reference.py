@@ -1,100 +1,126 @@
-"""The definition of ``vocab_score`` in PyTorch, and its implementation on any device without a kernel of ours.
+"""The definition of ``vocab_score`` in PyTorch; it is also the implementation of the ``eager`` backend.
 
 For a row ``x`` of a tile of logits with target ``y``:
 
     z = softcap(logit_scale * (x + bias)),   softcap(u) = c tanh(u / c) or u
     lse = log sum_v exp z_v,   log p = z_y - lse,   p = softmax(z)
 
-over the columns below ``vocab_size``; those above are padding: probability 0, no gradient. Statistics:
-entropy ``lse - sum p z``, mean logit ``mean_v z``, ``z_y == max z`` and ``log sum p^2``. The score, written over the
-tile, is ``d log p / d x = (onehot(y) - p) dz/dx`` with ``dz/dx = logit_scale * (1 - (z/c)^2)``.
+over the columns below ``vocab_size``. Columns from there on are padding: probability 0, no gradient. Statistics:
+entropy ``lse - sum p z``, mean logit ``mean_v z``, ``z_y == max z`` and ``log sum p^2``. The vocab score, which
+overwrites the tile, is ``d log p / d x = (onehot(y) - p) dz/dx`` with ``dz/dx = logit_scale * (1 - (z/c)^2)``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Rows are worked on in blocks whose fp32 temporaries stay in cache: about 4 MiB each. Each block is some ten parallel
-# regions, at whose ends threads wait for each other: on a machine that is busy otherwise, fewer blocks are faster.
+# On a CPU rows are computed in blocks whose fp32 temporaries stay in the cache: about 4 MiB each. A block runs some ten
+# parallel regions, and threads wait for each other at the end of each, so smaller blocks are slower on a busy machine.
 _BLOCK_ELEMENTS = 1 << 20
 
 
-class VocabScore(NamedTuple):
-    """Statistics of R rows, fp32 (fp64 for an fp64 tile); the last four are ``None`` unless asked for."""
+@dataclass(frozen=True)
+class TileOptions:
+    """How a tile of raw logits is read, and what is computed from it.
 
-    logps: Tensor  # (R,) log-prob of the target
+    Attributes:
+        bias: (V,), added to the logits.
+        logit_scale: factor on logits + bias.
+        softcap: logits become ``softcap * tanh(logits / softcap)``, after the scale.
+        vocab_size: columns from here on are padding, with probability 0. ``None``: all columns are vocabulary.
+        statistics: also compute entropy, mean logit, top-1 and log sum p^2.
+        score: overwrite the tile with ``d log p / d logits``.
+    """
+
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+    statistics: bool = False
+    score: bool = False
+
+    def vocabulary(self, columns: int) -> int:
+        """Columns of a tile of so many columns that are no padding."""
+        return columns if self.vocab_size is None else self.vocab_size
+
+
+class VocabScore(NamedTuple):
+    """Results for R rows, fp32 (fp64 for an fp64 tile); the last four are ``None`` unless asked for."""
+
+    logps: Tensor  # (R,) log-prob of the target, nats
     lse: Tensor  # (R,) log-sum-exp
     entropy: Tensor | None = None  # (R,) nats
     mean_logit: Tensor | None = None  # (R,)
     correct: Tensor | None = None  # (R,) bool, no logit is larger than the target's
     log_sum_sq: Tensor | None = None  # (R,) log sum_v p_v^2
 
+    @classmethod
+    def empty(cls, rows: int, like: Tensor, statistics: bool) -> VocabScore:
+        """Allocates results for a tile of ``like``'s dtype and device, not initialised."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        kinds = (dtype, dtype, torch.bool, dtype) if statistics else ()
+        logps, lse, *others = (like.new_empty(rows, dtype=kind) for kind in (dtype, dtype, *kinds))
+        return cls(logps, lse, *others)
+
+    def part(self, rows: slice) -> VocabScore:
+        """Returns views of some rows."""
+        return VocabScore(self.logps[rows], self.lse[rows], *(None if x is None else x[rows] for x in self[2:]))
+
 
 def vocab_score_reference(
     logits: Tensor,  # (R, V) fp64, fp32, bf16 or fp16; last dimension contiguous
     targets: Tensor,  # (R,) int64 in [0, vocab_size)
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    statistics: bool = False,
-    score: bool = False,
+    options: TileOptions,
 ) -> VocabScore:
-    """Score a tile; with ``score=True`` its contents are replaced by ``d log p / d logits`` in the tile's dtype."""
+    """Scores a tile; with ``options.score`` its contents become ``d log p / d logits`` in the tile's dtype."""
     rows, columns = logits.shape
-    vocab = columns if vocab_size is None else vocab_size
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    out = VocabScore(
-        logits.new_empty(rows, dtype=dtype),
-        logits.new_empty(rows, dtype=dtype),
-        *(logits.new_empty(rows, dtype=d) if statistics else None for d in (dtype, dtype, torch.bool, dtype)),
-    )
+    out = VocabScore.empty(rows, logits, options.statistics)
     step = max(1, _BLOCK_ELEMENTS // max(columns, 1)) if logits.device.type == "cpu" else max(rows, 1)
     if rows <= step:
-        _score_block(logits, targets, bias, logit_scale, softcap, vocab, out, score)
+        _score_block(logits, targets, options, out)
         return out
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        out_block = VocabScore(*(None if tensor is None else tensor[block] for tensor in out))
-        _score_block(logits[block], targets[block], bias, logit_scale, softcap, vocab, out_block, score)
+        _score_block(logits[block], targets[block], options, out.part(block))
     return out
 
 
 def _score_block(
-    logits: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    vocab: int,
-    out: VocabScore,
-    score: bool,
+    logits: Tensor,  # (R, V)
+    targets: Tensor,  # (R,)
+    options: TileOptions,
+    out: VocabScore,  # (R,) written
 ) -> None:
+    # Logits z after bias, scale and soft-cap. `x` is the part of the tile that is vocabulary; z may be x itself.
+    vocab, softcap = options.vocabulary(logits.shape[1]), options.softcap
     x = logits if vocab == logits.shape[1] else logits[:, :vocab]
     z = x.to(out.lse.dtype)
-    if bias is not None:
-        z = z + bias[:vocab]
-    if logit_scale != 1.0:
-        z = z * logit_scale
+    if options.bias is not None:
+        z = z + options.bias[:vocab]
+    if options.logit_scale != 1.0:
+        z = z * options.logit_scale
     if softcap is not None:
         z = torch.tanh(z / softcap) * softcap
 
+    # Log-sum-exp and log-prob. The normaliser stays in two parts, largest logit and log of the sum: e^(z - lse) would
+    # carry the rounding of lse, which is large in a peaked row. The largest logit is clamped to stay finite, so that an
+    # infinite logit shows as an infinite sum and not as inf - inf.
     target = targets[:, None]
     target_logit = z.gather(1, target)[:, 0]
-    # The normaliser stays in two parts: e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
-    # The largest logit stays finite, so that an infinite one shows as an infinite sum.
     largest, bound = z.amax(dim=-1), torch.finfo(z.dtype).max
     shift = largest.clamp(-bound, bound)
-    needed = softcap is not None or out.entropy is not None or (z is x and not score)
+    # e^(z - shift) may overwrite z unless z is needed below, or is the caller's tile, which only a score may change.
+    needed = softcap is not None or out.entropy is not None or (z is x and not options.score)
     e = torch.sub(z, shift[:, None], out=None if needed else z).exp_()
     total = e.sum(dim=-1)
     log_total = total.log()
     torch.add(shift, log_total, out=out.lse)
     torch.sub(target_logit - shift, log_total, out=out.logps)
-    if not (score or out.entropy is not None):
+    if not (options.score or out.entropy is not None):
         return
 
     minus_p = e.div_(-total[:, None])
@@ -104,12 +130,14 @@ def _score_block(
         # A logit of -inf has p = 0 and adds nothing, but 0 * -inf would be NaN.
         torch.add(out.lse, torch.linalg.vecdot(minus_p, z.clamp(min=-bound)), out=out.entropy)
         torch.log(torch.linalg.vecdot(minus_p, minus_p), out=out.log_sum_sq)
-    if score:
+
+    # The vocab score, (onehot(y) - p) dz/dx; `minus_p` is overwritten by it.
+    if options.score:
         gradient = minus_p.scatter_add_(1, target, torch.ones_like(target, dtype=z.dtype))
         if softcap is not None:
             gradient *= 1 - (z / softcap) ** 2
-        if logit_scale != 1.0:
-            gradient *= logit_scale
+        if options.logit_scale != 1.0:
+            gradient *= options.logit_scale
         if gradient is not x:
             x.copy_(gradient)
         if vocab < logits.shape[1]:

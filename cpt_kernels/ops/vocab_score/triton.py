@@ -1,72 +1,62 @@
-"""``vocab_score`` in Triton: a program per row, an online softmax over its tiles, then the score in place.
+"""``vocab_score`` in Triton: one program per row makes an online softmax over the row, then writes the vocab score.
 
-A tile of a row has shape (LANES, WIDTH): WIDTH columns are one 16-byte access, and each of the LANES keeps statistics
-of its own, so that the loop over tiles needs no exchange between threads and one rescale per 16 bytes; the lanes are
-combined once, after it. The score reads the row a second time: from L2 where the rows in flight fit there (short
-ones), from device memory where they do not; the CUDA kernel is for those.
+A program reads its row in blocks of shape (LANES, WIDTH). WIDTH columns are one 16-byte access. Each of the LANES keeps
+its own statistics, so the loop over the blocks exchanges nothing between threads and rescales once per 16 bytes; the
+lanes are combined once, after the loop. Writing the score reads the row a second time: from L2 if the rows in flight
+fit there, else from device memory. For such long rows the CUDA kernel is faster.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from .reference import VocabScore
+from .reference import TileOptions, VocabScore
 
 _TILE_BYTES = 8192
 _BYTES_PER_THREAD = 32
 
-# Running maxima stay finite, so that differences of two of them never are inf - inf. An infinite logit then shows as
-# an infinite sum, a NaN as a NaN sum, and every statistic comes out as eager PyTorch has it, with no case distinction.
+# Running maxima stay finite, so the difference of two maxima is never inf - inf. An infinite logit then shows as an
+# infinite sum and a NaN as a NaN sum, and every statistic equals eager PyTorch's without any branch.
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 def vocab_score_triton(
     logits: Tensor,  # (R, V) bf16, fp16 or fp32
     targets: Tensor,  # (R,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
-    vocab_size: int,
-    statistics: bool,
-    score: bool,
+    options: TileOptions,
 ) -> VocabScore:
-    """Score a tile; arguments as ``vocab_score_reference``. A target outside the vocabulary makes its row NaN."""
+    """Scores a tile as ``vocab_score_reference`` does. A target outside the vocabulary makes its row NaN."""
     rows, columns = logits.shape
-    out = VocabScore(
-        *(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2)),
-        *(
-            torch.empty(rows, dtype=dtype, device=logits.device) if statistics else None
-            for dtype in (torch.float32, torch.float32, torch.bool, torch.float32)
-        ),
-    )
+    out = VocabScore.empty(rows, logits, options.statistics)
     if rows == 0:
         return out
     itemsize = logits.element_size()
     width = 16 // itemsize
     tile = min(_TILE_BYTES // itemsize, max(256, triton.next_power_of_2(columns)))
+    bias, softcap = options.bias, options.softcap
     with backends.on_device_of(logits):
         _vocab_score_kernel[(rows,)](
             logits,
             logits.stride(0),
             targets.contiguous(),
             None if bias is None else bias.contiguous(),
-            logit_scale,
+            options.logit_scale,
             softcap,
             None if softcap is None else 1 / softcap,
             columns,
-            vocab_size,
+            options.vocabulary(columns),
             *out,
-            SCORE=score,
+            SCORE=options.score,
             ALIGNED=logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0,
             LANES=tile // width,
             WIDTH=width,
             num_warps=max(1, tile * itemsize // (32 * _BYTES_PER_THREAD)),
-            # A scaled logit minus the largest, fused, is the error of a rounding where it should be 0.
-            enable_fp_fusion=logit_scale == 1.0 and softcap is None,
+            # A fused multiply-subtract of scale * logit - largest does not round the product: where the difference is
+            # exactly 0 it would return a rounding error. So fusion is off where a product comes first.
+            enable_fp_fusion=options.logit_scale == 1.0 and softcap is None,
         )
     return out
 
@@ -79,7 +69,7 @@ def _vocab_score_kernel(
     bias,  # (columns,) or None
     logit_scale,
     softcap,  # or None
-    inverse_softcap,  # a division is some ten instructions
+    inverse_softcap,  # 1 / softcap: a division costs some ten instructions
     columns,
     vocab_size,
     logps,  # (R,)
@@ -100,19 +90,20 @@ def _vocab_score_kernel(
     x = logits + row * logits_stride
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
-    # Before the score overwrites it. Masked, so that no target makes us read outside the row.
+    # Read the target's logit before the score overwrites it. The mask keeps a bad target from reading outside the row.
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocab_size)
     target_logit = _logits(x, bias, target, known, float("nan"), scaling)
 
-    # Per lane, with m the largest logit so far: sum e^(z-m), sum (z-m) e^(z-m), sum e^(2(z-m)), sum z.
+    # Pass 1, statistics. Per lane, with m the largest logit so far:
+    # s = sum e^(z-m), w = sum (z-m) e^(z-m), q = sum e^(2(z-m)), total = sum z.
     m = tl.full([LANES], -_LARGEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     w = tl.zeros([LANES], tl.float32)
     q = tl.zeros([LANES], tl.float32)
     total = tl.zeros([LANES], tl.float32)
 
-    # Whole tiles without a mask: with one that is not a multiple of 16 bytes Triton would load element by element.
+    # Whole tiles have no mask: with a mask that varies within 16 bytes Triton loads element by element.
     whole = vocab_size // TILE * TILE
     for start in range(0, whole, TILE):
         z = _logits(x, bias, start + tile, None, None, scaling)
@@ -127,6 +118,7 @@ def _vocab_score_kernel(
         if STATISTICS:
             total += tl.sum(tl.where(inside, z, 0.0), axis=1)
 
+    # Combine the lanes. exp(-1e4) is 0 as well, and s * shift stays finite.
     largest = tl.max(m, axis=0)
     shift = tl.maximum(m - largest, -1e4)
     rescale = tl.exp(shift)
@@ -142,24 +134,25 @@ def _vocab_score_kernel(
         tl.store(corrects + row, (tl.maximum(target_logit, -_LARGEST) >= largest) & known & (lse == lse))
         tl.store(log_sum_sqs + row, tl.log(row_q) - 2 * tl.log(row_s))
 
+    # Pass 2, the vocab score, over all columns: padding above the vocabulary gets 0.
     if SCORE:
-        # e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
+        # Maximum and sum stay apart: e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
         normaliser = tl.where(known, 1 / row_s, float("nan"))
-        target = tl.where(known, target, -1).to(tl.int32)  # 64 bits would take two registers per column
+        target = tl.where(known, target, -1).to(tl.int32)  # int64 would take two registers per column
         for start in range(0, columns, TILE):
             column = start + tile
             there = column < columns
-            if ALIGNED:  # a mask that is the same for all of a vector, or Triton would store element by element
+            if ALIGNED:  # the mask is constant within 16 bytes, so that Triton stores 16 bytes at once
                 there = start // WIDTH + tl.arange(0, LANES)[:, None] < columns // WIDTH
-            _score(x, column, there, bias, scaling, target, vocab_size, largest, normaliser)
-        if ALIGNED:  # the last, incomplete vector
+            _write_score(x, column, there, bias, scaling, target, vocab_size, largest, normaliser)
+        if ALIGNED:  # the columns of the last, incomplete 16 bytes
             column = columns // WIDTH * WIDTH + tl.arange(0, WIDTH)
-            _score(x, column, column < columns, bias, scaling, target, vocab_size, largest, normaliser)
+            _write_score(x, column, column < columns, bias, scaling, target, vocab_size, largest, normaliser)
 
 
 @triton.jit
-def _score(x, column, there, bias, scaling, target, vocab_size, largest, normaliser):
-    """Overwrite the logits of some columns with d log p / d x."""
+def _write_score(x, column, there, bias, scaling, target, vocab_size, largest, normaliser):
+    """Overwrites the logits of some columns with d log p / d x."""
     logit_scale, softcap, inverse_softcap = scaling
     z = _logits(x, bias, column, there, 0.0, scaling)
     gradient = tl.where(column == target, 1.0, 0.0) - tl.exp(z - largest) * normaliser
@@ -171,7 +164,7 @@ def _score(x, column, there, bias, scaling, target, vocab_size, largest, normali
 
 @triton.jit
 def _logits(x, bias, column, mask, other, scaling):
-    """fp32 logits of some columns, scaled and capped."""
+    """Loads the logits of some columns in fp32, with bias, scale and cap applied."""
     logit_scale, softcap, inverse_softcap = scaling
     z = tl.load(x + column, mask=mask, other=other).to(tl.float32)
     if bias is not None:
@@ -184,7 +177,7 @@ def _logits(x, bias, column, mask, other, scaling):
 
 @triton.jit
 def _tanh(x):
-    """tanh to a few ulp: 1 - 2 / (e^2x + 1) cancels near 0, where an odd polynomial takes over."""
+    """tanh to a few ulp. 1 - 2 / (e^2x + 1) cancels near 0, where an odd polynomial takes over."""
     square = x * x
     small = 1.64374650e-2
     small = small * square - 5.26717548e-2
@@ -197,11 +190,11 @@ def _tanh(x):
 
 @triton.jit
 def _add_tile(m, s, w, q, z, STATISTICS: tl.constexpr):
-    """Lane statistics with a tile (LANES, WIDTH) of logits added, rescaled to the new maxima."""
+    """Adds a tile (LANES, WIDTH) of logits to the statistics of the lanes, rescaled to the new maxima."""
     new_m = tl.minimum(tl.maximum(m, tl.max(z, axis=1)), _LARGEST)
     d = z - new_m[:, None]
     e = tl.exp(d)
-    shift = tl.maximum(m - new_m, -1e4)  # e^-10000 is 0 too, and s * shift stays finite
+    shift = tl.maximum(m - new_m, -1e4)  # exp(-1e4) is 0 as well, and s * shift stays finite
     rescale = tl.exp(shift)
     if STATISTICS:
         d = tl.maximum(d, -_LARGEST)  # -inf * 0 would be NaN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import importlib.machinery
@@ -84,12 +85,13 @@ def emulated(monkeypatch, patches=(), *, descending=False, major=9, shared_kib=2
 
     Yields the library, whose ``last_cluster()`` and ``last_shared_bytes()`` tell of the last launch.
     """
-    from cpt_kernels.ops import backends
+    from cpt_kernels.ops import backends, pair_loss, vocab_score
 
     module = load(tuple(patches))
     library = ctypes.CDLL(module.__file__)
     library.configure(int(descending), major, shared_kib << 10, multiprocessors)
     with monkeypatch.context() as patch:
         patch.setattr(backends, "load_extension", lambda: module)
-        patch.setattr(backends, "_check_cuda", lambda tensor: None)
+        for table in (vocab_score.BACKENDS, pair_loss.BACKENDS):  # CPU tensors are let through
+            patch.setitem(table, "cuda", dataclasses.replace(table["cuda"], check=None))
         yield library

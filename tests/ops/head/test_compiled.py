@@ -33,7 +33,14 @@ def _fresh():
 def preference(head: Head, general: bool = False):
     def function(leaves, targets, pairs):
         return linear_preference_loss(
-            leaves["hidden"], leaves["weight"], targets, pairs, head.loss, leaves.get("bias"), head.options, general
+            leaves["hidden"],
+            leaves["weight"],
+            targets,
+            pairs,
+            head.loss,
+            leaves.get("bias"),
+            head.options,
+            general=general,
         )
 
     return function
@@ -174,20 +181,22 @@ def test_opcheck():
         (False, (True, True, True)),
         (False, (False, True, False)),
     ):
-        options = head_operators._flat_options(HeadOptions(0.5, 3.0, 301, statistics, compute_dtype=BF16))
+        options = head_operators.flat_options(HeadOptions(0.5, 3.0, 301, statistics, compute_dtype=BF16))
+        keywords = {"wanted": wanted, **options}
         operands = [x.detach() for x in tensors]
         for operand, wants in zip((operands[0], operands[1], operands[3]), wanted):
             operand.requires_grad_(wants)
-        torch.library.opcheck(torch.ops.cpt_kernels.linear_logprobs.default, (*operands, wanted, *options))
+        torch.library.opcheck(torch.ops.cpt_kernels.linear_logprobs.default, tuple(operands), keywords)
         operands = [x.detach() for x in operands]
-        arguments = (torch.ones(len(head.targets)), *operands, wanted, *options)
-        torch.library.opcheck(torch.ops.cpt_kernels.linear_logprobs_backward.default, arguments)
-    loss = ("sigmoid", ["beta", "label_smoothing"], [0.3, 0.1])
-    arguments = (*tensors, Wanted(True, True, True), *head_operators._flat_pairs(pairs), *loss, *options)
+        arguments = (torch.ones(len(head.targets)), *operands)
+        torch.library.opcheck(torch.ops.cpt_kernels.linear_logprobs_backward.default, arguments, keywords)
+    loss = {"loss": "sigmoid", "loss_options": ["beta", "label_smoothing"], "loss_values": [0.3, 0.1]}
+    pair_tensors, lists = head_operators.flat_pairs(pairs)
+    arguments, keywords = (*tensors, *pair_tensors), {"wanted": Wanted(True, True, True), **lists, **loss, **options}
     operator = torch.ops.cpt_kernels.linear_preference.default
     # The rest sends gradients through the log-probs, which this operator refuses; the compiled losses stand for it.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    assert set(torch.library.opcheck(operator, arguments, test_utils=checks).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(operator, arguments, keywords, test_utils=checks).values()) == {"SUCCESS"}
 
 
 # --- Refused, and outside of a graph ---

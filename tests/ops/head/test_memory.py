@@ -25,7 +25,14 @@ def test_memory(mode, dtype, monkeypatch):
     leaves, pairs = head.leaves(dtype), head.pairs()
     with peak_memory() as peak:
         linear_preference_loss(
-            leaves["hidden"], leaves["weight"], head.targets, pairs, head.loss, None, head.options, mode == GENERAL
+            leaves["hidden"],
+            leaves["weight"],
+            head.targets,
+            pairs,
+            head.loss,
+            None,
+            head.options,
+            general=mode == GENERAL,
         ).loss.backward()
     tokens = sum(head.lengths)
     assert leaves["hidden"].grad is not None and (leaves["weight"].grad is None) == (mode == FROZEN)

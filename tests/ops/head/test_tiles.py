@@ -30,7 +30,14 @@ def test_pairs_that_are_not_of_these_rows(general):
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=message):
             linear_preference_loss(
-                leaves["hidden"], leaves["weight"], head.targets, given, head.loss, None, head.options, general
+                leaves["hidden"],
+                leaves["weight"],
+                head.targets,
+                given,
+                head.loss,
+                None,
+                head.options,
+                general=general,
             )
 
 
