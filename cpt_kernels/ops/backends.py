@@ -46,8 +46,13 @@ class Backend:
 
     def load(self) -> Callable[..., Any]:
         """Imports the implementation."""
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _import(self.function)
+
+
+@functools.cache  # the head looks its kernels up for every tile
+def _import(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def resolve(backend: str, tensor: Tensor, table: Mapping[str, Backend]) -> str:

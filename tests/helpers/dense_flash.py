@@ -1,7 +1,7 @@
 """Stand-ins for flash attention on a CPU: functions with the signatures of its releases, over dense maths.
 
-``forward`` and ``backward`` do what the kernels do, in any dtype. In particular the backward believes the output and
-the log-sum-exp that it is given, and takes no gradient of the latter. What kernels refuse is refused here.
+``forward`` and ``backward`` compute what the kernels compute, in any dtype. In particular the backward trusts the
+output and the log-sum-exp that it gets, and takes no gradient of the latter. Arguments that kernels refuse fail here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-backwards: list[bool] = []  # of every backward that ran: whether it was asked to be deterministic
+backwards: list[bool] = []  # one entry per backward that ran: whether it was asked to be deterministic
 
 
 @torch.autocast("cpu", enabled=False)
 def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, left, right, softcap) -> tuple[Tensor, Tensor]:
-    """(output, (Hq, T) log-sum-exp)."""
+    """Returns (output, (Hq, T) log-sum-exp)."""
     check(q, k, v, cu_q, cu_k, max_q, max_k)
     outputs, lses = [], []
     for rows, keys in segments(cu_q, cu_k):
@@ -44,7 +44,7 @@ def backward(dout, q, k, v, out, lse, cu_q, cu_k, scale, causal, left, right, so
 
 
 def capped_scores(q, k, scale, causal, left, right, softcap) -> tuple[Tensor, Tensor]:
-    """(Hq, Q, K) scores, -inf where masked, and the derivative of the soft-cap."""
+    """Returns (Hq, Q, K) scores, -inf where masked, and the derivative of the soft-cap."""
     scores = torch.einsum("qhd,khd->hqk", wide(q), grouped(k, q)) * scale
     slope = torch.ones_like(scores)
     if softcap:
@@ -87,7 +87,7 @@ def ungrouped(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class Flash(torch.autograd.Function):
-    """What the public functions are: no gradient goes through the log-sum-exp."""
+    """Autograd as in the public functions: no gradient goes through the log-sum-exp."""
 
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, deterministic, *scores):
@@ -160,7 +160,7 @@ def flash_attn_2_8() -> SimpleNamespace:
 
 
 def flash_attn_2_5() -> SimpleNamespace:
-    """No soft-cap; its inner functions take a pair for the window and return the padded inputs, too."""
+    """No soft-cap. Its inner functions take a pair for the window, and also return the padded inputs."""
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
@@ -245,7 +245,7 @@ def flash_attn_3(always_returns_lse: bool = False) -> SimpleNamespace:
 
 
 def flash_attn_4() -> SimpleNamespace:
-    """4.0.0b36, without what comes after the options used here. No limit of a window is None."""
+    """4.0.0b36, without the parameters behind those used here. A window without limit is None."""
 
     def flash_attn_varlen_func(
         q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
@@ -290,7 +290,7 @@ def flash_attn_4() -> SimpleNamespace:
 
 
 def torch_operators() -> SimpleNamespace:
-    """``torch.ops.aten`` of 2.10 to 2.14, as far as those have the same arguments."""
+    """The operators in ``torch.ops.aten``, with the arguments that torch 2.10 to 2.14 have in common."""
 
     def _flash_attention_forward(
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,

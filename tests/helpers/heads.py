@@ -1,4 +1,4 @@
-"""Problems for the head: hidden rows of uneven completions, and what eager PyTorch makes of them."""
+"""Problems for the head: hidden rows of completions of different lengths, and the results of eager PyTorch for them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _GRADS = ("hidden", "weight", "bias")
 
 @dataclass
 class Head:
-    """One problem in fp64; ``eager`` and ``run`` take a dtype and give tensors by name."""
+    """One problem in fp64; ``eager`` and ``run`` take a dtype and return tensors by name."""
 
     loss: Loss = field(default_factory=lambda: build_loss("sigmoid", beta=0.3, label_smoothing=0.1))
     blocks: list = field(default_factory=lambda: BLOCKS)
@@ -47,7 +47,7 @@ class Head:
     options: HeadOptions = field(default_factory=HeadOptions)
     trained: tuple[str, ...] = _GRADS
     scale: float = 1.0  # of the hidden rows
-    near: bool = False  # the reference is a few nats from a uniform policy, in place of anywhere
+    near: bool = False  # reference log-probs lie a few nats from those of a uniform policy
     upstream: float = 1.0  # gradient that arrives at the loss
     seed: int = 0
 
@@ -80,7 +80,7 @@ class Head:
         return replace(self, options=replace(self.options, **changes))
 
     def tile(self, rows: int, itemsize: int) -> Head:
-        """The same with a budget for tiles of so many rows."""
+        """Returns the same problem with a budget for tiles of so many rows."""
         return self.with_options(memory_mb=rows * row_stride(self.columns, self.targets.device) * itemsize / 2**20)
 
     def pairs(self) -> Pairs:
@@ -111,7 +111,7 @@ class Head:
     def eager(
         self, dtype: torch.dtype, rounded: torch.dtype | None = None, autocast: bool = False
     ) -> dict[str, Tensor]:
-        """The same by autograd through all logits, as transformers and TRL do it: logits in ``dtype``, then fp32."""
+        """The same by autograd through all logits, as in transformers and TRL: logits in ``dtype``, softmax in fp32."""
         leaves, options = self.leaves(dtype, rounded), self.options
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = F.linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
@@ -139,7 +139,7 @@ class Head:
         return self._results((losses.sum(), losses, completion_logps, logps), leaves)
 
     def _tails(self, tokens: Tensor, side: Tensor, other: Tensor) -> Tensor:
-        """Pair by pair, the sum of a completion's tokens from the other one's length on."""
+        """Returns, for each pair, the sum of a completion's tokens beyond the length of the other side."""
         parts = tokens.split(self.lengths)
         return torch.stack([parts[s][self.lengths[o] :].sum() for s, o in zip(side.tolist(), other.tolist())])
 
@@ -153,7 +153,7 @@ def in_mode(head: Head, mode: str) -> Head:
 
 
 def check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False, draws: int = 6) -> None:
-    """Over several draws: a pair's rounded weight is a factor of all its gradients, and a few pairs are mere luck."""
+    """Compares by the tolerance rule, over several draws: with few pairs the rounding of a weight decides by luck."""
     kinds: list[dict[str, list]] = [{}, {}, {}]
     for seed in range(1 if dtype == torch.float64 else draws):
         drawn = in_mode(replace(head, seed=seed), mode)
@@ -165,14 +165,14 @@ def check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False, 
         for kind, result in zip(kinds, results):
             for name, tensor in result.items():
                 kind.setdefault(name, []).append(tensor.flatten())
-    # fp64: sums in another order
+    # In fp64 the difference is that sums run in another order.
     eps = 1e-13 if dtype == torch.float64 else torch.finfo(torch.bfloat16 if autocast else dtype).eps
     for name in kinds[0]:
         assert_close(*(torch.cat(kind[name]) for kind in kinds), f"{mode} {name}", eps)
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the multiplications of the matrix products inside."""
+    """Counts the multiplications of matrix products that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class CountProducts(TorchDispatchMode):
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Appends the largest number of bytes that were allocated inside and not yet freed (PyTorch's CPU allocator)."""
+    """Appends the peak of bytes that were allocated inside and not yet freed (PyTorch's CPU allocator)."""
     peak: list[int] = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield peak

@@ -35,7 +35,7 @@ def _fresh():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Let there be a GPU, as far as choosing a backend sees one; gives a tensor on it."""
+    """Simulates a GPU for the choice of a backend; returns a function that makes a tensor on it."""
 
     def make(capability=(9, 0), extension=True, hip=None, releases=(13, 13)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -74,7 +74,7 @@ def test_auto_on_a_gpu(gpu, caplog, options, expected, said):
     assert caplog.messages == [said]
 
 
-def test_auto_says_once_what_it_took(caplog):
+def test_auto_logs_its_choice_once(caplog):
     tile, targets = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
     offsets, first = torch.tensor([0, 3]), torch.tensor([0])
     for _ in range(2):
@@ -84,7 +84,7 @@ def test_auto_says_once_what_it_took(caplog):
     assert caplog.messages == ["kernels on cpu: eager PyTorch"]
 
 
-def test_nothing_is_said_where_nothing_was_chosen(caplog, monkeypatch):
+def test_nothing_is_logged_without_a_choice(caplog, monkeypatch):
     tile, targets = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
     vocab_score(tile, targets, backend="eager")
     vocab_score(tile.double(), targets)
@@ -121,7 +121,7 @@ def test_unknown_backends_and_dtypes():
 
 @pytest.mark.parametrize("name", ["vocab_score", "pair_loss"])
 def test_triton_launches_on_the_gpu_of_its_tensors(name, monkeypatch):
-    """Not on the current one, where their addresses mean nothing: a head may lie on another than the first."""
+    """A head may lie on another GPU than the current one, where the addresses of its tensors are invalid."""
     module, inside = importlib.import_module(f"cpt_kernels.ops.{name}.triton"), []
 
     @contextlib.contextmanager
@@ -178,7 +178,7 @@ def _attend(backend: str) -> torch.Tensor:
 
 
 def test_a_name_that_is_in_no_table_runs_nothing():
-    """Not even behind the checks of the public functions, where a pass looks up the name that was resolved."""
+    """Neither in the public functions nor in those that the passes call with a resolved name."""
     tile, targets, pair = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64), torch.tensor([0])
     for table in (VOCAB_SCORE, PAIR_LOSS):
         with pytest.raises(ValueError, match=r"choose one of auto, eager, triton, cuda$"):

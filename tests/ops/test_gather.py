@@ -1,4 +1,4 @@
-"""Sums over rows that occur several times, and over segments: exact, in fp32 or better, in a fixed order."""
+"""Gathers of repeated rows and segment sums: gradients are exact, summed in fp32 or better, in a fixed order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_gradients_of_repeated_rows_are_summed_in_fp32(dtype):
 
 
 class Called(TorchDispatchMode):
-    """Names of the operators that are called inside, with ``accumulate`` where one is told to."""
+    """Collects the names of operators that run inside, with ``accumulate`` appended where that is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ ATOMIC_ON_CUDA = re.compile("index_add|scatter_add|scatter_reduce|accumulate|ind
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_nothing_in_the_backward_of_a_shared_prompt_is_atomic_on_cuda(backend):
-    """The prompt's keys and values, and its last row, get gradients from several completions: in a fixed order."""
+    """Several completions send gradients to the prompt's keys and values and to its last row, in a fixed order."""
     row = {
         "prompt_ids": [5, 6, 7],
         "completion_ids": [[8, 9], [4], [3]],
@@ -83,7 +83,7 @@ def test_nothing_in_the_backward_of_a_shared_prompt_is_atomic_on_cuda(backend):
 
 
 def test_repeated_rows_are_summed_in_the_order_of_their_completions():
-    """Bit for bit the sum from the first occurrence to the last, of numbers whose sum depends on the order."""
+    """Bit for bit the sum from the first occurrence to the last, for values whose sum depends on the order."""
     index = torch.tensor([1, 0, 1, 1, 0, 1])
     x = torch.zeros(2, requires_grad=True)
     upstream = torch.tensor([1e8, 3.0, 1.0, -1e8, 4.0, 1.0])

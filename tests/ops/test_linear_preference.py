@@ -1,4 +1,4 @@
-"""The head against autograd through all logits: values, gradients and work of every mode."""
+"""The head against autograd through all logits: values, gradients and number of products of every mode."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_loss(mode, loss):
     check(Head(build_loss(loss, **options)).tile(25, 4), mode, FP32)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU; on a GPU see test_head_backends.py")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU; on a GPU see head/test_backends.py")
 @pytest.mark.parametrize(("loss", "rows"), [("slic", 7), ("sigmoid", 25)])
 def test_kernels_between_the_products(loss, rows):
     """The Triton kernels, interpreted, on uneven blocks: several pairs, none, larger than the tile."""
@@ -90,7 +90,7 @@ def test_peaked_rows(mode, dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_small_weights_of_the_pairs_do_not_underflow(mode):
-    """In fp16, g (G W) is below the smallest number before the loss scale is on it."""
+    """In fp16, g (G W) is below the smallest number until it is multiplied by the loss scale."""
     tiny = user_loss(lambda numbers: 5e-5 * (numbers.rejected - numbers.chosen), needs_reference=False, separable=True)
     check(Head(tiny, upstream=2.0**12), mode, FP16)
 
@@ -109,7 +109,7 @@ def test_columns_that_are_masked_with_minus_infinity(mode):
 
 
 def _trained(head: Head, trained: tuple[str, ...]) -> Head:
-    """The same problem with other leaves trained; ``replace`` would draw its tensors again."""
+    """Returns the same problem with other leaves trained; ``replace`` alone would draw its tensors again."""
     other = replace(head, trained=trained)
     other.tensors = head.tensors
     return other
@@ -242,7 +242,7 @@ def test_a_gradient_through_loss_and_log_probs(mode):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=_ids)
 @pytest.mark.parametrize("mode", MODES)
 def test_backward_twice(mode, dtype, rows):
-    """Only a graph that nobody keeps is written over."""
+    """Saved tensors are overwritten only if the graph is not kept."""
     head = in_mode(Head().tile(rows, dtype.itemsize), mode)
     leaves = head.leaves(dtype)
     trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -313,7 +313,7 @@ def test_no_rows():
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty and its kin give NaN (and the largest integer)."""
+    """Makes torch.empty and similar functions return NaN (and the largest integer)."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
     yield

@@ -1,4 +1,4 @@
-"""pair_loss: sums, losses and weights of every implementation by the tolerance rule; the weights are autograd's."""
+"""pair_loss: sums, losses and weights of every implementation by the tolerance rule; weights equal autograd's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cpt_kernels.ops.pair_loss.reference import pair_loss_reference
 from tests.helpers.emulation import emulated
 from tests.numerics import assert_close
 
-# numpy's, under the interpreter: means over empty completions, of which no pair knows
+# numpy warns under the interpreter, of means over empty completions that are in no pair.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 GPU = torch.cuda.is_available()
@@ -65,7 +65,7 @@ def make(batch: str, wide: bool = True, device: str = "cpu", seed: int = 0) -> d
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     tokens = 3 * torch.rand(int(offsets[-1]), generator=generator).log()
     sums = torch.segment_reduce(tokens, "sum", offsets=offsets, initial=0)
-    full = lengths.nonzero()[:, 0]  # a mean over an empty completion is no number
+    full = lengths.nonzero()[:, 0]  # the mean over an empty completion is NaN
 
     def some() -> torch.Tensor:
         return full[torch.randint(len(full), (pairs,), generator=generator)].to(device)
@@ -85,7 +85,7 @@ def double(arguments: dict) -> dict:
 
 
 def definition(arguments: dict, loss: str, tokens_per_pair: float = 1.0, **options) -> PairLossOutput:
-    """By autograd through the functions of ``cpt_kernels.losses``, which no implementation here uses."""
+    """Autograd through the functions of ``cpt_kernels.losses``, which none of the implementations uses."""
     return pair_loss_reference(PairLossInput(**arguments), build_loss(loss, **options), tokens_per_pair)
 
 
@@ -105,7 +105,7 @@ def operator_keywords(loss: str, options: dict, tokens_per_pair: float, backend:
 
 @pytest.fixture
 def _poisoned():
-    """Uninitialised memory is NaN, so what a kernel leaves unwritten shows."""
+    """Makes uninitialised memory NaN, so that results that a kernel leaves unwritten show."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).new_empty(2).isnan().all()
     yield
@@ -148,7 +148,7 @@ def test_every_loss_of_the_kernels_is_covered():
 
 @pytest.mark.parametrize(("loss", "options"), LOSS_OPTIONS)
 def test_weights_are_the_gradient(loss, options):
-    """The reference against autograd through the sums, down to the tokens."""
+    """The reference against autograd through the sums, to the gradients of the tokens."""
     arguments = double(make("pairs share completions"))
     tokens = arguments["token_logps"].requires_grad_()
     out = definition(arguments, loss, **options)
@@ -167,7 +167,7 @@ def test_weights_are_the_gradient(loss, options):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_margins_and_missing_numbers(name, monkeypatch):
-    """At the kink of a hinge the weight is 0, and NaN goes where eager lets it go."""
+    """At the kink of a hinge the weight is 0, and NaN spreads as in eager PyTorch."""
     with implementation(name, monkeypatch) as (backend, device):
         tokens = torch.tensor([-1.0, -2.0, float("nan"), -4.0, -float("inf")], device=device)
         arguments = {
@@ -188,7 +188,7 @@ def test_margins_and_missing_numbers(name, monkeypatch):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_indices_out_of_range(name, monkeypatch):
-    """The operator skips the host's checks: such a pair is NaN, others are what they were, nothing else is read."""
+    """The operator does not check on the host: such a pair gives NaN, others are unchanged, nothing else is read."""
     with implementation(name, monkeypatch) as (backend, device):
         arguments = make("pairs share completions", device=device)
         good = pair_loss(**arguments, backend=backend)
@@ -213,7 +213,7 @@ def test_same_in_any_order_of_threads(monkeypatch):
 
 
 def test_one_launch_or_two(monkeypatch):
-    """Triton's two ways give the same up to the order of a sum in doubles."""
+    """One launch of Triton or two: the results differ by the order of fp64 sums alone."""
     triton = importlib.import_module("cpt_kernels.ops.pair_loss.triton")
     arguments = make("pairs share completions", device="cuda" if GPU else "cpu")
     one = pair_loss(**arguments, backend="triton")
@@ -224,7 +224,7 @@ def test_one_launch_or_two(monkeypatch):
 
 
 def test_a_loss_of_ones_own():
-    """Any function of the numbers, in eager PyTorch; also one that is not separable."""
+    """Any function of PairLogps runs in eager PyTorch, also one that is not separable."""
     arguments = make("pairs share completions")
     centred = user_loss(lambda logps: (logps.chosen - logps.chosen.mean()) ** 2, needs_reference=False)
     out = pair_loss(**arguments, loss=centred)
@@ -243,7 +243,7 @@ def test_a_bound_loss_is_the_loss_of_that_name():
 
 
 def test_built_in_losses_and_options_that_the_kernels_do_not_know(monkeypatch):
-    """They run in eager PyTorch, and are never taken for what the kernels know."""
+    """They run in eager PyTorch, and are never confused with a loss of the kernels."""
 
     def function(logps: PairLogps) -> torch.Tensor:
         return torch.tanh(logps.rejected - logps.chosen)
@@ -268,7 +268,7 @@ def test_losses_without_a_kernel_are_eager(loss):
             pair_loss(**arguments, **options, backend="triton")
 
 
-def test_losses_of_more_than_log_probs():
+def test_losses_that_need_more_than_log_probs():
     for options in ({"loss": "odpo"}, {"loss": "ipo", "ld_alpha": 0.5}, {"loss": "ipo", "use_weighting": True}):
         with pytest.raises(ValueError, match="linear_preference_loss"):
             pair_loss(**make("one pair"), **options)

@@ -1,4 +1,4 @@
-"""vocab_score: every output of every implementation, by the tolerance rule; what is not finite, as eager has it."""
+"""vocab_score: every output of every implementation by the tolerance rule; infinities and NaN as in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.numerics import assert_close
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GPU = torch.cuda.is_available()
 
-# Ways to run the kernels. Small shared memory splits small rows over a cluster (16 KiB: over 2 to 4 blocks, 6: over 8);
-# capability 8 streams what does not fit in one block.
+# Ways to run the kernels. With little shared memory small rows are split over a cluster (16 KiB: 2 to 4 blocks, 6 KiB:
+# 8 blocks); with compute capability 8 a row that does not fit in one block streams.
 IMPLEMENTATIONS = {
     "triton": {},
     "cuda-cluster": {"shared_kib": 16},
@@ -105,7 +105,7 @@ def test_every_pair_of_options_is_covered():
 
 
 def make(case: Case, device: str = "cpu", seed: int = 0):
-    """A tile inside a buffer of NaNs, and the other arguments. The mean logit is not 0, where its sum would cancel."""
+    """Returns a tile inside a buffer of NaNs, and other arguments. The mean logit is -2: a sum near 0 would cancel."""
     generator = torch.Generator().manual_seed(seed)
     stride = case.stride or case.columns
     buffer = torch.full((case.offset + case.rows * stride + 16,), float("nan"), dtype=case.dtype, device=device)
@@ -113,7 +113,7 @@ def make(case: Case, device: str = "cpu", seed: int = 0):
     values = case.spread * torch.randn(case.rows, case.columns, generator=generator) - 2
     tile.copy_(values)
     targets = torch.randint(case.vocab_size or case.columns, (case.rows,), generator=generator)
-    targets[0] = (case.vocab_size or case.columns) - 1  # the last column is where bugs are
+    targets[0] = (case.vocab_size or case.columns) - 1  # bugs show in the last column
     bias = torch.randn(case.columns, generator=generator).to(case.dtype).to(device) if case.bias else None
     options = {"logit_scale": case.logit_scale, "softcap": case.softcap, "vocab_size": case.vocab_size}
     return buffer, tile, targets.to(device), {"bias": bias, **options, "statistics": case.statistics}
@@ -134,7 +134,7 @@ def compare(result: VocabScore, tile, eager: VocabScore, eager_tile, exact: Voca
 
 
 def check(case: Case, backend: str, device: str = "cpu", run=vocab_score) -> None:
-    """Hold one run to the rule, and all memory that is not the tile's to what it was."""
+    """Checks one run by the tolerance rule, and that memory outside the tile is unchanged."""
     buffer, tile, targets, options = make(case, device)
     eager_tile, exact_tile = tile.clone(), tile.double()
     exact_bias = None if options["bias"] is None else options["bias"].double()
@@ -149,7 +149,7 @@ def check(case: Case, backend: str, device: str = "cpu", run=vocab_score) -> Non
 
 @pytest.fixture
 def _poisoned():
-    """Uninitialised memory is NaN, so what a kernel leaves unwritten shows."""
+    """Makes uninitialised memory NaN, so that results that a kernel leaves unwritten show."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -169,7 +169,7 @@ def test_outputs_and_score(name, case, monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter
 def test_not_finite(name, softcap, dtype, monkeypatch):
-    """Infinite and NaN logits give, element by element, what eager gives."""
+    """For infinite and NaN logits every element equals that of eager PyTorch."""
     inf, lowest = float("inf"), torch.finfo(dtype).min
     with implementation(name, monkeypatch) as (backend, device):
         tile = torch.randn(9, 37, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -196,7 +196,7 @@ def test_not_finite(name, softcap, dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_targets_outside_the_vocabulary(name, monkeypatch):
-    """In the kernels such a row is NaN, and nothing outside the tile is read; the operator skips the host's check."""
+    """Kernels return NaN for such a row and read nothing outside the tile. The operator has no check on the host."""
     with implementation(name, monkeypatch) as (backend, device):
         tile = torch.randn(5, 1021, device=device)
         targets = torch.tensor([1000, 1, -1, 1 << 40, -(1 << 62)], device=device)
@@ -219,7 +219,7 @@ def test_no_rows(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["triton", "cuda-cluster", "cuda-block"])
 def test_rows_far_apart(name, monkeypatch):
-    """Offsets beyond 2^31 elements. The memory between the rows is never touched, so it costs nothing."""
+    """Offsets beyond 2^31 elements. Memory between the rows is never touched, so the system never allocates it."""
     with implementation(name, monkeypatch) as (backend, device):
         stride = (1 << 31) + 64
         tile = torch.empty(stride + 64, dtype=BF16, device=device).as_strided((2, 61), (stride, 1))
@@ -232,7 +232,7 @@ def test_rows_far_apart(name, monkeypatch):
 
 
 def test_same_in_any_order_of_threads(monkeypatch):
-    """What the blocks and threads find does not depend on who comes first: equal bit for bit."""
+    """Results do not depend on the order of blocks and threads: equal bit for bit."""
     case, found = CASES[3], []
     for descending in (False, True):
         _, tile, targets, options = make(case)
@@ -243,7 +243,7 @@ def test_same_in_any_order_of_threads(monkeypatch):
 
 
 def test_eager_blocks_of_rows(monkeypatch):
-    """The reference works block by block on a CPU; the blocks make no difference."""
+    """The reference works in blocks of rows on a CPU; their size changes nothing."""
     _, tile, targets, _ = make(CASES[0])
     monkeypatch.setattr("cpt_kernels.ops.vocab_score.reference._BLOCK_ELEMENTS", 10)
     blocked = tile.clone()
@@ -266,7 +266,7 @@ TRITON_BUGS = {
 
 
 def load_triton(tmp_path: Path, *changes: tuple[str, str]):
-    """``vocab_score_triton`` from a changed copy of its source."""
+    """Returns ``vocab_score_triton`` from a patched copy of its source."""
     path = Path(backends.__file__).parent / "vocab_score" / "triton.py"
     text = path.read_text()
     for old, new in changes:
@@ -283,7 +283,7 @@ def load_triton(tmp_path: Path, *changes: tuple[str, str]):
 
 @pytest.mark.parametrize("bug", [None, *TRITON_BUGS])
 def test_planted_bugs_are_found_in_triton(bug, tmp_path):
-    """The checks above fail on a kernel that is wrong; small tiles, so that 1021 columns take several."""
+    """The checks above fail on a wrong kernel. Tiles are small, so that 1021 columns take several."""
     changes = [("_TILE_BYTES = 8192", "_TILE_BYTES = 1024"), *([TRITON_BUGS[bug]] if bug else [])]
     function = load_triton(tmp_path, *changes)
 
@@ -297,7 +297,7 @@ def test_planted_bugs_are_found_in_triton(bug, tmp_path):
 
 @pytest.mark.parametrize(("scale", "softcap", "fused"), [(1.0, None, True), (0.7, None, False), (1.0, 30.0, False)])
 def test_a_product_that_rounds_is_not_fused_with_the_subtraction_behind_it(scale, softcap, fused, monkeypatch):
-    """The interpreter fuses nothing: on a GPU the cases above with one column of vocabulary would see it."""
+    """The interpreter never fuses. On a GPU the cases with one column of vocabulary above would show the error."""
     module, given = importlib.import_module("cpt_kernels.ops.vocab_score.triton"), []
 
     class Kernel:

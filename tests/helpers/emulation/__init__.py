@@ -30,7 +30,7 @@ _BINDING_FLAGS = (
 
 
 def sources(patches: tuple[tuple[str, str, str], ...] = ()) -> dict[str, str]:
-    """Name -> text of the files in ``csrc``, with ``patches`` (file, old, new), each of which must apply once."""
+    """Returns name -> text of the files in ``csrc``, with ``patches`` (file, old, new) applied, each exactly once."""
     texts = {path.name: path.read_text() for path in sorted(CSRC.iterdir())}
     for name, old, new in patches:
         assert texts[name].count(old) == 1, f"found {texts[name].count(old)} times in {name}: {old}"
@@ -39,7 +39,7 @@ def sources(patches: tuple[tuple[str, str, str], ...] = ()) -> dict[str, str]:
 
 
 def build(name: str, command: tuple[str, ...], files: dict[str, str], depends: str = "") -> Path:
-    """Run a compiler ``command`` among ``files``, to an output ``name`` that is kept by everything it depends on."""
+    """Runs a compiler ``command`` among ``files``; returns its output ``name`` from a cache keyed by all its inputs."""
     key = hashlib.sha256(repr((name, command, files, depends)).encode()).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / f"cpt_emulation_{os.getuid()}"
     cache.mkdir(exist_ok=True)
@@ -50,13 +50,13 @@ def build(name: str, command: tuple[str, ...], files: dict[str, str], depends: s
                 Path(scratch, file).write_text(text)
             run = subprocess.run([*command, "-o", name], cwd=scratch, capture_output=True, text=True)
             assert run.returncode == 0, f"{' '.join(command)}\n{run.stderr}"
-            Path(scratch, name).replace(target)  # at once: several test processes may build the same
+            Path(scratch, name).replace(target)  # atomic, because several test processes may build the same file
     return target
 
 
 @functools.cache
 def load(patches: tuple[tuple[str, str, str], ...] = ()):
-    """The emulated extension module, perhaps with bugs planted; see :func:`sources`."""
+    """Returns the emulated extension module, optionally with planted bugs; see :func:`sources`."""
     texts = sources(patches)
     emulation = "".join(path.read_text() for path in sorted((_HERE / "include").iterdir()))
     headers = {name: text for name, text in texts.items() if name.endswith("h")}
@@ -72,7 +72,7 @@ def load(patches: tuple[tuple[str, str, str], ...] = ()):
     objects.append(build("bindings.o", ("g++", *_BINDING_FLAGS, "-c", "bindings.cpp"), files))
 
     library = build("_C.so", ("g++", "-shared", *map(str, objects)), {})
-    name = f"{library.stem}._C"  # of its own: pybind11 hands out a module that it has seen by this name
+    name = f"{library.stem}._C"  # a unique name: pybind11 returns an earlier module of the same name
     loader = importlib.machinery.ExtensionFileLoader(name, str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
@@ -81,9 +81,9 @@ def load(patches: tuple[tuple[str, str, str], ...] = ()):
 
 @contextlib.contextmanager
 def emulated(monkeypatch, patches=(), *, descending=False, major=9, shared_kib=228, multiprocessors=4):
-    """Within it, backend ``cuda`` runs CPU tensors on an emulated device, its threads in the order given.
+    """Makes backend ``cuda`` run CPU tensors on an emulated device, its threads in the given order.
 
-    Yields the library, whose ``last_cluster()`` and ``last_shared_bytes()`` tell of the last launch.
+    Yields the library; its ``last_cluster()`` and ``last_shared_bytes()`` describe the last launch.
     """
     from cpt_kernels.ops import backends, pair_loss, vocab_score
 

@@ -63,7 +63,7 @@ def make_layout(share: bool, groups=GROUPS) -> AttentionLayout:
 
 
 def dense_mask(share: bool, window: int | None) -> Tensor:
-    """(T, T), True where the row's token sees the column's: the same prompt's, not another completion's, not later."""
+    """Returns (T, T), True where the row's token sees the column's: of its prompt or completion, and not later."""
     tokens = []  # (run of the prompt, completion or None for the prompt, position)
     for g, (prompt, completions) in enumerate(GROUPS):
         for i, length in enumerate(completions):
@@ -95,9 +95,9 @@ def make_inputs(case: Case, tokens: int, dtype: torch.dtype, seed: int) -> dict[
 
 
 def dense_attention(query, key, value, mask, case: Case, sinks=None, definition: bool = True) -> Tensor:
-    """In the inputs' dtype, with a softmax in fp32, as transformers' eager attention has it.
+    """Computes attention in the inputs' dtype with a softmax in fp32, as transformers' eager attention does.
 
-    Eager PyTorch, which errors are held against, is SDPA where SDPA can do it, as it is transformers' default.
+    ``definition=False`` is the eager PyTorch that errors are compared with: SDPA, transformers' default, if it can.
     """
     key, value = (x.repeat_interleave(case.heads // case.kv_heads, dim=1) for x in (key, value))
     if not definition and case.softcap is None and sinks is None:
@@ -167,7 +167,7 @@ def test_a_window_of_one_is_the_value_itself():
 
 
 def test_completions_do_not_see_each_other():
-    """The gradient of one completion's output reaches its own tokens and its prompt's, and no others."""
+    """The gradient of one completion's output reaches the tokens of the completion and its prompt, and no others."""
     layout = make_layout(True)
     inputs = make_inputs(CASES["plain"], int(layout.cu_seqlens_q[-1]), FP64, 0)
     key = inputs["key"].requires_grad_()
@@ -178,7 +178,7 @@ def test_completions_do_not_see_each_other():
 
 
 def test_gradients_of_shared_prompts_are_summed_in_fp32():
-    """A prompt's keys get a gradient per completion; in bf16 a running sum of 64 would lose the small ones."""
+    """A prompt's keys get one gradient per completion; a running sum of 64 in bf16 would lose the small ones."""
     groups = [(2, [1] * 64)]
     layout = make_layout(True, groups)
     key = torch.zeros(66, 1, 8, dtype=BF16)

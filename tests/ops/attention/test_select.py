@@ -1,4 +1,4 @@
-"""Which attention runs: signatures of releases, the capability table, fall-backs and errors."""
+"""The choice of attention: signatures of releases, the capability table, fall-backs and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = Abilities(device="cpu", head_size=256)
 
 @pytest.fixture
 def install(monkeypatch):
-    """Let these be all the kernels that there are."""
+    """Returns a function that replaces the table of variable-length kernels."""
 
     def put(**found):
         monkeypatch.setattr(attention_backends, "kernels", lambda: found)
@@ -74,7 +74,7 @@ def test_inner_functions_that_are_custom_operators():
     module = dense_flash.flash_attn_2_8()
     module._flash_attn_varlen_forward = inner
     kernel = flash_kernel("flash_attn_2", module, "9", HERE)
-    assert not kernel.abilities.sinks  # it wants something that nobody here knows
+    assert not kernel.abilities.sinks  # it requires a parameter that we do not know
 
     @torch.library.custom_op("cpt_test_varlen::known_forward", mutates_args=())
     def known(q: torch.Tensor, cu_seqlens_q: torch.Tensor, window_size_left: int = -1) -> torch.Tensor:
@@ -91,7 +91,7 @@ B200 = dataclasses.replace(H200, architecture=(10, 0))
 
 
 def on_cuda(name: str, **changes):
-    """The stand-in of a kernel with its real limits."""
+    """Returns the stand-in of a kernel, with the real kernel's limits."""
     module = {
         "flash_attn_2": dense_flash.flash_attn_2_8,
         "flash_attn_3": dense_flash.flash_attn_3,

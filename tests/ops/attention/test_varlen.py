@@ -1,4 +1,4 @@
-"""Variable-length kernels: held to attention segment by segment; on a CPU with stand-ins, on CUDA the real ones."""
+"""Variable-length kernels against attention segment by segment: stand-ins on a CPU, the real kernels on CUDA."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STAND_INS = {
 
 @pytest.fixture
 def install(monkeypatch):
-    """Let these be all the kernels that there are."""
+    """Returns a function that replaces the table of variable-length kernels."""
 
     def put(**found):
         monkeypatch.setattr(attention_backends, "kernels", lambda: found)
@@ -58,7 +58,7 @@ def install(monkeypatch):
 
 
 def hold(found: Tensor, eager: Tensor, exact: Tensor, what: str, eps: float) -> None:
-    """To the rule; where the exact gradient vanishes (a query that sees itself alone), to rounding of order 1."""
+    """Checks by the tolerance rule; where the exact gradient is 0 (a query that sees only itself), up to rounding."""
     if exact.any():
         assert_close(found, eager, exact, what, eps)
     else:
@@ -242,7 +242,7 @@ def _cuda_kernels() -> list[str]:
     )
 
 
-# Segments around the tiles' sizes (64 and 128); the first has one completion, which nothing is gathered for.
+# Segments around the sizes of kernel tiles (64 and 128). The first has one completion, so nothing is gathered for it.
 LONG = [(1, [129]), (128, [64, 1, 127]), (300, [65, 513]), (37, [1, 1])]
 CUDA_CASES = {
     "plain": Case(size=64, value_size=64),

@@ -1,4 +1,4 @@
-"""The head with each kernel backend between its products, by the one rule: on a GPU, or interpreted and emulated."""
+"""The head with each kernel backend, by the tolerance rule: on a GPU, else interpreted (Triton), emulated (CUDA)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head under ``torch.compile``: one graph, one operator each way, what eager PyTorch gives."""
+"""The head under ``torch.compile``: one graph, one operator each way, the results of eager mode."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def preference(head: Head, general: bool = False):
 
 
 def results(function, head: Head, dtype: torch.dtype = FP32) -> list[torch.Tensor]:
-    """What a preference loss gives, and the gradients of twice the loss."""
+    """Returns the outputs of a preference loss, and the gradients of twice the loss."""
     leaves = head.leaves(dtype)
     out = function(leaves, head.targets, head.pairs())
     (2 * out.loss).backward()
@@ -83,7 +83,7 @@ def test_inductor(mode):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("trained", [FROZEN, TRAINED, ("weight",), ("bias",), ()], ids="-".join)
 def test_logprobs(trained, dtype):
-    """With any upstream gradient, for any of the operands, and for none."""
+    """Any upstream gradient, with gradients of some operands or of none."""
     head = Head(bias=True, trained=trained, options=HeadOptions(1.5, 3.0, 290, statistics=True))
     upstream = torch.randn(len(head.targets), generator=torch.Generator().manual_seed(1))
 
@@ -119,7 +119,7 @@ def test_a_normaliser_that_is_a_tensor():
 
 
 def test_other_lengths_and_numbers_of_pairs():
-    """A graph serves batches of any size: after the first, the numbers in it are symbols."""
+    """One graph serves batches of any size: after the first batch its sizes are symbols."""
     head = Head()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(preference(head), fullgraph=True, backend=counter)
@@ -133,7 +133,7 @@ def test_other_lengths_and_numbers_of_pairs():
 
 
 class Operators(TorchDispatchMode):
-    """Names of our operators that are called inside."""
+    """Collects the names of our operators that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,8 @@ def test_opcheck():
     pair_tensors, lists = head_operators.flat_pairs(pairs)
     arguments, keywords = (*tensors, *pair_tensors), {"wanted": Wanted(True, True, True), **lists, **loss, **options}
     operator = torch.ops.cpt_kernels.linear_preference.default
-    # The rest sends gradients through the log-probs, which this operator refuses; the compiled losses stand for it.
+    # The other checks send gradients through the log-probs, which this operator refuses. test_preference_loss covers
+    # what they would check.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     assert set(torch.library.opcheck(operator, arguments, keywords, test_utils=checks).values()) == {"SUCCESS"}
 

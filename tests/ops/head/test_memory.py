@@ -1,4 +1,4 @@
-"""What the head keeps between forward and backward, and how much memory it takes."""
+"""Tensors that the head keeps between forward and backward, and its peak of memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODES = (FROZEN, FUSED, GENERAL)
 def test_memory(mode, dtype, monkeypatch):
     """A tile, (N, H) twice (G W and the gradient), dW in fp32; 5 % more. The returned dW takes the tile's place."""
     columns, width, rows = 16384, 128, 128
-    # What a CPU works on block by block is small beside a tile in earnest, and is to be here.
+    # The blocks that a CPU works on are small beside a tile of real size; these values make them so here.
     monkeypatch.setattr("cpt_kernels.ops.vocab_score.reference._BLOCK_ELEMENTS", 1 << 14)
     monkeypatch.setattr("cpt_kernels.ops.head.passes._BLOCK_ROWS", 256)
     head = Head(blocks=[([80, 48], [(0, 0, 1)])] * 16, columns=columns, width=width).tile(rows, dtype.itemsize)
@@ -43,7 +43,7 @@ def test_memory(mode, dtype, monkeypatch):
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_finished_gradient_is_there_once(kept):
-    """Tiles are small beside dW, which is scaled where it lies unless the graph is kept."""
+    """Tiles are small beside dW, which is scaled in place unless the graph is kept."""
     head = Head(blocks=[([8, 8], [(0, 0, 1)])] * 4, columns=4096, width=256).tile(16, 4)
     leaves = head.leaves(FP32)
     with peak_memory() as peak:
@@ -56,7 +56,7 @@ def test_a_finished_gradient_is_there_once(kept):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_tile_keeps_the_score_and_not_the_weight(mode):
-    """A weight that is gathered for the forward alone is not there in the backward."""
+    """A weight that is gathered for the forward alone must not be saved: it is gone in the backward."""
     head = in_mode(Head(), mode)
     leaves, saved = head.leaves(FP32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""Pairs: what they are held to, and what a loss sees of the pairs of one tile; how far a tile's rows are apart."""
+"""Checks of pairs, what a loss sees of the pairs of one tile, and the row stride of a tile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.heads import Head
 
 @pytest.mark.parametrize("general", [False, True])
 def test_pairs_that_are_not_of_these_rows(general):
-    """Rows of no block would be in no tile: their gradients would be whatever was in memory."""
+    """Rows outside all blocks would be in no tile: their gradients would be whatever was in memory."""
     head = Head().tile(7, 4)
     leaves, pairs = head.leaves(torch.float32), head.pairs()
     wrong = {
@@ -43,7 +43,7 @@ def test_pairs_that_are_not_of_these_rows(general):
 
 @pytest.mark.parametrize("side", ["chosen", "rejected", "sft_targets"])
 def test_a_pair_that_reaches_into_another_block(side):
-    """Cut between the two blocks, it would have log-probs of other completions, or of none."""
+    """If a tile ended between the two blocks, the pair would read log-probs of other completions, or of none."""
     head = Head(blocks=[([4, 3], [(0, 1, 0)]), ([2, 5, 3], [(0, 1, 2)] * 2)])
     leaves, pairs = head.leaves(torch.float32), head.pairs()
     for pair, index, message in (
@@ -61,7 +61,7 @@ def test_a_pair_that_reaches_into_another_block(side):
 
 
 def test_pair_logps_of_a_part():
-    """What a loss sees of the pairs of one tile is what it sees of them in the whole."""
+    """A loss sees the same of a tile's pairs as of these pairs in the whole batch."""
     head = Head()
     loss = user_loss(lambda numbers: numbers.chosen, needs_tails=True, needs_log_sum_sq=True, needs_gap=True)
     pairs, sums = head.pairs(), torch.arange(len(head.lengths), dtype=torch.float64)
