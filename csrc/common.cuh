@@ -1,5 +1,5 @@
-// What both kernels need. The same sources are compiled by nvcc and, to be run without a GPU, by g++ against the
-// emulation in tests/emulation; nothing here may assume that nvcc reads it.
+// Shared by both kernels. nvcc compiles these sources; g++ compiles them against the emulation in
+// tests/helpers/emulation, to run them without a GPU. Code here must not assume that nvcc compiles it.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -10,7 +10,7 @@
 
 namespace cg = cooperative_groups;
 
-// The block's dynamic shared memory, as bytes. The emulation gives every block memory of its own.
+// The block's dynamic shared memory, as bytes. The emulation defines this macro to give every block its own memory.
 #ifndef CPT_SHARED_MEMORY
 #define CPT_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #endif

@@ -1,9 +1,8 @@
-// What the extension offers: host functions that check their arguments, launch one kernel on a stream of the current
-// device and return. Device pointers and streams are integers (`data_ptr()`, `cuda_stream`; 0 stands for "absent"), so
-// neither torch nor CUDA headers are needed to bind them.
+// The functions of the extension. Each checks its arguments on the host, launches one kernel on a stream of the current
+// device and returns. Device pointers and streams are integers (`data_ptr()`, `cuda_stream`; 0 stands for "absent"), so
+// the bindings need neither torch nor CUDA headers.
 //
-// They throw std::invalid_argument for arguments that no kernel may see and std::runtime_error with CUDA's own text for
-// a launch that failed.
+// They throw std::invalid_argument for bad arguments, and std::runtime_error with CUDA's message if a launch fails.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +11,8 @@
 
 using Pointer = std::uintptr_t;
 
-// A tile of logits -> log-probs of its targets, statistics and, in place, its score. See cpt_kernels/ops/vocab_score.
+// A tile of logits -> log-probs of its targets, statistics and, in place, the vocab score; see
+// cpt_kernels/ops/vocab_score.
 void vocab_score(Pointer logits,              // (rows, columns) of dtype, rows `row_stride` elements apart
                  const std::string& dtype,    // "bfloat16", "float16" or "float32"
                  int64_t rows, int64_t columns, int64_t row_stride, int64_t vocab_size,
@@ -45,5 +45,5 @@ void pair_loss(Pointer token_logps,           // (tokens,) float32
                Pointer weights,               // (completions,) float32, written
                Pointer stream);
 
-// Major CUDA releases: of the runtime that is linked in, and the newest that the driver serves (0: there is no driver).
+// Major CUDA releases: that of the linked runtime, and the newest that the driver supports (0: there is no driver).
 std::pair<int, int> cuda_releases();

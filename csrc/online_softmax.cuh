@@ -1,4 +1,4 @@
-// Statistics of a softmax, gathered in one pass by threads, warps, blocks and thread-block clusters.
+// Statistics of a softmax in one pass over a row, merged over threads, warps, blocks and thread-block clusters.
 #pragma once
 
 #include <cfloat>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// e^x in two instructions. __expf takes five: it also serves results below the smallest normal number, 0 here.
+// e^x in two instructions. __expf takes five, because it handles subnormal results; these become 0 here.
 __device__ inline float exponential(float x) {
 #ifdef __CUDA_ARCH__
     float result;
@@ -19,8 +19,9 @@ __device__ inline float exponential(float x) {
 #endif
 }
 
-// Sums over some logits, relative to their maximum m. m stays finite, so that a difference of two never is inf - inf:
-// an infinite logit then shows as an infinite sum and a NaN as a NaN, and every statistic comes out as in eager PyTorch.
+// Sums over some logits z, relative to their maximum m. m stays finite, so the difference of two maxima is never
+// inf - inf. An infinite logit then shows as an infinite sum and a NaN as a NaN sum, and every statistic equals eager
+// PyTorch's without any branch.
 template <bool kStatistics>
 struct Online {
     float m = -FLT_MAX;
@@ -30,7 +31,7 @@ struct Online {
     float total = 0;  // sum z
 
     __device__ void rescale(float new_m) {
-        const float d = fmaxf(m - new_m, -1e4f);  // e^-10000 is 0 too, and s * d stays finite
+        const float d = fmaxf(m - new_m, -1e4f);  // e^-10000 is 0 as well, and s * d stays finite
         const float factor = exponential(d);
         if (kStatistics) {
             w = (w + s * d) * factor;
@@ -40,7 +41,7 @@ struct Online {
         m = new_m;
     }
 
-    // All but `total`, which a -inf that stands for no column must not enter.
+    // Adds to all sums but `total`: padding columns come as -inf, which must not enter a sum of z.
     template <int kWidth>
     __device__ void add(const float (&z)[kWidth]) {
         float largest = z[0];
@@ -66,7 +67,7 @@ struct Online {
         s += other.s, w += other.w, q += other.q, total += other.total;
     }
 
-    // The merger of a warp's lanes, right in lane 0: a fixed tree, and what other lanes get may differ in rounding.
+    // Merges the lanes of a warp by a fixed tree. Lane 0 holds the result; other lanes may differ by rounding.
     __device__ void merge_warp() {
 #pragma unroll
         for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -83,7 +84,7 @@ struct Online {
     }
 };
 
-// The cluster that a row is split over.
+// The thread-block cluster that a row is split over.
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct Cluster {
@@ -95,7 +96,7 @@ struct Cluster {
         return *cg::this_cluster().map_shared_rank(shared, of_rank);
     }
 };
-#else  // before Hopper a block is alone
+#else  // before Hopper there are no clusters: each block is its own
 struct Cluster {
     __device__ static int rank() { return 0; }
     __device__ static int size() { return 1; }
@@ -113,7 +114,7 @@ struct SharedStatistics {
     Online<kStatistics> block;
 };
 
-// The statistics of a whole row: m and s the same in every thread, w, q and total in lane 0 of each warp.
+// Merges the statistics of a whole row. Every thread gets m and s; lane 0 of each warp also gets w, q and total.
 template <bool kSplit, bool kStatistics>
 __device__ Online<kStatistics> merge_row(Online<kStatistics> mine, SharedStatistics<kStatistics>* shared) {
     const int lane = threadIdx.x % kWarp;

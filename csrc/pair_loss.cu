@@ -1,11 +1,12 @@
 // Token log-probs -> completion log-probs -> one loss per pair -> one weight per completion, in one launch.
 //
-// A cooperative launch, whose only exchange between blocks is one grid-wide barrier: before it blocks sum completions,
-// after it every loss and every weight is a function of a few completion log-probs. A weight sums over the pairs that its
-// completion is in; a warp finds them by looking through all pairs in order, so the sum's order is fixed, nothing is
-// atomic, and no list of pairs per completion has to be made.
+// The launch is cooperative and has one grid-wide barrier. Before it, blocks sum the tokens of completions. After it,
+// every loss and every weight is a function of a few completion log-probs. The weight of a completion sums over its
+// pairs. A warp finds them by scanning all pairs in order, so the order of the sum is fixed, there are no atomics, and
+// no list of pairs per completion is needed.
 //
-// There are few numbers, so doubles cost nothing: sums of 100k tokens and closed forms need no care for rounding.
+// Sums and losses are fp64. There are few values, so fp64 costs nothing, and neither sums over 100k tokens nor closed
+// forms need care for rounding.
 
 #include <algorithm>
 #include <cfloat>
@@ -37,7 +38,7 @@ struct Params {
     float *completion_logps, *losses, *weights;
 };
 
-// Where completion `s` starts, kept inside the tokens whatever the caller passed.
+// Start of completion `s`, clamped to the tokens, so that bad offsets read nothing else.
 __device__ inline int64_t start_of(const Params& p, int64_t s) {
     const int64_t start = p.wide ? static_cast<const int64_t*>(p.cu_completions)[s]
                                  : static_cast<const int32_t*>(p.cu_completions)[s];
@@ -53,11 +54,11 @@ __device__ inline double sum_warp(double x) {
 __device__ inline double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 __device__ inline double logistic(double x) { return 1 / (1 + exp(-x)); }
 
-// What a loss sees of a completion.
+// What a loss reads of a completion. An index out of range gives NaN, and no read elsewhere.
 struct Side {
     double logp, ref_logp, length;
     __device__ Side(const Params& p, int64_t s) {
-        const bool known = s >= 0 && s < p.completions;  // else NaN rather than a read elsewhere
+        const bool known = s >= 0 && s < p.completions;
         logp = known ? p.completion_logps[s] : NAN;
         ref_logp = known && p.ref_logps ? p.ref_logps[s] : NAN;
         length = known ? static_cast<double>(start_of(p, s + 1) - start_of(p, s)) : NAN;
@@ -66,10 +67,10 @@ struct Side {
 };
 
 struct PairLoss {
-    double loss, chosen, rejected, target;  // and its derivatives by the three log-probs
+    double loss, chosen, rejected, target;  // the loss, and its derivatives by the log-probs of the three sides
 };
 
-// The losses of cpt_kernels.losses and their derivatives.
+// A loss of cpt_kernels.losses and its derivatives; w, l and y are the chosen, rejected and target side.
 __device__ inline PairLoss pair_loss_of(const Params& p, int64_t pair) {
     const int64_t chosen = p.chosen[pair];
     const Side w(p, chosen);
@@ -82,7 +83,7 @@ __device__ inline PairLoss pair_loss_of(const Params& p, int64_t pair) {
     }
     if (p.kind == Kind::kHinge) {
         const double margin = 1 - p.beta * (w.ratio() - l.ratio());
-        const double slope = margin <= 0 ? 0 : -p.beta;  // written so that a NaN margin counts as active, as relu's
+        const double slope = margin <= 0 ? 0 : -p.beta;  // a NaN margin counts as active, as in PyTorch's relu
         return {margin <= 0 ? 0 : margin, slope, -slope, 0};
     }
     if (p.kind == Kind::kIpo) {
@@ -101,6 +102,7 @@ __global__ void __launch_bounds__(kThreads) pair_loss_kernel(const Params p) {
     auto* partial = reinterpret_cast<double*>(memory);  // (kThreads / kWarp,)
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
+    // Stage 1: one block per completion sums its tokens: threads, then warps, then the block, in a fixed order.
     for (int64_t s = blockIdx.x; s < p.completions; s += gridDim.x) {
         double sum = 0;
         const int64_t end = start_of(p, s + 1);
@@ -113,10 +115,11 @@ __global__ void __launch_bounds__(kThreads) pair_loss_kernel(const Params p) {
             for (int i = 1; i < kThreads / kWarp; ++i) sum += partial[i];
             p.completion_logps[s] = static_cast<float>(sum);
         }
-        __syncthreads();  // and were read
+        __syncthreads();  // partial sums were read, and may be overwritten
     }
     cg::this_grid().sync();  // completion log-probs are there
 
+    // Stage 2: one thread per pair writes its loss, and one warp per completion its weight.
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t pair = thread; pair < p.pairs; pair += threads)

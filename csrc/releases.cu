@@ -1,3 +1,4 @@
+// CUDA releases of the runtime and the driver.
 #include <cuda_runtime.h>
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// A row of bf16, fp16 or fp32 numbers in 16-byte accesses, wherever it starts.
+// Access to a row of bf16, fp16 or fp32 numbers by 16 bytes at a time, at any start address.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Two at a time: one conversion instruction for a pair.
+// Stores two numbers at once: one instruction converts a pair.
 __device__ inline void store_pair(float* out, float a, float b) { out[0] = a, out[1] = b; }
 __device__ inline void store_pair(__half* out, float a, float b) {
     *reinterpret_cast<__half2*>(out) = __floats2half2_rn(a, b);
@@ -30,8 +30,9 @@ union alignas(16) Vector {
 
 __device__ inline bool inside(int column, int columns) { return column >= 0 && column < columns; }
 
-// A row seen as aligned vectors: column c is element `c + shift` of the vectors from `base`, which starts at or up to
-// 15 bytes before the row. Vectors that stick out of the row at either end are accessed element by element.
+// A row as aligned 16-byte vectors: column c is element `c + shift` of the vectors that start at `base`. `base` lies up
+// to 15 bytes before the row. Vectors that stick out of the row at either end are accessed element by element, because
+// the memory around the row is not ours.
 template <typename T>
 struct Row {
     static constexpr int kWidth = Vector<T>::kWidth;
@@ -41,7 +42,7 @@ struct Row {
     __device__ explicit Row(T* row) {
         const auto address = reinterpret_cast<uintptr_t>(row);
         shift = static_cast<int>((address & 15) / sizeof(T));
-        base = row - shift;  // not from the integer: the compiler must see that this is global memory
+        base = row - shift;  // not computed from the integer, so that the compiler knows it is global memory
     }
     __device__ int vectors(int columns) const { return (shift + columns + kWidth - 1) / kWidth; }
     __device__ int first_column(int vector) const { return vector * kWidth - shift; }

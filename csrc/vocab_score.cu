@@ -1,12 +1,12 @@
-// A tile of logits -> log-probs of its targets, statistics and, in place, its score (onehot - softmax).
+// A tile of logits -> log-probs of its targets, statistics and, in place, the vocab score (onehot - softmax).
 //
-// Memory-bound: what counts is that device memory sees one read and one write of the tile. A row is read once into
-// shared memory by asynchronous copies, reduced, and its score written from there. A row too long for a block
-// (128k bf16 logits are 256 KB) is split over a thread-block cluster (sm_90), whose blocks exchange their statistics
-// through distributed shared memory. Where neither fits, or no score is wanted, the row streams from global memory, the
-// score's second read mostly from L2.
+// Memory bounds the kernel, so the goal is one read and one write of the tile in device memory. Asynchronous copies
+// bring a row into shared memory once; it is reduced there, and its score is written from there. A row too long for one
+// block (128k bf16 logits are 256 KB) is split over a thread-block cluster (sm_90), whose blocks exchange statistics
+// through distributed shared memory. If the row fits in neither, or no score is wanted, it streams from global memory;
+// the second read, for the score, then comes mostly from L2.
 //
-// Everything is fp32, in a fixed order, without atomics.
+// Statistics are fp32 and summed in a fixed order. There are no atomics, so results are deterministic.
 
 #include <cuda_pipeline.h>
 
@@ -22,8 +22,8 @@
 namespace {
 
 constexpr int kMaxThreads = 256;          // at 64 registers each, four blocks share a multiprocessor
-constexpr int kVectorsPerThread = 16;     // sought: 256 bytes in flight per thread
-constexpr int64_t kReservedBytes = 1024;  // of shared memory per block, by the CUDA runtime
+constexpr int kVectorsPerThread = 16;     // the aim is 256 bytes in flight per thread
+constexpr int64_t kReservedBytes = 1024;  // shared memory that the CUDA runtime reserves per block
 
 struct Params {
     void* logits;
@@ -37,11 +37,11 @@ struct Params {
     bool score;
 };
 
-// 1 / softcap comes from the host: a division is some ten instructions.
+// 1 / softcap comes from the host, because a division takes some ten instructions.
 __device__ inline float cap(float z, const Params& p) { return tanhf(z * p.inverse_softcap) * p.softcap; }
 __device__ inline float square(float x) { return x * x; }
 
-// fp32 logits of a vector, scaled and capped. Columns outside the vocabulary come out as -inf.
+// Converts a vector to fp32 logits with bias, scale and cap applied. Columns outside the vocabulary become -inf.
 template <typename T>
 __device__ inline void unpack(const Params& p, const Row<T>& row, int vector, const Vector<T>& x,
                               float (&z)[Vector<T>::kWidth]) {
@@ -67,7 +67,7 @@ __device__ inline void unpack(const Params& p, const Row<T>& row, int vector, co
     }
 }
 
-// A cluster (kResident) or a block per row. kResident: dynamic shared memory holds the block's share of the row.
+// One row per cluster (kResident) or per block. kResident: dynamic shared memory holds the block's share of the row.
 template <typename T, bool kResident, bool kStatistics>
 __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p) {
     constexpr int kWidth = Vector<T>::kWidth;
@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
     auto* shared = reinterpret_cast<SharedStatistics<kStatistics>*>(memory);
     auto* resident = reinterpret_cast<Vector<T>*>(memory + (sizeof(SharedStatistics<kStatistics>) + 15) / 16 * 16);
 
+    // This block's share of the row, in 16-byte vectors.
     const int rank = kResident ? Cluster::rank() : 0, size = kResident ? Cluster::size() : 1;
     const int64_t row_index = blockIdx.x / size;
     T* const logits = static_cast<T*>(p.logits) + row_index * p.row_stride;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
     const int begin = min(rank * share, vectors), end = min(begin + share, vectors);
     const int first = begin + threadIdx.x, step = blockDim.x;
 
-    // Before the score overwrites it; a target outside the vocabulary is never read, and makes its row NaN.
+    // The target's logit, read before the score overwrites it. A target outside the vocabulary is not read: NaN.
     const int64_t target = p.targets[row_index];
     const bool known = target >= 0 && target < p.vocab_size;
     float target_logit = NAN;
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
         if (p.softcap > 0) target_logit = cap(target_logit, p);
     }
 
-    // A thread reads back only what it copied itself, so no barrier is needed between copy and use.
+    // Stage 1: copy the share to shared memory. A thread uses only vectors that it copied itself, so no barrier is
+    // needed between copy and use. Vectors that stick out of the row at either end are copied element by element.
     if (kResident) {
         for (int v = first; v < end; v += step) {
             if (row.whole(v, p.columns)) {
@@ -109,6 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
         __pipeline_wait_prior(0);
     }
 
+    // Stage 2: statistics of this thread's vectors. kBatch loads are issued before the first is used, to hide latency.
     Online<kStatistics> mine;
     for (int v0 = first; v0 < end; v0 += kBatch * step) {
         Vector<T> x[kBatch];
@@ -133,6 +136,7 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
         }
     }
 
+    // Stage 3: merge the statistics of the row; one thread writes the results.
     const Online<kStatistics> all = merge_row<kResident>(mine, shared);
     const float lse = all.m + logf(all.s);
     if (rank == 0 && threadIdx.x == 0) {
@@ -146,8 +150,9 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
         }
     }
 
+    // Stage 4: overwrite the row with its score. Padding columns above the vocabulary get 0.
     if (p.score) {
-        // e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
+        // Maximum and sum stay apart: e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
         const float normaliser = known ? 1 / all.s : NAN;
         const int target_vector = known ? static_cast<int>((target + row.shift) / kWidth) : -1;
         const int target_element = known ? static_cast<int>((target + row.shift) % kWidth) : -1;
@@ -200,9 +205,9 @@ struct Plan {
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The smallest cluster with which three blocks share a multiprocessor, so that one block's reading, another's reducing
-// and a third's writing overlap. Failing that: the largest cluster, unless fewer than two blocks share a multiprocessor
-// (one, where a row would otherwise not fit in a cluster at all: still one read instead of two).
+// Chooses the smallest cluster with which three blocks share a multiprocessor: then one block's reads, another's
+// reduction and a third's writes overlap. If there is none, it takes the largest cluster, provided that two blocks share
+// a multiprocessor. With clusters one block is enough: the row is still read once and not twice.
 Plan make_plan(int64_t row_vectors, int64_t statistics_bytes, bool score) {
     const auto threads_for = [](int64_t vectors) {
         const int64_t warps = ceil_divide(ceil_divide(vectors, kVectorsPerThread), kWarp);
@@ -210,7 +215,7 @@ Plan make_plan(int64_t row_vectors, int64_t statistics_bytes, bool score) {
     };
     const bool clusters = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
     const int64_t per_multiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    const int largest = clusters ? 8 : 1;  // 8: what every device with clusters can do
+    const int largest = clusters ? 8 : 1;  // every device with clusters supports 8
     for (int cluster = 1; score && cluster <= largest; cluster *= 2) {
         const int64_t share = ceil_divide(row_vectors, cluster), bytes = statistics_bytes + 16 * share;
         const int64_t blocks = per_multiprocessor / (bytes + kReservedBytes);
@@ -242,7 +247,7 @@ void launch(const Params& p, int64_t rows, const Plan& plan, cudaStream_t stream
 template <typename T>
 void launch(const Params& p, int64_t rows, bool statistics, cudaStream_t stream) {
     constexpr int kWidth = Vector<T>::kWidth;
-    // A row that starts just before a 16-byte boundary touches one vector more.
+    // A row that does not start at a 16-byte boundary touches one more vector.
     const int64_t row_vectors = ceil_divide(p.columns + kWidth - 1, kWidth);
     const int64_t unaligned = statistics ? sizeof(SharedStatistics<true>) : sizeof(SharedStatistics<false>);
     const int64_t statistics_bytes = ceil_divide(unaligned, 16) * 16;
