@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -48,10 +48,9 @@ from .training.checks import (
     may_share_prompts,
 )
 from .training.loop import PackedLoop, log_on_main
-from .training.metrics import Metrics, PlaceMetrics
 from .training.model_card import write_model_card
 
-Data = Dataset | IterableDataset
+Data: TypeAlias = Dataset | IterableDataset
 
 
 class ContrastiveTrainer(PackedLoop):
@@ -127,7 +126,7 @@ class ContrastiveTrainer(PackedLoop):
         # Data, and transformers' Trainer around model and data.
         datasets = self._prepare_datasets(train_dataset, eval_dataset, args)
         prepare_layers(model, args)
-        options = dict(compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers)
+        options: dict[str, Any] = dict(compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers)
         with user_error():  # such as an unknown tracker, or a hub that refuses the repository
             super().__init__(model, args, data_collator, *datasets, processing_class=self._tokenizer, **options)
         check_engine(args, self.accelerator)
@@ -136,9 +135,7 @@ class ContrastiveTrainer(PackedLoop):
 
         # Metrics and reference.
         log_on_main([describe_backend(args.attention_backend, args.device.type)])
-        ld_alpha = args.ld_alpha if loss is None else None
-        self.metrics = {mode: Metrics(self.accelerator, args.beta, ld_alpha) for mode in ("train", "eval")}
-        self.place_metrics = None if self.curriculum is None else PlaceMetrics(self.accelerator, self.curriculum)
+        self._start_metrics(args.ld_alpha if loss is None else None)
         if self.loss.needs_reference:
             self.reference = self._make_reference(ref_model, peft_config is not None)
         elif ref_model is not None:
@@ -219,9 +216,9 @@ class ContrastiveTrainer(PackedLoop):
     def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
         """Returns the reference, its cache filled for all stored datasets unless ``args`` ask for lazy scoring."""
         if self.args.sync_ref_model:
-            reference = MovingReference(self.packed, ref_model, self.accelerator)
-            self.add_callback(reference)
-            return reference
+            moving = MovingReference(self.packed, ref_model, self.accelerator)
+            self.add_callback(moving)
+            return moving
         ahead = self.args.precompute_ref_log_probs
         if ahead is None:  # a stream cannot be scored ahead
             ahead = all(isinstance(data, Dataset) for data in self.datasets.values())

@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 
 from ..config import ContrastiveConfig
 from ..data.collate import PackedBatch
-from ..data.curriculum import Draws
+from ..data.curriculum import Curriculum, Draws
 from ..data.loader import order_seed, report_stream
 from ..data.preparation import PreparationReport
 from ..data.stream_curriculum import StreamDraws
@@ -53,6 +53,7 @@ class PackedLoop(Trainer):
     place_metrics: PlaceMetrics | None = None  # with a curriculum
     reference: Reference | MovingReference | None = None
     reports: dict[str, PreparationReport]  # by dataset name
+    curriculum: Curriculum | None
     draws: Draws | StreamDraws | None = None  # with a curriculum
 
     loss_is_scaled_for_ga = False  # transformers divides by the step's micro-batches, as it does for TRL
@@ -73,6 +74,11 @@ class PackedLoop(Trainer):
         unless the user passed a ``ref_model``.
         """
         return None if self.reference is None else self.reference.model
+
+    def _start_metrics(self, ld_alpha: float | None) -> None:
+        self.metrics = {mode: Metrics(self.accelerator, self.args.beta, ld_alpha) for mode in ("train", "eval")}
+        if self.curriculum is not None:
+            self.place_metrics = PlaceMetrics(self.accelerator, self.curriculum)
 
     # --- Steps ---
 
