@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) pair_loss_kernel(const Params p) {
             for (int i = 1; i < kThreads / kWarp; ++i) sum += partial[i];
             p.completion_logps[s] = static_cast<float>(sum);
         }
-        __syncthreads();  // partial sums were read, and may be overwritten
+        __syncthreads();  // partial sums were read
     }
     cg::this_grid().sync();  // completion log-probs are there
 

@@ -83,7 +83,7 @@ def test_planted_bugs_are_found_in_vocab_score(bug, monkeypatch):
 PAIR_BUGS = {
     "last token not summed": ("i < end; i += kThreads", "i < end - 1; i += kThreads"),
     "no barrier before partial sums are read": ("__syncthreads();  // partial sums are there", ""),
-    "no barrier after partial sums were read": ("__syncthreads();  // partial sums were read, and may be overwritten", ""),
+    "no barrier after partial sums were read": ("__syncthreads();  // partial sums were read", ""),
     "no grid barrier": ("cg::this_grid().sync();", ""),
 }
 
