@@ -1,4 +1,4 @@
-"""What stands beside a model: its name, the reference and the options that it was trained with."""
+"""Names of evaluated models, and the reference and options that they were trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cpt eval``: every command, what it prints and writes, and the mistakes of its users."""
+"""``cpt eval``: the printed and written results of every command, and its error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.stub_endpoint import StubEndpoint
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """What SFT and then DPO made, and held-out pairs of two models each."""
+    """Models trained by SFT and then DPO, and held-out pairs whose responses name their models."""
     home = tmp_path_factory.mktemp("evaluate")
     pairs = [
         {**row, "chosen_model": "strong", "rejected_model": "weak" if i % 3 else "middle"}
@@ -59,7 +59,7 @@ def test_pairs(home, capsys, caplog):
     assert "By model pair" in out and "strong > middle" in out and "By chosen tokens" in out
     assert "sft equals the reference" in out and "dpo minus sft, on the same prompts: accuracy " in out
     assert f"rewards against {home / 'sft'}, beta 0.2" in out and "20 of 20 rows kept" in out
-    # Training evaluated on these pairs: its reference log-probs are found.
+    # Training cached the reference log-probs of these pairs in its evaluation.
     assert "reference log-probs of 40 completions: 40 found" in caplog.text
     results = json.loads(Path("runs/eval/pairs.json").read_text())
     assert results["settings"]["beta"] == 0.2 and results["settings"]["models"]["dpo"] == str(home / "dpo")
@@ -116,7 +116,7 @@ def outputs(path: Path, model: str, texts: list[str]) -> Path:
 
 
 def write_outputs() -> list[str]:
-    """Outputs of models a and b against those of c; p9 has no answer of a's."""
+    """Outputs of the models a, b and c; a has no answer to p9."""
     outputs(Path("a.jsonl"), "a", ["x" * (2 + i % 3) for i in range(9)])
     outputs(Path("b.jsonl"), "b", ["y" * (1 + i % 5) for i in range(10)])
     outputs(Path("c.jsonl"), "c", ["zzz"] * 10)

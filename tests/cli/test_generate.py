@@ -1,4 +1,4 @@
-"""``cpt generate`` as users run it: from data to files, killed and started again."""
+"""``cpt generate`` from data to files, also after it was killed and started again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.toy import word_tokenizer
 
 KEY = "sk-secret-of-the-tests"
 LINES = 40
-TIMEOUT = 120  # seconds, for what takes a few
+TIMEOUT = 120  # seconds; the commands take a few
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def error_of(capsys) -> str:
 
 
 def killed(command: list[str], when) -> None:
-    """Run the command in a process of its own, and kill it as soon as ``when()``."""
+    """Runs the command in another process, and kills it as soon as ``when()`` is true."""
     process = subprocess.Popen([sys.executable, "-m", "cpt_kernels.cli", *command], cwd=ROOT)
     try:
         deadline = time.monotonic() + TIMEOUT
@@ -83,6 +83,18 @@ def killed(command: list[str], when) -> None:
 
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "eval pairs", "eval win-rate"])
+def test_help_is_quick(command):
+    code = (
+        "import sys, time\nfrom cpt_kernels.cli import main\n"
+        f"try:\n    main([*{command.split()}, '--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'openai', 'matplotlib'} & {*sys.modules}\n"
+        "assert not heavy, heavy\nassert time.process_time() < 1, time.process_time()"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert process.returncode == 0 and "usage: cpt" in process.stdout, process.stderr
 
 
 # --- An endpoint ---
@@ -103,7 +115,7 @@ def test_every_prompt_is_answered_once_whatever_happens(home, tmp_path, capsys, 
         assert cli.main(remote(home, output, stub, data, n=2)) == 0
         assert len(stub.asked) == asked, "what is answered is not asked again"
         assert f"0 answered; {2 * len(prompts)} skipped" in capsys.readouterr().out
-        assert cli.main(remote(home, output, stub, data, n=3)) == 0  # more of them: only what is new is asked
+        assert cli.main(remote(home, output, stub, data, n=3)) == 0  # only the new responses are requested
     rows = rows_of(output)
     assert Counter((row["prompt"], row["sample"]) for row in rows) == Counter(
         (prompt, sample) for prompt in prompts for sample in range(3)
@@ -114,7 +126,7 @@ def test_every_prompt_is_answered_once_whatever_happens(home, tmp_path, capsys, 
 
 
 def test_killed_and_started_again(home, tmp_path):
-    """Killed three times in the middle: what is in the file is never asked again, and in the end all are there once."""
+    """Killed three times: a response in the file is never requested again, and at the end each one is there once."""
     output = tmp_path / "responses.jsonl"
     prompts = {row["prompt"] for row in rows_of(home / "prompts.jsonl")}
 
@@ -130,7 +142,7 @@ def test_killed_and_started_again(home, tmp_path):
             killed(command, lambda part=part: lines_in(output) >= 7 * part)
             assert kept.isdisjoint(stub.prompts()[asked:])
             kept = {row["prompt"] for row in rows_of(output)}
-            if part == 2:  # and half a line, as if the kill had come in the middle of a write
+            if part == 2:  # half a line, as after a kill during a write
                 kept.remove(rows_of(output)[-1]["prompt"])
                 whole = output.read_bytes()
                 output.write_bytes(whole[: whole.rstrip(b"\n").rindex(b"\n") + 30])
@@ -139,7 +151,7 @@ def test_killed_and_started_again(home, tmp_path):
         assert cli.main(command) == 0
         assert kept.isdisjoint(stub.prompts()[asked:])
         assert Counter(row["prompt"] for row in rows_of(output)) == dict.fromkeys(prompts, 1)
-        # At most the three that were on their way when the process was killed were answered in vain, and one cut off.
+        # Answered twice: at most the three requests in flight at each kill, and the line that was cut off.
         assert sum(stub.delivered.values()) <= len(prompts) + 3 * 3 + 1
 
 
@@ -188,7 +200,7 @@ def test_a_killed_local_run_gives_the_same_responses(home, tmp_path, undisturbed
     output = tmp_path / "responses.jsonl"
     command = local(home, output, n=2, max_new_tokens=40)
     killed(command, lambda: lines_in(output) >= 5)
-    whole, _, _ = output.read_bytes().rpartition(b"\n")  # the kill may have torn the last line
+    whole, _, _ = output.read_bytes().rpartition(b"\n")  # the kill may have cut off the last line
     kept = [json.loads(line) for line in whole.splitlines()]
     assert 5 <= len(kept) < len(undisturbed)
     assert kept == undisturbed[: len(kept)]

@@ -1,4 +1,4 @@
-"""Judges: a Python function, and a model behind an endpoint that fails, says nonsense, and is never asked twice."""
+"""Judges: a Python function, and a model behind an endpoint, with failures, unreadable replies and reused replies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLING = Sampling(temperature=0, chat=True)
 
 
 def comparisons(count: int = 6) -> Comparisons:
-    """Outputs of 1, 2, 3, ... letters against three letters of the baseline's, all of them equal where both have 3."""
+    """Outputs of 1, 2, 3, ... letters against three letters of the baseline; the outputs of three letters are equal."""
     outputs = ["m" * (i + 1) if i != 2 else "bbb" for i in range(count)]
     return Comparisons("m", "b", [f"prompt {i}" for i in range(count)], outputs, ["bbb"] * count, 0, 0)
 
@@ -134,7 +134,7 @@ def test_templates_of_the_user(tmp_path):
 
 
 def longer_wins(question: str, seed: int | None) -> str:
-    """A judge of length that cannot read prompt 5."""
+    """Prefers the longer output, and gives no verdict on prompt 5."""
     assert seed is None
     first, second = re.findall(r"<answer_\d>\n(.*)\n</answer_\d>", question)
     verdict = "tie" if len(first) == len(second) else "1" if len(first) > len(second) else "2"

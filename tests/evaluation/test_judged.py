@@ -1,4 +1,4 @@
-"""What is made of verdicts: rates, counts, lengths, and the comparison of models."""
+"""Summaries of verdicts: rates, counts, lengths, and the comparison of models."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_differences_are_paired():
 
 
 def test_length_alone_on_real_outputs():
-    """GPT-4's answers are four times as long as InstructGPT's: a judge of length calls that a win rate of 95 %."""
+    """A judge that prefers length gives GPT-4 95 % over InstructGPT, whose answers are four times shorter."""
     responses: dict[str, dict[str, list[str]]] = {}
     for row in real_rows("responses.jsonl"):
         responses.setdefault(row["model"], {})[row["prompt"]] = [row["response"]]

@@ -1,4 +1,4 @@
-"""Files of outputs: both forms, the join on the prompt's text, and the export."""
+"""Files of outputs: both forms, pairing by prompt, and the export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out pairs: every number against eager log-probs of each sequence alone, and against the trainer's evaluation."""
+"""Evaluation of held-out pairs, compared with eager log-probs per sequence and with the trainer's evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.toy import config, preference_rows, word_tokenizer
 
 
 def rows() -> list[dict]:
-    """24 pairs of 12 prompts and 3 model pairs; of them two that are dropped, the first among them."""
+    """24 pairs of 12 prompts and 3 model pairs. Two pairs are dropped, one of them the first."""
     made = preference_rows(24)
     models = ["strong", "middle", "weak"]
     for i, row in enumerate(made):
@@ -106,7 +106,7 @@ def test_summary_by_groups(tmp_path):
     kept = [row for i, row in enumerate(rows()) if i not in (0, 7)]
     counts = {(row["by"], row["value"]): row["pairs"] for row in summary if row["model"] == "policy"}
     pairs = [f"{row['chosen_model']} > {row['rejected_model']}" for row in kept]
-    lengths = [[len(row[side].split()) + 1 for side in ("chosen", "rejected")] for row in kept]  # eos counts
+    lengths = [[len(row[side].split()) + 1 for side in ("chosen", "rejected")] for row in kept]  # with eos
     assert counts == {
         ("all pairs", "all pairs"): 22,
         **{(MODEL_PAIR, pair): pairs.count(pair) for pair in ("strong > middle", "strong > weak", "middle > middle")},
@@ -167,7 +167,7 @@ def test_ranked_rows_have_several_pairs(tmp_path):
 
 
 def test_a_prompt_is_one_however_it_is_tokenised(tmp_path):
-    """The prompt's last tokens change with what follows; without a column of prompts, tokens are all there is."""
+    """The last tokens of a prompt may depend on the completion. Without a column of prompts only tokens identify it."""
     tokenizer = make_tokenizer()
     made = [pair("the sk", "y is blue", "y"), pair("the sk", " is", "!"), pair("the sun", " is", "!")]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -186,7 +186,7 @@ def test_a_prompt_is_one_however_it_is_tokenised(tmp_path):
 
 
 def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
-    """As `cpt pairs` groups them: a prompt's completions, best first, their models, and which of them are pairs."""
+    """Grouped rows of `cpt pairs`: the completions of a prompt, best first, their models, and the pairs."""
     made = preference_rows(6)
     names = ["strong", "middle", "weak"]
     grouped = [

@@ -23,7 +23,7 @@ def estimate(mean: float, half: float = 0.1) -> dict[str, float]:
 
 
 def summary(models=("a", "b")) -> list[dict]:
-    """Model `start` is its own reference."""
+    """The model `start` equals the reference."""
     rows = []
     for by, value in (("all pairs", "all pairs"), ("topic", "first"), ("topic", "second")):
         for number, model in enumerate(models):
@@ -110,7 +110,7 @@ def test_win_rate_table_and_notes():
 
 
 def test_pictures(tmp_path):
-    """Whatever the names hold: a dollar begins no formula."""
+    """A dollar sign in a name does not start a formula."""
     files = draw_pairs(summary(("start", r"a$\no{math$", "b")), tmp_path / "new", r"a$\b$")
     files += draw_pairs(summary(("start",)), tmp_path / "tied", "title")
     files += draw_judged([rates(), rates(model=r"$\n$", length_controlled=None)], tmp_path)

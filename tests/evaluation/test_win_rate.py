@@ -1,4 +1,4 @@
-"""Win rates, their intervals, and the length-controlled rate where the truth is known."""
+"""Win rates, their intervals, and the length-controlled rate on data with a known truth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def logistic(x):
 
 
 def judged(n: int, theta: float, phi: float, shift: float = 0.3, seed: int = 0):
-    """Preferences drawn from the model itself: quality theta, taste for length phi."""
+    """Preferences sampled from the model of the paper with quality theta and length effect phi."""
     random = np.random.default_rng(seed)
     baseline = random.lognormal(5, 0.5, n)
     lengths = baseline * np.exp(random.normal(shift, 0.5, n))
@@ -50,11 +50,11 @@ def test_interval_covers_as_often_as_it_says():
     for seed in range(200):
         found = win_rate(random.random(100) < 0.7, bootstrap=Bootstrap(400, seed=seed))
         covered += found.low <= 0.7 <= found.high
-    assert 0.88 <= covered / 200 <= 0.99  # 0.95 within three standard deviations of so few trials and of n = 100
+    assert 0.88 <= covered / 200 <= 0.99  # 0.95 within three standard deviations of 200 trials with n = 100
 
 
 def test_values_of_a_prompt_are_drawn_together():
-    """Ten copies of every value say no more than one."""
+    """Ten copies of every value carry no more information than one."""
     values = np.random.default_rng(0).normal(size=60)
     copies, prompts = np.repeat(values, 10), np.repeat(np.arange(60), 10)
     np.testing.assert_allclose(interval(copies, prompts=prompts), interval(values))
@@ -136,7 +136,7 @@ def test_length_control_draws_a_prompts_values_together():
 
 
 def test_fit_is_the_minimum():
-    """Against an optimiser of another kind, on graded preferences."""
+    """Compares with another optimizer, on graded preferences."""
     random = np.random.default_rng(3)
     _, lengths, baseline = judged(200, 0, 0)
     wins = random.random(200)

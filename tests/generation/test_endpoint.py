@@ -1,10 +1,12 @@
-"""An OpenAI-compatible endpoint that fails in every way: each prompt is answered once."""
+"""An OpenAI-compatible endpoint with every kind of failure: each prompt is answered once."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from email.utils import formatdate
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -126,7 +128,7 @@ def test_requests_per_minute():
 
 
 def test_one_reply_that_asks_to_wait_holds_back_all():
-    """Without that the others would go on at once."""
+    """Without the common wait the other requests would be sent at once."""
     times = []
 
     def plan(prompt: str, attempt: int) -> str | None:
@@ -142,6 +144,28 @@ def test_one_reply_that_asks_to_wait_holds_back_all():
     times.sort()
     longest = max(after - before for before, after in pairwise(times))
     assert longest >= 0.3, "two workers, and neither sent anything meanwhile"
+
+
+def test_tries_of_the_client_and_after_malformed_replies_count_together():
+    with StubEndpoint(faults(["500", "malformed", "429", "no choices", "500"])) as stub:
+        (result,) = ask(stub, requests(1), max_retries=3).values()
+        assert result.reason == "malformed reply" and len(stub.asked) == 4
+    with StubEndpoint(faults(["500", "malformed", "429", "no choices", "500"])) as stub:
+        (result,) = ask(stub, requests(1), max_retries=5).values()
+        assert isinstance(result, Answer) and len(stub.asked) == 6
+
+
+def test_a_wait_longer_than_the_client_accepts_is_kept(caplog):
+    """The client gives up on a request that shall wait longer than two minutes, so it does not see the header."""
+
+    async def aread():
+        return b""
+
+    headers = {"retry-after": "300", "x": "y"}
+    endpoint = Endpoint(EndpointOptions("m"), CHAT)
+    asyncio.run(endpoint._after_try(SimpleNamespace(is_error=True, headers=headers, aread=aread)))
+    assert 299 < endpoint._not_before - time.monotonic() <= 300 and headers == {"x": "y"}
+    assert "asks for a wait of 300 s" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -184,7 +208,7 @@ def test_an_endpoint_that_has_gone_stops_the_run():
         with pytest.raises(ValueError, match="the last 20 requests to the endpoint failed, the last one by connection"):
             ask(stub, requests(300), max_retries=1, concurrency=4)
         assert len(stub.asked) < 250
-    with pytest.raises(ValueError, match="the last 20 requests"):  # nobody listens there any more
+    with pytest.raises(ValueError, match="the last 20 requests"):  # the stub has stopped
         ask(stub, requests(300), max_retries=0, concurrency=4)
 
 
@@ -205,7 +229,7 @@ def test_without_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="set OPENAI_API_KEY in the environment"):
         Endpoint(EndpointOptions("m"), CHAT)
-    with StubEndpoint() as stub:  # a local server needs none
+    with StubEndpoint() as stub:  # a local server needs no key
         assert len(ask(stub, requests(1))) == 1
     monkeypatch.setenv("OTHER_KEY", "abc")
     with StubEndpoint() as stub:

@@ -1,4 +1,4 @@
-"""Responses of a local model: the same whatever stands beside them, drawn from the right distribution."""
+"""Responses of a local model: they do not depend on their batch, and follow the right distribution."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_greedy_is_the_models_own(model, tokenizer):
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "qwen3", "gpt_neox", "phi"])
 def test_padding_does_not_count(tokenizer, name):
-    """Windows and learned positions, with pads on the left."""
+    """Models with attention windows and learned positions, with padding on the left."""
     other = tiny_model(name)
     alone = generate_local(other, tokenizer, PROMPTS, DRAWN, batch_size=1)
     assert generate_local(other, tokenizer, PROMPTS, DRAWN, batch_size=6) == alone
@@ -91,7 +91,7 @@ def test_answers_say_how_they_ended(model, tokenizer):
 
 
 def test_stop_texts():
-    tokenizer = make_tokenizer()  # a WordLevel one is beyond transformers' stop_strings
+    tokenizer = make_tokenizer()  # transformers' stop_strings does not support a WordLevel tokenizer
     torch.manual_seed(0)
     config = CONFIGS["llama"]()
     config.vocab_size = len(tokenizer)
@@ -126,7 +126,7 @@ def test_the_models_own_generation_config_has_no_say(model, tokenizer):
     finally:
         model.generation_config = own
         model.eval()
-    # but its ends count, as those of a chat model often differ from the tokenizer's
+    # Its end tokens are used, because those of a chat model often differ from the tokenizer's.
     assert got == [text.split(" w6")[0] for text in want]
     assert got != want
 
@@ -182,7 +182,7 @@ def test_a_character_that_prompt_and_response_share():
 
 
 def test_a_killed_run_repeats_its_batches(model, tokenizer, monkeypatch):
-    """With something answered, the rest runs in the batches of an undisturbed run, so that shapes are the same."""
+    """After a kill, the rest runs in the batches of an uninterrupted run, so that shapes are the same."""
     shapes: list[list[tuple]] = []
     inner = LocalModel._generate
 
@@ -193,7 +193,7 @@ def test_a_killed_run_repeats_its_batches(model, tokenizer, monkeypatch):
     monkeypatch.setattr(LocalModel, "_generate", generate)
     requests = [Request(Prompt(prompt), sample) for prompt in PROMPTS for sample in range(2)]
     results = []
-    answered = {4, 5, 8, 9, 0}  # the first batch, and of the second what the file held when it was cut
+    answered = {4, 5, 8, 9, 0}  # the first batch, and one request of the second
     for done in (set(), answered):
         shapes.append([])
         results.append({})

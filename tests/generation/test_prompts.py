@@ -1,4 +1,4 @@
-"""Prompts of every dataset form, their identity, and the column that training reads back."""
+"""Prompts of every dataset form, their identity, and the column of responses that training reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of responses: appended to, cut off, locked, and never mixed."""
+"""The file of responses: appending, torn lines, the lock, and the check of settings."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_a_line_cut_off_anywhere_is_removed(tmp_path, caplog):
     last = whole.rstrip(b"\n").rindex(b"\n") + 1
     ends = [*range(last, last + 14), *range(last + 14, len(whole) - 3, 17), *range(len(whole) - 3, len(whole) + 1)]
     for end in ends:
-        for rest in (b"", b"\0" * 7):  # what a power cut may leave
+        for rest in (b"", b"\0" * 7):  # a power cut may leave zeros
             path.write_bytes(whole[:end] + (rest if end < len(whole) - 1 else b""))
             caplog.clear()
             with opened(path) as file:
                 done = len(file.answered)
-            if end >= len(whole) - 1:  # only the line's end is missing, or nothing
+            if end >= len(whole) - 1:  # at most the newline is missing
                 assert path.read_bytes() == whole and done == 3 and not caplog.text
             elif end == last and not rest:
                 assert path.read_bytes() == whole[:last] and done == 2 and not caplog.text
@@ -101,7 +101,7 @@ def test_responses_from_elsewhere_count(tmp_path):
 
 
 def test_text_and_its_one_user_turn_answer_each_other(tmp_path):
-    """Also in files that were written when they were two prompts."""
+    """Also in files of earlier versions, for which they were two prompts."""
     path = tmp_path / "responses.jsonl"
     prompts = ["a", [{"role": "user", "content": "b"}]]
     path.write_text("".join(json.dumps({"prompt": p, "model": "m", "response": "r"}) + "\n" for p in prompts))
@@ -132,7 +132,7 @@ def test_changed_settings_are_refused(tmp_path):
     before = path.read_bytes()
     write(path, [3], model="other", sampling=Sampling(temperature=0.5), weights="def")
     assert path.read_bytes().startswith(before)
-    write(path, [3], extra_body="{}")  # a setting that the rows do not know
+    write(path, [3], extra_body="{}")  # a setting that the rows do not have
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     with opened(path) as file:
 
         class Full:
-            """Takes ten bytes, and then no more."""
+            """Accepts ten bytes, and then fails."""
 
             def __init__(self, inner):
                 self.inner, self.written = inner, 0
