@@ -1,7 +1,7 @@
-"""Which rows make a micro-batch, on which rank: by a number of rows, or by a budget of tokens. Pure numpy.
+"""Plans which rows form the micro-batches of each rank, by a number of rows or by a budget of tokens. Pure numpy.
 
-Every rank computes the same plan and takes its own part of it; nothing is repeated and nothing is left out, so ranks
-may end with a micro-batch that has no rows.
+Every rank computes the same plan and takes its own part of it. No row is repeated or left out, so the last micro-batch
+of a rank may have no rows.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from .curriculum import Draws
 
 Row = TypeVar("Row")
 
-# Rows that are packed together: enough choice to fill every micro-batch, few enough that order stays random.
+# Best fit packs windows of this many micro-batches: enough rows to fill each one, few enough to keep a random order.
 _WINDOW_BATCHES = 64
-_FULL = 0.97
-# Where order counts: micro-batches ahead of the one being filled that its gap may be filled from.
+_FULL = 0.97  # share of the budget from which a micro-batch counts as full
+# If the order of rows matters, a micro-batch is filled up with rows of at most this many following micro-batches.
 _AHEAD = 4
 
 
 @dataclass
 class BatchSampler:
-    """Micro-batches of row indices for one rank; pass it as a DataLoader's ``batch_sampler``.
+    """Batch sampler of a DataLoader: yields the micro-batches of one rank as lists of row indices.
 
     Args:
         tokens: (rows,) tokens that each row takes in a packed batch.
-        batch_size: rows per micro-batch, where ``max_tokens`` is not given.
-        max_tokens: budget of a micro-batch in tokens; whole rows are packed to fill it.
-        shuffle, seed: a new order every epoch, the same on every rank; resuming needs only the epoch.
+        batch_size: rows per micro-batch, if ``max_tokens`` is not given.
+        max_tokens: budget of a micro-batch in tokens. Whole rows are packed to fill it.
+        shuffle, seed: order the rows anew every epoch, equally on every rank. Resuming needs only the epoch.
         world_size, rank: this rank takes every ``world_size``-th micro-batch.
-        micro_batches: of an optimizer step on this rank. With a budget the plan depends on how many a step has in all,
-            not on how many of them are other ranks', so that a run may go on with another number of ranks.
-        drop_last: leave out rows that do not fill a micro-batch on every rank (by rows only).
-        draws: the rows of each epoch and their order, in place of all rows shuffled.
+        micro_batches: micro-batches of an optimizer step on this rank. With a budget, the plan depends only on the
+            number of micro-batches of a step on all ranks together, so a run can resume on another number of ranks.
+        drop_last: leave out rows that do not fill a micro-batch on every rank (only without a budget).
+        draws: the curriculum's rows of each epoch in order, instead of all rows shuffled.
 
     Raises:
         UserError: a row is longer than the budget.
@@ -69,7 +69,7 @@ class BatchSampler:
         self._batches = len(self._plan(0))
 
     def plan_epochs(self, epochs: int) -> None:
-        """Give each of so many epochs as many micro-batches as the one that needs most: a trainer asks only once."""
+        """Gives all epochs the number of micro-batches of the longest one, because a trainer asks for it only once."""
         if self.max_tokens and (self.shuffle or self.draws):
             self._batches = max(len(self._plan(epoch)) for epoch in range(epochs))
 
@@ -83,18 +83,19 @@ class BatchSampler:
         yield from self._epoch(self.epoch)[self.rank :: self.world_size]
 
     def count_draws(self, steps: int, micro_batches: int) -> NDArray[np.int64]:
-        """(rows,) how often each row is run in so many optimizer steps of so many micro-batches on each rank."""
+        """Returns (rows,) how often each row runs in ``steps`` steps of ``micro_batches`` micro-batches per rank."""
         times = np.zeros(len(self.tokens), dtype=np.int64)
-        for epoch in itertools.count():
-            if steps <= 0:
-                return times
+        epoch = 0
+        while steps > 0:
             batches = self._epoch(epoch)[: steps * micro_batches * self.world_size]
             np.add.at(times, [row for batch in batches for row in batch], 1)
             steps -= -(-len(self) // micro_batches)
+            epoch += 1
+        return times
 
     @property
     def fill(self) -> float:
-        """Tokens over budget of the current epoch's micro-batches; 1 where no budget is set."""
+        """Share of the current epoch's token budget that rows fill; 1 without a budget."""
         tokens = self.tokens if self.draws is None else self.tokens[self.draws.epoch(self.epoch)]
         return tokens.sum() / (self._batches * self.max_tokens) if self.max_tokens else 1.0
 
@@ -103,7 +104,7 @@ class BatchSampler:
 
     @property
     def _multiple(self) -> int:
-        """Micro-batches come in so many: a step's with a budget, else one of each rank."""
+        """The number of micro-batches is a multiple of this: a step's with a budget, else one per rank."""
         return self.world_size * (self.micro_batches if self.max_tokens else 1)
 
     def _plan(self, epoch: int) -> list[list[int]]:
@@ -127,16 +128,16 @@ class BatchSampler:
 
 
 def pack_rows(
-    rows: Sequence[int],
-    tokens: NDArray[np.int64],
+    rows: Sequence[int] | NDArray[np.int64],
+    tokens: NDArray[np.int64],  # of every row of the dataset
     budget: int,
     multiple: int = 1,
     random: np.random.Generator | None = None,
 ) -> list[list[int]]:
-    """Pack whole rows into micro-batches of at most ``budget`` tokens; their number is a multiple of ``multiple``.
+    """Packs whole rows into micro-batches of at most ``budget`` tokens; their number is a multiple of ``multiple``.
 
-    Windows of rows are packed by best fit, longest first. What is less than 97 % full goes back into the next window,
-    so only the end of the epoch has to live with gaps, which all ranks share.
+    Windows of rows are packed by best fit, longest first. Rows of a micro-batch that is less than 97 % full go into the
+    next window. So gaps remain only at the end of the epoch, where they are spread over all ranks.
     """
     window = max(1, int(_WINDOW_BATCHES * budget / max(1.0, tokens[rows].mean()))) if len(rows) else 1
     full: list[list[int]] = []
@@ -146,7 +147,7 @@ def pack_rows(
         done = [batch for batch in batches if tokens[batch].sum() >= _FULL * budget]
         rest = [row for batch in batches if tokens[batch].sum() < _FULL * budget for row in batch]
         if random is not None:
-            random.shuffle(done)  # best fit leaves the longest rows in the first
+            random.shuffle(done)  # best fit puts the longest rows into the first micro-batches
         full += done
     return _with_even_end(full, _best_fit(rest, tokens, budget), tokens, budget, multiple)
 
@@ -154,10 +155,10 @@ def pack_rows(
 def _with_even_end(
     full: list[list[int]], last: list[list[int]], tokens: NDArray[np.int64], budget: int, multiple: int
 ) -> list[list[int]]:
-    """``full + last`` and empty ones up to a multiple, the last steps' rows spread evenly over their micro-batches.
+    """Returns ``full + last``, padded with empty micro-batches to a multiple, with evened-out rows in the last step.
 
-    Ranks step together, and all gaps are at the end. Where what is left is too little to share, the full steps before
-    it are taken along, two at most.
+    Ranks wait for each other in every step, so uneven micro-batches cost time. If the rows of the last step are too few
+    to spread evenly, up to two full steps before it are evened out together with it.
     """
     best: list[list[int]] = []
     smallest_gap = np.inf
@@ -165,7 +166,7 @@ def _with_even_end(
         whole = max(len(full) // multiple - steps_back, 0) * multiple
         end = full[whole:] + last
         end = _even(end + [[]] * (-len(end) % multiple), tokens, budget)
-        end.sort(key=lambda batch: -tokens[batch].sum())  # a step's micro-batches are neighbours
+        end.sort(key=lambda batch: -tokens[batch].sum())  # puts micro-batches of similar size into one step
         loads = np.array([tokens[batch].sum() for batch in end]).reshape(-1, multiple)
         gap = np.max((loads.max(axis=1) - loads.min(axis=1)) / loads.max(axis=1), initial=0.0)
         if gap < smallest_gap:
@@ -176,21 +177,23 @@ def _with_even_end(
 
 
 def pack_in_order(rows: Iterable[Row], tokens: Callable[[Row], int], budget: int) -> Iterator[list[Row]]:
-    """Pack whole rows into micro-batches of at most ``budget`` tokens, hardly changing their order.
+    """Packs whole rows into micro-batches of at most ``budget`` tokens, and nearly keeps their order.
 
-    A micro-batch takes the rows in turn until one does not fit; the gap is filled from the rows of the ``_AHEAD``
-    micro-batches that follow, the longest that fits first. So no row comes later than its turn, and none sooner than
-    so many micro-batches before it.
+    A micro-batch takes rows in order until one does not fit. The gap is filled with rows of the following ``_AHEAD``
+    micro-batches, the longest that fits first. So no row comes later than in order, and none comes more than ``_AHEAD``
+    micro-batches earlier.
     """
     rows = iter(rows)
     waiting: list[tuple[int, Row]] = []  # (tokens, row) in order
-    held = 0
+    held = 0  # tokens of the waiting rows
     while True:
+        # Read ahead.
         while held < (1 + _AHEAD) * budget and (row := next(rows, None)) is not None:
             waiting.append((int(tokens(row)), row))
             held += waiting[-1][0]
         if not waiting:
             return
+        # Take rows in order, then fill the gap.
         turn = list(itertools.accumulate(need for need, _ in waiting))
         taken = list(range(bisect.bisect_right(turn, budget)))
         room = budget - (turn[taken[-1]] if taken else 0)
@@ -206,10 +209,10 @@ def pack_in_order(rows: Iterable[Row], tokens: Callable[[Row], int], budget: int
 
 
 def split_to(batches: list[list[int]], count: int, multiple: int = 1) -> list[list[int]]:
-    """Split steps, each of ``multiple`` micro-batches, in two until there are ``count`` micro-batches.
+    """Splits steps of ``multiple`` micro-batches in two until there are ``count`` micro-batches.
 
-    They are taken evenly over the epoch, and their halves stay where they were. Empty ones come last, where no rows are
-    left to split.
+    The split steps are spread evenly over the epoch, and both halves take the place of the step. If no step can be
+    split further, empty micro-batches are appended.
     """
     steps = [batches[i : i + multiple] for i in range(0, len(batches), multiple)]
     while missing := count // multiple - len(steps):
@@ -224,12 +227,12 @@ def split_to(batches: list[list[int]], count: int, multiple: int = 1) -> list[li
 
 
 def _halves(step: list[list[int]]) -> list[list[list[int]]]:
-    """Every other row, as rows of a micro-batch may lie from long to short."""
+    """Splits each micro-batch into every other row, because its rows may be sorted by length."""
     return [[batch[half::2] for batch in step] for half in (0, 1)]
 
 
 def _best_fit(rows: Sequence[int], tokens: NDArray[np.int64], budget: int) -> list[list[int]]:
-    """Longest first, each into the fullest micro-batch that still has room."""
+    """Packs the longest rows first, each into the fullest micro-batch that has room for it."""
     batches: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, batch), sorted
     for row in sorted(rows, key=lambda row: (-tokens[row], row)):
@@ -246,7 +249,7 @@ def _best_fit(rows: Sequence[int], tokens: NDArray[np.int64], budget: int) -> li
 
 
 def _even(batches: list[list[int]], tokens: NDArray[np.int64], budget: int) -> list[list[int]]:
-    """The same rows over the same number of micro-batches, longest first, each to the emptiest."""
+    """Distributes the rows over the same number of micro-batches, longest first, each to the emptiest one."""
     loads = np.zeros(len(batches), dtype=np.int64)
     even: list[list[int]] = [[] for _ in batches]
     for row in sorted((row for batch in batches for row in batch), key=lambda row: (-tokens[row], row)):

@@ -1,4 +1,4 @@
-"""Micro-batches of one rank, from a map-style dataset or from a stream."""
+"""Builds the DataLoader of one rank from a map-style dataset or a stream, with or without a curriculum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -22,15 +22,14 @@ from .curriculum import PLACE, Curriculum, Draws, read_keys
 from .preparation import PreparationReport
 from .stream_curriculum import StreamDraws
 
-# Rows of a stream that are packed together under a token budget.
-_STREAM_WINDOW = 512
+_STREAM_WINDOW = 512  # rows of a stream that are packed together if there is a token budget
 
 
 def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]:
-    """Columns of a dataset, before it is prepared, that the curriculum will read.
+    """Returns the columns that the curriculum reads. They must be kept when the dataset is prepared.
 
     Raises:
-        UserError: there is no such column.
+        UserError: the dataset has no such column.
     """
     if curriculum is None or not isinstance(dataset, (Dataset, IterableDataset)):
         return ()
@@ -39,26 +38,26 @@ def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]
 
 
 def order_seed(args: Any) -> int:
-    """The seed of the order of rows."""
+    """Returns the seed of the order of rows."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
 def make_draws(
     curriculum: Curriculum | None, dataset: Dataset | IterableDataset, seed: int
 ) -> Draws | StreamDraws | None:
-    """What the curriculum draws of a prepared dataset.
+    """Returns the rows that the curriculum draws from a prepared dataset, or None without a curriculum.
 
     Raises:
-        UserError: a row without a level's columns, or a level without rows.
+        UserError: an option does not fit this kind of dataset, a row lacks a value, or a level has no rows.
     """
     if curriculum is None:
         return None
     if isinstance(dataset, IterableDataset):
         if curriculum.epochs is not None:
-            raise UserError("curriculum: epochs has no effect on a stream, whose schedule ends with max_steps")
+            raise UserError("curriculum: a stream's schedule ends with max_steps: remove epochs")
         return StreamDraws(curriculum, seed)
     if curriculum.buffer is not None:
-        raise UserError("curriculum: buffer is for streams and has no effect on this dataset: leave it out")
+        raise UserError("curriculum: buffer has an effect only on streams: remove it")
     table = dataset.select_columns([*curriculum.columns, "row"]).with_format("arrow")[:]
     columns = [table[name].to_pylist() for name in curriculum.columns]
     return Draws(curriculum, read_keys(curriculum, columns, table["row"].to_pylist()), seed)
@@ -74,24 +73,26 @@ def make_loader(
     *,
     batch_size: int,
 ) -> DataLoader:
-    """This rank's micro-batches of a prepared dataset. accelerate would repeat rows to make ranks even; this does not.
+    """Returns a DataLoader of this rank's micro-batches of a prepared dataset.
+
+    Unlike accelerate's sharding, it repeats no rows to give all ranks the same number.
 
     Args:
         collator: rows -> batch.
         args: the run's ``ContrastiveConfig``.
         share_prompts: whether the collator runs a prompt once for all its completions.
-        training: in the order that training wants, else the dataset's own.
+        training: order the rows for training; otherwise they keep the dataset's order.
         draws: of a curriculum, see :func:`make_draws`.
-        batch_size: rows of a micro-batch, where ``args`` give no budget of tokens.
+        batch_size: rows of a micro-batch, if ``args`` set no token budget.
 
     Raises:
-        UserError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or a stream would be
-            read by several processes.
+        UserError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or several processes
+            would read a stream.
     """
     if dataset.column_names is not None and "completion_ids" not in dataset.column_names:
         raise UserError(
-            f"the dataset with the columns {', '.join(dataset.column_names)} is not tokenised: give it to the trainer's"
-            " constructor, to evaluate or to predict, instead of setting it as an attribute"
+            f"the dataset with the columns {', '.join(dataset.column_names)} is not tokenized: give it to the trainer's"
+            " constructor, or to evaluate or predict, instead of setting it as an attribute"
         )
     count_tokens = partial(
         row_tokens, max_length=args.max_length, truncation_mode=args.truncation_mode, share_prompts=share_prompts
@@ -99,15 +100,21 @@ def make_loader(
     workers = _worker_options(args)
     world = dict(world_size=args.world_size, rank=args.process_index)
     accumulation = args.gradient_accumulation_steps
+
+    # A stream: batches are cut from it as it is read.
     if isinstance(dataset, IterableDataset):
         if args.dataloader_num_workers > 1:
-            raise UserError("a stream is read by one process: set dataloader_num_workers to 0 or 1")
+            raise UserError("only one process can read a stream: set dataloader_num_workers to 0 or 1")
         cut = (batch_size, args.max_tokens_per_batch, count_tokens)
         if draws is None:
             batches = StreamBatches(dataset, *cut, **world, endless=training)
         else:
+            assert isinstance(draws, StreamDraws)
             batches = DrawnBatches(dataset, *cut, **world, draws=draws, steps=args.max_steps * accumulation)
         return DataLoader(batches, batch_size=None, collate_fn=collator, **workers)
+
+    # A map-style dataset: all batches are planned from the lengths of its rows.
+    assert not isinstance(draws, StreamDraws)
     sampler = BatchSampler(
         count_tokens(dataset),
         batch_size=batch_size,
@@ -126,7 +133,7 @@ def make_loader(
 
 
 def _worker_options(args: Any) -> dict[str, Any]:
-    """Options of a DataLoader, from those of the run that begin with ``dataloader_``."""
+    """Returns the options of a DataLoader that the run's options ``dataloader_*`` set."""
     return dict(
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
@@ -138,11 +145,11 @@ def _worker_options(args: Any) -> dict[str, Any]:
 
 
 def _plan_run(sampler: BatchSampler, args: Any) -> None:
-    """Tell sampler and curriculum how long the run is."""
+    """Fits the sampler and the curriculum to the length of the run."""
     if not len(sampler):
         raise UserError(
-            f"dataloader_drop_last leaves nothing of {len(sampler.tokens)} rows, which fill no step: set it to false,"
-            " or lower per_device_train_batch_size"
+            f"dataloader_drop_last drops all {len(sampler.tokens)} rows, because they fill no micro-batch on every"
+            " rank: set it to false, or lower per_device_train_batch_size"
         )
     epochs = args.max_steps / _steps_per_epoch(sampler, args) if args.max_steps > 0 else args.num_train_epochs
     if sampler.draws is not None:
@@ -155,8 +162,8 @@ def _steps_per_epoch(sampler: BatchSampler, args: Any) -> int:
 
 
 def report_draws(loader: EpochLoader, draws: Draws, args: Any) -> list[str]:
-    """Lines of text: how often a run draws the rows of each level, of all ranks together."""
-    sampler = loader.batch_sampler
+    """Returns lines of text about how often all ranks together draw the rows of each level."""
+    sampler = cast("BatchSampler", loader.batch_sampler)
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * _steps_per_epoch(sampler, args))
@@ -164,7 +171,7 @@ def report_draws(loader: EpochLoader, draws: Draws, args: Any) -> list[str]:
 
 
 def report_stream(report: PreparationReport, draws: StreamDraws | None, args: Any, steps: int) -> list[str]:
-    """Lines of text: what was read of a stream, and dropped, in so many steps.
+    """Returns lines of text about the rows read from a stream and dropped, after ``steps`` steps.
 
     Raises:
         UserError: there was no step.
@@ -172,14 +179,14 @@ def report_stream(report: PreparationReport, draws: StreamDraws | None, args: An
     if not steps:
         raise UserError("\n  ".join(["no row of the stream can be trained on", *report.summary()]))
     if args.dataloader_num_workers:
-        return ["what was read and dropped of the stream was counted in a worker: set dataloader_num_workers=0"]
+        return ["no counts of the stream's rows, because a worker read them: set dataloader_num_workers=0 to see them"]
     return [*report.summary(), *(draws.report() if draws is not None else [])]
 
 
 def row_tokens(
     rows: Dataset | list[dict], max_length: int | None, truncation_mode: str, share_prompts: bool
 ) -> NDArray[np.int64]:
-    """(rows,) tokens that each prepared row takes in a packed batch, an upper bound where `keep_end` cuts."""
+    """Returns (rows,) tokens that each prepared row takes in a packed batch; an upper bound if `keep_end` cuts it."""
     if isinstance(rows, Dataset):
         prompts, completions, counts = _stored_lengths(rows)
     else:
@@ -196,27 +203,29 @@ def row_tokens(
     if truncation_mode == "keep_start":
         return shared
     cut = np.bincount(row_of, weights=whole < prompts[row_of] + completions, minlength=len(prompts)) > 0
-    return np.where(cut, unshared, shared)  # completions that lose different parts of the prompt share nothing
+    return np.where(cut, unshared, shared)  # cut prompts differ between completions, so they are not shared
 
 
-def _stored_lengths(rows: Dataset) -> tuple[NDArray, NDArray, NDArray]:
+def _stored_lengths(rows: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns lengths of prompts (rows,) and of all completions, and the number of completions of each row (rows,)."""
     prompts, completions, counts = [], [], []
     for table in rows.with_format("arrow").select_columns(["prompt_ids", "completion_ids"]).iter(10_000):
         prompts.append(pc.list_value_length(table["prompt_ids"]).to_numpy())
         counts.append(pc.list_value_length(table["completion_ids"]).to_numpy())
         completions.append(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_numpy())
-    return tuple(np.concatenate(part).astype(np.int64) for part in (prompts, completions, counts))
+    prompt_lengths, lengths, count = (np.concatenate(part).astype(np.int64) for part in (prompts, completions, counts))
+    return prompt_lengths, lengths, count
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that tells its batch sampler which epoch it is."""
+    """A DataLoader that tells its batch sampler the epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+        cast("BatchSampler", self.batch_sampler).set_epoch(epoch)
 
 
 class DrawnRows(TorchDataset):
-    """Rows of a dataset, each with its place in the curriculum."""
+    """The rows of a dataset, each with its place in the curriculum."""
 
     def __init__(self, rows: Dataset, draws: Draws) -> None:
         self.rows, self.places = rows, draws.places
@@ -232,18 +241,18 @@ class DrawnRows(TorchDataset):
 
 
 class StreamBatches(TorchIterableDataset):
-    """Lists of rows of a stream, this rank's share.
+    """This rank's micro-batches of a stream, as lists of rows.
 
-    Every rank reads the whole stream, so that all of them see the same micro-batches and stop at the same one; a rank
-    without rows in the last step gets an empty list. In training a stream has no end: its passes go on into each other,
-    so that a place in the run is a place in one sequence, and to resume is to skip.
+    Every rank reads the whole stream. So all ranks form the same micro-batches and stop at the same one; a rank without
+    rows in the last step gets an empty list. In training, passes over the stream are concatenated without end, so
+    resuming skips the micro-batches already read.
 
     Args:
         rows: prepared rows.
-        batch_size: rows per micro-batch, where ``max_tokens`` is not given.
-        max_tokens: budget of a micro-batch.
-        count_tokens: tokens that rows take in a packed batch, e.g. :func:`row_tokens`.
-        endless: begin another pass, in another order if the stream is shuffled, after each.
+        batch_size: rows per micro-batch, if ``max_tokens`` is not given.
+        max_tokens: budget of a micro-batch in tokens.
+        count_tokens: returns the tokens that rows take in a packed batch, e.g. :func:`row_tokens`.
+        endless: start another pass after each; a shuffled stream has a new order in each.
     """
 
     def __init__(
@@ -275,7 +284,7 @@ class StreamBatches(TorchIterableDataset):
             rows = self._pass(number)
             held = list(itertools.islice(rows, window))
             if not held:
-                return  # nothing in all of a pass
+                return  # a whole pass has no rows
             while held:
                 yield from self._cut(held)
                 held = list(itertools.islice(rows, window))
@@ -302,16 +311,16 @@ class StreamBatches(TorchIterableDataset):
 
 
 class DrawnBatches(StreamBatches):
-    """What a curriculum draws of a stream, without end.
+    """This rank's micro-batches of the rows that a curriculum draws from a stream, without end.
 
     Args:
-        draws: which rows.
+        draws: draws the rows.
         steps: micro-batches of this rank in the whole run.
-        others: as of :class:`StreamBatches`.
+        others: see :class:`StreamBatches`.
     """
 
     def __init__(self, *args: Any, draws: StreamDraws, steps: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, endless=True)
+        super().__init__(*args, **{**kwargs, "endless": True})
         self.draws = draws
         self.size = self.max_tokens or self.batch_size  # of a micro-batch, in tokens or rows
         self.total = steps * self.world_size * self.size

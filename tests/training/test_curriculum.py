@@ -146,7 +146,7 @@ def test_a_stream_that_a_worker_reads(tmp_path, caplog):
         trainer = make_trainer(tmp_path, stream=True, max_steps=4, curriculum=PAIRS, dataloader_num_workers=1)
         trainer.train()
     assert trainer.seen == own.seen and shares(trainer) == shares(own)
-    assert "was counted in a worker: set dataloader_num_workers=0" in caplog.text
+    assert "because a worker read them: set dataloader_num_workers=0" in caplog.text
     nothing = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w2"}] * 3)
     for workers in (0, 1):
         with pytest.raises(ValueError, match="no row of the stream can be trained on"):
@@ -175,9 +175,9 @@ def test_data_without_the_levels_is_one_clear_error(tmp_path, stream, change, op
 
 
 def test_options_that_only_one_kind_of_data_has(tmp_path):
-    with pytest.raises(ValueError, match="buffer is for streams"):
+    with pytest.raises(ValueError, match="buffer has an effect only on streams"):
         make_trainer(tmp_path, curriculum={**PAIRS, "buffer": 10})
-    with pytest.raises(ValueError, match="epochs has no effect on a stream"):
+    with pytest.raises(ValueError, match="a stream's schedule ends with max_steps: remove epochs"):
         make_trainer(tmp_path, stream=True, max_steps=2, curriculum={**PAIRS, "epochs": 1})
 
 

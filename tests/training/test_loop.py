@@ -89,13 +89,13 @@ def test_tokens_are_counted_once(tmp_path):
 
 
 def test_fewer_rows_than_a_step_needs(tmp_path):
-    with pytest.raises(ValueError, match="dataloader_drop_last leaves nothing of 16 rows"):
+    with pytest.raises(ValueError, match="dataloader_drop_last drops all 16 rows"):
         make_trainer(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=32).train()
 
 
 def test_a_stream_is_read_by_one_process(tmp_path):
     stream = preference_data(16).to_iterable_dataset(num_shards=2)
-    with pytest.raises(ValueError, match="a stream is read by one process: set dataloader_num_workers to 0 or 1"):
+    with pytest.raises(ValueError, match="only one process can read a stream: set dataloader_num_workers to 0 or 1"):
         make_trainer(tmp_path, train_dataset=stream, dataloader_num_workers=2).train()
 
 

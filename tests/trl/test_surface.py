@@ -105,7 +105,7 @@ def test_attributes_set_after_construction(tmp_path):
         trainer.train()
     assert losses(changed) == losses(usual)
     changed.eval_dataset = preference_data(4, seed=5)
-    with pytest.raises(ValueError, match="is not tokenised: give it to the trainer's constructor, to evaluate"):
+    with pytest.raises(ValueError, match="is not tokenized: give it to the trainer's constructor, or to evaluate"):
         changed.evaluate()
 
 
