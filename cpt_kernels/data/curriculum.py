@@ -1,11 +1,11 @@
-"""Which pair is drawn next: the data curriculum of arXiv 2310.02263, from easy pairs to hard ones. Pure numpy.
+"""Draws rows by the data curriculum of arXiv 2310.02263, from easy pairs to hard ones. Pure numpy.
 
-Rows belong to levels, 0 the easiest to L-1 the hardest. At progress t of training a schedule gives a place
-alpha(t) in [0, 1] between the two ends, and each row is drawn from one of the two levels next to alpha (L - 1): with
-L = 2 from the hard level with probability alpha, from the easy one otherwise, which is the paper's rule.
+Rows belong to levels, from 0 (the easiest) to L-1 (the hardest). At progress t of training the schedule gives a place
+alpha(t) in [0, 1] between easy and hard, and each row is drawn from one of the two levels next to alpha (L - 1). With
+L = 2, this is the paper's rule: the hard level with probability alpha, else the easy one.
 
-An epoch is as many draws as there are rows in the levels. Each level is a shuffled deck of its own: every row of it is
-drawn once before any is drawn again, also from one epoch to the next.
+An epoch has as many draws as the levels have rows. Each level is a shuffled deck: every row of it is drawn once before
+any is drawn again, across epochs too.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from ..errors import UserError
 SCHEDULES = ("linear", "reversed", "constant", "staged", "none")
 PAIR_COLUMNS = ("chosen_model", "rejected_model")
 NO_LEVEL = -1
-PLACE = "curriculum_place"  # what a drawn row brings along, see Curriculum.places
+PLACE = "curriculum_place"  # column that drawn rows get for the metrics, see Curriculum.places
 
-Keys = list[str] | NDArray[np.float64]  # of rows: model pairs, or scores, the larger the harder
+Keys = list[str] | NDArray[np.float64]  # one per row: its model pair, or its difficulty (larger is harder)
 _WITH_PROGRESS = ("linear", "reversed", "staged")
-_PERCENTILES = 100  # levels of a column that is named without a number of levels
-_WINDOW = 0.2  # share of these levels that a draw is from
+_PERCENTILES = 100  # number of levels if `levels` names a column
+_WINDOW = 0.2  # share of these levels from which a row is drawn
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What is asked for, before any data is seen.
+    """The options of a curriculum, which do not depend on the data.
 
     Attributes:
-        levels: model pairs ``chosen>rejected`` from easy to hard, by the columns ``chosen_model`` and
-            ``rejected_model``; or a number of quantiles of ``column``; or the name of a column, whose percentiles are
-            then the levels, and a draw is from a window of 20 of them.
-        schedule: ``linear``: alpha grows from 0 to 1 over ``epochs``, and stays there. ``reversed``: 1 - alpha.
+        levels: model pairs ``chosen>rejected`` from easy to hard, compared with the columns ``chosen_model`` and
+            ``rejected_model``; or a number of quantiles of ``column``; or the name of a column: its percentiles are the
+            levels, and each row is drawn from a window of 20 of them.
+        schedule: ``linear``: alpha grows from 0 to 1 over ``epochs``, and stays 1. ``reversed``: 1 - alpha.
             ``staged``: one level after another, each for its share of the rows. ``constant``: a fixed mix, ``shares``.
-            ``none``: every row once an epoch, in random order, whatever its level.
-        column: what ``levels`` quantiles are of; default ``gap``.
-        easy: the end of the column that is easy, ``high`` or ``low``; default high for ``gap``, low for any other.
-        shares: of each level in the constant mix; default equal.
-        epochs: length of the schedule; default the first epoch, or the run where that is shorter or reads a stream
-            (then a run that is resumed with another ``max_steps`` goes on by another schedule).
-        buffer: rows of a stream that are held, all levels together; default 4096.
+            ``none``: every row once per epoch, in random order, of all levels.
+        column: the column of the quantiles, if ``levels`` is their number; default ``gap``.
+        easy: which values of the column are easy, ``high`` or ``low``; default high for ``gap``, low for any other.
+        shares: share of each level in the constant mix; default equal.
+        epochs: length of the schedule. The default is the first epoch, or the run if it is shorter. On a stream it is
+            the run; a run resumed with another ``max_steps`` then continues with another schedule.
+        buffer: number of rows of a stream that wait to be drawn, in all levels together; default 4096.
     """
 
     levels: tuple[str, ...] | int | str
@@ -62,10 +62,10 @@ class Curriculum:
 
     @classmethod
     def parse(cls, option: Mapping[str, Any] | str) -> Curriculum:
-        """The curriculum that a mapping, or its JSON, describes.
+        """Parses a curriculum from a mapping or its JSON.
 
         Raises:
-            UserError: an unknown key or value, or keys that do not go together; the message names the key.
+            UserError: a key or value is unknown, or two keys exclude each other; the message names the key.
         """
         if isinstance(option, str):
             try:
@@ -86,12 +86,15 @@ class Curriculum:
         if self.schedule not in SCHEDULES:
             raise UserError(f"curriculum: schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
         if isinstance(self.levels, tuple):
+            is_known = True
             object.__setattr__(self, "levels", tuple(map(_parse_pair, self.levels)))
             if twice := [pair for pair, count in Counter(self.levels).items() if count > 1]:
                 raise UserError(f"curriculum: levels names {twice[0]} twice")
-        elif not (_is_int(self.levels) and self.levels > 1) and not (
-            self.is_continuous and self.levels and ">" not in self.levels
-        ):
+        elif isinstance(self.levels, str):
+            is_known = self.levels != "" and ">" not in self.levels
+        else:
+            is_known = _is_int(self.levels) and self.levels > 1
+        if not is_known:
             raise UserError(
                 f"curriculum: levels={self.levels!r} is neither a list of model pairs, nor a number of quantiles (2 or"
                 " more), nor the name of a column"
@@ -99,13 +102,13 @@ class Curriculum:
         if self.levels == ():
             raise UserError("curriculum: levels is an empty list")
         if self.column is not None and not (_is_int(self.levels) and isinstance(self.column, str)):
-            raise UserError("curriculum: column names what a number of levels are quantiles of; leave it out")
+            raise UserError("curriculum: column has an effect only if levels is a number of quantiles: remove it")
         if self.easy is not None and isinstance(self.levels, tuple):
-            raise UserError("curriculum: easy has no effect on model pairs, which stand from easy to hard")
+            raise UserError("curriculum: easy has no effect on model pairs, which are in order: remove it")
         if self.easy not in (None, "high", "low"):
             raise UserError(f"curriculum: easy={self.easy!r} is neither high nor low")
         if self.epochs is not None and self.schedule not in _WITH_PROGRESS:
-            raise UserError(f"curriculum: epochs has no effect with schedule={self.schedule}: leave it out")
+            raise UserError(f"curriculum: epochs has no effect with schedule={self.schedule}: remove it")
         if self.epochs is not None and not (_is_number(self.epochs) and self.epochs > 0):
             raise UserError(f"curriculum: epochs={self.epochs!r} must be a positive number")
         if self.buffer is not None and not (_is_int(self.buffer) and self.buffer > 0):
@@ -116,16 +119,16 @@ class Curriculum:
         if self.shares is None:
             return
         if self.schedule != "constant" or isinstance(self.levels, str):
-            raise UserError("curriculum: shares is the mix of schedule=constant over a list or number of levels")
+            raise UserError("curriculum: shares needs schedule=constant and a list or a number of levels")
         levels = len(self.levels) if isinstance(self.levels, tuple) else self.levels
         if not isinstance(self.shares, tuple) or len(self.shares) != levels:
             raise UserError(f"curriculum: shares={self.shares!r} must be {levels} numbers, one for each level")
         if not all(_is_number(share) and share >= 0 for share in self.shares) or sum(self.shares) <= 0:
-            raise UserError(f"curriculum: shares={list(self.shares)} must be numbers from 0 on, not all of them 0")
+            raise UserError(f"curriculum: shares={list(self.shares)} must be numbers >= 0, and not all of them 0")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the levels are read from."""
+        """The columns that determine the level of a row."""
         if isinstance(self.levels, tuple):
             return PAIR_COLUMNS
         return (self.levels if isinstance(self.levels, str) else self.column or "gap",)
@@ -137,27 +140,27 @@ class Curriculum:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what is logged: the share of each level, or the mean place on a scale of percentiles, 0 to 1."""
-        if self.is_continuous:
+        """Names of the logged metrics: the share of each level, or the mean place from 0 to 1 among percentiles."""
+        if isinstance(self.levels, str):
             return (f"curriculum/{self.levels}",)
         names = self.levels if isinstance(self.levels, tuple) else _quantiles(self.columns[0], self.levels)
         return tuple(f"curriculum/{name}" for name in names)
 
     def places(self, levels: int) -> list[float]:
-        """(L,) what a row of each level brings along to be logged: the level's number, or place between 0 and 1."""
+        """Returns (L,) the place of each level in the metrics: its number, or 0 to 1 if levels are percentiles."""
         return [level / max(levels - 1, 1) if self.is_continuous else level for level in range(levels)]
 
     def check_columns(self, present: Iterable[str]) -> None:
-        """Raise ValueError unless the data has what the levels are read from."""
+        """Raises a UserError unless the data has the columns that determine the levels."""
         present = set(present)
         if missing := [name for name in self.columns if name not in present]:
             raise UserError(
-                f"curriculum reads the column {missing[0]}, but the data has the columns {sorted(present)}; those that"
-                " `cpt pairs` writes without --grouped are chosen_model, rejected_model and gap"
+                f"curriculum reads the column {missing[0]}, but the data has the columns {sorted(present)}; `cpt pairs`"
+                " without --grouped writes chosen_model, rejected_model and gap"
             )
 
     def choose(self, progress: NDArray, uniform: NDArray, sizes: NDArray) -> NDArray[np.int64]:
-        """The level of each draw, (N,); not for ``none``, which does not choose.
+        """Returns (N,) the level of each draw. The schedule ``none`` does not use this.
 
         Args:
             progress: (N,) progress t of training, 1 where the schedule ends.
@@ -171,21 +174,22 @@ class Curriculum:
         if self.schedule == "staged":
             return _find(t, sizes)
         alpha = 1.0 - t if self.schedule == "reversed" else t
-        # With a width of 1: floor(alpha (L-1) + u), the level above with the probability of the remainder.
+        # With a width of 1 this is floor(alpha (L-1) + u): of the two nearest levels the upper one is drawn with the
+        # fractional part of alpha (L-1) as its probability.
         width = max(1.0, _WINDOW * count) if self.is_continuous else 1.0
         place = np.abs(alpha * (count - 1) + 0.5 + width * (uniform - 0.5))
-        place = np.where(place > count, 2 * count - place, place)  # a wide window is mirrored at both ends
+        place = np.where(place > count, 2 * count - place, place)  # the part of a window outside [0, L] is reflected
         return np.minimum(np.floor(place).astype(np.int64), count - 1)
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of data that was seen.
+    """The levels found in data.
 
     Attributes:
         names: (L,) from easy to hard.
-        pairs: model pair -> level, where levels are model pairs.
-        cuts: (L-1,) hardest score of each level but the last, where levels are by a column.
+        pairs: model pair -> level, if levels are model pairs.
+        cuts: (L-1,) largest difficulty in each level but the last, if a column determines the levels.
     """
 
     names: tuple[str, ...]
@@ -193,49 +197,49 @@ class Levels:
     cuts: NDArray[np.float64]
 
     def of(self, keys: Keys) -> NDArray[np.int64]:
-        """(rows,) level of each row, ``NO_LEVEL`` for a model pair that is in none."""
+        """Returns (rows,) the level of each row, ``NO_LEVEL`` for model pairs that are in no level."""
         if isinstance(keys, list):
             return np.array([self.pairs.get(key, NO_LEVEL) for key in keys], dtype=np.int64)
         return np.searchsorted(self.cuts, keys, side="left")
 
 
 def read_keys(curriculum: Curriculum, columns: Sequence[Sequence], rows: Sequence[int]) -> Keys:
-    """What decides the level of each row: its model pair, or its score, the larger the harder.
+    """Returns the key that determines the level of each row: its model pair, or its difficulty (larger is harder).
 
     Args:
         columns: values of ``curriculum.columns``.
-        rows: their numbers in the source, for the message.
+        rows: the rows' numbers in the source, for error messages.
 
     Raises:
-        UserError: a value is missing or of the wrong type; the message names column and row.
+        UserError: a value is missing or has the wrong type; the message names column and row.
     """
     by_pair = isinstance(curriculum.levels, tuple)
     for name, values in zip(curriculum.columns, columns):
         for row, value in zip(rows, values):
             if not (isinstance(value, str) if by_pair else _is_number(value)):
-                hint = "; a row of several pairs is in no one level" if isinstance(value, list) else ""
+                hint = "; a row of several pairs has no level" if isinstance(value, list) else ""
                 kind = "the name of a model" if by_pair else "a number"
                 raise UserError(f"curriculum: {name} of row {row} is {value!r}, not {kind}{hint}")
     if by_pair:
-        pairs = {pair: ">".join(pair) for pair in set(zip(*columns))}  # one text, not one for each row
+        pairs = {pair: ">".join(pair) for pair in set(zip(*columns))}  # equal pairs share one string
         return [pairs[pair] for pair in zip(*columns)]
     easy = curriculum.easy or ("high" if curriculum.columns[0] == "gap" else "low")
     return np.asarray(columns[0], dtype=np.float64) * (-1.0 if easy == "high" else 1.0)
 
 
 def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
-    """The levels of the curriculum in data with these keys, or in a stream that starts with them.
+    """Finds the levels of the curriculum in data with these keys, or in a stream that begins with them.
 
-    Equal scores are of one level, by their mean rank.
+    Rows with equal values are in the same level, that of their mean rank.
 
     Raises:
-        UserError: equal scores leave a quantile without rows, or there are no rows.
+        UserError: there are no rows, or too few different values for the number of quantiles.
     """
     if isinstance(curriculum.levels, tuple):
         return Levels(curriculum.levels, {pair: i for i, pair in enumerate(curriculum.levels)}, np.zeros(0))
     name = curriculum.columns[0]
     if not len(keys):
-        raise UserError(f"curriculum: there is no row to find levels of {name} in")
+        raise UserError(f"curriculum: there are no rows to find levels of {name} in")
     values, counts = np.unique(keys, return_counts=True)
     mean_rank = (np.cumsum(counts) - counts / 2) / counts.sum()
     wanted = _PERCENTILES if curriculum.is_continuous else int(curriculum.levels)
@@ -244,7 +248,7 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
     if not curriculum.is_continuous and len(used) < wanted:
         empty = min(set(range(wanted)).difference(used.tolist())) + 1
         possible = next(n for n in range(wanted - 1, 0, -1) if len(np.unique(_parts(mean_rank, n))) == n)
-        mend = f"set levels to {possible} at most" if possible > 1 else "they make no levels"
+        mend = f"set levels to {possible} at most" if possible > 1 else "choose another column"
         raise UserError(
             f"curriculum: quantile {empty} of {wanted} of the column {name} has no row, as {counts.sum()} rows have"
             f" {len(values)} different values: {mend}"
@@ -254,16 +258,18 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
 
 
 class Draws:
-    """The rows that a curriculum draws of data of known size: a pure function of the data, the seed and the epoch.
+    """Draws rows of a map-style dataset. The draws of an epoch depend only on the data, the seed and the epoch.
 
     Args:
-        curriculum: what is asked for.
-        keys: of the rows, see :func:`read_keys`.
-        seed: of choice and order.
+        curriculum: the options.
+        keys: one per row, see :func:`read_keys`.
+        seed: of the choice of levels and the order of rows.
 
     Attributes:
-        levels: the levels found; ``sizes`` (L,) their rows.
-        level: (rows,) level of each row; ``places``: what a row brings along, see :meth:`Curriculum.places`.
+        levels: the levels found in the data.
+        sizes: (L,) number of rows of each level.
+        level: (rows,) level of each row.
+        places: place of each row for the metrics, see :meth:`Curriculum.places`.
         epochs: length of the schedule.
 
     Raises:
@@ -275,26 +281,26 @@ class Draws:
         self.levels = find_levels(curriculum, keys)
         self.level = self.levels.of(keys)
         self.sizes = np.bincount(self.level[self.level >= 0], minlength=len(self.levels.names))
-        places = [*curriculum.places(len(self.sizes)), None]  # no level is -1
+        places = [*curriculum.places(len(self.sizes)), None]  # NO_LEVEL is -1, the last element
         self.places = [places[level] for level in self.level]
         self._others = Counter(key for key, level in zip(keys, self.level) if level < 0)
         check_levels(self.levels, self.sizes, self._others)
         self.epochs = curriculum.epochs or 1.0
         in_levels = [np.flatnonzero(self.level == number) for number in range(len(self.sizes))]
         self._decks = [np.flatnonzero(self.level >= 0)] if curriculum.schedule == "none" else in_levels
-        self._dealt = [np.zeros(len(self._decks), dtype=np.int64)]  # cards of each deck before each epoch
+        self._dealt = [np.zeros(len(self._decks), dtype=np.int64)]  # number of draws from each deck before each epoch
 
     def __len__(self) -> int:
-        """Draws of an epoch."""
+        """Number of draws of an epoch."""
         return int(self.sizes.sum())
 
     def end_with_run(self, epochs: float) -> None:
-        """Let the schedule end with a run of less than one epoch, unless its length was given."""
+        """Ends the schedule with the run if that is shorter than one epoch, unless `epochs` was given."""
         self.epochs = self.curriculum.epochs or min(1.0, epochs) or 1.0
         del self._dealt[1:]
 
     def epoch(self, number: int) -> NDArray[np.int64]:
-        """(draws,) the rows of an epoch, in order."""
+        """Returns (draws,) the rows of an epoch, in order."""
         while len(self._dealt) <= number:
             decks = self._choose(len(self._dealt) - 1)
             self._dealt.append(self._dealt[-1] + np.bincount(decks, minlength=len(self._decks)))
@@ -306,7 +312,7 @@ class Draws:
         return rows
 
     def report(self, times: NDArray[np.int64]) -> list[str]:
-        """Lines of text for the log; ``times`` (rows,) is how often each row is drawn."""
+        """Returns lines of text for the log; ``times`` (rows,) is how often each row is drawn."""
         schedule = self.curriculum.schedule
         over = f" over {self.epochs:.3g} epochs" if schedule in _WITH_PROGRESS else ""
         lines = [f"curriculum, {schedule}{over}: an epoch is {len(self)} draws; levels from easy to hard:"]
@@ -320,14 +326,14 @@ class Draws:
         return lines
 
     def _choose(self, epoch: int) -> NDArray[np.int64]:
-        """(draws,) the deck of each draw."""
+        """Returns (draws,) the deck of each draw."""
         if len(self._decks) == 1:
             return np.zeros(len(self), dtype=np.int64)
         progress = (epoch + np.arange(len(self)) / len(self)) / self.epochs
         return self.curriculum.choose(progress, seeded(self.seed, epoch).random(len(self)), self.sizes)
 
     def _deal(self, deck: int, first: int, count: int) -> NDArray[np.int64]:
-        """Cards ``first`` to ``first + count`` of a deck that is shuffled anew whenever it has been dealt out."""
+        """Returns the rows ``first`` to ``first + count`` of a deck that is shuffled anew after each pass."""
         cards = self._decks[deck]
         passes = range(first // len(cards), -(-(first + count) // len(cards)))
         dealt = [seeded(self.seed, deck, number).permutation(cards) for number in passes]
@@ -336,30 +342,30 @@ class Draws:
 
 
 def check_levels(levels: Levels, sizes: Sequence[int] | NDArray, others: Mapping[str, int]) -> None:
-    """Raise ValueError, naming the model pairs that there are, for a level without rows.
+    """Raises a UserError that names the model pairs in the data if a level has no rows.
 
     Args:
-        sizes: (L,) rows of each level.
-        others: model pair in no level -> rows.
+        sizes: (L,) number of rows of each level.
+        others: model pair that is in no level -> number of rows.
     """
     if empty := [name for name, size in zip(levels.names, sizes) if not size]:
         found = {name: int(size) for name, size in zip(levels.names, sizes) if size} | dict(others)
-        raise UserError(f"curriculum: level {empty[0]} has no row; there are {_counts(found) or 'no rows at all'}")
+        raise UserError(f"curriculum: level {empty[0]} has no rows; the data has {_counts(found) or 'no rows at all'}")
 
 
 def seeded(seed: int, *key: int) -> np.random.Generator:
-    """A generator for each key, also for keys that differ in zeros at their end alone."""
+    """Returns a random generator for a key. Keys that differ only in trailing zeros have different generators."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def _find(place: NDArray, shares: Sequence[float] | NDArray) -> NDArray[np.int64]:
-    """In which of the parts of the unit interval that have these shares the places lie."""
+    """Returns the part of the unit interval that each place lies in, if it is divided by these shares."""
     bounds = np.cumsum(shares) / np.sum(shares)
     return np.minimum(np.searchsorted(bounds, place, side="right"), np.flatnonzero(shares)[-1])
 
 
 def _parts(place: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """In which of so many equal parts of the unit interval the places lie."""
+    """Returns which of ``count`` equal parts of the unit interval each place lies in."""
     return np.minimum((place * count).astype(np.int64), count - 1)
 
 
@@ -382,7 +388,7 @@ def _counts(pairs: Mapping[str, int]) -> str:
 def _parse_pair(text: Any) -> str:
     parts = [part.strip() for part in text.split(">")] if isinstance(text, str) else []
     if len(parts) != 2 or not all(parts):
-        raise UserError(f"curriculum: level {text!r} is no model pair; expected chosen>rejected, as gpt4>gpt-3.5-turbo")
+        raise UserError(f"curriculum: level {text!r} is not a model pair; expected chosen>rejected, as gpt4>gpt-3.5")
     return ">".join(parts)
 
 

@@ -1,9 +1,9 @@
-"""What a curriculum draws of a stream: rows wait in one buffer per level until they are wanted. Pure numpy.
+"""Draws rows from a stream by a curriculum: rows wait in one buffer per level until they are drawn. Pure numpy.
 
-A stream gives its levels as they come, a curriculum wants other shares of them, so some rows have to be passed over:
-when all buffers together are full, the fullest gives up its oldest row. When the wanted level has no row waiting, the
-stream is read on, by as many rows as the buffers hold at most since the level last occurred; then the nearest level
-that has one steps in. Both are counted. The stream starts again when it ends, and what waits is kept.
+The shares of levels in a stream differ from those that the curriculum draws, so some rows are passed over: when all
+buffers together are full, the fullest drops its oldest row. If the drawn level has no waiting row, the stream is read
+further, until as many rows as the buffers hold have passed without one of that level. Then the nearest level with a
+waiting row replaces it. Both cases are counted. When the stream ends it starts again, and waiting rows are kept.
 """
 
 from __future__ import annotations
@@ -22,44 +22,49 @@ _ROWS = 4096
 
 
 class StreamDraws:
-    """The rows that a curriculum draws of a stream, without end; the same whenever it starts from the beginning.
+    """Draws rows from a stream without end. Draws from the beginning are always the same.
 
-    Levels by a column are found in the rows that fill the buffers first. Stages are of equal length.
+    Levels of a column are found in the first rows, as many as the buffers hold. The stages of the schedule ``staged``
+    have equal length.
 
     Args:
-        curriculum: what is asked for.
+        curriculum: the options.
         seed: of the choice of levels.
 
     Attributes:
-        read, drawn, passed_over, replaced: level -> rows, in the process that reads: read of the stream; drawn;
-            given up for want of room; wanted, where another level had to step in.
-        others: model pair in no level -> rows read.
+        read, drawn, passed_over, replaced: level -> number of rows, in the process that reads the stream: read; drawn;
+            dropped from full buffers; replaced by another level.
+        others: model pair that is in no level -> number of rows read.
     """
 
     def __init__(self, curriculum: Curriculum, seed: int) -> None:
         self.curriculum, self.seed = curriculum, seed
         self.capacity = curriculum.buffer or _ROWS
-        self._forget()
+        self.levels: Levels | None = None  # None until rows are drawn
+        self._reset()
 
     def draw(self, read: Callable[[int], Iterable[Row]], progress: Callable[[], float]) -> Iterator[Row]:
-        """Rows, each with its place in the curriculum.
+        """Yields rows, each with its place in the curriculum.
 
         Args:
-            read: the rows of the stream's n-th pass, from 0.
-            progress: t of the next draw, 1 where the schedule ends.
+            read: returns the rows of the n-th pass over the stream, from 0.
+            progress: returns the progress t of the next draw, 1 where the schedule ends.
 
         Raises:
-            UserError: the stream is empty, or a whole pass has no row of some level.
+            UserError: the stream is empty, or a whole pass has no rows of some level.
         """
-        self._forget()
+        self._reset()
+        # Find the levels. Those of a column need some rows first; the first pass reads these rows again.
         head: list[Row] = []
         if not isinstance(self.curriculum.levels, tuple):
             head = list(itertools.islice(read(0), self.capacity))
         self.levels = find_levels(self.curriculum, self._keys(head))
         count = len(self.levels.names)
-        self._waiting = [deque() for _ in range(count)]
+        self._waiting: list[deque[Row]] = [deque() for _ in range(count)]
         places = self.curriculum.places(count)
-        self._since = [0] * count  # rows read since the level last occurred
+        self._since = [0] * count  # rows read since the last row of each level
+
+        # Draw.
         rows, random = self._endless(read), seeded(self.seed)
         while True:
             if self.curriculum.schedule == "none":
@@ -71,12 +76,13 @@ class StreamDraws:
             yield self._waiting[level].popleft() | {PLACE: places[level]}
 
     def report(self) -> list[str]:
-        """Lines of text for the log; none where another process read the stream."""
+        """Returns lines of text for the log, or none if another process read the stream."""
         if self.levels is None:
             return []
         lines = [f"curriculum, {self.curriculum.schedule}: {self.passes} whole passes over the stream"]
         if self.curriculum.is_continuous:
-            named = {f"{self.curriculum.columns[0]} in {len(self.levels.names)} parts": range(len(self.levels.names))}
+            every = list(range(len(self.levels.names)))
+            named = {f"{self.curriculum.columns[0]} in {len(every)} parts": every}
         else:
             named = {name: [level] for level, name in enumerate(self.levels.names)}
         for name, levels in named.items():
@@ -85,16 +91,19 @@ class StreamDraws:
                 for counts in (self.read, self.drawn, self.passed_over, self.replaced)
             )
             lines.append(
-                f"{name}: {read} rows read, {drawn} drawn, {passed} passed over as the buffers were full,"
-                f" {read - drawn - passed} still waiting; {replaced} times another level stepped in"
+                f"{name}: {read} rows read, {drawn} drawn, {passed} passed over because the buffers were full,"
+                f" {read - drawn - passed} still waiting; replaced {replaced} times by another level"
             )
         if self.others:
             lines.append(f"in no level, so never drawn: {sum(self.others.values())} rows ({', '.join(self.others)})")
         return lines
 
-    def _forget(self) -> None:
-        self.levels: Levels | None = None
-        self.read, self.drawn, self.passed_over, self.replaced = Counter(), Counter(), Counter(), Counter()
+    def _reset(self) -> None:
+        self.levels = None
+        self.read: Counter[int] = Counter()
+        self.drawn: Counter[int] = Counter()
+        self.passed_over: Counter[int] = Counter()
+        self.replaced: Counter[int] = Counter()
         self.others: Counter[str] = Counter()
         self.passes = 0
 
@@ -103,6 +112,8 @@ class StreamDraws:
         return read_keys(self.curriculum, columns, [row["row"] for row in rows])
 
     def _endless(self, read: Callable[[int], Iterable[Row]]) -> Iterator[Row]:
+        """Yields the rows of pass after pass, and checks after each that every level has occurred."""
+        assert self.levels is not None
         for number in itertools.count():
             yield from read(number)
             sizes = [self.read[level] for level in range(len(self.levels.names))]
@@ -110,7 +121,7 @@ class StreamDraws:
             self.passes += 1
 
     def _find(self, wanted: int, rows: Iterator[Row]) -> int:
-        """The wanted level with a row waiting, or the nearest to it that has one; the easier of two."""
+        """Returns the wanted level if a row of it is found, else the nearest (of two, the easier) that has a row."""
         while not self._waiting[wanted] and self._since[wanted] < self.capacity:
             self._read_on(rows)
         if self._waiting[wanted]:
@@ -121,14 +132,15 @@ class StreamDraws:
         return min((level for level, there in enumerate(self._waiting) if there), key=lambda level: abs(level - wanted))
 
     def _read_on(self, rows: Iterator[Row]) -> int:
-        """Put the stream's next row that is in a level into its buffer."""
+        """Reads the stream's next row that is in some level into its buffer, and returns the level."""
+        assert self.levels is not None
         while True:
             row = next(rows)
             keys = self._keys([row])
             level = int(self.levels.of(keys)[0])
             if level != NO_LEVEL:
                 break
-            self.others[keys[0]] += 1
+            self.others[str(keys[0])] += 1
         self.read[level] += 1
         self._since = [0 if other == level else since + 1 for other, since in enumerate(self._since)]
         self._waiting[level].append(row)

@@ -1,7 +1,8 @@
-"""Responses of models of different strength -> preference pairs. Pure numpy; text is compared, never copied.
+"""Builds preference pairs from responses of models of different strength (arXiv 2310.02263). Pure numpy.
 
-The response of the stronger model is chosen, that of the weaker one rejected (arXiv 2310.02263): no judge, no human.
-Responses belong together when their prompts are the same text, wherever they stand in the data.
+In each pair the response of the stronger model is chosen and that of the weaker one is rejected, without a judge or
+human labels. Responses to equal prompts are paired, wherever they are in the data. Texts or their digests are only
+compared.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from .order import Which, parse_order, parse_which
 
-Values = Sequence[Hashable] | NDArray  # of an array the elements are compared, so digests do as well as texts
+Values = Sequence[Hashable] | NDArray  # texts, or an array of their digests
 
 
 class DropReason(IntEnum):
-    """What became of a response: KEPT, or why it is in no pair."""
+    """Why a response is in no pair. KEPT means that it is in some pair, or may still be paired."""
 
     KEPT = 0
     MALFORMED_ROW = 1
@@ -34,9 +35,9 @@ class DropReason(IntEnum):
     TOO_LONG = 5
     NO_RATING = 6
     MODEL_NOT_RANKED = 7
-    DUPLICATE = 8  # the same model gave the same prompt the same response before
-    SECOND_RESPONSE = 9  # the same model answered the same prompt before; not with ratings, which rank responses
-    NO_OTHER_RESPONSE = 10  # nothing to compare it with
+    DUPLICATE = 8  # the same model has given the same response to the same prompt before
+    SECOND_RESPONSE = 9  # the same model has answered the same prompt before; not used if ratings rank the responses
+    NO_OTHER_RESPONSE = 10  # no other response to the same prompt is left
     NO_PAIR_LEFT = 11  # all its pairs are identical, tied, or not asked for
 
     @property
@@ -46,23 +47,23 @@ class DropReason(IntEnum):
 
 @dataclass(frozen=True)
 class PairTable:
-    """P pairs of n responses, in the order in which their prompts first appear, best chosen and rejected first."""
+    """P pairs of n responses, by prompt in order of first appearance, then best chosen and best rejected first."""
 
-    chosen: NDArray[np.int64]  # (P,) responses, as indices into the n given
-    rejected: NDArray[np.int64]  # (P,)
-    gap: NDArray[np.float64]  # (P,) strength of the chosen minus that of the rejected, > 0
-    identical: NDArray[np.int64]  # (D, 2) pairs dropped because both responses are the same text, the stronger first
-    tied: NDArray[np.int64]  # (E, 2) pairs of different text dropped because no one is stronger
+    chosen: NDArray[np.int64]  # (P,) indices of responses
+    rejected: NDArray[np.int64]  # (P,) indices of responses
+    gap: NDArray[np.float64]  # (P,) strength of chosen minus strength of rejected, > 0
+    identical: NDArray[np.int64]  # (D, 2) pairs dropped because both texts are equal, the stronger response first
+    tied: NDArray[np.int64]  # (E, 2) pairs of different texts dropped because their strengths are equal
     drops: NDArray[np.int8]  # (n,) a `DropReason` for each response
-    strength: NDArray[np.float64] = field(repr=False)  # (n,) nan where there is none
-    prompt: NDArray[np.int64] = field(repr=False)  # (n,) number of its prompt, in order of first appearance
-    content: NDArray[np.int64] = field(repr=False)  # (n,) number of its prompt and text together
+    strength: NDArray[np.float64] = field(repr=False)  # (n,) nan if unknown
+    prompt: NDArray[np.int64] = field(repr=False)  # (n,) code of each response's prompt, in order of first appearance
+    content: NDArray[np.int64] = field(repr=False)  # (n,) code of each response's prompt and text
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def rows(self, prompts: Sequence, models: Sequence[str], responses: Sequence) -> Iterator[dict[str, Any]]:
-        """A preference dataset: `prompt, chosen, rejected, chosen_model, rejected_model, gap`, a row for each pair."""
+        """Yields a preference dataset: `prompt, chosen, rejected, chosen_model, rejected_model, gap` of each pair."""
         for chosen, rejected, gap in zip(self.chosen.tolist(), self.rejected.tolist(), self.gap.tolist()):
             yield {
                 "prompt": prompts[chosen],
@@ -74,7 +75,7 @@ class PairTable:
             }
 
     def grouped_rows(self, prompts: Sequence, models: Sequence[str], responses: Sequence) -> Iterator[dict[str, Any]]:
-        """A ranked dataset: `prompt, completions, scores, models, pairs`, a row for each prompt; see `Groups`."""
+        """Yields a ranked dataset: `prompt, completions, scores, models, pairs` of each prompt."""
         groups = self.group()
         for g in range(len(groups)):
             members = groups.members[groups.cu_members[g] : groups.cu_members[g + 1]].tolist()
@@ -87,9 +88,10 @@ class PairTable:
             }
 
     def count_echoes(self) -> tuple[int, int]:
-        """Pairs that repeat an earlier one, and pairs whose opposite is there too: the same two texts, by other models.
+        """Counts pairs that repeat an earlier pair's texts, and pairs whose two texts are also paired the other way.
 
-        Both come of identical responses, and are kept: two models gave the text, each with its own strength.
+        Both occur if several models give identical responses. All these pairs are kept, because each has its own models
+        and strengths.
         """
         n = len(self.content)
         keys = np.sort(self.content[self.chosen] * n + self.content[self.rejected])
@@ -99,11 +101,11 @@ class PairTable:
         return int((np.diff(keys) == 0).sum()), int(opposed.sum())
 
     def count_prompts(self, some: NDArray) -> int:
-        """Prompts of some of the pairs, given by a mask or by ascending numbers."""
+        """Returns the number of prompts of some pairs, given by a mask or by ascending indices."""
         return int((np.diff(self.prompt[self.chosen[some]], prepend=-1) != 0).sum())
 
     def group(self) -> Groups:
-        """The pairs by prompt; a response is there once, however many pairs it is in."""
+        """Groups the pairs by prompt. Each response occurs once, however many pairs contain it."""
         members = np.flatnonzero(self.drops == DropReason.KEPT)
         members = members[np.lexsort((members, -self.strength[members], self.prompt[members]))]
         cu_members = _boundaries(self.prompt[members])
@@ -117,10 +119,10 @@ class PairTable:
 class Groups:
     """G prompts with M responses in P pairs."""
 
-    members: NDArray[np.int64]  # (M,) responses, as indices into the n given; a prompt's best first
-    cu_members: NDArray[np.int64]  # (G+1,) where each prompt's lie in the M
-    edges: NDArray[np.int64]  # (P, 2) chosen and rejected, as positions among their prompt's members
-    cu_edges: NDArray[np.int64]  # (G+1,)
+    members: NDArray[np.int64]  # (M,) indices of responses, by prompt, the best response of each prompt first
+    cu_members: NDArray[np.int64]  # (G+1,) where the members of each prompt begin
+    edges: NDArray[np.int64]  # (P, 2) chosen and rejected, as positions among the members of their prompt
+    cu_edges: NDArray[np.int64]  # (G+1,) where the pairs of each prompt begin
 
     def __len__(self) -> int:
         return len(self.cu_members) - 1
@@ -135,26 +137,29 @@ def build_pairs(
     *,
     drops: NDArray[np.int8] | None = None,  # (n,)
 ) -> PairTable:
-    """Pair the responses to equal prompts, the stronger one chosen.
+    """Pairs the responses to equal prompts; the stronger response is chosen.
 
     Args:
-        prompts: what the responses answer; equal ones are joined.
-        models: who gave each response.
+        prompts: the prompt of each response.
+        models: the model of each response.
         responses: compared to find identical ones.
-        strength: an order, `"gpt4 > chatgpt > td003"`, or a number for each model, say its win rate; models left out
-            are not paired, and of a model's several responses to a prompt the first counts. Or (n,) ratings, one for
-            each response, None or nan where there is none; then all different responses count, whoever gave them.
-            A pair's `gap` is the difference: of ranks, win rates or ratings.
-        which: the pairs asked for; `all`, `adjacent` or `"a>b, c>d"` may be given as text.
-        drops: what is dropped already. By default prompts and responses without any text are.
+        strength: an order, `"gpt4 > chatgpt > td003"`, or a number per model, for instance its win rate. Then models
+            left out are not paired, and only the first response of a model to a prompt counts. Or (n,) ratings, one per
+            response, None or nan if unknown; then all different responses to a prompt count. The `gap` of a pair is the
+            difference of ranks, win rates or ratings.
+        which: the pairs asked for. `all`, `adjacent` or `"a>b, c>d"` may be given as text.
+        drops: responses that are dropped already. The default drops empty prompts and responses.
 
     Raises:
-        UserError: columns differ in length, an unknown model or option, a rating that is no number, a named pair
-            against the order, or no pair at all; the message says why.
+        UserError: the columns differ in length, a model or option is unknown, a rating is not a number, a named pair
+            contradicts the order, or there is no pair; the message says which.
     """
+    # Read the arguments. Prompts, texts and models become integer codes.
     n = len(prompts)
     if not len(models) == len(responses) == n:
-        raise UserError(f"there are {n} prompts, {len(models)} models and {len(responses)} responses: not rows")
+        raise UserError(
+            f"there are {n} prompts, {len(models)} models and {len(responses)} responses: give one of each per row"
+        )
     if n == 0:
         raise UserError("there are no responses")
     which = parse_which(which) if isinstance(which, str) else which
@@ -163,27 +168,32 @@ def build_pairs(
     prompt = factorize(prompts)
     content = factorize(prompt * n + factorize(responses))
     names, model = list(dict.fromkeys(models)), factorize(models)
+
+    # Give each response its strength, and drop those that cannot be compared.
     ranking = None
     if isinstance(strength, Mapping):
         ranking = _check_ranking(strength, names, which)
-        score = np.array([ranking.get(name, np.nan) for name in names])[model]
-        drop_where(drops, np.isnan(score), DropReason.MODEL_NOT_RANKED)
+        strengths = np.array([ranking.get(name, np.nan) for name in names])[model]
+        drop_where(drops, np.isnan(strengths), DropReason.MODEL_NOT_RANKED)
     else:
-        score = _read_ratings(strength, n)
+        strengths = _read_ratings(strength, n)
         _check_known(which.models(), names, "the choice of pairs")
-        drop_where(drops, np.isnan(score), DropReason.NO_RATING)
-    _mark_repeats(drops, [content, model], DropReason.DUPLICATE)
+        drop_where(drops, np.isnan(strengths), DropReason.NO_RATING)
+    _drop_repeats(drops, [content, model], DropReason.DUPLICATE)
     if ranking is not None:
-        _mark_repeats(drops, [prompt, model], DropReason.SECOND_RESPONSE)
+        _drop_repeats(drops, [prompt, model], DropReason.SECOND_RESPONSE)
         _check_models_left(ranking, names, model, drops)
 
+    # Sort the usable responses by prompt, the best response of each prompt first.
     usable = np.flatnonzero(drops == DropReason.KEPT)
-    order = usable[np.lexsort((usable, -score[usable], prompt[usable]))]  # a prompt's together, its best first
+    order = usable[np.lexsort((usable, -strengths[usable], prompt[usable]))]
     cu_prompts = _boundaries(prompt[order])
     drops[order[cu_prompts[:-1][np.diff(cu_prompts) == 1]]] = DropReason.NO_OTHER_RESPONSE
-    asked = _Asked(which, names, model, _levels(score, order, ranking))
+
+    # Enumerate the pairs asked for, and keep those with different texts and strengths.
+    asked = _Asked(which, names, model, _strength_ranks(strengths, order, ranking))
     candidates = order[_enumerate(order, cu_prompts, asked)]
-    pairs = _choose(candidates, drops, score, prompt, content)
+    pairs = _keep_comparable(candidates, drops, strengths, prompt, content)
     if not len(pairs):
         raise UserError(_explain_no_pair(pairs, names, model))
     return pairs
@@ -192,20 +202,23 @@ def build_pairs(
 # --- Which pairs ---
 
 
-def _levels(
-    score: NDArray[np.float64], order: NDArray[np.int64], ranking: Mapping[str, float] | None
+def _strength_ranks(
+    strengths: NDArray[np.float64], order: NDArray[np.int64], ranking: Mapping[str, float] | None
 ) -> NDArray[np.int64]:
-    """(n,) place of each response in strength, best first, by which two are `adjacent` or not. A model's is among all
-    that are ranked: one that did not answer stands between two as well. A rating's is among those of its prompt."""
+    """Returns (n,) the rank of each response in strength, best first; `adjacent` pairs differ by at most 1.
+
+    Models rank among all ranked models, also those that did not answer the prompt. Ratings rank within the prompt.
+    """
     if ranking is not None:
-        return np.searchsorted(-np.unique(list(ranking.values()))[::-1], -score)
-    level = np.zeros(len(score), np.int64)
-    level[order] = np.cumsum(np.diff(score[order], prepend=np.inf) != 0)
-    return level
+        return np.searchsorted(-np.unique(list(ranking.values()))[::-1], -strengths)
+    rank = np.zeros(len(strengths), np.int64)
+    rank[order] = np.cumsum(np.diff(strengths[order], prepend=np.inf) != 0)
+    return rank
 
 
 def _enumerate(order: NDArray[np.int64], cu_prompts: NDArray[np.int64], asked: _Asked) -> NDArray[np.int64]:
-    """(2, P) positions in `order` of the pairs asked for, a prompt's own between two boundaries, in that order."""
+    """Returns (2, P) positions in `order` of the pairs asked for, ascending. Both positions belong to one prompt."""
+    # One round per distance between the two positions, with all prompts at once.
     end = np.repeat(cu_prompts[1:], np.diff(cu_prompts))
     found = [np.zeros((2, 0), np.int64)]
     position, offset = np.arange(len(order)), 1
@@ -217,17 +230,17 @@ def _enumerate(order: NDArray[np.int64], cu_prompts: NDArray[np.int64], asked: _
     return pairs[:, np.lexsort(pairs[::-1])]
 
 
-def _choose(
+def _keep_comparable(
     candidates: NDArray[np.int64],  # (2, P) chosen and rejected
     drops: NDArray[np.int8],
-    score: NDArray[np.float64],
+    strengths: NDArray[np.float64],
     prompt: NDArray[np.int64],
     content: NDArray[np.int64],
 ) -> PairTable:
-    """The candidates of different text and strength, and apart from them the others; what is in none is dropped."""
+    """Keeps the candidates that differ in text and strength, and drops the responses that are in none of them."""
     chosen, rejected = candidates
     identical = content[chosen] == content[rejected]
-    tied = ~identical & (score[chosen] == score[rejected])
+    tied = ~identical & (strengths[chosen] == strengths[rejected])
     kept = ~identical & ~tied
     in_pair = np.zeros(len(drops), bool)
     in_pair[candidates[:, kept]] = True
@@ -235,21 +248,21 @@ def _choose(
     return PairTable(
         chosen[kept],
         rejected[kept],
-        score[chosen[kept]] - score[rejected[kept]],
+        strengths[chosen[kept]] - strengths[rejected[kept]],
         candidates.T[identical],
         candidates.T[tied],
         drops,
-        score,
+        strengths,
         prompt,
         content,
     )
 
 
 class _Asked:
-    """Whether pairs (stronger, weaker) of responses are asked for."""
+    """Decides whether pairs (stronger, weaker) of responses are asked for."""
 
-    def __init__(self, which: Which, names: list[str], model: NDArray, level: NDArray) -> None:
-        self.kind, self.model, self.level = which.kind, model, level
+    def __init__(self, which: Which, names: list[str], model: NDArray, rank: NDArray) -> None:
+        self.kind, self.model, self.rank = which.kind, model, rank
         self.base = names.index(which.base) if which.kind == "base" else -1
         self.named = np.zeros((len(names), len(names)), bool)
         for better, worse in which.named:
@@ -257,11 +270,12 @@ class _Asked:
 
     def __call__(self, stronger: NDArray, weaker: NDArray) -> NDArray[np.bool_]:
         if self.kind == "adjacent":
-            return self.level[weaker] - self.level[stronger] <= 1
+            return self.rank[weaker] - self.rank[stronger] <= 1
         if self.kind == "base":
             return (self.model[stronger] == self.base) != (self.model[weaker] == self.base)
         if self.kind == "named":
-            either = self.named[self.model[weaker], self.model[stronger]] & (self.level[weaker] == self.level[stronger])
+            # Two of equal strength are in no order, so either may be the named one. They are counted as tied later.
+            either = self.named[self.model[weaker], self.model[stronger]] & (self.rank[weaker] == self.rank[stronger])
             return self.named[self.model[stronger], self.model[weaker]] | either
         return np.ones(len(stronger), bool)
 
@@ -270,44 +284,47 @@ class _Asked:
 
 
 def prompt_key(prompt: str) -> bytes:
-    """A digest of 16 bytes, the same for the same text everywhere."""
+    """Returns a digest of 16 bytes, which depends on the text alone."""
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def held_out(keys: Iterable[bytes] | NDArray[np.bytes_], share: float) -> NDArray[np.bool_]:
-    """Which prompts, given by `prompt_key`, are for validation. It depends on nothing but their text and `share`: more
-    rows move no prompt to the other side, and a larger share only adds prompts."""
+    """Returns (n,) whether each prompt, given by its `prompt_key`, is for validation.
+
+    This depends only on the text and `share`. So adding rows moves no prompt between train and validation, and a larger
+    share only adds prompts.
+    """
     if not 0 <= share < 1:
-        raise UserError(f"the share of prompts held out is {share}; it is at least 0 and below 1")
+        raise UserError(f"the share of prompts held out is {share}: give a number of at least 0 and below 1")
     keys = np.ascontiguousarray(keys if isinstance(keys, np.ndarray) else list(keys), dtype="S16")
     return keys.view("<u8").reshape(-1, 2)[:, 0] < np.uint64(int(share * 2**64))
 
 
-# --- Numbers for values ---
+# --- Codes and drops ---
 
 
 def factorize(values: Values) -> NDArray[np.int64]:
-    """(n,) numbers, equal for equal values, in order of first appearance."""
+    """Returns (n,) integer codes, equal for equal values and in order of first appearance."""
     if isinstance(values, np.ndarray) and values.dtype != object:
         _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
         return np.argsort(np.argsort(first))[inverse]
-    numbers: dict[Hashable, int] = {}
-    return np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), np.int64, len(values))
+    codes: dict[Hashable, int] = {}
+    return np.fromiter((codes.setdefault(value, len(codes)) for value in values), np.int64, len(values))
 
 
-def _boundaries(sorted_numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where runs of equal numbers begin, and the end."""
-    starts = np.flatnonzero(np.diff(sorted_numbers, prepend=-1) != 0)
-    return np.append(starts, len(sorted_numbers))
+def _boundaries(sorted_codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns where each run of equal codes begins, and the end."""
+    starts = np.flatnonzero(np.diff(sorted_codes, prepend=-1) != 0)
+    return np.append(starts, len(sorted_codes))
 
 
 def drop_where(drops: NDArray[np.int8], where: NDArray[np.bool_], reason: DropReason) -> None:
-    """Drop responses, given by a mask (n,), but for those that are dropped already."""
+    """Drops the responses of a mask (n,). Responses that are dropped already keep their first reason."""
     drops[where & (drops == DropReason.KEPT)] = reason
 
 
-def _mark_repeats(drops: NDArray[np.int8], columns: list[NDArray[np.int64]], reason: DropReason) -> None:
-    """All usable rows that are equal to an earlier one in all columns."""
+def _drop_repeats(drops: NDArray[np.int8], columns: list[NDArray[np.int64]], reason: DropReason) -> None:
+    """Drops usable responses that equal an earlier usable one in all columns."""
     rows = np.flatnonzero(drops == DropReason.KEPT)
     columns = [column[rows] for column in columns]
     order = np.lexsort((rows, *columns))
@@ -325,14 +342,14 @@ def _find_empty(prompts: Values, responses: Values) -> NDArray[np.int8]:
 
 def _read_ratings(ratings: Sequence[float | None] | NDArray, n: int) -> NDArray[np.float64]:
     if len(ratings) != n:
-        raise UserError(f"there are {len(ratings)} ratings of {n} responses")
+        raise UserError(f"there are {len(ratings)} ratings for {n} responses: give one per response")
     for row, rating in enumerate(ratings if not isinstance(ratings, np.ndarray) else ()):
         if rating is not None and (isinstance(rating, (str, bytes, bool)) or not np.isscalar(rating)):
-            raise UserError(f"row {row}: the rating is {rating!r}, no number")
-    score = np.array(ratings, np.float64)
-    if infinite := np.flatnonzero(np.isinf(score)).tolist():
-        raise UserError(f"row {infinite[0]}: the rating is infinite, and so would be the gap")
-    return score
+            raise UserError(f"row {row}: the rating is {rating!r}; expected a number")
+    strengths = np.array(ratings, np.float64)
+    if infinite := np.flatnonzero(np.isinf(strengths)).tolist():
+        raise UserError(f"row {infinite[0]}: the rating is infinite; expected a finite number")
+    return strengths
 
 
 # --- Checks and messages ---
@@ -342,7 +359,7 @@ def _check_ranking(strength: Mapping[str, float], names: list[str], which: Which
     _check_known(strength, names, "the order")
     ranking = {name: float(value) for name, value in strength.items()}
     if wrong := [name for name, value in ranking.items() if not np.isfinite(value)]:
-        raise UserError(f"the strength of {wrong[0]} is {ranking[wrong[0]]}: no number to rank it by")
+        raise UserError(f"the strength of {wrong[0]} is {ranking[wrong[0]]}; expected a finite number")
     if len(set(ranking.values())) < 2:
         raise UserError(f"{_list(list(ranking)) or 'no model'}: a pair needs two models of different strength")
     _check_known(which.models(), list(ranking), "the choice of pairs")
@@ -376,15 +393,15 @@ def _explain_no_pair(pairs: PairTable, names: list[str], model: NDArray) -> str:
         answers = ", ".join(f"{names[i]} answers {count}" for i, count in enumerate(counts) if count)
         others = f" (dropped: {describe_drops(pairs.drops[~alone])})" if not alone.all() else ""
         return (
-            f"no prompt has two responses to compare: {answers} prompts, none in common{others}. Prompts are joined"
-            " when their text is the same to the character"
+            f"no prompt has two responses to compare: {answers} prompts, none in common{others}. Only prompts with"
+            " exactly equal text are joined"
         )
     more = f"; {len(pairs.identical)} pairs are identical, {len(pairs.tied)} tied"
     return f"no pair can be built of {len(pairs.drops)} responses: {describe_drops(pairs.drops)}{more}"
 
 
 def describe_drops(drops: NDArray[np.int8]) -> str:
-    """`"12 empty response, 3 duplicate"`."""
+    """Returns counts of the reasons as text, for instance `"12 empty response, 3 duplicate"`."""
     counts = np.bincount(drops, minlength=len(DropReason))
     return ", ".join(f"{counts[reason]} {reason.label}" for reason in DropReason if reason and counts[reason]) or "none"
 

@@ -184,23 +184,23 @@ def test_metrics_name_the_levels():
         ({"levels": ""}, "levels='' is neither a list of model pairs"),
         ({"levels": 2.5}, "levels=2.5 is neither"),
         ({"levels": []}, "levels is an empty list"),
-        ({"levels": ["a>b", "a"]}, "level 'a' is no model pair; expected chosen>rejected"),
-        ({"levels": ["a>b>c"]}, "level 'a>b>c' is no model pair"),
-        ({"levels": ["a>b", 3]}, "level 3 is no model pair"),
+        ({"levels": ["a>b", "a"]}, "level 'a' is not a model pair; expected chosen>rejected"),
+        ({"levels": ["a>b>c"]}, "level 'a>b>c' is not a model pair"),
+        ({"levels": ["a>b", 3]}, "level 3 is not a model pair"),
         ({"levels": ["a>b", "a > b"]}, "levels names a>b twice"),
-        ({"levels": ["a>b"], "column": "gap"}, "column names what a number of levels are quantiles of"),
-        ({"levels": "gap", "column": "gap"}, "column names what a number of levels"),
+        ({"levels": ["a>b"], "column": "gap"}, "column has an effect only if levels is a number of quantiles"),
+        ({"levels": "gap", "column": "gap"}, "column has an effect only if levels"),
         ({"levels": ["a>b"], "easy": "low"}, "easy has no effect on model pairs"),
         ({"levels": 2, "easy": "large"}, "easy='large' is neither high nor low"),
         ({"levels": 2, "schedule": "constant", "epochs": 1}, "epochs has no effect with schedule=constant"),
         ({"levels": 2, "epochs": 0}, "epochs=0 must be a positive number"),
         ({"levels": 2, "epochs": "two"}, "epochs='two' must be a positive number"),
         ({"levels": 2, "buffer": 0}, "buffer=0 must be a positive whole number"),
-        ({"levels": 2, "shares": [1, 1]}, "shares is the mix of schedule=constant"),
+        ({"levels": 2, "shares": [1, 1]}, "shares needs schedule=constant"),
         ({"levels": 2, "schedule": "constant", "shares": [1, 1, 1]}, "must be 2 numbers, one for each level"),
         ({"levels": 2, "schedule": "constant", "shares": 0.5}, "must be 2 numbers"),
         ({"levels": 2, "schedule": "constant", "shares": [0, 0]}, "not all of them 0"),
-        ({"levels": 2, "schedule": "constant", "shares": [-1, 2]}, "must be numbers from 0 on"),
+        ({"levels": 2, "schedule": "constant", "shares": [-1, 2]}, "must be numbers >= 0"),
     ],
 )
 def test_options_that_are_refused(option, message):
@@ -213,7 +213,7 @@ def test_data_that_is_refused():
     pairs, gap = Curriculum.parse({"levels": ["a>b", "a>d"]}), Curriculum.parse({"levels": 4})
     with pytest.raises(ValueError, match=r"reads the column chosen_model, but the data has the columns .*'prompt'"):
         pairs.check_columns(["prompt", "chosen", "rejected_model"])
-    with pytest.raises(ValueError, match=r"level a>d has no row; there are a>b \(2 rows\), a>c \(1 rows\)"):
+    with pytest.raises(ValueError, match=r"level a>d has no rows; the data has a>b \(2 rows\), a>c \(1 rows\)"):
         Draws(pairs, ["a>b", "a>b", "a>c"], 0)
     with pytest.raises(ValueError, match="chosen_model of row 7 is None, not the name of a model"):
         read_keys(pairs, [["a", None], ["b", "b"]], [3, 7])
@@ -227,7 +227,7 @@ def test_data_that_is_refused():
             [1.0] * 5 + [2.0] * 4,
             "quantile 2 of 4 of the column gap has no row, as 9 rows have 2 different values: set levels to 2",
         ),
-        ([1.0] * 9, "9 rows have 1 different values: they make no levels"),
+        ([1.0] * 9, "9 rows have 1 different values: choose another column"),
     ):
         with pytest.raises(ValueError, match=message):
             Draws(gap, read_keys(gap, [values], range(9)), 0)

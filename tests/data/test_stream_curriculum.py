@@ -84,7 +84,7 @@ def test_a_level_that_is_missing_is_replaced_by_its_neighbour_and_counted():
     first_hard = places.index(1)
     assert draws.replaced[1] > 50 and first_hard > 200
     assert len(read) < 700, "a level that is missing must not be searched through the whole stream for every draw"
-    assert f"{draws.replaced[1]} times another level stepped in" in draws.report()[2]
+    assert f"replaced {draws.replaced[1]} times by another level" in draws.report()[2]
     near, draws = draw({"schedule": "constant", "levels": ["a>b", "a>c"], "buffer": 500}, rows, 400)
     assert sum(row[PLACE] for row in near) == pytest.approx(200, abs=4 * 10) and not draws.replaced
 
@@ -133,13 +133,13 @@ def test_levels_by_a_column_are_those_of_the_first_rows():
 
 def test_streams_that_are_refused():
     for rows, message in (
-        (rows_of("bbb"), r"level a>c has no row; there are a>b \(3 rows\)"),
-        (rows_of("xx"), r"level a>b has no row; there are a>x \(2 rows\)"),
-        ([], "level a>b has no row; there are no rows at all"),
+        (rows_of("bbb"), r"level a>c has no rows; the data has a>b \(3 rows\)"),
+        (rows_of("xx"), r"level a>b has no rows; the data has a>x \(2 rows\)"),
+        ([], "level a>b has no rows; the data has no rows at all"),
     ):
         with pytest.raises(ValueError, match=message):
             draw({"levels": ["a>b", "a>c"]}, rows)
-    with pytest.raises(ValueError, match="there is no row to find levels of score in"):
+    with pytest.raises(ValueError, match="there are no rows to find levels of score in"):
         draw({"levels": 2, "column": "score"}, [])
     with pytest.raises(ValueError, match="score of row 1 is 'high', not a number"):
         draw({"levels": 2, "column": "score"}, [*rows_of("b"), {**rows_of("c", 1)[0], "score": "high"}])

@@ -157,11 +157,11 @@ def test_a_stream_that_a_worker_reads(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "option", "message"),
     [
-        ({}, {"levels": ["a>b", "a>d"]}, r"level a>d has no row; there are a>b \(.*, a>c \("),
+        ({}, {"levels": ["a>b", "a>d"]}, r"level a>d has no rows; the data has a>b \(.*, a>c \("),
         ({"gap": None}, {"levels": 2}, "reads the column gap, but the data has the columns"),
         ({"gap": "wide"}, {"levels": 2}, "gap of row 0 is 'wide', not a number"),
         ({"chosen_model": ["a", "b"]}, PAIRS, r"chosen_model of row 0 is \['a', 'b'\], .* several pairs"),
-        ({"gap": 1.0}, {"levels": 2}, "have 1 different values: they make no levels"),
+        ({"gap": 1.0}, {"levels": 2}, "have 1 different values: choose another column"),
     ],
 )
 def test_data_without_the_levels_is_one_clear_error(tmp_path, stream, change, option, message):
@@ -234,7 +234,7 @@ def test_errors_of_the_command(home, tmp_path, capsys):
     for value, message in (
         (
             '{"levels": ["gpt4>td003", "gpt4>gpt3"]}',
-            "curriculum: level gpt4>gpt3 has no row; there are gpt4>chatgpt (30",
+            "curriculum: level gpt4>gpt3 has no rows; the data has gpt4>chatgpt (30",
         ),
         ('{"levels": 2, "column": "score"}', "curriculum reads the column score, but the data has the columns"),
         ('{"levels": 2, "schedule": "up"}', "curriculum: schedule='up' is unknown: choose one of linear, reversed"),
