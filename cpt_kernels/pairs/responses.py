@@ -1,13 +1,14 @@
-"""Every accepted form of model responses -> one row for each response, with what is needed to pair it.
+"""Reads every accepted form of model responses as one row per response, with the keys and lengths for pairing.
 
     long     prompt, model, response               or as AlpacaEval has it: instruction, generator, output
     wide     prompt, and a column for each model
-    pairs    prompt, chosen, rejected              with chosen_model, rejected_model and ratings; -, _ or reversed
+    pairs    prompt, chosen, rejected              with chosen_model, rejected_model and ratings; also chosen-model,
+                                                   model_chosen or model-chosen
     nested   prompt, completions                   a list of {model, response, ...}, as in UltraFeedback
-    lists    prompt, generations, generation_models, ratings      lists side by side, as distilabel writes them
+    lists    prompt, generations, generation_models, ratings      parallel lists, as distilabel writes them
 
-Prompts and responses are text or chat messages. A prompt of one user turn and its text are the same prompt, a response
-of one assistant turn and its text the same response.
+Prompts and responses are text or chat messages. Text and a single turn with this text are the same prompt or response,
+see ``one_turn_as_text``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .build import DropReason, prompt_key
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Text is large: a batch of long responses may exceed the 2 GiB of Arrow's `string`. Lengths are characters and tokens.
+# large_string, because a batch of long responses may exceed the 2 GiB of Arrow's `string`.
 RESPONSE_FEATURES = Features(
     {
         **{"prompt": Value("large_string"), "prompt_shape": Value("int8"), "prompt_key": Value("binary")},
@@ -38,7 +39,7 @@ RESPONSE_FEATURES = Features(
         **{f"{text}_{unit}": Value("int64") for text in ("prompt", "response") for unit in ("characters", "tokens")},
     }
 )
-TEXT, TURN, TURNS = range(3)  # shapes: text; the text of one turn; turns as JSON, [[role, content], ...]
+TEXT, TURN, TURNS = range(3)  # the `shape` of a stored text: text; text of one turn; JSON of [[role, content], ...]
 
 _LISTS = ("completions", "generations", "responses")
 _MODEL_LISTS = ("models", "generation_models", "model_names")
@@ -47,17 +48,21 @@ _UNRATED = {"", "n/a", "na", "nan", "none", "null"}
 
 
 class Side(NamedTuple):
-    """One response of a row: the columns that hold it, its model and its rating."""
+    """One response of a row: the columns of its text, its model and its rating."""
 
     response: str
     model: str | None = None
-    name: str | None = None  # of the model, where no column has it
+    name: str | None = None  # the model's name, if no column holds it
     rating: str | None = None
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A way to read rows. A list has one side, whose columns hold lists; nested, `rating` is a key of its items."""
+    """A way to read the responses of a row.
+
+    If `is_list`, there is one side, whose columns hold lists. If `is_nested` too, the items of the list are objects
+    with `rating` as a key.
+    """
 
     prompt: str
     sides: tuple[Side, ...]
@@ -65,24 +70,25 @@ class Reading:
     is_nested: bool = False
 
     def columns(self) -> set[str]:
+        """Returns the columns that are read."""
         sides = [side._replace(rating=None) for side in self.sides] if self.is_nested else self.sides
         return {self.prompt, *(name for side in sides for name in (side.response, side.model, side.rating) if name)}
 
 
 def find_readings(features: Features, models: Sequence[str] = (), rating: str | None = None) -> tuple[Reading, ...]:
-    """How rows of these columns can be read; each row is by the first reading whose responses are not all null.
+    """Finds the ways to read rows with these columns. Each row uses the first one in which some response is not null.
 
     Args:
-        models: the models that are ranked, which may have columns of their own.
-        rating: the column or key that ranks responses, of pairs without `chosen_`; None where models are ranked.
+        models: the ranked models, which may have columns named after them.
+        rating: the column or key with the ratings (of pairs, the part after `chosen_`); None if models are ranked.
 
     Raises:
-        UserError: no prompt, no responses, or no such rating; the message says what is there.
+        UserError: there is no prompt, no response or no such rating; the message names the columns found.
     """
     there = ", ".join(f"`{name}`" for name in features)
     prompt = _first(PROMPT_NAMES, features)
     if prompt is None:
-        raise UserError(f"there is no column `prompt` or `instruction`, but {there}; rename one by --columns")
+        raise UserError(f"there is no column `prompt` or `instruction`, but {there}: rename one with --columns")
     readings = []
     if (column := _first(_LISTS, features)) and isinstance(features[column], (List, LargeList)):
         item = features[column].feature
@@ -102,7 +108,7 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
         ranked = f" nor columns for the models {', '.join(models)}" if models else ""
         raise UserError(
             f"there are the columns {there}, but no `model` with `response`, no list of `completions`, no `chosen` and"
-            f" `rejected`{ranked}; rename columns by --columns"
+            f" `rejected`{ranked}: rename columns with --columns"
         )
     if rating is None:
         return tuple(readings)
@@ -114,11 +120,13 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
 
 @dataclass(frozen=True)
 class ReadResponses:
-    """Batched `datasets.map` function (with indices): rows -> RESPONSE_FEATURES, a row for each response.
+    """Batched `datasets.map` function (with indices): rows -> RESPONSE_FEATURES, one row per response.
 
-    A row that cannot be read at all becomes one dropped response, and so does a response whose rating is no number;
-    `detail` says what is wrong. Its fields are all that the result depends on, and datasets' cache is keyed by them.
-    `version` goes up whenever this module's output changes.
+    A row that cannot be read becomes one dropped response. A response whose rating is not a number is dropped too.
+    `detail` says what is wrong.
+
+    The fields are everything that the result depends on, because `datasets` keys its cache by them. Raise `version`
+    whenever the output of this module changes.
     """
 
     readings: tuple[Reading, ...]
@@ -159,7 +167,7 @@ class ReadResponses:
                 except (TypeError, ValueError):
                     record |= {
                         "drop": DropReason.NO_RATING,
-                        "detail": f"the rating of `{where}` is {rating!r}, no number",
+                        "detail": f"the rating of `{where}` is {rating!r}; expected a number",
                     }
                 records.append(record)
         except RowError as error:
@@ -172,7 +180,7 @@ class ReadResponses:
         unique = list(dict.fromkeys(texts))
         if self.tokenizer is None or not unique:
             return dict.fromkeys(unique)
-        # verbose=False: a text longer than the model's maximum is what this is to find.
+        # verbose=False: no warning about texts longer than the model's maximum, which --max_tokens drops.
         ids = self.tokenizer(text=unique, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {text: len(tokens) for text, tokens in zip(unique, ids["input_ids"])}
 
@@ -186,10 +194,10 @@ def read_responses(
     num_proc: int | None = None,
     name: str = "responses",
 ) -> Dataset:
-    """The responses in a dataset of any form above, as RESPONSE_FEATURES.
+    """Reads the responses in a dataset of any form above, as RESPONSE_FEATURES.
 
     Raises:
-        UserError: no form that is known; the message begins with `name`.
+        UserError: the columns have no known form; the message begins with `name`.
     """
     try:
         readings = find_readings(dataset.features, models, rating)
@@ -202,13 +210,13 @@ def read_responses(
         remove_columns=dataset.column_names,
         features=RESPONSE_FEATURES,
         num_proc=num_proc,
-        writer_batch_size=8192,  # random access costs a call for each of the pieces
+        writer_batch_size=8192,  # large chunks: random access later costs one call per chunk
         desc=f"Reading {name}",
     )
 
 
 def as_messages(text: str, shape: int, role: str) -> list[dict[str, str]]:
-    """Messages of a prompt (role "user") or response (role "assistant"), whatever its shape."""
+    """Returns the messages of a stored prompt (role "user") or response (role "assistant") of any shape."""
     turns = json.loads(text) if shape == TURNS else [[role, text]]
     return [{"role": role, "content": content} for role, content in turns]
 
@@ -234,7 +242,7 @@ def _has_rating(reading: Reading, features: Features) -> bool:
 
 
 def _describe_columns(features: Features) -> str:
-    """Column names; of a list of objects, with their keys."""
+    """Returns the column names as text; a list of objects with their keys."""
     items = {name: kind.feature for name, kind in features.items() if isinstance(kind, (List, LargeList))}
     return ", ".join(
         f"`{name}`" + (f" of {{{', '.join(items[name])}}}" if isinstance(items.get(name), dict) else "")
@@ -246,12 +254,15 @@ def _describe_columns(features: Features) -> str:
 
 
 def _items(row: dict[str, Any], reading: Reading) -> Iterator[tuple[str, Any, Any, Any]]:
-    """(what to call it, response, model, rating) of each response of a row."""
+    """Yields (name for errors, response, model, rating) of each response of a row."""
+    # One column per response.
     if not reading.is_list:
         for side in reading.sides:
             model = row[side.model] if side.model else side.name
             yield side.response, row[side.response], model, row[side.rating] if side.rating else None
         return
+
+    # One list of responses: of objects, or beside lists of models and ratings.
     (side,) = reading.sides
     items = row[side.response]
     if not isinstance(items, list):
@@ -267,20 +278,20 @@ def _items(row: dict[str, Any], reading: Reading) -> Iterator[tuple[str, Any, An
     for column, values in zip((side.model, side.rating), more):
         if not isinstance(values, list) or len(values) != len(items):
             raise RowError(
-                MALFORMED, f"`{column}` is no list of {len(items)} values, one for each of `{side.response}`"
+                MALFORMED, f"`{column}` is not a list of {len(items)} values, one for each of `{side.response}`"
             )
     yield from zip(names, items, *more)
 
 
 def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
-    """Text and shape. Null is empty text."""
+    """Returns the text to store and its shape. Null is empty text."""
     if value is None or isinstance(value, str):
         return value or "", TEXT
     turns = []
     for message in value if isinstance(value, list) else [value]:
         given = without_nulls(message) if isinstance(message, dict) else {}
         if given.keys() != {"role", "content"} or not isinstance(given["content"], str):
-            raise RowError(MALFORMED, f"`{name}` is neither text nor a list of messages of role and content, both text")
+            raise RowError(MALFORMED, f"`{name}` is neither text nor a list of messages with text as role and content")
         turns.append([given["role"], given["content"]])
     if isinstance(turn := one_turn_as_text([{"role": who, "content": content} for who, content in turns], role), str):
         return turn, TURN
@@ -290,7 +301,7 @@ def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
 
 
 def _without_prompt(response: Any, prompt: Any) -> Any:
-    """A response that is the whole conversation is cut where the prompt ends."""
+    """Returns a response without the prompt's turns, if it is a conversation that begins with them."""
     if not isinstance(response, list) or not all(isinstance(message, dict) for message in response):
         return response
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -303,7 +314,7 @@ def _plain_text(text: str, shape: int) -> str:
 
 
 def _read_rating(value: Any) -> float:
-    """A number, its text, or an object of aspects, whose mean counts; nan where there is none."""
+    """Reads a rating: a number, its text, or an object of ratings, which are averaged. Returns nan if there is none."""
     if isinstance(value, dict):
         aspects = [_read_rating(v.get("Rating") if isinstance(v, dict) else v) for v in value.values()]
         known = [aspect for aspect in aspects if not math.isnan(aspect)]
@@ -311,5 +322,5 @@ def _read_rating(value: Any) -> float:
     if value is None or (isinstance(value, str) and value.strip().lower() in _UNRATED):
         return math.nan
     if isinstance(value, bool) or math.isinf(float(value)):
-        raise UserError("no finite number")
+        raise ValueError("not a finite number")
     return float(value)

@@ -300,11 +300,11 @@ def test_nasty_rows(tmp_path):
     [
         (("--order", "gpt4 > gtp3"), "the order names the model gtp3, but there are gpt4, chatgpt, td003"),
         (("--order", "gpt4 > chatgtp"), "did you mean chatgpt?"),
-        (("--order", "gpt4 > td003 > gpt4"), "goes in a circle: gpt4 > td003 > gpt4"),
+        (("--order", "gpt4 > td003 > gpt4"), "has a cycle: gpt4 > td003 > gpt4"),
         ((), "say once which responses are better: by --order"),
         (("--order", ORDER, "--ratings", "score"), "say once which responses are better"),
         (("--ratings", "score"), "there is no rating `score` of responses; the columns are `prompt`, `model`"),
-        (("--order", ORDER, "--pairs", "best"), "best is no pair of two models"),
+        (("--order", ORDER, "--pairs", "best"), "best is not a pair of two models"),
         (("--order", ORDER, "--pairs", "td003>gpt4"), "but td003 is weaker in the order"),
         (("--order", ORDER, "--base", "gpt5"), "the choice of pairs names the model gpt5"),
         (("--order", ORDER, "--validation", "1"), "--validation 1.0 is no share of the prompts"),
@@ -350,7 +350,7 @@ def test_one_message(source, tmp_path, capsys, options, message):
         (
             [{"prompt": "p", "response": "x", "score": s} for s in ("1", "2", "good")],
             ("--ratings", "score"),
-            "data.jsonl row 2: the rating of `response` is 'good', no number",
+            "data.jsonl row 2: the rating of `response` is 'good'; expected a number",
         ),
         (
             [{"prompt": "p", "model": m, "response": "same"} for m in MODELS],

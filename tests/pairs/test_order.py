@@ -24,12 +24,12 @@ def test_orders(order, strengths):
     ("order", "message"),
     [
         ("gpt4", "names one model"),
-        ("a > b > a", r"goes in a circle: (a > b > a|b > a > b)"),
-        ("a > b > c, c > a, x > y", r"goes in a circle: . > . > . > ."),
+        ("a > b > a", r"has a cycle: (a > b > a|b > a > b)"),
+        ("a > b > c, c > a, x > y", r"has a cycle: . > . > . > ."),
         ("a > a", "names one model"),
-        ("a = b > a", "goes in a circle: a > a"),
+        ("a = b > a", "has a cycle: a > a"),
         ("a > c, b > c", "does not say which of a and b is stronger"),
-        ("a = b", "all models are equal"),
+        ("a = b", "makes all models equal"),
         ("a > > b", "lacks a model before or after '>'"),
         ("a > b,", "lacks a model before or after ','"),
         ("", "lacks a model"),
@@ -44,9 +44,9 @@ def test_choices():
     assert parse_which("adjacent") == Which("adjacent")
     assert parse_which("a > b, c>b") == Which("named", named=(("a", "b"), ("c", "b")))
     for wrong in ("al", "a > b > c", "a > a", "a"):
-        with pytest.raises(ValueError, match="is no pair of two models; the pairs are all, adjacent, or named"):
+        with pytest.raises(ValueError, match="is not a pair of two models: give all, adjacent"):
             parse_which(wrong)
-    with pytest.raises(ValueError, match="'some' pairs are unknown"):
+    with pytest.raises(ValueError, match="'some' is unknown"):
         Which("some")
-    with pytest.raises(ValueError, match="`base` goes with the kind 'base'"):
+    with pytest.raises(ValueError, match="give `base` with the kind 'base'"):
         Which("all", base="a")

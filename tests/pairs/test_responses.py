@@ -87,7 +87,7 @@ def test_a_rating(given, rating):
 def test_ratings_that_are_no_numbers(given):
     (response,) = read([{"prompt": "p", "completions": [{"response": "yes", "rating": given}]}], (), "rating")
     assert response["drop"] == DropReason.NO_RATING
-    assert response["detail"] == f"the rating of `completions[0]` is {given!r}, no number"
+    assert response["detail"] == f"the rating of `completions[0]` is {given!r}; expected a number"
 
 
 def test_turns_are_joined_as_text():
@@ -133,7 +133,7 @@ def test_rows_that_cannot_be_read():
     ]
     responses = read([{"models": None, **row} for row in rows])
     assert [(r["row"], DropReason(r["drop"]).label, r["detail"]) for r in responses] == [
-        (0, "malformed row", "`models` is no list of 2 values, one for each of `generations`"),
+        (0, "malformed row", "`models` is not a list of 2 values, one for each of `generations`"),
         (1, "malformed row", "`generations` is NoneType; expected a list"),
         (2, "malformed row", "`generations` is empty"),
         (3, "empty prompt", ""),
