@@ -1,18 +1,18 @@
-"""``cpt pairs``: responses of models of different strength -> a preference dataset, with a report of what was built.
+"""``cpt pairs``: builds a preference dataset from responses of models of different strength, and reports on it.
 
     cpt pairs gpt4.jsonl chatgpt.jsonl davinci.jsonl --order "gpt4 > chatgpt > td003" --output pairs.jsonl
 
 Sources are .jsonl, .json, .parquet or .csv files, folders, or hub datasets. Their rows are
     prompt, model, response          one response; also as instruction, generator, output
-    prompt, MODEL, MODEL, ...        a column for each model that is ranked
+    prompt, MODEL, MODEL, ...        a column for each ranked model
     prompt, completions              a list of {model, response, ratings}, as in UltraFeedback
-    prompt, generations, generation_models, ratings      lists side by side
+    prompt, generations, generation_models, ratings      parallel lists
     prompt, chosen, rejected         with chosen_model, rejected_model, chosen_rating, rejected_rating
-with text or chat messages. Responses are joined by the text of their prompts.
+with text or chat messages. Responses to prompts with equal text are paired.
 
-Output rows are prompt, chosen, rejected, chosen_model, rejected_model, gap: the difference in ranks, win rates or
-ratings, always above 0. With --grouped: prompt, completions (best first), scores, models, and pairs, a list of [chosen,
-rejected] positions among the completions. cpt-train takes both.
+Output rows are prompt, chosen, rejected, chosen_model, rejected_model, and gap: the difference of ranks, win rates or
+ratings, always above 0. With --grouped they are prompt, completions (best first), scores, models, and pairs: a list of
+[chosen, rejected] positions among the completions. cpt-train reads both.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from ..data.sources import load_data
 from ..errors import UserError
 from ..files import replacing
-from ..pairs.build import build_pairs, held_out
-from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, write_batches
 from ..pairs.order import Which, parse_order, parse_which
-from ..pairs.report import make_report, report_lines, report_table, write_report
 from .models import load_named_tokenizer
 from .parsers import Help, Parser
 
-_MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")  # the last is AlpacaEval's: it has no name
-_WIDTH = 120  # of a table that does not go to a terminal
+# Columns of a leaderboard that may hold the models. AlpacaEval's has no name, which pandas calls "Unnamed: 0".
+_MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")
+_WIDTH = 120  # of a table that is not printed to a terminal
 _WIN_RATE_COLUMNS = ("length_controlled_winrate", "win_rate")
 
 
 def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
-    """Build pairs, and write them, their report and its picture.
+    """Builds pairs, and writes them, the report and its pictures.
 
     Raises:
         UserError: an option or the data cannot be used, or there is no pair; the message says why.
     """
-    args = _parser(prog).parse_args(argv)
+    args = _pairs_parser(prog).parse_args(argv)
     files = _check_options(args)
+    # Imported after the options are checked, so that --help and mistakes are quick.
+    from ..pairs.build import build_pairs, held_out
+    from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, write_batches
+    from ..pairs.report import make_report, write_report
+
+    # Read the responses.
     which = parse_which(args.pairs or "all") if args.base is None else Which("base", base=args.base)
     ranking, meaning = _read_ranking(args)
     limits = {unit: most for unit in ("characters", "tokens") if (most := getattr(args, f"max_{unit}")) is not None}
@@ -62,14 +63,18 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         max_length=limits,
         num_proc=args.num_proc,
     )
+
+    # Build the pairs, and split them by prompt.
     if args.win_rates:
-        ranking = _choose_ranked(ranking, responses.models, args.win_rates)
+        ranking = _choose_ranked(ranking or {}, responses.models, args.win_rates)
     strength = responses.numbers("rating") if ranking is None else ranking
     pairs = build_pairs(
         responses.prompt_keys, responses.models, responses.response_keys, strength, which, drops=responses.drops
     )
     for_validation = held_out(responses.prompt_keys, args.validation)[pairs.chosen]
     chat = args.conversational or is_conversational(responses)
+
+    # Report and write.
     about = {
         "sources": list(responses.sources),
         "which": args.pairs or (f"against {args.base}" if args.base else "all"),
@@ -89,27 +94,27 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
             write_batches(written, path.suffix, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
         kinds = [path.suffix[1:] for path in files[len(parts) + 1 :]]
         write_report(report, temporary[len(parts)], dict(zip(kinds, temporary[len(parts) + 1 :])))
-    _print(report, files)
+    _print_report(report, files)
 
 
 def _check_options(args: argparse.Namespace) -> list[Path]:
-    """The files to be written: pairs, those for validation where they are wanted, the report and its pictures."""
+    """Checks the options, and returns the files to write: pairs, pairs for validation (if any), report, pictures."""
     files = _output_files(args)
     if sum(option is not None for option in (args.order, args.ratings, args.win_rates)) != 1:
         raise UserError(
-            "say once which responses are better: by --order 'gpt4 > chatgpt > td003', by --ratings COLUMN, or by"
+            "say once which responses are better: give one of --order 'gpt4 > chatgpt > td003', --ratings COLUMN and"
             " --win_rates FILE"
         )
     for option, other in (("max_tokens", "tokenizer"), ("win_rate_column", "win_rates")):
         if getattr(args, option) is not None and getattr(args, other) is None:
             raise UserError(f"--{option} needs --{other}")
     if args.base is not None and args.pairs is not None:
-        raise UserError("--base and --pairs each say which pairs are built: give one of them")
+        raise UserError("--base and --pairs both choose the pairs: give only one of them")
     if not 0 <= args.validation < 1:
-        raise UserError(f"--validation {args.validation} is no share of the prompts: it is at least 0 and below 1")
+        raise UserError(f"--validation {args.validation}: expected a share of the prompts, at least 0 and below 1")
     for option in ("max_characters", "max_tokens", "num_proc"):
         if (value := getattr(args, option)) is not None and value < 1:
-            raise UserError(f"--{option} {value}: it is at least 1")
+            raise UserError(f"--{option} {value}: expected at least 1")
     return files
 
 
@@ -123,13 +128,13 @@ def _output_files(args: argparse.Namespace) -> list[Path]:
     read = [Path(name).expanduser().resolve() for name in (*args.responses, args.win_rates) if name is not None]
     for path in files:
         if path.is_dir():
-            raise UserError(f"--output {args.output} cannot be: {path} is a folder; choose another name")
+            raise UserError(f"--output {args.output}: {path} is a folder; choose another name")
         if path.is_file() and any(part in read for part in (path.resolve(), *path.resolve().parents)):
-            raise UserError(f"--output {args.output} would replace what is read: {path}; choose another name")
+            raise UserError(f"--output {args.output} would replace a file that is read: {path}; choose another name")
     if validation not in files and validation.is_file():
         raise UserError(
-            f"--output {args.output}: {validation} is of an earlier run, and without --validation the new pairs would"
-            " have its prompts; remove it, or choose another name"
+            f"--output {args.output}: {validation} is left from an earlier run, and without --validation its prompts"
+            " would be among the new pairs; remove it, or choose another name"
         )
     return files
 
@@ -139,7 +144,7 @@ def _check_split(share: float, report: Mapping[str, Any]) -> None:
     if prompts["validation"] in (0, prompts["in_pairs"]):
         raise UserError(
             f"--validation {share} puts {prompts['validation']} of {prompts['in_pairs']} prompts into the validation"
-            " data: nothing is left on one side; choose another share"
+            " data, which leaves one part empty; choose another share"
         )
 
 
@@ -147,11 +152,13 @@ def _check_split(share: float, report: Mapping[str, Any]) -> None:
 
 
 def _read_ranking(args: argparse.Namespace) -> tuple[dict[str, float] | None, str]:
-    """Strength by model, None where ratings say it, and what a gap is measured in."""
+    """Returns the strengths of models (None if ratings rank the responses), and the unit of gaps."""
     if args.order is not None:
         return parse_order(args.order), "ranks"
     if args.ratings is not None:
         return None, f"the rating {args.ratings}"
+    from ..data.sources import load_data
+
     table = load_data(args.win_rates)
     model = next((name for name in _MODEL_COLUMNS if name in table.column_names), None)
     wanted = [args.win_rate_column] if args.win_rate_column else _WIN_RATE_COLUMNS
@@ -162,23 +169,23 @@ def _read_ranking(args: argparse.Namespace) -> tuple[dict[str, float] | None, st
     rates: dict[str, float] = {}
     for row, (name, rate) in enumerate(zip(table[model], table[column])):
         if name in rates:
-            raise UserError(f"{args.win_rates} row {row}: the model {name} is there twice")
+            raise UserError(f"{args.win_rates} row {row}: the model {name} occurs twice")
         try:
             rates[name] = float("nan" if rate is None else rate)
         except ValueError as error:
-            raise UserError(f"{args.win_rates} row {row}: the {column} of {name} is {rate!r}, no number") from error
+            raise UserError(f"{args.win_rates} row {row}: {column} of {name} is {rate!r}; expected a number") from error
     return rates, column
 
 
 def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: str) -> dict[str, float]:
-    """The part of a leaderboard that is about the models of the data."""
+    """Returns the win rates of the models that occur in the data."""
     here = list(dict.fromkeys(models))
     chosen = {name: rates[name] for name in here if name in rates}
     if unknown := [name for name, rate in chosen.items() if math.isnan(rate)]:
-        raise UserError(f"{source} has no win rate of {unknown[0]} there; choose another column by --win_rate_column")
+        raise UserError(f"{source} has no win rate of {unknown[0]}: choose another column with --win_rate_column")
     if len(chosen) < 2:
         raise UserError(
-            f"{source} has win rates of {', '.join(chosen) or 'none'} of the models {', '.join(here[:8])}: two are"
+            f"{source} has win rates of {', '.join(chosen) or 'none'} of the models {', '.join(here[:8])}, but two are"
             f" needed; it names {', '.join(map(str, list(rates)[:8]))}, ..."
         )
     return chosen
@@ -187,40 +194,52 @@ def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: st
 # --- Options ---
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _pairs_parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="a .jsonl or .parquet file; the report beside it"
+        "--output", required=True, metavar="FILE", help="a .jsonl or .parquet file; the report is written beside it"
     )
-    group = parser.add_argument_group("what is better, one of")
-    group.add_argument("--order", metavar="TEXT", help="'gpt4 > chatgpt > td003'; = between models that are equal")
-    group.add_argument("--ratings", metavar="COLUMN", help="rating of each response; of pairs without chosen_")
-    group.add_argument("--win_rates", metavar="FILE", help="table of models and win rates, as AlpacaEval's leaderboard")
+    group = parser.add_argument_group("which response is better (one of these)")
+    group.add_argument("--order", metavar="TEXT", help="as 'gpt4 > chatgpt > td003', with = between equal models")
     group.add_argument(
-        "--win_rate_column", metavar="COLUMN", help=f"of that table [{', else '.join(_WIN_RATE_COLUMNS)}]"
+        "--ratings", metavar="COLUMN", help="column with the rating of each response; for pairs, without chosen_"
+    )
+    group.add_argument(
+        "--win_rates", metavar="FILE", help="table of models and win rates, like AlpacaEval's leaderboard"
+    )
+    group.add_argument(
+        "--win_rate_column", metavar="COLUMN", help=f"column of that table [{', else '.join(_WIN_RATE_COLUMNS)}]"
     )
     group = parser.add_argument_group("which pairs")
     group.add_argument("--pairs", metavar="TEXT", help="all, adjacent, or 'gpt4 > td003, ...' [all]")
     group.add_argument("--base", metavar="MODEL", help="only pairs with this model on one side")
-    group.add_argument("--max_characters", type=int, metavar="N", help="of prompt and response together")
-    group.add_argument("--max_tokens", type=int, metavar="N", help="the same in tokens, without a chat template's own")
-    group.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; lengths are then in tokens")
-    group = parser.add_argument_group("output")
-    group.add_argument("--grouped", action="store_true", help="a row for each prompt, with all its responses once")
+    group.add_argument("--max_characters", type=int, metavar="N", help="longest prompt and response together")
     group.add_argument(
-        "--conversational", action="store_true", help="messages for a chat template, also where the data is text"
+        "--max_tokens", type=int, metavar="N", help="the same in tokens, without those of a chat template"
     )
     group.add_argument(
-        "--validation", type=float, default=0.0, metavar="SHARE", help="of prompts, by their text, in a file beside [0]"
+        "--tokenizer", metavar="NAME", help="folder or hub name; the report then gives lengths in tokens"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--grouped", action="store_true", help="write one row per prompt, with each of its responses once"
+    )
+    group.add_argument(
+        "--conversational", action="store_true", help="write messages for a chat template, even if the data is text"
+    )
+    group.add_argument(
+        "--validation",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the prompts that goes to a second file [0]",
     )
     group = parser.add_argument_group("reading")
-    group.add_argument(
-        "--columns", type=_rename, action=_Renames, metavar="OLD=NEW", nargs="+", help="columns to rename"
-    )
+    group.add_argument("--columns", type=_rename, action=_Renames, metavar="OLD=NEW", nargs="+", help="rename columns")
     group.add_argument("--config", metavar="NAME", help="configuration of a hub dataset")
     group.add_argument("--split", metavar="NAME", help="split of a folder or hub dataset [train]")
-    group.add_argument("--num_proc", type=int, metavar="N", help="processes that read")
+    group.add_argument("--num_proc", type=int, metavar="N", help="number of processes that read")
     return parser
 
 
@@ -236,7 +255,11 @@ def _rename(text: str) -> tuple[str, str]:
     return old, new
 
 
-def _print(report: Mapping[str, Any], files: Sequence[Path]) -> None:
+def _print_report(report: dict[str, Any], files: Sequence[Path]) -> None:
+    from rich.console import Console
+
+    from ..pairs.report import report_lines, report_table
+
     console = Console(soft_wrap=True)
     if not console.is_terminal:  # a file or a pipe has no width
         console.width = _WIDTH

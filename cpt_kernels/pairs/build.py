@@ -130,7 +130,7 @@ class Groups:
 
 def build_pairs(
     prompts: Values,  # (n,)
-    models: Sequence[str],  # (n,)
+    models: Sequence[str] | NDArray[np.object_],  # (n,)
     responses: Values,  # (n,)
     strength: str | Mapping[str, float] | Sequence[float | None] | NDArray,
     which: Which | str = "all",

@@ -1,4 +1,4 @@
-"""Responses in files -> pairs in files: the columnar side of ``cpt pairs``. Text stays on disk until it is written."""
+"""Reads files of responses and writes files of pairs, in Arrow columns. Texts stay on disk until they are written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .responses import TEXT, as_messages, read_responses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 8192  # responses of one side written at a time
+_BATCH = 8192  # rows, or responses in grouped rows, that are written at a time
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _UNKNOWN_MODEL = "unknown"
 
@@ -33,22 +33,22 @@ _UNKNOWN_MODEL = "unknown"
 class Responses:
     """n responses of one or several sources."""
 
-    table: pa.Table = field(repr=False)  # RESPONSE_FEATURES
-    sources: dict[str, int]  # name -> its first response
+    table: pa.Table = field(repr=False)  # columns of RESPONSE_FEATURES
+    sources: dict[str, int]  # name -> index of its first response
     models: NDArray[np.object_]  # (n,) names
-    prompt_keys: NDArray[np.bytes_]  # (n,)
-    response_keys: NDArray[np.bytes_]  # (n,)
-    drops: NDArray[np.int8]  # (n,) what cannot be used, whatever is asked for
+    prompt_keys: NDArray[np.bytes_]  # (n,) digests
+    response_keys: NDArray[np.bytes_]  # (n,) digests
+    drops: NDArray[np.int8]  # (n,) DropReason of responses that cannot be used in any pair
 
     def __len__(self) -> int:
         return len(self.table)
 
     def numbers(self, column: str) -> NDArray:
-        """(n,) values of a column of numbers."""
+        """Returns (n,) the values of a numeric column."""
         return self.table[column].to_numpy()
 
     def where(self, row: int) -> str:
-        """File and row of a response."""
+        """Returns the source and the row of a response, for messages."""
         name, _ = max(((name, start) for name, start in self.sources.items() if start <= row), key=lambda s: s[1])
         return f"{name} row {self.table['row'][row].as_py()}"
 
@@ -65,18 +65,19 @@ def load_responses(
     max_length: dict[str, int] | None = None,
     num_proc: int | None = None,
 ) -> Responses:
-    """Read all responses of the named files, folders or hub datasets.
+    """Reads all responses of the named files, folders or hub datasets.
 
     Args:
-        names, config, split: as for ``data.sources.load_data``.
-        columns: {name in the data: name here}, renamed in those sources that have it.
-        models, rating, tokenizer, num_proc: as for ``data.response_rows.read_responses``.
-        max_length: {"characters" or "tokens": how many prompt and response may have together}.
+        names, config, split: see ``data.sources.load_data``.
+        columns: {name in the data: new name}, applied to the sources that have the column.
+        models, rating, tokenizer, num_proc: see ``responses.read_responses``.
+        max_length: {"characters" or "tokens": the most that prompt and response may have together}.
 
     Raises:
-        UserError: a source cannot be read, or has a rating that is no number, or no source has a column to rename; the
-            message says where.
+        UserError: a source cannot be read or has a rating that is not a number, or no source has a column to rename;
+            the message names the source.
     """
+    # Read every source.
     parts, sources, total = [], {}, 0
     unknown = list(columns or ())
     for name in dict.fromkeys(names):
@@ -84,7 +85,7 @@ def load_responses(
         renamed = {old: new for old, new in (columns or {}).items() if old in dataset.column_names}
         unknown = [old for old in unknown if old not in renamed]
         if taken := [new for new in renamed.values() if new in dataset.column_names]:
-            raise UserError(f"{name} has a column `{taken[0]}` already: no other can be renamed to it")
+            raise UserError(f"{name} has a column `{taken[0]}` already: rename to another name")
         part = read_responses(
             dataset.rename_columns(renamed), models, rating, tokenizer=tokenizer, num_proc=num_proc, name=name
         )
@@ -93,6 +94,8 @@ def load_responses(
     if unknown:
         there = ", ".join(dataset.column_names)
         raise UserError(f"columns names `{unknown[0]}`, which no source has; {name} has {there}")
+
+    # Drop the responses that cannot be used.
     table = concatenate_datasets(parts).with_format("arrow")[:]
     drops = table["drop"].to_numpy().astype(np.int8)
     if rating is None:
@@ -100,15 +103,15 @@ def load_responses(
     for unit, most in (max_length or {}).items():
         length = table[f"prompt_{unit}"].to_numpy() + table[f"response_{unit}"].to_numpy()
         drop_where(drops, length > most, DropReason.TOO_LONG)
-    keys = [_fixed_width_keys(table[name]) for name in ("prompt_key", "response_key")]
-    responses = Responses(table, sources, _model_names(table["model"]), *keys, drops)
+    prompt_keys, response_keys = (_fixed_width_keys(table[name]) for name in ("prompt_key", "response_key"))
+    responses = Responses(table, sources, _model_names(table["model"]), prompt_keys, response_keys, drops)
     if wrong := np.flatnonzero(drops == DropReason.NO_RATING).tolist():
         raise UserError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
     return responses
 
 
 def _model_names(column: pa.ChunkedArray) -> NDArray[np.object_]:
-    """(n,) names, `_UNKNOWN_MODEL` for null; of each there is one text, however many responses have it."""
+    """Returns (n,) names, `_UNKNOWN_MODEL` for null. Responses of one model share one string."""
     encoded = column.combine_chunks().dictionary_encode()
     names = np.array([*encoded.dictionary.to_pylist(), _UNKNOWN_MODEL], object)
     return names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
@@ -122,7 +125,7 @@ def _fixed_width_keys(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
 
 
 def pair_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: bool) -> Iterator[pa.Table]:
-    """Rows of a preference dataset, for the pairs where ``part`` (P,) is true."""
+    """Yields rows of a preference dataset for the pairs where ``part`` (P,) is true."""
     numbers = np.flatnonzero(part)
     for start in range(0, len(numbers), _BATCH):
         some = numbers[start : start + _BATCH]
@@ -140,7 +143,7 @@ def pair_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: bo
 
 
 def group_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: bool) -> Iterator[pa.Table]:
-    """Rows of a ranked dataset, a prompt each, for the prompts of the pairs where ``part`` (P,) is true."""
+    """Yields rows of a ranked dataset, one per prompt, for the pairs where ``part`` (P,) is true."""
     groups = pairs.group()
     numbers = np.flatnonzero(part[groups.cu_edges[:-1]])
     size = max(_BATCH * len(groups) // len(groups.members), 1)
@@ -163,7 +166,7 @@ def group_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: b
 
 
 def _ranges(boundaries: NDArray[np.int64], numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], pa.Array]:
-    """What lies in the numbered ranges, one after the other, and where each begins."""
+    """Returns the concatenated contents of the numbered ranges, and where each range begins in them."""
     lengths = boundaries[numbers + 1] - boundaries[numbers]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     inside = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
@@ -180,7 +183,7 @@ def _texts(responses: Responses, name: str, rows: NDArray[np.int64], chat: bool)
 
 
 def take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.Array:
-    """The values at ``rows``. Chunks are not joined, so that a column of any size stays on disk."""
+    """Returns the values at ``rows``. Chunks are not joined, so most of a large column stays on disk."""
     starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
     order = np.argsort(rows, kind="stable")
     ends = np.searchsorted(rows[order], starts)
@@ -195,7 +198,7 @@ def take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.Array:
 
 
 def write_batches(path: Path, suffix: str, batches: Iterator[pa.Table], total: int, title: str) -> None:
-    """Write rows as JSONL or Parquet, as ``suffix`` says, with a progress bar."""
+    """Writes rows as JSONL or Parquet, by ``suffix``, with a progress bar."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))
         bar = stack.enter_context(tqdm(total=total, desc=title, unit=" rows", dynamic_ncols=True, disable=None))
@@ -215,6 +218,6 @@ def _write_lines(file: IO[bytes], batch: pa.Table) -> None:
 
 
 def is_conversational(responses: Responses) -> bool:
-    """Whether some usable prompt or response came as messages."""
+    """Returns whether some usable prompt or response was given as messages."""
     usable = responses.drops == DropReason.KEPT
     return any((responses.numbers(f"{name}_shape")[usable] != TEXT).any() for name in ("prompt", "response"))

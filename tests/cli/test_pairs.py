@@ -15,7 +15,6 @@ import pytest
 from cpt_kernels import cli
 from cpt_kernels.cli.pairs import main
 from cpt_kernels.data.sources import load_data
-from cpt_kernels.pairs import report as pairs_report
 from cpt_kernels.pairs.build import held_out, prompt_key
 from tests.helpers.command import bpe_tokenizer, write_rows
 from tests.helpers.rows import assistant, make_tokenizer, prepared, real_rows, user
@@ -39,7 +38,7 @@ def long_rows(prompts=40):
 def blank_pictures(request, monkeypatch):
     """Drawing takes longer than all else, so it is done where the files are looked at."""
     if "test_one_file" not in request.node.name:
-        monkeypatch.setattr(pairs_report.Figure, "savefig", lambda figure, path, **_: path.write_bytes(b""))
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.write_bytes(b""))
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_one_file(source, tmp_path, output, capsys):
     rows = build(source, "--order", ORDER, "--output", tmp_path / output)
     assert count(rows) == expected() and list(rows[0]) == PAIR_COLUMNS
     out = capsys.readouterr().out
-    assert "written as text: trained on as it is; for a model that is asked through a chat template" in out
+    assert "written as text: training uses the text as it is; for a chat model" in out
     assert "120 of 120 responses are in pairs" in out and f"written: {tmp_path / output}" in out
     assert {path.name for path in tmp_path.iterdir()} == {
         *("responses.jsonl", output, "pairs.report.json", "pairs.report.png", "pairs.report.svg")
@@ -147,19 +146,19 @@ def test_win_rates(source, tmp_path):
         ",win_rate,avg_length,length_controlled_winrate\ngpt4,95.3,1365,\nother,1,2,3\nchatgpt,89.4,827,50\ntd003,50.0,307,40\n"
     )
     options = ("--win_rates", table, "--output", tmp_path / "pairs.jsonl")
-    with pytest.raises(ValueError, match="no win rate of gpt4 there; choose another column by --win_rate_column"):
+    with pytest.raises(ValueError, match="no win rate of gpt4: choose another column with --win_rate_column"):
         build(source, *options)
     rows = build(source, *options, "--win_rate_column", "win_rate")
     assert count(rows) == expected(gaps={"gpt4": 95.3, "chatgpt": 89.4, "td003": 50.0})
     assert report_of(tmp_path / "pairs.jsonl")["gap"] == "difference in win_rate"
     table.write_text("model_name,win_rate\ngpt4,95.3\n")
-    with pytest.raises(ValueError, match="win rates of gpt4 of the models gpt4, chatgpt, td003: two are needed"):
+    with pytest.raises(ValueError, match="win rates of gpt4 of the models gpt4, chatgpt, td003, but two are needed"):
         build(source, *options)
     for content, message in (
         ("who,win_rate\nx,1\n", "no column that names the models"),
         ("model,rate\nx,1\n", "no column length_controlled_winrate or win_rate"),
-        ("model,win_rate\ngpt4,1\ngpt4,2\n", "row 1: the model gpt4 is there twice"),
-        ("model,win_rate\ngpt4,high\n", "row 0: the win_rate of gpt4 is 'high', no number"),
+        ("model,win_rate\ngpt4,1\ngpt4,2\n", "row 1: the model gpt4 occurs twice"),
+        ("model,win_rate\ngpt4,high\n", "row 0: win_rate of gpt4 is 'high'; expected a number"),
     ):
         table.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -301,17 +300,17 @@ def test_nasty_rows(tmp_path):
         (("--order", "gpt4 > gtp3"), "the order names the model gtp3, but there are gpt4, chatgpt, td003"),
         (("--order", "gpt4 > chatgtp"), "did you mean chatgpt?"),
         (("--order", "gpt4 > td003 > gpt4"), "has a cycle: gpt4 > td003 > gpt4"),
-        ((), "say once which responses are better: by --order"),
+        ((), "say once which responses are better: give one of --order"),
         (("--order", ORDER, "--ratings", "score"), "say once which responses are better"),
         (("--ratings", "score"), "there is no rating `score` of responses; the columns are `prompt`, `model`"),
         (("--order", ORDER, "--pairs", "best"), "best is not a pair of two models"),
         (("--order", ORDER, "--pairs", "td003>gpt4"), "but td003 is weaker in the order"),
         (("--order", ORDER, "--base", "gpt5"), "the choice of pairs names the model gpt5"),
-        (("--order", ORDER, "--validation", "1"), "--validation 1.0 is no share of the prompts"),
+        (("--order", ORDER, "--validation", "1"), "--validation 1.0: expected a share of the prompts"),
         (("--order", ORDER, "--max_tokens", "9"), "--max_tokens needs --tokenizer"),
         (("--order", ORDER, "--win_rate_column", "x"), "--win_rate_column needs --win_rates"),
-        (("--order", ORDER, "--base", "td003", "--pairs", "all"), "--base and --pairs each say which pairs"),
-        (("--order", ORDER, "--max_characters", "0"), "--max_characters 0: it is at least 1"),
+        (("--order", ORDER, "--base", "td003", "--pairs", "all"), "--base and --pairs both choose the pairs"),
+        (("--order", ORDER, "--max_characters", "0"), "--max_characters 0: expected at least 1"),
         (("--order", ORDER, "--tokenizer", "/no/such"), "tokenizer=/no/such: there is no such folder"),
         (("--order", ORDER, "--columns", "response"), "'response' is not OLD=NEW"),
         (("--order", ORDER, "--columns", "model=prompt"), "has a column `prompt` already"),
@@ -373,7 +372,7 @@ def test_outputs_that_cannot_be(source, tmp_path):
         (tmp_path / "pairs.csv", r"must end in .jsonl or .parquet"),
         (tmp_path / "folder.jsonl", "folder.jsonl is a folder"),
         (tmp_path / "pairs.jsonl", "pairs.report.png is a folder"),
-        (source, "would replace what is read: .*responses.jsonl"),
+        (source, "would replace a file that is read: .*responses.jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
             main([str(source), "--order", ORDER, "--output", str(output)])
@@ -386,7 +385,7 @@ def test_no_output_replaces_what_is_read(source, tmp_path, name):
     file = write_rows(tmp_path / "data" / name, long_rows())
     before, order = file.read_bytes(), ("--order", ORDER)
     for given in ((file, *order), (file.parent, *order), (source, "--win_rates", file)):
-        with pytest.raises(ValueError, match=f"would replace what is read: .*{name}; choose another name"):
+        with pytest.raises(ValueError, match=f"would replace a file that is read: .*{name}; choose another name"):
             build(*given, "--validation", 0.2, "--output", file.with_name("x.jsonl"))
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
 
@@ -395,6 +394,6 @@ def test_prompts_that_an_earlier_run_held_out(source, tmp_path):
     output = tmp_path / "pairs.jsonl"
     build(source, "--order", ORDER, "--validation", 0.2, "--output", output)
     before = output.read_bytes()
-    with pytest.raises(ValueError, match=r"pairs.validation.jsonl is of an earlier run"):
+    with pytest.raises(ValueError, match=r"pairs.validation.jsonl is left from an earlier run"):
         build(source, "--order", ORDER, "--output", output)
     assert output.read_bytes() == before

@@ -71,7 +71,7 @@ def test_no_row_is_lost_or_drawn_twice_in_a_pass():
     lines = draws.report()
     assert lines[0] == "curriculum, linear: 0 whole passes over the stream"
     counts = f"a>c: {draws.read[1]} rows read, {draws.drawn[1]} drawn, {draws.passed_over[1]} passed over"
-    assert lines[2].startswith(counts) and f", {waiting[1]} still waiting; 0 times" in lines[2]
+    assert lines[2].startswith(counts) and f", {waiting[1]} still waiting; replaced 0 times" in lines[2]
     assert lines[3] == f"in no level, so never drawn: {draws.others['a>x']} rows (a>x)"
 
 

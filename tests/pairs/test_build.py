@@ -206,7 +206,7 @@ ROWS = (["p", "p", "q"], ["a", "b", "a"], ["x", "y", "z"])
         (ROWS, [1, 2, 3], "a > c", "the choice of pairs names the model c, but there are a, b"),
         (ROWS, "a > b", "b > a", "the pair b > a is asked for, but b is weaker"),
         (ROWS, "a > b", Which("base", base="c"), "the choice of pairs names the model c"),
-        (ROWS, [1, 2], "all", "2 ratings of 3 responses"),
+        (ROWS, [1, 2], "all", "2 ratings for 3 responses"),
         (ROWS, [1, "good", 2], "all", "row 1: the rating is 'good'; expected a number"),
         (ROWS, [1, float("inf"), 2], "all", "row 1: the rating is infinite"),
         (ROWS, [1, 1, 2], "all", "no pair can be built of 3 responses: 1 no other response, 2 no pair left; .* 1 tied"),

@@ -160,7 +160,7 @@ def test_tokens_are_counted():
     ("row", "rating", "message"),
     [
         ({"text": "p", "model": "a"}, None, "data: there is no column `prompt` or `instruction`, but `text`, `model`"),
-        ({"prompt": "p", "x": "yes"}, None, "nor columns for the models a, b; rename columns"),
+        ({"prompt": "p", "x": "yes"}, None, "nor columns for the models a, b: rename columns"),
         (
             {"prompt": "p", "model": "a", "response": "y"},
             "score",
