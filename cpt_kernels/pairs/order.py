@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from ..errors import UserError
 
@@ -82,8 +82,8 @@ def parse_order(text: str) -> dict[str, float]:
 
 def parse_which(text: str) -> Which:
     """Parses `"all"`, `"adjacent"`, or named pairs such as `"gpt4 > td003, chatgpt > td003"`, chosen first."""
-    if text == "all" or text == "adjacent":
-        return Which(text)
+    if text in ("all", "adjacent"):
+        return Which(cast("Kind", text))
     named = [_split_names(pair, ">", text) for pair in _split_names(text, ",", text)]
     if wrong := [pair for pair in named if len(pair) != 2 or pair[0] == pair[1]]:
         raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from cpt_kernels import cli
 from cpt_kernels.cli.pairs import main
 from cpt_kernels.data.sources import load_data
 from cpt_kernels.pairs.build import held_out, prompt_key
+from tests.helpers import ROOT
 from tests.helpers.command import bpe_tokenizer, write_rows
 from tests.helpers.rows import assistant, make_tokenizer, prepared, real_rows, user
 
@@ -204,7 +207,7 @@ def test_grouped_rows_train_as_the_pairs_do(tmp_path):
 def test_conversational(source, tmp_path, capsys):
     rows = build(source, "--order", ORDER, "--conversational", "--output", tmp_path / "pairs.parquet")
     assert rows[0]["prompt"] == user("prompt 0") and rows[0]["chosen"] == assistant("gpt4 answer to 0")
-    assert "written as messages: trained on through the chat template" in capsys.readouterr().out
+    assert "written as messages: training applies the chat template" in capsys.readouterr().out
     rows = build(source, "--order", ORDER, "--conversational", "--grouped", "--output", tmp_path / "groups.parquet")
     assert rows[1]["completions"] == [assistant(f"{model} answer to 1") for model in MODELS]
     kept, _ = prepared(load_data(tmp_path / "groups.parquet").to_list(), make_tokenizer())
@@ -289,6 +292,14 @@ def test_nasty_rows(tmp_path):
     for name in ("texts.out.jsonl", "texts.out.parquet"):
         pairs = build(source, "--order", "a > b", "--output", tmp_path / name)
         assert [(row["prompt"], row["chosen"]) for row in pairs] == [(line["prompt"], line["a"]) for line in lines]
+
+
+def test_help_imports_no_data_library():
+    code = (
+        "import sys; from cpt_kernels import cli; cli.main(['pairs', '--help']);"
+        "assert not {'torch', 'datasets', 'pyarrow', 'pandas', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=60)
 
 
 # --- What people get wrong ---
