@@ -121,16 +121,11 @@ class PackedCollator:
             gaps: one per pair, see :func:`gap_of`.
             places: see :class:`PackedBatch`.
         """
-        # Groups: equal prompts are joined, and equal completions of a prompt.
-        groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # prompt -> its completions, in order
-        for prompt, completion in sequences:
-            if completion:  # truncation may leave none; the filter has dropped the pairs of such a completion
-                groups.setdefault(prompt, {})[completion] = None
         if not sequences:  # a rank without rows runs one token, to take part in every collective
-            groups[(self.pad_token_id,)] = {(self.pad_token_id,): None}
-        lengths = [self._lengths(prompt, completions) for prompt, completions in groups.items()]
+            sequences = [((self.pad_token_id,), (self.pad_token_id,))]
+        tokens = _group(sequences)
+        lengths = [self._lengths(prompt, completions) for prompt, completions in tokens]
         layout = pack(lengths)
-        tokens = [(prompt, list(completions)) for prompt, completions in groups.items()]
 
         # Completions are numbered in packed order, and pairs are sorted so that each block's are consecutive.
         unique = [(prompt, completion) for prompt, completions in tokens for completion in completions]
@@ -193,6 +188,15 @@ class PackedCollator:
         logps = self.reference(sequences) if scored else np.zeros(stops[-1], np.float32)
         missing = [(s, *sequences[s]) for s in np.flatnonzero(np.isnan(logps[stops - 1])).tolist()]
         return torch.from_numpy(logps), missing
+
+
+def _group(sequences: Sequence[Tokens]) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+    """Returns every different prompt with its different completions, in the order of their first occurrence."""
+    groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for prompt, completion in sequences:
+        if completion:  # truncation may leave none; the filter has dropped the pairs of such a completion
+            groups.setdefault(prompt, {})[completion] = None
+    return [(prompt, list(completions)) for prompt, completions in groups.items()]
 
 
 def _index_pairs(

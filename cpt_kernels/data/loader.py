@@ -89,28 +89,17 @@ def make_loader(
         UserError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or several processes
             would read a stream.
     """
-    if dataset.column_names is not None and "completion_ids" not in dataset.column_names:
-        raise UserError(
-            f"the dataset with the columns {', '.join(dataset.column_names)} is not tokenized: give it to the trainer's"
-            " constructor, or to evaluate or predict, instead of setting it as an attribute"
-        )
+    _check_prepared(dataset)
     count_tokens = partial(
         row_tokens, max_length=args.max_length, truncation_mode=args.truncation_mode, share_prompts=share_prompts
     )
     workers = _worker_options(args)
-    world = dict(world_size=args.world_size, rank=args.process_index)
-    accumulation = args.gradient_accumulation_steps
 
     # A stream: batches are cut from it as it is read.
     if isinstance(dataset, IterableDataset):
-        if args.dataloader_num_workers > 1:
-            raise UserError("only one process can read a stream: set dataloader_num_workers to 0 or 1")
+        assert not isinstance(draws, Draws)
         cut = (batch_size, args.max_tokens_per_batch, count_tokens)
-        if draws is None:
-            batches = StreamBatches(dataset, *cut, **world, endless=training)
-        else:
-            assert isinstance(draws, StreamDraws)
-            batches = DrawnBatches(dataset, *cut, **world, draws=draws, steps=args.max_steps * accumulation)
+        batches = _stream_batches(dataset, cut, args, draws, training)
         return DataLoader(batches, batch_size=None, collate_fn=collator, **workers)
 
     # A map-style dataset: all batches are planned from the lengths of its rows.
@@ -118,18 +107,42 @@ def make_loader(
     sampler = BatchSampler(
         count_tokens(dataset),
         batch_size=batch_size,
-        micro_batches=accumulation if training else 1,
+        world_size=args.world_size,
+        rank=args.process_index,
+        micro_batches=args.gradient_accumulation_steps if training else 1,
         max_tokens=args.max_tokens_per_batch,
         shuffle=training and args.train_sampling_strategy != "sequential",
         seed=order_seed(args),
         drop_last=training and args.dataloader_drop_last,
         draws=draws,
-        **world,
     )
     if training:
         _plan_run(sampler, args)
     rows = dataset if draws is None else DrawnRows(dataset, draws)
     return EpochLoader(rows, batch_sampler=sampler, collate_fn=collator, **workers)
+
+
+def _stream_batches(
+    dataset: IterableDataset,
+    cut: tuple[int, int | None, Callable],  # batch_size, max_tokens, count_tokens
+    args: Any,
+    draws: StreamDraws | None,
+    training: bool,
+) -> StreamBatches:
+    if args.dataloader_num_workers > 1:
+        raise UserError("only one process can read a stream: set dataloader_num_workers to 0 or 1")
+    if draws is None:
+        return StreamBatches(dataset, *cut, args.world_size, args.process_index, endless=training)
+    steps = args.max_steps * args.gradient_accumulation_steps
+    return DrawnBatches(dataset, *cut, args.world_size, args.process_index, draws=draws, steps=steps)
+
+
+def _check_prepared(dataset: Dataset | IterableDataset) -> None:
+    if dataset.column_names is not None and "completion_ids" not in dataset.column_names:
+        raise UserError(
+            f"the dataset with the columns {', '.join(dataset.column_names)} is not tokenized: give it to the trainer's"
+            " constructor, or to evaluate or predict, instead of setting it as an attribute"
+        )
 
 
 def _worker_options(args: Any) -> dict[str, Any]:

@@ -202,75 +202,76 @@ def prepare(
 
     Args:
         dataset: rows of one of these forms:
-
             - `prompt, chosen, rejected`, text or messages; without `prompt`, the common start is the prompt;
             - `prompt, completions`, best first, or with `scores`, or with `pairs`, a list of [better, worse] positions;
-            - `prompt, completion`;
-            - `messages`;
+            - `prompt, completion`; or `messages`;
             - `prompt_ids, chosen_ids, rejected_ids`;
             - the output of this function.
-
             Rows of text or messages may have `tools` (a list or its JSON) and `chat_template_kwargs`.
         tokenizer: its eos token becomes its pad token if it has none.
         max_length, truncation_mode: how the collator will truncate. They decide which rows are dropped.
         target_column: a third completion of each row: y_ref of SLiC's regularizer.
         gap_column: by how much chosen is better, in rows of one pair. Ranked rows use their `scores`, or ranks.
-        ranked_pairs: which pairs a ranked row without `pairs` has: `all`, `adjacent` or `extremes`, see
-            `formats.ranked_pairs`.
+        ranked_pairs: which pairs a ranked row without `pairs` has, see `formats.ranked_pairs`.
         keep_columns: columns to keep as they are.
         num_proc: number of processes that tokenize a map-style dataset. A stream is tokenized where it is read.
         batch_size: number of rows that are tokenized together.
         name: name of the dataset in log lines, progress bars and the report.
 
     Returns:
-        The dataset with the columns of `tokenize.GROUP_FEATURES` and `keep_columns`, and the report. A ranked row may
-        hold a completion that no pair refers to, because truncation removed its pairs. A stream is filtered as it is
-        read.
+        The dataset (a stream is filtered as it is read) with the columns of `tokenize.GROUP_FEATURES` and
+        `keep_columns`, and the report. A ranked row may hold a completion whose pairs truncation has removed.
 
     Raises:
-        UserError: the form or an option is unknown, the tokenizer cannot be used, or no row is left (the message counts
-            the reasons).
+        UserError: the form, an option or the tokenizer cannot be used, or no row is left (the message counts reasons).
     """
-    # Check everything before any row is read.
-    _check_type(dataset, name)
+    # Check all options before any row is tokenized.
+    given = _read_columns(dataset, name)
     check_truncation(max_length, truncation_mode)
     check_ranked_pairs(ranked_pairs)
     check_tokenizer(tokenizer)
-    given = dataset.column_names or list(next(iter(dataset), {}))
-    if not given or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise UserError(f"the {name} data has no rows")
     form = detect_form(given)
     keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
 
-    # Tokenize. The features are given, because a batch of dropped rows alone would have lists of unknown type.
+    # Tokenize and filter.
+    tokenization = Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column)
+    tokenize = partial(_tokenize, dataset, tokenization, given, batch_size)
+    report = PreparationReport(name, max_length)
+    filtration = Filter(max_length, truncation_mode)
+    columns = (*GROUP_FEATURES, *keep)
+    if isinstance(dataset, IterableDataset):
+        return _filter_stream(tokenize(), filtration, report, columns, batch_size), report
+    with _without_garbage_collection():
+        tokenized = tokenize(num_proc=num_proc, desc=f"Tokenizing {name} data")
+        return _filter_rows(tokenized, filtration, report, columns, batch_size, num_proc), report
+
+
+def _tokenize(dataset: Any, tokenization: Tokenization, given: list[str], batch_size: int, **options: Any) -> Any:
+    # The features are given to map, because it cannot infer the types of lists from a batch with only dropped rows.
     features = None
     if dataset.features is not None:
-        features = Features(GROUP_FEATURES | REMARK_FEATURES | {column: dataset.features[column] for column in keep})
-    tokenise = partial(
-        dataset.with_format(None).map,
-        Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column),
+        kept = {column: dataset.features[column] for column in tokenization.keep}
+        features = Features(GROUP_FEATURES | REMARK_FEATURES | kept)
+    return dataset.with_format(None).map(
+        tokenization,
         with_indices=True,
         batched=True,
         batch_size=batch_size,
         remove_columns=given,
         features=features,
+        **options,
     )
 
-    # Filter.
-    report = PreparationReport(name, max_length)
-    filtration = Filter(max_length, truncation_mode)
-    columns = (*GROUP_FEATURES, *keep)
-    if isinstance(dataset, IterableDataset):
-        return _filter_stream(tokenise(), filtration, report, columns, batch_size), report
-    with _without_garbage_collection():
-        tokenised = tokenise(num_proc=num_proc, desc=f"Tokenizing {name} data")
-        return _filter_rows(tokenised, filtration, report, columns, batch_size, num_proc), report
 
-
-def _check_type(dataset: Any, name: str) -> None:
+def _read_columns(dataset: Any, name: str) -> list[str]:
+    """Checks the type of a dataset, and returns its columns; a stream may have to read a row for them."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         hint = f"; choose one of its splits: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
         raise UserError(f"the {name} data is {type(dataset).__name__}; expected a Dataset or IterableDataset{hint}")
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise UserError(f"the {name} data has no rows")
+    return columns
 
 
 @contextlib.contextmanager
@@ -287,7 +288,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def _filter_rows(
-    tokenised: Dataset,
+    tokenized: Dataset,
     filtration: Filter,
     report: PreparationReport,
     columns: tuple[str, ...],
@@ -295,11 +296,11 @@ def _filter_rows(
     num_proc: int | None,
 ) -> Dataset:
     """Counts and drops the rows of a map-style dataset. Verdicts are cached in a small table beside the tokens."""
-    verdicts = tokenised.map(
+    verdicts = tokenized.map(
         filtration,
         batched=True,
         batch_size=batch_size,
-        remove_columns=tokenised.column_names,
+        remove_columns=tokenized.column_names,
         features=_VERDICT_FEATURES,
         num_proc=num_proc,
         desc=f"Filtering {report.name} data",
@@ -310,20 +311,20 @@ def _filter_rows(
     if not report.kept:
         raise UserError("\n  ".join(["no row can be trained on", *report.summary()]))
     kept = [index for index, reason in enumerate(verdicts["reason"]) if not reason]
-    tokens = tokenised.remove_columns([*_EDGES, *REMARK_FEATURES])
+    tokens = tokenized.remove_columns([*_EDGES, *REMARK_FEATURES])
     groups = concatenate_datasets([tokens, verdicts.select_columns(list(_EDGES))], axis=1)
     return groups.select_columns(list(columns)).select(kept)
 
 
 def _filter_stream(
-    tokenised: IterableDataset,
+    tokenized: IterableDataset,
     filtration: Filter,
     report: PreparationReport,
     columns: tuple[str, ...],
     batch_size: int,
 ) -> IterableDataset:
-    features = tokenised.features
-    return tokenised.map(
+    features = tokenized.features
+    return tokenized.map(
         _StreamFilter(filtration, report, columns),
         with_indices=True,
         batched=True,

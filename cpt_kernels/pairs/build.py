@@ -140,8 +140,7 @@ def build_pairs(
     """Pairs the responses to equal prompts; the stronger response is chosen.
 
     Args:
-        prompts: the prompt of each response.
-        models: the model of each response.
+        prompts, models: the prompt and the model of each response.
         responses: compared to find identical ones.
         strength: an order, `"gpt4 > chatgpt > td003"`, or a number per model, for instance its win rate. Then models
             left out are not paired, and only the first response of a model to a prompt counts. Or (n,) ratings, one per
@@ -151,17 +150,10 @@ def build_pairs(
         drops: responses that are dropped already. The default drops empty prompts and responses.
 
     Raises:
-        UserError: the columns differ in length, a model or option is unknown, a rating is not a number, a named pair
-            contradicts the order, or there is no pair; the message says which.
+        UserError: the input cannot be used, or there is no pair; the message says why.
     """
     # Read the arguments. Prompts, texts and models become integer codes.
-    n = len(prompts)
-    if not len(models) == len(responses) == n:
-        raise UserError(
-            f"there are {n} prompts, {len(models)} models and {len(responses)} responses: give one of each per row"
-        )
-    if n == 0:
-        raise UserError("there are no responses")
+    n = _count_rows(prompts, models, responses)
     which = parse_which(which) if isinstance(which, str) else which
     strength = parse_order(strength) if isinstance(strength, str) else strength
     drops = _find_empty(prompts, responses) if drops is None else drops.astype(np.int8)
@@ -170,12 +162,12 @@ def build_pairs(
     names, model = list(dict.fromkeys(models)), factorize(models)
 
     # Give each response its strength, and drop those that cannot be compared.
-    ranking = None
     if isinstance(strength, Mapping):
         ranking = _check_ranking(strength, names, which)
         strengths = np.array([ranking.get(name, np.nan) for name in names])[model]
         drop_where(drops, np.isnan(strengths), DropReason.MODEL_NOT_RANKED)
     else:
+        ranking = None
         strengths = _read_ratings(strength, n)
         _check_known(which.models(), names, "the choice of pairs")
         drop_where(drops, np.isnan(strengths), DropReason.NO_RATING)
@@ -192,8 +184,7 @@ def build_pairs(
 
     # Enumerate the pairs asked for, and keep those with different texts and strengths.
     asked = _Asked(which, names, model, _strength_ranks(strengths, order, ranking))
-    candidates = order[_enumerate(order, cu_prompts, asked)]
-    pairs = _keep_comparable(candidates, drops, strengths, prompt, content)
+    pairs = _keep_comparable(order[_enumerate(order, cu_prompts, asked)], drops, strengths, prompt, content)
     if not len(pairs):
         raise UserError(_explain_no_pair(pairs, names, model))
     return pairs
@@ -353,6 +344,17 @@ def _read_ratings(ratings: Sequence[float | None] | NDArray, n: int) -> NDArray[
 
 
 # --- Checks and messages ---
+
+
+def _count_rows(prompts: Values, models: Values, responses: Values) -> int:
+    n = len(prompts)
+    if not len(models) == len(responses) == n:
+        raise UserError(
+            f"there are {n} prompts, {len(models)} models and {len(responses)} responses: give one of each per row"
+        )
+    if n == 0:
+        raise UserError("there are no responses")
+    return n
 
 
 def _check_ranking(strength: Mapping[str, float], names: list[str], which: Which) -> dict[str, float]:

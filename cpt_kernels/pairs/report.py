@@ -65,7 +65,7 @@ def make_report(
     ranking = about["strength"] or {}
     by_models.sort(key=lambda e: (-ranking.get(e["chosen"], 0), -ranking.get(e["rejected"], 0), -e["pairs"]))
     repeated, opposed = pairs.count_echoes()
-    everything = _summarize(pairs, np.arange(len(pairs)), lengths, held_out)
+    everything = _summarize_pairs(pairs, np.arange(len(pairs)), lengths, held_out)
     return {
         **about,
         "unit": unit,
@@ -113,12 +113,12 @@ def _summarize_models(
     for key in np.unique(np.concatenate([codes, *dropped.values()])).tolist():
         some = order[slice(*np.searchsorted(codes, [key, key + 1], sorter=order))]
         entry = {"chosen": names[key // len(names)], "rejected": names[key % len(names)]}
-        entry |= _summarize(pairs, some, lengths, held_out)
+        entry |= _summarize_pairs(pairs, some, lengths, held_out)
         entries.append(entry | {reason: found[key] for reason, found in counts.items()})
     return entries
 
 
-def _summarize(
+def _summarize_pairs(
     pairs: PairTable, some: NDArray[np.int64], lengths: dict[str, NDArray], held_out: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Returns counts and mean lengths of the pairs with the indices ``some``."""
