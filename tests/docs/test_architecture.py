@@ -15,6 +15,7 @@ import torch
 
 from bench import heads, step
 from tests.helpers import ROOT
+from tests.test_house import COMMANDS, FOLDERS
 
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 PACKAGE = ROOT / "cpt_kernels"
@@ -51,11 +52,19 @@ def test_the_map_has_every_folder_and_nothing_else():
     package = tree[tree.index("cpt_kernels/") : tree.index("csrc/")]
     named = set(re.findall(r"^  ([\w./]+)", package, flags=re.MULTILINE))
     there = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
-    assert named == {name for name in there if not name.startswith("__py")}
+    assert named == {name for name in there if not name.startswith((".", "__py"))}
     for folder in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
     for folder in re.findall(r"^    (\w+)/", package, flags=re.MULTILINE):
         assert (PACKAGE / "ops" / folder).is_dir(), folder
+
+
+def test_the_picture_of_imports_is_the_table_that_is_checked():
+    rows = re.findall(r"^(\w[\w ]*?) +-> (.*)$", section(ARCHITECTURE, "## Who imports whom"), flags=re.MULTILINE)
+    picture = {name: set(imported.split()) - {"nothing"} for names, imported in rows for name in names.split()}
+    assert {name for name, others in picture.items() if "everything" in others} == COMMANDS
+    everywhere = {"errors": set(), "files": set()}
+    assert {name: others for name, others in picture.items() if name not in COMMANDS} | everywhere == FOLDERS
 
 
 def test_the_glossary_defines_each_term_once():
