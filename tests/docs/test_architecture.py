@@ -6,14 +6,18 @@ The recipe of a loss is run by tests/losses/test_options.py.
 from __future__ import annotations
 
 import re
+import sys
 from importlib import import_module
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bench import heads, step
+from cpt_kernels import HeadOptions, linear_logprobs, vocab_score
+from cpt_kernels.ops.backends import Backend
 from tests.helpers import ROOT
 from tests.test_house import COMMANDS, FOLDERS
 
@@ -130,6 +134,26 @@ def test_files_of_recipes_exist(recipe):
 
 def test_a_loss_touches_at_most_four_files():
     assert len(files_of("Add a loss")) <= 4
+
+
+def test_a_backend_in_memory(monkeypatch):
+    """One entry in the table of an operator makes a backend, also of the head that calls the operator."""
+    operator = import_module("cpt_kernels.ops.vocab_score")
+    calls = []
+
+    def mine(logits, targets, options):
+        calls.append(tuple(logits.shape))
+        return operator.BACKENDS["eager"].load()(logits, targets, options)
+
+    monkeypatch.setitem(sys.modules, "my_backend", SimpleNamespace(vocab_score_mine=mine))
+    monkeypatch.setitem(operator.BACKENDS, "mine", Backend("my_backend:vocab_score_mine"))
+    logits, targets = torch.randn(3, 7), torch.tensor([0, 6, 2])
+    found = vocab_score(logits, targets, backend="mine")
+    torch.testing.assert_close(found.logps, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
+    with pytest.raises(ValueError, match="choose one of auto, eager, triton, cuda, mine"):
+        vocab_score(logits, targets, backend="yours")
+    linear_logprobs(torch.randn(3, 4), torch.randn(7, 4), targets, options=HeadOptions(backend="mine"))
+    assert calls == [(3, 7)] * 2
 
 
 def test_a_peer_in_memory(monkeypatch):
