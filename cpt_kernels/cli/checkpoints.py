@@ -66,6 +66,7 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
         path = Path(model).expanduser()
         if not path.is_dir() and (not _HUB_NAME.fullmatch(model) or ("/" in model and path.parent.is_dir())):
             raise UserError(f"models={model}: there is no such folder")
+    # The given file, or for each model the first file that exists.
     files = [config] if config else []
     for folder in (Path(model).expanduser() for model in models if config is None):
         files += [file for file in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if file.is_file()][:1]
@@ -86,6 +87,7 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
 
     if given is not None:
         return None if given.lower() == "none" else given
+    # Configurations without a reference count only if no other names one.
     against = {path: values for path, values in configs.items() if _has_reference(values)} or configs
     names = {}
     for path, values in against.items():
@@ -120,6 +122,7 @@ def training_options(
         name = text[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if text.startswith("--") and name not in SETTINGS:
             raise UserError(f"unknown option {text}; see {prog} --help")
+    # A flag of the user comes after the same option of the configuration, so it overrides it.
     values = dict(next(iter(configs.values()), {}))
     argv = []
     for name in SETTINGS:

@@ -99,6 +99,7 @@ class _Generation:
             if args.prompt_format == "auto" and self.tokenizer.chat_template is None:
                 self.sampling = replace(self.sampling, chat=False)
             self.origin |= {"revision": args.model_revision, "weights": _digest(args.model_name_or_path)}
+        # Options that have an effect only on conversations.
         texts = sum(isinstance(request.prompt.content, str) for request in requests)
         if self.sampling.system_prompt is not None and texts and not self.sampling.chat:
             raise UserError("system_prompt needs a conversation, but the prompts are text: give --prompt_format chat")
@@ -153,7 +154,7 @@ class _Generation:
         from ..generation.local import LocalModel
 
         options = {"dtype": args.dtype, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-        options |= args.model_kwargs
+        options |= args.model_kwargs  # the user's arguments override the options
         return LocalModel(_load_local_model(args, options), self.tokenizer, self.sampling, args.batch_size)
 
     def summary(self) -> str:

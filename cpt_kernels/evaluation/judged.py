@@ -45,6 +45,7 @@ class OutputEvaluation:
         :func:`length_controlled_win_rate`.
         """
         pairs, judged = self.comparisons, self.judged
+        # Rates, lengths and prompts of the judged comparisons.
         wins = self.verdicts.preferences[judged]
         lengths = np.array([len(text) for text in pairs.outputs])[judged]
         baseline_lengths = np.array([len(text) for text in pairs.baseline_outputs])[judged]
@@ -76,6 +77,7 @@ class OutputEvaluation:
         that was asked."""
         pairs, rows = self.comparisons, []
         for i, preference in enumerate(self.verdicts.preferences.tolist()):
+            # JSON has no NaN.
             orders = [None if np.isnan(value) else value for value in self.verdicts.orders[i].tolist()]
             rows.append(
                 {
@@ -110,7 +112,7 @@ def win_rate_differences(
     for model, preferences in others:
         values = np.array([value - first[1][prompt] for prompt, value in preferences.items() if prompt in first[1]])
         row = {"model": model, "minus": first[0], "prompts": len(values)}
-        if len(values):
+        if len(values):  # two models may have no judged prompt in common
             low, high = interval(values, bootstrap=bootstrap)
             row["win_rate"] = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
             rows.append(row)

@@ -77,7 +77,7 @@ def read_outputs(path: str | Path) -> dict[str, ModelOutputs]:
     if form is None:
         expected = " or ".join(", ".join(form) for form in _FORMS)
         raise UserError(f"{path} has the columns {sorted(data.column_names)}; outputs have {expected}")
-    responses: dict[str, dict[str, list[str]]] = {}
+    responses: dict[str, dict[str, list[str]]] = {}  # model -> prompt -> responses
     conversations = set()
     for number, row in enumerate(data.select_columns([name for name in form if name in data.column_names])):
         prompt, model, response = (row.get(name) for name in form)
@@ -129,6 +129,7 @@ def join(outputs: ModelOutputs, baseline: ModelOutputs) -> Comparisons:
                 f"{outputs.model} has {len(own)} responses to {_short(prompt)}, {baseline.model} has {len(answers)}:"
                 " give the same number of responses for both, or one response for one of them"
             )
+        # Repeat the shorter list, which has one response or as many as the other; no response of the model: skip.
         count = max(len(own), len(answers)) if own else 0
         prompts += [prompt] * count
         mine += own * (count // max(len(own), 1))

@@ -91,7 +91,7 @@ class PairEvaluation:
         for grouping in (everything, *self.groupings):
             for code, value in enumerate(grouping.values):
                 where = np.flatnonzero(grouping.codes == code)
-                for model in metrics if len(where) else ():
+                for model in metrics if len(where) else ():  # a bucket of lengths may be empty
                     prompts = self.prompts[where]
                     row = {"model": model, "by": grouping.name, "value": value}
                     row |= {"pairs": len(where), "prompts": len(np.unique(prompts))}

@@ -161,7 +161,8 @@ class _Scorer:
         self.dataset, self.tokenizer, self.args, self.max_token_id = dataset, tokenizer, args, max_token_id
         self.cut = (args.max_length, args.truncation_mode)
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=args.mixed_precision)
-        found = [(row, at, len(ids)) for part in iter_sequences(dataset, *self.cut) for row, at, _, ids in part]
+        completions = (each for part in iter_sequences(dataset, *self.cut) for each in part)
+        found = [(each.row, each.position, len(each.completion_ids)) for each in completions]
         rows, positions, self.lengths = np.array(found, np.int64).T
         edges = dataset.with_format("arrow").select_columns(["chosen", "rejected", "row"])[:]
         self.source = edges["row"].to_numpy()
@@ -181,6 +182,7 @@ class _Scorer:
         if not getattr(base_model(model), "is_quantized", False):  # a quantized model cannot be moved
             model.to(self.accelerator.device)
         packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
+        # The evaluated model takes the place of the reference: its log-probs are cached under its own fingerprint.
         reference = Reference(
             packed,
             None,
@@ -195,7 +197,7 @@ class _Scorer:
 
     def _sums(self, cache: ReferenceCache) -> Iterator[NDArray[np.float64]]:
         for sequences in iter_sequences(self.dataset, *self.cut):
-            found = cache.get_many([sequence[2:] for sequence in sequences])
+            found = cache.get_many([each.ids for each in sequences])
             if any(values is None for values in found):
                 raise UserError(f"log-probs have disappeared from {cache.folder} during the run: start it again")
             yield np.array([values.sum(dtype=np.float64) for values in found])

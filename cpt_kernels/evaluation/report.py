@@ -40,6 +40,7 @@ def pair_tables(summary: Sequence[Row], confidence: float) -> list[Table]:
         table.add_column(escape(row["model"]), justify="right", overflow="fold")
     for metric, (title, factor, format) in _METRICS.items():
         table.add_row(title, *(_with_ends(row[metric], factor, format) for row in whole))
+    # The groups leave out models that equal the reference, whose accuracy is 1/2 everywhere.
     tied = set(own_references(summary))
     grouped = [row for row in summary if row["by"] != ALL and row["model"] not in tied]
     return [table, *(_group_table(by, rows) for by, rows in _by_grouping(grouped).items())]
@@ -95,6 +96,7 @@ def draw_pairs(summary: Sequence[Row], folder: Path, title: str) -> list[Path]:
     groupings = _by_grouping([row for row in summary if row["model"] not in tied] or summary)
     models = list(dict.fromkeys(row["model"] for rows in groupings.values() for row in rows))
     values = {by: list(dict.fromkeys(row["value"] for row in rows)) for by, rows in groupings.items()}
+    # Inches: the height of a row of panels grows with its number of values and models.
     heights = [0.6 + 0.28 * len(names) * max(1, 0.6 * len(models)) for names in values.values()]
     figure = _figure(11, 1 + sum(heights))
     figure.suptitle(title, fontsize="medium")
@@ -215,6 +217,7 @@ def _figure(width: float, height: float) -> Any:
 def _draw_points(
     axis: Any, estimates: Sequence[Row], places: Sequence[int], factor: float, number: int, of: int, label: str
 ) -> None:
+    # The series of one value are spread over 0.6 of the distance between two values.
     heights = [place + 0.6 * (number - (of - 1) / 2) / of for place in places]
     means = [factor * estimate["mean"] for estimate in estimates]
     ends = [[factor * abs(estimate["mean"] - estimate[end]) for estimate in estimates] for end in ("low", "high")]

@@ -114,6 +114,7 @@ class Endpoint:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
+    # Each worker takes the next pending request, so at most `concurrency` requests are in flight.
     async def _work(
         self, client: AsyncOpenAI, requests: Sequence[Request], pending: Iterator[int], record: Record
     ) -> None:
@@ -124,8 +125,9 @@ class Endpoint:
         from openai import APIConnectionError, APIResponseValidationError, APIStatusError, APITimeoutError
 
         if request.prompt.tools or request.prompt.template_kwargs:
-            return Failure("tools", "tools and chat_template_kwargs of a row cannot be sent to an endpoint")
-        tries = 0
+            detail = "tools and chat_template_kwargs of a row cannot be sent to an endpoint"
+            return self._count_failure(Failure("tools", detail), refused=True)
+        tries = 0  # of this request: those of the client and those after a malformed reply
         while True:
             try:
                 left = self.options.max_retries - tries
@@ -162,6 +164,7 @@ class Endpoint:
             "top_p": sampling.top_p,
             "extra_body": ({"top_k": sampling.top_k} if sampling.top_k else {}) | dict(self.options.extra_body),
         }
+        # OpenAI renamed max_tokens; many servers know only the old name. extra_body may set either.
         if not {"max_tokens", "max_completion_tokens"} & arguments["extra_body"].keys():
             arguments[limit] = sampling.max_new_tokens
         if (seed := request.seed(sampling)) is not None:

@@ -76,9 +76,11 @@ def write_exports(
     """
     if not exports.column and not exports.alpaca_eval:
         return WrittenExports([], None)
+    # The first response to each prompt, by row of the dataset.
     first = {prompt_of(row).key: row["response"] for row in file.rows() if row.get("sample", 0) == 0}
     texts = [None if prompt is None else first.get(prompt.key) for prompt in prompts]
     files, filled = [], None
+    # The dataset with the column of responses.
     if exports.column:
         values = [
             None if text is None else as_completion(row, prompt, text)
@@ -89,6 +91,7 @@ def write_exports(
         with replacing(exports.dataset_output) as (temporary,), temporary.open("wb") as out:
             (with_column.to_parquet if exports.dataset_output.suffix == ".parquet" else with_column.to_json)(out)
         files.append(exports.dataset_output)
+    # The outputs for alpaca_eval.
     if exports.alpaca_eval:
         files.append(file.path.with_name(ALPACA_FILE))
         write_alpaca_eval(files[-1], file.model, _alpaca_outputs(dataset, prompts, texts))

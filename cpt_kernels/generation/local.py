@@ -143,6 +143,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], ids: list
     """
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     if continues:
+        # If a character is split between prompt and response, the decoded prompt is no prefix of the whole text.
         prompt, whole = tokenizer.decode(prompt_ids, **options), tokenizer.decode(prompt_ids + ids, **options)
         if whole.startswith(prompt):
             return whole[len(prompt) :]
@@ -162,6 +163,7 @@ class LocalModel:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 16
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.batch_size = model, tokenizer, sampling, batch_size
+        # A chat model may end a turn with another token than the tokenizer's eos.
         own = getattr(model.generation_config, "eos_token_id", None)
         ends = [own] if isinstance(own, int) else own or []
         self.ends = {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
@@ -212,6 +214,7 @@ class LocalModel:
         )
 
     def _generate(self, prompts: list[list[int]], seeds: list[int | None]) -> list[list[int]]:
+        # Pad on the left, so that every row's next token is at the same position.
         width = max(map(len, prompts))
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -252,6 +255,7 @@ class LocalModel:
         has_ended = bool(ids) and ids[-1] in self.ends
         is_text = isinstance(prompt.content, str) and not self.sampling.chat
         text = _decode(self.tokenizer, prompt_ids, ids[:-1] if has_ended else ids, is_text)
+        # generate() stops after the token that completes a stop text, which may hold further characters.
         stops = [text.index(stop) for stop in self.sampling.stop if stop in text]
         reason = "stop" if has_ended or stops or len(ids) < self.sampling.max_new_tokens else "length"
         return Answer(text[: min(stops)] if stops else text, reason, len(prompt_ids), len(ids))
@@ -268,6 +272,7 @@ class _GumbelNoise(LogitsProcessor):
         self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V) -> (B, V)
+        # The generators are created at the first step, because only the scores tell the device.
         if not self.generators:
             self.generators = [torch.Generator(scores.device) for _ in self.seeds]
             for generator, seed in zip(self.generators, self.seeds):

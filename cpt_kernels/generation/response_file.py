@@ -56,6 +56,7 @@ class ResponseFile:
             "seed": sampling.seed,
             "chat": sampling.chat,
             "system_prompt": sampling.system_prompt,
+            # As JSON, because Arrow would give every row of this column the keys of all rows.
             "chat_template_kwargs": json.dumps(dict(sampling.template_kwargs), sort_keys=True),
             **origin,
         }
@@ -68,7 +69,7 @@ class ResponseFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            self._file = self.path.open("ab", buffering=0)
+            self._file = self.path.open("ab", buffering=0)  # unbuffered, so that a kill loses no added row
         except Timeout as error:
             raise UserError(
                 f"{self.path} is being written by another process: wait until it ends, or choose another file"
@@ -100,7 +101,7 @@ class ResponseFile:
         lines = memoryview(b"".join(self._line(request, answer) for request, answer in answers))
         size = os.fstat(self._file.fileno()).st_size
         try:
-            while lines:
+            while lines:  # an unbuffered write may write only a part
                 lines = lines[self._file.write(lines) :]
             if time.monotonic() - self._synced > _SYNC_EVERY:
                 os.fsync(self._file.fileno())
@@ -148,7 +149,7 @@ class ResponseFile:
             if row["model"] == self.model:
                 self._check_settings(row)
                 self.answered.add((prompt_of(row).key, row.get("sample", 0)))
-        if not is_whole:
+        if not is_whole:  # the last row is complete, but its newline is missing
             self._file.write(b"\n")
 
     def _lines(self) -> Iterator[tuple[int, bytes, Row | None]]:
