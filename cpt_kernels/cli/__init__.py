@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import UserError
+from .option_table import package_version
 
 # Command -> the module whose function main(argv, prog) runs it, and its line in `cpt --help`. The module is imported
 # when the command runs, because transformers takes seconds.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n  cpt COMMAND --help shows the options of a command; cpt --version the version")
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+        print(", ".join(f"{name} {package_version(name)}" for name in _PACKAGES))
         return 0
     command, *rest = argv
     if command not in COMMANDS:
@@ -74,10 +74,3 @@ def _fail(prog: str, message: str, code: int = 2) -> int:
     rank = int(os.environ.get("RANK", "0"))
     print(f"{prog}: {f'rank {rank}: ' if rank else ''}error: {line}", file=sys.stderr)
     return code
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .parsers import Help, Parser
+from .parsing import Help, Parser
 
 if TYPE_CHECKING:
     from .cache_dataset import DatasetReference

@@ -18,7 +18,7 @@ from ..reference.cache import ReferenceCache
 from ..reference.missing import DatasetCompletion, Missing, find_missing, iter_sequences
 from ..trainer import ContrastiveTrainer
 from .parsing import parse
-from .train import make_trainer
+from .run import make_trainer
 
 _SAMPLE_BATCH = 8  # completions that are scored together
 

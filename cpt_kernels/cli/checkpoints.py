@@ -12,6 +12,8 @@ import yaml
 
 from ..errors import UserError
 from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
+from .option_table import option_table
+from .parsing import CONFIG_FILE, parse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,8 +62,6 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
     Raises:
         UserError: a model does not exist, or a file is not a training configuration.
     """
-    from .train import CONFIG_FILE
-
     for model in models:
         path = Path(model).expanduser()
         if not path.is_dir() and (not _HUB_NAME.fullmatch(model) or ("/" in model and path.parent.is_dir())):
@@ -83,8 +83,6 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
     Raises:
         UserError: the configurations name no reference, or several.
     """
-    from .train import CONFIG_FILE
-
     if given is not None:
         return None if given.lower() == "none" else given
     # Configurations without a reference count only if no other names one.
@@ -115,9 +113,6 @@ def training_options(
     Raises:
         UserError: a flag is not in ``SETTINGS``, or a value is invalid.
     """
-    from .options import defaults
-    from .parsing import parse
-
     for text in flags:
         name = text[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if text.startswith("--") and name not in SETTINGS:
@@ -126,7 +121,7 @@ def training_options(
     values = dict(next(iter(configs.values()), {}))
     argv = []
     for name in SETTINGS:
-        if name in values and values[name] != defaults()[name]:
+        if name in values and values[name] != option_table().defaults[name]:
             argv += [f"--{name}", _as_flag(values[name])]
     argv += flags
     if {"--load_in_4bit", "--load_in_8bit"} & {*argv}:
@@ -169,9 +164,8 @@ def model_loader(name: str, option: str, options: Options) -> Callable[[], nn.Mo
 def _has_reference(values: Mapping[str, Any]) -> bool:
     """Returns whether a loss of the configuration needs a reference."""
     from ..losses import LOSSES, loss_names
-    from .options import defaults
 
-    losses = loss_names(values.get("loss_type", defaults()["loss_type"]))
+    losses = loss_names(values.get("loss_type", option_table().defaults["loss_type"]))
     return any(loss in LOSSES and LOSSES[loss].needs_reference for loss in losses)
 
 

@@ -38,14 +38,14 @@ from ..generation.endpoint import ENDPOINT_DEFAULTS, EndpointOptions
 from ..generation.exports import write_alpaca_eval
 from ..generation.prompts import Sampling
 from .checkpoints import SETTINGS
-from .parsers import Help, Parser, add_endpoint_options
+from .console import print_results
+from .parsing import Help, Parser, add_endpoint_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _JUDGE_FILE = "judged.jsonl"
 _DETAILS = (".jsonl", ".parquet")
-_WIDTH = 120  # columns of tables that are not printed to a terminal
 
 
 def main(argv: Sequence[str], prog: str = "cpt eval") -> None:
@@ -79,7 +79,7 @@ def score_pairs(args: argparse.Namespace) -> None:
         read_configs,
         training_options,
     )
-    from .train import quieten
+    from .run import quieten
 
     # The models, their reference, and the options that they were trained with.
     models = name_models(args.models)
@@ -128,7 +128,7 @@ def score_pairs(args: argparse.Namespace) -> None:
         *([f"options from {next(iter(configs))}"] if configs else []),
         *data_report,
     ]
-    _print(pair_tables(summary, args.confidence), lines, written)
+    print_results(pair_tables(summary, args.confidence), [*lines, _written(written)])
 
 
 def judge_outputs(args: argparse.Namespace) -> None:
@@ -156,7 +156,7 @@ def judge_outputs(args: argparse.Namespace) -> None:
         "length-controlled as in arXiv 2404.04475, but without its instruction difficulty, which cannot be estimated"
         " from one model's outputs: the rates are not comparable to AlpacaEval's leaderboard",
     ]
-    _print([win_rate_table(summaries, args.confidence)], lines, written)
+    print_results([win_rate_table(summaries, args.confidence)], [*lines, _written(written)])
 
 
 def export_outputs(args: argparse.Namespace) -> None:
@@ -235,16 +235,8 @@ def _write_details(path: Path, table: pa.Table) -> Path:
     return path
 
 
-def _print(tables: Iterable[Any], lines: Iterable[str], written: Iterable[Path]) -> None:
-    from rich.console import Console
-
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:  # a file or a pipe has no width
-        console.width = _WIDTH
-    for table in tables:
-        console.print(table)
-    for line in (*lines, f"written: {', '.join(map(str, written))}"):
-        console.print(line, markup=False, highlight=False)
+def _written(files: Iterable[Path]) -> str:
+    return f"written: {', '.join(map(str, files))}"
 
 
 # --- Options ---

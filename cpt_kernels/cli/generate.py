@@ -27,7 +27,7 @@ from ..generation.exports import ALPACA_FILE, Exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from ..generation.response_file import ResponseFile
 from .models import from_pretrained, load_named_tokenizer
-from .parsers import Help, Parser, add_endpoint_options, json_object
+from .parsing import Help, Parser, add_endpoint_options, json_object
 
 if TYPE_CHECKING:
     from tqdm import tqdm

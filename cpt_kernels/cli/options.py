@@ -1,26 +1,31 @@
-"""The options that ``cpt-train`` has: three dataclasses, the groups they are shown in, and which go together.
+"""The options of ``cpt-train``: three dataclasses, the groups of ``--help``, and checks across options.
 
-How a YAML file and flags fill them is :mod:`cpt_kernels.cli.parsing`.
+The module imports transformers. :mod:`cpt_kernels.cli.option_table` caches what ``--help`` needs of it, and
+:mod:`cpt_kernels.cli.parsing` fills the dataclasses from a YAML file and flags.
 """
 
 from __future__ import annotations
 
+import functools
+import re
+import types
 from dataclasses import dataclass, fields
 from enum import Enum
-from functools import cache
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..config import IGNORED_OPTIONS, ContrastiveConfig
+from ..config import IGNORED_OPTIONS, REMOVED_OPTIONS, ContrastiveConfig
 from ..errors import UserError
 from ..losses import LOSSES, LossOptions, loss_names
 from ..losses.options import default_of, option
+from .launch import launch_options
+from .option_table import Option, OptionTable
 
 
 @dataclass
 class ScriptArguments:
-    """Which data."""
+    """The data."""
 
     dataset_name: str | None = option(
         None, "Training data: a .json, .jsonl, .parquet or .csv file, a folder, or a hub name."
@@ -28,42 +33,42 @@ class ScriptArguments:
     dataset_config: str | None = option(None, "Configuration of a hub dataset.")
     dataset_train_split: str = option("train", "Split to train on.")
     dataset_test_split: str = option("test", "Split to evaluate on.")
-    dataset_streaming: bool = option(False, "Read rows as they are needed; needs max_steps.")
+    dataset_streaming: bool = option(False, "Read rows during training, as a stream; needs max_steps.")
     datasets: list[dict] | None = option(
-        None, "Several datasets in place of one, each a mapping: path, name, split, columns, fraction, ..."
+        None, "Several datasets, each a mapping of path, name, split, columns, fraction, ..."
     )
-    test_split_size: float | None = option(None, "Share or number of rows of datasets to evaluate on.")
-    eval_dataset_name: str | None = option(None, "Evaluation data of its own: a file, a folder, or a hub name.")
+    test_split_size: float | None = option(None, "Share or number of the rows of datasets to evaluate on.")
+    eval_dataset_name: str | None = option(None, "Evaluation data: a file, a folder, or a hub name.")
     columns: list[str] | None = option(None, "Columns to read: name, or 'name in the data=name here'.")
-    ignore_bias_buffers: bool = option(False, "Keep true-or-false buffers of the model out of what DDP synchronises.")
+    ignore_bias_buffers: bool = option(False, "Exclude boolean buffers of the model from DDP's synchronisation.")
 
 
 @dataclass
 class ModelArguments:
-    """Which model, which reference, which adapter."""
+    """The model, the reference and the adapter."""
 
     model_name_or_path: str | None = option(None, "Model to train: a folder, or a name on the hub.")
     model_revision: str = option("main", "Branch, tag or commit of a hub model.")
     tokenizer_name: str | None = option(None, "Folder or name of the tokenizer. Default: the model's.")
-    from_scratch: bool = option(False, "Start from random weights; of the model only its config.json is read.")
+    from_scratch: bool = option(False, "Start from random weights; only the model's config.json is read.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("float32", "Type of the weights.")
-    attn_implementation: str | None = option(None, "The model's attention where rows are not packed: sdpa, eager, ...")
-    ref_model_name_or_path: str | None = option(None, "Reference model. Default: the model as training starts.")
+    attn_implementation: str | None = option(None, "The model's attention for unpacked rows: sdpa, eager, ...")
+    ref_model_name_or_path: str | None = option(None, "Reference model. Default: the model at the start of training.")
     use_peft: bool = option(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "The adapter is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.05, "Dropout in the adapter, where disable_dropout is false.")
+    lora_alpha: int = option(32, "The adapter's output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout in the adapter, if disable_dropout is false.")
     lora_target_modules: list[str] | None = option(None, "Modules to adapt, or all-linear. Default: by architecture.")
-    lora_target_parameters: list[str] | None = option(None, "Parameters to adapt that belong to no linear module.")
-    lora_modules_to_save: list[str] | None = option(None, "Modules to train whole beside the adapter.")
-    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "What the adapter is for.")
-    use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(lora_r) instead.")
-    use_dora: bool = option(False, "Weight-decomposed LoRA.")
+    lora_target_parameters: list[str] | None = option(None, "Parameters to adapt that are not in a linear module.")
+    lora_modules_to_save: list[str] | None = option(None, "Modules to train in full beside the adapter.")
+    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "Task of the adapter.")
+    use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA).")
+    use_dora: bool = option(False, "Weight-decomposed LoRA (DoRA).")
     load_in_4bit: bool = option(False, "Load the base model in 4 bits (bitsandbytes); needs use_peft.")
     load_in_8bit: bool = option(False, "Load the base model in 8 bits (bitsandbytes); needs use_peft.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "Kind of the 4 bits.")
-    use_bnb_nested_quant: bool = option(False, "Quantise the scales of the 4 bits, too.")
-    bnb_4bit_quant_storage: str | None = option(None, "Type in which the 4 bits are stored: bfloat16, ...")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit data type.")
+    use_bnb_nested_quant: bool = option(False, "Also quantise the scales of 4-bit weights.")
+    bnb_4bit_quant_storage: str | None = option(None, "Data type that stores 4-bit weights: bfloat16, ...")
 
 
 CLASSES = (ScriptArguments, ModelArguments, ContrastiveConfig)
@@ -100,40 +105,111 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Accepted from TRL, without effect here": tuple(IGNORED_OPTIONS),
     _LAST_GROUP: (),
 }
-# In place of what transformers says of its own options at length.
-HELP = {
-    "per_device_train_batch_size": "Rows of a micro-batch.",
-    "per_device_eval_batch_size": "Rows of a micro-batch in evaluation.",
+# Help of transformers' options that replaces its own, which runs to six sentences.
+_HELP = {
+    "per_device_train_batch_size": "Rows of a micro-batch on each device.",
+    "per_device_eval_batch_size": "Rows of a micro-batch on each device in evaluation.",
     "gradient_accumulation_steps": "Micro-batches of an optimizer step.",
-    "output_dir": "Folder for all that is written. Default: <model>-CPT.",
+    "output_dir": "Folder for everything that the run writes. Default: <model>-CPT.",
     "num_train_epochs": "Passes over the data.",
     "max_steps": "Optimizer steps, in place of num_train_epochs.",
-    "lr_scheduler_type": "Course of the learning rate: linear, cosine, constant, ...",
-    "warmup_steps": "Steps until the learning rate is reached; below 1, a share of all steps.",
-    "weight_decay": "Weight decay of matrices.",
-    "max_grad_norm": "Gradients are clipped to this norm; 0: not at all.",
+    "lr_scheduler_type": "Schedule of the learning rate: linear, cosine, constant, ...",
+    "warmup_steps": "Steps until the learning rate reaches its maximum; below 1, a share of all steps.",
+    "weight_decay": "Weight decay of weight matrices.",
+    "max_grad_norm": "Norm to which gradients are clipped; 0 disables clipping.",
     "fp16": "Mixed precision in fp16.",
-    "use_cpu": "Leave a GPU alone.",
-    "seed": "Seed of initialisation and order.",
-    "eval_strategy": "When to evaluate: no, steps or epoch. With eval_dataset_name always at the end.",
+    "use_cpu": "Train on the CPU even if there is a GPU.",
+    "seed": "Seed of initialisation and of the order of rows.",
+    "eval_strategy": "When to evaluate: no, steps or epoch. With eval_dataset_name also at the end.",
     "eval_steps": "Steps between evaluations; below 1, a share of all steps. Default: logging_steps.",
-    "eval_on_start": "Evaluate before the first step, too.",
+    "eval_on_start": "Also evaluate before the first step.",
     "save_strategy": "When to save checkpoints: no, steps, epoch or best.",
     "save_steps": "Steps between checkpoints; below 1, a share of all steps.",
-    "save_total_limit": "Keep only so many checkpoints.",
-    "resume_from_checkpoint": "Folder of a checkpoint, or last: the last one in output_dir.",
+    "save_total_limit": "Most checkpoints to keep.",
+    "resume_from_checkpoint": "Folder of a checkpoint; or last, for the last one in output_dir.",
     "report_to": "Trackers to report to: wandb, tensorboard, ...",
-    "disable_tqdm": "No progress bars.",
+    "disable_tqdm": "Show no progress bars.",
     **{name: f"{reason[0].upper()}{reason[1:]}." for name, reason in IGNORED_OPTIONS.items()},
 }
-# Of TrainingArguments, what no text can say.
-NOT_OPTIONS = {"parallelism_config": "accelerate's sharding is a matter of the file of --accelerate_config"}
-_NOT_SAVED = ("hub_token", "resume_from_checkpoint")  # a secret; a matter of one invocation
+# Options of TrainingArguments that a flag or a file cannot express -> what to do in their place.
+_REFUSED = {"parallelism_config": "configure sharding in the file of --accelerate_config"}
+_NOT_SAVED = ("hub_token", "resume_from_checkpoint")  # a secret, and an option of one invocation
+
+
+# --- The table of options ---
+
+
+def build_table() -> OptionTable:
+    """Builds the table of all options from the dataclasses; :func:`option_table` caches it."""
+    hints = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items() if name in NAMES[cls]}
+    hints["fsdp"] = bool | str | None  # transformers takes true as well as its older words
+    helps = {f.name: f.metadata.get("help", "") for cls in CLASSES for f in fields(cls)}
+    defaults = _defaults()
+    options = {
+        name: Option(group, kinds_of(hints[name]), defaults[name], _help(name, helps[name], defaults[name]))
+        for group, names in groups().items()
+        for name in names
+    }
+    return OptionTable(options, REMOVED_OPTIONS, _REFUSED, launch_options(defaults))
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Returns the options by group; every option is in one group."""
+    placed = {name for names in _GROUPS.values() for name in names}
+    rest = tuple(name for name in _defaults() if name not in placed)
+    return {title: (*names, *(rest if title == _LAST_GROUP else ())) for title, names in _GROUPS.items()}
+
+
+def kinds_of(hint: Any) -> dict[str, Any]:
+    """Translates a type hint to the kinds of values that an option allows, see :class:`Option`."""
+    kinds: dict[str, Any] = {}
+    for part in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        origin = get_origin(part) or part
+        if origin is list:
+            kinds["list"] = kinds_of(get_args(part)[0])
+        elif origin is Literal:
+            kinds["str"] = [choice for choice in get_args(part) if isinstance(choice, str)]
+        elif origin is str:
+            kinds.setdefault("str", [])  # SchedulerType | str allows the values of SchedulerType alone
+        elif origin is type(None):
+            kinds["none"] = None
+        elif issubclass(origin, Enum):
+            kinds["str"] = [choice.value for choice in origin]
+        else:
+            kinds[origin.__name__] = None
+    return kinds
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    values = {}
+    for cls in CLASSES:
+        for f in fields(cls):
+            if f.init and f.name not in _REFUSED:
+                default = default_of(f)
+                values[f.name] = default.value if isinstance(default, Enum) else default
+    return values
+
+
+def _help(name: str, text: str, default: Any) -> str:
+    """Returns one sentence with the default."""
+    text = _HELP.get(name, text.replace("%%", "%"))  # transformers escapes % for argparse
+    if "Default: " in text:
+        return text
+    if name not in _HELP:
+        text = re.split(r"(?<=[.])\s(?=[A-Z])", text)[0]
+    if default in (None, False, "", []):
+        return text
+    shown = " ".join(default) if isinstance(default, list) else str(default).lower() if default is True else default
+    return f"{text} [{shown}]"
+
+
+# --- The options of a run ---
 
 
 @dataclass(frozen=True)
 class Options:
-    """A run as asked for. ``values`` holds every option under its name, as given or else the default."""
+    """The options of one run. ``values`` holds every option under its name, with defaults filled in."""
 
     script: ScriptArguments
     model: ModelArguments
@@ -141,7 +217,7 @@ class Options:
     values: dict[str, Any]
 
     def to_yaml(self) -> str:
-        """All options as a file that ``--config`` reads."""
+        """Returns all options as the content of a file for ``--config``."""
         parts = []
         for title, names in groups().items():
             values = {name: self.values[name] for name in names if name not in _NOT_SAVED}
@@ -149,59 +225,51 @@ class Options:
         return "\n".join(parts)
 
 
-@cache
-def defaults() -> dict[str, Any]:
-    """Every option and its default."""
-    values = {}
-    for cls in CLASSES:
-        for f in fields(cls):
-            if f.init and f.name not in NOT_OPTIONS:
-                default = default_of(f)
-                values[f.name] = default.value if isinstance(default, Enum) else default
-    return values
+def complete(given: dict[str, Any]) -> Options:
+    """Adds the defaults to the options that flags and file give, and checks all options together.
+
+    Raises:
+        UserError: an option without effect, or options that exclude each other.
+    """
+    values = _defaults() | given
+    _check_together(values)
+    parts = [cls(**{name: given[name] for name in NAMES[cls] if name in given}) for cls in CLASSES]
+    return Options(*parts, values)
 
 
-@cache
-def type_hints() -> dict[str, Any]:
-    """Option -> its type."""
-    hints = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items() if name in NAMES[cls]}
-    return hints | {"fsdp": bool | str | None}  # transformers takes true as well as the words of old
-
-
-def groups() -> dict[str, tuple[str, ...]]:
-    """Group -> its options; every option is in one group."""
-    placed = {name for names in _GROUPS.values() for name in names}
-    rest = tuple(name for name in defaults() if name not in placed)
-    return {title: (*names, *(rest if title == _LAST_GROUP else ())) for title, names in _GROUPS.items()}
-
-
-def check_together(values: dict[str, Any]) -> None:
-    """Raise ValueError for an option that would be ignored, or that another one excludes."""
-    given = {name for name, value in values.items() if value != defaults()[name]}
+def _check_together(values: dict[str, Any]) -> None:
+    given = {name for name, value in values.items() if value != _defaults()[name]}
     adapter = sorted(name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
     quantised = sorted(given & {"load_in_4bit", "load_in_8bit"})
+
+    # Adapter and quantisation
     if adapter and not values["use_peft"]:
         raise UserError(f"{adapter[0]} has no effect without an adapter: set use_peft=true, or leave it out")
     if "load_in_4bit" not in given and (four := sorted(name for name in given if "bnb_" in name)):
-        raise UserError(f"{four[0]} has no effect without load_in_4bit=true: set it, or leave this out")
+        raise UserError(f"{four[0]} has no effect without load_in_4bit=true: set it, or leave {four[0]} out")
     if len(quantised) == 2:
-        raise UserError("load_in_4bit and load_in_8bit exclude each other")
+        raise UserError("load_in_4bit and load_in_8bit exclude each other: leave one of them out")
     if quantised and not values["use_peft"]:
         raise UserError(f"{quantised[0]} needs use_peft=true: quantised weights cannot be trained themselves")
     if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantised):
-        raise UserError(f"{loading[0]} is for weights that are loaded, and from_scratch=true loads none")
+        raise UserError(f"{loading[0]} has no effect with from_scratch=true, which loads no weights: leave it out")
+
+    # Data
     if values["datasets"] and (one := sorted(given & {"dataset_name", "dataset_config", "columns"})):
-        raise UserError(f"{one[0]} is for one dataset: leave it out, or say it in datasets")
+        raise UserError(f"{one[0]} is for one dataset: leave it out, or give it in an entry of datasets")
     if values["test_split_size"] and (values["eval_dataset_name"] or not values["datasets"]):
-        raise UserError("test_split_size splits datasets, where no eval_dataset_name is given: leave it out")
+        raise UserError("test_split_size needs datasets, and excludes eval_dataset_name: leave it out")
     if values["dataset_streaming"] and values["max_steps"] <= 0:
-        raise UserError("dataset_streaming=true needs max_steps: a stream does not say how long it is")
+        raise UserError("dataset_streaming=true needs max_steps: the length of a stream is not known")
+
+    # Loss; an unknown one is left to ContrastiveConfig
     losses = loss_names(values["loss_type"])
-    if set(losses) <= set(LOSSES):  # else ContrastiveConfig complains
-        _check_loss(losses, given)
+    if set(losses) <= set(LOSSES):
+        _check_for_losses(losses, given)
 
 
-def _check_loss(losses: list[str], given: set[str]) -> None:
+def _check_for_losses(losses: list[str], given: set[str]) -> None:
+    """Raises UserError for a column or a reference that none of the losses reads."""
     named = f"loss_type={' '.join(losses)}"
     for column, reads in (("target_column", "uses_target"), ("gap_column", "needs_gap")):
         readers = [name for name, entry in LOSSES.items() if getattr(entry, reads)]

@@ -26,12 +26,12 @@ from typing import Any
 from ..errors import UserError
 from ..files import replacing
 from ..pairs.order import Which, parse_order, parse_which
+from .console import print_results
 from .models import load_named_tokenizer
-from .parsers import Help, Parser
+from .parsing import Help, Parser
 
 # Columns of a leaderboard that may hold the models. AlpacaEval's has no name, which pandas calls "Unnamed: 0".
 _MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")
-_WIDTH = 120  # of a table that is not printed to a terminal
 _WIN_RATE_COLUMNS = ("length_controlled_winrate", "win_rate")
 
 
@@ -256,14 +256,6 @@ def _rename(text: str) -> tuple[str, str]:
 
 
 def _print_report(report: dict[str, Any], files: Sequence[Path]) -> None:
-    from rich.console import Console
-
     from ..pairs.report import report_lines, report_table
 
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:  # a file or a pipe has no width
-        console.width = _WIDTH
-    console.print(report_table(report))
-    for line in report_lines(report):
-        console.print(line, markup=False, highlight=False)
-    console.print(f"written: {', '.join(map(str, files))}", markup=False, highlight=False)
+    print_results([report_table(report)], [*report_lines(report), f"written: {', '.join(map(str, files))}"])

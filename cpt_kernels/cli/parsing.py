@@ -1,7 +1,9 @@
-"""How a YAML file and flags become :class:`Options`.
+"""Parsers of the commands, and how a YAML file and flags become the options of ``cpt-train``.
 
-A value is converted by one function, :func:`convert`, wherever it was written, so both places accept the same and
-complain alike. Every complaint is a ``ValueError`` that names the option.
+The flags of ``cpt-train`` are converted by our own :func:`convert` and not by transformers' ``HfArgumentParser``, for
+two reasons. That parser needs the dataclasses, whose import takes four seconds, for every ``--help`` and every typing
+mistake. And it does not check the values of a YAML file, whereas here one function converts a value wherever it was
+written, so both places accept the same values and give the same messages.
 """
 
 from __future__ import annotations
@@ -10,111 +12,163 @@ import argparse
 import json
 import math
 import re
-import types
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..config import REMOVED_OPTIONS
 from ..errors import UserError
-from . import launch
-from .options import CLASSES, HELP, NAMES, NOT_OPTIONS, Options, check_together, defaults, groups, type_hints
+from .option_table import Option, option_table
 
-_ALIASES = {"streaming": "dataset_streaming"}  # TRL's name beside `datasets`
+if TYPE_CHECKING:
+    from .options import Options
+
+CONFIG_FILE = "training_config.yaml"  # the options of a run in its output_dir, as a file for --config
+_ALIASES = {"streaming": "dataset_streaming"}  # TRL's name in a file with `datasets`
 _LONGEST_LIST = 12  # choices that an error message lists
 
 
-def parse(argv: Sequence[str], prog: str = "cpt-train") -> Options:
-    """Options from flags over those of the YAML file that ``--config`` names. ``--help`` prints and exits.
+# --- Parsers of all commands ---
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` that raises :class:`UserError` and does not accept abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Help, "allow_abbrev": False, **kwargs})
+
+    def error(self, message: str):
+        # argparse names every spelling of an option: "argument --max_length/--max-length: expected one argument".
+        raise UserError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows an option and its meaning on one line where they fit, under the first of the option's spellings."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=38, width=118)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "+":
+            return f"{action.metavar or default_metavar} ..."
+        return super()._format_args(action, default_metavar)
+
+
+def add_endpoint_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options of :class:`EndpointOptions` except the model, under its names and with its defaults."""
+    from ..generation.endpoint import ENDPOINT_DEFAULTS  # imports datasets, which other commands do without
+
+    add = group.add_argument
+    add("--base_url", metavar="URL", help="address of the endpoint [$OPENAI_BASE_URL, or OpenAI's]")
+    add("--api_key_env", metavar="NAME", help="environment variable that holds the key [%(default)s]")
+    add("--concurrency", type=int, metavar="N", help="requests in flight at a time [%(default)s]")
+    add("--requests_per_minute", type=float, metavar="N", help="most requests in a minute [no limit]")
+    add("--max_retries", type=int, metavar="N", help="retries of one request [%(default)s]")
+    add("--timeout", type=float, metavar="SECONDS", help="time for one try of a request [%(default)g]")
+    add("--extra_body", type=json_object, metavar="JSON", help="fields to send with every request")
+    group.set_defaults(**ENDPOINT_DEFAULTS)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parses a JSON object, as the ``type`` of an argument.
 
     Raises:
-        UserError: an unknown option, a value of the wrong type, or options that do not go together.
+        ArgumentTypeError: the text is something else.
     """
-    given = read_options(argv, prog)
+    try:
+        return _read_json(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# --- Options of cpt-train ---
+
+
+def parse(argv: Sequence[str], prog: str = "cpt-train") -> Options:
+    """Reads options from flags, which override the YAML file of ``--config``. ``--help`` prints and exits.
+
+    Raises:
+        UserError: an unknown option, a value of the wrong type, or options that exclude each other.
+    """
+    return make_options(read_options(argv, prog))
+
+
+def make_options(given: dict[str, Any]) -> Options:
+    """Completes the options that flags and file give, and checks them together.
+
+    Raises:
+        UserError: an option that is missing, without effect, or excluded by another.
+    """
+    given = dict(given)
     for name, kind in (("model_name_or_path", "a folder or hub name"), ("dataset_name", "a file, folder or hub name")):
         if not given.get(name) and not (name == "dataset_name" and given.get("datasets")):
             raise UserError(f"{name} is missing: give --{name} with {kind}, or set it in the file of --config")
     if given.get("output_dir") is None:
         given["output_dir"] = f"{Path(given['model_name_or_path']).name}-CPT"
-    values = defaults() | given
-    check_together(values)
-    parts = [cls(**{name: given[name] for name in NAMES[cls] if name in given}) for cls in CLASSES]
-    return Options(*parts, values)
+    from .options import complete  # imports transformers
+
+    return complete(given)
 
 
 def read_options(argv: Sequence[str], prog: str) -> dict[str, Any]:
-    """The options that flags and file give, each converted, before they are looked at together.
+    """Reads the options that flags and file give, each converted, before they are checked together.
 
     Raises:
         UserError: an unknown option, or a value of the wrong type.
     """
     flags = _read_flags(argv, prog)
     flags.pop("config", None)
-    return _options_of(read_file(argv), _file_name(argv)) | flags
+    return _convert_file(read_file(argv), _file_name(argv)) | flags
 
 
 # --- Values ---
 
 
-def convert(value: Any, hint: Any) -> Any:
-    """``value``, text from a flag or anything from YAML, as the type ``hint``.
+def convert(value: Any, kinds: dict[str, Any]) -> Any:
+    """Converts ``value``, text from a flag or anything from YAML, to one of ``kinds`` (see :class:`Option`).
 
-    Numbers may be text; ``none`` unsets an option that is no text.
+    Numbers may be text. The text ``none`` unsets an option that does not take text.
 
     Raises:
-        UserError: it is of another type; the message says which was expected.
+        UserError: the value is of another type; the message says which was expected.
     """
-    kinds = _kinds(hint)
-    if value is None and type(None) in kinds:
+    # What YAML has parsed already.
+    if value is None and "none" in kinds:
         return None
-    if isinstance(value, dict) and dict in kinds:
+    if isinstance(value, dict) and "dict" in kinds:
         return value
-    if isinstance(value, list) and list in kinds:
-        return [convert(item, kinds[list]) for item in value]
+    if isinstance(value, list) and "list" in kinds:
+        return [convert(item, kinds["list"]) for item in value]
     if value is None or isinstance(value, (dict, list)):
         raise UserError(f"{value!r} is not {_expected(kinds)}")
+
+    # Text, tried as each type in turn.
     text = _text(value, kinds)
-    if text.lower() in ("none", "null") and type(None) in kinds and str not in kinds:
+    if text.lower() in ("none", "null") and "none" in kinds and "str" not in kinds:
         return None
-    if dict in kinds and text.startswith("{"):
+    if "dict" in kinds and text.startswith("{"):
         return _read_json(text)
     for kind, read in _READERS.items():
         if kind in kinds and (number := read(text)) is not None:
             return number
-    if str in kinds and (not kinds[str] or text in kinds[str]):
+    if "str" in kinds and (not kinds["str"] or text in kinds["str"]):
         return text
-    if list in kinds:
-        return [convert(text, kinds[list])]
-    raise UserError(f"{value!r} is not {_expected(kinds)}{_suggest(text, kinds.get(str) or ())}")
+    if "list" in kinds:
+        return [convert(text, kinds["list"])]
+    raise UserError(f"{value!r} is not {_expected(kinds)}{_suggest(text, kinds.get('str') or ())}")
 
 
-def _kinds(hint: Any) -> dict[type, Any]:
-    """The types that a hint allows; with ``list`` comes the hint of its items, with ``str`` its choices, if any."""
-    kinds: dict[type, Any] = {}
-    for part in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
-        origin = get_origin(part) or part
-        if origin is list:
-            kinds[list] = get_args(part)[0]
-        elif origin is Literal:
-            kinds[str] = [choice for choice in get_args(part) if isinstance(choice, str)]
-        elif origin is str:
-            kinds.setdefault(str, ())  # SchedulerType | str means the former's values
-        elif issubclass(origin, Enum):
-            kinds[str] = [choice.value for choice in origin]
-        else:
-            kinds[origin] = None
-    return kinds
-
-
-def _text(value: Any, kinds: dict[type, Any]) -> str:
+def _text(value: Any, kinds: dict[str, Any]) -> str:
     if isinstance(value, bool):
         # YAML reads the no of `eval_strategy: no` as false.
-        return "no" if not value and "no" in (kinds.get(str) or ()) else str(value).lower()
+        return "no" if not value and "no" in (kinds.get("str") or ()) else str(value).lower()
     return str(value)
 
 
@@ -134,23 +188,32 @@ def _read_float(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-_READERS = {bool: _read_bool, int: _read_int, float: _read_float}
+_READERS = {"bool": _read_bool, "int": _read_int, "float": _read_float}
 
 
-def _read_json(text: str) -> dict:
+def _read_json(text: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{text!r} is not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{text!r} is not a JSON object")
+    return value
 
 
-def _expected(kinds: dict[type, Any]) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
+def _expected(kinds: dict[str, Any]) -> str:
+    words = {
+        "bool": "true or false",
+        "int": "a whole number",
+        "float": "a number",
+        "dict": "a mapping",
+        "list": "a list",
+    }
     parts = [words[kind] for kind in words if kind in kinds]
-    choices = kinds.get(str)
+    choices = kinds.get("str")
     if choices:
         parts.append(f"one of {', '.join(choices)}" if len(choices) <= _LONGEST_LIST else "a known value")
-    elif str in kinds:
+    elif "str" in kinds:
         parts.append("text")
     return " or ".join(parts)
 
@@ -161,20 +224,21 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 
 def _check_name(name: str, where: str, dashes: str = "") -> None:
-    if name in REMOVED_OPTIONS:
-        raise UserError(f"{where}{dashes}{name} was removed: {REMOVED_OPTIONS[name]}")
-    if name in NOT_OPTIONS:
-        raise UserError(f"{where}{dashes}{name} cannot be set here: {NOT_OPTIONS[name]}")
-    if name not in defaults():
-        raise UserError(f"{where}unknown option {dashes}{name}{_suggest(name, defaults(), dashes)}")
+    table = option_table()
+    if name in table.removed:
+        raise UserError(f"{where}{dashes}{name} was removed: {table.removed[name]}")
+    if name in table.refused:
+        raise UserError(f"{where}{dashes}{name} cannot be set here: {table.refused[name]}")
+    if name not in table.options:
+        raise UserError(f"{where}unknown option {dashes}{name}{_suggest(name, table.options, dashes)}")
 
 
 def _convert_named(name: str, value: Any, where: str) -> Any:
     if name == "columns" and isinstance(value, dict):
         value = [f"{theirs}={ours}" for theirs, ours in value.items()]
     try:
-        return convert(value, type_hints()[name])
-    except ValueError as error:
+        return convert(value, option_table().options[name].kinds)
+    except UserError as error:
         raise UserError(f"{where}{name}: {error}") from None
 
 
@@ -182,13 +246,13 @@ def _convert_named(name: str, value: Any, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads ``1e-5`` as a number, as YAML 1.2 has it, and refuses an option that is there twice."""
+    """Reads ``1e-5`` as a number, as YAML 1.2 does, and refuses an option that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -199,10 +263,10 @@ _Loader.add_implicit_resolver(
 
 
 def read_file(argv: Sequence[str]) -> dict[str, Any]:
-    """What the YAML file that ``--config`` names holds, as it stands there; nothing without ``--config``.
+    """Reads the YAML file of ``--config`` without converting values; empty without ``--config``.
 
     Raises:
-        UserError: it cannot be read, or is no YAML mapping.
+        UserError: the file cannot be read, or holds no YAML mapping.
     """
     name = _file_name(argv)
     if name is None:
@@ -214,17 +278,17 @@ def read_file(argv: Sequence[str]) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{name}, line {error.problem_mark.line + 1}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} is no YAML text: {error}") from error
+        raise UserError(f"{name} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{name}: expected lines of 'option: value', found {type(values).__name__}")
     return values
 
 
 def environment(values: dict[str, Any]) -> dict[str, str]:
-    """Environment variables that a file sets under ``env``.
+    """Returns the environment variables that a file sets under ``env``.
 
     Raises:
-        UserError: ``env`` is no mapping.
+        UserError: ``env`` is not a mapping.
     """
     variables = values.get("env") or {}
     if not isinstance(variables, dict):
@@ -233,16 +297,16 @@ def environment(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _file_name(argv: Sequence[str]) -> str | None:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--config")
     return parser.parse_known_args(argv)[0].config
 
 
-def _options_of(file: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """The options among what a file holds, converted; the rest is the environment's and the launcher's."""
+def _convert_file(file: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """Converts the options in a file; its other entries are for the environment and the launcher."""
     where = f"{name}: "
     values = {_ALIASES.get(option, option): value for option, value in file.items() if option != "env"}
-    values = {option: value for option, value in values.items() if option not in launch.option_names()}
+    values = {option: value for option, value in values.items() if option not in option_table().launch}
     for option in values:
         _check_name(str(option), where)
     return {option: _convert_named(option, value, where) for option, value in values.items()}
@@ -252,7 +316,7 @@ def _options_of(file: dict[str, Any], name: str | None) -> dict[str, Any]:
 
 
 def _read_flags(argv: Sequence[str], prog: str) -> dict[str, Any]:
-    raw, rest = _parser(prog).parse_known_args(argv)
+    raw, rest = _train_parser(prog).parse_known_args(argv)
     for text in rest:
         if not text.startswith("--"):
             hint = f"; did you mean --config {text}?" if text.endswith((".yaml", ".yml")) else ""
@@ -261,62 +325,40 @@ def _read_flags(argv: Sequence[str], prog: str) -> dict[str, Any]:
     values = vars(raw)
     for name in values.keys() - {"config"}:
         value = values[name]
-        # argparse gives an option that takes several values a list even of one; report_to none is no list.
+        # argparse makes a list even of one value. As a list, `--report_to none` would name a tracker.
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         values[name] = _convert_named(name, value, "--")
     return values
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
-
-
-class _Help(argparse.HelpFormatter):
-    """Option, value, meaning and default on one line; without the spellings --with-dashes."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=118)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return f"{action.option_strings[0]} {action.metavar or ''}"
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+def _train_parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [--config run.yaml] [--option value ...]",
         description="Contrastive post-training on preference pairs: DPO, SLiC, RSO, IPO, and SFT. Flags override the"
-        " file. An option that is true or false can be given as --option or --no_option, too.",
-        formatter_class=_Help,
+        " file.\nAn option that is true or false can also be given as --option or --no_option.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options, under the names below")
-    helps = {f.name: f.metadata.get("help", "") for cls in CLASSES for f in fields(cls)} | HELP
-    for title, names in groups().items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            _add_flag(group, name, _kinds(type_hints()[name]), defaults()[name], helps[name])
+    groups: dict[str, Any] = {}
+    for name, option in option_table().options.items():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        _add_flag(groups[option.group], name, option)
     return parser
 
 
-def _add_flag(group: Any, name: str, kinds: dict[type, Any], default: Any, help: str) -> None:
-    # transformers describes an option in up to six sentences, and escapes % for argparse
-    text = re.split(r"(?<=[.])\s(?=[A-Z])", help.replace("%%", "%"))[0] if name not in HELP else help
-    if "Default: " in help:
-        text = help
-    elif default not in (None, False, "", []):
-        shown = " ".join(default) if isinstance(default, list) else str(default).lower() if default is True else default
-        text += f" [{shown}]"
-    item = {float: "NUMBER", dict: "JSON"}.get(kinds.get(list), "NAME")
-    words = {bool: "BOOL", int: "INT", float: "NUMBER", list: f"{item} ...", dict: "JSON", str: "TEXT"}
+def _add_flag(group: Any, name: str, option: Option) -> None:
+    kinds = option.kinds
+    item = {"float": "NUMBER", "dict": "JSON"}
+    item_word = next((word for kind, word in item.items() if kind in kinds.get("list", ())), "NAME")
+    words = {"bool": "BOOL", "int": "INT", "float": "NUMBER", "list": item_word, "dict": "JSON", "str": "TEXT"}
     extra: dict[str, Any] = {"metavar": next(word for kind, word in words.items() if kind in kinds)}
     spellings = [f"--{name}", f"--{name.replace('_', '-')}"]
-    if list in kinds:
+    if "list" in kinds:
         extra["nargs"] = "+"
-    elif bool in kinds:
+    elif "bool" in kinds:
         extra |= {"nargs": "?", "const": "true"}
         negations = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
         group.add_argument(*negations, dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
-    group.add_argument(*spellings, dest=name, help=text.replace("%", "%%"), **extra)
+    group.add_argument(*spellings, dest=name, help=option.help.replace("%", "%%"), **extra)

@@ -1,248 +1,32 @@
-"""One run of ``cpt-train``: options in, a trained model and its records out."""
+"""``cpt-train``: reads the options, then trains in this process or on the processes that it launches.
+
+``--help`` and mistakes in single options end before anything imports torch.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
-import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
-import datasets
-import torch
-import transformers
-from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
-
-from ..config import ContrastiveConfig
-from ..data.mixture import load_mixture
-from ..data.sources import load_data, parse_columns
-from ..errors import UserError
-from ..trainer import ContrastiveTrainer
-from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from . import launch
-from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
-from .options import ModelArguments, Options, ScriptArguments
-from .parsing import environment, parse, read_file, read_options
-
-CONFIG_FILE = "training_config.yaml"
+from .parsing import environment, make_options, read_file, read_options
 
 
 def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
-    """Parse the options, train, save, and print how it went; on several processes if options say so.
+    """Parses the options, trains, saves and prints the results; on several processes if the options ask for it.
 
     Raises:
         UserError: the user's input cannot be trained with; the message says why.
     """
     flags, argv = launch.split(argv)
     file = read_file(argv)
-    os.environ.update(environment(file))
+    os.environ.update(environment(file))  # before torch is imported, which reads some variables then
+    given = read_options(argv, prog)
     processes = launch.of_file(file) | flags
     if processes and not launch.is_launched():
-        launch.launch(processes, argv, use_cpu=read_options(argv, prog).get("use_cpu", False))
-    else:
-        train(parse(argv, prog))
+        launch.launch(processes, argv, use_cpu=given.get("use_cpu", False))
+        return
+    options = make_options(given)
+    from .run import train  # imports torch and transformers
 
-
-def train(options: Options) -> ContrastiveTrainer:
-    """Train as asked for, and write model, tokenizer, options, metrics and curves to ``output_dir``.
-
-    Raises:
-        UserError: data, model, tokenizer or options that cannot be trained with, or an output folder that cannot be
-            written to: all but a few before anything long starts.
-    """
-    args = options.training
-    output = Path(args.output_dir)
-    quieten(args)
-    _check_output(output, options.model)
-    _check_trackers(args.report_to)
-    checkpoint = _find_checkpoint(args)
-    report = RunReport(output, f"{output.name}: {args.build_loss().name}")
-    trainer = make_trainer(options, callbacks=[report])
-    if options.script.ignore_bias_buffers:
-        buffers = trainer.model.named_buffers()
-        trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
-    trainer.dataset_name = options.script.dataset_name
-    use_progress_lines(trainer)
-    if trainer.is_world_process_zero():
-        (output / CONFIG_FILE).write_text(options.to_yaml(), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.eval_dataset is not None and not _is_evaluated(trainer, report):
-        trainer.evaluate()
-        report.on_train_end(args, trainer.state, trainer.control)  # with what came after its end
-    trainer.save_model(str(output))
-    tokens = trainer.count_tokens() - report.tokens_before
-    if trainer.is_world_process_zero():
-        _print_closing(trainer, report, tokens)
-    return trainer
-
-
-def make_trainer(
-    options: Options, cls: type[ContrastiveTrainer] = ContrastiveTrainer, callbacks: Sequence[Any] = ()
-) -> ContrastiveTrainer:
-    """A trainer with data, models and tokenizer as asked for.
-
-    Raises:
-        UserError: one of them cannot be trained with.
-    """
-    args = options.training
-    train_data, eval_data = _load_data(options.script, args)
-    tokenizer = load_policy_tokenizer(options.model, args)
-    ref_tokenizer = load_ref_tokenizer(options.model, args)
-    model, ref_model = load_policy(options.model, args), load_reference(options.model, args)
-    args.model_init_kwargs = None  # used by now; the trainer refuses them for a model that is loaded already
-    return cls(
-        model,
-        ref_model,
-        args,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-        peft_config=_lora(options.model) if options.model.use_peft else None,
-        ref_tokenizer=ref_tokenizer,
-    )
-
-
-def use_progress_lines(trainer: ContrastiveTrainer) -> None:
-    """Put one short line per log in the place of transformers' dictionaries."""
-    trainer.remove_callback(PrinterCallback)
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressLines())
-
-
-def quieten(args: ContrastiveConfig) -> None:
-    """Messages of the first rank only, and no progress bars of the others, or where none are wanted."""
-    if args.process_index > 0:
-        logging.getLogger("cpt_kernels").setLevel(logging.ERROR)
-    if args.disable_tqdm or args.process_index > 0:
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-
-
-# --- Where things are ---
-
-
-def _check_output(output: Path, model: ModelArguments) -> None:
-    for name in ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name"):
-        source = getattr(model, name)
-        if source is not None and output.resolve() == Path(source).resolve():
-            raise UserError(f"output_dir={output} is also {name}, which would be overwritten: choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir={output} cannot be written to ({error.strerror})") from error
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker that is not installed, which transformers says after the data is prepared."""
-    installed = get_available_reporting_integrations()
-    for name in names:
-        # transformers' list of installed trackers leaves these two out, at times or always.
-        if name in INTEGRATION_TO_CALLBACK and name not in (*installed, "azure_ml", "flyte"):
-            raise UserError(f"report_to={name}: this tracker is not installed; install its package or leave it out")
-
-
-def _find_checkpoint(args: ContrastiveConfig) -> str | None:
-    wanted = args.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() in ("true", "last"):
-        last = get_last_checkpoint(args.output_dir)
-        if last is None:
-            raise UserError(f"resume_from_checkpoint={wanted}: there is no checkpoint in {args.output_dir}")
-        return last
-    if not Path(wanted).is_dir():
-        raise UserError(f"resume_from_checkpoint={wanted}: there is no such folder")
-    return wanted
-
-
-def _is_evaluated(trainer: ContrastiveTrainer, report: RunReport) -> bool:
-    """Whether there is an evaluation of the model as it is now; the best one was chosen by its own."""
-    chosen = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
-    return chosen or any(record["step"] == trainer.state.global_step for record in eval_records(report.records))
-
-
-# --- Data ---
-
-
-def _load_data(script: ScriptArguments, args: ContrastiveConfig):
-    options: dict[str, Any] = {"streaming": script.dataset_streaming, "columns": parse_columns(script.columns)}
-    test_data = None
-    if script.datasets is not None:
-        train_data, test_data = load_mixture(
-            script.datasets, streaming=script.dataset_streaming, test_size=script.test_split_size, seed=args.seed
-        )
-    else:
-        train_data = load_data(
-            script.dataset_name, config=script.dataset_config, split=script.dataset_train_split, **options
-        )
-    if script.eval_dataset_name is not None:
-        # A file has one split, whatever it is called.
-        split = None if Path(script.eval_dataset_name).is_file() else script.dataset_test_split
-        return train_data, load_data(script.eval_dataset_name, split=split, **options)
-    if script.datasets is not None:
-        return train_data, test_data
-    asked = args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end
-    if not asked and script.dataset_test_split == ScriptArguments.dataset_test_split:
-        return train_data, None
-    try:
-        return train_data, load_data(
-            script.dataset_name, config=script.dataset_config, split=script.dataset_test_split, **options
-        )
-    except ValueError as error:
-        raise UserError(f"{error}; evaluation needs the split dataset_test_split, or eval_dataset_name") from error
-
-
-# --- The adapter ---
-
-
-def _lora(model: ModelArguments) -> Any:
-    if find_spec("peft") is None:
-        raise UserError("use_peft needs the peft package: pip install peft")
-    from peft import LoraConfig
-
-    modules = model.lora_target_modules
-    return LoraConfig(
-        task_type=model.lora_task_type,
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules=modules[0] if modules is not None and len(modules) == 1 else modules,  # all-linear, or a pattern
-        target_parameters=model.lora_target_parameters,
-        modules_to_save=model.lora_modules_to_save,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
-    )
-
-
-# --- The end ---
-
-
-def _print_closing(trainer: ContrastiveTrainer, report: RunReport, tokens: int) -> None:
-    console = Console(soft_wrap=True)
-    table = metrics_table(report.records, report.title)
-    if table.row_count:
-        console.print(table)
-    if not trainer.loss.needs_reference:
-        console.print("Without a reference a reward is beta times the log-prob.", highlight=False)
-    elif (note := report.note()) is not None:
-        console.print(note, highlight=False)
-    if (speed := report.tokens_per_second(tokens)) is not None:
-        console.print(f"{tokens:,} tokens, {speed:,.0f} a second", highlight=False)
-    for preparation in trainer.reports.values():
-        for line in preparation.summary():
-            console.print(line, markup=False, highlight=False)
-    output = Path(trainer.args.output_dir)
-    if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
-        console.print(f"the model is that of {Path(best).name}, the best so far", markup=False, highlight=False)
-    weights = "adapter" if hasattr(trainer.model, "peft_config") else "model"
-    files = ", ".join([CONFIG_FILE, *(file.name for file in [report.metrics_file, *report.files])])
-    console.print(f"written to {output}: {weights}, tokenizer, {files}", markup=False, highlight=False)
+    train(options)

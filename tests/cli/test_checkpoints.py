@@ -15,7 +15,7 @@ from cpt_kernels.cli.checkpoints import (
     read_configs,
     training_options,
 )
-from cpt_kernels.cli.options import defaults
+from cpt_kernels.cli.option_table import option_table
 from tests.helpers.toy import word_tokenizer
 
 
@@ -27,7 +27,7 @@ def write_config(folder: Path, **values) -> Path:
 
 
 def test_every_setting_is_an_option():
-    assert set(SETTINGS) <= set(defaults())
+    assert set(SETTINGS) <= set(option_table().defaults)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_options_of_training_and_flags_over_them():
     )
     assert found.training.beta == 0.4 and found.training.max_length is None and found.training.use_cpu
     assert found.training.model_init_kwargs == {"revision": "X"} and not found.training.fsdp
-    assert found.training.learning_rate == defaults()["learning_rate"], "of no concern here"
+    assert found.training.learning_rate == option_table().defaults["learning_rate"], "of no concern here"
     assert (found.model.model_name_or_path, found.model.ref_model_name_or_path) == ("m", "r")
     assert options([], use_cpu=True, dtype="bfloat16").model.dtype == "bfloat16"
     assert options(["--use_cpu", "--load_in_4bit"]).model.load_in_4bit

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from cpt_kernels import ContrastiveTrainer
-from cpt_kernels.cli import train as run_module
+from cpt_kernels.cli import run as run_module
 from tests.helpers.architectures import tiny_model
 from tests.helpers.command import bpe_tokenizer, run, word_pairs, write_model, write_rows
 from tests.helpers.toy import config, preference_data, word_tokenizer

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands import launch as launch_module
+from accelerate.commands.config import config_args
 
 from cpt_kernels.cli import launch
 from tests.helpers import ROOT
@@ -65,7 +67,7 @@ def test_configurations_are_those_of_trl_but_for_fsdp1():
 
 def test_an_unknown_configuration(tmp_path, capsys):
     assert run("--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--accelerate_config", "fsdp3") == 2
-    assert "accelerate_config=fsdp3 is no file; choose one, or fsdp2, multi_gpu" in one_error(capsys)
+    assert "accelerate_config=fsdp3 is no file: give a file, or one of fsdp2, multi_gpu" in one_error(capsys)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +80,8 @@ def test_an_unknown_configuration(tmp_path, capsys):
 )
 def test_accelerate_is_told_its_own_defaults_where_no_file_does(tmp_path, monkeypatch, options, said):
     given = []
-    monkeypatch.setattr(launch, "launch_command", given.append)
-    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "none.yaml"))
+    monkeypatch.setattr(launch_module, "launch_command", given.append)
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
     monkeypatch.setattr(launch.os, "environ", dict(os.environ))
     launch.launch(options, ["--beta", "1"])
     found = {given[0].num_machines, given[0].mixed_precision, given[0].dynamo_backend}

@@ -99,7 +99,7 @@ def model_without_tokenizer(home: Path, folder: Path) -> Path:
     [
         ("dataset_name", "{tmp}/nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("dataset_name", "{tmp}/folder", "holds no .json"),
-        ("dataset_name", "no/such-set", "the hub did not give a dataset"),
+        ("dataset_name", "no/such-set", "the hub did not return a dataset"),
         (
             "dataset_name",
             '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a", "ch\n',

@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainingArguments
 
 from cpt_kernels.cli import options as arguments
+from cpt_kernels.cli.option_table import option_table
 from cpt_kernels.cli.parsing import convert, parse
 from cpt_kernels.config import ContrastiveConfig
 from tests.helpers import ROOT
@@ -101,7 +102,11 @@ def test_every_option_is_shown_in_one_group_and_ours_come_first(capsys):
         run("--help")
     out = capsys.readouterr().out
     first = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
-    assert len(first) == len(set(first)) and set(first) == {"--config", *(f"--{name}" for name in arguments.defaults())}
+    assert len(first) == len(set(first))
+    assert set(first) == {
+        "--config",
+        *(f"--{name}" for name in option_table().options),
+    }
     titles = list(arguments.groups())
     places = [out.index(f"\n{title}:") for title in titles]
     assert places == sorted(places) and titles[-1].endswith("TrainingArguments")
@@ -121,7 +126,7 @@ def test_several_losses_in_flags_and_in_the_file(tmp_path):
 
 def test_convert_says_what_it_expected():
     with pytest.raises(ValueError, match="a whole number or text"):
-        convert([1], int | str | None)
+        convert([1], arguments.kinds_of(int | str | None))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_convert_says_what_it_expected():
         ("loss_type: sigmod", "loss_type='sigmod' is unknown: choose one of sigmoid, sigmoid_norm, hinge"),
         ("dtype: bf16", "dtype: 'bf16' is not one of auto, bfloat16, float16, float32; did you mean bfloat16?"),
         ("eval_strategy: step", "did you mean steps?"),
-        ("parallelism_config: {tp_size: 2}", "parallelism_config cannot be set here: accelerate's sharding"),
+        ("parallelism_config: {tp_size: 2}", "parallelism_config cannot be set here: configure sharding"),
         ("use_peft: true\nbnb_4bit_quant_type: fp4", "bnb_4bit_quant_type has no effect without load_in_4bit=true"),
         ("use_peft: true\nlora_task_type: SEQ_CLS", "lora_task_type: 'SEQ_CLS' is not one of CAUSAL_LM"),
         ("slic_delta: 2", "slic_delta has no effect on loss_type 'sigmoid'"),
@@ -155,9 +160,9 @@ def test_convert_says_what_it_expected():
         ("lora_r: 4", "set use_peft=true"),
         ("load_in_4bit: true", "load_in_4bit needs use_peft=true"),
         ("dataset_streaming: true", "needs max_steps"),
-        ("from_scratch: true\nmodel_init_kwargs: {x: 1}", "from_scratch=true loads none"),
+        ("from_scratch: true\nmodel_init_kwargs: {x: 1}", "from_scratch=true, which loads no weights"),
         ("beta: 0.1\n  max_steps: 3", "run.yaml, line 2: mapping values are not allowed here"),
-        ("beta: 0.1\nseed: 1\nbeta: 0.2", "run.yaml, line 3: beta is there twice"),
+        ("beta: 0.1\nseed: 1\nbeta: 0.2", "run.yaml, line 3: beta is given twice"),
         ("- beta", "expected lines of 'option: value', found list"),
         ("model_init_kwargs: '{x}'", "is not a JSON object"),
         ("curriculum: {schedule: linar, levels: 2}", "curriculum: schedule='linar' is unknown: choose one of linear"),

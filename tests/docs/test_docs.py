@@ -18,7 +18,7 @@ import pytest
 import cpt_kernels
 from bench.__main__ import main as bench_main
 from cpt_kernels import cli
-from cpt_kernels.cli import launch
+from cpt_kernels.cli.option_table import option_table
 from cpt_kernels.demo.quickstart import write_quickstart
 from cpt_kernels.losses import LOSSES
 from tests.helpers import ROOT
@@ -133,7 +133,7 @@ def help_of(command: list[str], capsys) -> str:
     main = {"cpt": cli.main, "cpt-train": cli.train_main, "python": bench_main}[name]
     with suppress(SystemExit):
         main([*subject, "--help"])
-    launched = [f"--{option}" for option in launch.option_names()] if name == "cpt-train" else []
+    launched = [f"--{option}" for option in option_table().launch] if name == "cpt-train" else []
     return capsys.readouterr().out + " ".join(launched)
 
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from cpt_kernels import DPOTrainer
 from cpt_kernels.cli import models as models_module
-from cpt_kernels.cli import options as arguments
 from cpt_kernels.cli import parsing
-from cpt_kernels.cli import train as run_module
+from cpt_kernels.cli import run as run_module
+from cpt_kernels.cli.option_table import option_table
 from cpt_kernels.cli.parsing import parse
 from cpt_kernels.config import REMOVED_OPTIONS
 from tests.helpers.command import NEEDED, bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_rows
@@ -76,10 +76,10 @@ def trl_actions() -> dict:
 
 
 def test_no_option_of_trl_dpo_is_missing():
-    ours = {*arguments.defaults(), *parsing._ALIASES, *arguments.NOT_OPTIONS}
+    ours = {*option_table().defaults, *parsing._ALIASES, *option_table().refused}
     assert sorted(set(trl_actions()) - ours) == []
     # The value of parallelism_config cannot be written as text.
-    assert sorted(trl_actions().keys() & arguments.NOT_OPTIONS.keys()) == ["parallelism_config"]
+    assert sorted(trl_actions().keys() & option_table().refused.keys()) == ["parallelism_config"]
     assert not REMOVED_OPTIONS.keys() & trl_actions().keys()
 
 

@@ -1,0 +1,232 @@
+"""One run of ``cpt-train``: from its options to a trained model, its metrics and its curves."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..config import ContrastiveConfig
+from ..data.mixture import load_mixture
+from ..data.sources import load_data, parse_columns
+from ..errors import UserError
+from ..trainer import ContrastiveTrainer
+from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
+from .console import print_results
+from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
+from .options import ModelArguments, Options, ScriptArguments
+from .parsing import CONFIG_FILE
+
+
+def train(options: Options) -> ContrastiveTrainer:
+    """Trains a model, and writes model, tokenizer, options, metrics and curves to ``output_dir``.
+
+    Raises:
+        UserError: data, model, tokenizer or options that cannot be trained with, or an output folder that cannot be
+            written to. Nearly all of these are found before a long computation starts.
+    """
+    args = options.training
+    output = Path(args.output_dir)
+    quieten(args)
+
+    # Checks that need neither data nor model.
+    _check_output_folder(output, options.model)
+    _check_trackers(args.report_to)
+    checkpoint = _find_checkpoint(args)
+
+    # Data, model and trainer.
+    report = RunReport(output, f"{output.name}: {args.build_loss().name}")
+    trainer = make_trainer(options, callbacks=[report])
+    if options.script.ignore_bias_buffers:
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
+    trainer.dataset_name = options.script.dataset_name
+    use_progress_lines(trainer)
+    if trainer.is_world_process_zero():
+        (output / CONFIG_FILE).write_text(options.to_yaml(), encoding="utf-8")
+
+    # Training and the last evaluation.
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.eval_dataset is not None and not _is_evaluated(trainer, report):
+        trainer.evaluate()
+        report.on_train_end(args, trainer.state, trainer.control)  # writes the records of this evaluation, too
+    trainer.save_model(str(output))
+    tokens = trainer.count_tokens() - report.tokens_before
+    if trainer.is_world_process_zero():
+        _print_summary(trainer, report, tokens)
+    return trainer
+
+
+def make_trainer(
+    options: Options, cls: type[ContrastiveTrainer] = ContrastiveTrainer, callbacks: Sequence[Any] = ()
+) -> ContrastiveTrainer:
+    """Loads data, models and tokenizer, and makes a trainer of them.
+
+    Raises:
+        UserError: one of them cannot be loaded, or cannot be trained with.
+    """
+    args = options.training
+    train_data, eval_data = _load_data(options.script, args)
+    tokenizer = load_policy_tokenizer(options.model, args)
+    ref_tokenizer = load_ref_tokenizer(options.model, args)
+    model, ref_model = load_policy(options.model, args), load_reference(options.model, args)
+    args.model_init_kwargs = None  # they have been used, and the trainer refuses them for a model that is loaded
+    return cls(
+        model,
+        ref_model,
+        args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        peft_config=_lora(options.model) if options.model.use_peft else None,
+        ref_tokenizer=ref_tokenizer,
+    )
+
+
+def use_progress_lines(trainer: ContrastiveTrainer) -> None:
+    """Replaces transformers' printed dictionaries by one short line per log."""
+    trainer.remove_callback(PrinterCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressLines())
+
+
+def quieten(args: ContrastiveConfig) -> None:
+    """Silences messages of all ranks but the first, and progress bars there and with ``disable_tqdm``."""
+    if args.process_index > 0:
+        logging.getLogger("cpt_kernels").setLevel(logging.ERROR)
+    if args.disable_tqdm or args.process_index > 0:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+# --- Checks ---
+
+
+def _check_output_folder(output: Path, model: ModelArguments) -> None:
+    for name in ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name"):
+        source = getattr(model, name)
+        if source is not None and output.resolve() == Path(source).resolve():
+            raise UserError(f"output_dir={output} is also {name}, which would be overwritten: choose another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir={output} cannot be written to ({error.strerror})") from error
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is not installed; transformers would after the data is prepared."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        # transformers never lists flyte as installed, and azure_ml only without mlflow.
+        if name in INTEGRATION_TO_CALLBACK and name not in (*installed, "azure_ml", "flyte"):
+            raise UserError(f"report_to={name}: this tracker is not installed; install its package or leave it out")
+
+
+def _find_checkpoint(args: ContrastiveConfig) -> str | None:
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() in ("true", "last"):
+        last = get_last_checkpoint(args.output_dir)
+        if last is None:
+            raise UserError(f"resume_from_checkpoint={wanted}: there is no checkpoint in {args.output_dir}")
+        return last
+    if not Path(wanted).is_dir():
+        raise UserError(f"resume_from_checkpoint={wanted}: there is no such folder")
+    return wanted
+
+
+def _is_evaluated(trainer: ContrastiveTrainer, report: RunReport) -> bool:
+    """Returns whether the final model has been evaluated. The best checkpoint was, in order to choose it."""
+    chosen = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    return chosen or any(record["step"] == trainer.state.global_step for record in eval_records(report.records))
+
+
+# --- Data ---
+
+
+def _load_data(script: ScriptArguments, args: ContrastiveConfig):
+    options: dict[str, Any] = {"streaming": script.dataset_streaming, "columns": parse_columns(script.columns)}
+    test_data = None
+    if script.datasets is not None:
+        train_data, test_data = load_mixture(
+            script.datasets, streaming=script.dataset_streaming, test_size=script.test_split_size, seed=args.seed
+        )
+    else:
+        train_data = load_data(
+            script.dataset_name, config=script.dataset_config, split=script.dataset_train_split, **options
+        )
+    if script.eval_dataset_name is not None:
+        # A file has one split only, so dataset_test_split does not apply.
+        split = None if Path(script.eval_dataset_name).is_file() else script.dataset_test_split
+        return train_data, load_data(script.eval_dataset_name, split=split, **options)
+    if script.datasets is not None:
+        return train_data, test_data
+    asked = args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end
+    if not asked and script.dataset_test_split == ScriptArguments.dataset_test_split:
+        return train_data, None
+    try:
+        return train_data, load_data(
+            script.dataset_name, config=script.dataset_config, split=script.dataset_test_split, **options
+        )
+    except UserError as error:
+        raise UserError(f"{error}; to evaluate, set dataset_test_split or eval_dataset_name") from error
+
+
+# --- The adapter ---
+
+
+def _lora(model: ModelArguments) -> Any:
+    if find_spec("peft") is None:
+        raise UserError("use_peft needs the peft package: pip install peft")
+    from peft import LoraConfig
+
+    modules = model.lora_target_modules
+    return LoraConfig(
+        task_type=model.lora_task_type,
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=modules[0] if modules is not None and len(modules) == 1 else modules,  # all-linear, or a pattern
+        target_parameters=model.lora_target_parameters,
+        modules_to_save=model.lora_modules_to_save,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+    )
+
+
+# --- Results ---
+
+
+def _print_summary(trainer: ContrastiveTrainer, report: RunReport, tokens: int) -> None:
+    table = metrics_table(report.records, report.title)
+    lines = []
+    if not trainer.loss.needs_reference:
+        lines.append("Without a reference, a reward is beta times the log-prob.")
+    elif (note := report.note()) is not None:
+        lines.append(note)
+    if (speed := report.tokens_per_second(tokens)) is not None:
+        lines.append(f"{tokens:,} tokens, {speed:,.0f} a second")
+    for preparation in trainer.reports.values():
+        lines += preparation.summary()
+    output = Path(trainer.args.output_dir)
+    if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
+        lines.append(f"the saved model is {Path(best).name}, the best so far")
+    weights = "adapter" if hasattr(trainer.model, "peft_config") else "model"
+    files = ", ".join([CONFIG_FILE, *(file.name for file in [report.metrics_file, *report.files])])
+    lines.append(f"written to {output}: {weights}, tokenizer, {files}")
+    print_results([table] if table.row_count else [], lines)
