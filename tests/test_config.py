@@ -1,4 +1,4 @@
-"""Options of a run: TRL's, with its defaults; what does not go together, what has no meaning, what is gone."""
+"""Tests of ``ContrastiveConfig``: TRL's options and defaults, and options that are ignored, removed or excluded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cpt_kernels import ContrastiveConfig, DPOConfig
 from cpt_kernels.config import IGNORED_OPTIONS, REMOVED_OPTIONS
 from cpt_kernels.losses import LOSSES
 
-# TRL's default -> ours, on purpose.
+# Options whose default differs from TRL's on purpose: (TRL's, ours).
 DIFFERENT_DEFAULTS = {
-    # Reference log-probs are cached, so scoring ahead costs nothing twice; streams are scored as they come.
+    # Reference log-probs are cached, so a second run does not score again. A stream is scored while it is read.
     "precompute_ref_log_probs": (False, None),
 }
 
@@ -41,39 +41,39 @@ def test_every_option_of_trl_is_there_with_its_default():
     assert found == DIFFERENT_DEFAULTS
 
 
-def test_what_becomes_of_the_defaults_is_trls_but_for_the_precision(tmp_path):
+def test_defaults_after_construction_are_trls_except_for_the_precision(tmp_path):
     trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")
     arguments = {"use_cpu": True, "report_to": "none"}
     ours, theirs = ContrastiveConfig(str(tmp_path), **arguments), trl.DPOConfig(str(tmp_path), **arguments)
     found = {}
     for name in (field.name for field in fields(trl.DPOConfig)):
         a, b = getattr(ours, name), getattr(theirs, name)
-        if a != b and "runs" not in str(a):  # logging_dir holds the time
+        if a != b and "runs" not in str(a):  # logging_dir contains the time
             found[name] = (b, a)
-    # TRL turns bf16 on wherever fp16 is off; here only an accelerator that has it does. Padding is off in both.
+    # TRL turns bf16 on wherever fp16 is off, we only where an accelerator supports it. Neither pads by default.
     expected = {"bf16": (True, False), "pad_to_multiple_of": (None, "auto"), **DIFFERENT_DEFAULTS}
     assert found == expected
 
 
 @pytest.mark.parametrize(("major", "options", "bf16"), [(8, {}, True), (7, {}, False), (8, {"fp16": True}, False)])
 def test_bf16_is_the_default_of_gpus_that_compute_in_it(major, options, bf16, tmp_path, monkeypatch):
-    """A T4 (7.5) emulates it."""
+    """A GPU of compute capability 7 emulates bf16, so it is off there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     supported = lambda including_emulation=True: including_emulation or major >= 8  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # would ask for the GPU
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would use the GPU
     monkeypatch.setattr(ContrastiveConfig, "device", torch.device("cuda"))
     assert ContrastiveConfig(str(tmp_path), accelerator_config=AcceleratorConfig(), **options).bf16 is bf16
 
 
-def test_names_that_trl_does_not_have_are_ours():
-    """A field that both transformers and we declare must be one whose default we change."""
+def test_fields_of_transformers_are_redefined_for_their_default_only():
+    """The fields of transformers that we declare again are those whose default we change."""
     redefined = {f.name for f in fields(TrainingArguments)} & ContrastiveConfig.__annotations__.keys()
     assert redefined == {"learning_rate", "logging_steps", "gradient_checkpointing", "bf16"}
 
 
 @pytest.mark.parametrize("name", IGNORED_OPTIONS)
-def test_options_without_meaning_are_accepted_and_the_reason_is_logged(tmp_path, caplog, name):
+def test_ignored_options_are_accepted_and_the_reason_is_logged(tmp_path, caplog, name):
     values = {"pad_to_multiple_of": 8, "pad_token": "</s>", "length_column_name": "tokens", "local_rank": 1}
     values |= {"label_smoothing_factor": 0.1, "label_names": ["x"], "include_for_metrics": ["loss"]}
     usual = ContrastiveConfig.__dataclass_fields__[name].default
@@ -111,7 +111,7 @@ def test_removed_options_are_explained(tmp_path, name):
     assert name not in {field.name for field in fields(ContrastiveConfig)}
 
 
-def test_what_a_removed_option_is_replaced_by(tmp_path):
+def test_replacements_of_removed_options(tmp_path):
     assert (
         config(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1, 0.5]).build_loss().name == "sigmoid + 0.5 sft"
     )
@@ -125,8 +125,8 @@ def test_copies(tmp_path):
     assert config(tmp_path).loss_type is not config(tmp_path).loss_type
 
 
-def test_as_flags_of_a_script(tmp_path):
-    """Scripts that parse the configuration themselves, as TRL's do."""
+def test_hf_argument_parser_reads_the_configuration(tmp_path):
+    """A script may parse the configuration by HfArgumentParser, as TRL's scripts do."""
     argv = ["--output_dir", str(tmp_path), "--use_cpu", "--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.2"]
     (made,) = HfArgumentParser(ContrastiveConfig).parse_args_into_dataclasses([*argv, "--report_to", "none"])
     assert made.build_loss().name == "sigmoid + 0.2 sft"
@@ -175,7 +175,7 @@ def test_every_loss_is_built_from_its_options(tmp_path, name):
         ({"fp16": True}, "fp16=true needs a GPU"),
     ],
 )
-def test_options_that_do_not_go_together(tmp_path, options, message):
+def test_options_that_exclude_each_other(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
 
@@ -191,6 +191,6 @@ def test_options_that_do_not_go_together(tmp_path, options, message):
         {"loss_type": ["robust"], "label_smoothing": 0.4},
     ],
 )
-def test_options_that_do(tmp_path, options):
+def test_options_that_can_be_combined(tmp_path, options):
     made = config(tmp_path, **options)
     assert all(getattr(made, name) == value for name, value in options.items())

@@ -1,4 +1,4 @@
-"""Pushing to the hub: which calls would be made, with what, by which strategy; the hub itself is a stand-in."""
+"""Tests of the calls that push to the hub, by strategy. The hub is a stand-in that records them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.toy import config, preference_data, word_tokenizer
 
 
 class Hub:
-    """What a HfApi is asked for; of an upload the files that its folder holds then."""
+    """Records the calls of an HfApi, and for an upload the files in its folder at that time."""
 
     def __init__(self) -> None:
         self.created: list[tuple[str, dict]] = []
@@ -81,7 +81,7 @@ def test_checkpoints_go_where_the_strategy_says(tmp_path, hub, strategy, paths):
 
 
 def test_push_at_the_end(tmp_path, hub):
-    """As TRL's scripts call it."""
+    """TRL's scripts call push_to_hub after save_model."""
     trainer = make_trainer(tmp_path, hub_strategy="end", loss_type="ipo")
     trainer.train()
     trainer.evaluate()
@@ -114,7 +114,7 @@ def test_cpt_train_pushes_once_with_its_records(tmp_path, hub, monkeypatch):
     (upload,) = hub.uploads
     assert {"training_config.yaml", "metrics.jsonl", "curves.png", "README.md", "model.safetensors"} <= upload["files"]
     card = ModelCard(upload["card"])
-    assert card.data.tags == ["cpt-kernels", "sigmoid"] and card.data.datasets is None  # a file is no hub's
+    assert card.data.tags == ["cpt-kernels", "sigmoid"] and card.data.datasets is None  # the data is a local file
 
 
 def test_cpt_train_names_the_data_of_the_hub(tmp_path, hub, monkeypatch):

@@ -1,4 +1,4 @@
-"""``cpt-train`` on several processes: whose option is whose, and two launched processes against one."""
+"""Tests of ``cpt-train`` on several processes: which options go to the launcher, and two processes against one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.command import (
 )
 
 
-def test_an_option_of_the_trainer_is_its_own():
+def test_options_of_the_trainer_are_not_passed_on():
     argv = [
         "--num-processes",
         "2",
@@ -78,7 +78,7 @@ def test_an_unknown_configuration(tmp_path, capsys):
         ({"config_file": "mine.yaml"}, False),
     ],
 )
-def test_accelerate_is_told_its_own_defaults_where_no_file_does(tmp_path, monkeypatch, options, said):
+def test_accelerate_gets_its_defaults_unless_a_file_has_them(tmp_path, monkeypatch, options, said):
     given = []
     monkeypatch.setattr(launch_module, "launch_command", given.append)
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
@@ -89,7 +89,7 @@ def test_accelerate_is_told_its_own_defaults_where_no_file_does(tmp_path, monkey
 
 
 def test_two_launched_processes_take_the_steps_of_one(tmp_path):
-    """As a user types it; the number of processes, a mixture and a variable come from the file."""
+    """The number of processes, a mixture of datasets and an environment variable come from the file."""
     pairs = word_pairs(24)
     write_model(tmp_path / "start", bpe_tokenizer(text for row in pairs for text in row.values()))
     write_rows(tmp_path / "a.jsonl", pairs[:12])

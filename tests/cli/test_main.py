@@ -1,4 +1,4 @@
-"""``cpt-train``: data, models and folders that a user may get wrong, and whole runs."""
+"""Tests of ``cpt`` and ``cpt-train``: mistakes in data, models and folders, bugs, and whole runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A model that SFT made, its config and tokenizer, and pairs: what most commands below need."""
+    """A folder with a model trained by SFT, its start config and tokenizer, and pairs."""
     home = tmp_path_factory.mktemp("cli")
     pairs = word_pairs(48)
     tokenizer = bpe_tokenizer(text for row in pairs for text in row.values())
@@ -236,7 +236,7 @@ def test_cpt_lists_its_commands(capsys):
 
 
 def test_the_installed_command(tmp_path):
-    """As a process: exit code, one line, nothing on stdout, no traceback."""
+    """A process ends with exit code 2, one line on stderr and nothing on stdout."""
     root = ROOT
     command = [sys.executable, "-m", "cpt_kernels.cli", "train", *NEEDED, "--dataset_name", str(tmp_path / "no.csv")]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -268,7 +268,7 @@ def test_sft_then_dpo(home, tmp_path, capsys):
     trained = AutoModelForCausalLM.from_pretrained(home / "dpo")
     assert trained.config._attn_implementation == "sdpa"
     assert AutoTokenizer.from_pretrained(home / "dpo").eos_token == "</s>"
-    # The saved options are the run: the same losses again.
+    # The saved options reproduce the run: the losses are the same.
     assert run("--config", home / "dpo" / "training_config.yaml", "--output_dir", tmp_path / "again") == 0
     again = [record["loss"] for record in read_metrics(tmp_path / "again") if "loss" in record]
     assert again == [record["loss"] for record in train]
@@ -286,7 +286,7 @@ def test_resume(home, tmp_path, capsys):
     resumed = read_metrics(tmp_path / "out")
     keys = ("step", "loss", "eval_loss", "eval_rewards/margins")
     assert [[record.get(key) for key in keys] for record in resumed] == [[r.get(key) for key in keys] for r in whole]
-    assert run(*options, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "last") == 0  # nothing is left
+    assert run(*options, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "last") == 0  # no step is left
     steps = [record["step"] for record in read_metrics(tmp_path / "out") if "loss" in record]
     assert steps == [4, 8, 12, 16, 20, 24]
     saved = yaml.safe_load((tmp_path / "out" / "training_config.yaml").read_text())
@@ -323,7 +323,7 @@ def test_other_ways_to_run(home, tmp_path, way, capsys):
 
 
 def test_real_pairs(tmp_path, capsys):
-    """In small what `cpt-train` does with a user's data: a tokenizer from the text, SFT on the chosen, then DPO."""
+    """Trains a tokenizer on real text, then SFT on the chosen side, then DPO."""
     pairs = real_pairs()
     train, held_out = pairs[:40], pairs[100:120]
     tokenizer = bpe_tokenizer((text for row in train for text in row.values()), size=600)
@@ -358,7 +358,7 @@ def test_real_pairs(tmp_path, capsys):
 
 
 def test_nasty_rows(tmp_path, capsys):
-    """Empty and identical sides, control characters, 100,000 characters: each row is trained on or accounted for."""
+    """Every row is trained on, or dropped and counted: empty or identical sides, control characters, long texts."""
     rows = nasty_pairs()
     tokenizer = bpe_tokenizer((row["chosen"][:2000] for row in rows), size=400)
     write_model(tmp_path / "start", tokenizer)
@@ -372,7 +372,7 @@ def test_nasty_rows(tmp_path, capsys):
     assert f"dropped, identical sides: {identical} (" in printed and f"dropped, empty completion: {empty} (" in printed
     assert [
         record["step"] for record in read_metrics(tmp_path / "out") if "loss" in record
-    ]  # the last, though no tenth
+    ]  # the last step is logged, though it is not the tenth
     kept = int(printed.split("train data: ")[1].split(" of ")[0])
     fills = printed.split("prompt fills max_length: ")[1].split(" ")[0] if "prompt fills" in printed else 0
     assert kept + int(fills) + identical + empty == len(rows) and kept > 20

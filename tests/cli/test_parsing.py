@@ -1,4 +1,4 @@
-"""Options of ``cpt-train`` from YAML and flags: what is read, what is refused and how, what --help shows."""
+"""Tests of the options of ``cpt-train`` from YAML and flags: values, error messages and ``--help``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_flags_override_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "written", "read"),
     [
-        ("learning_rate", "1e-5", 1e-5),  # text, says YAML 1.1
+        ("learning_rate", "1e-5", 1e-5),  # YAML 1.1 reads it as text
         ("learning_rate", "1", 1.0),
         ("max_length", "null", None),
         ("bf16", "false", False),
-        ("eval_strategy", "no", "no"),  # false, says YAML
+        ("eval_strategy", "no", "no"),  # YAML reads it as false
         ("share_prompts", "true", "true"),
         ("lora_target_modules", "all-linear", ["all-linear"]),
         ("lora_target_modules", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
@@ -83,7 +83,7 @@ def test_fsdp_as_flags(flags, reshards, offloads):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_is_asked_for(tmp_path, capsys):
+def test_deepspeed_needs_its_package(tmp_path, capsys):
     (tmp_path / "ds.json").write_text("{}")
     assert run(*NEEDED, "--deepspeed", tmp_path / "ds.json") == 2
     assert "deepspeed needs the deepspeed package: pip install deepspeed" in one_error(capsys)
@@ -124,7 +124,7 @@ def test_several_losses_in_flags_and_in_the_file(tmp_path):
     assert parse([*NEEDED, "--loss_type", "ipo"]).training.loss_type == ["ipo"]
 
 
-def test_convert_says_what_it_expected():
+def test_convert_names_the_types_that_it_expects():
     with pytest.raises(ValueError, match="a whole number or text"):
         convert([1], arguments.kinds_of(int | str | None))
 

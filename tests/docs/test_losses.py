@@ -1,4 +1,4 @@
-"""docs/losses.md: its tables are written from the code, its equations are evaluated, its example runs."""
+"""Tests of docs/losses.md: its tables come from the code, its equations hold, its example runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUES = {f.name: 0.7 * default_of(f) + 0.1 for f in fields(LossOptions) if f.na
 
 
 def evaluate(equation: str, pairs: PairLogps, symbols: dict[str, float]) -> torch.Tensor:
-    """A documented equation on numbers. Its notation is Python's but for three signs."""
+    """Evaluates a documented equation, which is Python except for three signs."""
     expression = equation.strip("`").replace("−", "-").replace("·", "*").replace("²", "**2")
     chosen, rejected = pairs.log_ratios()
     smoothing = symbols.get("ε", 0.0)

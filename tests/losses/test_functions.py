@@ -1,4 +1,4 @@
-"""Every loss against hand-written numbers, its gradient against finite differences, and where it may overflow."""
+"""Tests every loss against values computed by hand, its gradient against finite differences, and overflow."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ HAND_WRITTEN = [
     ("sppo_hard", {"beta": 0.5}, [1.0 + 0.0, 2.5**2 + 1.5**2]),
     ("apo_zero", {"beta": 0.5}, [1 - s(1) + s(-0.5), 1 - s(-0.75) + s(0.25)]),
     ("apo_down", {"beta": 0.5}, [s(1) + 1 - s(1.5), s(-0.75) + 1 - s(-1.0)]),
-    # lw - ll = 5, -2 and rw - rl = 2, 0: sorted -2, 5 and 0, 2. dw = 2, -1.5 and dl = -1, 0.5: -1.5, 2 and -1, 0.5.
+    # lw - ll = 5, -2 sorts to -2, 5; rw - rl = 2, 0 to 0, 2; Δw = 2, -1.5 to -1.5, 2; Δl = -1, 0.5 is sorted.
     ("aot", {"beta": 0.5}, [softplus(1.0), softplus(-1.5)]),
     ("aot", {"beta": 0.5, "label_smoothing": 0.5}, [softplus(1.0) - 0.5, softplus(-1.5) + 0.75]),
     ("aot_unpaired", {"beta": 2.0}, [softplus(1.0), softplus(-3.0)]),
@@ -125,7 +125,7 @@ def test_every_loss_is_covered():
 
 
 def test_sft_is_trls_mean_over_tokens():
-    """TRL: -per_token_logps[chosen_mask].mean(). Here the mean over pairs of loss / (tokens per pair) is the same."""
+    """TRL computes -per_token_logps[chosen_mask].mean(), which is the mean over pairs of -lw / (tokens per pair)."""
     generator = torch.Generator().manual_seed(0)
     tokens = [-torch.rand(n, generator=generator, dtype=torch.float64) for n in (3, 1, 7, 5)]
     lengths = torch.tensor([float(len(t)) for t in tokens], dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_the_robust_loss_of_noisy_labels_is_dpos_of_clean_ones(smoothing):
 
 
 def test_slic_is_the_papers_with_y_ref_the_chosen_one():
-    """max(0, d - lw + ll) - l lw, Xu et al. 2023 eq. 3: y_ref may be the chosen completion."""
+    """Xu et al. 2023, eq. 3: max(0, δ - lw + ll) - λ·lw where y_ref is the chosen completion."""
     pairs = random_pairs()
     pairs = replace(pairs, target=pairs.chosen, target_length=pairs.chosen_length)
     expected = torch.clamp(1.0 - pairs.chosen + pairs.rejected, min=0) - 0.5 * pairs.chosen
@@ -169,7 +169,7 @@ def test_slic_is_the_papers_with_y_ref_the_chosen_one():
 @pytest.mark.parametrize("shift", [500.0, -500.0])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_overflows_in_fp32(name, shift):
-    """Log-ratios of 500 nats; every loss and its gradient are finite."""
+    """Every loss and its gradient are finite for log-ratios of 500 nats."""
     chosen = torch.tensor([min(shift, 0.0) - 1], requires_grad=True)
     one = torch.ones(1)
     ref_chosen = chosen.detach() - shift
@@ -191,7 +191,7 @@ def test_a_certain_completion_has_finite_odds():
 
 OPTIONS = [(name, options) for name, options, _ in HAND_WRITTEN]
 _ids = {"argvalues": OPTIONS, "ids": [f"{name}-{'-'.join(options)}" for name, options in OPTIONS]}
-# Which of chosen, rejected, target a loss sees, where it is not the first two.
+# The indices in (chosen, rejected, target) of what a loss reads. Default: chosen and rejected.
 _SEES = {"sft": [0], "slic": [0, 1, 2]}
 
 
@@ -209,8 +209,8 @@ def test_gradients(name, options):
     assert [i for i in range(3) if leaves[i].grad is not None and leaves[i].grad.any()] == seen
 
 
-# Where more is not always better: beyond the margin of a square, for a chosen side worse than the model (apo_down),
-# with a regulariser or labels that hold a completion back (nca, exo, smoothing), and as discovered (discopop).
+# Losses that a better chosen or a worse rejected side can increase: squares beyond their margin (ipo, sppo), apo_down,
+# which makes chosen less likely, losses with a regulariser or smoothed labels (nca, exo), and discopop.
 _NOT_MONOTONE = {"ipo", "sppo_hard", "apo_down", "nca_pair", "exo_pair", "discopop"}
 _MONOTONE = [(name, o) for name, o in OPTIONS if name not in _NOT_MONOTONE and not o.get("label_smoothing")]
 

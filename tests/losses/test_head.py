@@ -1,4 +1,4 @@
-"""Every loss through the head, tile by tile and whole: values and gradients by the tolerance rule."""
+"""Tests every loss in the head, tile by tile and in one tile: values and gradients by the tolerance rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers.heads import FROZEN, FUSED, GENERAL, CountProducts, Head, che
 from tests.numerics import assert_close
 
 FP64, FP32 = torch.float64, torch.float32
-# Options at which the pairs of `heads.BLOCKS` are on both sides of every kink, and no loss is all but flat.
+# Options for which the pairs of `heads.BLOCKS` lie on both sides of every kink, and no loss is nearly flat.
 _OPTIONS = {
     "exo_pair": {"label_smoothing": 0.1},
     "robust": {"label_smoothing": 0.2},
@@ -32,7 +32,7 @@ CASES: dict[str, Loss] = {name: build_loss(name, **_OPTIONS.get(name, {})) for n
     "odpo + slic, ld_alpha, WPO": build_loss(["odpo", "slic"], [0.5, 2.0], ld_alpha=0.5, use_weighting=True),
     "aot + sft, ld_alpha": build_loss(["aot", "sft"], ld_alpha=0.5),
 }
-_DRAWS = {"ipo": 40}  # its largest gradient is that of a one-token completion: one rounded log-prob decides
+_DRAWS = {"ipo": 40}  # its largest gradient depends on one log-prob, whose rounding dominates
 SEPARABLE = [name for name, loss in CASES.items() if loss.separable]
 
 
@@ -45,7 +45,7 @@ def test_by_the_tolerance_rule(mode, name):
 @pytest.mark.parametrize("rows", [1, 7, 25])
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_tile_by_tile_is_the_whole(name, rows):
-    """Units within a tile, and beyond it; against one tile that holds everything."""
+    """Pair blocks smaller and larger than a tile give the result of one tile for all."""
     head = Head(CASES[name], scale=0.3, near=True)
     found, whole = head.tile(rows, 8).run(FP64), head.tile(10_000, 8).run(FP64)
     for key in whole:

@@ -1,4 +1,4 @@
-"""The table of losses, and what a trainer asks of one: needs, separability, sums of several, user's own."""
+"""Tests of the table of losses and of ``Loss``: what it needs, separability, sums of losses, user losses."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_sum_needs_what_its_parts_need():
 
 def test_a_list_of_one():
     pairs = random_pairs()
-    assert build_loss(["sigmoid"], beta=0.2).options == {"beta": 0.2}  # a kernel has its closed form
+    assert build_loss(["sigmoid"], beta=0.2).options == {"beta": 0.2}  # so that a kernel can compute it
     half = build_loss(["sigmoid"], [0.5], beta=0.2)
     assert half.options is None
     torch.testing.assert_close(half(pairs), 0.5 * build_loss("sigmoid", beta=0.2)(pairs))

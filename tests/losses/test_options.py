@@ -1,4 +1,4 @@
-"""The options of losses: a field for each, and what a new loss with an option takes."""
+"""Tests that every option of a loss has its field, and that a new loss needs a function and a field only."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ConfigWithScale(WithScale, ContrastiveConfig):
 
 
 def test_a_loss_is_a_function_with_its_entry_and_a_field(monkeypatch, tmp_path):
-    """The recipe of docs/losses.md: configuration, checks, flag, help and documentation follow from the two."""
+    """The recipe of docs/losses.md: configuration, checks, flag, help and documentation derive from both."""
     monkeypatch.setitem(LOSSES, "scaled", Builtin(scaled, "−κ·log(σ(β·h))", "nobody"))
     monkeypatch.setitem(SYMBOLS, "scaled_by", "κ")
     pairs = random_pairs()

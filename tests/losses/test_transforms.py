@@ -1,4 +1,4 @@
-"""f-divergences, length-desensitised log-probs and WPO's weights: by hand, by definition, and by finite differences."""
+"""Tests f-divergences, LD-DPO and WPO's weights by hand, by definition and by finite differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.pairs import PAIRS, random_pairs
 
 OF_DIFFERENCE = [name for name, row in LOSSES.items() if row.of_difference]
 
-# f(u) of the definitions: the transform is f'(u) at u = exp(log-ratio), up to a constant that cancels.
+# The generators f(u). The transform is f'(u) at u = exp(log-ratio), up to a constant that cancels.
 GENERATORS = {
     "reverse_kl": lambda u: u * u.log(),
     "forward_kl": lambda u: -u.log(),
@@ -47,7 +47,7 @@ def test_the_alpha_divergence_has_limits():
 @pytest.mark.parametrize("kind", [kind for kind in F_DIVERGENCES if kind != "reverse_kl"])
 @pytest.mark.parametrize("name", OF_DIFFERENCE)
 def test_losses_of_another_divergence(name, kind):
-    """The loss of the transformed ratios, and gradients through the transform."""
+    """The loss is that of the transformed log-ratios, and gradients pass through the transform."""
     pairs = random_pairs(6, scale=4.0)
     loss = build_loss(name, beta=0.3, f_divergence_type=kind, f_alpha_divergence_coef=0.4)
     torch.testing.assert_close(loss(pairs), build_loss(name, beta=0.3)(f_divergence(pairs, kind, 0.4)))
@@ -56,9 +56,9 @@ def test_losses_of_another_divergence(name, kind):
     assert torch.autograd.gradcheck(lambda w, x: loss(replace(pairs, chosen=w, rejected=x)), leaves)
 
 
-@pytest.mark.parametrize("name", [name for name in OF_DIFFERENCE if name != "ipo"])  # which grows without bound
+@pytest.mark.parametrize("name", [name for name in OF_DIFFERENCE if name != "ipo"])  # ipo grows without bound
 def test_forward_kl_of_a_rejected_side_that_has_become_unlikely(name):
-    """In fp32, where exp(-d) overflows, as in fp64, where it does not."""
+    """fp32, where exp(-Δ) overflows, gives the result of fp64, where it does not."""
     loss, pairs = build_loss(name, beta=0.1, f_divergence_type="forward_kl"), random_pairs(4, scale=4.0)
     pairs = replace(pairs, rejected=pairs.ref_rejected - torch.tensor([88.0, 90.0, 200.0, 600.0]))
     results = {}
@@ -110,7 +110,7 @@ def test_every_loss_with_a_reference_can_be_desensitized(name):
 
 
 def test_wpo_weights_by_hand():
-    """Mean of log p - log sum p^2 per token: (-10 + 7.5) / 5 = -1/2, (-15 + 12) / 3 = -1; -2/4 and -1/2."""
+    """Means over tokens of log p - log sum p²: (-10 + 7.5) / 5 = -1/2 and (-15 + 12) / 3 = -1; -2/4 and -1/2."""
     assert wpo_weights(PAIRS).tolist() == pytest.approx([math.exp(-1.5), math.exp(-1.0)])
 
 
@@ -128,14 +128,14 @@ def test_wpo_weighs_pairs_and_takes_no_gradient_through_the_weight(name):
 
 
 def test_wpo_sees_whole_completions_beside_ld_alpha():
-    """As in TRL: the weight is of all tokens, whatever ld_alpha makes of them in the loss."""
+    """As in TRL, ld_alpha changes the loss and not WPO's weight, which counts all tokens in full."""
     pairs = random_pairs(8)
     found = build_loss("sigmoid", ld_alpha=0.2, use_weighting=True)(pairs)
     torch.testing.assert_close(found, wpo_weights(pairs) * build_loss("sigmoid", ld_alpha=0.2)(pairs))
 
 
 def test_what_a_sum_shares_and_what_it_does_not():
-    """The likelihood of sft is no preference: neither weighed nor desensitised nor of another divergence."""
+    """sft has no preference, so none of the three changes applies to it."""
     pairs = random_pairs(8, scale=4.0)
     changes = {"ld_alpha": 0.5, "use_weighting": True, "f_divergence_type": "js_divergence"}
     loss = build_loss(["sigmoid", "sft"], [1.0, 0.2], beta=0.3, **changes)
