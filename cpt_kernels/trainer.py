@@ -236,10 +236,15 @@ class ContrastiveTrainer(PackedLoop):
         )
         if self.loss.needs_tails:
             reference.check_tokens()
-        for name, data in self.datasets.items() if ahead else ():
+        if ahead:
+            self._fill(reference)
+        return reference
+
+    def _fill(self, reference: Reference) -> None:
+        """Scores what the cache lacks of every stored dataset; ``cpt cache`` overrides it to do so later."""
+        for name, data in self.datasets.items():
             if isinstance(data, Dataset):
                 reference.fill(data, self.collator, self.args.max_tokens_per_batch, name)
-        return reference
 
     # --- Loaders ---
 
