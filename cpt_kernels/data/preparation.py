@@ -276,8 +276,11 @@ def _read_columns(dataset: Any, name: str) -> list[str]:
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Switches the garbage collector off. It traverses the many lists of tokens again and again, which takes a third of
-    the time outside of the tokenizer, and rows leave no reference cycles to collect."""
+    """Switches the garbage collector off.
+
+    It traverses the many lists of tokens again and again, a third of the time outside of the tokenizer, and rows leave
+    no reference cycles to collect.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -187,8 +187,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-# --- Picture: kept because one model writing longer responses than another biases training towards length, and the
-# --- spread of the ratios, which the table's means hide, is only seen in a picture.
+# --- Picture: kept, because only a picture shows the spread of length ratios, by which training may learn length ---
 
 
 def write_report(report: dict[str, Any], json_file: Path, pictures: Mapping[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""``cpt pairs``: files in, files out, and what it says."""
+"""Tests ``cpt pairs``: input files, output files, printed lines and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIR_COLUMNS = ["prompt", "chosen", "rejected", "chosen_model", "rejected_model"
 
 
 def long_rows(prompts=40):
-    """Three models; the answers of the weaker two are the same for every fifth prompt."""
+    """Returns responses of three models; for every fifth prompt those of the weaker two are equal."""
     return [
         {"prompt": f"prompt {p}", "model": model, "response": f"{'same' if p % 5 == 0 and m else model} answer to {p}"}
         for p in range(prompts)
@@ -39,7 +39,7 @@ def long_rows(prompts=40):
 
 @pytest.fixture(autouse=True)
 def blank_pictures(request, monkeypatch):
-    """Drawing takes longer than all else, so it is done where the files are looked at."""
+    """Replaces drawing, which takes most of the time, except in the test that checks the pictures."""
     if "test_one_file" not in request.node.name:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.write_bytes(b""))
 
@@ -50,7 +50,7 @@ def source(tmp_path) -> Path:
 
 
 def build(*argv) -> list[dict]:
-    """The rows that the command writes, without its own checks of them."""
+    """Runs the command and returns the rows that it writes."""
     main([str(arg) for arg in argv])
     return read(Path(argv[list(argv).index("--output") + 1]))
 
@@ -101,7 +101,7 @@ def test_one_file(source, tmp_path, output, capsys):
 
 
 def test_files_of_each_model_in_any_form(tmp_path):
-    """Joined by the text of the prompts; rows of the files are not in the same order."""
+    """Responses are joined by the text of their prompts, in files with different orders of rows."""
     by_model = {model: [row for row in long_rows() if row["model"] == model] for model in MODELS}
     write_rows(tmp_path / "a.jsonl", by_model["gpt4"])
     chats = [{**r, "prompt": user(r["prompt"]), "response": assistant(r["response"])} for r in by_model["chatgpt"]]
@@ -182,7 +182,7 @@ def test_which_pairs(source, tmp_path, options, models):
 
 
 def test_grouped_rows_train_as_the_pairs_do(tmp_path):
-    """The same pairs of tokens, each response tokenised once, though two models may have given it."""
+    """Grouped rows give the same pairs of tokens, with each response tokenized once."""
     rows = long_rows()
     source = write_rows(tmp_path / "responses.jsonl", rows)
     options = ("--order", ORDER, "--pairs", "gpt4 > td003, chatgpt > td003")
@@ -274,7 +274,7 @@ def test_real_responses(tmp_path):
 
 
 def test_nasty_rows(tmp_path):
-    """Whatever a row holds, it is in a pair or counted."""
+    """Every row is in a pair or is counted as dropped."""
     rows = [item["row"] for item in real_rows("nasty.jsonl")]
     source = write_rows(tmp_path / "nasty.jsonl", [*rows, {"prompt": rows[0]["prompt"], "model": "x", "response": "y"}])
     order = ("--order", f"{rows[0]['model']} > x")
@@ -283,7 +283,7 @@ def test_nasty_rows(tmp_path):
     responses = report_of(tmp_path / "pairs.parquet")["responses"]
     assert responses["in"] == sum(2 if "chosen" in row else 1 for row in rows) + 1
     assert responses["in"] == responses["kept"] + sum(drop["count"] for drop in responses["dropped"].values())
-    # Every text against a plain answer, with what it holds kept to the character.
+    # Each text is paired with a plain response, and no character of it changes.
     texts = [row[key] for row in rows for key in ("chosen", "response") if row.get(key, "").strip()]
     lines = [
         {"prompt": f"{i} {row['prompt']}", "a": text, "b": "plain"} for i, (row, text) in enumerate(zip(rows, texts))
@@ -302,7 +302,7 @@ def test_help_imports_no_data_library():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=60)
 
 
-# --- What people get wrong ---
+# --- Errors of users ---
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_outputs_that_cannot_be(source, tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.validation.jsonl", "x.report.json"])
 def test_no_output_replaces_what_is_read(source, tmp_path, name):
-    """Also where it is in a folder that is read."""
+    """Including files in a folder that is read."""
     (tmp_path / "data").mkdir()
     file = write_rows(tmp_path / "data" / name, long_rows())
     before, order = file.read_bytes(), ("--order", ORDER)

@@ -1,4 +1,4 @@
-"""Micro-batches of data/batches.py: every row in its place, packing that keeps an order, equal epochs, ranks."""
+"""Tests the micro-batches of data/batches.py: all rows occur, order is kept, epochs are equally long, ranks agree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def flat(batches: list[list[int]]) -> list[int]:
 
 
 def leveled(easy: int, hard: int, **more) -> tuple[Draws, np.ndarray]:
-    """Draws over easy rows that are long and hard ones that are short, and their lengths."""
+    """Returns draws over long easy rows and short hard rows, and the lengths of the rows."""
     option = {"levels": ["a>b", "a>c"], **more}
     tokens = np.concatenate([lengths(easy, scale=500.0), lengths(hard, seed=1, scale=200.0)])
     return Draws(Curriculum.parse(option), ["a>b"] * easy + ["a>c"] * hard, seed=3), tokens
@@ -47,7 +47,7 @@ def test_packing_in_order(budget):
 
 def test_packing_in_order_reads_only_as_far_as_it_looks():
     read = []
-    rows = iter(lambda: read.append(100) or 100, None)  # without end
+    rows = iter(lambda: read.append(100) or 100, None)  # endless
     first = next(pack_in_order(rows, int, 1000))
     assert len(first) == 10 and len(read) == 10 * (1 + _AHEAD)
     assert list(pack_in_order([], int, 10)) == []
@@ -56,7 +56,7 @@ def test_packing_in_order_reads_only_as_far_as_it_looks():
 
 
 def stretches(batches: list[list[int]], order: np.ndarray, level: np.ndarray, count: int) -> list[float]:
-    """By how much the share of hard rows differs from the order's in each of so many stretches of the run."""
+    """Returns, for each of `parts` parts of the run, how far the share of hard rows is from that of the given order."""
     differences, start = [], 0
     for part in np.array_split(np.arange(len(batches)), count):
         rows = flat([batches[i] for i in part])
@@ -67,8 +67,10 @@ def stretches(batches: list[list[int]], order: np.ndarray, level: np.ndarray, co
 
 @pytest.mark.parametrize(("rows", "parts", "bound"), [(4000, 20, 0.01), (400, 5, 0.03)])
 def test_packing_keeps_the_shares_of_a_curriculum(rows, parts, bound):
-    """In each stretch of a run of 829, or of 80, micro-batches the share is what was drawn, to one or three hundredths,
-    though hard rows are short and gaps are filled by short rows. Packing by windows of 64 micro-batches is far off."""
+    """In each part of a run of 829 (80) micro-batches, the share of hard rows is within 0.01 (0.03) of the drawn share.
+
+    Hard rows are short here, and short rows fill gaps. Packing in windows of 64 micro-batches is far off.
+    """
     draws, tokens = leveled(rows, rows)
     order = draws.epoch(0)
     batches = list(BatchSampler(tokens, max_tokens=BUDGET, draws=draws))
@@ -91,12 +93,12 @@ def test_ranks_take_one_plan_between_them(max_tokens):
         first, second = map(list, samplers)
         assert len(first) == len(second) == len(samplers[0])
         assert Counter(flat(first) + flat(second)) == Counter(flat(list(alone))) == Counter(draws.epoch(epoch).tolist())
-        if max_tokens is None:  # step for step: two ranks of 4 rows take what one rank of 8 takes
+        if max_tokens is None:  # in every step, two ranks of 4 rows take the rows that one rank of 8 takes
             assert [a + b for a, b in zip(first, second)] == list(alone)
 
 
 def test_epochs_have_as_many_micro_batches_though_levels_differ_in_length():
-    """After the first epoch all rows are of the short level: its steps are split, and nothing changes places."""
+    """Later epochs draw only short rows and need fewer steps, so steps are split; the order of rows is kept."""
     draws, tokens = leveled(300, 300)
     sampler = BatchSampler(tokens, max_tokens=BUDGET, draws=draws, world_size=2)
     sampler.plan_epochs(2)
@@ -134,7 +136,7 @@ def test_draws_are_counted_as_a_trainer_takes_them(steps, micro_batches):
 
 @pytest.mark.parametrize("case", ["by rows", "by tokens", "a curriculum by tokens"])
 def test_steps_have_the_same_rows_on_any_number_of_ranks(case):
-    """Of 4 micro-batches in all, however many ranks they are of."""
+    """The plan is the same for 4 micro-batches per step on any number of ranks."""
     draws, tokens = leveled(300, 300) if "curriculum" in case else (None, lengths(601))
     by = {"max_tokens": BUDGET} if "tokens" in case else {"batch_size": 3}
 

@@ -1,4 +1,4 @@
-"""Rows -> packed batch: what is merged, what is counted, and that nothing is computed for a pad token."""
+"""Tests the collator: merged prompts and completions, counts, pair blocks, truncation, and batches without padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpt_kernels.data.truncation import truncate
 
 
 def row(prompt, completions, pairs=(), targets=None, supervised=False) -> dict:
-    """Pairs are (chosen, rejected), or (chosen,) of a supervised row."""
+    """Returns a prepared row. Pairs are (chosen, rejected), or (chosen,) of a supervised row."""
     chosen = [pair[0] for pair in pairs]
     return {
         "prompt_ids": list(prompt),
@@ -25,7 +25,7 @@ def row(prompt, completions, pairs=(), targets=None, supervised=False) -> dict:
 
 
 def random_rows(seed: int) -> list[dict]:
-    """Some prompts recur, and some completions."""
+    """Returns rows in which some prompts and some completions occur several times."""
     random = np.random.default_rng(seed)
     prompts = [random.integers(1, 50, random.integers(1, 8)).tolist() for _ in range(4)]
     rows = []
@@ -39,7 +39,7 @@ def random_rows(seed: int) -> list[dict]:
 
 
 def sequences(batch: PackedBatch) -> list[tuple[tuple, tuple]]:
-    """The (prompt, completion) of every completion, read from what its attention segment sees and what it predicts."""
+    """Returns (prompt, completion) of every completion, read from the keys of its segment and from its targets."""
     keys = batch["input_ids"][0][batch["kv_index"]].split([k for _, k in batch["segment_lengths"]])
     completions = batch["targets"].split(batch["completion_lengths"])
     found = []
@@ -67,11 +67,11 @@ def test_the_example_of_the_docstring():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_gaps_go_with_their_pairs(seed):
-    """Pairs are sorted, completions merged: a gap is still the difference of its two completions' scores."""
+    """After pairs are sorted and completions merged, each gap is still the difference of its completions' ratings."""
     rows = random_rows(seed)
 
     def value(ids: list[int]) -> float:
-        return float(sum(ids) + 10 * len(ids))  # of the content, so that merging keeps it
+        return float(sum(ids) + 10 * len(ids))  # depends on the content only, so merged completions have one rating
 
     scored = [r | {"scores": [value(ids) for ids in r["completion_ids"]]} for r in rows]
     batch = PackedCollator()(scored)
@@ -93,13 +93,13 @@ def test_batches_by_brute_force(seed, share):
     found = sequences(batch)
     assert sorted(found) == sorted(unique)
 
-    # No pad token, and none twice: T is the sum of unique completions and prompts.
+    # No padding and no repetition: T is the total length of the unique prompts and completions.
     prompts = dict.fromkeys(prompt for prompt, _ in unique) if share else [prompt for prompt, _ in unique]
     assert batch["input_ids"].shape == (1, sum(map(len, prompts)) + sum(len(completion) for _, completion in unique))
     assert batch["position_ids"].shape == batch["input_ids"].shape
     assert batch["shared"] == (share and len(prompts) < len(unique))
 
-    # Pairs, whatever their order.
+    # The pairs, in any order.
     edges = [
         (content(r, w), content(r, y), content(r, x))
         for r in rows
@@ -111,7 +111,7 @@ def test_batches_by_brute_force(seed, share):
     assert batch["num_chosen_tokens"] == sum(len(w[1]) for w, _, _ in edges)
     assert batch["num_sequence_tokens"] == sum(len(s[0]) + len(s[1]) for w, _, x in edges for s in (w, x))
 
-    # Units tile completions and pairs, and no pair leaves its unit.
+    # Pair blocks cover all completions and pairs, and no pair crosses the boundary of its block.
     assert [sum(part) for part in zip(*batch["pair_blocks"])] == [len(unique), len(edges)]
     completion = pair = 0
     for completions, pairs in batch["pair_blocks"]:
@@ -136,7 +136,7 @@ def test_equal_prompts_and_completions_are_run_once():
         row([1, 2], [[3], [4, 5]], [(0, 1)]),
         row([1, 2], [[4, 5], [6]], [(0, 1)]),
         row([9], [[3], [4]], [(1, 0)]),
-        row([1, 2], [[3], [4, 5]], [(0, 1)]),  # the first again: a pair more, no token more
+        row([1, 2], [[3], [4, 5]], [(0, 1)]),  # repeats the first row: one pair more, no token more
     ]
     batch = PackedCollator()(rows)
     assert batch["input_ids"][0].tolist() == [1, 2, 3, 4, 5, 6, 9, 3, 4]
@@ -165,7 +165,7 @@ def test_a_completion_in_no_pair_is_a_unit_without_pairs():
 
 
 def test_no_rows():
-    """A rank without rows runs one token, and has no pair."""
+    """A rank without rows runs one token, without a pair."""
     batch = PackedCollator(pad_token_id=7, reference=lambda sequences: pytest.fail("nothing to look up"))([])
     assert batch["input_ids"].tolist() == [[7, 7]] and batch["position_ids"].tolist() == [[0, 1]]
     assert batch["num_pairs"] == batch["num_chosen_tokens"] == 0 and batch["pair_blocks"] == [(1, 0)]
@@ -207,7 +207,7 @@ def test_keep_end_can_merge_prompts_that_were_different():
 
 
 def test_completions_of_which_nothing_is_left():
-    """Without a prompt the first token is one. The filter drops the pairs of what is then empty, not the completion."""
+    """Without a prompt, the first token becomes one. The filter drops the pairs of a completion that is empty then."""
     batch = PackedCollator()([row([], [[5], [6, 7], [6, 8, 9]], [(1, 2)])])
     assert sequences(batch) == [((6,), (7,)), ((6,), (8, 9))]
     assert batch["chosen"].tolist() == [0] and batch["rejected"].tolist() == [1]

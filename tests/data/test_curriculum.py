@@ -1,4 +1,4 @@
-"""Levels, schedules and draws of data/curriculum.py: shares against formulas of their own, decks, errors."""
+"""Tests the curriculum: levels, shares of each schedule against independent formulas, decks, and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DRAWS = 10_000
 
 
 def draws_of(curriculum: Curriculum, sizes: list[int], seed: int = 0) -> Draws:
-    """Draws over rows of the levels ``m0>w``, ``m1>w``, ... , in order."""
+    """Returns draws over rows of the levels ``m0>w``, ``m1>w``, ..., in order."""
     return Draws(curriculum, [f"m{level}>w" for level, size in enumerate(sizes) for _ in range(size)], seed)
 
 
@@ -20,7 +20,10 @@ def by_pairs(levels: int, schedule: str, **more) -> Curriculum:
 
 
 def probabilities(schedule: str, t: np.ndarray, levels: int) -> np.ndarray:
-    """(draws, L) of each level at progress t, levels of equal size: hats around alpha (L - 1), steps, or a mix."""
+    """Returns (draws, L) the expected share of each of L equally large levels at progress t.
+
+    The shares are hat functions around alpha (L - 1), steps, or a constant mix.
+    """
     number = np.arange(levels)
     alpha = {"linear": t, "reversed": 1 - t}.get(schedule)
     if alpha is not None:
@@ -48,7 +51,7 @@ def test_two_levels_are_the_papers_rule():
     hard = draws.level[draws.epoch(0)]
     t = np.arange(DRAWS) / DRAWS
     assert abs(hard.sum() - t.sum()) <= 4 * np.sqrt((t * (1 - t)).sum())
-    assert abs((hard * t).mean() - (t * t).mean()) < 0.01  # it is t that decides, not the mean alone
+    assert abs((hard * t).mean() - (t * t).mean()) < 0.01  # the share follows t, not only on average
     assert hard[:50].mean() < 0.1 and hard[-50:].mean() > 0.9
     assert draws.level[draws.epoch(1)].all() and draws.level[draws.epoch(2)].all()
 
@@ -62,7 +65,7 @@ def test_a_mix_of_ones_own():
 @pytest.mark.parametrize("epochs", [0.5, 2])
 def test_the_length_of_a_schedule(epochs):
     draws = draws_of(by_pairs(2, "linear", epochs=epochs), [500, 500])
-    draws.end_with_run(0.1)  # has no say against a length that was given
+    draws.end_with_run(0.1)  # has no effect, because the length was given
     hard = np.concatenate([draws.level[draws.epoch(number)] for number in range(3)])
     end = int(1000 * epochs)
     assert hard[end:].all() and 0.75 < hard[end * 3 // 4 : end].mean() < 1 and hard[: end // 4].mean() < 0.25
@@ -138,7 +141,7 @@ def test_quantiles():
 
 
 def test_equal_values_are_of_one_level():
-    """The gap of a model pair is one number: three pairs are three levels, however uneven their rows."""
+    """If every model pair has one gap, three pairs give three levels, even with very different numbers of rows."""
     values = [40.0] * 280 + [60.0] * 300 + [90.0] * 290
     assert levels_of({"levels": 3}, values) == [2] * 280 + [1] * 300 + [0] * 290
     assert levels_of({"levels": "gap"}, values) == [2] * 280 + [1] * 300 + [0] * 290
@@ -146,14 +149,14 @@ def test_equal_values_are_of_one_level():
 
 
 def test_a_column_is_a_continuous_scale():
-    """Each draw is from a window of 20 percentiles about alpha, and an epoch draws about every row once."""
+    """Each row is drawn from a window of 20 percentiles around alpha, and an epoch draws nearly every row once."""
     curriculum = Curriculum.parse({"levels": "difficulty"})
     scores = np.random.default_rng(0).normal(size=DRAWS)
     draws = Draws(curriculum, read_keys(curriculum, [scores.tolist()], range(DRAWS)), 0)
     rank = scores.argsort().argsort() / DRAWS
     rows = draws.epoch(0)
     alpha = np.arange(DRAWS) / DRAWS
-    assert abs(rank[rows] - alpha).max() <= 0.1 + 0.02  # half the window, and what a percentile rounds
+    assert abs(rank[rows] - alpha).max() <= 0.1 + 0.02  # half the window, and the rounding to percentiles
     for part in np.array_split(np.arange(DRAWS), 20)[2:-2]:
         assert rank[rows[part]].mean() == pytest.approx(alpha[part].mean(), abs=4 * 0.2 / np.sqrt(12 * len(part)))
     times = np.bincount(rows, minlength=DRAWS)

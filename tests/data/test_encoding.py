@@ -1,4 +1,4 @@
-"""Token ids are those that calling the tokenizer gives, also where texts are cut."""
+"""Tests that token ids are those of calling the tokenizer, with and without cuts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = {
     "GPT-2 with a space in front": [pre_tokenizers.ByteLevel(add_prefix_space=True)],
     "SmolLM": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
 }
-# What patterns, normalizers and added tokens treat in a way of their own, and letters enough for cuts.
+# Characters that patterns, normalizers and added tokens treat specially, and enough letters for cuts.
 BITS = [
     *"aBzXé\u0301\u00a0\u2003\u3000ſK中๐🙂\u200d'’.,-_/(<|>\n\r\t0127½ⅷ",
     " ",
@@ -55,7 +55,7 @@ def make(
 
 
 def groups_of(count: int, seed: int = 0) -> list[list[str]]:
-    """A text, and texts that begin with it; sometimes texts that do not."""
+    """Returns a text and texts that begin with it, or sometimes texts that do not."""
     draw = random.Random(seed)
 
     def text() -> str:
@@ -110,7 +110,7 @@ def test_texts_are_cut_so_that_the_beginning_is_encoded_once(monkeypatch):
     encoding.encode_groups(
         tokenizer, [["the sky is ", "the sky is blue", "the sky is red"], ["the sky is"], ["a b", "c"]]
     )
-    assert asked == ["the sky", " is ", " is blue", " is red", "the sky is", "a b", "c"]  # each once
+    assert asked == ["the sky", " is ", " is blue", " is red", "the sky is", "a b", "c"]  # each is encoded once
 
 
 WORDS = SPLITS["Qwen 2 and 3"]
@@ -167,7 +167,7 @@ def test_encode_gives_what_the_tokenizer_gives(special):
     asked = make_tokenizer(bos=True)
     asked.pad_token = EOS
     expected = [asked(text, add_special_tokens=special)["input_ids"] for text in TEXTS]
-    asked(TEXTS, padding=True, truncation=True, max_length=3)  # a state of the backend that must not stay
+    asked(TEXTS, padding=True, truncation=True, max_length=3)  # the backend keeps padding and truncation until reset
     assert encoding.encode_texts(asked, TEXTS, special) == expected
 
 

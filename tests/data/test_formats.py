@@ -1,4 +1,4 @@
-"""Every accepted dataset form, through to its prompt groups."""
+"""Tests every accepted dataset form, from rows to prompt groups."""
 
 import pytest
 from datasets import Dataset
@@ -16,7 +16,7 @@ def tokenizer():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [
-        ("the sky is blue", "the sky was", "the sky"),  # the space goes with the completion
+        ("the sky is blue", "the sky was", "the sky"),  # the space belongs to the completions
         ("the skies", "the sky", "the sk"),
         ("the sky", "the", "th"),
         ("blue ", "yellow", ""),
@@ -29,7 +29,7 @@ def test_implicit_text_prompt(chosen, rejected, prompt):
 
 
 def test_text_prompt_beside_whole_conversations(tokenizer):
-    """As in ultrafeedback_binarized."""
+    """Rows like those of ultrafeedback_binarized."""
     sides = {key: user("the sky?") + value for key, value in chat().items() if key != "prompt"}
     whole, _ = prepared([{"prompt": "the sky?", **sides}], tokenizer)
     assert whole == prepared([chat()], tokenizer)[0]
@@ -45,7 +45,7 @@ def test_target_column(tokenizer):
 
 
 def test_implicit_prompt_of_messages_with_other_keys():
-    """Arrow gives the messages of a column the keys of all, and `rejected` never had a name."""
+    """Arrow adds the keys of all messages of a column to each of them: here `name` in one column only."""
     chosen, rejected = user("the sky?") + assistant("blue"), user("the sky?") + assistant("red")
     row = {"chosen": [{**turn, "name": None} for turn in chosen], "rejected": rejected}
     example = parse_row(row, Form.PREFERENCE)
@@ -63,7 +63,7 @@ def test_target_of_an_implicit_prompt_starts_with_it(tokenizer):
 
 
 def test_gaps_of_pairs_and_of_ranked_rows(tokenizer):
-    """A pair's gap is the difference of its completions' scores."""
+    """The gap of a pair is the difference of its completions' ratings."""
     rows = [pair(gap=gap) for gap in (0.25, 0, -1.0, None, 3)]
     kept, report = prepared(rows, tokenizer, gap_column="gap")
     assert [row["scores"] for row in kept] == [[0.25, 0.0], [3.0, 0.0]]
@@ -79,7 +79,7 @@ def test_gaps_of_pairs_and_of_ranked_rows(tokenizer):
     assert by_rank["scores"] == [0.0, -1.0, -2.0]
     own = [ranked | {"pairs": pairs} for pairs in ([[1, 0]], [[1, 0], [2, 0]])]
     kept, _ = prepared(own, tokenizer)
-    assert [row["scores"] for row in kept] == [[2.0, 0.5], []]  # " fell" is not better than " was" by these scores
+    assert [row["scores"] for row in kept] == [[2.0, 0.5], []]  # these scores do not rate " fell" above " was"
     with pytest.raises(ValueError, match="gap_column='gap' needs rows of one pair; the dataset's form is ranked"):
         prepared([ranked | {"gap": 1.0}], tokenizer, gap_column="gap")
     with pytest.raises(ValueError, match=r"gap_column names \['gap'\], but the dataset has the columns"):
@@ -126,7 +126,7 @@ def test_ranked_pairs():
 def test_ranked(tokenizer):
     rows = [
         {"prompt": "p", "completions": ["b", "a", "c"], "scores": [2.0, 3.0, 1.0]},
-        {"prompt": "p", "completions": ["a", "", "b", "a"], "scores": None},  # the second "a" is the first again
+        {"prompt": "p", "completions": ["a", "", "b", "a"], "scores": None},  # "a" occurs twice
         {"prompt": "p", "completions": ["a", "b"], "scores": [1.0, 1.0]},
         {"prompt": "p", "completions": ["a", "a"], "scores": [2.0, 1.0]},
         {"prompt": "p", "completions": ["a", ""], "scores": [2.0, 1.0]},
@@ -144,13 +144,13 @@ def test_ranked(tokenizer):
         "empty completion": (1, [4]),
         "malformed row": (4, [5, 6, 7, 8]),
     }
-    assert (report.pairs, report.pairs_dropped) == (4, 5)  # three with the empty completion
+    assert (report.pairs, report.pairs_dropped) == (4, 5)  # three of them have the empty completion
     (extremes, *_), _ = prepared(rows[:1], tokenizer, ranked_pairs="extremes")
     assert decoded(extremes, tokenizer) == ["a" + EOS, "c" + EOS]  # "b" is in no pair
 
 
 def test_ranked_rows_may_say_their_pairs(tokenizer):
-    """Whatever the scores say; one completion given twice is one, and what is left of the pairs keeps its meaning."""
+    """Given pairs count even against the scores. Equal completions are merged, and pairs refer to the merged ones."""
     rows = [
         {
             "prompt": "p",
@@ -173,7 +173,7 @@ def test_ranked_rows_may_say_their_pairs(tokenizer):
     ]
     assert sides == [[(" a", " c"), (" b", " a"), (" c", " a")], [(" a", " b")], [(" a", " b")]]
     assert reasons(report) == {"identical sides": (1, [3]), "empty completion": (1, [4])}
-    assert (report.pairs, report.pairs_dropped) == (5, 1)  # that of row 1 with the empty completion
+    assert (report.pairs, report.pairs_dropped) == (5, 1)  # the dropped pair of row 1 has the empty completion
 
 
 @pytest.mark.parametrize("pairs", [[], [[0]], [[0, 0]], [[0, 2]], [[-1, 0]], [[0, 1, 1]], [[[0], [1]]], ["01"]])

@@ -1,4 +1,4 @@
-"""``datasets`` of a run's file: order, shares, a test set, and what is refused."""
+"""Tests ``datasets`` of a run's file: order, shares, a test set, and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_fractions_are_shares_of_the_mixture_as_in_trl(folder):
         for name, share in (("a", 2), ("b", 3))
     ]
     whole, _ = load_mixture(parts)
-    assert prompts(whole) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(15)]  # a is the scarce one
+    assert prompts(whole) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(15)]  # a limits the mixture
     trl = pytest.importorskip("trl.scripts.utils")
     theirs = trl.get_dataset(trl.DatasetMixtureConfig(datasets=[trl.DatasetConfig(**part) for part in parts]))
     assert prompts(whole) == prompts(theirs["train"])

@@ -1,4 +1,4 @@
-"""Index arrays of packed rows by brute force: every token carries who it is, and the arrays are read off."""
+"""Tests index arrays of packed rows by brute force: tokens carry their identity, and the arrays must agree with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_groups(seed: int) -> list[GroupLengths]:
 
 
 def tokens_of(groups: list[GroupLengths]) -> list[Token]:
-    """The row, token by token."""
+    """Returns the packed row, token by token."""
     row: list[Token] = []
     for g, group in enumerate(groups):
         for i, length in enumerate(group.completions):
@@ -40,7 +40,7 @@ def position(token: Token, groups: list[GroupLengths]) -> int:
 
 
 def segments(layout: Layout) -> list[tuple[range, list[int]]]:
-    """Of every attention segment the rows that ask and the rows that they see."""
+    """Returns, for every attention segment, its queries and its keys as places in the row."""
     q, k = layout.cu_seqlens_q, layout.cu_seqlens_k
     return [(range(q[i], q[i + 1]), layout.kv_index[k[i] : k[i + 1]].tolist()) for i in range(len(q) - 1)]
 
@@ -51,11 +51,11 @@ def test_pack_by_brute_force(seed):
     layout, row = pack(groups), tokens_of(groups)
     assert len(row) == sum(group.tokens() for group in groups) == len(layout.position_ids)
     assert layout.position_ids.tolist() == [position(token, groups) for token in row]
-    runs = [(token[0], token[2]) for token in row]  # K copies of a prompt that is not shared are K pieces
+    runs = [(token[0], token[2]) for token in row]  # each copy of an unshared prompt is a piece
     starts = [i for i, token in enumerate(row) if token[3] == 0]
     assert layout.pieces == [runs[i] for i in starts]
 
-    # Every token asks in one segment, and sees there its prompt and its completion up to itself, in order.
+    # Every token is a query of one segment, and sees its prompt and its completion up to itself, in order.
     asked: list[int] = []
     for queries, keys in segments(layout):
         for query in queries:
@@ -82,7 +82,7 @@ def test_predictions_by_brute_force(seed):
         assert row[predictor] == before
     lengths = [length for group in groups for length in group.completions]
     assert layout.cu_completions.tolist() == [0, *itertools.accumulate(lengths)]
-    # A segment is a completion: with its prompt if it is the first.
+    # The queries of a segment are a completion, the first one together with the prompt.
     assert len(layout.cu_seqlens_q) == len(lengths) + 1
 
 
@@ -142,5 +142,5 @@ def test_pair_block_boundaries_by_brute_force(seed):
     ]
     allowed = [
         cut for cut in range(count + 1) if not any(min(edge) < cut <= max(edge) for edge in edges)
-    ]  # cut c stands before completion c
+    ]  # boundary c is before completion c
     assert pair_block_boundaries(count, edges) == allowed

@@ -1,4 +1,4 @@
-"""Which rows are kept, how the others are counted, and what datasets' cache finds again."""
+"""Tests which rows are kept, how dropped rows are counted, and that the cache of `datasets` is used."""
 
 import gc
 from collections import defaultdict
@@ -127,7 +127,7 @@ def test_refused_by_the_template(tokenizer):
 
 
 def test_one_pair_of_a_row_falls_away(tokenizer):
-    """Two answers that differ only beyond max_length."""
+    """Two completions that differ only after max_length."""
     rows = [{"prompt": "p", "completions": ["a b c d x", "a b c d y", "z"]}]
     (kept,), report = prepared(rows, tokenizer, max_length=4)
     assert list(zip(kept["chosen"], kept["rejected"])) == [(0, 2), (1, 2)]

@@ -1,4 +1,4 @@
-"""Files, folders and hub names -> datasets: data/sources.py."""
+"""Tests loading datasets from files, folders and the hub: data/sources.py."""
 
 import json
 
@@ -110,7 +110,7 @@ def test_hub_name_without_network(monkeypatch):
 
 
 def test_hub_arguments(monkeypatch):
-    """The hub is reached through `datasets.load_dataset`, with name, configuration, split and streaming."""
+    """Hub datasets are loaded by `datasets.load_dataset` with name, configuration, split and streaming."""
     seen = []
 
     def load_dataset(*names, **options):

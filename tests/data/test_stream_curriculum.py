@@ -1,4 +1,4 @@
-"""What a curriculum draws of a stream: shares, order, what is passed over or replaced, and its account of it."""
+"""Tests the curriculum of a stream: shares, order, rows passed over, levels replaced, and the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DRAWS = 10_000
 
 
 def rows_of(levels: str, start: int = 0) -> list[dict]:
-    """A row for each letter: ``b`` is the pair a>b, and its score the letter's place in the alphabet."""
+    """Returns a row for each letter: ``b`` is the pair a>b, with the letter's place in the alphabet as its score."""
     return [
         {"row": i, "chosen_model": "a", "rejected_model": letter, "score": float(ord(letter))}
         for i, letter in enumerate(levels, start)
@@ -23,7 +23,7 @@ def rows_of(levels: str, start: int = 0) -> list[dict]:
 
 
 def draw(option: dict, rows: list[dict], count: int = DRAWS, seed: int = 0, rows_read: list | None = None):
-    """So many rows of a stream, and what drew them; the same rows in every pass."""
+    """Returns the first drawn rows of a stream with equal passes, and the object that drew them."""
     draws = StreamDraws(Curriculum.parse(option), seed)
     taken: list[dict] = []
 
@@ -41,7 +41,7 @@ def draw(option: dict, rows: list[dict], count: int = DRAWS, seed: int = 0, rows
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_shares_follow_the_schedule(schedule):
-    """Of a stream with a quarter of hard rows, too; only `none` takes them as they come."""
+    """Shares follow the schedule even if a quarter of the stream is hard; only `none` keeps the stream's shares."""
     letters = "".join(np.random.default_rng(0).choice(["b", "c"], p=[0.75, 0.25], size=DRAWS))
     taken, draws = draw({"schedule": schedule, "levels": ["a>b", "a>c"], "buffer": 256}, rows_of(letters))
     hard = np.array([row[PLACE] for row in taken])
@@ -58,7 +58,7 @@ def test_shares_follow_the_schedule(schedule):
 
 
 def test_no_row_is_lost_or_drawn_twice_in_a_pass():
-    """Read = drawn + passed over + still waiting, for each level; rows of a level come in the stream's order."""
+    """For each level, read = drawn + passed over + still waiting, and its rows are drawn in the stream's order."""
     letters = "".join(np.random.default_rng(1).choice(["b", "c", "x"], size=3000))
     taken, draws = draw({"levels": ["a>b", "a>c"], "buffer": 100}, rows_of(letters), count=600)
     assert draws.passes == 0
@@ -76,7 +76,7 @@ def test_no_row_is_lost_or_drawn_twice_in_a_pass():
 
 
 def test_a_level_that_is_missing_is_replaced_by_its_neighbour_and_counted():
-    """Hard rows stand at the end of the stream, further away than the buffers reach."""
+    """The hard rows are at the end of the stream, beyond the reach of the buffers."""
     rows = rows_of("b" * 300 + "c" * 500)
     read: list[int] = []
     taken, draws = draw({"schedule": "constant", "levels": ["a>b", "a>c"], "buffer": 50}, rows, 400, rows_read=read)
@@ -115,7 +115,7 @@ def test_the_same_stream_and_seed_give_the_same_rows():
     option = {"levels": ["a>b", "a>c"], "buffer": 20}
     once, draws = draw(option, rows, 200)
     assert draw(option, rows, 200)[0] == once and draw(option, rows, 200, seed=1)[0] != once
-    again = draws.draw(lambda _: rows, lambda: 0.0)  # the same object from the start, as a resumed run
+    again = draws.draw(lambda _: rows, lambda: 0.0)  # the same object from the start, like a resumed run
     first = list(itertools.islice(again, 50))
     assert all(row[PLACE] == 0 for row in first) and draws.drawn == Counter({0: 50})
 

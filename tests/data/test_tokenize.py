@@ -1,4 +1,4 @@
-"""The tokens are TRL's, and the checks of a tokenizer."""
+"""Tests that tokens are the same as TRL's, and the checks of a tokenizer."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def test_tokens_are_trls(rows, bos):
 
 
 def test_tokens_are_trls_when_messages_differ_in_shape(tokenizer, tmp_path):
-    """Mixed tool calls make `datasets` store messages as JSON, others get null fields."""
+    """Different tool calls in one column make `datasets` store messages as JSON; otherwise messages get null fields."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"n": 1}}]}
     rows = [chat(), {**chat(), "prompt": [*user("sky?"), call, {"role": "tool", "content": "blue", "name": "weather"}]}]
     path = tmp_path / "rows.jsonl"

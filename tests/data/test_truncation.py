@@ -1,4 +1,4 @@
-"""Cutting prompt and completion to a length."""
+"""Tests truncation of prompt and completion."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_truncate(prompt, completion, max_length, mode, expected):
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_truncate_scores_what_trl_scores(mode):
-    """TRL slices ids and completion mask of the whole sequence; its shift then drops the first position."""
+    """TRL slices ids and completion mask of the whole sequence, and its shift of targets drops the first position."""
     window = slice(None, 4) if mode == "keep_start" else slice(-4, None)
     for p in range(6):
         for c in range(6):

@@ -1,4 +1,4 @@
-"""Numbers that losses are tested on."""
+"""Pairs with fixed and random log-probs on which the losses are tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIRS = PairLogps(
     ref_chosen=_of(-12, -6.5),
     ref_rejected=_of(-14, -6.5),
     tokens_per_pair=4.5,
-    chosen_tail=_of(-3, -5),  # chosen is the longer one of both
+    chosen_tail=_of(-3, -5),  # chosen is longer than rejected in both pairs
     rejected_tail=_of(0, 0),
     ref_chosen_tail=_of(-4, -3),
     ref_rejected_tail=_of(0, 0),

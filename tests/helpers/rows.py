@@ -1,4 +1,4 @@
-"""Rows, and a tokenizer for them, that the tests of the data modules share."""
+"""Rows and a tokenizer for them, shared by the tests of the data modules."""
 
 import json
 from collections import defaultdict
@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 REAL_DATA = ROOT.parent / "shared" / "data"
 EOS = "</s>"
 TEXT = ["hello world, this is text about the sky. The sky is blue and the sun is bright yellow."] * 20
-# Renders the prompt alone with a thought block that the whole conversation lacks, as some real templates do.
+# Renders the prompt alone with a thought block that the whole conversation does not have, like some real templates.
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}"

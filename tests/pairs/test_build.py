@@ -1,4 +1,4 @@
-"""Pairs of ranked responses, against a count that goes through all of them one by one."""
+"""Tests the pairs of ranked responses against a plain enumeration of all pairs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REAL_ORDER = ["gpt4", "gpt-3.5-turbo-0301", "text_davinci_003", "text_davinci_00
 
 
 def random_rows(count=300, seed=0):
-    """Rows with few prompts and few texts, so that everything is there more than once; some empty, some unrated."""
+    """Returns rows with few different prompts and texts, so that all occur repeatedly; some are empty, some unrated."""
     rng = random.Random(seed)
     texts = ["", " ", *(f"text {i}" for i in range(6))]
     return [
@@ -79,7 +79,7 @@ def test_against_a_straightforward_count(which, rated, seed):
     prompts, models, responses, ratings = columns(rows)
     scores = None if rated else {"a": 2, "b": 1, "c": 1, "d": 0}
     wanted = WANTED[which]
-    if rated and ">" in which:  # a tie between two named models is a pair that was asked for, either way round
+    if rated and ">" in which:  # tied responses of two named models are asked for in both orders
         wanted = lambda x, y, apart: WANTED[which](x, y, apart) or (apart == 0 and WANTED[which](y, x, apart))  # noqa: E731
     expected, identical, tied, used = straightforward(rows, scores, wanted)
     asked = Which("base", base="b") if which == "base" else which
@@ -111,7 +111,7 @@ def test_real_responses():
 
 
 def test_rows_may_come_in_any_order():
-    rows = [row for row in {(p, m): (p, m, t, r) for p, m, t, r in random_rows()}.values()]  # one answer a model
+    rows = [row for row in {(p, m): (p, m, t, r) for p, m, t, r in random_rows()}.values()]
     shuffled = random.Random(1).sample(rows, len(rows))
     results = []
     for given in (rows, shuffled):
@@ -153,7 +153,7 @@ def test_groups_hold_each_response_once():
 def test_what_became_of_each_response():
     rows = [
         ("p", "a", "yes", 1.0),
-        ("p", "a", "yes", 2.0),  # a duplicate, whatever its rating
+        ("p", "a", "yes", 2.0),  # a duplicate, with any rating
         ("p", "a", "no", 2.0),
         ("p", "b", "", 1.0),
         (" ", "b", "yes", 1.0),
@@ -235,7 +235,7 @@ def test_the_split_depends_on_the_prompt_alone():
     order = np.random.default_rng(0).permutation(len(keys))
     assert (held_out(np.array(keys)[order], 0.05) == small[order]).all()
     assert (held_out(keys[:100], 0.05) == small[:100]).all()
-    # A change of the digest would move prompts between train and validation under everyone's feet.
+    # A change of the digest would move prompts between train and validation in users' data.
     assert np.flatnonzero(small[:100]).tolist() == [6, 33, 59]
     for share in (-0.1, 1, float("nan")):
         with pytest.raises(ValueError, match="at least 0 and below 1"):

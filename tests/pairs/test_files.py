@@ -1,4 +1,4 @@
-"""Columns that are never joined, rows in batches, and files that are whole or not there."""
+"""Tests reading responses in chunks, rows written in batches, and that files are written whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders of models and choices of pairs, as people write them."""
+"""Tests parsing of orders of models and choices of pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of the report, against ones worked out by hand, and that it can be looked at."""
+"""Tests the counts and lengths of the report against values computed by hand, and its table, lines and pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpt_kernels.pairs.files import load_responses
 from cpt_kernels.pairs.report import make_report, report_lines, report_table, write_report
 from tests.helpers.command import write_rows
 
-ROWS = [  # prompts of 2 characters
+ROWS = [  # prompts have 2 characters
     *({"prompt": "p1", "model": m, "response": r} for m, r in (("a", "x" * 8), ("b", "y" * 4), ("c", "z"))),
     *({"prompt": "p2", "model": m, "response": r} for m, r in (("a", "x" * 2), ("b", "y" * 4), ("c", "y" * 4))),
     {"prompt": "p3", "model": "a", "response": "alone"},
@@ -99,7 +99,7 @@ def test_it_can_be_looked_at(report, tmp_path):
 
 
 def test_many_models(tmp_path, monkeypatch):
-    """The table and the picture show some pairs of models and say how many they leave out."""
+    """The table and the picture show some pairs of models and say how many more there are."""
     monkeypatch.setattr(pairs_report, "_MOST_ROWS", 4)
     rng = np.random.default_rng(0)
     rows = [

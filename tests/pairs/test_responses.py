@@ -1,4 +1,4 @@
-"""Responses of every accepted form, one row each."""
+"""Tests reading responses of every accepted form as one row each."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_turns_are_joined_as_text():
 
 
 def test_rows_are_read_by_what_they_have():
-    """As when files of several kinds are put together: missing columns are null."""
+    """Files of several forms put together have null in the columns that a form lacks."""
     rows = [
         {"prompt": "p", "model": "a", "response": "yes"},
         {"prompt": "p", "chosen": "no", "rejected": "never"},
@@ -176,7 +176,7 @@ def test_columns_that_do_not_do(row, rating, message):
 
 
 def test_a_list_is_read_before_the_pair_made_of_it():
-    """As distilabel writes it: all generations, and the best and worst of them."""
+    """Rows as distilabel writes them: all generations, and the best and the worst of them."""
     row = {"prompt": "p", "generations": ["yes", "no"], "ratings": [4, 1], "chosen": "yes", "rejected": "no"}
     row |= {"chosen_rating": 4, "rejected_rating": 1}
     features = Dataset.from_list([row]).features
