@@ -286,6 +286,7 @@ class Draws:
         self._others = Counter(key for key, level in zip(keys, self.level) if level < 0)
         check_levels(self.levels, self.sizes, self._others)
         self.epochs = curriculum.epochs or 1.0
+        # One deck per level, or a single deck for the schedule that does not choose levels.
         in_levels = [np.flatnonzero(self.level == number) for number in range(len(self.sizes))]
         self._decks = [np.flatnonzero(self.level >= 0)] if curriculum.schedule == "none" else in_levels
         self._dealt = [np.zeros(len(self._decks), dtype=np.int64)]  # number of draws from each deck before each epoch

@@ -206,6 +206,8 @@ def row_tokens(
         prompts = np.array([len(row["prompt_ids"]) for row in rows], dtype=np.int64)
         counts = np.array([len(row["completion_ids"]) for row in rows], dtype=np.int64)
         completions = np.array([len(c) for row in rows for c in row["completion_ids"]], dtype=np.int64)
+    # Without sharing, a row takes the (truncated) prompt + completion of each completion. Sharing saves all but one
+    # prompt.
     limit = np.iinfo(np.int64).max if max_length is None else max_length
     row_of = np.repeat(np.arange(len(prompts)), counts)
     whole = np.minimum(prompts[row_of] + completions, limit)

@@ -35,6 +35,7 @@ def load_mixture(
     Raises:
         UserError: a part is malformed or cannot be loaded; the message names it.
     """
+    # Check all parts before any is loaded, which may take long.
     if not parts:
         raise UserError("datasets is empty: give at least one mapping with a path")
     for number, part in enumerate(parts):

@@ -33,6 +33,7 @@ class UnpaddingCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         examples = [example for row in rows for example in _pair_examples(row)]
         sides = _sequences(self.padding(examples), len(examples)) if examples else []
+        # TRL's padded batches have no regularizer target, so the chosen side takes its place.
         edges = [(chosen, chosen, rejected) for chosen, rejected in zip(sides, sides[len(examples) :])]
         gaps = [gap_of(row, *edge) for row in rows for edge in zip(row["chosen"], row["rejected"])]
         return self.packing.pack(sides, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
