@@ -309,7 +309,7 @@ def test_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
         ({"loss_type": "sigmod"}, "unknown: choose one of sigmoid"),
         ({"max_length": 0}, "max_length=0"),
         ({"label_smoothing": 0.7}, "flip probability"),
-        ({"loss_type": "ipo", "label_smoothing": 0.1}, "no meaning for loss_type 'ipo'"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no effect on loss_type 'ipo'"),
         ({"router_aux_loss_coef": 0.1}, "is not a mixture of experts"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"max_tokens_per_batch": 5, "max_steps": 1}, "more than max_tokens_per_batch=5"),
