@@ -164,7 +164,7 @@ def test_arguments_that_do_not_fit(tmp_path, arguments, message):
         ("tokenizer", "the argument tokenizer was removed: pass it as processing_class"),
         ("beta", r"the argument beta was removed: set it in args=DPOConfig\(beta=...\)"),
         ("max_prompt_length", "the argument max_prompt_length was removed: set max_length"),
-        ("ref_adapter_name", "the reference of a model that comes with an adapter is that adapter as it comes"),
+        ("ref_adapter_name", "for a model that comes with an adapter, that adapter.s start values are the reference"),
         ("is_encoder_decoder", "only decoders are supported"),
     ],
 )
