@@ -23,7 +23,7 @@ from tests.ops.test_vocab_score import BF16, Case, check
 
 ROOT = CSRC.parent
 
-# What is wrong: (file, right, wrong), the device it shows on.
+# Planted bugs: (file, right, wrong), and the device on which they show.
 CLUSTER, STREAM = {"shared_kib": 16}, {"major": 8}
 SCORE_BUGS = {
     "tail column not summed": (
@@ -66,7 +66,7 @@ SCORE_CASE = Case(BF16, 2, 9001, offset=3)  # several warps, several blocks
 
 @pytest.mark.parametrize("bug", [None, *SCORE_BUGS])
 def test_planted_bugs_are_found_in_vocab_score(bug, monkeypatch):
-    """Each bug fails the checks in one of the two orders of threads; without it both pass."""
+    """Each bug fails the checks in at least one of the two orders of threads; without a bug both pass."""
     devices = [SCORE_BUGS[bug][1]] if bug else [CLUSTER, STREAM]
     patches = (SCORE_BUGS[bug][0],) if bug else ()
     found = 0
@@ -126,7 +126,7 @@ def test_a_barrier_that_some_threads_skip_is_a_deadlock(monkeypatch):
     ],
 )
 def test_sanitizers(sanitizer, bug):
-    """Every CUDA thread a std::thread: no access out of bounds, misaligned or unordered."""
+    """With every CUDA thread a std::thread, no access is out of bounds, misaligned or unordered."""
     folder = ROOT / "tests" / "helpers" / "emulation"
     files = {path.name: path.read_text() for path in [folder / "sanitize.cpp", folder / "emulation.cpp"]}
     files |= {path.name: path.read_text() for path in (folder / "include").iterdir()}
@@ -158,7 +158,7 @@ def test_sanitizers(sanitizer, bug):
     ],
 )
 def test_plan(device, columns, blocks, monkeypatch):
-    """How many blocks keep a row in shared memory; 0: the row streams."""
+    """The number of blocks that keep a row in shared memory; 0 if the row streams."""
     with emulated(monkeypatch, **device) as library:
         vocab_score(torch.zeros(1, columns, dtype=BF16), torch.tensor([0]), score=True, backend="cuda")
         cluster, shared = library.last_cluster(), library.last_shared_bytes()
@@ -220,7 +220,7 @@ def test_arguments_of_pair_loss_are_checked():
 
 
 def test_launch_errors_are_raised(monkeypatch):
-    """More blocks than a cooperative launch may have: CUDA's text reaches Python."""
+    """A cooperative launch with too many blocks: CUDA's message reaches Python."""
     patch = (("pair_loss.cu", "std::min(resident, useful)", "std::max(resident, useful)"),)
     offsets = torch.arange(10)
     with emulated(monkeypatch, patch, multiprocessors=2), pytest.raises(RuntimeError, match="invalid configuration"):
@@ -228,7 +228,7 @@ def test_launch_errors_are_raised(monkeypatch):
 
 
 def test_sources_are_portable():
-    """No torch, nothing of the emulation's in what nvcc reads, but for the one seam."""
+    """What nvcc reads has no torch and nothing of the emulation, except for one macro."""
     text = "".join(sources().values())
     assert not re.search(r"torch/|ATen|EMULATION", text)
     assert text.count("#ifndef CPT_SHARED_MEMORY") == 1
@@ -236,7 +236,7 @@ def test_sources_are_portable():
 
 @pytest.mark.parametrize("cuda", ["0", "1"])
 def test_wheel(cuda, tmp_path):
-    """Built with and without nvcc; says which in one line; carries the sources; imports where there is no GPU."""
+    """A wheel builds with and without nvcc, says which in one line, carries the sources, and imports without a GPU."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     if cuda == "1" and not (shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
         with pytest.raises(subprocess.CalledProcessError):
@@ -270,7 +270,7 @@ def test_wheel(cuda, tmp_path):
     ],
 )
 def test_an_nvcc_that_cannot_build_the_kernels(release, said, wanted, tmp_path):
-    """Distributions' nvcc often is an old one; who did not ask for the kernels gets the rest."""
+    """Linux distributions often ship an old nvcc. Without CPT_BUILD_CUDA=1 the package installs without the kernels."""
     if release is not None:
         (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho '{release}'\n")
         (tmp_path / "nvcc").chmod(0o755)
@@ -281,7 +281,7 @@ def test_an_nvcc_that_cannot_build_the_kernels(release, said, wanted, tmp_path):
 
 
 def _build_wheel(cuda: str, tmp_path: Path) -> tuple[Path, str]:
-    """A wheel of a copy of the tree, so that the tree stays clean."""
+    """Builds a wheel from a copy of the tree, so that the tree stays clean."""
     copy = tmp_path / "source"
     copy.mkdir()
     for name in ("cpt_kernels", "csrc"):

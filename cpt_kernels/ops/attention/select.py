@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def _load_flash(name: str) -> Kernel:
     generation = FLASH[name]
-    return flash_kernel(name, importlib.import_module(generation.module), _version(generation.distribution))
+    return flash_kernel(name, importlib.import_module(generation.module), _installed_version(generation.distribution))
 
 
 def _load_torch_kernel() -> Kernel:
@@ -65,7 +65,7 @@ def _import_failure(error: Exception, module: str) -> str:
     return f"does not import ({type(error).__name__}: {error})".splitlines()[0]
 
 
-def _version(distribution: str) -> str:
+def _installed_version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:  # built from source under another name

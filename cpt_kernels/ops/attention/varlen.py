@@ -191,8 +191,8 @@ class _FlashAttention(torch.autograd.Function):
 
         ds = sum_t p_t (dO_t . 0 - D'_t) = - sum_t p_t (dO_t . O'_t),   p = exp(s - z') = sigmoid(s - z).
 
-    Hazard: multiplying O by sigmoid(z - s) outside of a flash attention would need the gradient of z, which flash
-    backwards ignore, so gradients would be silently wrong.
+    Hazard: multiplying the output of a flash attention by sigmoid(z - s) with autograd would need the gradient of z,
+    which flash backwards ignore: gradients would be silently wrong.
     """
 
     @staticmethod

@@ -164,7 +164,7 @@ def _losses(
     h = (chosen - chosen_ref) - (rejected - rejected_ref)
     if LOSS == "sigmoid":
         loss = (1 - label_smoothing) * _softplus(-beta * h) + label_smoothing * _softplus(beta * h)
-        slope = beta * (label_smoothing * _sigmoid(beta * h) - (1 - label_smoothing) * _sigmoid(-beta * h))
+        slope = beta * (label_smoothing * _logistic(beta * h) - (1 - label_smoothing) * _logistic(-beta * h))
         return loss, slope, -slope, zero
     elif LOSS == "hinge":
         margin = 1 - beta * h
@@ -220,5 +220,5 @@ def _softplus(x):
 
 
 @triton.jit
-def _sigmoid(x):
+def _logistic(x):
     return 1 / (1 + tl.exp(-x))

@@ -200,7 +200,7 @@ def test_opcheck():
     assert set(torch.library.opcheck(operator, arguments, keywords, test_utils=checks).values()) == {"SUCCESS"}
 
 
-# --- Refused, and outside of a graph ---
+# --- Gradients that are refused, and losses that leave the graph ---
 
 
 def test_a_gradient_through_the_log_probs_of_the_fused_mode_raises():
