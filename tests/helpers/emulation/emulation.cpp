@@ -53,7 +53,7 @@ struct Fiber {
 constexpr size_t kStackBytes = 64 << 10;
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
 std::set<size_t> runnable;
-size_t running;  // the fiber that is
+size_t running;  // index of the fiber that runs
 ucontext_t scheduler;
 const std::function<void()>* body;
 std::exception_ptr failure;
@@ -72,7 +72,7 @@ void start() {
 
 }  // namespace
 
-// Whoever comes last does not go on either: those whose turn is first do.
+// The last thread to arrive yields as well: the scheduler decides which one continues.
 void Barrier::wait() {
     waiting_.push_back(running);
     if (int(waiting_.size()) == expected_) {
@@ -82,7 +82,7 @@ void Barrier::wait() {
     to_scheduler();
 }
 
-// Always runs the first (or the last) fiber that can run, so that threads are as far apart as barriers allow.
+// Always runs the first (or always the last) fiber that can run, so threads are as far apart as barriers allow.
 static void run_together(std::vector<Thread>& threads, const std::function<void()>& kernel) {
     body = &kernel, failure = nullptr;
     while (fibers.size() < threads.size()) {
@@ -111,10 +111,11 @@ static void run_together(std::vector<Thread>& threads, const std::function<void(
 
 #endif
 
-static Launch last;
+static Launch last;  // for last_cluster() and last_shared_bytes()
 
 void run(const Launch& launch, const std::function<void()>& kernel) {
     last = launch;
+    // Blocks that can synchronise run together: all of a cooperative launch, else those of a cluster.
     const unsigned together = launch.cooperative ? launch.grid.x : launch.cluster;
     const unsigned groups = launch.grid.x / together;
     for (unsigned n = 0; n < groups; ++n) {

@@ -1,5 +1,5 @@
-// The kernels under the sanitizers: buffers of exactly the size that a kernel may touch, every CUDA thread a std::thread.
-// Prints the largest deviation from a double-precision computation, and fails if it is large.
+// Runs the kernels under the sanitizers. Buffers have exactly the size that a kernel may touch, and every CUDA thread is
+// a std::thread. Prints the largest deviation from a computation in double precision, and fails if that is large.
 #include "kernels.h"
 
 #include <cmath>

@@ -1,11 +1,12 @@
-// CUDA C++ on the CPU: enough of the language and of its runtime for g++ to compile the very .cu files of csrc/ and run
-// them at small sizes, so that their logic is tested where there is no GPU.
+// CUDA C++ on the CPU: the part of the language and of its runtime that g++ needs to compile the .cu files of csrc/
+// unchanged. They run at small sizes, so their logic is tested without a GPU.
 //
-// Threads that can synchronise (a block, a cluster, the grid of a cooperative launch) run together as fibers, each to its
-// next barrier. The lowest thread that can run always does (or always the highest), so that threads are as far apart as
-// barriers allow: a barrier that is missing between a write and another thread's read or write shows in one of the two
-// orders, every time. Shared memory holds NaNs when a block starts and again when it has left, and asynchronous copies
-// arrive only when waited for. With -DEMULATION_THREADS fibers become std::threads, for the sanitizers.
+// Threads that can synchronise (a block, a cluster, the grid of a cooperative launch) run together as fibers, each up to
+// its next barrier. The scheduler always runs the lowest thread that can run (or always the highest), so threads are as
+// far apart as barriers allow. If a barrier is missing between a write and another thread's access, one of the two
+// orders shows it every time. Shared memory holds NaNs when a block starts and again after it has left. Asynchronous
+// copies arrive only when the kernel waits for them. With -DEMULATION_THREADS fibers become std::threads, for the
+// sanitizers.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +43,7 @@ struct alignas(16) uint4 {
 
 namespace emulation {
 
-// What the emulated device is; see configure() in emulation.cpp.
+// Properties of the emulated device; see configure() in emulation.cpp.
 struct Device {
     bool descending = false;
     int major = 9;
@@ -59,8 +60,8 @@ class Barrier {
   private:
     int expected_;
 #ifdef EMULATION_THREADS
-    // Each barrier has a lock of its own: one for all would order threads that no common barrier orders, and so hide
-    // races from the thread sanitizer.
+    // Each barrier has its own lock. One lock for all would order threads that share no barrier, and hide their races
+    // from the thread sanitizer.
     struct State {
         std::mutex mutex;
         std::condition_variable changed;
@@ -76,7 +77,7 @@ constexpr int kWarp = 32;
 
 struct Warp {
     Barrier barrier;
-    // Shuffles alternate between two sets of slots: a lane that is one shuffle ahead overwrites nothing unread.
+    // Shuffles alternate between two sets of slots, so that a lane one shuffle ahead overwrites no unread value.
     uint64_t slots[2][kWarp];
     explicit Warp(int lanes) : barrier(lanes) {}
 };
@@ -121,7 +122,7 @@ extern thread_local Thread* current;
 extern Thread* current;
 #endif
 
-void run(const Launch& launch, const std::function<void()>& kernel);  // throws what a thread threw
+void run(const Launch& launch, const std::function<void()>& kernel);  // rethrows the exception of a thread
 
 template <typename T>
 T shuffle(T value, int from) {
@@ -143,7 +144,7 @@ using std::min;
 
 namespace emulation {
 template <unsigned (*get)()>
-struct Builtin {  // a variable whose value is looked up
+struct Builtin {  // a variable whose value depends on the thread that reads it
     struct {
         operator unsigned() const { return get(); }
     } x;
