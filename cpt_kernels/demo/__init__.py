@@ -12,7 +12,6 @@ training never uses then compares each arm's responses to new exercises with the
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..cli.parsing import Parser
 from ..errors import UserError
 from . import report
 from .arms import ARMS
@@ -37,10 +37,12 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
     """Run the experiment, print its table and findings, and write the report; or write the quickstart's files.
 
     Raises:
-        UserError: the output folder cannot be written to.
+        UserError: an unknown option or arm, or a folder that cannot be written to.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace("``", ""))
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to [%(default)s]")
+    parser = Parser(prog=prog, description=__doc__.split("\n\n")[0].replace("``", ""))
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder to write to [%(default)s]"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each [0]")
     parser.add_argument("--quick", action="store_true", help="run every stage, too briefly to learn much")
