@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import UserError
 from ..files import replacing, write_text
 from .index import Index
-from .keys import Sequences, Tokens, row_keys
+from .keys import Sequences, TokenIds, row_keys
 from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, write_shard
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class ReferenceCache:
 
     # --- Reading ---
 
-    def key(self, prompt_ids: Tokens, completion_ids: Tokens) -> bytes:
+    def key(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> bytes:
         """Returns the 16 bytes that identify a completion of a prompt under this reference.
 
         Raises:
@@ -154,11 +154,11 @@ class ReferenceCache:
         parts = np.split(values, np.cumsum(lengths))
         return [part if is_stored else None for part, is_stored in zip(parts, found.tolist())]
 
-    def get_or_none(self, prompt_ids: Tokens, completion_ids: Tokens) -> NDArray[np.float32] | None:
+    def get_or_none(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> NDArray[np.float32] | None:
         """Does what `get_many` does, for one completion."""
         return self.get_many([(prompt_ids, completion_ids)])[0]
 
-    def get(self, prompt_ids: Tokens, completion_ids: Tokens) -> NDArray[np.float32]:
+    def get(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> NDArray[np.float32]:
         """Does what `get_or_none` does, but requires that the completion is stored.
 
         Raises:
@@ -172,7 +172,7 @@ class ReferenceCache:
             )
         return values
 
-    def __contains__(self, sequence: tuple[Tokens, Tokens]) -> bool:
+    def __contains__(self, sequence: tuple[TokenIds, TokenIds]) -> bool:
         """Whether `(prompt_ids, completion_ids)` is stored. Does not count in `hits` and `misses`."""
         return self.has_keys([self.key(*sequence)], [len(sequence[1])])[0]
 
@@ -197,7 +197,7 @@ class ReferenceCache:
 
     # --- Writing ---
 
-    def add(self, prompt_ids: Tokens, completion_ids: Tokens, logps: ArrayLike) -> None:
+    def add(self, prompt_ids: TokenIds, completion_ids: TokenIds, logps: ArrayLike) -> None:
         """Does what `add_many` does, for one completion."""
         self.add_many([(prompt_ids, completion_ids)], [logps])
 

@@ -17,8 +17,8 @@ from xxhash import xxh3_128_digest
 
 from ..errors import UserError
 
-Tokens = Sequence[int] | NDArray[np.integer]
-Sequences = Sequence[tuple[Tokens, Tokens]]  # (prompt ids, completion ids) of each
+TokenIds = Sequence[int] | NDArray[np.integer]
+Sequences = Sequence[tuple[TokenIds, TokenIds]]  # (prompt ids, completion ids) of each
 
 _LENGTHS = struct.Struct("<QQ")
 _INT64 = np.dtype("<i8")
@@ -49,7 +49,7 @@ def _packer(length: int) -> struct.Struct:
     return struct.Struct(f"<{length}q")
 
 
-def _token_bytes(ids: Tokens) -> bytes:
+def _token_bytes(ids: TokenIds) -> bytes:
     if isinstance(ids, np.ndarray) and ids.dtype is _INT64 and ids.ndim == 1:
         return ids.tobytes()
     if isinstance(ids, (list, tuple)):

@@ -17,7 +17,7 @@ from ..data.batches import pack_rows
 from ..data.collate import PackedCollator
 from ..data.truncation import TruncationMode, truncate
 from .cache import ReferenceCache
-from .keys import Tokens
+from .keys import TokenIds
 from .shards import KEY_BYTES
 
 _CHUNK = 1000  # rows of a dataset that are read at a time
@@ -35,7 +35,7 @@ class DatasetCompletion(NamedTuple):
     completion_ids: NDArray[np.int64]
 
     @property
-    def ids(self) -> tuple[Tokens, Tokens]:
+    def ids(self) -> tuple[TokenIds, TokenIds]:
         """(prompt ids, completion ids), as `ReferenceCache` takes them."""
         return self.prompt_ids, self.completion_ids
 
