@@ -164,22 +164,24 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
+    """Returns the pairs of a batch, with reference log-probs summed by completion."""
     ref = batch["ref_token_logps"]
     return Pairs(
-        batch["cu_completions"],
-        batch["completion_lengths"],
-        batch["chosen"],
-        batch["rejected"],
-        batch["sft_targets"],
-        batch["pair_blocks"],
-        None if ref is None else segment_sum(ref, batch["cu_completions"]),
-        tokens_per_pair,
-        ref,
-        batch["gaps"],
+        cu_completions=batch["cu_completions"],
+        completion_lengths=batch["completion_lengths"],
+        chosen=batch["chosen"],
+        rejected=batch["rejected"],
+        sft_targets=batch["sft_targets"],
+        pair_blocks=batch["pair_blocks"],
+        ref_logps=None if ref is None else segment_sum(ref, batch["cu_completions"]),
+        tokens_per_pair=tokens_per_pair,
+        ref_token_logps=ref,
+        gaps=batch["gaps"],
     )
 
 
 def _autocast_dtype(rows: Tensor) -> torch.dtype | None:
+    """Returns the dtype in which autocast would compute the head's products; None if it is off."""
     device = rows.device.type
     if not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
         return None
@@ -249,6 +251,7 @@ def _head_options(model: PreTrainedModel, memory_mb: float | None) -> HeadOption
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
+    """Raises UserError for an architecture that cannot be packed exactly."""
     name = type(model).__name__
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
