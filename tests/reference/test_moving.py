@@ -80,7 +80,7 @@ def test_resume_continues_with_the_reference_as_it_was(tmp_path):
     ours, theirs = (t.reference.packed.model.state_dict() for t in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     still = {name: value for name, value in options.items() if "ref_model" not in name}
-    with pytest.raises(ValueError, match=r"saved by a run with sync_ref_model, .* resume it with sync_ref_model=true"):
+    with pytest.raises(ValueError, match=r"saved with sync_ref_model, .* resume it with sync_ref_model=true"):
         make_trainer(tmp_path / "a", **still).train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-3"))
     (tmp_path / "a/out/checkpoint-3/reference.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no reference\.safetensors: it was not saved by a run with sync"):
@@ -90,7 +90,9 @@ def test_resume_continues_with_the_reference_as_it_was(tmp_path):
 def test_with_streams_and_token_budgets(tmp_path):
     stored = make_trainer(tmp_path, train_sampling_strategy="sequential", **OPTIONS | {"max_steps": 3})
     stored.train()
-    stream = make_trainer(tmp_path, data=preference_data(16).to_iterable_dataset(), **OPTIONS | {"max_steps": 3})
+    stream = make_trainer(
+        tmp_path, train_dataset=preference_data(16).to_iterable_dataset(), **OPTIONS | {"max_steps": 3}
+    )
     stream.train()
     assert losses(stream) == pytest.approx(losses(stored), abs=1e-6)
     make_trainer(tmp_path, max_tokens_per_batch=80, **OPTIONS | {"max_steps": 2}).train()
