@@ -88,6 +88,13 @@ REMOVED_OPTIONS = {
     "gradient_checkpointing_use_reentrant": "set use_reentrant in gradient_checkpointing_kwargs",
     "use_liger": "set use_liger_kernel",
 }
+# Old name (TRL's) -> new name of the options that transformers 5.24 renamed; empty for older versions.
+_RENAMED = {
+    f"gradient_{name}": f"activation_{name}"
+    for name in ("checkpointing", "checkpointing_kwargs")
+    if f"activation_{name}" in TrainingArguments.__dataclass_fields__
+}
+_OTHER_NAME = {**_RENAMED, **{new: old for old, new in _RENAMED.items()}}
 
 
 @dataclass
@@ -177,6 +184,14 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             raise UserError(f"{name} was removed: {REMOVED_OPTIONS[name]}")
         return super().__new__(cls)
 
+    _renamed_agree = False  # whether both names of each renamed option have one value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; after construction, an option that transformers renamed is set under both names."""
+        super().__setattr__(name, value)
+        if self._renamed_agree and name in _OTHER_NAME:
+            super().__setattr__(_OTHER_NAME[name], value)
+
     def __post_init__(self) -> None:
         # Values as a YAML file may have them.
         self.loss_type = loss_names(self.loss_type)
@@ -192,8 +207,13 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         # transformers' own checks and changes.
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and _has_bf16()
+        for old, new in _RENAMED.items():
+            # Setting the new name here avoids transformers' FutureWarning about the old one, which has our default.
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         with user_error():
             super().__post_init__()
+        self._renamed_agree = True
 
         # Checks that need the device or transformers' objects.
         if self.fp16 and self.device.type == "cpu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ DIFFERENT_DEFAULTS = {
     # Reference log-probs are cached, so a second run does not score again. A stream is scored while it is read.
     "precompute_ref_log_probs": (False, None),
 }
+
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 
 def default(field):
@@ -70,6 +72,30 @@ def test_fields_of_transformers_are_redefined_for_their_default_only():
     """The fields of transformers that we declare again are those whose default we change."""
     redefined = {f.name for f in fields(TrainingArguments)} & ContrastiveConfig.__annotations__.keys()
     assert redefined == {"learning_rate", "logging_steps", "gradient_checkpointing", "bf16"}
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_both_names_of_checkpointing_mean_the_same(tmp_path, name):
+    """transformers 5.24 renamed the options; its Trainer reads the new names."""
+    names = [name for name in CHECKPOINTING if hasattr(TrainingArguments, name)]
+    if name not in names:
+        pytest.skip("needs transformers 5.24 or newer")
+
+    def assert_all(args, on, kwargs):
+        assert [getattr(args, name) for name in names] == [on] * len(names)
+        assert [getattr(args, f"{name}_kwargs") for name in names] == [kwargs] * len(names)
+
+    kwargs = {"use_reentrant": True}
+    assert_all(config(tmp_path), True, None)
+    assert_all(config(tmp_path, **{name: False}), False, None)
+    args = config(tmp_path, **{f"{name}_kwargs": kwargs})
+    assert_all(args, True, kwargs)
+    for copied in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args), replace(args)):
+        assert_all(copied, True, kwargs)
+        setattr(copied, name, False)  # scripts change options after construction, too
+        setattr(copied, f"{name}_kwargs", None)
+        assert_all(copied, False, None)
 
 
 @pytest.mark.parametrize("name", IGNORED_OPTIONS)

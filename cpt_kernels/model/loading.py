@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,7 +125,9 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
         raise UserError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
     # ZeRO-3 gathers parameters into buffers of one dtype, so an fp32 adapter beside bf16 weights would fail.
     cast = zero_stage(args) != 3 or _is_quantised(model)
-    with user_error("peft_config"):  # such as target modules that the model does not have
+    with user_error("peft_config"), warnings.catch_warnings():  # such as target modules that the model does not have
+        # PEFT 0.21 reads a name that transformers 5.24 deprecates, which is nothing that the user could change.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
 
 

@@ -116,3 +116,9 @@ def tiny_model(
     for parameter in model.parameters():  # not buffers: RoPE's frequencies stay in fp32, as after from_pretrained
         parameter.data = parameter.data.to(weights or dtype).to(dtype)
     return model.eval()
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Turns gradient checkpointing on; transformers 5.24 renamed the method."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

@@ -14,7 +14,7 @@ from cpt_kernels.data.packing import scatter_rounds
 from cpt_kernels.losses import build_loss
 from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.ops.gather import segment_sum
-from tests.helpers.architectures import CONFIGS, LENGTH_DEPENDENT, MIXTURES, tiny_model
+from tests.helpers.architectures import CONFIGS, LENGTH_DEPENDENT, MIXTURES, recompute_activations, tiny_model
 from tests.helpers.exactness import (
     BATCHES,
     FLOOR,
@@ -80,7 +80,7 @@ def test_packed_is_as_exact_as_alone(name, dtype, head, activations):
     if head == FROZEN:
         freeze_head(model)
     if activations == RECOMPUTED:
-        model.train().gradient_checkpointing_enable()
+        recompute_activations(model.train())
     packed, results = PackedModel(model), []
     for seed in range(BATCHES):
         routing = Routing(model, routings[seed]) if name in MIXTURES else None
@@ -297,7 +297,7 @@ def test_the_wrapped_model_and_the_heads_hooks_run():
 
 def test_checkpointing_recomputes_every_layer():
     model = tiny_model("llama")
-    model.train().gradient_checkpointing_enable()
+    recompute_activations(model.train())
     calls = []
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))

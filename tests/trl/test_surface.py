@@ -245,6 +245,8 @@ def test_adapters_are_prepared_as_trl_does_it(tmp_path):
     model.is_loaded_in_4bit = True
     prepare_adapter(model, args)
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    read_by_transformers = getattr(args, "activation_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
+    assert read_by_transformers == {"use_reentrant": True}
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert {dtype for name, dtype in dtypes.items() if "magnitude" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "magnitude" not in name} == {torch.bfloat16}
