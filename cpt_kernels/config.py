@@ -186,7 +186,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
 
     _renamed_agree = False  # whether both names of each renamed option have one value
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Sets an attribute; after construction, an option that transformers renamed is set under both names."""
         super().__setattr__(name, value)
         if self._renamed_agree and name in _OTHER_NAME:
