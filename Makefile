@@ -1,11 +1,16 @@
 # `make demo` and `make test` set up .venv on first use; CPT_BUILD_CUDA=0/1 skips or forces the CUDA extension.
 PYTHON ?= python3
 JOBS ?= 2
-BIN := .venv/bin
-READY := .venv/.ready
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# What depends most on other packages' versions: kernels, models, trainer, options, parity with TRL.
+VERSIONED := tests/ops tests/model/test_packed_model.py tests/test_trainer.py tests/test_config.py \
+	tests/cli/test_parsing.py tests/trl
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-zero test-quantised lint clean
+.PHONY: demo test test-all test-newest test-oldest test-zero test-quantised lint format clean
 
 demo: $(READY)
 	$(BIN)/cpt demo
@@ -13,32 +18,48 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
 
+# With the tests that take minutes of training, under the newest and the oldest versions. Run it before an issue is closed.
+test-all: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m ''
+	$(MAKE) test-zero test-quantised test-oldest
+
+# A selection of tests under the versions of constraints.txt, and of constraints-oldest.txt in an environment of its own.
+test-newest: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(VERSIONED)
+
+test-oldest:
+	$(MAKE) test-newest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 # ZeRO's tests. DeepSpeed lies in a folder of its own: beside the rest it changes what transformers and accelerate import.
 test-zero: $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-		--upgrade --target .venv/deepspeed deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
-	PYTHONPATH=.venv/deepspeed DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+		--upgrade --target $(VENV)/deepspeed deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
+	PYTHONPATH=$(VENV)/deepspeed DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
 		tests/training/test_sharding.py tests/model/test_loading.py
 
 # QLoRA's tests. bitsandbytes lies in a folder of its own: wherever it is found it is imported, by every process.
 test-quantised: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/bitsandbytes \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/bitsandbytes \
 		bitsandbytes==0.50.2
-	PYTHONPATH=.venv/bitsandbytes OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+	PYTHONPATH=$(VENV)/bitsandbytes OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
 		tests/model/test_quantised.py tests/trl/test_options.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel pybind11
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) pip setuptools wheel pybind11
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-build-isolation \
-		--constraint constraints.txt --editable '.[dev,peers]'
+		--constraint $(CONSTRAINTS) --editable '.[dev,peers]'
 	@$(BIN)/python -c 'import importlib.util as u; print("CUDA kernels:", u.find_spec("cpt_kernels._C") and "built" or "not built (no nvcc of CUDA 12 or newer, no Python.h, or CPT_BUILD_CUDA=0)")'
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info cpt_kernels/_C*.so
+	rm -rf .venv .venv-oldest build dist *.egg-info cpt_kernels/_C*.so
