@@ -11,8 +11,7 @@ from transformers import TrainerCallback
 
 from cpt_kernels.reference.moving import MovingReference
 from tests.helpers.architectures import tiny_model
-from tests.helpers.toy import losses, preference_data
-from tests.test_trainer import make_trainer
+from tests.helpers.toy import losses, make_trainer, preference_data
 from tests.training.test_distributed import run
 
 OPTIONS = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.3, "max_steps": 5}
