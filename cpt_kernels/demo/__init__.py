@@ -17,33 +17,33 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import datasets
-import torch
-import transformers
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from ..cli.parsing import Parser
 from ..errors import UserError
-from . import report
-from .arms import ARMS
-from .experiment import FULL, QUICK, Experiment, SeedResult, Size
-from .findings import find
-from .quickstart import write_quickstart
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .experiment import SeedResult, Size
+
+# The keys of `arms.ARMS`, here as well because --help must not import transformers.
+ARM_NAMES = ("sft", "slic-easy", "dpo-easy", "dpo-hard", "dpo-easy-to-hard", "dpo-hard-to-easy")
 
 
 def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
-    """Run the experiment, print its table and findings, and write the report; or write the quickstart's files.
+    """Runs the experiment, prints its table and findings, and writes the report; or writes the quickstart's files.
 
     Raises:
         UserError: an unknown option or arm, or a folder that cannot be written to.
     """
-    parser = Parser(prog=prog, description=__doc__.split("\n\n")[0].replace("``", ""))
+    parser = Parser(prog=prog, description=(__doc__ or "").split("\n\n")[0].replace("``", ""))
     parser.add_argument(
         "--output", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder to write to [%(default)s]"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARM_NAMES, default=list(ARM_NAMES), metavar="ARM", help=", ".join(ARM_NAMES)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each [0]")
     parser.add_argument("--quick", action="store_true", help="run every stage, too briefly to learn much")
     parser.add_argument(
@@ -53,6 +53,17 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
         help="only write the files of the README's quickstart to DIR: 51 responses and a small random model",
     )
     options = parser.parse_args(argv)
+
+    import datasets
+    import torch
+    import transformers
+    from rich.console import Console
+
+    from . import report
+    from .experiment import FULL, QUICK
+    from .findings import find
+    from .quickstart import write_quickstart
+
     transformers.utils.logging.disable_progress_bar()
     console = Console(soft_wrap=True, highlight=False)
     if options.quickstart is not None:
@@ -91,7 +102,18 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
 def run_seeds(
     seeds: Sequence[int], arms: Sequence[str], size: Size, output: Path, console: Console
 ) -> list[SeedResult]:
-    """Run the experiment once per seed, with one progress bar for all seeds."""
+    """Runs the experiment once per seed, with one progress bar for all seeds."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from .experiment import Experiment
+
     seeds, arms = list(dict.fromkeys(seeds)), list(dict.fromkeys(arms))
     columns = (TextColumn("{task.description:32}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:

@@ -51,6 +51,7 @@ def home(tmp_path_factory) -> Path:
         (["cache", "--help"], "usage: cpt cache"),
         (["generate", "--help"], "usage: cpt generate"),
         (["eval", "pairs", "--help"], "usage: cpt eval pairs"),
+        (["demo", "--help"], "usage: cpt demo"),
     ],
 )
 def test_help_and_mistakes_take_less_than_a_second_without_torch(home, argv, printed):

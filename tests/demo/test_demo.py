@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_kernels import cli
-from cpt_kernels.demo import report
+from cpt_kernels.demo import ARM_NAMES, report
 from cpt_kernels.demo.arms import ARMS, EASY, HARD, Trained
 from cpt_kernels.demo.experiment import (
     FULL,
@@ -313,6 +313,7 @@ def test_quick_demo(tmp_path, capsys):
 
 
 def test_an_unknown_arm_is_named(capsys):
+    assert tuple(ARMS) == ARM_NAMES
     assert cli.main(["demo", "--arms", "sft", "ppo"]) == 2
     error = capsys.readouterr().err
     assert "ppo" in error and all(re.search(rf"\b{name}\b", error) for name in ARMS)
