@@ -173,6 +173,70 @@ def test_files_have_at_most_600_lines(folder):
     assert not {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > 600}
 
 
+# Functions and classes that several files define on purpose.
+DEFINED_TWICE = {"main"}  # every command's entry point
+# Signatures that somebody else dictates: the trainer's constructor is TRL's, an autograd function's are PyTorch's.
+DICTATED = {"ContrastiveTrainer.__init__", "forward", "backward", "_logprobs_backward", "_preference_backward"}
+
+
+class Function(NamedTuple):
+    path: Path
+    name: str  # with its class: "PackedModel.__call__"
+    node: ast.FunctionDef
+
+    def is_dictated(self) -> bool:
+        compiled = any("triton.jit" in ast.unparse(decorator) for decorator in self.node.decorator_list)
+        return compiled or bool({self.name, self.node.name} & DICTATED)
+
+
+def functions() -> Iterator[Function]:
+    """All functions of the package, nested ones included."""
+
+    def walk(path: Path, node: ast.AST, owner: str) -> Iterator[Function]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield Function(path, owner + child.name, child)
+            yield from walk(path, child, f"{child.name}." if isinstance(child, ast.ClassDef) else owner)
+
+    for path in FILES:
+        yield from walk(path, ast.parse((PACKAGE / path).read_text()), "")
+
+
+def test_every_name_is_defined_once():
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse((PACKAGE / path).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                places.setdefault(node.name, []).append(str(path))
+    assert not {name: files for name, files in places.items() if len(files) > 1 and name not in DEFINED_TWICE}
+
+
+def test_no_function_has_more_than_seven_positional_parameters():
+    def count(node: ast.FunctionDef) -> int:
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        return len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+
+    assert not {f"{f.path}: {f.name}": count(f.node) for f in functions() if count(f.node) > 7 and not f.is_dictated()}
+
+
+def test_results_with_more_than_three_parts_have_names():
+    def returned(node: ast.AST) -> Iterator[ast.expr | None]:
+        """Values of the return statements of a function, without those of functions inside it."""
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Return):
+                yield child.value
+            elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                yield from returned(child)
+
+    unnamed = {
+        f"{f.path}: {f.name}"
+        for f in functions()
+        if not f.is_dictated()
+        and any(isinstance(value, ast.Tuple) and len(value.elts) > 3 for value in returned(f.node))
+    }
+    assert not unnamed
+
+
 _HIDE = """
 import importlib.machinery as machinery
 found = machinery.PathFinder.find_spec
