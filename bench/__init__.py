@@ -1,1 +1,1 @@
-"""Benchmarks: what this package gains over what one would use instead, on this machine. ``python -m bench SUBJECT``."""
+"""Benchmarks that compare this package with its alternatives on this machine: ``python -m bench SUBJECT``."""

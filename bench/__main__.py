@@ -1,4 +1,4 @@
-"""``python -m bench SUBJECT [options]``; ``python -m bench SUBJECT --help`` lists a subject's options."""
+"""Runs one benchmark: ``python -m bench SUBJECT [options]``. ``python -m bench SUBJECT --help`` lists its options."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import importlib
 import sys
 
 SUBJECTS = {
-    "suite": "everything below that this machine can run, in one file of results, with pictures",
-    "step": "a training step against TRL's: time, memory, equality of the losses",
-    "scaling": "the same as pairs, tokens, vocabulary, prompt share, completions or ranks grow",
-    "head": "the head against eager, TRL, Liger, PyTorch's own and more: time, memory, share of the roofline",
-    "attention": "attention with shared prompts against separate sequences, FlexAttention and a dense mask",
-    "tokenize": "tokenising pairs of real lengths, against TRL's",
-    "packing": "pads, fill and balance of packed micro-batches over a file of responses",
-    "cache": "the reference cache: filling, opening, look-ups, beside SQLite, LMDB and Arrow columns",
-    "fingerprint": "digesting the weights of a reference",
-    "crash": "builds of the reference cache, killed at random: nothing lost, nothing wrong",
-    "reference_pass": "the reference pass over all pairs of a file of responses, against TRL's",
-    "gpu_check": "all that wants a GPU: tests, comparisons and benchmarks, in eight minutes",
+    "suite": "run all subjects below that this machine supports; one result file, with plots",
+    "step": "time and memory of a training step, compared with TRL; checks that the losses agree",
+    "scaling": "time of a step as pairs, tokens, vocabulary, prompt share, completions or ranks grow",
+    "head": "time, memory and share of the roofline of the head, compared with eager, TRL, Liger and others",
+    "attention": "shared-prompt attention, compared with separate sequences, FlexAttention and a dense mask",
+    "tokenize": "time to tokenize pairs of real lengths, compared with TRL",
+    "packing": "pad tokens, fill and balance between ranks of packed micro-batches",
+    "cache": "filling, opening and look-ups of the reference cache, compared with SQLite, LMDB and Arrow",
+    "fingerprint": "time to compute the fingerprint of a reference",
+    "crash": "kill builds of the reference cache at random; check that no value is lost or wrong",
+    "reference_pass": "time to score the reference on all pairs of a response file, compared with TRL",
+    "gpu_check": "all tests, comparisons and benchmarks that need a GPU, in eight minutes",
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
-    "plot": "pictures of recorded results",
-    "readme": "the figures of README.md and docs/benchmarks.md, from recorded results",
+    "plot": "plot recorded results",
+    "readme": "write the figures of README.md and docs/benchmarks.md from recorded results",
 }
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the subject named first and returns its exit code."""
     if not arguments or arguments[0] not in SUBJECTS:
         lines = (f"  {name:<16}{text}" for name, text in SUBJECTS.items())
         print("usage: python -m bench SUBJECT [options]", *lines, sep="\n")

@@ -1,19 +1,20 @@
-"""Attention of completions that share their prompt, against its peers: time, memory, share of the roofline.
+"""How fast is shared-prompt attention, compared with other ways to compute the same?
 
     python -m bench attention --shape llama-1b --prompt 512,2048 --completions 2x256 8x128
 
-Every contestant attends over the same packed row of K completions behind one prompt, in a process of its own, rounds
-interleaved after a warm-up that compiles. Outputs and gradients are held to a reference before anything is timed.
-A round is as many runs as fit 50 ms. On CUDA the L2 cache is cold.
+Every contestant attends over the same packed row of K completions after one prompt. Each runs in its own process;
+rounds are interleaved after a warm-up that compiles. Outputs and gradients are compared with a reference before
+anything is timed. A round repeats the run for about 50 ms. On CUDA the L2 cache is cold.
 
-    ours-BACKEND  shared_prompt_attention (--backends, default all that are there)
-    separate      every completion behind its own copy of the prompt: SDPA sequence by sequence on a CPU, one
-                  variable-length flash attention on CUDA; the copies' gradients are not yet summed
-    flex          FlexAttention, compiled, with a mask for the shared prompt; it has no backward on a CPU
-    dense         one call of SDPA with the mask written out
+    ours-BACKEND  shared_prompt_attention (--backends, default: all that are available)
+    separate      each completion after its own copy of the prompt: SDPA, one sequence at a time, on a CPU; one
+                  variable-length flash attention on CUDA; does not sum the gradients of the prompt's copies
+    flex          FlexAttention, compiled, with a block mask for the shared prompt; has no backward on a CPU
+    dense         one call of SDPA with an explicit mask
 
-``pairs`` is the number of (query, key) pairs that a contestant looks at over those that it has to, A: what time would
-be, in units of ours, if all ran at one rate. Dense SDPA looks at all T x T.
+The report has time, peak memory and the share of the roofline. ``pairs`` is the number of (query, key) pairs that a
+contestant computes, divided by A, the number needed. It is the time relative to ours that we would see if all
+contestants computed pairs at the same rate. Dense SDPA computes all T x T pairs.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ from cpt_kernels.ops.attention.select import capabilities
 from . import attentions
 from .attentions import Case, Groups, attended, copies_of, dense_mask, inputs_of, spread, tokens_of
 from .rounds import REFERENCE, Found, Products, Timed, compete, serve
-from .timing import add_output_options, finish, milliseconds, summarise, table
+from .timing import add_output_options, finish, milliseconds, summarize, table
 from .work import SHAPES, Shape
 
 _PEERS = "separate,flex,dense"
-_WAYS = {"forward and backward": 14, "forward": 4}  # operations per head, its size and attended pair
-_SIDE = {"cpu": 1024, "cuda": 8192}  # of the square product whose rate is the roof
+_WAYS = {"forward and backward": 14, "forward": 4}  # operations per head, head dimension and attended pair
+_SIDE = {"cpu": 1024, "cuda": 8192}  # side of the square matrix product whose rate is the roofline
 _NO_BACKWARD = "FlexAttention has no backward on a CPU"
 
 # --- Worker ---
 
 
 def work(spec: dict[str, Any]) -> None:
-    """The worker of one contestant; a size is GROUPS PROMPT COMPLETIONS."""
+    """Runs the worker of one contestant. A size is ``GROUPS PROMPT COMPLETIONS``."""
     device, case = spec["device"], case_of(spec)
 
     def build(*size: str) -> Timed | Products:
         groups = groups_of(*size)
         if spec["name"] != REFERENCE:
-            return Run(groups, case, spec)
+            return AttentionRun(groups, case, spec)
         a, b = (torch.randn(2 * [_SIDE[device]], device=device).to(case.dtype) for _ in range(2))
         return Products(device, expected(groups, case, device), (a, b))
 
@@ -59,11 +60,12 @@ def work(spec: dict[str, Any]) -> None:
 
 
 def case_of(spec: dict[str, Any]) -> Case:
+    """Returns the case that a worker's settings describe."""
     return Case(*spec["heads"], dtype=getattr(torch, spec["dtype"]))
 
 
 def groups_of(count: str, prompt: str, completions: str) -> Groups:
-    """Completions, ``KxLENGTH`` or comma-separated lengths, behind each of ``count`` prompts."""
+    """Returns ``count`` equal groups. ``completions`` is ``KxLENGTH`` or a comma-separated list of lengths."""
     if repeated := re.fullmatch(r"(\d+)x(\d+)", completions):
         lengths = int(repeated[1]) * [int(repeated[2])]
     else:
@@ -71,7 +73,7 @@ def groups_of(count: str, prompt: str, completions: str) -> Groups:
     return [(int(prompt), lengths)] * int(count)
 
 
-class Run(Timed):
+class AttentionRun(Timed):
     """One contestant on one layout."""
 
     def __init__(self, groups: Groups, case: Case, spec: dict[str, Any]):
@@ -80,6 +82,7 @@ class Run(Timed):
         self.tokens, self.index = tokens_of(groups), None
         self.leaves, self.upstream = inputs_of(case, self.tokens, self.device)
         if name == "separate":
+            # The inputs of a shared prompt are copied into each of its sequences.
             self.index = copies_of(groups).to(self.device)
             self.leaves = [leaf[self.index] for leaf in self.leaves]
             self.upstream = spread(self.upstream, self.index.cpu())
@@ -103,9 +106,10 @@ class Run(Timed):
     def results(self) -> dict[str, list[float]]:
         if self.index is None:
             return fingerprints(self.found)
+        # Map the separate sequences back to the packed row: one copy of each output, the sum of all gradients.
         out, *grads = self.found
         first = out.new_zeros(self.tokens, *out.shape[1:])
-        first[self.index.flip(0)] = out.flip(0)  # copies of a row are the same, up to rounding
+        first[self.index.flip(0)] = out.flip(0)  # all copies of a row are equal up to rounding; the first one is kept
         sums = [
             grad.new_zeros(self.tokens, *grad.shape[1:]).float().index_add_(0, self.index, grad.float())
             for grad in grads
@@ -114,7 +118,10 @@ class Run(Timed):
 
 
 def fingerprints(tensors: Sequence[torch.Tensor]) -> dict[str, list[float]]:
-    """Of output and gradients the Euclidean norm, and the product with random numbers, which knows the order."""
+    """Returns the Euclidean norm of output and gradients, and a dot product with random numbers.
+
+    The dot product detects permuted rows, which leave the norm unchanged.
+    """
     found = {}
     for name, tensor in zip(("out", "dq", "dk", "dv"), tensors):
         probe = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device)
@@ -123,7 +130,7 @@ def fingerprints(tensors: Sequence[torch.Tensor]) -> dict[str, list[float]]:
 
 
 def expected(groups: Groups, case: Case, device: str) -> dict[str, list[float]]:
-    """Softmax attention as one would write it, group by group in fp32, and its gradients."""
+    """Computes softmax attention and its gradients by definition, in fp32, one group at a time."""
     leaves, upstream = inputs_of(case, tokens_of(groups), device)
     leaves = [leaf.float().requires_grad_() for leaf in leaves]
     start, outs = 0, []
@@ -143,18 +150,22 @@ def expected(groups: Groups, case: Case, device: str) -> dict[str, list[float]]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "bench attention", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m bench attention", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="whose heads; on cuda default llama-8b")
-    parser.add_argument("--prompt", help="tokens, comma-separated; default 256,1024, on cuda 2048,4096")
-    parser.add_argument("--completions", nargs="+", help="KxLENGTH or LENGTH,LENGTH; default 2x256 8x128, on cuda x 4")
-    parser.add_argument("--groups", type=int, default=1, help="prompts in the row")
-    parser.add_argument("--backends", help="of ours, comma-separated, default all that are there")
-    parser.add_argument("--peers", default=_PEERS, help="comma-separated, of separate, flex, dense")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="small", help="model whose heads are used; default on cuda: llama-8b"
+    )
+    parser.add_argument("--prompt", help="prompt lengths, comma-separated; default 256,1024, on cuda 2048,4096")
+    parser.add_argument(
+        "--completions", nargs="+", help="KxLENGTH or LENGTH,LENGTH; default 2x256 8x128, on cuda 2x1024 8x512"
+    )
+    parser.add_argument("--groups", type=int, default=1, help="number of prompts in the packed row")
+    parser.add_argument("--backends", help="our backends, comma-separated; default: all that are available")
+    parser.add_argument("--peers", default=_PEERS, help="comma-separated list of separate, flex and dense")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, cuda bfloat16")
-    parser.add_argument("--quick", action="store_true", help="short prompts, nothing compiled: does it run?")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, on cuda bfloat16")
+    parser.add_argument("--quick", action="store_true", help="smoke test: short prompts, nothing compiled")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
@@ -171,16 +182,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--completions {text}: must be KxLENGTH or LENGTH,LENGTH,...")
     options.peers = [peer for peer in options.peers.split(",") if peer]
     if unknown := set(options.peers) - set(_PEERS.split(",")):
-        parser.error(f"unknown peers {sorted(unknown)}: choose of {_PEERS}")
+        parser.error(f"unknown peers {sorted(unknown)}: choose from {_PEERS}")
     there = backends_of(options.device)
     options.backends = options.backends.split(",") if options.backends else there
     if unknown := set(options.backends) - set(there):
-        parser.error(f"backends {sorted(unknown)} are not here: choose of {', '.join(there)}")
+        parser.error(f"backends {sorted(unknown)} are not available here: choose from {', '.join(there)}")
     return options
 
 
 def backends_of(device: str) -> list[str]:
-    """Kernels of ours that run on a device; ``eager`` only on a CPU, for its scores fill the memory."""
+    """Returns our backends that run on a device. ``eager`` is left out on CUDA, where its score matrix fills memory."""
     found = [name for name, one in capabilities().items() if not isinstance(one, str) and one.device in (None, device)]
     return found if device == "cpu" else [name for name in found if name != "eager"]
 
@@ -208,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(names: Sequence[str], absent: dict[str, dict[str, str]], options: argparse.Namespace) -> dict[str, Any]:
-    """size -> way -> contestant -> what was measured."""
+    """Times all contestants. Returns size -> way -> contestant -> measurements."""
     shape = SHAPES[options.shape]
     common = {"heads": [shape.heads, shape.kv_heads, shape.head_size], "device": options.device}
     common["dtype"] = options.dtype
@@ -225,6 +236,7 @@ def run(names: Sequence[str], absent: dict[str, dict[str, str]], options: argpar
 
 
 def check(found: Found, dtype: str) -> None:
+    """Raises RuntimeError if a contestant's output or gradients differ from the reference."""
     expected, tolerance = found[REFERENCE]["results"], 1e-3 if dtype == "float32" else 0.02
     for name, one in found.items():
         for part, (norm, product) in one["results"].items():
@@ -237,10 +249,11 @@ def check(found: Found, dtype: str) -> None:
 
 
 def describe(size: str, way: str, names: Sequence[str], found: Found, shape: Shape, device: str) -> dict[str, Any]:
+    """Returns time, memory, computed pairs and roofline share of each contestant at one size."""
     groups = groups_of(*size.split())
     least = attended(groups, True)
     pairs = {"separate": attended(groups, False), "dense": tokens_of(groups) ** 2}
-    seconds = {name: summarise(found[f"{name} {way}"]["runs"]) for name in names}
+    seconds = {name: summarize(found[f"{name} {way}"]["runs"]) for name in names}
     fastest = min(seconds[name]["median"] for name in names if name.startswith("ours"))
     rate = 2 * _SIDE[device] ** 3 / statistics.median(product for (product,) in found[REFERENCE]["runs"])
     floor = _WAYS[way] * shape.heads * shape.head_size * least / rate
@@ -263,9 +276,9 @@ def report(options: argparse.Namespace, absent: dict[str, dict[str, str]], measu
     lines = [
         f"attention, {shape.heads} heads on {shape.kv_heads} of size {shape.head_size}, {options.dtype} on"
         f" {options.device}; {options.rounds} rounds, interleaved",
-        "x ours: time / that of our fastest; pairs: (query, key) pairs looked at / A, those that have to be",
+        "x ours: time / time of our fastest backend; pairs: (query, key) pairs computed / pairs needed, A",
         "of floor: operations / rate / median; operations: 14 Hq D A forward and backward, 4 Hq D A forward; rate: of a"
-        f" square product of {_SIDE[options.device]}, in this run",
+        f" square matrix product of side {_SIDE[options.device]}, measured in this run",
         "MiB: peak beyond the inputs",
     ]
     header = ["contestant", "ms", "quartiles", "x best peer", "x ours", "pairs", "MiB", "of floor"]
@@ -275,9 +288,9 @@ def report(options: argparse.Namespace, absent: dict[str, dict[str, str]], measu
             best = min((one["seconds"]["median"] for n, one in found.items() if n in _PEERS.split(",")), default=None)
             rate = next(iter(found.values()))["gflop_s"]
             what = f"{count} prompt{'s' * (count != '1')} of {prompt}, completions {completions}"
-            lines += ["", f"{what}: {way}; products at {rate:,.0f} GFLOP/s"]
+            lines += ["", f"{what}: {way}; matrix products run at {rate:,.0f} GFLOP/s"]
             lines += [table(header, [_row(name, one, best) for name, one in found.items()])]
-            lines += [f"{name}: not here, {reason}" for name, reason in absent.get(way, {}).items()]
+            lines += [f"{name}: not run, {reason}" for name, reason in absent.get(way, {}).items()]
     return "\n".join([*lines, ""])
 
 

@@ -1,9 +1,9 @@
-"""Attention over prompts that completions share: inputs, ours, and what one would run without it.
+"""Inputs and contestants of the attention benchmarks: ours, and the alternatives for prompts shared by completions.
 
-Every contestant takes queries, keys and values of the same packed row, (T, heads, size), to the output of all its rows,
-and the gradient of that output back. ``separate`` runs every completion behind its own copy of the prompt, with the
-best kernel there is for that. A prompt's upstream gradient arrives at its first copy; summing the gradients of the
-copies is left to whoever compares.
+Every contestant is a function of query, key and value of the same packed row, each (T, heads, head dimension), that
+returns the output of all T rows. ``separate`` runs each completion after its own copy of the prompt, with the best
+kernel for that layout. Only the first copy of a prompt gets an upstream gradient, and the caller sums the gradients of
+the copies (see :func:`spread`).
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Heads and scores."""
+    """Heads, options and dtype of an attention call."""
 
     heads: int = 8
     kv_heads: int = 8
-    size: int = 64
+    size: int = 64  # head dimension
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     def options(self) -> dict[str, int | float | None]:
+        """Returns the keyword arguments of ``shared_prompt_attention``."""
         return {"window": self.window, "softcap": self.softcap}
 
 
 def layout_of(groups: Groups, share: bool, device: str) -> AttentionLayout:
+    """Returns the attention layout of the packed row, on a device."""
     layout = pack([GroupLengths(prompt, completions, share) for prompt, completions in groups])
 
     def tensor(array) -> Tensor:
@@ -60,7 +62,7 @@ def layout_of(groups: Groups, share: bool, device: str) -> AttentionLayout:
 
 
 def inputs_of(case: Case, tokens: int, device: str) -> tuple[list[Tensor], Tensor]:
-    """([query, key, value, sinks], upstream gradient), rounded to the case's dtype."""
+    """Returns random ([query, key, value, sinks], upstream gradient) in the case's dtype; no sinks if it has none."""
     generator = torch.Generator(device).manual_seed(0)
 
     def new(*shape: int) -> Tensor:
@@ -72,17 +74,17 @@ def inputs_of(case: Case, tokens: int, device: str) -> tuple[list[Tensor], Tenso
 
 
 def attended(groups: Groups, share: bool) -> int:
-    """(query, key) pairs that have to be looked at."""
+    """Returns the number of (query, key) pairs that attention has to compute."""
     return sum(attended_pairs(GroupLengths(prompt, completions, share)) for prompt, completions in groups)
 
 
 def tokens_of(groups: Groups) -> int:
-    """Rows of the packed row."""
+    """Returns the number of tokens in the packed row."""
     return sum(GroupLengths(prompt, completions).tokens() for prompt, completions in groups)
 
 
 def copies_of(groups: Groups) -> Tensor:
-    """Of every row of the separate sequences, one after another, its row where prompts are shared."""
+    """Maps each row of the concatenated separate sequences to its row in the packed row with shared prompts."""
     rows, start = [], 0
     for prompt, completions in groups:
         first = start + prompt
@@ -94,7 +96,7 @@ def copies_of(groups: Groups) -> Tensor:
 
 
 def spread(rows: Tensor, index: Tensor) -> Tensor:
-    """Upstream gradient of the separate sequences: that of a prompt arrives at its first copy alone."""
+    """Copies an upstream gradient to the separate sequences. Only a prompt's first copy gets it; others get zero."""
     first = torch.ones(len(index), dtype=torch.bool)
     seen = torch.zeros(len(rows), dtype=torch.bool)
     for i, row in enumerate(index.tolist()):
@@ -103,14 +105,14 @@ def spread(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def dense_mask(groups: Groups, device: str) -> Tensor:
-    """(T, T), True where a row sees another."""
+    """Returns a (T, T) mask that is True where a query (dimension 0) sees a key (dimension 1)."""
     group, part = _parts(groups, device)
     causal = torch.ones(len(part), len(part), dtype=torch.bool, device=device).tril()
     return causal & (group[:, None] == group) & ((part == 0) | (part[:, None] == part))
 
 
 def _parts(groups: Groups, device: str) -> tuple[Tensor, Tensor]:
-    """(T,) of every row its group, and its part of it: 0 the prompt, then the completions."""
+    """Returns the group of every row (T,), and its piece of the group (T,): 0 for the prompt, then the completions."""
     lengths = [
         (g, c, n) for g, (prompt, completions) in enumerate(groups) for c, n in enumerate([prompt, *completions])
     ]
@@ -119,16 +121,17 @@ def _parts(groups: Groups, device: str) -> tuple[Tensor, Tensor]:
     return group.repeat_interleave(repeats), part.repeat_interleave(repeats)
 
 
-# --- Contestants: groups and device to a function of query, key and value ---
+# --- Contestants: each builds a function of query, key and value for given groups and device ---
 
 
 def ours(groups: Groups, device: str, backend: str = "auto", share: bool = True) -> Attention:
+    """Our shared-prompt attention with one backend."""
     layout = layout_of(groups, share, device)
     return lambda q, k, v: shared_prompt_attention(q, k, v, layout, backend=backend)
 
 
 def separate(groups: Groups, device: str) -> Attention:
-    """Rows as ``copies_of`` has them. SDPA sequence by sequence on a CPU, the first variable-length kernel on CUDA."""
+    """Separate sequences, with rows ordered as in :func:`copies_of`. SDPA on a CPU, a flash kernel on CUDA."""
     return ours(groups, device, "sdpa" if device == "cpu" else "auto", share=False)
 
 
@@ -142,19 +145,22 @@ def flex(groups: Groups, device: str) -> Attention:
         return (q >= k) & (group[q] == group[k]) & ((part[k] == 0) | (part[q] == part[k]))
 
     block_mask = create_block_mask(mask, None, None, len(part), len(part), device=device)
-    torch.compiler.reset()  # beyond a few shapes it would stay with eager, which writes all scores out
+    torch.compiler.reset()  # after a few shapes Dynamo falls back to eager, which materializes all scores
     compiled = torch.compile(flex_attention, dynamic=False)
     return _heads_first(lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True))
 
 
 def dense(groups: Groups, device: str) -> Attention:
-    """One call of PyTorch's attention with the mask written out."""
+    """One call of PyTorch's SDPA with an explicit (T, T) mask."""
     mask = dense_mask(groups, device)
     return _heads_first(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
 
 
 def _heads_first(attention: Attention) -> Attention:
-    """With copies in (1, heads, rows, size); on a CPU views took as long, within 6 % either way, for flex and dense."""
+    """Wraps a function of contiguous (1, heads, T, head dimension) inputs.
+
+    The copies cost nothing measurable: with views, flex and dense took the same time within 6 % on a CPU.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attention(*(x.transpose(0, 1)[None].contiguous() for x in (q, k, v)))

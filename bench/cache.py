@@ -1,4 +1,6 @@
-"""``python -m bench cache``: speed of filling, opening and looking up the reference cache, compared with other stores.
+"""How fast can the reference cache be filled, opened and read, compared with other stores?
+
+    python -m bench cache
 
 The index has ten million completions. One million of them have 200 values (0.8 GB), the others one. Everything is read
 in fresh processes with a warm page cache. For the one million, the same run measures SQLite, LMDB, an Arrow column of
@@ -6,9 +8,9 @@ the same values as ``datasets`` stores it, and TRL's columns, which hold one sum
 addressed by row number and not by content, so a look-up there does less work.
 
 Filling is timed from token ids and log-probs in memory to bytes on disk, synced every 524,288 rows (the last two do not
-sync). Ours also syncs full shards in between, in the background. Look-ups copy every value out. Finally, the share of a
-training step (that of ``bench.step``, on a CPU) that is spent in the cache is measured. CPU seconds are shown beside
-seconds, because other work on the machine disturbs them less.
+sync). Ours also syncs full shards in between, in the background. Look-ups copy every value out. The last
+measurement is the share of a training step (the model of ``bench step``, on a CPU) that is spent in the cache. CPU
+seconds are shown beside seconds, because other work on the machine affects them less.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ from .timing import add_output_options, finish, table
 FINGERPRINT = "c0ffee" * 5 + "00"
 BATCH = 512  # completions added or looked up together
 _CHUNK = 1 << 19  # rows between two syncs
-_SHORT_CHUNK = 1 << 16  # for rows of one value, so that they are in many shards, too
+_SHORT_CHUNK = 1 << 16  # for rows of one value, so that they are spread over many shards as well
 _TOKENS = np.random.default_rng(0).integers(0, 150_000, 1 << 16)
 _VALUES = -np.random.default_rng(1).random(1 << 16, dtype=np.float32)
 
 
 def sequence(row: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompt and completion number ``row``, the same in every process."""
+    """Returns the token ids of prompt and completion number ``row``, the same in every process."""
     prompt = np.array([row, 1, 2, 3])
     start = row * 31 % (len(_TOKENS) - tokens)
     return prompt, _TOKENS[start : start + tokens]
@@ -56,10 +58,12 @@ def values(row: int, tokens: int) -> np.ndarray:
     return _VALUES[start : start + tokens]
 
 
-# --- Stores of the same content, each in its own folder ---
+# --- Stores: each holds the same content in its own folder ---
 
 
 class Ours:
+    """Our reference cache, with keys computed before the look-up."""
+
     name = "reference cache"
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +82,7 @@ class Ours:
 
 
 class OursByTokens(Ours):
-    """Also hashes the tokens in every look-up. Reads the files of ``Ours``."""
+    """Our reference cache, where each look-up includes hashing the tokens. Reads the files of ``Ours``."""
 
     name = "reference cache, from tokens"
 
@@ -90,7 +94,7 @@ class OursByTokens(Ours):
 
 
 class ByKey:
-    """Base of stores that map bytes to bytes; they use the cache's keys."""
+    """Base of stores that map bytes to bytes. They use the keys of the reference cache."""
 
     hasher = ReferenceCache("/nonexistent", FINGERPRINT)
 
@@ -102,6 +106,8 @@ class ByKey:
 
 
 class SQLite(ByKey):
+    """One table with the key as its primary key."""
+
     name = "SQLite"
 
     def __init__(self, folder: Path) -> None:
@@ -119,6 +125,8 @@ class SQLite(ByKey):
 
 
 class LMDB(ByKey):
+    """One LMDB database."""
+
     name = "LMDB"
 
     def __init__(self, folder: Path) -> None:
@@ -136,7 +144,7 @@ class LMDB(ByKey):
 
 
 class ArrowColumn:
-    """Values by row number, in a column of a dataset."""
+    """A list column of a ``datasets.Dataset``, addressed by row number."""
 
     name = "Arrow column, by row number"
 
@@ -190,7 +198,7 @@ STORES = {store.__name__: store for store in (Ours, OursByTokens, SQLite, LMDB, 
 
 @dataclass
 class Clock:
-    """Counts seconds and CPU seconds of this process spent inside of ``with``."""
+    """Adds up the seconds and CPU seconds that this process spends in ``with`` blocks."""
 
     seconds: float = 0.0
     cpu: float = 0.0
@@ -205,13 +213,13 @@ class Clock:
 
 
 def _import_libraries(store: str) -> None:
-    """Imports the libraries of a store beforehand, so that opening it is timed without imports."""
+    """Imports the libraries of a store, so that opening it is timed without imports."""
     if issubclass(STORES[store], ArrowColumn):
         __import__("datasets")
 
 
 def fill(store: str, folder: str, first: str, rows: str, tokens: str) -> dict[str, float]:
-    """Adds the rows from ``first`` to ``rows``."""
+    """Adds the rows ``first`` to ``rows`` - 1 to a store and returns the rates of filling it."""
     step = _CHUNK if int(tokens) > 1 else _SHORT_CHUNK
     _import_libraries(store)
     with Clock() as opening:
@@ -228,7 +236,10 @@ def fill(store: str, folder: str, first: str, rows: str, tokens: str) -> dict[st
 
 
 def read(store: str, folder: str, rows: str, tokens: str, rounds: int = 7, batches: int = 200) -> dict[str, float]:
-    """Opens a store and looks up random rows among the first ``rows``. Every batch is checked, outside of the clock."""
+    """Opens a store and looks up random rows among the first ``rows``.
+
+    Every batch is compared with the expected values, outside of the timed part.
+    """
     _import_libraries(store)
     opened: list = []
     opening, peak = _peak_anonymous(lambda: opened.append(STORES[store](Path(folder))))
@@ -245,13 +256,13 @@ def read(store: str, folder: str, rows: str, tokens: str, rounds: int = 7, batch
         if store != "TrlColumns":
             for batch, got in zip(drawn, found):
                 np.testing.assert_array_equal(got, np.concatenate([values(row, int(tokens)) for row in batch]))
-    rate, cpu_rate = (statistics.median(column) for column in zip(*rates[1:]))  # the first one warms up
+    rate, cpu_rate = (statistics.median(column) for column in zip(*rates[1:]))  # the first round warms up
     lookups = {"lookups_per_s": rate, "lookups_per_cpu_s": cpu_rate}
     return {"open_s": opening.seconds, "open_cpu_s": opening.cpu, "peak_anonymous_mb": peak, **lookups}
 
 
 def _peak_anonymous(call: Callable[[], None]) -> tuple[Clock, float]:
-    """Returns the time of a call, and the peak of the anonymous memory that it added, in MB."""
+    """Returns the time of a call and its peak of additional anonymous memory in MB, sampled every 2 ms."""
 
     def resident() -> float:
         status = Path("/proc/self/status").read_text()
@@ -273,7 +284,7 @@ def _peak_anonymous(call: Callable[[], None]) -> tuple[Clock, float]:
 
 
 def train(lengths: str, steps: str) -> dict[str, float]:
-    """Trains the model of ``bench.step``; returns the seconds of a step, and the share that is spent in the cache."""
+    """Trains the model of ``bench step``. Returns the seconds per step and the share of them spent in the cache."""
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -291,7 +302,7 @@ def train(lengths: str, steps: str) -> dict[str, float]:
 
     class Times(TrainerCallback):
         def on_step_end(self, args, state, control, **_) -> None:
-            if state.global_step == 1:  # warm-up
+            if state.global_step == 1:  # the first step warms up: start counting after it
                 lookups.__init__()
                 stepping.__enter__()
             elif state.global_step == state.max_steps:
@@ -312,6 +323,7 @@ def train(lengths: str, steps: str) -> dict[str, float]:
 
 
 def _measure(call: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
+    """Runs one measurement in its own process and returns its result."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.cache", "--measure", call.__name__, *map(str, arguments)],
         stdout=subprocess.PIPE, text=True, check=True,
@@ -323,10 +335,14 @@ def _measure(call: Callable[..., dict[str, float]], *arguments: object) -> dict[
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench cache", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench cache", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=10_000_000, help="completions in the large index")
-    parser.add_argument("--valued", type=int, default=1_000_000, help="completions with --tokens values; others have 1")
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument(
+        "--valued", type=int, default=1_000_000, help="completions with --tokens values; the others have one"
+    )
+    parser.add_argument("--tokens", type=int, default=200, help="values per completion")
     parser.add_argument("--stores", default=",".join(STORES), help="stores to measure, separated by commas")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--quick", action="store_true", help="smoke test: 50,000 and 5,000 rows, one peer, toy steps")
@@ -353,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     print(_report(large))
     print(
         f"\na step of {step['step_s']:.2f} s spends {step['share_of_step']:.3%} in the cache,"
-        f" {step['us_per_completion']:.1f} us for every completion"
+        f" {step['us_per_completion']:.1f} us per completion"
     )
     summary = {"index_of": args.rows, **large["Ours"], **{k: v for k, v in stores["Ours"].items() if "fill" in k}}
     details = {"valued": args.valued, "tokens": args.tokens, "shards": shards}
@@ -364,6 +380,7 @@ _OF_OURS = ("Ours", "OursByTokens")
 
 
 def _compare(folder: Path, names: list[str], rows: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Fills and reads every store; removes its files before the next one."""
     stores = {}
     for name in names:
         store = STORES[name]

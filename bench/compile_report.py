@@ -1,9 +1,9 @@
-"""What the compilers make of the kernels: registers, shared memory, spills. Needs no GPU.
+"""How many registers, how much shared memory and how many spills does each kernel have? Needs no GPU.
 
     python -m bench compile_report [--quick] [--only triton|cuda]
 
-Triton kernels are compiled ahead of time by their own launchers, so with the tile sizes and the specialisation that
-production uses, at several vocabulary sizes; CUDA sources by nvcc. The report fails (exit code 1) if any kernel spills
+Triton kernels are compiled ahead of time through their own launchers, with the tile sizes and specializations used in
+production, at several vocabulary sizes. CUDA sources are compiled by nvcc. The exit code is 1 if any kernel spills
 registers or has a stack frame.
 """
 
@@ -30,10 +30,10 @@ VOCABULARIES = (32000, 128256, 256000)
 
 @dataclass(frozen=True)
 class Usage:
-    """Resources of one compiled kernel, in bytes but for registers and threads.
+    """Resources of one compiled kernel. Sizes are in bytes.
 
-    ``shared`` is what is known at compile time: CUDA kernels are given more at launch. Spilled registers of a Triton
-    kernel show as its stack frame. ``wide`` counts the instructions that load or store 16 bytes of device memory.
+    ``shared`` is the shared memory known at compile time; CUDA kernels get more at launch. A Triton kernel that spills
+    registers has a stack frame. ``wide`` counts the instructions that load or store 16 bytes of device memory.
     """
 
     compiler: str
@@ -45,36 +45,37 @@ class Usage:
     stack: int
     spills: int
     threads: int | None = None
-    wide: int | None = None  # of Triton kernels, where it is the compiler that decides
+    wide: int | None = None  # only for Triton kernels, where the compiler chooses the width
 
     @property
     def clean(self) -> bool:
+        """True if nothing spills and there is no stack frame."""
         return self.stack == 0 and self.spills == 0
 
 
 def cuobjdump() -> str:
-    """The ``cuobjdump`` that ships with Triton."""
+    """Returns the path of the ``cuobjdump`` that ships with Triton."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
 def resource_usage(cubin: Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """(mangled name, resources) of each kernel in a cubin."""
+    """Yields (mangled name, resources) of each kernel in a cubin."""
     report = subprocess.run([cuobjdump(), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
     for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", report.stdout + report.stderr):
         yield name, {key: int(value) for key, value in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}
 
 
 def triton_usages(quick: bool) -> Iterator[Usage]:
-    """Every Triton kernel as its launcher specialises it, for each architecture."""
+    """Compiles every Triton kernel for each architecture, as its launcher specializes it."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     class NoDevice:
-        """Stands in for a GPU's driver: a target to compile for, and nothing to launch on."""
+        """Replaces the GPU driver: names a target architecture to compile for; nothing can be launched."""
 
         def __init__(self, architecture: int):
             self.architecture = architecture
@@ -83,13 +84,13 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
             return GPUTarget("cuda", self.architecture, 32)
 
         def get_current_device(self) -> int:
-            return self.architecture  # compiled kernels are cached by device
+            return self.architecture  # the cache of compiled kernels is keyed by device
 
         def get_current_stream(self, device: int) -> int:
             return 0
 
     compiled = []
-    # `kernel[grid](...)` compiles, as a launch would, and does not launch.
+    # Replace the launch `kernel[grid](...)` by a compilation with the same arguments.
     JITFunction.__getitem__ = lambda kernel, grid: (
         lambda *args, **kwargs: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
     )
@@ -118,7 +119,7 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
 
 
 def triton_cases(torch, quick: bool):
-    """(description, function that launches) for everything to be compiled."""
+    """Yields (description, launching function) for every case to compile."""
     from cpt_kernels.losses import build_loss
     from cpt_kernels.ops.head.tiles import row_stride
     from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossInput, kernel_loss
@@ -158,10 +159,10 @@ def triton_cases(torch, quick: bool):
 
 
 def cuda_usages(quick: bool) -> Iterator[Usage]:
-    """Every kernel in ``csrc``, compiled by nvcc."""
+    """Compiles every kernel in ``csrc`` with nvcc."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise SystemExit("nvcc is not on the PATH: nothing to report on CUDA sources; see --only triton")
+        raise SystemExit("nvcc is not on the PATH: install it, or leave CUDA sources out with --only triton")
     for architecture in CUDA_ARCHITECTURES[-1:] if quick else CUDA_ARCHITECTURES:
         for source in sorted(CSRC.glob("*.cu")):
             with tempfile.TemporaryDirectory() as folder:
@@ -186,13 +187,13 @@ def cuda_usages(quick: bool) -> Iterator[Usage]:
 
 
 def spilled_bytes(ptxas: str) -> dict[str, int]:
-    """Bytes of spill stores and loads of each kernel, from ``ptxas -v``."""
+    """Returns the bytes of spill stores and loads of each kernel, from the output of ``ptxas -v``."""
     found = re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
     return {name: int(stores) + int(loads) for name, stores, loads in found}
 
 
 def template_arguments(mangled: str) -> str:
-    """A readable case from a mangled kernel name: its dtype and its flags."""
+    """Decodes dtype and template flags from a mangled kernel name; '' if the name has none."""
     match = re.search(r"_kernelI(f|6__half|13__nv_bfloat16)Lb([01])ELb([01])E", mangled)
     if not match:
         return ""
@@ -212,14 +213,14 @@ def table(usages: list[Usage]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "bench.compile_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m bench compile_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, and CUDA sources for one architecture")
-    parser.add_argument("--only", choices=("triton", "cuda"), help="one of the two compilers")
+    parser.add_argument("--only", choices=("triton", "cuda"), help="report on one of the two compilers")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled")
+        raise SystemExit("TRITON_INTERPRET=1 is set, so kernels would be interpreted and not compiled: unset it")
 
     usages = []
     if options.only != "cuda":

@@ -1,15 +1,20 @@
-"""``python -m bench crash``: kills builds of a reference cache on two ranks at random, and checks what they leave.
+"""Does a build of the reference cache lose or change values if its processes are killed at random?
 
-A build is the trainer's own: ``Reference.fill`` with a small model, two ranks over gloo, one folder. Both ranks are
-forked from this process, so that a restart takes a second. After a random time, one rank is killed with SIGKILL, and
-the other one soon afterwards, as a launcher does. One run in five is killed during its start, the others within a
+    python -m bench crash --kills 200
+
+A build calls ``Reference.fill``, as the trainer does, with a small model on two gloo ranks that share a folder. Both
+ranks are forked from this process, so that a restart takes a second. After a random time, SIGKILL ends one rank, and
+shortly afterwards the other, as a launcher would do. One run in five is killed during its start, the others within a
 second of their first batch. After the last kill, an undisturbed run finishes the build. If a build finishes earlier,
 the next one starts in a new folder. The benchmark checks that
 
 - every value equals that of an undisturbed build up to rounding (a resumed build packs the remaining rows differently);
-- a completion that was scored twice was scored shortly before its rank was killed: within one flush interval, one batch
-  and the writing of a shard;
+- a completion that was scored twice was first scored shortly before its rank was killed: within one flush interval,
+  one batch and the writing of a shard;
 - no reader found a damaged file (it would log a warning).
+
+The report has the number of kills and of completions scored again, the largest difference, and the age of the oldest
+completion scored again. The exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -46,13 +51,13 @@ from .work import Shape
 
 RANKS = 2
 TOKENS_PER_BATCH = 256
-TOLERANCE = 1e-5  # nats, the one rule for fp32
+TOLERANCE = 1e-5  # nats; the tolerance for fp32 log-probs
 _LONGEST = 1800.0  # seconds after which an undisturbed run counts as failed
 _SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=512)
 
 
 def make_rows(prompts: int, completions: int = 4) -> Dataset:
-    """Returns prepared rows of a prompt and its completions, with random tokens."""
+    """Returns prepared rows, each with a prompt and its completions of random tokens."""
     draw = np.random.default_rng(0)
 
     def ids(longest: int) -> list[int]:
@@ -65,7 +70,7 @@ def make_rows(prompts: int, completions: int = 4) -> Dataset:
 
 
 class LoggedCache(ReferenceCache):
-    """Logs every scored completion with the time, in a file that survives the process."""
+    """Appends time, process and key of every scored completion to a log file before it is stored."""
 
     log: Path
 
@@ -78,7 +83,7 @@ class LoggedCache(ReferenceCache):
 
 
 def build(model: torch.nn.Module, rows: Dataset, folder: Path, flush_seconds: float) -> None:
-    """Runs one rank of a build; environment variables hold its rank and the world size."""
+    """Runs one rank of a build. Rank and world size come from environment variables."""
     LoggedCache.log = folder.with_suffix(".log")
     reference_module.ReferenceCache = LoggedCache
     accelerator = Accelerator(cpu=True)
@@ -116,13 +121,15 @@ class Build:
     problems: list[str] = field(default_factory=list)
 
     def run(self, kill: Kill | None = None) -> bool:
-        """Starts a run and kills it as ``kill`` says. Returns whether the run finished before."""
+        """Starts a run and kills it as ``kill`` says. Returns True if the run finished before it was killed."""
+        # Start both ranks on a free port.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = self.folder.with_suffix(".log")
         size = log.stat().st_size if log.exists() else 0
         processes = [self._fork(rank, port) for rank in range(RANKS)]
+        # Wait until both ranks end, or until the time to kill them.
         deadline = time.time() + (_LONGEST if kill is None else kill.after)
         done: dict[int, int] = {}
         while len(done) < RANKS and time.time() < deadline:
@@ -140,6 +147,7 @@ class Build:
         if kill is None:
             self.problems.append(f"an undisturbed run did not end within {_LONGEST:.0f} s")
             kill = Kill()
+        # Kill the victim, then the other rank.
         self.kills += 1
         for process in (processes[kill.victim], processes[1 - kill.victim]):
             if process not in done:
@@ -172,14 +180,15 @@ class Build:
         return self.folder.with_suffix(".err").read_text().count("is damaged")
 
     def scorings(self) -> list[tuple[float, int, str]]:
+        """Returns (time, process id, key) of every scored completion."""
         lines = self.folder.with_suffix(".log").read_text().splitlines()
         return [(float(at), int(process), key) for at, process, key in map(str.split, lines)]
 
     def oldest_repeated(self) -> tuple[int, float, float]:
-        """Returns how many completions were scored again, and two durations in seconds.
+        """Returns the number of completions scored again, and two durations in seconds.
 
-        The first is the longest time from such a scoring to the death of its rank, the second the longest time that a
-        batch and a flush took.
+        The first is the longest time from the first scoring of such a completion to the death of its rank. The second
+        is the longest time between two batches of a process, which includes a flush.
         """
         by_process: dict[int, list[float]] = {}
         last: dict[str, tuple[float, int]] = {}
@@ -209,13 +218,14 @@ def stored(folder: Path) -> dict[bytes, np.ndarray]:
 
 
 def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: int) -> dict:
-    """Kills so many runs, and compares the cache that they leave with an undisturbed build."""
-    # accelerate's default is two threads per process, with which two ranks are slow on few cores.
+    """Kills ``kills`` runs and compares the resulting caches with an undisturbed build. Returns the result."""
+    # accelerate defaults to two threads per process, which makes two ranks slow on few cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     disable_progress_bars()
     draw = random.Random(seed)
     model, rows = build_model(_SHAPE).eval(), make_rows(prompts)
+    # The undisturbed build gives the expected values, and the seconds from start to first batch.
     undisturbed = Build(model, rows, folder / "undisturbed", flush_seconds)
     started = time.time()
     undisturbed.run()
@@ -226,6 +236,7 @@ def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: in
     problems = [*undisturbed.problems]
     progress = tqdm(total=kills, desc="kills", smoothing=0)
     while result["kills"] < kills:
+        # Kill runs of one build until it is complete or enough runs were killed, then let it finish.
         one = Build(model, rows, folder / f"build{result['builds']}", flush_seconds)
         ended = False
         while not ended and result["kills"] + one.kills < kills:
@@ -235,10 +246,13 @@ def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: in
             progress.update(not ended)
         if not ended:
             one.run()
+        # Compare rows and values, and the age of completions scored again.
         found = stored(one.folder)
         problems += one.problems
         if found.keys() != expected.keys():
-            problems.append(f"build {result['builds']}: {len(found.keys() ^ expected.keys())} rows lost or made up")
+            problems.append(
+                f"build {result['builds']}: {len(found.keys() ^ expected.keys())} rows are missing or unexpected"
+            )
         differences = [float(np.abs(found[key] - expected[key]).max()) for key in found.keys() & expected.keys()]
         repeated, oldest, slack = one.oldest_repeated()
         if max(differences) > TOLERANCE:
@@ -247,6 +261,7 @@ def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: in
             problems.append(f"build {result['builds']}: a row scored {oldest:.2f} s before a death was scored again")
         if one.warnings():
             problems.append(f"build {result['builds']}: {one.warnings()} damaged files")
+        # Add the build to the totals.
         result["kills"] += one.kills
         result["builds"] += 1
         result["repeated"] += repeated
@@ -262,11 +277,13 @@ def crash(kills: int, prompts: int, flush_seconds: float, folder: Path, seed: in
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench crash", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench crash", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200, help="number of runs to kill")
     parser.add_argument("--prompts", type=int, default=5_000, help="number of prompts; each has four completions")
-    parser.add_argument("--flush_seconds", type=float, default=0.2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flush_seconds", type=float, default=0.2, help="seconds between two flushes of a rank")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times at which runs are killed")
     add_output_options(parser)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-crash-") as folder:

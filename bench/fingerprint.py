@@ -1,7 +1,9 @@
-"""``python -m bench fingerprint``: speed of the fingerprint of a reference's weights.
+"""How long does it take to compute the fingerprint of a reference?
 
-A Llama-shaped model of random bits in bf16 is saved in shards and loaded as ``cpt-train`` loads one. Its fingerprint is
-computed on one core and on all cores.
+    python -m bench fingerprint --gb 4
+
+A Llama-shaped bf16 model of random bits is saved in shards and loaded as ``cpt-train`` loads a model. Its fingerprint
+is computed on one core and on all cores. The report has seconds, CPU seconds and GB/s.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from .timing import add_output_options, finish, table
 
 
 def save_random_model(folder: Path, gigabytes: float) -> None:
-    """Saves a model of about that size; it differs by at most one layer."""
+    """Saves a random model of about ``gigabytes`` GB; the size is rounded to whole layers."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     if gigabytes < 1:
         sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -38,7 +40,9 @@ def save_random_model(folder: Path, gigabytes: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench fingerprint", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench fingerprint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--gb", type=float, default=4.0, help="size of the weights; --folder needs as much space")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     add_output_options(parser)
@@ -50,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(folder: Path) -> dict[str, float]:
+    """Loads the model and times its fingerprint on one core and on all cores."""
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(str(folder / "model"), dtype=torch.bfloat16)
     loading = time.perf_counter() - started
@@ -77,6 +82,7 @@ def _run(folder: Path) -> dict[str, float]:
 
 
 def _timed(take: Callable[[], str]) -> tuple[str, float, float]:
+    """Returns (fingerprint, seconds, CPU seconds)."""
     started, busy = time.perf_counter(), time.process_time()
     digest = take()
     return digest, time.perf_counter() - started, time.process_time() - busy

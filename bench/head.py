@@ -1,28 +1,29 @@
-"""The head against its peers: time, memory and share of the roofline, over tokens and vocabularies.
+"""How fast is the head, and how much memory does it take, compared with its peers?
 
     python -m bench head --shape qwen-0.5b
     python -m bench head --tokens 16,64,256,1024,2048 --vocab 1024,8192,32768,131072 --hidden 64 --peers eager
 
-Every contestant takes the same rows from hidden states to a loss and back, in a process of its own; rounds are
-interleaved, after a warm-up that compiles. Losses and the norms of gradients are held to a reference before anything
-is timed. A round is as many runs as fit 50 ms. On CUDA the L2 cache is cold.
+Every contestant computes a loss from the same hidden rows, and its gradients, in its own process. Rounds are
+interleaved after a warm-up that compiles. Losses and gradient norms are compared with a reference before anything is
+timed. A round repeats the run for about 50 ms. On CUDA the L2 cache is cold.
 
-Ours (--modes)                                    gradients of         products at least
-    trained    finished in the forward            hidden and weight    3
-    general    differentiable log-probs           hidden and weight    3 (it takes 4 beyond one tile)
+Our modes (--modes)                               gradients of         fewest matrix products
+    trained    computes gradients in the forward  hidden and weight    3
+    general    differentiable log-probs           hidden and weight    3 (takes 4 if there are several tiles)
     frozen     the head's weight is frozen        hidden               2
-    score      log-probs alone                    nothing              1
+    score      log-probs only                     nothing              1
 
-Peers (--peers), where they can in the same three ways, as NAME, NAME-frozen and NAME-score:
-    eager      log_softmax and gather of all logits      compiled    the same by torch.compile
+Peers (--peers). Those that support them also run as NAME-frozen and NAME-score:
+    eager      log_softmax and gather of all logits      compiled    eager through torch.compile
     trl        TRL's chunked log-probs                   torch-ce    PyTorch's linear_cross_entropy, in chunks
-    liger-dpo  Liger's fused linear DPO                  liger-ce    its fused linear cross-entropy (CUDA)
+    liger-dpo  Liger's fused linear DPO                  liger-ce    Liger's fused linear cross-entropy (CUDA)
     cce        Apple's cut-cross-entropy (CUDA)          quack       QuACK's chunked linear cross-entropy (CUDA)
 
-Peers that know no pairs compute cross-entropy, which has the same products. Memory is the peak during forward and
-backward beyond what was there before (weights and hidden states), so gradients are in it: resident memory, on CUDA the
-allocator's. ``growth`` is memory added by the last two sizes over logits added: 0 where memory does not grow with
-tokens x vocabulary, 1 where logits are kept once.
+Peers without a pair loss compute cross-entropy, which needs the same matrix products. The report has time, peak memory
+and the share of the roofline. Memory is the peak during forward and backward minus that of the inputs (weights and
+hidden states), so it includes gradients: resident memory, or on CUDA the allocator's. ``growth`` is the memory added
+between the last two sizes, divided by the logits added: 0 if memory does not grow with tokens x vocabulary, 1 if all
+logits are kept once.
 """
 
 from __future__ import annotations
@@ -38,28 +39,29 @@ import torch
 
 from .heads import TRAINED, Problem, contestants, disagreement, norms
 from .rounds import REFERENCE, Found, Products, Timed, compete, serve
-from .timing import MIB, add_output_options, finish, milliseconds, summarise, table
+from .timing import MIB, add_output_options, finish, milliseconds, summarize, table
 from .work import SHAPES
 
 _MODES = "trained,general,frozen,score"
 _PEERS = "eager,compiled,trl,torch-ce,liger-dpo,liger-ce,cce,quack"
 _QUICK_PEERS = "eager,torch-ce"
 
-Measured = dict[str, dict[str, Any]]  # of a size: contestant -> seconds, mib, ...
+Measured = dict[str, dict[str, Any]]  # contestant -> seconds, mib, ..., of one size
 
 
 # --- Worker ---
 
 
 def work(spec: dict[str, Any]) -> None:
-    """The worker of one contestant; a size is TOKENS VOCAB COMPLETION."""
+    """Runs the worker of one contestant. A size is ``TOKENS VOCAB COMPLETION``."""
 
     def build(*size: str) -> Timed | Products:
         tokens, vocab, completion = map(int, size)
         dtype = getattr(torch, spec["dtype"])
         problem = Problem.make(tokens, spec["hidden"], vocab, completion, spec["device"], dtype)
         if spec["name"] != REFERENCE:
-            return Run(problem, spec)
+            return HeadRun(problem, spec)
+        # The reference times the three products of a trained head: logits, hidden gradient and weight gradient.
         x, w = problem.hidden, problem.weight
         logits = x @ w.t()
         return Products(spec["device"], problem.expected(spec["gradients"]), (x, w.t()), (logits, w), (logits.t(), x))
@@ -67,8 +69,8 @@ def work(spec: dict[str, Any]) -> None:
     serve(spec["device"], build)
 
 
-class Run(Timed):
-    """One contestant on one problem, forward and backward."""
+class HeadRun(Timed):
+    """Forward and backward of one contestant on one problem."""
 
     def __init__(self, problem: Problem, spec: dict[str, Any]):
         super().__init__(spec["device"])
@@ -95,19 +97,21 @@ class Run(Timed):
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench head", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench head", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     shapes = [name for name in SHAPES if name != "small"]
     parser.add_argument("--shape", choices=shapes, help="hidden size and vocabulary of a published model")
-    parser.add_argument("--hidden", type=int, help="default the shape's, else 256")
-    parser.add_argument("--vocab", help="comma-separated, default the shape's, else 32768,131072")
-    parser.add_argument("--tokens", help="comma-separated even numbers, default 64,256,1024, on cuda 4096,16384")
-    parser.add_argument("--completion", type=int, help="tokens of one, default 64, on cuda 512; less where it must be")
-    parser.add_argument("--modes", default=_MODES, help="comma-separated, see above")
-    parser.add_argument("--peers", help="comma-separated, see above; default all that run here")
+    parser.add_argument("--hidden", type=int, help="hidden size; default: the shape's, else 256")
+    parser.add_argument("--vocab", help="vocabulary sizes, comma-separated; default: the shape's, else 32768,131072")
+    parser.add_argument("--tokens", help="even numbers, comma-separated; default 64,256,1024, on cuda 4096,16384")
+    parser.add_argument("--completion", type=int, help="most tokens of a completion; default 64, on cuda 512")
+    parser.add_argument("--modes", default=_MODES, help="comma-separated list, see above")
+    parser.add_argument("--peers", help="comma-separated list, see above; default: all that run here")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default float32, on cuda bfloat16")
-    parser.add_argument("--quick", action="store_true", help=f"small sizes, peers {_QUICK_PEERS}: does it run?")
+    parser.add_argument("--quick", action="store_true", help=f"smoke test: small sizes, peers {_QUICK_PEERS}")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     cuda, shape = options.device == "cuda", SHAPES.get(options.shape)
@@ -124,7 +128,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.modes, options.peers = (options.modes.split(","), [p for p in (options.peers or _PEERS).split(",") if p])
     for given, known, what in ((options.modes, _MODES, "modes"), (options.peers, _PEERS, "peers")):
         if unknown := set(given) - set(known.split(",")):
-            parser.error(f"unknown {what} {sorted(unknown)}: choose of {known}")
+            parser.error(f"unknown {what} {sorted(unknown)}: choose from {known}")
     return options
 
 
@@ -133,7 +137,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def chosen(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Contestants that run, and those that cannot with the reason."""
+    """Returns the names of the contestants to run, and for those that cannot run the reason."""
     every = contestants()
     ways = {every[mode].gradients for mode in options.modes}
     names = [
@@ -163,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(names: Sequence[str], vocab: int, options: argparse.Namespace) -> dict[str, Measured]:
-    """tokens -> contestant -> what was measured."""
+    """Times all contestants at one vocabulary size. Returns tokens -> contestant -> measurements."""
     every = contestants()
     common = {"hidden": options.hidden, "device": options.device, "dtype": options.dtype}
     common["gradients"] = any(every[name].products > 1 for name in names)
@@ -189,7 +193,7 @@ def describe(names: Sequence[str], found: Found, flops: int) -> Measured:
     described = {}
     for name in names:
         least = contestants()[name].products
-        floor, seconds = sum(products[:least]), summarise(found[name]["runs"])
+        floor, seconds = sum(products[:least]), summarize(found[name]["runs"])
         described[name] = {
             "seconds": seconds,
             "runs": len(found[name]["runs"]),
@@ -203,23 +207,28 @@ def describe(names: Sequence[str], found: Found, flops: int) -> Measured:
 
 
 def completion_of(tokens: int, longest: int) -> int:
-    """The most tokens of a completion, within ``longest``, of which an even number make up all."""
+    """Returns the largest completion length up to ``longest`` that divides ``tokens`` into an even number of parts."""
     return next(n for n in range(min(longest, tokens // 2), 0, -1) if tokens % (2 * n) == 0)
 
 
 def peers_of(name: str, names: Sequence[str]) -> list[str]:
-    """Peers that differentiate the same."""
+    """Returns the peers that compute the same gradients as ``name``."""
     every = contestants()
     return [other for other in names if every[other].peer and every[other].gradients == every[name].gradients]
 
 
 def ratios(names: Sequence[str], measured: dict[str, dict[str, Measured]], what: str) -> dict[str, Any]:
-    """Vocabulary -> tokens -> our mode -> peer -> its time over ours, or our memory over its."""
+    """Returns vocabulary -> tokens -> our mode -> peer -> ratio.
+
+    With ``what`` = "speed" the ratio is peer's time / ours, with "memory" our memory / peer's.
+    """
 
     def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
         if what == "speed":
             return round(theirs["seconds"]["median"] / ours["seconds"]["median"], 3)
-        return round(ours["mib"] / theirs["mib"], 4) if theirs["mib"] else None  # too small a problem to see its memory
+        return (
+            round(ours["mib"] / theirs["mib"], 4) if theirs["mib"] else None
+        )  # None: the problem is too small to measure
 
     ours = [name for name in names if not contestants()[name].peer]
     return {
@@ -232,6 +241,7 @@ def ratios(names: Sequence[str], measured: dict[str, dict[str, Measured]], what:
 
 
 def grown(sizes: dict[str, Measured], logits: dict[str, float]) -> dict[str, float]:
+    """Returns the growth of each contestant's memory, as the module's docstring defines it."""
     last, largest = list(sizes)[-2:]
     added = logits[largest] - logits[last]
     return {name: round((sizes[largest][name]["mib"] - sizes[last][name]["mib"]) / added, 3) for name in sizes[last]}
@@ -241,9 +251,9 @@ def report(options, names, absent, measured, logits, growth) -> str:
     every = contestants()
     lines = [
         f"head {options.hidden} x V, {options.dtype} on {options.device}; {options.rounds} rounds, interleaved",
-        "x best peer: time of the fastest peer that differentiates the same / this one's",
-        "of floor: products x 2 N H V / rate / median; rate: of these products alone, in this run, into memory that"
-        " is there",
+        "x best peer: time of the fastest peer that computes the same gradients / this contestant's time",
+        "of floor: products x 2 N H V / rate / median; rate: of the matrix products alone, measured in this run, into"
+        " allocated memory",
         "MiB: peak beyond the inputs",
     ]
     header = ["contestant", "products", "ms", "quartiles", "x best peer", "MiB", "of floor"]
@@ -254,15 +264,15 @@ def report(options, names, absent, measured, logits, growth) -> str:
             completion = completion_of(int(tokens), options.completion)
             lines += [
                 "",
-                f"V = {vocab}, N = {tokens} in completions of {completion}; products at {rate:,.0f} GFLOP/s;"
+                f"V = {vocab}, N = {tokens} in completions of {completion}; matrix products run at {rate:,.0f} GFLOP/s;"
                 f" one matrix of logits: {logits[vocab][tokens]:.0f} MiB",
                 table(header, rows),
             ]
         if growth:
             words = ", ".join(f"{name} {value:.2f}" for name, value in growth[vocab].items())
-            lines += ["", f"growth of memory, in matrices of logits, V = {vocab}: {words}"]
+            lines += ["", f"growth of memory / growth of the logits, V = {vocab}: {words}"]
     lines += ["", *(f"{name}: {every[name].settings}; loss {every[name].kind}" for name in names)]
-    lines += [f"{name}: not here, {reason}" for name, reason in absent.items()]
+    lines += [f"{name}: not run, {reason}" for name, reason in absent.items()]
     return "\n".join([*lines, ""])
 
 

@@ -1,8 +1,9 @@
-"""Heads that are compared: ours in all their modes, and what else computes a loss from hidden rows and a vocabulary.
+"""Contestants of the head benchmarks: all modes of ours, and the peers.
 
-Every contestant takes hidden rows (N, H) and a weight (V, H) to a loss, mean DPO over pairs of completions or, where it
-knows no pairs, mean cross-entropy over tokens (``nll``), which has the same products. A peer runs at the best of its
-settings that we found; they stand in ``settings``. Reference log-probs of the pairs are zero.
+Every contestant is a function of hidden rows (N, H) and a weight (V, H) that returns a loss: the mean DPO loss over
+pairs of completions, or, for peers without a pair loss, the mean cross-entropy over tokens (``nll``), which needs the
+same matrix products. A peer runs with its best settings that we found; ``settings`` names them. The reference log-probs
+of all pairs are zero.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_logprob
 
 BETA = 0.1
 _LOSS = build_loss("sigmoid", beta=BETA)
-_CHUNK = 512  # rows of the reference's logits
+_CHUNK = 512  # hidden rows whose logits the expected values compute at a time
 
-Head = Callable[[Tensor, Tensor], Tensor]  # loss of hidden rows and weight
+Head = Callable[[Tensor, Tensor], Tensor]  # (hidden rows, weight) -> loss
 
-# What is differentiated, and how many products of N V H multiplications that takes at least.
+# What a contestant differentiates, and the fewest matrix products of N V H multiply-adds that this takes.
 TRAINED, FROZEN, SCORE = "hidden and weight", "hidden", "nothing"
 PRODUCTS = {TRAINED: 3, FROZEN: 2, SCORE: 1}
 
 
 @dataclass
 class Problem:
-    """Inputs of all contestants. Completions 2i and 2i+1, of ``completion`` tokens each, are pair i."""
+    """The inputs of all contestants. Pair i is completions 2i and 2i+1, each of ``completion`` tokens."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
@@ -47,7 +48,7 @@ class Problem:
     def make(
         cls, tokens: int, size: int, vocab: int, completion: int, device: str, dtype: torch.dtype, seed: int = 0
     ) -> Problem:
-        """The same in every process on a device."""
+        """Makes random inputs, the same in every process on one device."""
         generator = torch.Generator(device).manual_seed(seed)
         weight = torch.randn(vocab, size, dtype=dtype, device=device, generator=generator).div_(math.sqrt(size))
         hidden = torch.randn(tokens, size, dtype=dtype, device=device, generator=generator)
@@ -66,12 +67,15 @@ class Problem:
         return cls(hidden, weight, targets, completion, pairs)
 
     def dpo(self, logps: Tensor) -> Tensor:
-        """Mean DPO loss over the pairs, as one would write it."""
+        """Returns the mean DPO loss over the pairs, by definition."""
         sums = logps.view(-1, self.completion).sum(1)
         return -F.logsigmoid(BETA * (sums[::2] - sums[1::2])).mean()
 
     def expected(self, gradients: bool = True) -> dict[str, dict[str, float]]:
-        """Loss and norms of its gradients of both kinds, by autograd over log_softmax and gather, in chunks of rows."""
+        """Returns the expected loss and gradient norms by kind (``dpo``, ``nll``).
+
+        They come from autograd through log_softmax and gather, in chunks of rows.
+        """
         hidden, weight = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
         chunks = list(zip(hidden.split(_CHUNK), self.targets.split(_CHUNK)))
         with torch.no_grad():
@@ -90,13 +94,16 @@ class Problem:
 
 
 def norms(grad_hidden: Tensor | None, grad_weight: Tensor | None = None) -> dict[str, float]:
-    """``dX`` and ``dW``: the Euclidean norms, of those that are there."""
+    """Returns the Euclidean norms of the given gradients as ``dX`` and ``dW``."""
     grads = {"dX": grad_hidden, "dW": grad_weight}
     return {name: grad.norm(dtype=torch.float32).item() for name, grad in grads.items() if grad is not None}
 
 
 def disagreement(found: Mapping[str, float], expected: Mapping[str, float], half: bool) -> str | None:
-    """What of a contestant's loss and norms is not as expected. Half-precision rows of sums lose more."""
+    """Describes the first of a contestant's loss and norms that is not as expected, or returns None.
+
+    ``half`` selects the wider tolerance for half precision, where sums of log-probs lose more digits.
+    """
     tolerance = 0.03 if half else 1e-3
     for name, value in found.items():
         if not abs(value - expected[name]) <= tolerance * max(abs(expected[name]), 1e-3):
@@ -105,28 +112,30 @@ def disagreement(found: Mapping[str, float], expected: Mapping[str, float], half
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the fp32 log-prob of each target."""
     return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who takes part, with what, and where it can."""
+    """One head to compare, its settings, and where it can run."""
 
     build: Callable[[Problem], Head]
     gradients: str = TRAINED
     settings: str = ""
     kind: str = "dpo"  # which loss it computes
     peer: bool = True
-    package: str | None = None  # without which it is not there
-    device: str | None = None  # the only one that it runs on
-    compiles: bool = False  # a whole loss, which takes half a minute
+    package: str | None = None  # the package that it needs
+    device: str | None = None  # the only device that it runs on; None: any
+    compiles: bool = False  # compiles its whole loss, which takes half a minute
 
     @property
     def products(self) -> int:
+        """The fewest matrix products that its gradients take."""
         return PRODUCTS[self.gradients]
 
     def absent(self, device: str) -> str | None:
-        """Why it cannot run here, if it cannot."""
+        """Returns the reason why the contestant cannot run here, or None if it can."""
         if self.device not in (None, device):
             return f"{self.device} only"
         if self.package == "torch" and not hasattr(F, "linear_cross_entropy"):
@@ -134,14 +143,17 @@ class Contestant:
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.compiles and device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-            return "torch.compile wants a C++ compiler on a CPU"
+            return "torch.compile needs a C++ compiler on a CPU"
         if self.package == "quack" and torch.cuda.get_device_capability()[0] < 9:
             return "needs compute capability 9.0"
         return None
 
 
 def contestants(backend: str = "auto") -> dict[str, Contestant]:
-    """All by name: our modes, then the peers; ``-frozen`` and ``-score`` where less is differentiated."""
+    """Returns all contestants by name: our modes with ``backend``, then the peers.
+
+    The suffix ``-frozen`` means that only hidden rows are differentiated, ``-score`` that nothing is.
+    """
     options = HeadOptions(backend=backend)
     ours = partial(Contestant, settings=f"backend {backend}", peer=False)
     found = {
@@ -150,19 +162,20 @@ def contestants(backend: str = "auto") -> dict[str, Contestant]:
         "frozen": ours(partial(_preference, options, False), FROZEN),
         "score": ours(partial(_scoring, options), SCORE, kind="nll"),
     }
+    # Peers: which of them also run frozen or without gradients is decided by name below.
     liger, chunked = "liger_kernel", "chunks of {} rows on a CPU, 4096 on CUDA".format
     compiled = partial(Contestant, compiles=True)
     peers: dict[str, Callable[..., Contestant]] = {
         "eager": partial(Contestant, _eager, settings="all logits, log_softmax in fp32"),
         "compiled": partial(compiled, _compiled, settings="torch.compile of eager, static shapes"),
-        "trl": partial(Contestant, _trl, settings="its 32768 columns x 4096 rows, no statistics", package="trl"),
+        "trl": partial(Contestant, _trl, settings="TRL's 32768 columns x 4096 rows, no statistics", package="trl"),
         "torch-ce": partial(Contestant, _torch_ce, settings=chunked(512), kind="nll", package="torch"),
         "liger-dpo": partial(compiled, _liger_dpo, settings="compiled, chunks of 1024 rows or a pair", package=liger),
         "liger-ce": partial(
             Contestant, _liger_ce, settings="accumulates in fp32", kind="nll", package=liger, device="cuda"
         ),
         "cce": partial(
-            Contestant, _cce, settings="its kernels, filter 'high'", kind="nll", package="cut_cross_entropy",
+            Contestant, _cce, settings="Apple's kernels, filter 'high'", kind="nll", package="cut_cross_entropy",
             device="cuda",
         ),
         "quack": partial(
@@ -192,7 +205,7 @@ def _scoring(options: HeadOptions, p: Problem) -> Head:
     return lambda x, w: -linear_logprobs(x, w, p.targets, None, options).logps.mean()
 
 
-# --- Peers, called as their current releases want it ---
+# --- Peers, called as their current releases require ---
 
 
 def _eager(p: Problem) -> Head:
@@ -200,19 +213,19 @@ def _eager(p: Problem) -> Head:
 
 
 def _compiled(p: Problem) -> Head:
-    torch.compiler.reset()  # beyond a few shapes it would stay with eager
+    torch.compiler.reset()  # after a few shapes Dynamo falls back to eager
     return torch.compile(_eager(p), dynamic=False)
 
 
 def _trl(p: Problem) -> Head:
-    """TRL's chunked log-probs, what its ``DPOTrainer`` runs on a head."""
+    """TRL's chunked log-probs, which its ``DPOTrainer`` uses for the head."""
     chunked = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
     columns = import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
     return lambda x, w: p.dpo(chunked(x, w, None, p.targets, 1.0, columns, None, 1.0, ())[0])
 
 
 def _torch_ce(p: Problem) -> Head:
-    """PyTorch's chunks, not those of its "auto": on a CPU that takes so few rows that it is ten times slower."""
+    """PyTorch's linear_cross_entropy with larger chunks than its "auto", which is ten times slower on a CPU."""
     cuda = p.hidden.is_cuda
     policy = "compact" if p.hidden.dtype == torch.float32 else "auto"
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4096 if cuda else 512, acc_policy=policy)
@@ -220,7 +233,7 @@ def _torch_ce(p: Problem) -> Head:
 
 
 def _liger_dpo(p: Problem) -> Head:
-    """In chunks of pairs, not its default of a single one where completions are short."""
+    """Liger's DPO loss in chunks of some 1024 rows; its default of one pair is slow if completions are short."""
     torch.compiler.reset()
     loss = import_module("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
     chunk = max(1, 1024 // (2 * p.completion))

@@ -1,4 +1,7 @@
-"""Preference data of random tokens, with lengths of a preset or of a file: no more decides what a step costs."""
+"""Preference data of random tokens, with lengths from a preset or a file.
+
+The cost of a training step depends on lengths only, so the tokens need no meaning.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ import numpy as np
 # Ids below this are special in the synthetic tokenizer.
 FIRST_TOKEN = 3
 
-Group = tuple[int, list[int]]  # tokens of a prompt and of its completions, best first
-Draw = Callable[[np.random.Generator, int], np.ndarray]
+Group = tuple[int, list[int]]  # tokens of a prompt, and of its completions, best first
+Draw = Callable[[np.random.Generator, int], np.ndarray]  # (generator, size) -> lengths
 
 
 def uniform(low: int, high: int) -> Draw:
-    """Lengths from ``low`` to ``high``, both included."""
+    """Draws lengths uniformly from ``low`` to ``high``, both included."""
     return lambda random, size: random.integers(low, high + 1, size)
 
 
 def lognormal(median: float, sigma: float, low: int, high: int) -> Draw:
-    """Heavy-tailed lengths, clipped to what a trainer would truncate to."""
+    """Draws heavy-tailed lengths, clipped to ``low`` and ``high`` as a trainer would truncate them."""
 
     def draw(random: np.random.Generator, size: int) -> np.ndarray:
         return np.clip(median * np.exp(sigma * random.standard_normal(size)), low, high).astype(np.int64)
@@ -36,13 +39,14 @@ def lognormal(median: float, sigma: float, low: int, high: int) -> Draw:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long prompts and completions are."""
+    """Distributions of the lengths of prompts and completions."""
 
     prompt: Draw
     completion: Draw
 
 
-# The shapes of such data, not fits to them. "responses" beside these: 300 prompts and what four models said to them.
+# These presets resemble the data that they are named after; they are not fitted to it. The table behind "responses"
+# has the lengths of 300 real prompts and of the responses of four models.
 PRESETS = {
     "mixed": Lengths(uniform(64, 256), uniform(32, 256)),
     "ultrafeedback": Lengths(lognormal(120, 0.9, 8, 1024), lognormal(280, 0.65, 8, 1024)),
@@ -51,18 +55,20 @@ PRESETS = {
     "tiny": Lengths(uniform(4, 12), uniform(2, 12)),
 }
 _RESPONSES = Path(__file__).with_name("responses_lengths.csv")
-HELP = f"{', '.join(PRESETS)}, responses, uniform:P:C (all prompts and completions of P and C tokens), or a JSONL file"
+HELP = f"{', '.join(PRESETS)}, responses, uniform:P:C (P tokens per prompt and C per completion), or a JSONL file"
 
 
 def preference_rows(
     lengths: str, prompts: int, vocab: int, completions: int = 2, seed: int = 0
 ) -> list[dict[str, list[int]]]:
-    """Tokenised pairs, TRL's columns: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
+    """Returns tokenized pairs with TRL's columns ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
 
     Args:
-        lengths: see ``HELP``.
-        prompts: how many; each has all pairs of its ``completions``, one after another.
-        vocab: ids are drawn from ``FIRST_TOKEN`` to here.
+        lengths: A preset, table or file; see ``HELP``.
+        prompts: The number of prompts. Each gives all pairs of its completions, one after another.
+        vocab: The vocabulary size; ids are drawn from ``FIRST_TOKEN`` to ``vocab`` - 1.
+        completions: The number of completions per prompt.
+        seed: The seed of lengths and ids.
     """
     random = np.random.default_rng(seed)
     rows = []
@@ -76,7 +82,7 @@ def preference_rows(
 
 
 def rows_of(spec: Mapping[str, Any]) -> list[dict[str, list[int]]]:
-    """The pairs of all steps and ranks of ``bench step``'s contestants, in order."""
+    """Returns the pairs of all steps and ranks that the contestants of ``bench step`` train on, in order."""
     completions = spec.get("completions", 2)
     pairs = spec["steps"] * spec["pairs"] * spec.get("ranks", 1)
     prompts = pairs // (completions * (completions - 1) // 2)
@@ -84,14 +90,14 @@ def rows_of(spec: Mapping[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def draw_groups(lengths: str, prompts: int, completions: int, random: np.random.Generator) -> list[Group]:
-    """Lengths of so many prompts with so many completions each.
+    """Draws the lengths of ``prompts`` prompts with ``completions`` completions each.
 
     Raises:
-        ValueError: no such preset or file, or too few completions in it.
+        ValueError: The preset or file does not exist, or no prompt in it has enough completions.
     """
     if lengths.startswith("uniform:"):
         if not (found := re.fullmatch(r"uniform:(\d+):(\d+)", lengths)):
-            raise ValueError(f"--lengths {lengths}: must be uniform:P:C, tokens of a prompt and of a completion")
+            raise ValueError(f"--lengths {lengths}: must be uniform:P:C, the tokens of a prompt and of a completion")
         return [(int(found[1]), [int(found[2])] * completions)] * prompts
     if preset := PRESETS.get(lengths):
         every = preset.prompt(random, prompts), preset.completion(random, (prompts * completions))
@@ -102,15 +108,19 @@ def draw_groups(lengths: str, prompts: int, completions: int, random: np.random.
     if not groups:
         raise ValueError(f"--lengths {lengths}: no prompt has {completions} different completions")
     drawn = (int(i) for _ in range(-(-prompts // len(groups))) for i in random.permutation(len(groups)))
-    # The first and the last: of ranked responses those that differ most.
+    # Responses are ranked, so keep the first ones and the last one, which differ most.
     return [(groups[i][0], [*groups[i][1][: completions - 1], groups[i][1][-1]]) for i, _ in zip(drawn, range(prompts))]
 
 
 def groups_of(lengths: str) -> list[Group]:
-    """Lengths in the shipped table of responses, in another such table, or in a file of the user's own."""
+    """Reads lengths from the shipped table ("responses"), another CSV table, or a JSONL file.
+
+    Raises:
+        ValueError: The file does not exist, or a row of it lacks a column.
+    """
     path = _RESPONSES if lengths == "responses" else Path(lengths)
     if not path.is_file():
-        raise ValueError(f"--lengths {lengths}: no preset and no file; there are {HELP}")
+        raise ValueError(f"--lengths {lengths}: no preset and no file of this name; use {HELP}")
     if path.suffix == ".csv":
         with path.open() as file:
             return [(prompt, sides) for prompt, *sides in (list(map(int, row)) for row in list(csv.reader(file))[1:])]
@@ -118,10 +128,12 @@ def groups_of(lengths: str) -> list[Group]:
 
 
 def checked(lengths: str, completions: int, folder: Path) -> str:
-    """What other processes are told: ``lengths``, or a table in ``folder`` of a JSONL file's, which are counted once.
+    """Checks ``lengths`` and returns the name to pass to other processes.
+
+    The tokens of a JSONL file are counted once; their counts go to a CSV table in ``folder``, which is returned.
 
     Raises:
-        ValueError: as :func:`draw_groups`.
+        ValueError: See :func:`draw_groups`.
     """
     path = Path(lengths)
     if path.is_file() and path.suffix != ".csv":
@@ -135,17 +147,21 @@ def checked(lengths: str, completions: int, folder: Path) -> str:
 
 
 def count_tokens(rows: Sequence[dict[str, str]], name: str, vocab: int = 8000) -> list[Group]:
-    """Lengths of rows {prompt, chosen, rejected} or {prompt, model, response}, by a tokenizer trained on their text."""
+    """Counts tokens of rows {prompt, chosen, rejected} or {prompt, model, response}.
+
+    The tokenizer is a BPE of ``vocab`` tokens trained on the texts themselves. Prompts with fewer than two different
+    completions are left out. ``name`` stands in error messages.
+    """
     texts: dict[str, list[str]] = {}
     for number, row in enumerate(rows, 1):
         sides = [row[column] for column in ("chosen", "rejected", "response") if column in row]
         if "prompt" not in row or not sides:
             raise ValueError(
-                f"--lengths {name}, row {number}: wants prompt with chosen and rejected, or with model and response;"
+                f"--lengths {name}, row {number}: needs prompt with chosen and rejected, or with model and response;"
                 f" found {', '.join(row)}"
             )
         if not all(isinstance(text, str) for text in (row["prompt"], *sides)):
-            raise ValueError(f"--lengths {name}, row {number}: text is wanted, not messages")
+            raise ValueError(f"--lengths {name}, row {number}: must have texts, not messages")
         texts.setdefault(row["prompt"], []).extend(sides)
     tokenizer = train_bpe([text for prompt, sides in texts.items() for text in (prompt, *sides)], vocab)
     groups = []
@@ -157,11 +173,11 @@ def count_tokens(rows: Sequence[dict[str, str]], name: str, vocab: int = 8000) -
 
 
 def train_bpe(texts: Iterable[str], vocab: int, words: str | None = None, roles: Sequence[str] = ()):
-    """A byte-level BPE ``tokenizers.Tokenizer`` of the texts themselves.
+    """Trains a byte-level BPE ``tokenizers.Tokenizer`` on ``texts``.
 
     Args:
-        words: the regular expression that cuts a text into words; default GPT-2's.
-        roles: special tokens beside ``<pad>`` and ``<eos>``.
+        words: The regular expression that splits a text into words; default: GPT-2's.
+        roles: Special tokens in addition to ``<pad>`` and ``<eos>``.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -181,5 +197,5 @@ def train_bpe(texts: Iterable[str], vocab: int, words: str | None = None, roles:
 
 
 def pair_of(row: dict[str, list[int]]) -> tuple[list[int], list[int], list[int]]:
-    """(prompt, chosen, rejected) of a row, as :mod:`bench.work` counts it."""
+    """Returns (prompt, chosen, rejected) of a row, the form that :mod:`bench.work` takes."""
     return row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]

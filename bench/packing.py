@@ -1,13 +1,14 @@
-"""What packing wastes: pads, unfilled budget, and ranks that wait for each other.
+"""How much does packing waste: pad tokens, unfilled budget, and ranks that wait for each other?
 
     python -m bench packing --lengths responses
 
-Rows of these lengths go the trainer's way: preparation, sampler, collator, for several epochs and for 1, 2 and 4 ranks.
+Rows of the given lengths pass through the trainer's preparation, sampler and collator, for several epochs and for 1, 2
+and 4 ranks. The report has
 
-    pads       positions of the packed rows that belong to no prompt and no completion
-    fill       tokens / (micro-batches x budget), over an epoch
-    imbalance  of a step: (most - fewest tokens of a rank) / most; mean over the steps, and the worst step
-    padded     for comparison: share of pad tokens in right-padded batches of so many pairs, chosen above rejected
+    pads       positions of the packed rows that belong to no prompt or completion
+    fill       tokens / (micro-batches x budget), over all epochs
+    imbalance  (most - fewest tokens of a rank) / most, per step: mean over the steps, and worst step
+    padded     for comparison: share of pad tokens in right-padded batches of --pairs pairs, chosen above rejected
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ _VOCAB = 32_000
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "bench packing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m bench packing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--lengths", default="responses", help=HELP)
-    parser.add_argument("--rows", type=int, default=300, help="pairs, each with a prompt of its own")
-    parser.add_argument("--budget", default="2048,4096,8192", help="max_tokens_per_batch, comma-separated")
-    parser.add_argument("--ranks", default="1,2,4", help="comma-separated")
+    parser.add_argument("--rows", type=int, default=300, help="number of pairs, each with its own prompt")
+    parser.add_argument("--budget", default="2048,4096,8192", help="values of max_tokens_per_batch, comma-separated")
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, comma-separated")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of a padded batch")
-    parser.add_argument("--quick", action="store_true", help="one budget, one epoch")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per padded batch")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one budget, one epoch")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     if options.quick:
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(rows: Dataset, budget: int, ranks: int, epochs: int, max_length: int) -> dict[str, Any]:
-    """Pads, fill and imbalance of one budget and number of ranks, over all epochs."""
+    """Returns pads, fill and imbalance for one budget and number of ranks, over all epochs."""
     tokens = row_tokens(rows, max_length, "keep_start", True)
     collate = PackedCollator(max_length)
     samplers = [
@@ -108,7 +109,7 @@ def measure(rows: Dataset, budget: int, ranks: int, epochs: int, max_length: int
 
 
 def needed_tokens(rows: Sequence[dict[str, Any]], max_length: int) -> int:
-    """Tokens that these rows cannot do without: every prompt once, and every different completion of it."""
+    """Returns the number of tokens in ``rows`` if each prompt and each of its distinct completions counts once."""
     groups: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for row in rows:
         prompt = tuple(row["prompt_ids"])
@@ -118,7 +119,7 @@ def needed_tokens(rows: Sequence[dict[str, Any]], max_length: int) -> int:
 
 
 def padded_share(rows: Dataset, pairs: int, max_length: int) -> float:
-    """Pad tokens / all tokens of right-padded batches in the file's order."""
+    """Returns pad tokens / all tokens of right-padded batches of ``pairs`` pairs, in the order of the rows."""
     real = total = 0
     sides = [
         [min(len(row["prompt_ids"]) + len(completion), max_length) for completion in row["completion_ids"]]
@@ -144,7 +145,7 @@ def report(results: Sequence[dict[str, Any]], padded: float, options: argparse.N
             "",
             table(header, lines),
             "",
-            f"right-padded, {options.pairs} pairs a batch: {100 * padded:.1f} % of all tokens are pads",
+            f"right-padded, {options.pairs} pairs per batch: {100 * padded:.1f} % of all tokens are pads",
         ]
     )
 

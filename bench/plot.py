@@ -1,4 +1,4 @@
-"""Pictures of results: ``python -m bench plot RESULT.json --out FOLDER`` draws a PNG and an SVG per subject."""
+"""Plots recorded results: ``python -m bench plot RESULT.json --out FOLDER`` draws a PNG and an SVG per subject."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ STORES = {
     "ArrowColumn": "an Arrow column, by row number",
 }
 _OURS, _VARIANT, _PEERS = "#1f6fb4", "#7fb3de", ("#b4562f", "#d9a441", "#7a7a7a", "#6b8f3a", "#8f5aa3")
-_TRL = {"trl-tuned": _PEERS[0], "trl": _PEERS[1]}  # the same in every picture
-_PREDICTED = "what operations predict"
+_TRL = {"trl-tuned": _PEERS[0], "trl": _PEERS[1]}  # the same colors in every plot
+_PREDICTED = "predicted from operations"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench plot", description=__doc__)
-    parser.add_argument("results", type=Path, help="a file that --json or --record wrote")
-    parser.add_argument("--out", type=Path, help="folder of the pictures, default beside the file")
+    parser = argparse.ArgumentParser("python -m bench plot", description=__doc__)
+    parser.add_argument("results", type=Path, help="result file, written by --json or --record")
+    parser.add_argument("--out", type=Path, help="folder for the plots; default: that of the result file")
     return parser.parse_args(arguments)
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw_step(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Bars: seconds a step, with what the operations predict from ours, and peak memory."""
+    """Draws seconds per step and peak memory as bars, with marks for the time predicted from ours by operations."""
     import matplotlib.pyplot as plt
 
     measured, predicted = result["measured"], result["predicted"]
@@ -62,9 +62,9 @@ def draw_step(result: dict[str, Any], folder: Path) -> list[Path]:
     expected = [ours * predicted[name]["total_gflop"] for name in names]
     memory = [measured[name]["peak_mib"] / 1024 for name in names]
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(names) + 1.4), sharey=True)
-    colours = [_colour(name, i) for i, name in enumerate(names)]
+    colors = [_color(name, i) for i, name in enumerate(names)]
     for axis, values, label in zip(axes, (seconds, memory), ("seconds a step", "peak memory, GiB")):
-        bars = axis.barh(names, values, color=colours)
+        bars = axis.barh(names, values, color=colors)
         axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
         axis.set_xlabel(label)
         axis.set_xlim(0, 1.15 * max(values))
@@ -74,7 +74,7 @@ def draw_step(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_scaling(result: dict[str, Any], folder: Path) -> list[Path]:
-    """A panel an axis: seconds a step against what grows; dotted, what the operations predict from ours."""
+    """Draws one panel per axis: seconds per step; dotted lines show the time predicted from ours by operations."""
     import matplotlib.pyplot as plt
 
     columns = min(3, len(result["axes"]))
@@ -86,16 +86,16 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> list[Path]:
             found = [point[contestant] for point in points.values()]
             seconds = [one["seconds"]["median"] for one in found]
             spread = [[abs(one["seconds"][end] - one["seconds"]["median"]) for one in found] for end in ("low", "high")]
-            colour = _colour(contestant, i)
-            line = "none" if name == "lengths" else "-"  # presets have no order that a line could follow
-            style = {"color": colour, "marker": _marker(contestant), "linestyle": line}
+            color = _color(contestant, i)
+            line = "none" if name == "lengths" else "-"  # presets have no order, so no line connects them
+            style = {"color": color, "marker": _marker(contestant), "linestyle": line}
             panel.errorbar(values, seconds, spread, label=contestant, **style)
             if contestant != "ours":
                 expected = [
                     p["ours"]["seconds"]["median"] * p[contestant]["gflop"] / p["ours"]["gflop"]
                     for p in points.values()
                 ]
-                panel.plot(values, expected, "_" if name == "lengths" else ":", color=colour, markersize=14)
+                panel.plot(values, expected, "_" if name == "lengths" else ":", color=color, markersize=14)
         panel.set_xlabel(TITLES[name])
         panel.set_ylim(bottom=0)
         if name == "lengths":
@@ -109,20 +109,20 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_cache(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Bars of every store: look-ups a second and MB a second written."""
+    """Draws look-ups per second and MB written per second of every store as bars."""
     import matplotlib.pyplot as plt
 
     stores = result["stores"]
-    names = [name for name in STORES if name in stores][::-1]  # not TRL's columns, which hold sums and no values
+    names = [name for name in STORES if name in stores][::-1]  # without TRL's columns, which hold sums and not values
     texts = [STORES[name] for name in names]
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.45 * len(names) + 1.4), sharey=True)
-    colours = [_OURS if name.startswith("Ours") else _PEERS[i % len(_PEERS)] for i, name in enumerate(names)]
+    colors = [_OURS if name.startswith("Ours") else _PEERS[i % len(_PEERS)] for i, name in enumerate(names)]
     for axis, key, label in zip(
         axes, ("lookups_per_s", "fill_mb_per_s"), ("look-ups a second", "MB a second, filling")
     ):
         values = [stores[name].get(key, 0) for name in names]
-        bars = axis.barh(texts, values, color=colours)
-        axis.bar_label(bars, [f"{v:,.0f}" if v else "reads what the first wrote" for v in values], padding=3)
+        bars = axis.barh(texts, values, color=colors)
+        axis.bar_label(bars, [f"{v:,.0f}" if v else "reads the files of the first" for v in values], padding=3)
         axis.set_xlabel(label)
         axis.set_xlim(0, 1.25 * max(values))
         axis.locator_params("x", nbins=4)
@@ -131,7 +131,7 @@ def draw_cache(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_packing(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Budget filled, and how far apart the ranks of a step are."""
+    """Draws the filled share of the budget, and the imbalance between ranks."""
     import matplotlib.pyplot as plt
 
     names = [f"{r['budget']:,} tokens, {r['ranks']} rank{'s' * (r['ranks'] > 1)}" for r in result["results"]][::-1]
@@ -146,7 +146,7 @@ def draw_packing(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_tokenize(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Pairs a second, TRL's, its processes' and ours."""
+    """Draws pairs per second of TRL in one process, TRL in several processes, and ours."""
     import matplotlib.pyplot as plt
 
     found = result["results"][::-1]
@@ -157,9 +157,9 @@ def draw_tokenize(result: dict[str, Any], folder: Path) -> list[Path]:
         "trl_processes": (f"trl, {result['processes']} processes", _PEERS[1]),
         "ours": ("ours, one process", _OURS),
     }
-    for offset, (side, (label, colour)) in zip((0.27, 0, -0.27), sides.items()):
+    for offset, (side, (label, color)) in zip((0.27, 0, -0.27), sides.items()):
         values = [pairs / one[side] for one in found]
-        bars = axis.barh([i + offset for i in range(len(found))], values, 0.27, color=colour, label=label)
+        bars = axis.barh([i + offset for i in range(len(found))], values, 0.27, color=color, label=label)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
     axis.set_yticks(range(len(found)), [f"{one['form']}, {one['pairs']}" for one in found])
     axis.set_xlabel("pairs a second")
@@ -169,7 +169,10 @@ def draw_tokenize(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_head(result: dict[str, Any], folder: Path) -> list[Path]:
-    """A row a vocabulary: time against tokens, and peak memory, of all that train the head, or else of all."""
+    """Draws time and peak memory against tokens, one row per vocabulary.
+
+    Only contestants with the most matrix products are shown: those that train the head, if any were measured.
+    """
     import matplotlib.pyplot as plt
 
     measured = result["measured"]
@@ -201,12 +204,12 @@ def draw_head(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_attention(result: dict[str, Any], folder: Path) -> list[Path]:
-    """A column a size, above forward and backward, below forward: time, with what the attended pairs predict."""
+    """Draws time, with marks for the time predicted by attended pairs; a column per size, a row per way."""
     import matplotlib.pyplot as plt
 
     measured = result["measured"]
-    every = next(iter(measured.values()))["forward"]  # some have no backward
-    colours = {name: _OURS if name.startswith("ours") else _PEERS[2:][i % 3] for i, name in enumerate(every)}
+    every = next(iter(measured.values()))["forward"]  # "forward" has all contestants; some have no backward
+    colors = {name: _OURS if name.startswith("ours") else _PEERS[2:][i % 3] for i, name in enumerate(every)}
     figure, panels = plt.subplots(2, len(measured), figsize=(1 + 3.4 * len(measured), 5), squeeze=False)
     for column, (size, ways) in enumerate(measured.items()):
         _, prompt, completions = size.split()
@@ -214,11 +217,11 @@ def draw_attention(result: dict[str, Any], folder: Path) -> list[Path]:
             names = list(found)[::-1]
             milliseconds = [1e3 * found[name]["seconds"]["median"] for name in names]
             fastest = min(ms for ms, name in zip(milliseconds, names) if name.startswith("ours"))
-            panel.barh(names, milliseconds, color=[colours[name] for name in names])
-            for name, ms in zip(names, milliseconds):  # inside, where no mark is
+            panel.barh(names, milliseconds, color=[colors[name] for name in names])
+            for name, ms in zip(names, milliseconds):  # inside the bar, where no mark hides the text
                 panel.text(0, name, f" {ms:.1f}", color="white", va="center", fontsize=9)
             expected = [fastest * found[name]["pairs"] for name in names]
-            panel.plot(expected, names, "k|", markersize=12, label="attended pairs predict")
+            panel.plot(expected, names, "k|", markersize=12, label="predicted from attended pairs")
             panel.set_xlim(0, 1.2 * max(milliseconds + expected))
             panel.set_xlabel(f"ms, {way}")
         panels[0, column].set_title(f"prompt {prompt}, completions {completions}", fontsize=9)
@@ -245,13 +248,14 @@ def _marker(name: str) -> str:
     return "s" if _is_peer(name) else "o"
 
 
-def _colour(name: str, index: int) -> str:
+def _color(name: str, index: int) -> str:
     if _is_peer(name):
         return _TRL.get(name, _PEERS[index % len(_PEERS)])
     return _VARIANT if name.partition("-")[2] in ("unshared", "padded") else _OURS
 
 
 def _title(result: dict[str, Any]) -> str:
+    """Returns machine, versions, commit and date of a result."""
     machine = result["machine"]
     versions = ", ".join(
         f"{name} {result['versions'][name]}" for name in ("torch", "trl") if name in result["versions"]
@@ -261,6 +265,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _save(figure, result: dict[str, Any], stem: Path) -> list[Path]:
+    """Saves a figure as PNG and SVG and returns both paths."""
     import matplotlib.pyplot as plt
 
     for axis in figure.axes:
@@ -268,7 +273,7 @@ def _save(figure, result: dict[str, Any], stem: Path) -> list[Path]:
     figure.suptitle(_title(result), fontsize=9)
     figure.tight_layout()
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    with plt.rc_context({"svg.hashsalt": stem.name}):  # the same result makes the same bytes
+    with plt.rc_context({"svg.hashsalt": stem.name}):  # makes the file reproducible byte by byte
         for path in paths:
             figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)

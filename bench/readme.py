@@ -1,8 +1,8 @@
 """Writes the figures of README.md and docs/benchmarks.md from recorded results: ``python -m bench readme``.
 
 A generated block lies between ``<!-- bench: SUBJECT MACHINE -->`` and ``<!-- /bench -->``; MACHINE is a folder of
-bench/results. The block shows the machine's newest result of that subject and the command that measured it. Plots of
-that result are drawn beside it. Every benchmark figure on these pages is in such a block. ``--check`` only compares.
+bench/results. The block shows the machine's newest result of that subject and the command that measured it. The plots
+of that result are drawn again. All benchmark figures on these pages are in such blocks. ``--check`` writes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _TRL = ("trl", "trl-tuned")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("bench readme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench readme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="exit code 1 if a page and the results differ")
     options = parser.parse_args(arguments)
     pages = {path: updated(path.read_text()) for path in PAGES}
@@ -80,7 +82,7 @@ def newest(subject: str, machine: str, folder: Path = RESULTS) -> dict[str, Any]
 
 
 def headline(result: dict[str, Any]) -> str:
-    """The README's one sentence about a training step; the table is :func:`step`."""
+    """Returns the README's sentence about a training step. :func:`step` returns the table."""
     measured = result["measured"]
     installed, tuned = (_median(measured[name]) / _median(measured[compared_with(name, measured)]) for name in _TRL)
     memory = measured["trl"]["peak_mib"] / measured["ours"]["peak_mib"]
@@ -224,10 +226,11 @@ def crash(result: dict[str, Any]) -> str:
 
 
 def head(result: dict[str, Any]) -> str:
-    """A table of all contestants at the largest number of tokens, then the ratio eager / ours by tokens."""
+    """Returns a table of all contestants at the largest number of tokens, and the ratio eager / ours by tokens."""
     vocabs, ours = result["measured"], {3: "trained", 2: "frozen", 1: "score"}
     tokens = list(next(iter(vocabs.values())))
     header, rows = [""], []
+    # The table: one row per contestant, four columns per vocabulary.
     for vocab in vocabs:
         header += [f"ms at {int(vocab):,}", "× ours", "MiB", "of the floor"]
     for name in next(iter(vocabs.values()))[tokens[-1]]:
@@ -238,6 +241,7 @@ def head(result: dict[str, Any]) -> str:
             ratio = f"{one['seconds']['median'] / own['seconds']['median']:.2f}" if own else ""
             cells += [f"{1e3 * one['seconds']['median']:,.0f}", ratio, f"{one['mib']:,.0f}", f"{one['of_floor']:.0%}"]
         rows.append([name, *cells])
+    # The sentence below it: eager / trained at every number of tokens.
     speeds = []
     for vocab, sizes in result["speed_ratio"].items():
         over = [sizes[n].get("trained", {}).get("eager") for n in tokens]

@@ -1,15 +1,18 @@
-"""``python -m bench reference_pass --data FILE.jsonl``: time to score the reference on all pairs of a response file.
+"""How long does the reference take to score all pairs of a response file, compared with TRL?
+
+    python -m bench reference_pass --data FILE.jsonl
 
 Rows are ``{"prompt_id", "prompt", "model", "response"}``. Any two different responses to a prompt are a pair. TRL runs
-both sides of every pair, padded, in the order of the data. Ours runs every prompt and every response once. Both passes
-are those of the trainers, timed inside of their constructors. They run one after the other on the same model, tokens
-and machine, each in a process of its own that has run the model before. Their sums of log-probs are compared first.
+both sides of every pair, padded, in the order of the data. Ours runs every prompt and every response once. Each pass
+is the trainer's own, timed inside its constructor. The passes run one after the other on the same model, tokens and
+machine, each in its own process that has warmed up the model. The report has seconds, CPU seconds, counts of what was
+run, and the largest difference between the completions' log-probs.
 
 ``trl`` is TRL with default settings. ``trl-tuned`` runs the head on completion rows only, puts ``--trl-batch`` pairs in
-a batch, and has the allocator settings of ``bench.step``; ``ours-tuned`` has the same allocator settings. ``ratio_trl``
+a batch, and has the allocator settings of ``bench step``; ``ours-tuned`` has the same allocator settings. ``ratio_trl``
 is trl / ours, ``ratio_trl_tuned`` is trl-tuned / ours-tuned. Predicted ratios are ratios of floating-point operations,
-counted from lengths for the forward only: 2 p T + 4 L Hq D A + 2 R H V with p parameters of the layers, T tokens that
-are run, A pairs of query and key, R rows of the head.
+counted from lengths for the forward only: 2 p T + 4 L Hq D A + 2 R H V with p parameters of the layers, T tokens run,
+L layers, Hq heads of dimension D, A attended (query, key) pairs, R head rows, and a head of H x V.
 
 Words are hashed to token ids, because the time depends on lengths only.
 """
@@ -40,7 +43,7 @@ from .timing import Channel, Contestant, add_output_options, finish, table
 from .trainers import arguments, build_model, tokenizer
 from .work import Shape, Work, packed, padded
 
-Groups = list[tuple[list[int], list[list[int]]]]  # prompts and their different responses
+Groups = list[tuple[list[int], list[list[int]]]]  # token ids of each prompt and of its distinct responses
 
 CONTESTANTS = {
     "ours": {"side": "ours"},
@@ -52,7 +55,7 @@ _TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=50
 
 
 def read_groups(path: Path, prompts: int | None, vocab: int, longest: int) -> Groups:
-    """Reads the first so many prompts with their responses as token ids, at most ``longest`` tokens each."""
+    """Reads the first ``prompts`` prompts with their responses as token ids, at most ``longest`` tokens each."""
 
     def ids(text: str) -> list[int]:
         words = re.findall(r"\w{1,6}|\W", text)[:longest]
@@ -67,6 +70,7 @@ def read_groups(path: Path, prompts: int | None, vocab: int, longest: int) -> Gr
 
 
 def pairs_of(groups: Groups) -> list[dict[str, list[int]]]:
+    """Returns all pairs of responses of every group, as tokenized rows."""
     return [
         {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         for prompt, responses in groups
@@ -75,44 +79,48 @@ def pairs_of(groups: Groups) -> list[dict[str, list[int]]]:
 
 
 def forward_flops(work: Work, shape: Shape) -> float:
+    """Returns the floating-point operations of a forward."""
     layers = 2 * shape.layer_parameters * work.tokens
     attention = 4 * shape.layers * shape.heads * shape.head_size * work.attended
     return layers + attention + 2 * work.head_rows * shape.hidden * shape.vocab
 
 
 def padded_work(pairs: list[dict[str, list[int]]], batch: int, completion_rows_only: bool) -> Work:
-    """Returns the work of all batches together."""
+    """Returns the total work of padded batches of ``batch`` pairs."""
     sides = list(map(pair_of, pairs))
     parts = [padded(sides[i : i + batch], completion_rows_only) for i in range(0, len(sides), batch)]
     return Work(*(sum(getattr(part, name) for part in parts) for name in ("tokens", "attended", "head_rows")), 1)
 
 
-# --- One pass, in a process of its own ---
+# --- One pass, in its own process ---
 
 
 class Pass:
-    """Counts the time of a pass, and the completions, prompts and tokens that its model ran."""
+    """Records the time of a pass, and the completions, prompts and tokens that its model ran."""
 
     def __init__(self) -> None:
         self.counts = {"completions": 0, "prompts": 0, "tokens": 0, "batches": 0}
 
     def time(self, call: Callable, *arguments: Any) -> Any:
+        """Times the call that is the pass, and returns its result."""
         started, busy = time.perf_counter(), time.process_time()
         result = call(*arguments)
         self.counts |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
         return result
 
     def count(self, completions: int, prompts: int, tokens: int) -> None:
+        """Adds one batch."""
         for name, value in zip(self.counts, (completions, prompts, tokens, 1)):
             self.counts[name] += value
 
 
 def run_trl(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> tuple[Pass, np.ndarray]:
+    """Runs TRL's pass. Returns it with the log-probs of each pair's completions, (pairs, 2)."""
     import trl.trainer.utils
     from trl import DPOConfig, DPOTrainer
 
     if spec.get("tuned"):
-        trl.trainer.utils._use_triton = lambda device: True  # only the fused head reads it
+        trl.trainer.utils._use_triton = lambda device: True  # only the fused head reads this switch
     done = Pass()
 
     class Timed(DPOTrainer):
@@ -133,6 +141,7 @@ def run_trl(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder:
 
 
 def run_ours(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder: str) -> tuple[Pass, np.ndarray]:
+    """Runs our pass. Returns it with the log-probs of each pair's completions, (pairs, 2)."""
     from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
     from cpt_kernels.reference.scorer import Reference
 
@@ -140,7 +149,7 @@ def run_ours(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder
     fill, score = Reference.fill, Reference._score
 
     def counted(self, batch):
-        starts = int((batch["position_ids"] == 0).sum())
+        starts = int((batch["position_ids"] == 0).sum())  # position 0 is the first token of a prompt
         done.count(len(batch["completion_lengths"]), starts, batch["input_ids"].numel())
         return score(self, batch)
 
@@ -157,7 +166,7 @@ def run_ours(spec: dict[str, Any], model: torch.nn.Module, rows: Dataset, folder
 
 
 def worker(spec: dict[str, Any]) -> None:
-    """Prepares model and data, reports that, and runs the pass on request."""
+    """Prepares model and data, says that it is ready, and runs the pass on request."""
     channel = Channel()
     torch.set_num_threads(spec["threads"])
     shape = Shape(**spec["shape"])
@@ -178,10 +187,12 @@ def worker(spec: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench reference_pass", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench reference_pass", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="responses, one JSON object per line")
     parser.add_argument("--prompts", type=int, help="number of prompts to use; default: all")
-    parser.add_argument("--longest", type=int, default=256, help="most tokens of a prompt, and of a response")
+    parser.add_argument("--longest", type=int, default=256, help="most tokens of a prompt or a response")
     parser.add_argument("--trl-batch", type=int, default=1, help="batch size of trl-tuned, in pairs; 1 is fastest here")
     parser.add_argument("--tokens-per-batch", type=int, default=4096, help="budget of our micro-batches")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -190,12 +201,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="smoke test with a toy model")
     add_output_options(parser)
     args = parser.parse_args(argv)
+    # Settings that all contestants share.
     shape = _TOY if args.quick else Shape()
     names = args.contestants.split(",")
     groups = read_groups(args.data, args.prompts, shape.vocab, args.longest)
     common = {"data": str(args.data.resolve()), "shape": vars(shape), "device": "cpu", "loss": "sigmoid", "steps": 1}
     common |= {name: getattr(args, name) for name in ("prompts", "longest", "tokens_per_batch", "threads")}
     common |= {"pairs": args.trl_batch, "gradient_checkpointing": False, "learning_rate": 1e-6}
+    # Each pass runs alone, in a process of its own.
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
@@ -205,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
             measured[name].append(contestant.hello | contestant.ask("pass"))
             contestant.close()
             print(f"{name}: {measured[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    # Compare log-probs, and count operations for the predicted ratios.
     sums = {name: np.array(found[0].pop("sums")) for name, found in measured.items()}
     differences = {name: float(np.abs(sums[name] - sums[names[0]]).max()) for name in names}
     flops = {
@@ -230,6 +244,7 @@ def _median(found: list[dict[str, Any]], key: str) -> float:
 
 
 def _ratios(measured: dict[str, list], flops: dict[str, float]) -> dict[str, float]:
+    """Returns each contestant's time and operations over those of ours with the same allocator settings."""
     ratios = {}
     for name in measured:
         own = "ours-tuned" if CONTESTANTS[name].get("tuned") else "ours"
@@ -256,7 +271,7 @@ def _report(measured: dict, flops: dict, differences: dict, prompts: int, pairs:
         ]
         for name, found in measured.items()
     ]
-    header = ["pass", "seconds", "of CPU", "completions", "prompts", "tokens", "GFLOP", "GFLOP/s", "difference"]
+    header = ["pass", "seconds", "CPU s", "completions", "prompts", "tokens", "GFLOP", "GFLOP/s", "difference"]
     return f"{prompts} prompts, {pairs} pairs\n{table(header, rows)}"
 
 

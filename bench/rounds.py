@@ -1,8 +1,8 @@
-"""What the operators' benchmarks share: a worker that runs one contestant at size after size, and rounds over them all.
+"""Shared parts of the operator benchmarks (head, attention): workers that run one contestant, and interleaved rounds.
 
-A worker (:func:`serve`) answers ``size ...`` with the results and the memory of one run, after a run that warms up and
-compiles, and ``run`` with the seconds of as many runs as fit 50 ms. On CUDA the L2 cache is cold, and what a worker
-does not use is given back: all of them share the device.
+A worker (:func:`serve`) answers ``size ...`` with the results and the peak memory of one run, after a warm-up run that
+compiles. It answers ``run`` with the seconds of each run of one round, about 50 ms of runs. On CUDA the L2 cache is
+cold, and each worker frees its unused memory, because all workers share the device.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ import torch
 from .gpu.meter import cold_seconds, wall_seconds
 from .timing import MIB, Channel, Contestant, close_all, interleave, peak_mib, reset_peak, resident_mib
 
-REFERENCE = "reference"  # the contestant that has the expected results and the rate of the products
-_ROUND = 0.05  # seconds
+REFERENCE = "reference"  # the contestant that computes the expected results and times the matrix products
+_ROUND = 0.05  # seconds of runs per round
 
-Found = dict[str, dict[str, Any]]  # contestant -> what it answered, and "runs": all seconds
+Found = dict[str, dict[str, Any]]  # contestant -> its answers, and "runs": the seconds of all its runs
 
 
 class Timed(ABC):
-    """Something that can be run again and again."""
+    """A contestant at one size, which can run repeatedly."""
 
     def __init__(self, device: str):
         self.device = device
 
     @abstractmethod
     def run(self) -> Any:
-        """Once, all of it."""
+        """Runs the contestant once."""
 
     @abstractmethod
     def results(self) -> dict[str, Any]:
-        """Numbers of the last run that others must agree with."""
+        """Returns numbers of the last run that are compared with the reference."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget the last run."""
+        """Frees the results of the last run."""
 
     def first(self) -> dict[str, Any]:
+        """Warms up, then returns results and peak memory of one run. Sets the number of runs per round."""
         self.run()
         self.clear()
         before = self._reset_memory()
@@ -53,6 +54,7 @@ class Timed(ABC):
         return {"mib": peak - before, "results": results}
 
     def round(self) -> list[float]:
+        """Returns the seconds of each run of one round."""
         seconds = []
         for _ in range(self.repeats):
             seconds.append(timed(self.run, self.device))
@@ -60,29 +62,33 @@ class Timed(ABC):
         return seconds
 
     def _reset_memory(self) -> float:
+        """Resets the peak and returns the memory in use, in MiB."""
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated() / MIB
         resident = resident_mib()
         if not reset_peak():
-            raise RuntimeError("this kernel does not reset VmHWM (/proc/self/clear_refs): peaks cannot be told apart")
+            raise RuntimeError(
+                "this kernel cannot reset VmHWM (/proc/self/clear_refs), so the peak of one run cannot be measured"
+            )
         return resident
 
 
 class Products:
-    """Matrix products alone, each into memory that is there, and results that were computed beside."""
+    """Times matrix products into allocated memory, for the roofline. Also passes the expected results on."""
 
     def __init__(self, device: str, results: dict[str, Any], *products: tuple[torch.Tensor, torch.Tensor]):
         self.device, self.results = device, results
         self.products = [(*operands, operands[0] @ operands[1]) for operands in products]
 
     def first(self) -> dict[str, Any]:
+        """Returns the expected results. Sets the number of runs per round."""
         self.repeats = repeats(sum(wall_seconds(self._run(product)) for product in self.products))
         return {"results": self.results}
 
     def round(self) -> list[list[float]]:
-        """Of every run the seconds of every product."""
+        """Returns the seconds of every product, for each run of one round."""
         return [[timed(self._run(product), self.device) for product in self.products] for _ in range(self.repeats)]
 
     @staticmethod
@@ -92,21 +98,23 @@ class Products:
 
 
 def repeats(seconds: float) -> int:
+    """Returns the number of runs per round for a run of ``seconds``."""
     return max(1, min(100, int(_ROUND / seconds)))
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
+    """Returns the seconds of one run, on CUDA with a cold L2 cache."""
     return cold_seconds(run) if device == "cuda" else wall_seconds(run)
 
 
 def serve(device: str, build: Callable[..., Timed | Products]) -> None:
-    """A worker's loop; ``build`` is given the words of a size."""
+    """Runs a worker's loop. ``build`` makes the contestant from the words of a size."""
     channel = Channel()
     channel.reply(ready=True)
     contestant = None
     while message := channel.receive():
         if message.startswith("size "):
-            contestant = None  # what it holds is free before the next one is built
+            contestant = None  # frees its memory before the next one is built
             gc.collect()
             contestant = build(*message.split()[1:])
             channel.reply(**contestant.first())
@@ -118,12 +126,15 @@ def serve(device: str, build: Callable[..., Timed | Products]) -> None:
 
 def compete(
     module: str,
-    specs: Mapping[str, Mapping[str, Any]],  # name -> what its worker is told
+    specs: Mapping[str, Mapping[str, Any]],  # contestant -> settings of its worker
     sizes: Sequence[str],
     rounds: int,
     check: Callable[[Found], None],
 ) -> dict[str, Found]:
-    """size -> contestant -> its results, memory and seconds. ``check`` sees all results before anything is timed."""
+    """Runs all contestants at all sizes. Returns size -> contestant -> results, memory and seconds.
+
+    ``check`` gets all results of a size before anything is timed, and raises if they disagree.
+    """
     workers: list[Contestant] = []
     measured = {}
     try:

@@ -1,18 +1,19 @@
-"""What a step costs as work grows: one curve for us and for every peer, beside what the operations predict.
+"""How does the time of a training step grow with the work, for us and for peers?
 
     python -m bench scaling --axes pairs,tokens,vocab,prompt_share,completions,lengths
     python -m bench scaling --axes ranks --steps 12
 
-Every point is a run of ``bench step`` (its rules, its contestants, each in a process of its own, rounds interleaved)
-with one thing changed:
+Every point of an axis is a run of ``bench step``, with the same contestants and rules, that changes one setting:
 
-    pairs           pairs a step, "mixed" lengths
-    tokens          of the prompt and of each completion alike
-    vocab           of the head and the embeddings
-    prompt_share    of a sequence of 512 tokens, the part that is prompt
-    completions     of one prompt, K; the step trains all K (K - 1) / 2 pairs of them
-    lengths         presets, see ``bench step --help``
-    ranks           processes, so many pairs each, threads of a rank the same at every point (gloo or NCCL)
+    pairs           pairs per step, of "mixed" lengths
+    tokens          tokens of the prompt, and of each completion
+    vocab           vocabulary size of head and embeddings
+    prompt_share    share of the prompt in a sequence of 512 tokens
+    completions     completions per prompt, K; a step trains all their K (K - 1) / 2 pairs
+    lengths         presets of lengths, see ``bench step --help``
+    ranks           processes (gloo or NCCL), each with --pairs pairs and the same number of threads at every point
+
+The report has seconds per step, peak memory and tokens of every contestant, beside the ratio predicted by operations.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from typing import Any
 
 from .plot import TITLES
 from .step import CONTESTANTS, add_model_options, matmul_rates, predict, run, shape_of
-from .timing import add_output_options, finish, summarise, table
+from .timing import add_output_options, finish, summarize, table
 from .work import Shape
 
 _PEERS = "ours-unshared,trl-tuned"
 _QUICK_PEERS = "trl-completion-rows"
 _SHARES = (0.125, 0.25, 0.5, 0.75, 0.875)
 _SEQUENCE = 512
-# axis -> its points: what they are called, and the options of the step that they change
+# axis -> name of each point -> the options of the step that it changes
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "pairs": {str(n): {"pairs": n} for n in (1, 2, 4, 8)},
     "tokens": {str(n): {"lengths": f"uniform:{n}:{n}", "pairs": 2} for n in (32, 128, 512)},
@@ -53,24 +54,24 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "bench scaling", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m bench scaling", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    single = ",".join(axis for axis in AXES if axis != "ranks")  # gloo's steps vary too much for a few of them
-    parser.add_argument("--axes", default=single, help=f"comma-separated, see above; default {single}")
-    parser.add_argument("--peers", help=f"comma-separated, of `bench step`'s; default {_PEERS}")
-    parser.add_argument("--pairs", type=int, default=2, help="pairs a step where the axis does not say")
-    parser.add_argument("--steps", type=int, default=3, help="of every point; all but the first are timed")
+    single = ",".join(axis for axis in AXES if axis != "ranks")  # with gloo, the times of a few steps vary too much
+    parser.add_argument("--axes", default=single, help=f"comma-separated list, see above; default {single}")
+    parser.add_argument("--peers", help=f"comma-separated list of contestants of `bench step`; default {_PEERS}")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs per step, unless the axis sets them")
+    parser.add_argument("--steps", type=int, default=3, help="steps of every point; all but the first are timed")
     add_model_options(parser)
-    parser.add_argument("--quick", action="store_true", help=f"a toy model, one point, {_QUICK_PEERS}: does it run?")
+    parser.add_argument("--quick", action="store_true", help=f"smoke test: a toy model, one point, {_QUICK_PEERS}")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     options.peers = options.peers or (_QUICK_PEERS if options.quick else _PEERS)
     options.axes, options.peers = options.axes.split(","), options.peers.split(",")
     for name, given, known in (("axes", options.axes, AXES), ("peers", options.peers, CONTESTANTS)):
         if unknown := set(given) - set(known):
-            parser.error(f"unknown {name} {sorted(unknown)}: choose of {', '.join(known)}")
+            parser.error(f"unknown {name} {sorted(unknown)}: choose from {', '.join(known)}")
     if options.steps < 2:
-        parser.error("--steps must be at least 2: the first one warms up")
+        parser.error("--steps must be at least 2, because the first step warms up")
     options.points = {axis: dict(AXES[axis]) for axis in options.axes}
     if options.quick:
         toy = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 64, "vocab": 500, "steps": 2}
@@ -101,23 +102,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def ranks_of(points: dict[str, dict[str, Any]]) -> int:
-    """The most ranks of an axis."""
+    """Returns the largest number of ranks among the points of an axis."""
     return max(changes.get("ranks", 1) for changes in points.values())
 
 
 def ranks_lack(points: dict[str, dict[str, Any]], device: str) -> str | None:
-    """What the machine has too few of."""
+    """Returns why the machine cannot run the axis, or None if it can."""
     import torch
 
     there = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
     wanted = ranks_of(points)
-    return None if there >= wanted else f"wants {wanted} {'GPUs' if device == 'cuda' else 'cores'}, there is {there}"
+    return None if there >= wanted else f"needs {wanted} {'GPUs' if device == 'cuda' else 'cores'}, found {there}"
 
 
 def measure(
     names: Sequence[str], options: argparse.Namespace, shape: Shape, changes: dict[str, Any], most_ranks: int
 ) -> dict[str, dict[str, Any]]:
-    """One point: every contestant's time, memory and predicted work."""
+    """Runs one point. Returns each contestant's time, memory and predicted work.
+
+    Raises:
+        RuntimeError: The contestants' losses differ, so that they do not do the same work.
+    """
+    # Settings of the step: common ones, then those of the point.
     step = {"completions": 2, "lengths": "mixed", "loss": "sigmoid", "learning_rate": 1e-5}
     step = argparse.Namespace(**{**vars(options), **step, "rounds": options.steps - 1, **changes})
     shape = dataclasses.replace(shape, vocab=changes.get("vocab", shape.vocab))
@@ -125,6 +131,7 @@ def measure(
     more = {"ranks": ranks}
     if most_ranks > 1:
         more["threads"] = max(1, len(os.sched_getaffinity(0)) // most_ranks)
+    # Measure, predict, and compare the losses of all steps.
     rates = matmul_rates(shape, options.device)
     measured = run(names, step, shape, **more)
     predicted = predict(names, step, shape, rates, ranks)
@@ -132,10 +139,10 @@ def measure(
     for name in names[1:]:
         worst = max(abs(a - b) for a, b in zip(losses[names[0]], losses[name]))
         if worst > (1e-3 if options.device == "cpu" else 0.05):
-            raise RuntimeError(f"{name} does not compute what {names[0]} does: losses differ by {worst:.2e}")
+            raise RuntimeError(f"{name} computes other losses than {names[0]}: they differ by {worst:.2e}")
     return {
         name: {
-            "seconds": summarise(measured[name]["seconds"]),
+            "seconds": summarize(measured[name]["seconds"]),
             "peak_mib": measured[name]["peak_mib"],
             "beyond_mib": measured[name]["beyond_mib"],
             "gflop": predicted[name]["total_gflop"],
@@ -147,7 +154,7 @@ def measure(
 
 
 def ratios(points: dict[str, dict[str, Any]], peers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """peer -> value of the axis -> its time over ours."""
+    """Returns peer -> point of the axis -> peer's time / ours."""
     return {
         peer: {
             value: round(point[peer]["seconds"]["median"] / point["ours"]["seconds"]["median"], 3)
@@ -158,7 +165,7 @@ def ratios(points: dict[str, dict[str, Any]], peers: Sequence[str]) -> dict[str,
 
 
 def report(axis: str, points: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
-    """A table: one line a point and contestant."""
+    """Formats the table of an axis: one line per point and contestant."""
     rows = []
     for value, point in points.items():
         ours = point["ours"]

@@ -1,26 +1,26 @@
-"""A training step of ours against TRL's ``DPOTrainer``: seconds, peak memory, and whether both compute the same.
+"""How long does a training step take and how much memory, compared with TRL's ``DPOTrainer``? Do both losses agree?
 
     python -m bench step --peers trl,trl-tuned,ours-unshared,ours-padded
 
-Every contestant trains the same Qwen2-shaped model on the same random tokens, same order, seed and optimizer, reference
-log-probs precomputed beforehand (not timed), one step a round, rounds interleaved. Medians and quartiles are over
-rounds. Gradient checkpointing is off for all unless asked for (on is the default of TRL and ours).
+Every contestant trains the same Qwen2-shaped model on the same random tokens, in the same order, with the same seed and
+optimizer. Reference log-probs are computed before the timed steps. A round is one step; rounds are interleaved. Medians
+and quartiles are over rounds. Gradient checkpointing is off for all unless asked for (TRL and ours default to on).
 
-    trl                 TRL as it installs
-    trl-tuned           completion rows only (its switch, off on a CPU), the allocator settings below
-    trl-completion-rows, trl-allocator    one of the two
-    ours, ours-tuned    cpt_kernels as it installs, and with the same allocator settings
-    ours-unshared       packed, every completion behind its own copy of the prompt
-    ours-padded         the same right-padded to the longest of the step
+    trl                 TRL as installed
+    trl-tuned           TRL with its head limited to completion rows (off by default on a CPU), and a tuned allocator
+    trl-completion-rows, trl-allocator    only one of these two settings
+    ours, ours-tuned    cpt_kernels as installed, and with the same tuned allocator
+    ours-unshared       packed, each completion after its own copy of the prompt
+    ours-padded         as ours-unshared, but right-padded to the longest sequence of the step
 
-On CUDA both run under bf16 autocast, with flash attention where it is installed. ``predicted`` is the ratio of the
-operations that the lengths ask for (bench/work.py), ``of it`` measured / predicted: 100 % where all contestants do
-their operations at the same rate. ``of floor`` is the time that a step's operations take at the rate of large matrix
-products alone, measured in the same run, over the step's time.
+On CUDA all run under bf16 autocast, with flash attention if it is installed. ``predicted`` is the ratio of operations,
+counted from the lengths (bench/work.py). ``of it`` is measured / predicted: 100 % if all contestants run their
+operations at the same rate. ``of floor`` is the time of the step's operations at the rate of large matrix products,
+measured in the same run, divided by the step's time.
 
-Peak memory is VmHWM of the process during the timed steps. "beyond" is that minus what was resident once the libraries
-were imported and the model built, and minus AdamW's two moments: gradients, activations, logits, and what the allocator
-keeps. On CUDA both count the device's allocator, beyond weights and moments.
+Peak memory is VmHWM of the process during the timed steps. "beyond" is the peak minus the resident memory after imports
+and model construction, and minus AdamW's two moments. It consists of gradients, activations, logits, and memory that
+the allocator keeps. On CUDA, both are counted by the device's allocator; "beyond" excludes weights and moments.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from pathlib import Path
 from typing import Any
 
 from .lengths import HELP, checked, pair_of, rows_of
-from .timing import Contestant, add_output_options, close_all, finish, interleave, summarise, table
+from .timing import Contestant, add_output_options, close_all, finish, interleave, summarize, table
 from .work import SHAPES, Pair, Shape, Work, packed, padded
 
-# glibc gives every large block back and faults its pages in again at the next step; these settings keep them.
+# By default, glibc returns every large block to the system, and each step faults its pages in again. These settings
+# keep the blocks.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "20000000000",
@@ -50,26 +51,28 @@ ALLOCATOR = {
 _PEERS = "trl,trl-tuned"
 _QUICK_PEERS = "trl"
 _TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=500)
-_BYTES = 16  # a parameter in training: weight, gradient, two moments, fp32
+_BYTES = 16  # per trained parameter: weight, gradient and two moments in fp32
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How a contestant is run."""
+    """Settings of one contestant."""
 
-    side: str  # trl or ours
+    side: str  # "trl" or "ours"
     completion_rows_only: bool = True
     share_prompts: bool = True
     padded: bool = False
     tuned_allocator: bool = False
 
     def spec(self) -> dict[str, Any]:
+        """Returns the settings for the worker."""
         if self.side == "trl":
             return {"side": "trl", "completion_rows_only": self.completion_rows_only}
         options = {} if self.share_prompts else {"share_prompts": "false"}
         return {"side": "ours", "options": options, "padded": self.padded}
 
     def work(self, pairs: Sequence[Pair], cuda: bool) -> Work:
+        """Returns the work of one step on these pairs. On CUDA, TRL always limits its head to completion rows."""
         if self.side == "trl":
             return padded(pairs, self.completion_rows_only or cuda)
         return padded(pairs, True, head_gemms=3) if self.padded else packed(pairs, self.share_prompts)
@@ -88,24 +91,28 @@ CONTESTANTS = {
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     peers = ", ".join(name for name in CONTESTANTS if name not in ("ours", "ours-tuned"))
-    parser.add_argument("--peers", help=f"comma-separated, of: {peers}; default {_PEERS}")
+    parser.add_argument("--peers", help=f"comma-separated list of: {peers}; default {_PEERS}")
     parser.add_argument("--steps", type=int, default=20, help="training steps of every contestant")
-    parser.add_argument("--rounds", type=int, help="timed steps, the last ones; default all but two")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
-    parser.add_argument("--completions", type=int, default=2, help="of every prompt; all their pairs are trained")
+    parser.add_argument("--rounds", type=int, help="number of timed steps, the last ones; default: all but two")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per step")
+    parser.add_argument(
+        "--completions", type=int, default=2, help="completions per prompt; all their pairs are trained"
+    )
     parser.add_argument("--lengths", default="mixed", help=HELP)
     add_model_options(parser)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--loss", choices=["sigmoid", "hinge", "ipo", "sft"], default="sigmoid")
-    parser.add_argument("--quick", action="store_true", help=f"a toy model, four steps, {_QUICK_PEERS}: does it run?")
+    parser.add_argument("--quick", action="store_true", help=f"smoke test: a toy model, four steps, {_QUICK_PEERS}")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     peers_asked = (_QUICK_PEERS if options.quick else _PEERS) if options.peers is None else options.peers
     options.peers = [name for name in peers_asked.split(",") if name]
     if unknown := set(options.peers) - set(CONTESTANTS):
-        parser.error(f"unknown peers {sorted(unknown)}: choose of {peers}")
+        parser.error(f"unknown peers {sorted(unknown)}: choose from {peers}")
     if options.quick:
         vars(options).update(dataclasses.asdict(_TOY) | {"steps": 4, "pairs": 4, "lengths": "tiny", "rounds": None})
     options.rounds = options.rounds or max(1, options.steps - 2)
@@ -113,36 +120,42 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rounds {options.rounds} is more than --steps {options.steps}")
     pairs_of_prompt = options.completions * (options.completions - 1) // 2
     if options.completions < 2 or options.pairs % pairs_of_prompt:
-        parser.error(f"--pairs {options.pairs}: {options.completions} completions a prompt are {pairs_of_prompt} pairs")
+        of_prompt = f"{pairs_of_prompt}, the pairs of {options.completions} completions"
+        parser.error(f"--pairs {options.pairs}: must be a multiple of {of_prompt}")
     return options
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--shape`` and what of it can be changed."""
+    """Adds ``--device``, ``--shape``, options that override parts of the shape, and options of training."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="of the model; layers as many as fit")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="small", help="shape of the model, with as many layers as fit"
+    )
     for field in dataclasses.fields(Shape):
         if field.name != "tied":
             name = field.name.replace("_", "-")
-            parser.add_argument(f"--{name}", type=int, help=f"instead of the shape's {name}")
+            parser.add_argument(f"--{name}", type=int, help=f"overrides the shape's {name}")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters on all linear layers; 0: all weights")
     parser.add_argument("--liger-layers", action="store_true", help="Liger's layer kernels for all contestants")
     parser.add_argument("--gradient-checkpointing", action="store_true")
 
 
 def shape_of(options: argparse.Namespace, contestants: int) -> Shape:
-    """The preset, changed as asked for; where layers are not given, as many of its as fit beside each other."""
+    """Returns the preset with the overrides applied. Without ``--layers``, it has as many layers as fit.
+
+    All contestants hold their models at the same time.
+    """
     changes = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Shape)}
     shape = dataclasses.replace(SHAPES[options.shape], **{k: v for k, v in changes.items() if v is not None})
     if options.layers is not None:
         return shape
-    # Half of the memory for parameters, the other half for what a step adds.
+    # Half of the memory is for parameters, the other half for activations and logits of a step.
     per_parameter = 4 if options.lora_rank else _BYTES
     return shape.fitted(memory_of(options.device) / 2 / contestants / per_parameter)
 
 
 def memory_of(device: str) -> int:
-    """Bytes that are there."""
+    """Returns the total memory of the device in bytes."""
     import torch
 
     if device == "cuda":
@@ -165,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = run(names, told, shape)
         predicted = predict(names, told, shape, rates)
     agreement = {name: difference(measured["ours"], measured[name]) for name in names if name != "ours"}
-    summary = summarise_run(names, measured, predicted, agreement)
+    summary = summarize_run(names, measured, predicted, agreement)
     print(report(names, options, shape, measured, predicted, agreement))
     details = {
         "options": {k: v for k, v in vars(options).items() if k not in ("json", "record")} | dataclasses.asdict(shape),
@@ -179,9 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more: Any) -> dict[str, dict[str, Any]]:
-    """Every contestant's seconds of timed steps, peak memory, and all steps' metrics; ``more`` is told to workers."""
+    """Runs all contestants. Returns seconds of the timed steps, memory, and the metrics of all steps, by contestant.
+
+    ``more`` is passed to the workers (``ranks``, ``threads``).
+    """
     told = ("steps", "pairs", "completions", "lengths", "loss", "device", "learning_rate", "lora_rank")
     common = {name: getattr(options, name) for name in (*told, "gradient_checkpointing", "liger_layers")}
+    # Workers see as many GPUs as they have ranks.
     contestants: list[Contestant] = []
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(more.get("ranks", 1)))))
     try:
@@ -192,6 +209,7 @@ def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more:
             contestants.append(Contestant(name, "bench.trainers", spec, environment))
         if len({contestant.hello["checksum"] for contestant in contestants}) > 1:
             raise RuntimeError("the contestants did not start from the same weights")
+        # Warm up, reset the peaks of memory, then time.
         untimed = interleave(contestants, options.steps - options.rounds, "step")
         resets = {contestant.name: contestant.ask("reset") for contestant in contestants}
         timed = interleave(contestants, options.rounds, "step")
@@ -212,14 +230,16 @@ def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more:
 def predict(
     names: Sequence[str], options: argparse.Namespace, shape: Shape, rates: dict[str, float], ranks: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Every contestant's mean work of a timed step, in GFLOP by part and in tokens, and its time at ``rates``.
+    """Returns each contestant's mean work per timed step (GFLOP, tokens) and ``floor_s``, its time at ``rates``.
 
-    Of several ranks: a padded step waits for the rank with most to do, ours are balanced.
+    With several ranks, a padded step waits for the rank with the most work; our sampler balances the ranks.
     """
+    # The batches of every timed step, one per rank.
     wanted = {name: getattr(options, name) for name in ("steps", "pairs", "completions", "lengths")}
     pairs = list(map(pair_of, rows_of({**wanted, "ranks": ranks, "shape": dataclasses.asdict(shape)})))
     batches = [pairs[i : i + options.pairs] for i in range(0, len(pairs), options.pairs)]
     steps = [batches[i : i + ranks] for i in range(0, len(batches), ranks)][-options.rounds :]
+    # Count the work of every batch, combine the ranks of a step, and average over the steps.
     predicted = {}
     for name in names:
         entry, cuda = CONTESTANTS[name], options.device == "cuda"
@@ -241,19 +261,19 @@ def predict(
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """Largest difference over all steps of every metric that both log."""
+    """Returns the largest difference over all steps, for every metric that both log."""
     steps = list(zip(ours["metrics"], theirs["metrics"]))
     shared = set(steps[0][0]) & set(steps[0][1])
     return {name: max(abs(a[name] - b[name]) for a, b in steps) for name in sorted(shared)}
 
 
 def compared_with(name: str, names: Collection[str]) -> str:
-    """Ours, under the allocator settings of ``name``."""
+    """Returns the name of our contestant that has the allocator settings of ``name``."""
     return "ours-tuned" if CONTESTANTS[name].tuned_allocator and "ours-tuned" in names else "ours"
 
 
-def summarise_run(names, measured, predicted, agreement) -> dict[str, Any]:
-    """The last line: ratios, measured and predicted, and the largest differences."""
+def summarize_run(names, measured, predicted, agreement) -> dict[str, Any]:
+    """Returns the summary: measured and predicted ratios, and the largest differences."""
     summary: dict[str, Any] = {}
     for name in names:
         if name in ("ours", "ours-tuned"):
@@ -274,12 +294,12 @@ def summarise_run(names, measured, predicted, agreement) -> dict[str, Any]:
 
 
 def report(names, options, shape, measured, predicted, agreement) -> str:
-    """The header and the table."""
+    """Formats settings, table and differences."""
     medians = {name: statistics.median(measured[name]["seconds"]) for name in names}
     peers = [seconds for name, seconds in medians.items() if CONTESTANTS[name].side == "trl"]
     rows = []
     for name in names:
-        seconds, work, own = summarise(measured[name]["seconds"]), predicted[name], compared_with(name, names)
+        seconds, work, own = summarize(measured[name]["seconds"]), predicted[name], compared_with(name, names)
         ratio, operations = medians[name] / medians[own], work["total_gflop"] / predicted[own]["total_gflop"]
         rows.append(
             [
@@ -304,11 +324,11 @@ def report(names, options, shape, measured, predicted, agreement) -> str:
     trained = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     checkpointing = "on" if options.gradient_checkpointing else "off"
     lines = [
-        f"Qwen2-shaped {dataclasses.asdict(shape)}, {trained}, {options.lengths} lengths, {options.pairs} pairs a step"
-        f" of {options.completions} completions a prompt, {options.loss}, {precision} on {options.device},"
+        f"Qwen2-shaped {dataclasses.asdict(shape)}, {trained}, {options.lengths} lengths, {options.pairs} pairs per"
+        f" step of {options.completions} completions per prompt, {options.loss}, {precision} on {options.device},"
         f" gradient checkpointing {checkpointing}",
-        f"{options.steps} steps, the last {options.rounds} timed, one a round, rounds interleaved; x ours: under the"
-        " same allocator settings; predicted: GFLOP over ours; GFLOP and floor: bench/work.py, and --help",
+        f"{options.steps} steps, the last {options.rounds} timed, one per round, rounds interleaved; x ours: ratio to"
+        " ours with the same allocator settings; predicted: GFLOP / ours; --help explains all columns",
         "",
         table(header, rows),
         "",
@@ -317,12 +337,12 @@ def report(names, options, shape, measured, predicted, agreement) -> str:
         parts = ", ".join(f"{metric} {found[metric]:.1e}" for metric in ("loss", "rewards/margins", "grad_norm"))
         lines.append(f"largest difference, ours - {name}, over {options.steps} steps: {parts}")
     if not all(entry["peak_is_of_timed_steps"] for entry in measured.values()):
-        lines.append("peak memory is of the whole process: this kernel does not reset VmHWM")
+        lines.append("peak memory covers the whole process, because this kernel cannot reset VmHWM")
     return "\n".join(lines)
 
 
 def matmul_rates(shape: Shape, device: str, rows: int = 2048) -> dict[str, float]:
-    """GFLOP/s of the two kinds of product that a step is made of, alone, into memory that is there."""
+    """Measures GFLOP/s of the two kinds of matrix product in a step (layers, head), alone, into allocated memory."""
     import torch
 
     cuda = device == "cuda"

@@ -1,9 +1,10 @@
-"""All benchmarks of a machine, one after another, their results in one file, pictures beside it.
+"""Runs all benchmarks that this machine supports. Writes one result file, and plots beside it.
 
     python -m bench suite --record
-    python -m bench suite --quick         does everything run?
+    python -m bench suite --quick         toy sizes, to check that every benchmark runs
 
-Subjects that read a file of responses run where --data names one. On CUDA ``gpu_check`` comes first: is it right?
+Subjects that read responses run only if --data names a file. On CUDA, ``gpu_check`` runs first, so that the kernels are
+checked before they are timed. Reports each subject's outcome and duration; the exit code is 1 if a subject failed.
 """
 
 from __future__ import annotations
@@ -27,50 +28,52 @@ from .timing import ROOT, add_output_options, print_summary, result_path, table,
 
 @dataclass(frozen=True)
 class Part:
-    """A subject, as the suite runs it."""
+    """How the suite runs one subject."""
 
     arguments: Sequence[str] = ()
     devices: Sequence[str] = ("cpu", "cuda")
     takes_device: bool = False
     takes_data: bool = False
-    wants: str | None = None  # a package without which it cannot run
+    requires: str | None = None  # a package that the subject needs
 
 
 _PEERS = "ours-unshared,ours-padded,trl,trl-tuned"
 PARTS = {
     "gpu_check": Part(devices=("cuda",)),
-    "compile_report": Part(wants="triton"),
-    "step": Part(("--peers", _PEERS, "--steps", "4", "--rounds", "3"), takes_device=True, wants="trl"),
-    "scaling": Part(("--axes", "completions"), takes_device=True, wants="trl"),
+    "compile_report": Part(requires="triton"),
+    "step": Part(("--peers", _PEERS, "--steps", "4", "--rounds", "3"), takes_device=True, requires="trl"),
+    "scaling": Part(("--axes", "completions"), takes_device=True, requires="trl"),
     "head": Part(("--tokens", "64,1024"), takes_device=True),
     "attention": Part(takes_device=True),
     "packing": Part(),
     "cache": Part(("--rows", "2000000", "--valued", "300000"), devices=("cpu",)),
-    "tokenize": Part(("--pairs", "5000"), takes_data=True, wants="trl"),
+    "tokenize": Part(("--pairs", "5000"), takes_data=True, requires="trl"),
 }
 
 
 @dataclass
 class Outcome:
-    """What became of a subject."""
+    """The outcome of one subject."""
 
-    result: str  # "ok", or why not
+    result: str  # "ok", or the reason why the subject failed or did not run
     seconds: float = 0.0
-    found: dict[str, Any] | None = None  # what it wrote
+    found: dict[str, Any] | None = None  # the result that it wrote
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench suite", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--subjects", default=",".join(PARTS), help="comma-separated, of these")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--data", type=Path, help="JSON lines with prompt, model, response")
-    parser.add_argument(
-        "--quick", action="store_true", help="toy sizes, on a CPU two subjects at once: does everything run?"
+    parser = argparse.ArgumentParser(
+        "python -m bench suite", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--subjects", default=",".join(PARTS), help="comma-separated list; default: all subjects")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--data", type=Path, help="JSON Lines file with prompt, model and response")
+    parser.add_argument("--quick", action="store_true", help="smoke test with toy sizes; on a CPU two subjects at once")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     options.subjects = options.subjects.split(",")
-    options.at_once = 2 if options.quick and options.device == "cpu" else 1  # toy figures may disturb each other
+    options.at_once = (
+        2 if options.quick and options.device == "cpu" else 1
+    )  # concurrent subjects disturb each other's timings, which are not used here
     if unknown := set(options.subjects) - set(PARTS):
         parser.error(f"unknown subjects {sorted(unknown)}: choose of {', '.join(PARTS)}")
     return options
@@ -95,14 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(subject: str, options: argparse.Namespace, folder: Path) -> Outcome:
-    """One subject in a process of its own; alone, what it prints is seen as it comes."""
+    """Runs one subject in its own process. Its output is streamed if it runs alone, and else printed at its end."""
     part = PARTS[subject]
     if options.device not in part.devices:
         return Outcome(f"not on {options.device}")
     if part.takes_data and options.data is None:
-        return Outcome("skipped: wants --data")
-    if part.wants and importlib.util.find_spec(part.wants) is None:
-        return Outcome(f"skipped: {part.wants} is not installed")
+        return Outcome("skipped: needs --data")
+    if part.requires and importlib.util.find_spec(part.requires) is None:
+        return Outcome(f"skipped: {part.requires} is not installed")
     arguments = ["--device", options.device] if part.takes_device else []
     arguments += ["--data", str(options.data.resolve())] if part.takes_data else []
     arguments += ["--quick"] if options.quick and subject != "gpu_check" else part.arguments

@@ -1,8 +1,9 @@
-"""Timing that can be trusted: every contestant in a process of its own, rounds interleaved, medians, spread, memory.
+"""Shared parts of all benchmarks: worker processes, interleaved rounds, memory, provenance, and result files.
 
-A contestant (:class:`Contestant`) is a worker process with its own environment: allocator settings and peak memory
-belong to a process. The parent sends it one line, the worker does that much and answers with one line of JSON
-(:class:`Channel`). Rounds go A, B, C, A, B, C, ..., so that whatever slows the machine down slows all of them.
+A contestant (:class:`Contestant`) is a worker process with its own environment, because allocator settings and peak
+memory belong to a process. The parent sends one line per request; the worker runs it and answers with one line of JSON
+(:class:`Channel`). Rounds are interleaved (A, B, C, A, B, C, ...), so that other load on the machine slows all
+contestants alike. Results report medians and quartiles.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "n
 
 
 class Contestant:
-    """A worker process, seen from the parent.
+    """The parent's handle of one worker process.
 
     Args:
-        name: as it stands in the table.
-        module: run as ``python -m module --worker SPEC``.
-        spec: what the worker is told, as JSON.
-        environment: variables set for this process alone.
+        name: The name shown in tables.
+        module: The module to run as ``python -m module --worker SPEC``.
+        spec: The settings passed to the worker, as JSON.
+        environment: Environment variables of this process only.
     """
 
     def __init__(self, name: str, module: str, spec: Mapping[str, Any], environment: Mapping[str, str] | None = None):
@@ -55,28 +56,32 @@ class Contestant:
             stderr=self.errors,
             text=True,
             cwd=ROOT,
-            env={"CUDA_VISIBLE_DEVICES": "0", **os.environ, **(environment or {})},  # all on one GPU
+            env={"CUDA_VISIBLE_DEVICES": "0", **os.environ, **(environment or {})},  # all contestants share one GPU
         )
 
     @functools.cached_property
     def hello(self) -> dict[str, Any]:
-        """What the worker says once it is ready. Contestants that were made one after another get ready together."""
+        """The worker's first answer. It is read on first use, so that several workers can start in parallel."""
         return self._answer()
 
     def ask(self, message: str) -> dict[str, Any]:
-        """Send one line, wait for the answer."""
-        assert self.hello  # it is ready
+        """Sends one line and returns the answer.
+
+        Raises:
+            RuntimeError: The worker ended; the message has the last lines of its standard error.
+        """
+        assert self.hello  # waits until the worker is ready
         self.process.stdin.write(message + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def end(self) -> None:
-        """End of input ends the worker. :func:`close_all` waits for several at once."""
+        """Closes the worker's input, which ends it, without waiting."""
         if self.process.poll() is None:
             self.process.stdin.close()
 
     def close(self) -> None:
-        """End the worker, and wait for it."""
+        """Ends the worker and waits for it; kills it after 30 s."""
         self.end()
         try:
             self.process.wait(timeout=30)
@@ -90,28 +95,29 @@ class Contestant:
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            raise RuntimeError(f"contestant '{self.name}' ended; its last words:\n{self.errors.read()[-4000:]}")
+            raise RuntimeError(f"contestant '{self.name}' ended; its last output:\n{self.errors.read()[-4000:]}")
         return json.loads(line)
 
 
 class Channel:
-    """The worker's end. Takes standard output for itself: what libraries print goes to standard error."""
+    """The worker's side of the connection. Redirects standard output, so that libraries print to standard error."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def receive(self) -> str:
-        """The next line from the parent; '' when there is none any more."""
+        """Returns the parent's next line, or '' once the parent closed the connection."""
         return sys.stdin.readline().strip()
 
     def reply(self, **values: Any) -> None:
+        """Sends one answer."""
         self._out.write(json.dumps(values) + "\n")
         self._out.flush()
 
 
 def close_all(contestants: Sequence[Contestant]) -> None:
-    """End them together: it takes each of them half a second to go."""
+    """Ends all workers in parallel; each takes half a second to exit."""
     for contestant in contestants:
         contestant.end()
     for contestant in contestants:
@@ -119,7 +125,7 @@ def close_all(contestants: Sequence[Contestant]) -> None:
 
 
 def interleave(contestants: Sequence[Contestant], rounds: int, message: str) -> dict[str, list[dict[str, Any]]]:
-    """Answers of every contestant to ``message``, one a round, rounds interleaved."""
+    """Sends ``message`` to every contestant in every round. Returns the answers by contestant."""
     answers: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
     for _ in range(rounds):
         for contestant in contestants:
@@ -127,8 +133,8 @@ def interleave(contestants: Sequence[Contestant], rounds: int, message: str) -> 
     return answers
 
 
-def summarise(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+def summarize(values: Sequence[float]) -> dict[str, float]:
+    """Returns median, lower quartile and upper quartile."""
     if len(values) < 2:
         return {"median": values[0], "low": values[0], "high": values[0]}
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -139,7 +145,7 @@ def summarise(values: Sequence[float]) -> dict[str, float]:
 
 
 def resident_mib() -> float:
-    """Memory that is in RAM now, after what is free was given back."""
+    """Returns the resident memory of this process in MiB, after unused memory was returned to the system."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -147,7 +153,7 @@ def resident_mib() -> float:
 
 
 def reset_peak() -> bool:
-    """Forget the peak so far. False where the kernel does not offer that: the peak is the whole process's then."""
+    """Resets the peak of resident memory. Returns False if the system cannot; the peak is the process's then."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -156,12 +162,13 @@ def reset_peak() -> bool:
 
 
 def peak_mib() -> float:
-    """Largest resident memory since :func:`reset_peak` (VmHWM), file-backed pages of libraries included."""
+    """Returns the largest resident memory in MiB since :func:`reset_peak` (VmHWM), including mapped library files."""
     peak = _status("VmHWM")
     return peak if peak == peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _status(name: str) -> float:
+    """Returns a field of /proc/self/status in MiB, or NaN where it does not exist."""
     try:
         found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
@@ -169,11 +176,11 @@ def _status(name: str) -> float:
     return int(found[1]) / 1024 if found else float("nan")
 
 
-# --- Where and with what ---
+# --- Provenance ---
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, commit and time of a run."""
+    """Returns machine, versions, commit, date and command of this run."""
     return {
         "machine": machine(),
         "versions": versions(),
@@ -184,7 +191,7 @@ def environment() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPU."""
+    """Returns processor, cores, memory, GPU and load."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -195,12 +202,12 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load": round(os.getloadavg()[0], 2),  # when the run ended; its own work is in it
+        "load": round(os.getloadavg()[0], 2),  # at the end of the run, so that the run itself is included
     }
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that a benchmark's numbers depend on, where they are installed."""
+    """Returns the versions of Python and of the installed packages that affect the results."""
     import torch
 
     found = {"python": platform.python_version()}
@@ -209,11 +216,11 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"torch": torch.__version__}  # with its CUDA, which metadata does not always name
+    return found | {"torch": torch.__version__}  # names the CUDA version, which the metadata may omit
 
 
 def commit() -> str:
-    """Short hash of the checkout, with ``+`` where files besides results differ from it; 'none' outside of git."""
+    """Returns the short hash of HEAD, with ``+`` if files other than results are modified, or 'none' outside of git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -227,8 +234,8 @@ def commit() -> str:
 
 
 def _module_and_arguments() -> list[str]:
+    """Returns the command without folders of this machine and without the options that only name an output."""
     main = sys.modules["__main__"].__spec__
-    # Where files lie is nobody's business but this machine's, nor where the result goes.
     given = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     arguments = [a for before, a in zip(["", *given], given) if "--json" not in (before, a) and a != "--record"]
     return [main.name.removesuffix(".__main__") if main else Path(sys.argv[0]).name, *arguments]
@@ -238,18 +245,18 @@ def _module_and_arguments() -> list[str]:
 
 
 def result_path() -> Path:
-    """``bench/results/<machine>/<date>-<commit>.json`` of a run that ends now."""
+    """Returns ``bench/results/<machine>/<date>-<commit>.json`` for a run that ends now."""
     return RESULTS / folder_name(machine()) / f"{datetime.now(timezone.utc):%Y-%m-%d}-{commit().rstrip('+')}.json"
 
 
 def folder_name(machine: Mapping[str, Any]) -> str:
-    """Of a machine's results."""
+    """Returns the name of the folder that holds a machine's results."""
     name = f"{machine['gpu'] or machine['cpu']} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_result(subject: str, result: Mapping[str, Any], path: Path) -> Path:
-    """Add a subject's result to a file of results, replacing an older one of that subject."""
+    """Writes a subject's result into a result file. Replaces the subject's previous result and keeps other subjects."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = json.loads(path.read_text()) if path.exists() else {}
     whole[subject] = result
@@ -260,13 +267,13 @@ def write_result(subject: str, result: Mapping[str, Any], path: Path) -> Path:
 
 
 def add_output_options(parser) -> None:
-    """``--json`` and ``--record``, the same for every subject."""
+    """Adds ``--json`` and ``--record`` to a subject's parser."""
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result to this file")
-    parser.add_argument("--record", action="store_true", help="also write it to bench/results/<machine>/")
+    parser.add_argument("--record", action="store_true", help="also write the result to bench/results/<machine>/")
 
 
 def finish(subject: str, result: Mapping[str, Any], summary: Mapping[str, Any], options) -> None:
-    """Write what was asked for; print the summary as the last line."""
+    """Writes the result to the files asked for and prints the summary as the last line."""
     result = {**environment(), **summary, **result}
     for path in filter(None, (options.json, result_path() if options.record else None)):
         print(f"written: {write_result(subject, result, path)}")
@@ -274,18 +281,18 @@ def finish(subject: str, result: Mapping[str, Any], summary: Mapping[str, Any], 
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """The last line of a subject: what came out, where and with what, as JSON."""
+    """Prints a subject's last line: the summary with machine, versions and commit, as JSON."""
     print(json.dumps({**summary, "machine": machine(), "versions": versions(), "commit": commit()}))
 
 
 def milliseconds(seconds: Mapping[str, float], best: float | None) -> list[str]:
-    """Cells of a table: median, quartiles, and how many times as fast as the best peer, where there is one."""
+    """Returns table cells: median and quartiles in ms, and ``best`` (the best peer's seconds, or None) / median."""
     median, low, high = (1e3 * seconds[name] for name in ("median", "low", "high"))
     return [f"{median:.2f}", f"{low:.2f}-{high:.2f}", "-" if best is None else f"{1e3 * best / median:.2f}"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Text columns: the first to the left, the rest to the right."""
+    """Formats a text table. The first column is aligned left, all others right."""
     cells = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [

@@ -1,15 +1,16 @@
-"""Tokenising preference pairs of real lengths, against TRL's ``DPOTrainer``: rows a second, the same tokens.
+"""How fast are preference pairs tokenized, compared with TRL's ``DPOTrainer``?
 
     python -m bench tokenize --data FILE.jsonl --pairs 50000
 
-FILE has rows ``{"prompt", "model", "response"}``; a pair is what two models said to one prompt. Pairs are repeated with
-a number in front of the prompt until there are enough of them. A byte-level BPE tokenizer with the pre-tokenizer of
-recent models is trained on the file's own text. What is timed is all that the trainers do to the rows before the first
-step: TRL's ``_prepare_dataset``, as it is and with a process for each core (``dataset_num_proc``), and our ``prepare``,
-in one process, with datasets' cache off.
+FILE has rows ``{"prompt", "model", "response"}``; a pair is the responses of two models to one prompt. Pairs are
+repeated, with a number in front of the prompt, until there are enough. A byte-level BPE tokenizer with the
+pre-tokenizer of recent models is trained on the file's text. The timed part is all that the trainers do to the rows
+before the first step: TRL's ``_prepare_dataset``, in one process and in one process per core (``dataset_num_proc``),
+and our ``prepare`` in one process, with the cache of ``datasets`` off. The tokens are checked to be the same. The
+report has rows per second and ratios.
 
-    one pair a prompt    the best model's response and the worst's: every text is there once
-    all pairs            of all models: a response is in several pairs
+    one pair a prompt    the responses of the first and the last model: every text occurs once
+    all pairs            the pairs of all models: a response is in several pairs
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cpt_kernels.data.preparation import prepare
 
 from .lengths import train_bpe
-from .timing import add_output_options, finish, summarise, table
+from .timing import add_output_options, finish, summarize, table
 
-# GPT-4's, which Llama 3 and Qwen use with small changes.
+# GPT-4's pre-tokenizer, which Llama 3 and Qwen use with small changes.
 _WORDS = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -52,14 +53,14 @@ _TEMPLATE = (
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "bench tokenize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m bench tokenize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines with prompt, model, response")
-    parser.add_argument("--pairs", type=int, default=50_000)
+    parser.add_argument("--data", type=Path, required=True, help="JSON Lines file with prompt, model and response")
+    parser.add_argument("--pairs", type=int, default=50_000, help="number of pairs to tokenize")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32_000)
-    parser.add_argument("--quick", action="store_true", help="500 pairs")
+    parser.add_argument("--quick", action="store_true", help="smoke test with 500 pairs")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     if options.quick:
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_tokenizer(answers: dict[str, dict[str, str]], vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the texts themselves, with a chat template."""
+    """Trains a byte-level BPE tokenizer on the responses and gives it a chat template."""
     texts = (text for said in answers.values() for text in said.values())
     tokenizer = train_bpe(texts, vocab, _WORDS, ("<|user|>", "<|assistant|>"))
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
@@ -100,7 +101,7 @@ def train_tokenizer(answers: dict[str, dict[str, str]], vocab: int) -> PreTraine
 
 
 def repeat(answers: dict[str, dict[str, str]], every: bool):
-    """Pairs without end; the first model of the file stands for the best, the last for the worst."""
+    """Yields pairs forever: all pairs of a prompt if ``every``, else the first and the last response."""
     for number in count():
         for prompt, said in answers.items():
             texts = list(dict.fromkeys(said.values()))
@@ -109,12 +110,13 @@ def repeat(answers: dict[str, dict[str, str]], every: bool):
 
 
 def as_chat(row: dict[str, str]) -> dict[str, Any]:
+    """Converts a row of texts to messages."""
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
 
 
 def measure(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of all, interleaved; their tokens are compared first."""
+    """Checks that the tokens are the same, then times all contestants, rounds interleaved."""
     theirs = make_trl(dataset.select(range(2)), tokenizer, options.max_length)
     contestants = {
         "trl": partial(theirs, processes=None),
@@ -129,7 +131,7 @@ def measure(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, options: argpa
             start = time.perf_counter()
             run(dataset)
             times[name].append(time.perf_counter() - start)
-    medians = {name: summarise(values)["median"] for name, values in times.items()}
+    medians = {name: summarize(values)["median"] for name, values in times.items()}
     ratios = {
         "ratio": medians["trl"] / medians["ours"],
         "ratio_processes": medians["trl_processes"] / medians["ours"],
@@ -138,11 +140,15 @@ def measure(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, options: argpa
 
 
 def cores() -> int:
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def make_trl(few: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Callable[..., Dataset]:
-    """TRL's preparation in so many processes, from a trainer made for the purpose."""
+    """Returns TRL's preparation as a function of a dataset and ``processes``.
+
+    It is a method of the trainer, so this builds a trainer with a tiny model.
+    """
     from trl import DPOConfig, DPOTrainer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -160,10 +166,13 @@ def make_trl(few: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) 
 
 
 def check_same(ours: Dataset, theirs: Dataset) -> None:
-    """Both sides have the same tokens; ours also drops rows whose sides are cut to the same."""
+    """Checks that every row of ours is a row of TRL's.
+
+    Ours may have fewer rows, because it drops pairs whose two sides are equal after truncation.
+    """
     found = {json.dumps([row["prompt_ids"], *row["completion_ids"]]) for row in ours}
     expected = {json.dumps([row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]) for row in theirs}
-    assert found <= expected and len(found) > 0.9 * len(expected), "not the same tokens as TRL's"
+    assert found <= expected and len(found) > 0.9 * len(expected), "the tokens differ from TRL's"
 
 
 def report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:

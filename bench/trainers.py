@@ -1,8 +1,8 @@
-"""The trainers that ``bench.step`` compares: same model, data, order and optimizer, driven step by step.
+"""The worker of ``bench step``: trains ours or TRL's trainer with the same model, data and optimizer, step by step.
 
-Runs as the worker process of one contestant; for several ranks it starts the others itself. TRL is taken as it is
-installed, but for two switches: its data preparation is skipped (rows are tokenised already), and
-``completion_rows_only`` turns on the compaction of the head's rows that it has for CUDA and leaves off on a CPU.
+One process is the worker of one contestant. With several ranks, it is rank 0 and starts the others. TRL runs as
+installed, with two changes: its data preparation is skipped, because the rows are tokenized already, and
+``completion_rows_only`` enables on a CPU the selection of completion rows that TRL enables on CUDA only.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .lengths import rows_of
 from .timing import MIB, Channel, peak_mib, reset_peak, resident_mib
 from .work import Shape
 
-_FOLDER = "BENCH_FOLDER"  # tells a rank where rank 0 writes
+_FOLDER = "BENCH_FOLDER"  # environment variable that names rank 0's folder to the other ranks
 
 
 def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One that the trainers can ask for its special tokens; the data brings its ids."""
+    """Returns a tokenizer that only has special tokens, because the data consists of token ids."""
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     assert vocab >= len(words)
     return PreTrainedTokenizerFast(
@@ -48,18 +48,18 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(shape: Shape, seed: int = 0, attention: str | None = None) -> Qwen2ForCausalLM:
-    """Random weights, the same in every process."""
+    """Builds a model with random weights, the same in every process."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(**shape.config(), attn_implementation=attention))
 
 
 def best_attention(device: str) -> str:
-    """Of transformers', for padded rows: flash attention on a GPU where it is installed."""
+    """Returns transformers' name of the attention for padded rows: flash attention on a GPU if installed, else SDPA."""
     return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
 
 
 def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """What both configurations are given."""
+    """Returns the options that both trainers' configurations get."""
     cuda = spec["device"] == "cuda"
     return {
         "output_dir": folder,
@@ -86,7 +86,7 @@ def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def adapter(spec: dict[str, Any]):
-    """LoRA on all linear layers, or ``None`` where all weights are trained."""
+    """Returns a LoRA configuration for all linear layers, or ``None`` if all weights are trained."""
     if not spec.get("lora_rank"):
         return None
     from peft import LoraConfig
@@ -95,17 +95,18 @@ def adapter(spec: dict[str, Any]):
 
 
 def trl_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, folder: str) -> Trainer:
+    """Builds TRL's ``DPOTrainer``."""
     import trl.trainer.utils
     from trl import DPOConfig, DPOTrainer
 
     if spec.get("completion_rows_only"):
-        trl.trainer.utils._use_triton = lambda device: True  # read by the fused head alone, for this one switch
+        trl.trainer.utils._use_triton = lambda device: True  # only the fused head reads this switch
 
-    class TokenisedDPOTrainer(DPOTrainer):
+    class TokenizedDPOTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
-    return TokenisedDPOTrainer(
+    return TokenizedDPOTrainer(
         model,
         args=DPOConfig(**arguments(spec, folder)),
         train_dataset=rows,
@@ -116,6 +117,7 @@ def trl_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, fol
 
 
 def our_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, folder: str) -> Trainer:
+    """Builds our ``ContrastiveTrainer``."""
     from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
 
     args = ContrastiveConfig(**arguments(spec, folder), ref_cache_dir=f"{folder}/cache", **spec.get("options", {}))
@@ -134,14 +136,15 @@ def our_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, fol
 
 @dataclasses.dataclass(frozen=True)
 class PaddedCollator(PackedCollator):
-    """Every completion behind its own prompt, right-padded to the longest: what a batch is without packing.
+    """Collates each completion after its own prompt, right-padded to the longest sequence, as without packing.
 
-    Pads run in the layers and in attention. No other token sees them, and the head reads completion rows only.
+    Layers and attention compute pad tokens. No other token attends to them. The head reads completion rows only.
     """
 
     share_prompts: bool = False
 
     def __call__(self, rows) -> PackedBatch:
+        # Move each sequence of the packed batch to its own padded row.
         batch = super().__call__(rows)
         lengths = np.diff(batch["cu_seqlens_q"].numpy())
         count, longest = len(lengths), int(lengths.max())
@@ -149,6 +152,7 @@ class PaddedCollator(PackedCollator):
         tokens = np.full(count * longest, self.pad_token_id)
         tokens[places] = batch["input_ids"][0].numpy()
         predictors = places[batch["predictor_index"].numpy()]
+        # Every padded row is one segment that sees its own keys.
         every = torch.arange(len(tokens))
         bounds = torch.arange(0, len(tokens) + 1, longest, dtype=torch.int32)
         rounds = [tuple(map(torch.from_numpy, turn)) for turn in scatter_rounds(predictors, len(tokens))]
@@ -166,11 +170,11 @@ class PaddedCollator(PackedCollator):
 
 
 class StepOnCommand(TrainerCallback):
-    """Holds the training loop after every logged step until the parent wants the next one.
+    """Pauses training after every logged step until the parent asks for the next one.
 
-    A step's time runs from the command to the step's log: fetching and collating its batch, forward, backward,
-    optimizer, metrics. On CUDA the log's values have come from the device by then. Rank 0 alone has a channel; the
-    others wait for it.
+    A step's time runs from the parent's request to the step's log. It includes fetching and collating the batch,
+    forward, backward, optimizer and metrics. On CUDA, logging waits for the device. Only rank 0 has a channel; the
+    other ranks wait for rank 0.
     """
 
     def __init__(self, channel: Channel | None, baseline_mib: float, cuda: bool) -> None:
@@ -181,16 +185,16 @@ class StepOnCommand(TrainerCallback):
         self.wait()
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
-        if "loss" not in (logs or {}):  # the summary after the last step
+        if "loss" not in (logs or {}):  # the summary that the trainer logs after the last step
             return
         if self.channel is not None:
             seconds = time.perf_counter() - self.started
             metrics = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
             self.channel.reply(seconds=seconds, peak_mib=self.peak_mib(), metrics=metrics)
-        self.wait()  # after the last step, too: the end of one process would take time from the others' steps
+        self.wait()  # also after the last step, because a process that exits would disturb the others' steps
 
     def wait(self) -> None:
-        """Serve the parent until it asks for a step."""
+        """Answers the parent's requests until it asks for a step."""
         while self.channel is not None and (message := self.channel.receive()) != "step":
             if message != "reset":
                 sys.exit(0)
@@ -203,11 +207,12 @@ class StepOnCommand(TrainerCallback):
         self.started = time.perf_counter()
 
     def peak_mib(self) -> float:
+        """Returns the peak since the last reset in MiB, on CUDA that of the device's allocator."""
         return torch.cuda.max_memory_allocated() / MIB if self.cuda else peak_mib()
 
 
 def other_ranks(ranks: int, folder: str) -> list[subprocess.Popen]:
-    """Make this process rank 0 of so many, and start the others; all write to ``folder``."""
+    """Makes this process rank 0 of ``ranks`` and starts the others. All ranks share ``folder``."""
     if ranks == 1:
         return []
     with socket.socket() as probe:
@@ -225,11 +230,12 @@ def other_ranks(ranks: int, folder: str) -> list[subprocess.Popen]:
 
 
 def main(spec: dict[str, Any]) -> None:
+    """Runs one rank; rank 0 also writes the data and starts the others."""
     if folder := os.environ.get(_FOLDER):
         run(spec, None, folder)
         return
     with tempfile.TemporaryDirectory() as folder:
-        # From disk: TRL's ranks find the reference log-probs by the cache file that belongs to it.
+        # The data is on disk because TRL's ranks share reference log-probs through the dataset's cache file.
         Dataset.from_list(rows_of(spec)).save_to_disk(f"{folder}/rows")
         others = other_ranks(spec.get("ranks", 1), folder)
         try:
@@ -241,17 +247,17 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def run(spec: dict[str, Any], channel: Channel | None, folder: str) -> None:
-    """Train; on rank 0 at the parent's pace."""
+    """Trains one rank. Rank 0 takes a step whenever the parent asks for one."""
     cuda = spec["device"] == "cuda"
     if threads := spec.get("threads"):
         torch.set_num_threads(threads)
     build = {"trl": trl_trainer, "ours": our_trainer}[spec["side"]]
-    __import__("trl" if spec["side"] == "trl" else "cpt_kernels.trainer")  # so that no import is counted as the step's
+    __import__("trl" if spec["side"] == "trl" else "cpt_kernels.trainer")  # imports must not count as part of a step
     shape = Shape(**spec["shape"])
     rows = Dataset.load_from_disk(f"{folder}/rows")
     model = build_model(shape, attention=best_attention(spec["device"]))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    # Weights are there, AdamW's two moments will be: the peak beyond that is what a step takes.
+    # The baseline of memory is the weights and AdamW's two moments; the peak beyond it belongs to the step.
     weights = 0.0 if not cuda else 4 * parameters / MIB
     moments = 0.0 if spec.get("lora_rank") else 2 * 4 * parameters / MIB
     baseline = (weights if cuda else resident_mib()) + moments

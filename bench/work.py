@@ -1,15 +1,15 @@
-"""Arithmetic of a training step, counted from lengths and the model's shape: what a ratio of times should be.
+"""Counts the operations of a training step from lengths and the model's shape, to predict ratios of times.
 
-Floating-point operations of forward and backward; p parameters of the layers' matrices, T tokens run, L layers, Hq
-heads of size D, A attended (query, key) pairs, R rows of the head, H x V its weight:
+Floating-point operations of forward and backward, for p parameters in the layers' matrices, T tokens run, L layers, Hq
+heads of dimension D, A attended (query, key) pairs, R head rows and a head weight of H x V:
 
-    layers      6 p T          (4 p T where only adapters are trained; 2 p T more with gradient checkpointing)
-    attention   14 L Hq D A    (4 L Hq D A more): 2 products forward, 5 backward
+    layers      6 p T          4 p T if only adapters are trained; gradient checkpointing adds 2 p T
+    attention   14 L Hq D A    2 matrix products forward, 5 backward; gradient checkpointing adds 4 L Hq D A
     head        2 R H V x GEMMs
 
-A trainer that pads runs T = 2 B longest tokens and scores either all of them or completion tokens. A packed row runs
-every completion once and every prompt once for each or, shared, once. A head that computes its logits again to go back
-takes 4 GEMMs, ours 3; where its weight is frozen, one less.
+A trainer that pads B pairs runs T = 2 B x longest tokens; its head reads either all of them or completion rows only. A
+packed row runs every completion once, and a prompt once per completion or, if shared, once. A head that recomputes
+logits in the backward takes 4 GEMMs, ours takes 3; a frozen head weight saves one.
 """
 
 from __future__ import annotations
@@ -31,36 +31,41 @@ class Shape:
     kv_heads: int = 2
     intermediate: int = 1024
     vocab: int = 32000
-    tied: bool = True  # the head's weight is the embeddings'
+    tied: bool = True  # head and embeddings share one weight
 
     @property
     def head_size(self) -> int:
+        """The dimension of an attention head."""
         return self.hidden // self.heads
 
     @property
     def layer_parameters(self) -> int:
-        """Of all layers' matrices."""
+        """The number of parameters in the matrices of all layers."""
         attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def parameters(self) -> int:
-        """Of all matrices."""
+        """The number of parameters in all matrices, embeddings and head included."""
         return self.layer_parameters + (1 if self.tied else 2) * self.hidden * self.vocab
 
     def fitted(self, limit: float) -> Shape:
-        """The same with as many of its layers as ``limit`` parameters allow, at least one."""
+        """Returns the shape with as many of its layers as ``limit`` parameters allow.
+
+        Raises:
+            ValueError: Not even one layer fits.
+        """
         a_layer = self.layer_parameters / self.layers
         rest = self.parameters - self.layer_parameters
         if rest + a_layer > limit:
             raise ValueError(
-                f"one layer and the embeddings have {(rest + a_layer) / 1e6:.0f} million parameters, and there is"
-                f" memory for {limit / 1e6:.0f} million a contestant: take a smaller --shape, or fewer --peers"
+                f"one layer and the embeddings have {(rest + a_layer) / 1e6:.0f} million parameters, but the"
+                f" memory suffices for {limit / 1e6:.0f} million per contestant: use a smaller --shape or fewer --peers"
             )
         return replace(self, layers=min(self.layers, int((limit - rest) / a_layer)))
 
     def config(self) -> dict[str, Any]:
-        """Keyword arguments of ``transformers.Qwen2Config``."""
+        """Returns the keyword arguments of ``transformers.Qwen2Config``."""
         return {
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
@@ -76,7 +81,7 @@ class Shape:
         }
 
 
-# Sizes of published models; "small" is what two cores train in seconds.
+# Sizes of published models. Two cores train "small" in seconds.
 SHAPES = {
     "small": Shape(),
     "qwen-0.5b": Shape(896, 24, 14, 2, 4864, 151936),
@@ -88,15 +93,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one step runs."""
+    """The work of one step."""
 
     tokens: int
     attended: int  # (query, key) pairs
     head_rows: int
-    head_gemms: int  # where its weight is trained
+    head_gemms: int  # matrix products of the head when its weight is trained
 
     def flops(self, shape: Shape, gradient_checkpointing: bool = False, adapters: bool = False) -> dict[str, float]:
-        """Floating-point operations by part, and their ``total``; with ``adapters`` all other weights are frozen."""
+        """Returns floating-point operations by part and their ``total``. With ``adapters``, only those are trained."""
         again = 1 if gradient_checkpointing else 0
         layers = ((4 if adapters else 6) + 2 * again) * shape.layer_parameters * self.tokens
         attention = (14 + 4 * again) * shape.layers * shape.heads * shape.head_size * self.attended
@@ -111,7 +116,7 @@ Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids of prompt
 
 
 def padded(pairs: Sequence[Pair], completion_rows_only: bool, head_gemms: int = 4) -> Work:
-    """Right-padded ``[all prompt + chosen; all prompt + rejected]``."""
+    """Returns the work of one batch with all prompt + chosen above all prompt + rejected, right-padded."""
     longest = max(len(prompt) + max(map(len, sides)) for prompt, *sides in pairs)
     completions = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)
     rows = 2 * len(pairs)
@@ -124,7 +129,10 @@ def padded(pairs: Sequence[Pair], completion_rows_only: bool, head_gemms: int = 
 
 
 def packed(pairs: Iterable[Pair], share_prompts: bool = True) -> Work:
-    """Nothing padded, a completion once for all pairs of its prompt; with ``share_prompts`` the prompt, too."""
+    """Returns the work of packed rows. A completion runs once for all pairs of its prompt.
+
+    With ``share_prompts`` the prompt runs once as well, else once per completion.
+    """
     groups: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for prompt, *sides in pairs:
         groups.setdefault(tuple(prompt), set()).update(map(tuple, sides))
@@ -138,11 +146,12 @@ def packed(pairs: Iterable[Pair], share_prompts: bool = True) -> Work:
 
 
 def attended_pairs(group: GroupLengths) -> int:
-    """(query, key) pairs of a prompt and its completions."""
+    """Returns the number of attended (query, key) pairs of a prompt group."""
     prompts = 1 if group.share else len(group.completions)
-    behind = sum(group.prompt * length + _causal(length) for length in group.completions)
-    return prompts * _causal(group.prompt) + behind
+    completions = sum(group.prompt * length + _causal(length) for length in group.completions)
+    return prompts * _causal(group.prompt) + completions
 
 
 def _causal(length: int) -> int:
+    """Returns the number of (query, key) pairs in causal attention over ``length`` tokens."""
     return length * (length + 1) // 2

@@ -1,4 +1,4 @@
-"""Shared-prompt attention on a GPU: every kernel against the definition, then against what one would run without it."""
+"""Parts of ``gpu_check`` on shared-prompt attention: correctness of every kernel, and speed compared with others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from cpt_kernels.ops.attention.varlen import Need
 from ..attentions import Case, Groups, attended, flex, inputs_of, layout_of
 from .meter import Context, Row, describe, measure
 
-# First of all what differs from an ordinary causal call: queries and keys of different lengths, aligned at their ends.
+# The first case is the main difference from an ordinary causal call: queries and keys of different lengths, aligned at
+# their ends.
 CASES = {
     "q != k": Case(),
     "q != k, fp16": Case(dtype=torch.float16),
@@ -28,23 +29,23 @@ CASES = {
 GROUPS: Groups = [(128, [64, 1, 127]), (300, [65, 513]), (37, [1, 1]), (1, [129])]
 TINY: Groups = [(5, [3, 1]), (1, [4])]
 
-# (prompt, completions): where sharing pays, and how much it can.
+# (prompt, completions): one case with much to gain from a shared prompt, and one with less.
 SHAPES: dict[str, tuple[int, list[int]]] = {"P=C=2048": (2048, [2048, 2048]), "P=4096, C=512": (4096, [512, 512])}
 
 
 def run(case: Case, layout: AttentionLayout, leaves: list[Tensor], upstream: Tensor, backend: str, **options):
-    """(output, gradients)."""
+    """Returns [output, gradients of the leaves]."""
     q, k, v, *sinks = leaves = [x.detach().requires_grad_() for x in leaves]
     options |= {"sinks": sinks[0] if sinks else None, "backend": backend, **case.options()}
     out = shared_prompt_attention(q, k, v, layout, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
-# --- Right? ---
+# --- Correctness ---
 
 
 def comparisons(context: Context) -> Iterator[Row]:
-    """Output and gradients of every kernel by the one rule of the tests, and the same bits twice."""
+    """Checks output and gradients of every kernel by the tests' tolerance rule. Two runs must give the same bits."""
     names = ["sdpa"] if context.device == "cpu" else []
     for name, kernel in kernels().items():
         if isinstance(kernel, str):
@@ -57,6 +58,7 @@ def comparisons(context: Context) -> Iterator[Row]:
 
 
 def _compare(context: Context, name: str, case: Case) -> Row:
+    """Compares one kernel with eager in the same dtype and in fp64."""
     if context.tiny:
         case = dataclasses.replace(case, size=16, window=case.window and 2)
     layout = layout_of(TINY if context.tiny else GROUPS, True, context.device)
@@ -78,13 +80,18 @@ def _compare(context: Context, name: str, case: Case) -> Row:
 
 
 def _lacks(name: str, leaves: list[Tensor], case: Case) -> list[str]:
+    """Returns the features that the case needs and the kernel lacks."""
     q, k, v, *sinks = leaves
     need = Need.of(q, k, v, case.window, case.softcap, sinks[0] if sinks else None, 0.0)
     return capabilities()[name].lacks(need)
 
 
 def share_of_bound(found: Tensor, eager: Tensor, exact: Tensor) -> float:
-    """Error over what the rule allows: max 2 x eager's max + eps max|ref|, mean 1 x eager's mean + eps mean|ref|."""
+    """Returns the error as a share of the bound of ``tests/numerics.py``; more than 1 is a failure.
+
+    The bound is 2 x eager's maximum + eps max|exact| for the maximum error, and eager's mean + eps mean|exact| for the
+    mean error.
+    """
     if not torch.isfinite(found).all():
         return float("inf")
     eps = torch.finfo(eager.dtype).eps
@@ -94,13 +101,14 @@ def share_of_bound(found: Tensor, eager: Tensor, exact: Tensor) -> float:
     return float(torch.maximum(largest, mean))
 
 
-# --- Fast? ---
+# --- Speed ---
 
 
 def benchmarks(context: Context) -> Iterator[Row]:
-    """Forward and backward of one group with two completions, 32 heads on 8, head 128; tokens of one layer.
+    """Times forward and backward of the attention of one layer, for one prompt with two completions.
 
-    The bound is the ratio of attended (query, key) pairs without and with sharing.
+    The layer has 32 heads and 8 KV heads of size 128. The bound
+    of the gain is the ratio of attended (query, key) pairs without and with sharing.
     """
     found = kernels().items() if context.device == "cuda" else ()
     names = [*(name for name, kernel in found if not isinstance(kernel, str)), "sdpa"]
@@ -120,6 +128,7 @@ def _case(context: Context) -> Case:
 
 
 def _time_sharing(context: Context, name: str, prompt: int, completions: list[int]) -> Row:
+    """Times one kernel with shared prompts, with separate sequences, and with atomic adds in the backward."""
     case, times = _case(context), {}
     for key, share, deterministic in (
         ("shared", True, True),
@@ -140,7 +149,7 @@ def _time_sharing(context: Context, name: str, prompt: int, completions: list[in
 
 
 def _time_flex(context: Context, prompt: int, completions: list[int]) -> Row:
-    """PyTorch's FlexAttention over the same packed row, with a mask for the shared prompt."""
+    """Times PyTorch's FlexAttention on the same packed row, with a mask for the shared prompt."""
     leaves, upstream = inputs_of(_case(context), prompt + sum(completions), context.device)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     attention = flex([(prompt, completions)], context.device)

@@ -1,8 +1,11 @@
-"""Everything that wants a GPU, in one command: ``python -m bench.gpu.check [--minutes 8] [--json OUT]``.
+"""Are the kernels correct on this GPU, and how fast are they?
 
-Each part runs in a process of its own with a share of the time: one that fails, hangs or breaks the device is recorded
-and the rest goes on. What a part had measured by then is kept. A table and one line of JSON come last; the exit code is
-1 if anything failed, 2 without a GPU. ``--dry-run`` runs tiny shapes of all parts on a CPU, in this process.
+    python -m bench gpu_check [--minutes 8] [--json OUT]
+
+Runs all tests, comparisons and benchmarks that need a GPU. Each part runs in its own process with a share of the time.
+If a part fails, hangs or breaks the device, that is recorded, its rows so far are kept, and the next part runs. Prints
+a table and one line of JSON. The exit code is 1 if anything failed, 2 without a GPU. ``--dry-run`` runs all parts with
+tiny shapes on a CPU, in this process.
 """
 
 from __future__ import annotations
@@ -30,17 +33,18 @@ NO_GPU = 2
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the check: a function of a :class:`Context` that yields rows, and its share of eight minutes."""
+    """A part of the check: a function from a :class:`Context` to rows, and its seconds out of eight minutes."""
 
     module: str
     function: str
     seconds: float
 
     def rows(self, context: Context) -> Iterator[Row]:
+        """Runs the part and yields its rows."""
         return getattr(import_module(f"bench.gpu.{self.module}"), self.function)(context)
 
 
-# In this order: whether it is right comes before how fast it is.
+# Correctness comes before speed.
 PARTS = {
     "environment": Part("parts", "environment", 20),
     "attention": Part("attention", "comparisons", 60),
@@ -53,22 +57,23 @@ PARTS = {
 
 @dataclass
 class Outcome:
-    """What became of a part."""
+    """The rows of a part and its duration."""
 
     rows: list[Row]
     seconds: float
 
     @property
     def failed(self) -> bool:
+        """True if any row failed."""
         return any("failed" in row for row in self.rows)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "bench.gpu.check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m bench gpu_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated, of: {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts together")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated list of: {', '.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on this machine's CPU")
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
@@ -76,7 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.parts = options.parts.split(",")
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}: choose of {', '.join(PARTS)}")
+        parser.error(f"unknown parts {sorted(unknown)}: choose from {', '.join(PARTS)}")
     return options
 
 
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         return work(options.worker, options.minutes * 60, options.rows)
     if not options.dry_run and not torch.cuda.is_available():
-        print(f"gpu_check needs a CUDA device, and torch {torch.__version__} sees none here; --dry-run needs none")
+        print(f"gpu_check needs a CUDA device, and torch {torch.__version__} finds none: --dry-run runs on a CPU")
         return NO_GPU
     outcomes = check(options)
     failed = [name for name, outcome in outcomes.items() if outcome.failed]
@@ -96,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> dict[str, Outcome]:
-    """All parts, one after another; what one leaves of its time the next may use."""
+    """Runs all parts, one after another. A part gets its share of the time that earlier parts left."""
     deadline = time.monotonic() + options.minutes * 60
     waiting = sum(PARTS[name].seconds for name in options.parts)
     outcomes: dict[str, Outcome] = {}
@@ -108,7 +113,7 @@ def check(options: argparse.Namespace) -> dict[str, Outcome]:
         print(f"# {name}: up to {limit:.0f} s", file=sys.stderr, flush=True)
         rows = here(name, limit) if options.dry_run else apart(name, limit)
         outcomes[name] = Outcome(rows, time.monotonic() - started)
-        if options.json:  # whatever comes next, this is kept
+        if options.json:  # written after each part, so that a later crash loses nothing
             write_result("gpu_check", as_json(outcomes), options.json)
     return outcomes
 
@@ -117,33 +122,33 @@ def check(options: argparse.Namespace) -> dict[str, Outcome]:
 
 
 def here(name: str, seconds: float) -> list[Row]:
-    """A part in this process, with tiny shapes on the CPU."""
+    """Runs a part in this process, with tiny shapes on the CPU."""
     context = Context("cpu", True, time.monotonic() + seconds)
     return [json.loads(json.dumps(row)) for row in guarded(name, context)]
 
 
 def command(name: str, seconds: float, rows: Path) -> list[str]:
-    """A worker's command line. It is given less than the limit at which it is ended, since it has yet to start."""
+    """Returns a worker's command line. It gets less than the limit of its process, because it needs time to start."""
     minutes = (0.92 * seconds - 4) / 60
     return [sys.executable, "-m", "bench.gpu.check", "--worker", name, "--minutes", str(minutes), "--rows", str(rows)]
 
 
 def apart(name: str, seconds: float, command: Callable[[str, float, Path], list[str]] = command) -> list[Row]:
-    """A part in a process of its own; ended, with all that it started, after ``seconds``."""
+    """Runs a part in its own process, which is killed after ``seconds`` with all processes that it started."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows")
         path.touch()
         code, output = run_limited(command(name, seconds, path), seconds)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     if code is None:
-        rows.append({"what": name, "failed": f"ended after {seconds:.0f} s; its last words:\n{output[-4000:]}"})
+        rows.append({"what": name, "failed": f"killed after {seconds:.0f} s; its last output:\n{output[-4000:]}"})
     elif code != 0 and not any("failed" in row for row in rows):
-        rows.append({"what": name, "failed": f"exit code {code}; its last words:\n{output[-4000:]}"})
+        rows.append({"what": name, "failed": f"exit code {code}; its last output:\n{output[-4000:]}"})
     return rows
 
 
 def work(name: str, seconds: float, path: Path) -> int:
-    """A worker process: rows go to ``path`` as they come."""
+    """Runs a part in a worker process; each row is appended to ``path`` as soon as it is measured."""
     failed = False
     with path.open("a") as lines:
         for row in guarded(name, Context("cuda", False, time.monotonic() + seconds)):
@@ -154,7 +159,7 @@ def work(name: str, seconds: float, path: Path) -> int:
 
 
 def guarded(name: str, context: Context) -> Iterator[Row]:
-    """Rows of a part; what fails outside of them is one, too."""
+    """Yields the rows of a part. An exception outside of a row becomes a failed row."""
     try:
         yield from PARTS[name].rows(context)
     except Exception:
@@ -165,11 +170,12 @@ def guarded(name: str, context: Context) -> Iterator[Row]:
 
 
 def as_json(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """Returns the outcomes as they are written to a result file."""
     return {"parts": {name: {"seconds": round(o.seconds, 1), "rows": o.rows} for name, o in outcomes.items()}}
 
 
 def headline(outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    """Milliseconds and shares of every timed row, by name."""
+    """Returns milliseconds and shares of every timed row, by name."""
     rows = [row for outcome in outcomes.values() for row in outcome.rows]
     keys = ("ms", "floor_ms", "copy_share", "kernel_us", "share_of_bound")
     found = {row["what"]: {key: round(row[key], 4) for key in keys if key in row} for row in rows}
@@ -177,6 +183,7 @@ def headline(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 
 def report(outcomes: dict[str, Outcome]) -> str:
+    """Formats one line per row, and the counts of failed and skipped rows."""
     cells = [(name, row["what"], result(row)) for name, outcome in outcomes.items() for row in outcome.rows]
     widths = [max(map(len, column)) for column in list(zip(*cells))[:2]]
     lines = [f"{part:<{widths[0]}}  {what:<{widths[1]}}  {text}" for part, what, text in cells]
@@ -188,6 +195,7 @@ def report(outcomes: dict[str, Outcome]) -> str:
 
 
 def result(row: Row) -> str:
+    """Returns a row's result as one line."""
     if "failed" in row:
         return f"FAILED: {row['failed'].strip().splitlines()[-1]}"
     return f"skipped: {row['skipped']}" if "skipped" in row else row.get("result", "ok")

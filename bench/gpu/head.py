@@ -1,7 +1,7 @@
-"""The head on a GPU: our modes and kernels against everything in ``heads.py``.
+"""Part of ``gpu_check`` that times the head: our modes with every backend, and all peers of :mod:`bench.heads`.
 
 N = 16384 completion rows in 32 completions, H = 4096, V = 128256, bf16, forward and backward. Each contestant's loss
-and the norms of its gradients are held to a reference, so that none is fast and wrong.
+and gradient norms are compared with a reference, so that a fast but wrong one fails.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from cpt_kernels.ops.vocab_score import vocab_score
 from ..heads import TRAINED, Contestant, Problem, contestants, disagreement, norms
 from .meter import Context, Row, describe, free_memory, kernel_microseconds, machine_rates, measure
 
-_SECONDS, _COMPILATION = 8.0, 40.0  # that a contestant takes at least
+_SECONDS, _COMPILATION = 8.0, 40.0  # least time for a contestant, and for one that compiles
 
 
 def rows(context: Context) -> Iterator[Row]:
+    """Measures the machine's rates, the kernels of the head, then every contestant."""
     yield from machine_rates(context)
     tokens, size, vocab, completion = (64, 32, 501, 8) if context.tiny else (16384, 4096, 128256, 512)
     dtype = torch.float32 if context.tiny else torch.bfloat16
@@ -41,7 +42,7 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def _contestants(context: Context) -> dict[str, Contestant]:
-    """Ours with every backend; then the peers, those that are compiled last. On a CPU without them."""
+    """Returns ours with every backend, then the peers, with those that compile last. A tiny run leaves those out."""
     found = {}
     for backend in _backends(context):
         ours = {name: one for name, one in contestants(backend).items() if not one.peer}
@@ -51,6 +52,7 @@ def _contestants(context: Context) -> dict[str, Contestant]:
 
 
 def _time(context: Context, problem: Problem, contestant: Contestant, expected: dict[str, float]) -> Row:
+    """Times one contestant and compares its results with the expected ones."""
     loss, products = contestant.build(problem), contestant.products
     hidden = problem.hidden.detach().requires_grad_(products > 1)
     weight = problem.weight.detach().requires_grad_(contestant.gradients == TRAINED)
@@ -78,13 +80,13 @@ def _time(context: Context, problem: Problem, contestant: Contestant, expected: 
 
 
 def _kernel_rows(context: Context, problem: Problem) -> Iterator[Row]:
-    """``vocab_score`` as a share of the copy bandwidth, ``pair_loss`` in microseconds, for every backend."""
+    """Times every backend of ``vocab_score`` (as a share of the copy bandwidth) and ``pair_loss`` (in microseconds)."""
     tile_rows = 16 if context.tiny else 4096
     logits = problem.hidden[:tile_rows] @ problem.weight.t()
     targets = problem.targets[:tile_rows]
 
     def score(backend: str) -> Row:
-        # In place over and over: what the values are does not matter to the time, but that they stay finite does.
+        # Runs repeatedly in place. The values do not affect the time as long as they stay finite.
         found = measure(lambda: vocab_score(logits, targets, score=True, backend=backend), context, 1.0)
         found["gb_s"] = 2 * logits.numel() * logits.element_size() / found["ms"] / 1e6  # one read, one write
         if "copy_gb_s" not in context.rates:
@@ -115,6 +117,7 @@ def _kernel_rows(context: Context, problem: Problem) -> Iterator[Row]:
 
 
 def _backends(context: Context) -> list[str]:
+    """Returns the backends that run here; only eager on a CPU."""
     if context.device == "cpu":
         return ["eager"]
     return [*(["cuda"] if backends.has_extension() else []), "triton", "eager"]

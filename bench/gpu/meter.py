@@ -1,4 +1,4 @@
-"""What the parts of ``gpu_check`` share: rows of the report, failures that are recorded, medians with a cold cache."""
+"""Shared by all parts of ``gpu_check``: report rows that record failures, and timing with a cold cache."""
 
 from __future__ import annotations
 
@@ -12,62 +12,63 @@ from typing import Any
 
 import torch
 
-from ..timing import MIB, summarise
+from ..timing import MIB, summarize
 
-Row = dict[str, Any]  # what, result, and numbers; "failed" holds a traceback, "skipped" a reason
+Row = dict[str, Any]  # "what", "result" and measurements; "failed" holds a traceback, "skipped" a reason
 
-_LEAST, _MOST = 5, 30  # rounds of a measurement
+_LEAST, _MOST = 5, 30  # limits of the rounds of a measurement
 
 
 @dataclass
 class Context:
-    """Where a part runs and how long it may."""
+    """The device of a part, and its deadline."""
 
     device: str
-    tiny: bool  # shapes that a CPU runs in a moment
-    deadline: float  # time.monotonic()
+    tiny: bool  # use shapes that a CPU runs in an instant
+    deadline: float  # as time.monotonic()
     rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def attempt(
         self, what: str, work: Callable[[], Row | None], seconds: float = 2.0, peer: bool = False
     ) -> Iterator[Row]:
-        """One row: what ``work`` returns, or that it failed and how, or that there was no time for it.
+        """Yields one row: the result of ``work``, its traceback if it failed, or that there was no time for it.
 
-        A ``peer`` may be missing here, or need more memory than there is: no failure of ours.
+        A ``peer`` that is not installed or runs out of memory is not a failure.
         """
         if self.left < (0 if self.tiny else seconds):
             yield {"what": what, "skipped": f"no time left ({max(self.left, 0):.0f} s)"}
             return
         try:
             found = work() or {}
-        except Exception as error:  # recorded whole, and the next row is tried
+        except Exception as error:  # records the traceback and goes on with the next row
             if peer and isinstance(error, ModuleNotFoundError):
                 found = {"result": f"not installed: {error.name}"}
             elif peer and isinstance(error, torch.cuda.OutOfMemoryError):
                 found = {"result": "out of memory"}
             else:
                 found = {"failed": traceback.format_exc()}
-            del error  # with it the frames that hold its tensors
+            del error  # its frames hold tensors
             free_memory()
         yield {"what": what, **found}
 
 
 def free_memory() -> None:
-    """Give what is no longer used back to the device: the next contestant starts with all of it."""
+    """Returns unused memory to the device, so that the next contestant can use all of it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
 def measure(run: Callable[[], Any], context: Context, seconds: float = 3.0) -> Row:
-    """Median milliseconds of ``run`` with a cold L2 cache, and the most memory beside what was there before.
+    """Returns the median milliseconds of ``run`` with a cold L2 cache, and its peak of additional memory.
 
-    Two runs warm up (compilation, autotuning); then as many as ``seconds`` allow. Before each, a buffer larger than the
-    cache is written, in time that is not counted.
+    Two runs warm up (compilation, autotuning); then as many runs as ``seconds`` allow are timed. Before each, a buffer
+    larger than the cache is written, outside of the timed part.
     """
     if context.device == "cpu":
         times = [1e3 * wall_seconds(run) for _ in range(3)][1:]
@@ -84,7 +85,7 @@ def measure(run: Callable[[], Any], context: Context, seconds: float = 3.0) -> R
 
 
 def cold_seconds(run: Callable[[], Any]) -> float:
-    """Seconds of one ``run`` on the GPU with a cold L2 cache."""
+    """Returns the seconds of one ``run`` on the GPU with a cold L2 cache."""
     _cache_buffer().zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -95,7 +96,7 @@ def cold_seconds(run: Callable[[], Any]) -> float:
 
 
 def wall_seconds(run: Callable[[], Any]) -> float:
-    """Seconds of one ``run``, on a GPU until it is done."""
+    """Returns the wall time of one ``run`` in seconds; waits for the GPU, if there is one."""
     started = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -104,21 +105,22 @@ def wall_seconds(run: Callable[[], Any]) -> float:
 
 
 def _spread(times: list[float]) -> Row:
-    quartiles = summarise(times)
+    quartiles = summarize(times)
     return {"low_ms": quartiles["low"], "high_ms": quartiles["high"]}
 
 
 @functools.cache
 def _cache_buffer() -> torch.Tensor:
+    """Returns a buffer larger than the L2 cache; writing it evicts all other data."""
     size = max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 128 * MIB)
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def kernel_microseconds(run: Callable[[], Any], repeat: int = 50) -> float:
-    """Device time of one ``run`` without the host's part in it: many in a CUDA graph, replayed."""
+    """Returns the device time of one ``run`` in microseconds, without launch overhead, from a replayed CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a capture needs everything compiled and allocated before
+    with torch.cuda.stream(stream):  # everything must be compiled and allocated before the capture
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
@@ -138,7 +140,7 @@ def kernel_microseconds(run: Callable[[], Any], repeat: int = 50) -> float:
 
 
 def machine_rates(context: Context) -> Iterator[Row]:
-    """Copy bandwidth (bytes read + written) and the rate of a large bf16 product: what the rest is compared with."""
+    """Measures copy bandwidth (bytes read + written) and the rate of a large bf16 matrix product, for comparison."""
     dtype = torch.float32 if context.tiny else torch.bfloat16
 
     def copy() -> Row:
@@ -160,7 +162,7 @@ def machine_rates(context: Context) -> Iterator[Row]:
 
 
 def describe(found: Mapping[str, Any], *notes: str) -> str:
-    """Milliseconds, memory and notes as one cell."""
+    """Formats milliseconds, memory and notes as one cell."""
     parts = [f"{found['ms']:.2f} ms"]
     if "peak_mib" in found:
         parts.append(f"{found['peak_mib']:.0f} MiB")

@@ -1,4 +1,4 @@
-"""Parts of ``gpu_check`` that are no benchmarks: the machine, the tests, a few training steps."""
+"""Parts of ``gpu_check`` that are not benchmarks: the machine, the tests, and a few training steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cpt_kernels.ops.backends import has_extension
 from ..timing import MIB, ROOT, versions
 from .meter import Context, Row
 
-# Kernels first; whichever there are.
+# Test files that use the GPU, kernels first.
 TESTS = (
     "ops/test_vocab_score.py",
     "ops/test_pair_loss.py",
@@ -35,7 +35,10 @@ TESTS = (
 
 
 def run_limited(command: Sequence[str], seconds: float, **environment: str) -> tuple[int | None, str]:
-    """(exit code, or ``None`` where it was ended after ``seconds``, with all that it started; output)."""
+    """Runs a command for at most ``seconds``. Returns (exit code, output).
+
+    After the time limit, the command is killed with all processes that it started, and the exit code is ``None``.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command,
@@ -61,6 +64,8 @@ def run_limited(command: Sequence[str], seconds: float, **environment: str) -> t
 
 
 def environment(context: Context) -> Iterator[Row]:
+    """Reports packages, GPU, kernels, and the abilities of every attention kernel."""
+
     def packages() -> Row:
         found = versions()
         return {"result": ", ".join(f"{name} {version}" for name, version in found.items()), "versions": found}
@@ -74,7 +79,8 @@ def environment(context: Context) -> Iterator[Row]:
     def kernels() -> Row:
         triton = importlib.util.find_spec("triton") is not None
         return {
-            "result": f"extension {'built' if has_extension() else 'not built'}, triton {'there' if triton else 'not'}"
+            "result": f"extension {'built' if has_extension() else 'not built'},"
+            f" triton {'installed' if triton else 'not installed'}"
         }
 
     yield from context.attempt("packages", packages)
@@ -86,6 +92,7 @@ def environment(context: Context) -> Iterator[Row]:
 
 
 def _words(abilities: Abilities) -> str:
+    """Describes what an attention kernel supports."""
     can = [name for name in ("gqa", "window", "softcap", "sinks", "dropout") if getattr(abilities, name)]
     dtypes = [str(dtype).removeprefix("torch.") for dtype in abilities.dtypes or ()] or ["all dtypes"]
     heads = f"head size {abilities.head_size or 'any'}"
@@ -96,14 +103,15 @@ def _words(abilities: Abilities) -> str:
 
 
 def tests(context: Context) -> Iterator[Row]:
-    """pytest on every file of kernel tests, each in a process of its own."""
+    """Runs pytest on every file of kernel tests, each in its own process."""
     there = [name for name in TESTS if (ROOT / "tests" / name).exists()]
     for i, name in enumerate(["ops/attention/test_attention.py"] if context.tiny else there):
-        share = 1.0 if i == len(there) - 1 else 0.6  # a slow file must not leave nothing to the rest
+        share = 1.0 if i == len(there) - 1 else 0.6  # limits a slow file, so that time is left for the others
         yield from context.attempt(f"tests/{name}", partial(_pytest, context, name, share), seconds=8.0)
 
 
 def _pytest(context: Context, name: str, share: float) -> Row:
+    """Runs one test file in a share of the time left. The result is pytest's last line."""
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
     if context.tiny:
         options += ["-k", "completions_do_not_see"]
@@ -113,7 +121,7 @@ def _pytest(context: Context, name: str, share: float) -> Row:
     command = [sys.executable, "-m", "pytest", f"tests/{name}", *options]
     code, output = run_limited(command, limit, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2")
     if code is None:
-        return {"failed": f"{output[-6000:]}\nended after {limit:.0f} s"}
+        return {"failed": f"{output[-6000:]}\nkilled after {limit:.0f} s"}
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
     if code != 0:
         return {"failed": f"{output[-12000:]}\nexit code {code}: {last}"}
@@ -124,7 +132,7 @@ def _pytest(context: Context, name: str, share: float) -> Row:
 
 
 def training(context: Context) -> Iterator[Row]:
-    """Three steps of a tiny Llama in bf16, on the attention that ``auto`` takes and by segments: same losses."""
+    """Trains a tiny Llama in bf16 for three steps with ``auto`` and with eager attention, and compares the losses."""
     logged: dict[str, list[dict[str, float]]] = {}
     for backend in ("auto", "eager"):
         yield from context.attempt(f"3 steps, attention {backend}", partial(_train, context, backend, logged), 10.0)
@@ -139,6 +147,7 @@ _COMPARED = ("loss", "logps/chosen", "logps/rejected")
 
 
 def _train(context: Context, backend: str, logged: dict[str, list[dict[str, float]]]) -> Row:
+    """Trains three steps with one attention backend. Adds its metrics to ``logged``."""
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,6 +156,7 @@ def _train(context: Context, backend: str, logged: dict[str, list[dict[str, floa
     from ..lengths import preference_rows
     from ..trainers import tokenizer
 
+    # A model, data and options that take seconds.
     size, layers, preset = (32, 1, "tiny") if context.tiny else (512, 4, "mixed")
     vocab = 200 if context.tiny else 4000
     torch.manual_seed(0)
@@ -184,6 +194,7 @@ def _train(context: Context, backend: str, logged: dict[str, list[dict[str, floa
         vocabulary = tokenizer(vocab)
         trainer = ContrastiveTrainer(model, args=args, train_dataset=rows, processing_class=vocabulary)
         trainer.train()
+    # The row fails if a loss or a gradient norm is implausible.
     logged[backend] = steps = [
         {key: entry[key] for key in (*_COMPARED, "grad_norm")} for entry in trainer.state.log_history if "loss" in entry
     ]

@@ -57,7 +57,7 @@ def test_step(tmp_path) -> None:
 def test_head(tmp_path) -> None:
     out = tmp_path / "result.json"
     text, result = bench("head", "--quick", "--modes", "trained,score", "--peers", "eager,liger-ce", "--json", out)
-    for word in ("x best peer", "of floor", "GFLOP/s", "liger-ce: not here, cuda only", "one matrix of logits: 8 MiB"):
+    for word in ("x best peer", "of floor", "GFLOP/s", "liger-ce: not run, cuda only", "one matrix of logits: 8 MiB"):
         assert word in text
     assert result["growth"]["4096"]["trained"] < 0.5 < result["growth"]["4096"]["eager"]
     assert result["memory_ratio"]["4096"]["1024"]["trained"]["eager"] < 0.5
@@ -118,7 +118,7 @@ def test_a_wrong_attention_is_found() -> None:
     groups, case = [(5, [3, 1]), (1, [4])], attentions.Case(4, 2, 16, dtype=torch.float32)
     found = {"reference": {"results": attention.expected(groups, case, "cpu")}}
     for name in ("ours-sdpa", "ours-eager", "separate", "dense"):
-        contestant = attention.Run(groups, case, {"device": "cpu", "name": name, "backward": True})
+        contestant = attention.AttentionRun(groups, case, {"device": "cpu", "name": name, "backward": True})
         contestant.run()
         found[name] = {"results": contestant.results()}
     attention.check(found, "float32")
@@ -151,7 +151,7 @@ def test_suite_runs_what_it_can_and_says_what_not(tmp_path) -> None:
     text, result = bench("suite", "--quick", "--subjects", "packing,tokenize,gpu_check", "--json", out)
     assert result["ok"] and set(json.loads(out.read_text())) == {"packing"}
     assert "### python -m bench packing --quick" in text
-    assert re.search(r"tokenize +skipped: wants --data", text) and re.search(r"gpu_check +not on cpu", text)
+    assert re.search(r"tokenize +skipped: needs --data", text) and re.search(r"gpu_check +not on cpu", text)
     assert (tmp_path / "packing.svg").exists()
 
 
@@ -184,8 +184,8 @@ def test_results_of_subjects_share_a_file(tmp_path) -> None:
 
 
 def test_summary_is_median_and_quartiles() -> None:
-    assert timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
-    assert timing.summarise([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+    assert timing.summarize([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert timing.summarize([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
 
 
 def test_work_of_a_step_counted_by_hand() -> None:
@@ -243,7 +243,7 @@ def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
     with pytest.raises(ValueError, match="no prompt has 3"):
         draw_groups(str(path), 1, 3, np.random.default_rng(0))
     path.write_text(json.dumps({"text": words}))
-    with pytest.raises(ValueError, match="row 1: wants prompt with"):
+    with pytest.raises(ValueError, match="row 1: needs prompt with"):
         draw_groups(str(path), 1, 2, None)
     with pytest.raises(ValueError, match="no preset and no file"):
         draw_groups("nothing", 1, 2, None)

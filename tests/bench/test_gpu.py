@@ -171,7 +171,7 @@ def test_a_worker_that_hangs_is_ended_and_its_rows_are_kept(tmp_path):
     first, second = apart("part", 2.0, script(text))
     assert time.monotonic() - started < 10
     assert first == {"what": "a", "result": "1 ms"}
-    assert second["failed"].startswith("ended after 2 s") and "here" in second["failed"]
+    assert second["failed"].startswith("killed after 2 s") and "here" in second["failed"]
     time.sleep(2)
     assert not mark.exists(), "what the worker started went on"
 

@@ -39,9 +39,11 @@ def test_packing_in_order(budget):
     waiting = list(range(3000))
     for batch in batches:
         in_turn = np.searchsorted(np.cumsum(tokens[waiting]), budget, side="right")
-        assert set(waiting[:in_turn]) <= set(batch), "a row came after its turn"
+        assert set(waiting[:in_turn]) <= set(batch), "a row came later than in order"
         before = np.cumsum(tokens[waiting]) - tokens[waiting]
-        assert all(before[waiting.index(row)] < (1 + _AHEAD) * budget for row in batch), "a row came too early"
+        assert all(before[waiting.index(row)] < (1 + _AHEAD) * budget for row in batch), (
+            "a row was taken from too far ahead"
+        )
         waiting = [row for row in waiting if row not in set(batch)]
 
 
@@ -75,13 +77,13 @@ def test_packing_keeps_the_shares_of_a_curriculum(rows, parts, bound):
     order = draws.epoch(0)
     batches = list(BatchSampler(tokens, max_tokens=BUDGET, draws=draws))
     assert sorted(flat(batches)) == sorted(order.tolist())
-    assert max(stretches(batches, order, draws.level, parts)) < bound
+    assert max(share_differences(batches, order, draws.level, parts)) < bound
     windows = pack_rows(order.tolist(), tokens, BUDGET, random=np.random.default_rng(0))
-    assert max(stretches(windows, order, draws.level, parts)) > 5 * bound
+    assert max(share_differences(windows, order, draws.level, parts)) > 5 * bound
 
 
 @pytest.mark.parametrize("max_tokens", [None, BUDGET])
-def test_ranks_take_one_plan_between_them(max_tokens):
+def test_ranks_split_one_plan(max_tokens):
     draws, tokens = leveled(150, 151)
     samplers = [BatchSampler(tokens, 4, max_tokens, draws=draws, world_size=2, rank=rank) for rank in (0, 1)]
     for sampler in samplers:
@@ -120,7 +122,7 @@ def test_splitting_steps():
 
 
 @pytest.mark.parametrize(("steps", "micro_batches"), [(3, 1), (10, 4), (31, 5)])
-def test_draws_are_counted_as_a_trainer_takes_them(steps, micro_batches):
+def test_count_draws_matches_the_rows_that_a_trainer_takes(steps, micro_batches):
     draws, tokens = leveled(60, 30)
     sampler = BatchSampler(tokens, 4, draws=draws, world_size=2)
     taken: Counter[int] = Counter()

@@ -121,7 +121,7 @@ def test_batches_by_brute_force(seed, share):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rounds_sum_what_is_gathered(seed):
+def test_scatter_rounds_add_up_the_gradients_of_gathered_rows(seed):
     batch = PackedCollator()(random_rows(seed))
     for name in ("kv", "predictor"):
         index, total = batch[f"{name}_index"], torch.zeros(batch["input_ids"].shape[1], dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_equal_prompts_and_completions_are_run_once():
     assert batch["pair_blocks"] == [(3, 3), (2, 1)] and batch["num_chosen_tokens"] == 5
 
 
-def test_targets_of_the_regulariser():
+def test_targets_of_the_regularizer():
     batch = PackedCollator()([row([1], [[2], [3], [4, 4]], [(0, 1), (1, 0)], targets=[2, 1])])
     assert batch["sft_targets"].tolist() == [2, 1]
     assert PackedCollator()([row([1], [[2], [3]], [(1, 0)])])["sft_targets"].tolist() == [1]
@@ -159,7 +159,7 @@ def test_supervised_rows_have_no_rejected_side():
     assert batch["pair_blocks"] == [(1, 1)] * 3 and batch["num_chosen_tokens"] == 4
 
 
-def test_a_completion_in_no_pair_is_a_unit_without_pairs():
+def test_a_completion_in_no_pair_is_a_pair_block_without_pairs():
     batch = PackedCollator()([row([1], [[2], [3], [4]], [(0, 1)]), row([5], [[6]])])
     assert batch["pair_blocks"] == [(2, 1), (1, 0), (1, 0)] and batch["num_pairs"] == 1
 
@@ -174,7 +174,7 @@ def test_no_rows():
     assert batch["ref_token_logps"].shape == (1,) and batch["ref_missing"] == []
 
 
-# -- truncation ---
+# --- Truncation ---
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
@@ -213,7 +213,7 @@ def test_completions_of_which_nothing_is_left():
     assert batch["chosen"].tolist() == [0] and batch["rejected"].tolist() == [1]
 
 
-# -- sharing and references ---
+# --- Sharing and references ---
 
 
 def test_long_groups_do_not_share():
@@ -223,7 +223,7 @@ def test_long_groups_do_not_share():
     assert batch["segment_lengths"] == [(4, 4), (5, 5), (3, 3), (2, 4)] and batch["shared"]
 
 
-def test_reference_log_probs_lie_where_their_tokens_do():
+def test_reference_log_probs_are_in_the_order_of_the_targets():
     def reference(sequences):
         assert all(isinstance(ids, tuple) for sequence in sequences for ids in sequence)
         return np.array([-sum(p) - token / 64 for p, c in sequences for token in c], dtype=np.float32)
@@ -234,7 +234,7 @@ def test_reference_log_probs_lie_where_their_tokens_do():
     assert PackedCollator()(random_rows(3))["ref_token_logps"] is None
 
 
-def test_missing_reference_log_probs_are_named_and_cannot_be_mistaken_for_numbers():
+def test_missing_reference_log_probs_are_named_and_are_nan():
     def reference(sequences):
         return np.array([np.nan if c == (3, 3) else 0.0 for _, c in sequences for _ in c], dtype=np.float32)
 

@@ -46,7 +46,7 @@ def test_shares_follow_the_schedule_within_binomial_error(schedule, levels):
 
 
 def test_two_levels_are_the_papers_rule():
-    """The hard level with probability alpha = t, which reaches 1 at the end of the first epoch and stays there."""
+    """The hard level has probability alpha = t, which reaches 1 at the end of the first epoch and stays there."""
     draws = draws_of(by_pairs(2, "linear"), [7000, 3000])
     hard = draws.level[draws.epoch(0)]
     t = np.arange(DRAWS) / DRAWS
@@ -56,7 +56,7 @@ def test_two_levels_are_the_papers_rule():
     assert draws.level[draws.epoch(1)].all() and draws.level[draws.epoch(2)].all()
 
 
-def test_a_mix_of_ones_own():
+def test_a_custom_mix():
     draws = draws_of(by_pairs(3, "constant", shares=[1, 0, 3]), [DRAWS // 4, DRAWS // 2, DRAWS // 4])
     counts = np.bincount(draws.level[draws.epoch(0)], minlength=3)
     assert counts[1] == 0 and abs(counts[2] - 0.75 * DRAWS) <= 4 * np.sqrt(0.75 * 0.25 * DRAWS)
@@ -71,7 +71,7 @@ def test_the_length_of_a_schedule(epochs):
     assert hard[end:].all() and 0.75 < hard[end * 3 // 4 : end].mean() < 1 and hard[: end // 4].mean() < 0.25
 
 
-def test_a_run_of_less_than_an_epoch_is_the_whole_schedule():
+def test_a_run_shorter_than_an_epoch_goes_through_the_whole_schedule():
     draws = draws_of(by_pairs(2, "linear"), [500, 500])
     draws.end_with_run(0.4)
     hard = draws.level[draws.epoch(0)]
@@ -91,7 +91,7 @@ def test_a_level_is_a_deck_without_replacement_over_all_epochs(schedule):
         assert len(rows) == len(draws) == 500
         times += np.bincount(rows, minlength=500)
         for level in range(4):
-            assert np.ptp(times[draws.level == level]) <= 1, "a row was drawn again before another one of its level"
+            assert np.ptp(times[draws.level == level]) <= 1, "a row was drawn again before all others of its level"
         if schedule == "none":
             assert (times == number + 1).all()
         if schedule == "staged" and number == 0:
@@ -111,7 +111,7 @@ def test_an_epoch_is_a_function_of_data_seed_and_number():
     assert seeded(0, 1).random() != seeded(0, 1, 0).random() != seeded(0).random()
 
 
-def test_rows_of_no_level_are_never_drawn_and_said():
+def test_rows_of_no_level_are_never_drawn_and_reported():
     keys = ["a>b", "x>y", "a>c", "a>b", "x>y"]
     draws = Draws(Curriculum.parse({"levels": ["a > b", "a>c"], "schedule": "none"}), keys, 0)
     assert sorted(draws.epoch(0).tolist()) == [0, 2, 3] and draws.places == [0, None, 1, 0, None]

@@ -93,7 +93,7 @@ def test_cut_texts_of_real_data():
         check(make(splits), groups)
 
 
-def test_texts_are_cut_so_that_the_beginning_is_encoded_once(monkeypatch):
+def test_a_common_beginning_is_encoded_once(monkeypatch):
     tokenizer = make(SPLITS["Qwen 2 and 3"])
     asked = []
     backend = tokenizer.backend_tokenizer
@@ -133,7 +133,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
-def test_nothing_is_cut_beside_an_added_token(token):
+def test_nothing_is_cut_with_such_an_added_token(token):
     tokenizer = make(WORDS)
     tokenizer.backend_tokenizer.add_tokens([token])
     assert not encoding._may_cut(tokenizer.backend_tokenizer)
@@ -141,13 +141,13 @@ def test_nothing_is_cut_beside_an_added_token(token):
 
 
 @pytest.mark.parametrize("splits", UNKNOWN.values(), ids=UNKNOWN)
-def test_nothing_is_cut_where_words_are_not_known(splits):
+def test_nothing_is_cut_with_an_unknown_pretokenizer(splits):
     tokenizer = make(splits)
     assert not encoding._may_cut(tokenizer.backend_tokenizer)
     check(tokenizer, groups_of(300))
 
 
-def test_nothing_is_cut_where_it_is_not_proved_exact():
+def test_nothing_is_cut_unless_cutting_is_exact():
     for normalizer in (normalizers.Lowercase(), normalizers.Replace("sky is", "x")):
         assert not encoding._may_cut(make(WORDS, normalizer).backend_tokenizer)
         check(make(WORDS, normalizer), groups_of(300))
@@ -171,7 +171,7 @@ def test_encode_gives_what_the_tokenizer_gives(special):
     assert encoding.encode_texts(asked, TEXTS, special) == expected
 
 
-def test_encode_asks_a_tokenizer_that_has_a_way_of_its_own():
+def test_encode_calls_a_tokenizer_that_overrides_encoding():
     class Shouting(PreTrainedTokenizerFast):
         def _encode_plus(self, text, *args, **kwargs):
             return super()._encode_plus([t.upper() for t in text], *args, **kwargs)

@@ -177,7 +177,7 @@ def test_ranked_rows_may_say_their_pairs(tokenizer):
 
 
 @pytest.mark.parametrize("pairs", [[], [[0]], [[0, 0]], [[0, 2]], [[-1, 0]], [[0, 1, 1]], [[[0], [1]]], ["01"]])
-def test_pairs_that_are_none(pairs, tokenizer):
+def test_invalid_pairs(pairs, tokenizer):
     rows = [{"prompt": "p", "completions": [" a", " b"], "pairs": pairs}]
     with pytest.raises(ValueError, match=r"`pairs` is not a list of \[better, worse\] positions in the 2 completions"):
         prepared(rows, tokenizer)
@@ -188,7 +188,7 @@ def test_ranked_conversations(tokenizer):
     assert decoded(kept, tokenizer) == [c + EOS for c in "abc"]
 
 
-def test_token_ids_that_no_vocabulary_has(tokenizer):
+def test_invalid_token_ids(tokenizer):
     rows = [{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [id]} for id in (7, -1, 2**31)]
     kept, report = prepared(rows, tokenizer)
     assert len(kept) == 1 and reasons(report) == {"malformed row": (2, [1, 2])}

@@ -23,7 +23,7 @@ def prompts(dataset) -> list[str]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_datasets_stand_one_after_another(folder, streaming):
+def test_datasets_are_concatenated(folder, streaming):
     parts = [
         {"path": str(folder / "a.jsonl")},
         {"path": "json", "data_files": str(folder / "b.jsonl"), "columns": ["prompt"]},
@@ -44,7 +44,7 @@ def test_fractions_are_shares_of_the_mixture_as_in_trl(folder):
     assert prompts(whole) == prompts(theirs["train"])
 
 
-def test_a_test_set_is_taken_off_the_same_way_each_time(folder):
+def test_a_test_set_is_split_off_reproducibly(folder):
     train, test = load_mixture([{"path": str(folder / "b.jsonl")}], test_size=0.2, seed=7)
     assert len(test) == 6 and sorted(prompts(train) + prompts(test)) == sorted(f"b{i}" for i in range(30))
     again = load_dataset("json", data_files=str(folder / "b.jsonl"), split="train").train_test_split(0.2, seed=7)

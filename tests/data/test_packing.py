@@ -9,7 +9,7 @@ import pytest
 
 from cpt_kernels.data.packing import GroupLengths, Layout, pack, pair_block_boundaries, scatter_rounds
 
-Token = tuple[int, int, int, int]  # group, copy of its prompt, completion or -1 for the prompt, place within
+Token = tuple[int, int, int, int]  # group, copy of its prompt, completion or -1 for the prompt, index in the piece
 
 
 def random_groups(seed: int) -> list[GroupLengths]:
@@ -102,7 +102,7 @@ def test_layout_of_one_small_row():
 
 
 @pytest.mark.parametrize(("prompt", "completions"), [(0, [1]), (1, []), (1, [2, 0])])
-def test_what_cannot_be_packed(prompt, completions):
+def test_groups_that_cannot_be_packed(prompt, completions):
     with pytest.raises(AssertionError):
         pack([GroupLengths(prompt, completions)])
 
@@ -116,17 +116,17 @@ def test_scatter_rounds_sum_like_add_at(seed):
     expected = np.zeros((rows, 3))
     np.add.at(expected, index, gradient)
     total = np.zeros((rows, 3))
-    levels = scatter_rounds(index, rows)
-    for level, (to, source) in enumerate(levels):
-        assert len(set(to.tolist())) == len(to), "a row twice in a level is a race"
-        assert level > 0 or set(to) == set(index)
+    rounds = scatter_rounds(index, rows)
+    for number, (to, source) in enumerate(rounds):
+        assert len(set(to.tolist())) == len(to), "a row occurs twice in a round, which is a race"
+        assert number > 0 or set(to) == set(index)
         total[to] += gradient[source]
     np.testing.assert_allclose(total, expected)
-    assert len(levels) == np.bincount(index, minlength=1).max()
-    assert sorted(source for _, sources in levels for source in sources) == list(range(len(index)))
+    assert len(rounds) == np.bincount(index, minlength=1).max()
+    assert sorted(source for _, sources in rounds for source in sources) == list(range(len(index)))
 
 
-def test_levels_of_a_packed_row_are_its_largest_group():
+def test_a_packed_row_has_as_many_rounds_as_its_largest_group_has_completions():
     layout = pack([GroupLengths(3, [1, 2]), GroupLengths(2, [1, 1, 1, 1]), GroupLengths(1, [5])])
     assert len(scatter_rounds(layout.kv_index, len(layout.position_ids))) == 4
     assert len(scatter_rounds(layout.predictor_index, len(layout.position_ids))) == 4

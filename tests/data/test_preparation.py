@@ -64,7 +64,9 @@ def test_stream_is_as_map_style(tokenizer, max_length, mode):
         assert counts.rows_in == 0
         assert list(stream) == dataset.to_list()
         assert counts.summary() == report.summary()
-        assert len(list(stream)) == len(dataset) and counts.summary() == report.summary()  # counted once
+        assert (
+            len(list(stream)) == len(dataset) and counts.summary() == report.summary()
+        )  # a second pass is not counted again
 
 
 def test_stream_resumes(tokenizer):
@@ -85,12 +87,12 @@ def test_processes_do_not_change_the_result(tokenizer):
     assert one == two
 
 
-def test_garbage_is_not_collected_meanwhile(tokenizer, monkeypatch):
-    tokenise, seen = tokenize.Tokenization.__call__, []
+def test_garbage_collection_is_off_during_preparation(tokenizer, monkeypatch):
+    original, seen = tokenize.Tokenization.__call__, []
 
     def watched(*arguments):
         seen.append(gc.isenabled())
-        return tokenise(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(tokenize.Tokenization, "__call__", watched)
     prepared([pair()], tokenizer)
@@ -163,10 +165,10 @@ def test_cache_is_found_again(tmp_path, monkeypatch):
     Dataset.from_list(MIXED).save_to_disk(tmp_path)
     first, _ = prepare(load_from_disk(tmp_path), make_tokenizer(), max_length=10)
 
-    def tokenised_again(*_):
-        raise AssertionError("tokenised again")
+    def tokenized_again(*_):
+        raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(tokenize.Tokenization, "__call__", tokenised_again)
+    monkeypatch.setattr(tokenize.Tokenization, "__call__", tokenized_again)
     used = make_tokenizer()
     used.pad_token = EOS
     used(["the sky", "sun " * 99], padding="max_length", truncation=True, max_length=7)
@@ -174,7 +176,7 @@ def test_cache_is_found_again(tmp_path, monkeypatch):
     assert again.to_list() == first.to_list()
     _, report = prepare(load_from_disk(tmp_path), used, max_length=9, num_proc=2)
     assert report.rows_in == len(MIXED)
-    with pytest.raises(AssertionError, match="tokenised again"):
+    with pytest.raises(AssertionError, match="tokenized again"):
         prepare(load_from_disk(tmp_path), used, max_length=10, ranked_pairs="adjacent")
 
 

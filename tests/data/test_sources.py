@@ -78,7 +78,7 @@ def test_malformed_files(folder, name, content, message, streaming):
         load_data(write(folder / name, content), streaming=streaming)
 
 
-def test_fault_far_inside_a_file(folder):
+def test_malformed_json_far_inside_a_file(folder):
     path = write(folder / "a.jsonl", LINES * 20_000 + "{" + LINES)
     with pytest.raises(ValueError, match=r"a\.jsonl: line 60001, column 2: "):
         load_data(path)
@@ -90,7 +90,7 @@ def test_text_that_is_not_utf8_far_inside_a_file(folder):
         load_data(path)
 
 
-def test_no_fault(folder):
+def test_a_file_without_errors_has_no_fault(folder):
     assert find_json_fault(write(folder / "a.jsonl", LINES)) is None
     assert find_json_fault(write(folder / "a.json", json.dumps(ROWS))) is None
 

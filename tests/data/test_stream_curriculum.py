@@ -83,25 +83,25 @@ def test_a_level_that_is_missing_is_replaced_by_its_neighbour_and_counted():
     places = [row[PLACE] for row in taken]
     first_hard = places.index(1)
     assert draws.replaced[1] > 50 and first_hard > 200
-    assert len(read) < 700, "a level that is missing must not be searched through the whole stream for every draw"
+    assert len(read) < 700, "each draw of a missing level reads the whole stream"
     assert f"replaced {draws.replaced[1]} times by another level" in draws.report()[2]
     near, draws = draw({"schedule": "constant", "levels": ["a>b", "a>c"], "buffer": 500}, rows, 400)
     assert sum(row[PLACE] for row in near) == pytest.approx(200, abs=4 * 10) and not draws.replaced
 
 
-def test_full_buffers_give_up_the_oldest_row_of_the_fullest_level():
+def test_full_buffers_drop_the_oldest_row_of_the_fullest_level():
     draws = StreamDraws(Curriculum.parse({"levels": ["a>b", "a>c"], "buffer": 4}), 0)
     stream = draws.draw(lambda _: rows_of("cccbcccb"), lambda: 0.0)
     assert [next(stream)["row"] for _ in range(2)] == [3, 7]
     assert [row["row"] for row in draws._waiting[1]] == [4, 5, 6] and draws.passed_over == Counter({1: 3})
 
 
-def test_three_levels_and_one_row_of_room():
+def test_three_levels_with_a_buffer_of_one_row():
     taken, draws = draw({"levels": ["a>b", "a>c", "a>d"], "buffer": 1}, rows_of("bcd" * 50), 60)
     assert len(taken) == 60 and all(len(rows) <= 1 for rows in draws._waiting)
 
 
-def test_the_stream_starts_again_and_what_waits_is_kept():
+def test_waiting_rows_are_kept_when_the_stream_starts_again():
     taken, draws = draw({"levels": ["a>b", "a>c"]}, rows_of("bc" * 20), 100)
     assert draws.passes >= 1 and not draws.passed_over
     times = Counter(row["row"] for row in taken)
@@ -120,7 +120,7 @@ def test_the_same_stream_and_seed_give_the_same_rows():
     assert all(row[PLACE] == 0 for row in first) and draws.drawn == Counter({0: 50})
 
 
-def test_levels_by_a_column_are_those_of_the_first_rows():
+def test_levels_by_a_column_come_from_the_first_rows():
     letters = "".join(np.random.default_rng(3).permutation([chr(c) for c in range(97, 123)] * 20))
     taken, draws = draw({"levels": 2, "column": "score", "buffer": 400}, rows_of(letters), 300)
     assert draws.levels.names == ("score_1of2", "score_2of2")

@@ -51,7 +51,7 @@ SAME_TOKENS = {
 
 
 def assert_same_tokens_as_trl(dataset, tokenizer, keep=lambda row: True):
-    trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is the peer to compare with").DPOTrainer
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is needed for the comparison").DPOTrainer
     options = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
     theirs = trainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, options, "train")
     theirs = [row for row in theirs if keep(row)]
@@ -86,7 +86,7 @@ def test_tokens_are_trls_on_real_data(tokenizer):
     assert_same_tokens_as_trl(Dataset.from_list(rows), tokenizer, keep=differ)
 
 
-def test_parts_that_are_encoded_beside_each_other_change_nothing(tokenizer, monkeypatch):
+def test_the_size_of_encoded_parts_does_not_change_the_result(tokenizer, monkeypatch):
     mixed = [*SAME_TOKENS["chat"], *SAME_TOKENS["tools"], *SAME_TOKENS["template arguments"]]
     refused = [{**chat(), "prompt": user("sky?") + user("sky?")}, {**chat(), "chosen": 3}, chat(chosen="is bright")]
     for rows in ([*mixed, *refused] * 3, [*SAME_TOKENS["text"], pair(chosen=None), pair(prompt=None)] * 5):

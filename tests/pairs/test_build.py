@@ -33,9 +33,13 @@ def columns(rows):
 
 
 def straightforward(rows, scores, wanted):
-    """Pairs, identical and tied ones, as Counters of (prompt, model, text, model, text), and how many rows are used.
+    """Builds pairs by a loop over all pairs of responses to a prompt.
 
-    `scores` is {model: strength}, or None for the rows' own ratings.
+    Args:
+        scores: {model: strength}, or None for the rows' own ratings.
+
+    Returns:
+        A Counter of (prompt, model, text, model, text, gap), and the numbers of identical pairs, tied pairs and used rows.
     """
     answers: dict[str, list] = {}
     seen = set()
@@ -131,7 +135,7 @@ def test_digests_and_texts_give_the_same_pairs():
         by_digest = build_pairs(digests[0], np.array(models, object), digests[1], strength, drops=drops)
         assert (by_text.chosen == by_digest.chosen).all() and (by_text.rejected == by_digest.rejected).all()
         assert (by_text.drops == by_digest.drops).all() and (by_text.prompt == by_digest.prompt).all()
-    assert (drops[drops != 0] == DropReason.EMPTY_RESPONSE).all(), "the caller's array is not written to"
+    assert (drops[drops != 0] == DropReason.EMPTY_RESPONSE).all(), "the caller's array was changed"
 
 
 def test_groups_hold_each_response_once():
@@ -150,7 +154,7 @@ def test_groups_hold_each_response_once():
     assert responses_used == (pairs.drops == DropReason.KEPT).sum()
 
 
-def test_what_became_of_each_response():
+def test_reasons_of_dropped_responses():
     rows = [
         ("p", "a", "yes", 1.0),
         ("p", "a", "yes", 2.0),  # a duplicate, with any rating
@@ -220,7 +224,7 @@ ROWS = (["p", "p", "q"], ["a", "b", "a"], ["x", "y", "z"])
         ),
     ],
 )
-def test_what_cannot_be_paired(rows, strength, which, message):
+def test_responses_that_cannot_be_paired(rows, strength, which, message):
     with pytest.raises(ValueError, match=message):
         build_pairs(*rows, strength, which)
 
@@ -246,6 +250,6 @@ def test_keys_take_any_text():
     assert prompt_key("half of a pair \ud83d") != prompt_key("half of a pair ?") and len(prompt_key("")) == 16
 
 
-def test_numbers_follow_first_appearance():
+def test_codes_follow_first_appearance():
     for values in (["b", "a", "b", "c"], np.array(["b", "a", "b", "c"]), np.array([7, 3, 7, 9])):
         assert factorize(values).tolist() == [0, 1, 0, 2]

@@ -60,7 +60,7 @@ def test_batches_hold_what_the_pure_functions_give(tmp_path, monkeypatch, batch,
     assert grouped == list(pairs.grouped_rows(*columns))[:20]
 
 
-def test_where_a_response_comes_from(tmp_path):
+def test_the_source_of_a_response(tmp_path):
     names = [str(write_rows(tmp_path / name, many_rows(4))) for name in ("a.jsonl", "b.jsonl")]
     responses = load_responses([*names, names[0]])
     assert len(responses) == 24 and responses.sources == {names[0]: 0, names[1]: 12}
@@ -68,7 +68,7 @@ def test_where_a_response_comes_from(tmp_path):
     assert responses.where(23) == f"{names[1]} row 11"
 
 
-def test_what_cannot_be_used_is_marked(tmp_path):
+def test_unusable_responses_are_marked_with_a_reason(tmp_path):
     rows = [
         {"prompt": "p", "model": "a", "response": "fits"},
         {"prompt": "p", "model": "a", "response": "does not fit"},

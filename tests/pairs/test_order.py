@@ -35,7 +35,7 @@ def test_orders(order, strengths):
         ("", "lacks a model"),
     ],
 )
-def test_orders_that_are_none(order, message):
+def test_invalid_orders(order, message):
     with pytest.raises(ValueError, match=message):
         parse_order(order)
 

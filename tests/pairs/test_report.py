@@ -68,7 +68,7 @@ def test_figures(report):
     assert pairs["validation"] == 2 and pairs["gap"] == pytest.approx((1 + 1 + 2 + 2 + 1) / 5)
 
 
-def test_names_are_no_markup(tmp_path):
+def test_names_are_not_read_as_markup(tmp_path):
     names = ["a[/b]", r"$\no{math$", "[red]c"]
     report = make(tmp_path, names)
     write_report(report, tmp_path / "report.json", {"svg": tmp_path / "report.svg"})
@@ -78,7 +78,7 @@ def test_names_are_no_markup(tmp_path):
     assert [rows.count(pair) for pair in (names[:2], names[::2], names[1:])] == [1, 1, 1]
 
 
-def test_it_can_be_looked_at(report, tmp_path):
+def test_table_lines_and_plots(report, tmp_path):
     files = [tmp_path / f"report.{suffix}" for suffix in ("json", "png", "svg")]
     write_report(report, files[0], {path.suffix[1:]: path for path in files[1:]})
     assert json.loads(files[0].read_text()) == report

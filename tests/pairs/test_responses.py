@@ -77,14 +77,14 @@ def test_ratings(form):
     ("given", "rating"),
     [("3.5", 3.5), ("N/A", None), (" ", None), (None, None), (2, 2.0), (math.nan, None), (ASPECTS, 2.5)],
 )
-def test_a_rating(given, rating):
+def test_values_of_a_rating(given, rating):
     (response,) = read([{"prompt": "p", "completions": [{"response": "yes", "rating": given}]}], (), "rating")
     assert response["rating"] == rating or (rating is None and math.isnan(response["rating"]))
     assert response["drop"] == DropReason.KEPT
 
 
 @pytest.mark.parametrize("given", ["good", math.inf, True, ["4"]])
-def test_ratings_that_are_no_numbers(given):
+def test_ratings_that_are_not_numbers(given):
     (response,) = read([{"prompt": "p", "completions": [{"response": "yes", "rating": given}]}], (), "rating")
     assert response["drop"] == DropReason.NO_RATING
     assert response["detail"] == f"the rating of `completions[0]` is {given!r}; expected a number"
@@ -170,7 +170,7 @@ def test_tokens_are_counted():
         ({"prompt": "p", "a": "yes", "b": "no"}, "score", "no `model` with `response`"),
     ],
 )
-def test_columns_that_do_not_do(row, rating, message):
+def test_columns_that_hold_no_responses(row, rating, message):
     with pytest.raises(ValueError, match=message):
         read([row], () if rating else ("a", "b"), rating, name="data")
 
