@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TITLES = {
-    "pairs": "pairs a step",
+    "pairs": "pairs per step",
     "tokens": "tokens of the prompt and of each completion",
     "vocab": "vocabulary",
     "prompt_share": "share of the prompt in a sequence of 512",
@@ -63,7 +63,7 @@ def draw_step(result: dict[str, Any], folder: Path) -> list[Path]:
     memory = [measured[name]["peak_mib"] / 1024 for name in names]
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(names) + 1.4), sharey=True)
     colors = [_color(name, i) for i, name in enumerate(names)]
-    for axis, values, label in zip(axes, (seconds, memory), ("seconds a step", "peak memory, GiB")):
+    for axis, values, label in zip(axes, (seconds, memory), ("seconds per step", "peak memory, GiB")):
         bars = axis.barh(names, values, color=colors)
         axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
         axis.set_xlabel(label)
@@ -102,7 +102,7 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> list[Path]:
             panel.tick_params("x", rotation=20)
     for panel in panels.flat[len(result["axes"]) :]:
         panel.axis("off")
-    panels[0, 0].set_ylabel("seconds a step")
+    panels[0, 0].set_ylabel("seconds per step")
     panels[0, 0].plot([], [], "k:", label=_PREDICTED)
     panels[0, 0].legend(fontsize=8, frameon=False)
     return _save(figure, result, folder / "scaling")
@@ -118,7 +118,7 @@ def draw_cache(result: dict[str, Any], folder: Path) -> list[Path]:
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.45 * len(names) + 1.4), sharey=True)
     colors = [_OURS if name.startswith("Ours") else _PEERS[i % len(_PEERS)] for i, name in enumerate(names)]
     for axis, key, label in zip(
-        axes, ("lookups_per_s", "fill_mb_per_s"), ("look-ups a second", "MB a second, filling")
+        axes, ("lookups_per_s", "fill_mb_per_s"), ("look-ups per second", "MB per second, filling")
     ):
         values = [stores[name].get(key, 0) for name in names]
         bars = axis.barh(texts, values, color=colors)
@@ -162,7 +162,7 @@ def draw_tokenize(result: dict[str, Any], folder: Path) -> list[Path]:
         bars = axis.barh([i + offset for i in range(len(found))], values, 0.27, color=color, label=label)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
     axis.set_yticks(range(len(found)), [f"{one['form']}, {one['pairs']}" for one in found])
-    axis.set_xlabel("pairs a second")
+    axis.set_xlabel("pairs per second")
     axis.margins(x=0.15)
     axis.legend(fontsize=8, frameon=False)
     return _save(figure, result, folder / "tokenize")

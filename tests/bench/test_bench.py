@@ -1,4 +1,4 @@
-"""Every benchmark runs at toy size, prints its table, and ends with one line of JSON that has what it promises."""
+"""Tests of all benchmarks at toy size: each prints its table and ends with one line of JSON."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.helpers import ROOT
 
 
 def bench(*arguments: str) -> tuple[str, dict]:
-    """The text and the last line's JSON of ``python -m bench ...``."""
+    """Runs ``python -m bench ...``. Returns the printed text and the JSON of the last line."""
     done = subprocess.run(
         [sys.executable, "-m", "bench", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # toy sizes; the tests run beside each other
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads would slow down other tests
     )
     assert done.returncode == 0, done.stderr[-3000:]
     *text, last = done.stdout.rstrip().splitlines()
@@ -64,7 +64,7 @@ def test_head(tmp_path) -> None:
     assert set(result["speed_ratio"]["4096"]["1024"]["trained"]) == {"eager"}
     assert set(result["speed_ratio"]["4096"]["1024"]["score"]) == {"eager-score"}
     saved = json.loads(out.read_text())["head"]
-    assert "| trained |" in readme.head(saved) and "Not here: liger-ce: cuda only" in readme.head(saved)
+    assert "| trained |" in readme.head(saved) and "Not run: liger-ce: cuda only" in readme.head(saved)
     found = saved["measured"]["4096"]["512"]
     assert found["trained"]["floor_s"] > found["score"]["floor_s"] > 0
     assert plotted(out, tmp_path) == ["head.png", "head.svg"]
@@ -86,7 +86,7 @@ def test_head_takes_the_vocabulary_of_a_shape_and_completions_that_fit(capsys) -
         assert message in capsys.readouterr().err
 
 
-def test_a_head_that_computes_something_else_is_found() -> None:
+def test_a_wrong_head_is_found() -> None:
     problem = heads.Problem.make(32, 16, 50, 4, "cpu", torch.float32)
     expected = problem.expected()
     for name, contestant in heads.contestants().items():
@@ -122,7 +122,7 @@ def test_a_wrong_attention_is_found() -> None:
         contestant.run()
         found[name] = {"results": contestant.results()}
     attention.check(found, "float32")
-    contestant.found[1] = contestant.found[1].flip(0)  # the norm of dq is the same
+    contestant.found[1] = contestant.found[1].flip(0)  # flipping keeps the norm of dq
     with pytest.raises(RuntimeError, match="'dense' computes something else: dq"):
         attention.check({**found, "dense": {"results": contestant.results()}}, "float32")
 
@@ -140,13 +140,15 @@ def test_scaling(tmp_path) -> None:
     for word in ("ranks", "ours-unshared", "of floor"):
         assert word in table
     assert result["ratios"]["ranks"]["ours-unshared"]["2"] > 0
-    point = json.loads(out.read_text())["scaling"]["axes"]["ranks"]["2"]  # 3 completions, and the prompt once or thrice
+    point = json.loads(out.read_text())["scaling"]["axes"]["ranks"][
+        "2"
+    ]  # 3 completions; the prompt runs once or three times
     assert point["ours"]["tokens"] < point["ours-unshared"]["tokens"]
     assert point["ours"]["gflop"] < point["ours-unshared"]["gflop"]
     assert plotted(out, tmp_path) == ["scaling.png", "scaling.svg"]
 
 
-def test_suite_runs_what_it_can_and_says_what_not(tmp_path) -> None:
+def test_suite_runs_what_it_can_and_names_the_rest(tmp_path) -> None:
     out = tmp_path / "result.json"
     text, result = bench("suite", "--quick", "--subjects", "packing,tokenize,gpu_check", "--json", out)
     assert result["ok"] and set(json.loads(out.read_text())) == {"packing"}
@@ -168,7 +170,7 @@ def test_usage_and_unknown_subject() -> None:
         assert done.returncode == code and "usage" in done.stdout
 
 
-def test_a_worker_that_fails_says_why() -> None:
+def test_a_failing_worker_shows_its_error() -> None:
     contestant = timing.Contestant("nobody", "bench.trainers", {"side": "nobody"})
     with pytest.raises(RuntimeError, match="KeyError: 'steps'"):
         contestant.ask("step")
@@ -199,7 +201,9 @@ def test_work_of_a_step_counted_by_hand() -> None:
     trl = padded(pairs, completion_rows_only=False)
     assert (trl.tokens, trl.attended, trl.head_rows, trl.head_gemms) == (4 * 5, 4 * 15, 4 * 4, 4)
     assert padded(pairs, completion_rows_only=True).head_rows == 8
-    three = [([1, 2], a, b) for a, b in combinations(([3], [4, 5], [6, 7, 8]), 2)]  # a response is in two pairs, once
+    three = [
+        ([1, 2], a, b) for a, b in combinations(([3], [4, 5], [6, 7, 8]), 2)
+    ]  # each response is in two pairs and runs once
     assert packed(three).tokens == 2 + 1 + 2 + 3 and packed(three).head_rows == 1 + 2 + 3
     assert padded(three, True).tokens == 6 * 5 and padded(three, True).head_rows == 2 * (1 + 2 + 3)
     shape = Shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10)
@@ -214,7 +218,7 @@ def test_work_of_a_step_counted_by_hand() -> None:
     assert frozen["head"] == 2 * 8 * 8 * 10 * 2
 
 
-def test_a_shape_has_the_parameters_of_its_model_and_as_many_layers_as_fit() -> None:
+def test_a_shape_counts_the_models_parameters_and_fits_layers_into_memory() -> None:
     shape = SHAPES["small"]
     matrices = sum(p.numel() for p in build_model(shape).parameters() if p.ndim == 2)
     assert shape.parameters == matrices
@@ -230,7 +234,9 @@ def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
     assert rows[0]["rejected_ids"] == rows[2]["chosen_ids"]  # pairs (1, 2), (1, 3), (2, 3)
     assert max(max(ids) for row in rows for ids in row.values()) < 100
     every = draw_groups("responses", 300, 2, np.random.default_rng(0))
-    assert len({(prompt, *sides) for prompt, sides in every}) > 290  # each prompt once
+    assert (
+        len({(prompt, *sides) for prompt, sides in every}) > 290
+    )  # almost every prompt has its own lengths, so each is drawn once
     assert draw_groups("uniform:5:7", 2, 3, None) == [(5, [7, 7, 7])] * 2
     path = tmp_path / "pairs.jsonl"
     words = "the quick brown fox jumps over the lazy dog"

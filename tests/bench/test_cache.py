@@ -1,4 +1,4 @@
-"""The benchmarks of the reference cache run at small sizes, and find no error."""
+"""Tests of the benchmarks of the reference cache at small sizes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_reference_pass(tmp_path):
         for p in range(3)
         for m in range(4)
     ]
-    rows.append(rows[0] | {"model": "m4"})  # a repeated answer
+    rows.append(rows[0] | {"model": "m4"})  # repeats a response
     data, out = tmp_path / "responses.jsonl", tmp_path / "result.json"
     data.write_text("\n".join(map(json.dumps, rows)))
     options = ("--quick", "--contestants", "ours,trl", "--data", str(data), "--json", str(out))

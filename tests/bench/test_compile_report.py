@@ -1,4 +1,4 @@
-"""The compile report runs, and what is compiled neither spills nor has a stack frame."""
+"""Tests of the compile report: no kernel spills registers or has a stack frame."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 
 
 def report(*arguments: str) -> dict:
-    """The report of a process of its own: here, kernels may be defined for the interpreter."""
+    """Runs the report in its own process, because this process may have defined kernels for Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench", "compile_report", "--quick", *arguments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def test_triton():
     found = report("--only", "triton")
     check(found, {(name, f"sm_{arch}") for name in names for arch in (80, 90, 100)})
     wide = [usage["wide"] for usage in found["kernels"] if "head's tile" in usage["case"]]
-    # Rows of an odd vocabulary: 16 bytes at once in the first pass, and in the second to load and to store.
+    # With an odd vocabulary, the first pass loads 16 bytes at a time, and the second loads and stores 16 bytes.
     assert len(wide) == 3 and all(count >= 6 for count in wide)
 
 

@@ -1,4 +1,4 @@
-"""The GPU check without a GPU: a dry run of all parts, failures that are recorded, workers that hang or die."""
+"""Tests of ``gpu_check`` without a GPU: a dry run of all parts, recorded failures, and workers that hang or die."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_dry_run(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
+def test_without_a_gpu_the_check_says_so(capsys):
     assert gpu_check.main([]) == gpu_check.NO_GPU == 2
     assert "needs a CUDA device" in capsys.readouterr().out
 
@@ -51,7 +51,7 @@ def test_unknown_parts(capsys):
     assert "['nonsense']" in capsys.readouterr().err
 
 
-# --- What is wrong is found ---
+# --- Wrong results are found ---
 
 
 def failures(rows) -> dict[str, str]:
@@ -77,7 +77,7 @@ def test_an_attention_that_is_not_deterministic_is_found(monkeypatch):
         out, *grads = own(case, layout, leaves, upstream, backend, **options)
         calls.append(backend)
         out = out.contiguous()
-        if backend == "sdpa":  # far within the bound of errors
+        if backend == "sdpa":  # far below the tolerance
             out.view(-1)[out.abs().argmin()] = 1e-6 * calls.count("sdpa")
         return [out, *grads]
 
@@ -97,7 +97,7 @@ def test_a_fast_but_wrong_head_is_found(monkeypatch):
     assert set(found) == {f"head: {mode}, eager" for mode in ("frozen", "trained", "general")}
 
 
-def test_a_peer_that_is_not_here_is_one_row_that_says_why(monkeypatch):
+def test_an_unavailable_peer_is_one_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(heads.importlib.util, "find_spec", lambda name: None)
     rows = {row["what"]: row["result"] for row in gpu_head.rows(tiny())}
     assert rows["head: trl"] == "trl is not installed" and rows["head: cce"] == "cuda only"
@@ -111,7 +111,7 @@ def test_the_flop_bound_of_sharing():
 # --- Rows ---
 
 
-def test_a_failing_row_is_recorded_whole_and_the_next_goes_on():
+def test_a_failing_row_keeps_its_traceback_and_the_next_row_runs():
     context = tiny()
 
     def broken():
@@ -138,7 +138,7 @@ def test_a_peer_may_be_missing_and_may_run_out_of_memory():
     assert all("failed" in row for work in (missing, too_large) for row in context.attempt("ours", work))
 
 
-def test_what_does_not_fit_is_skipped_and_said():
+def test_a_row_without_time_left_is_skipped_and_reported():
     context = Context("cuda", False, time.monotonic() + 3)
     (row,) = context.attempt("long", lambda: pytest.fail("ran"), seconds=10)
     assert row["skipped"] == "no time left (3 s)"
@@ -157,12 +157,12 @@ def test_measure_on_a_cpu():
 
 
 def script(text: str):
-    """A worker that runs ``text`` with ``row(**values)`` to write one."""
+    """Returns a worker's command that runs ``text``, in which ``row(**values)`` writes a row."""
     prelude = "import json, os, sys, time\ndef row(**v): open(sys.argv[1], 'a').write(json.dumps(v) + '\\n')\n"
     return lambda name, seconds, path: [sys.executable, "-c", prelude + text, str(path)]
 
 
-def test_a_worker_that_hangs_is_ended_and_its_rows_are_kept(tmp_path):
+def test_a_worker_that_hangs_is_killed_and_its_rows_are_kept(tmp_path):
     mark = tmp_path / "mark"
     grandchild = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     text = "import subprocess\nrow(what='a', result='1 ms')\nprint('here')\nsys.stdout.flush()\n"
@@ -173,7 +173,7 @@ def test_a_worker_that_hangs_is_ended_and_its_rows_are_kept(tmp_path):
     assert first == {"what": "a", "result": "1 ms"}
     assert second["failed"].startswith("killed after 2 s") and "here" in second["failed"]
     time.sleep(2)
-    assert not mark.exists(), "what the worker started went on"
+    assert not mark.exists(), "a process that the worker started was not killed"
 
 
 def test_a_worker_that_dies_is_recorded(tmp_path):
@@ -186,7 +186,7 @@ def test_a_worker_that_dies_is_recorded(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_real_worker_without_a_gpu_records_what_fails():
+def test_the_real_worker_without_a_gpu_records_the_failure():
     rows = apart("environment", 60.0)
     found = failures(rows)
     assert list(found) == ["gpu"] and "Traceback" in found["gpu"]
@@ -204,7 +204,7 @@ def test_parts_share_the_time(monkeypatch):
     outcomes = check(parse(["--minutes", "8"]))
     assert list(outcomes) == list(gpu_check.PARTS)
     assert limits["environment"] == pytest.approx(20, abs=0.1)
-    assert limits["training"] == pytest.approx(480, abs=0.5), "what was not used goes to the last"
+    assert limits["training"] == pytest.approx(480, abs=0.5), "the last part gets the unused time"
 
 
 def test_output_of_a_limited_command():
@@ -213,7 +213,7 @@ def test_output_of_a_limited_command():
 
 
 @pytest.mark.parametrize("name", [["bench.gpu.check"], ["bench", "gpu_check"]], ids=" ".join)
-def test_it_is_a_command(name):
+def test_the_command_line(name):
     root = ROOT
     done = subprocess.run([sys.executable, "-m", *name, "--help"], cwd=root, capture_output=True, text=True, check=True)
     assert "--dry-run" in done.stdout and "--minutes" in done.stdout

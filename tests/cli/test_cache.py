@@ -1,4 +1,4 @@
-"""Every command of ``cpt cache``, on a small model and a small dataset."""
+"""Tests of all commands of ``cpt cache`` on a small model and dataset."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_build_info_verify(home, tmp_path, capsys, caplog):
     assert "every checksum is right" in capsys.readouterr().out
 
 
-def test_two_ranks_go_on_where_one_was(home, tmp_path, capsys):
-    """Runs `torchrun --nproc_per_node 2 -m cpt_kernels.cli cache build ...`."""
+def test_two_ranks_resume_a_build_of_one(home, tmp_path, capsys):
+    """Runs `torchrun --nproc_per_node 2 -m cpt_kernels.cli cache build ...` after one process has scored half."""
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in preference_rows(40, seed=1)]
     for name, count in (("some", 20), ("all", 40)):
         (home / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:count]))
@@ -75,12 +75,12 @@ def test_two_ranks_go_on_where_one_was(home, tmp_path, capsys):
     assert built.returncode == 0, built.stderr
     assert built.stderr.count("of 80 completions: 40 found") == built.stderr.count("40 different ones were scored") == 1
     (folder,) = cache.glob("?" * 32)
-    assert len(list(folder.glob("*.arrow"))) == 3, "each rank wrote a shard"
+    assert len(list(folder.glob("*.arrow"))) == 3, "each rank writes a shard"
     main(["verify", *options(home, cache, "all.jsonl")])
     assert "64 completions scored again" in capsys.readouterr().out
 
 
-def test_only_one_of_several_ranks_speaks(home, tmp_path, capsys, monkeypatch):
+def test_only_rank_0_prints(home, tmp_path, capsys, monkeypatch):
     main(["build", *options(home, tmp_path)])
     capsys.readouterr()
     monkeypatch.setenv("RANK", "1")
@@ -95,7 +95,7 @@ def test_nothing_to_verify(home, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["sample", "seed", "tolerance"])
-def test_a_sample_is_of_a_dataset(tmp_path, option):
+def test_options_of_the_sample_need_a_dataset(tmp_path, option):
     with pytest.raises(ValueError, match=f"--{option} is about the sample that is scored again: give the options of"):
         main(["verify", f"--{option}", "1", "--ref_cache_dir", str(tmp_path)])
 
@@ -105,7 +105,7 @@ def test_a_moving_reference_is_not_cached(home, tmp_path):
         main(["build", *options(home, tmp_path), "--sync_ref_model", "true"])
 
 
-def test_verify_notices_values_of_another_model(home, tmp_path):
+def test_verify_detects_values_of_another_model(home, tmp_path):
     cache = tmp_path / "cache"
     main(["build", *options(home, cache)])
     (folder,) = cache.glob("?" * 32)
@@ -175,7 +175,7 @@ def test_prune(tmp_path, capsys):
         main(["prune", "--ref_cache_dir", str(tmp_path), *flags])
 
     prune()
-    assert left.exists(), "its writer may still be running"
+    assert left.exists(), "a recent file may belong to a running writer"
     os.utime(left, times=(0, 0))
     prune("--older_than", "5", "--dry_run")
     assert left.exists() and old.exists() and "2 files" in capsys.readouterr().out

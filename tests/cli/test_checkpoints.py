@@ -1,4 +1,4 @@
-"""Names of evaluated models, and the reference and options that they were trained with."""
+"""Tests of cli/checkpoints.py: names of evaluated models, and the options and references of their training."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_names_that_cannot_be_told_apart():
         name_models(["x=runs/a", "x=runs/b"])
 
 
-def test_configs_beside_models(tmp_path):
+def test_training_options_saved_with_models(tmp_path):
     sft = write_config(tmp_path / "sft", loss_type="sft")
     dpo = write_config(tmp_path / "dpo", loss_type=["sft", "sigmoid"])
     (tmp_path / "dpo" / "checkpoint-5").mkdir()
     (tmp_path / "other").mkdir()
     models = [str(tmp_path / name) for name in ("sft", "dpo/checkpoint-5", "other")]
-    assert list(read_configs(models, None)) == [dpo, sft], "first what has a reference"
+    assert list(read_configs(models, None)) == [dpo, sft], "configurations with a reference come first"
     assert list(read_configs(models, sft)) == [sft]
     assert read_configs(["org/model"], None) == {}
     for model in (str(tmp_path / "none"), "./none", "a/b/c"):
@@ -79,7 +79,7 @@ def test_reference():
         return choose_reference(given, {Path(str(i)): values for i, values in enumerate(configs)}, ["m"])
 
     assert choose("other", dpo) == "other" and choose("none", dpo) is None and choose("None") is None
-    assert choose(None, dpo, apart, sft) == "sft", "a loss without a reference has no say"
+    assert choose(None, dpo, apart, sft) == "sft", "a loss without a reference does not count"
     assert choose(None, sft) == "base"
     for configs, message in (
         ((), "no training_config.yaml beside m"),
@@ -95,7 +95,7 @@ def options(flags, **values):
     return training_options({Path("c"): values} if values else {}, flags, **given)
 
 
-def test_options_of_training_and_flags_over_them():
+def test_flags_override_the_options_of_training():
     found = options(
         ["--beta", "0.4", "--no_use_cpu", "--use-cpu"],
         beta=0.2,
@@ -107,7 +107,9 @@ def test_options_of_training_and_flags_over_them():
     )
     assert found.training.beta == 0.4 and found.training.max_length is None and found.training.use_cpu
     assert found.training.model_init_kwargs == {"revision": "X"} and not found.training.fsdp
-    assert found.training.learning_rate == option_table().defaults["learning_rate"], "of no concern here"
+    assert found.training.learning_rate == option_table().defaults["learning_rate"], (
+        "options that evaluation does not use are not read"
+    )
     assert (found.model.model_name_or_path, found.model.ref_model_name_or_path) == ("m", "r")
     assert options([], use_cpu=True, dtype="bfloat16").model.dtype == "bfloat16"
     assert options(["--use_cpu", "--load_in_4bit"]).model.load_in_4bit

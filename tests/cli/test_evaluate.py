@@ -1,4 +1,4 @@
-"""``cpt eval``: the printed and written results of every command, and its error messages."""
+"""Tests of ``cpt eval``: printed and written results of every command, and error messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_pairs(home, capsys, caplog):
     ElementTree.parse("runs/eval/pairs.svg")
 
 
-def test_two_ranks_find_what_one_does(home):
+def test_two_ranks_give_the_results_of_one(home):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,7 +88,7 @@ def test_two_ranks_find_what_one_does(home):
         **{"env": os.environ | paths, "capture_output": True, "text": True, "timeout": 240},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("By model pair") == 1, "one rank speaks"
+    assert done.stdout.count("By model pair") == 1, "only one rank prints"
     main([*map(str, argv), "--ref_cache_dir", "one", "--output_dir", "one"][1:])
     two, one = (json.loads(Path(folder, "pairs.json").read_text())["summary"] for folder in ("two", "one"))
     assert len(two) == len(one) > 5
@@ -116,7 +116,7 @@ def outputs(path: Path, model: str, texts: list[str]) -> Path:
 
 
 def write_outputs() -> list[str]:
-    """Outputs of the models a, b and c; a has no answer to p9."""
+    """Writes outputs of the models a, b and c; a has no output for p9."""
     outputs(Path("a.jsonl"), "a", ["x" * (2 + i % 3) for i in range(9)])
     outputs(Path("b.jsonl"), "b", ["y" * (1 + i % 5) for i in range(10)])
     outputs(Path("c.jsonl"), "c", ["zzz"] * 10)
@@ -160,7 +160,7 @@ def test_win_rate_by_an_endpoint(capsys, monkeypatch):
     assert "preferred the first position in 100.0%" in out and "same verdict in both orders in 0.0%" in out
 
 
-def test_lengths_on_one_side_identify_nothing(capsys):
+def test_length_control_is_not_identified_if_all_outputs_are_longer(capsys):
     write_outputs()
     outputs(Path("long.jsonl"), "long", ["xxxx"] * 10)
     evaluate("win-rate", "--outputs", "long.jsonl", "--baseline", "c.jsonl", "--judge", "judges:longer")
@@ -236,7 +236,7 @@ def test_mistakes_are_one_line(home, capsys, argv, message):
     assert len(lines) == 1 and re.search(message, lines[0]), lines
 
 
-def test_prompts_that_never_join(capsys):
+def test_no_common_prompt(capsys):
     write_outputs()
     outputs(Path("other.jsonl"), "other", ["x"])
     Path("other.jsonl").write_text(Path("other.jsonl").read_text().replace("p0", "q0"))

@@ -1,4 +1,4 @@
-"""``cpt generate`` from data to files, also after it was killed and started again."""
+"""Tests of ``cpt generate`` from data to files, including runs that are killed and started again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.toy import word_tokenizer
 
 KEY = "sk-secret-of-the-tests"
 LINES = 40
-TIMEOUT = 120  # seconds; the commands take a few
+TIMEOUT = 120  # seconds; a command takes a few seconds
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def killed(command: list[str], when) -> None:
     try:
         deadline = time.monotonic() + TIMEOUT
         while not when():
-            assert process.poll() is None, "it has ended by itself"
+            assert process.poll() is None, "the command ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
@@ -100,7 +100,7 @@ def test_help_is_quick(command):
 # --- An endpoint ---
 
 
-def test_every_prompt_is_answered_once_whatever_happens(home, tmp_path, capsys, caplog):
+def test_every_prompt_is_answered_once_despite_faults(home, tmp_path, capsys, caplog):
     output = tmp_path / "responses.jsonl"
     plan = faults(["429", "drop", "500", "malformed", "cut", "no choices"])
     data = "twice.jsonl"
@@ -113,7 +113,7 @@ def test_every_prompt_is_answered_once_whatever_happens(home, tmp_path, capsys, 
         assert f"{2 * len(prompts)} answered; 0 skipped (answered before); 0 failed" in out
         asked = len(stub.asked)
         assert cli.main(remote(home, output, stub, data, n=2)) == 0
-        assert len(stub.asked) == asked, "what is answered is not asked again"
+        assert len(stub.asked) == asked, "answered prompts were requested again"
         assert f"0 answered; {2 * len(prompts)} skipped" in capsys.readouterr().out
         assert cli.main(remote(home, output, stub, data, n=3)) == 0  # only the new responses are requested
     rows = rows_of(output)
@@ -126,7 +126,7 @@ def test_every_prompt_is_answered_once_whatever_happens(home, tmp_path, capsys, 
 
 
 def test_killed_and_started_again(home, tmp_path):
-    """Killed three times: a response in the file is never requested again, and at the end each one is there once."""
+    """After three kills, no response in the file is requested again, and each one occurs once at the end."""
     output = tmp_path / "responses.jsonl"
     prompts = {row["prompt"] for row in rows_of(home / "prompts.jsonl")}
 
@@ -155,7 +155,7 @@ def test_killed_and_started_again(home, tmp_path):
         assert sum(stub.delivered.values()) <= len(prompts) + 3 * 3 + 1
 
 
-def test_failures_are_said_and_asked_again(home, tmp_path, capsys):
+def test_failures_are_reported_and_requested_again(home, tmp_path, capsys):
     output = tmp_path / "responses.jsonl"
     bad = {f"w{i}" for i in range(3)}
     with StubEndpoint(lambda prompt, attempt: "400" if prompt in bad and attempt < 1 else None) as stub:
@@ -168,7 +168,7 @@ def test_failures_are_said_and_asked_again(home, tmp_path, capsys):
     assert len(rows_of(output)) == 5 and set(stub.delivered.values()) == {1}
 
 
-def test_a_refused_key_is_one_line(home, tmp_path, capsys):
+def test_a_refused_key_is_a_one_line_error(home, tmp_path, capsys):
     with StubEndpoint(lambda *_: "401") as stub:
         assert cli.main(remote(home, tmp_path / "responses.jsonl", stub)) == 2
     error = error_of(capsys)
@@ -209,7 +209,7 @@ def test_a_killed_local_run_gives_the_same_responses(home, tmp_path, undisturbed
     assert rows_of(output) == undisturbed
 
 
-def test_a_new_model_in_the_same_folder_is_noticed(home, tmp_path, capsys):
+def test_a_new_model_in_the_same_folder_is_detected(home, tmp_path, capsys):
     folder, output = tmp_path / "model", tmp_path / "responses.jsonl"
     tiny_model("llama").save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -240,7 +240,7 @@ def test_prompt_formats(home, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "become a user turn of the chat template" in out and "continued as text" in out
     column = {"add_column": "y_ref", "dataset_output": tmp_path / "data.jsonl"}
-    assert tokens("column", **column) == 1, "as training reads it"
+    assert tokens("column", **column) == 1, "training reads the column without a chat template"
     assert tokens("kwargs", chat_template_kwargs='{"enable_thinking": false}') > tokens("plain", prompt_format="chat")
 
 
@@ -279,7 +279,7 @@ def test_alpaca_eval(home, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*command, "--model_label", "other"]) == 2
     assert "has the outputs of tiny: use one folder for each model" in error_of(capsys)
-    assert len(rows_of(output)) == 3, "before anything is asked"
+    assert len(rows_of(output)) == 3, "the error comes before any request"
 
 
 def test_two_processes_at_once(home, tmp_path, capsys):

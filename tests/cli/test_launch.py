@@ -1,4 +1,4 @@
-"""Tests of ``cpt-train`` on several processes: which options go to the launcher, and two processes against one."""
+"""Tests of ``cpt-train`` on several processes: options for the launcher, and two processes compared with one."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys, faulty, error):
         (lambda *_: Path("/nowhere/x").read_text(), "/nowhere/x: No such file or directory"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, faulty, message):
+def test_a_users_mistake_is_a_one_line_error(monkeypatch, capsys, faulty, message):
     monkeypatch.setattr(run_module, "main", faulty)
     assert run(*NEEDED) == 2
     assert one_error(capsys) == f"cpt-train: error: {message}"

@@ -1,4 +1,4 @@
-"""The cached table of options, and the CPU time of ``--help`` and of a mistyped option that it saves."""
+"""Tests of the cached table of options, and of the CPU time of ``--help`` and of a mistyped option."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import ROOT
 
 
 def start(*argv: str, home: Path) -> tuple[str, float]:
-    """What a command prints, with its imports, and its CPU time in seconds."""
+    """Returns a command's output, its imports, and its CPU time in seconds."""
     command = [sys.executable, "-X", "importtime", "-m", "cpt_kernels.cli", *argv]
     env = os.environ | {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)}
     with (
@@ -32,7 +32,7 @@ def start(*argv: str, home: Path) -> tuple[str, float]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A cache folder that has the table."""
+    """Returns a cache folder that contains the table."""
     home = tmp_path_factory.mktemp("cache")
     printed, _ = start("train", "--help", home=home)
     assert "usage: cpt train" in printed and len(list(home.glob("cpt_kernels/options-*.json"))) == 1
@@ -81,7 +81,7 @@ def test_the_cached_table_is_the_one_that_was_built(cache):
     (file,) = cache.iterdir()
     assert built.options["beta"] == Option("Loss", {"float": None}, 0.1, built.options["beta"].help)
 
-    edited = json.loads(file.read_text())  # it is the file that is read
+    edited = json.loads(file.read_text())  # an edited value shows that the file is read
     edited["options"]["beta"]["default"] = 7.0
     file.write_text(json.dumps(edited))
     assert again().defaults["beta"] == 7.0

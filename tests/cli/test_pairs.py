@@ -69,7 +69,7 @@ def count(rows) -> Counter:
     return Counter(tuple(row[name] for name in PAIR_COLUMNS) for row in rows)
 
 
-# --- Forms, in and out ---
+# --- Forms of input and output ---
 
 
 def expected(order=MODELS, gaps=None):
@@ -330,11 +330,11 @@ def test_help_imports_no_data_library():
         (("--win_rates", "no.csv"), "no.csv does not exist"),
     ],
 )
-def test_one_message(source, tmp_path, capsys, options, message):
+def test_mistakes_are_one_line_errors(source, tmp_path, capsys, options, message):
     code = cli.main(["pairs", str(source), *options, "--output", str(tmp_path / "pairs.jsonl")])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cpt pairs: ")]
     assert code == 2 and len(said) == 1 and message in said[0]
-    assert not list(tmp_path.glob("*pairs.*")), "nothing is left where nothing was built"
+    assert not list(tmp_path.glob("*pairs.*")), "a failed command left a file"
 
 
 @pytest.mark.parametrize(
@@ -369,14 +369,14 @@ def test_one_message(source, tmp_path, capsys, options, message):
         ),
     ],
 )
-def test_data_that_makes_no_pair(tmp_path, capsys, rows, options, message):
+def test_data_without_pairs(tmp_path, capsys, rows, options, message):
     source = write_rows(tmp_path / "data.jsonl", rows)
     code = cli.main(["pairs", str(source), *options, "--output", str(tmp_path / "pairs.jsonl")])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cpt pairs: ")]
     assert code == 2 and len(said) == 1 and message in said[0]
 
 
-def test_outputs_that_cannot_be(source, tmp_path):
+def test_invalid_outputs(source, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "pairs.report.png").mkdir()
     for output, message in (

@@ -1,4 +1,4 @@
-"""``cpt demo``: its task, teachers and judge; a quick run of every stage; the quickstart's files; slow: its result."""
+"""Tests of ``cpt demo``: task, teachers, judge, report, a quick run, the quickstart's files; slow: the result."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_the_tokenizer_restores_every_text(tmp_path):
         ("reverse: bcdac; count c: 2; answer: 2. hope this helps!", (True, True, True, False)),
         ("2. hope this helps!", (True, False, False, False)),
         ("reverse: bcdac; count c: 3; answer: 3.", (False, False, True, True)),
-        ("reverse: bdcac; count c: 2; answer: 2.", (True, False, True, True)),  # a wrong step on the way
-        ("count c: 2; reverse: bcdac; answer: 2.", (True, False, True, True)),  # in another order
+        ("reverse: bdcac; count c: 2; answer: 2.", (True, False, True, True)),  # one wrong step
+        ("count c: 2; reverse: bcdac; answer: 2.", (True, False, True, True)),  # the steps in another order
         ("reverse: bcdac; answer: 2.", (True, False, True, True)),
         ("reverse: bcdac; reverse: bcdac; count c: 2; answer: 2.", (True, False, True, False)),
         ("reverse: bcdac; count c: 2; answer: 2. answer: 3.", (False, True, True, False)),  # two answers
@@ -136,7 +136,7 @@ def test_faults_have_their_stated_rates(teacher):
             some = [fault_here for fault_here, t in zip(happened, temptations) if (t == fault) == tempted]
             assert abs(np.mean(some) - rate) < 4 * math.sqrt(rate * (1 - rate) / len(some))
     together = np.corrcoef([faults[fault] for fault in faults])[np.triu_indices(3, 1)]
-    assert np.abs(together).max() < 0.25  # independent but for the temptations
+    assert np.abs(together).max() < 0.25  # independent except through the temptations
     wrong = 1 - np.mean([judge(exercise.prompt, text).exact for exercise, text in zip(exercises, responses)])
     assert 0.7 * teacher.wrong < wrong < 1.1 * teacher.wrong  # sorting, dropping or counting corrects some slips
 
@@ -152,7 +152,7 @@ def test_the_stronger_teacher_wins_more_often_but_not_always():
 # --- Data ---
 
 
-def test_everything_drawn_follows_from_the_seed_and_no_prompt_is_used_twice(tmp_path):
+def test_the_seed_determines_all_data_and_no_prompt_is_used_twice(tmp_path):
     first, again, other = (Experiment(seed, QUICK, tmp_path, lambda title, done: None) for seed in (7, 7, 8))
     assert first.exercises == again.exercises != other.exercises
     assert first.baseline == again.baseline != other.baseline
@@ -160,13 +160,13 @@ def test_everything_drawn_follows_from_the_seed_and_no_prompt_is_used_twice(tmp_
     assert len(set(prompts)) == len(prompts) == 32 * 60 + 64 * 20 + 32 * 8 + 60
 
 
-def test_pairs_follow_the_teachers_order_whatever_they_answered():
+def test_pairs_follow_the_order_of_teachers_whatever_they_answered():
     best, worst = "sort: abc; answer: abc.", "cab"
     rows = [
         {"prompt": prompt, "model": model, "response": response}
         for prompt, responses in {
             "sort: cab\n": {"weak": best, "strong": worst, "medium": best},
-            "sort: bca\n": {"strong": best, "medium": best, "weak": worst},  # strong and medium agree: no hard pair
+            "sort: bca\n": {"strong": best, "medium": best, "weak": worst},  # equal responses make no hard pair
         }.items()
         for model, response in responses.items()
     ]
@@ -185,7 +185,7 @@ def test_pairs_follow_the_teachers_order_whatever_they_answered():
 
 
 def result(rate: float, seed: int, trained: bool = True) -> Result:
-    """The result of a model that wins a share ``rate`` of 400 prompts, drawn with ``seed``."""
+    """Returns the result of a model that wins about a share ``rate`` of 400 prompts, drawn with ``seed``."""
     wins = (np.random.default_rng(seed).random(400) < rate).astype(float)
     texts = ["answer: abc." if win else "<b>" for win in wins]
     outputs = JudgedResponses(texts, [judge("sort: cab\n", text) for text in texts], wins)
@@ -219,7 +219,7 @@ def test_the_verdict_follows_from_the_numbers(sft, dpo, verdict):
     assert first.startswith("DPO easy against SFT continued") and verdict in first and f"{100 * mean:+.1f}" in first
 
 
-def test_numbers_of_several_seeds_are_taken_together():
+def test_results_of_several_seeds_are_pooled():
     results = [seed_result(sft=0.2), seed_result(sft=0.8)]
     summary = find(results).summaries["sft"]
     assert summary.rates["sampled"].n == 800 and abs(summary.rates["sampled"].rate - 0.5) < 0.05
@@ -244,7 +244,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        while self.open[-1] != tag and self.open[-1] == "li":  # may be left open
+        while self.open[-1] != tag and self.open[-1] == "li":  # HTML allows li without an end tag
             self.open.pop()
         assert self.open.pop() == tag
 
@@ -351,7 +351,7 @@ def test_a_quickstart_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.usefixtures("_process_settings")
 def test_dpo_beats_continued_sft(seed, tmp_path):
-    """DPO wins by at least 4 points of win rate in every seed, sampled and greedily."""
+    """DPO's win rate is at least 4 points higher, for every seed, with sampling and with greedy decoding."""
     torch.set_num_threads(1)
     arms = Experiment(seed, FULL, tmp_path, lambda title, done: None).run(["sft", "dpo-easy"]).arms
     for decoding in ("sampled", "greedy"):

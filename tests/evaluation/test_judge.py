@@ -1,4 +1,4 @@
-"""Judges: a Python function, and a model behind an endpoint, with failures, unreadable replies and reused replies."""
+"""Tests of evaluation/judge.py: a Python function or an endpoint as judge, failures, and reuse of replies."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def comparisons(count: int = 6) -> Comparisons:
         *[(np.float32(0.5), 0.5), (np.bool_(True), 1), (np.str_("tie"), 0.5), (torch.tensor(0.25), 0.25)],
     ],
 )
-def test_what_a_function_may_return(value, preference):
+def test_values_that_a_function_may_return(value, preference):
     found = ask_function(lambda *_: value, comparisons(2))
     assert found.orders.tolist() == [[preference]] * 2 and found.preferences.tolist() == [preference] * 2
     assert found.first_rate() is None and found.consistency() is None
 
 
 @pytest.mark.parametrize("value", ["yes", 2, -0.1, None, float("nan"), "1", [1.0], {}, np.zeros(2)])
-def test_nonsense_is_an_error(value):
+def test_other_values_are_an_error(value):
     with pytest.raises(ValueError, match=r"the judge returned .* for comparison 0: expected a preference"):
         ask_function(lambda *_: value, comparisons(2))
 
@@ -91,7 +91,7 @@ def test_load_judge(tmp_path, monkeypatch):
 # --- The prompt ---
 
 
-def test_prompt_holds_all_three_and_is_no_html():
+def test_the_prompt_holds_instruction_and_both_outputs_unescaped():
     text = JudgePrompt()("is 1 < 2?", "yes & {{ no }}", "[[1]]")
     assert "is 1 < 2?" in text and "yes & {{ no }}" in text
     assert text.index("<answer_1>") < text.index("yes & ") < text.index("<answer_2>") < text.index("[[1]]\n")
@@ -114,7 +114,7 @@ def test_reading_a_verdict(reply, preference):
     assert JudgePrompt.read(reply) == preference
 
 
-def test_templates_of_the_user(tmp_path):
+def test_custom_templates(tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text("{{ prompt }}|{{ output_1 }}|{{ output_2 }}")
     assert JudgePrompt(path)("p", "a", "b") == "p|a|b"
@@ -160,12 +160,12 @@ def test_endpoint_is_asked_in_both_orders(tmp_path):
     assert np.isnan(found.orders[5]).all() and np.isnan(found.preferences[5])
     assert found.first_rate() == 0.5 and found.consistency() == 1
     questions = stub.prompts()
-    assert len(set(questions)) == 10, "two orders of five; equal outputs are a tie"
+    assert len(set(questions)) == 10, "five comparisons are asked in both orders; equal outputs tie without a request"
     assert all(count == 1 for count in stub.delivered.values())
     assert stub.asked[0]["temperature"] == 0 and stub.asked[0]["model"] == "judge"
 
 
-def test_nothing_is_asked_twice(tmp_path):
+def test_no_request_is_sent_twice(tmp_path):
     file = tmp_path / "j.jsonl"
     with StubEndpoint() as stub:
         ask(stub, file, comparisons(4))
@@ -180,7 +180,7 @@ def test_nothing_is_asked_twice(tmp_path):
     assert len(rows) == 10 and {row["model"] for row in rows} == {"judge"}
 
 
-def test_a_run_that_dies_goes_on(tmp_path):
+def test_an_interrupted_run_resumes(tmp_path):
     file = tmp_path / "j.jsonl"
 
     def dies(question: str, attempt: int) -> str | None:
@@ -197,7 +197,7 @@ def test_a_run_that_dies_goes_on(tmp_path):
     assert found.orders[:5].tolist() == [[0, 0], [0, 0], [0.5, 0.5], [1, 1], [1, 1]]
 
 
-def test_requests_that_fail_are_counted_and_asked_again(tmp_path):
+def test_failed_requests_are_counted_and_sent_again(tmp_path):
     def plan(question: str, attempt: int) -> str | None:
         return "400" if "prompt 1" in question else None
 

@@ -1,4 +1,4 @@
-"""Summaries of verdicts: rates, counts, lengths, and the comparison of models."""
+"""Tests of evaluation/judged.py: rates, counts and lengths of verdicts, and the comparison of models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_rows():
     assert rows[0]["output"] == "x" and rows[0]["baseline_output"] == "xxxx" and rows[0]["prompt"] == "prompt 0"
 
 
-def test_no_verdict_at_all():
+def test_no_verdicts():
     with pytest.raises(ValueError, match=r"compared no output of m \(2 for HTTP 400\)"):
         evaluation([[NAN, 1], [NAN, NAN]], failures={"HTTP 400": 2})
 
@@ -58,7 +58,7 @@ def test_several_responses_to_a_prompt_are_one_draw():
     many = evaluation([1, 0, 1, 1] * 5, prompts=[f"prompt {i // 4}" for i in range(20)])
     rate = many.summary(Bootstrap(50))["win_rate"]
     assert once.summary(Bootstrap(50))["win_rate"]["rate"] == rate["rate"] == 0.75
-    assert rate["low"] == rate["high"] == 0.75 and rate["n"] == 20, "all five prompts are alike"
+    assert rate["low"] == rate["high"] == 0.75 and rate["n"] == 20, "all five prompts have the same mean"
     assert many.by_prompt() == {f"prompt {i}": 0.75 for i in range(5)}
 
 
@@ -79,7 +79,7 @@ def test_differences_are_paired():
 
 
 def test_length_alone_on_real_outputs():
-    """A judge that prefers length gives GPT-4 95 % over InstructGPT, whose answers are four times shorter."""
+    """A judge that prefers longer outputs gives GPT-4 95 % over InstructGPT, whose outputs are four times shorter."""
     responses: dict[str, dict[str, list[str]]] = {}
     for row in real_rows("responses.jsonl"):
         responses.setdefault(row["model"], {})[row["prompt"]] = [row["response"]]

@@ -1,4 +1,4 @@
-"""Files of outputs: both forms, pairing by prompt, and the export."""
+"""Tests of evaluation/outputs.py: both forms of output files, joining by prompt, and the export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rows(model: str, responses: dict[str, str]) -> list[dict]:
     return [{"prompt": prompt, "model": model, "response": text} for prompt, text in responses.items()]
 
 
-def test_both_forms_are_read_alike(tmp_path):
+def test_both_forms_give_the_same_outputs(tmp_path):
     ours = write_rows(tmp_path / "ours.jsonl", rows("a", {"p": "x", "q": "y"}))
     theirs = tmp_path / "model_outputs.json"
     theirs.write_text(
@@ -35,7 +35,9 @@ def test_several_models_and_conversations(tmp_path):
     assert found == {"a": ModelOutputs("a", {"p": ["x", "again"]}), "b": ModelOutputs("b", {"p": [""]})}
     assert len(found["a"]) == 2
     of_chats = read_outputs(write_rows(tmp_path / "c.jsonl", chats))["a"]
-    assert list(of_chats.responses) == ["p", json.dumps(user("p") + user("q"))], "one user's turn is its text"
+    assert list(of_chats.responses) == ["p", json.dumps(user("p") + user("q"))], (
+        "a chat of one user turn is identified by its text"
+    )
     with pytest.raises(ValueError, match="1 prompts of a have several turns"):
         as_alpaca_outputs(of_chats)
     system = [{"role": "system", "content": "Be brief."}, *user("p")]
@@ -43,7 +45,7 @@ def test_several_models_and_conversations(tmp_path):
     assert read_outputs(write_rows(tmp_path / "s.jsonl", made)) == {"a": ModelOutputs("a", {"p": ["x"]})}
 
 
-def test_a_file_without_names_gives_its_own(tmp_path):
+def test_a_file_without_model_names_is_named_after_the_file(tmp_path):
     made = [{"prompt": "p", "response": "x"}]
     assert list(read_outputs(write_rows(tmp_path / "mine.jsonl", made))) == ["mine"]
 
@@ -57,12 +59,12 @@ def test_a_file_without_names_gives_its_own(tmp_path):
         ([{"prompt": ["p"], "response": "x"}], "row 0 .*`prompt` is a list of str; expected text or a list of"),
     ],
 )
-def test_what_is_no_output(tmp_path, made, message):
+def test_invalid_files(tmp_path, made, message):
     with pytest.raises(ValueError, match=message):
         read_outputs(write_rows(tmp_path / "o.jsonl", made))
 
 
-def test_join_is_on_the_text():
+def test_outputs_are_joined_by_the_text_of_the_prompt():
     outputs = ModelOutputs("a", {"q": ["aq"], "only a": ["x"], "p": ["ap"]})
     baseline = ModelOutputs("b", {"p": ["bp"], "q": ["bq"], "only b": ["y"], "b too": ["z"]})
     found = join(outputs, baseline)
@@ -79,7 +81,7 @@ def test_join_of_several_responses():
         join(two, ModelOutputs("c", {"p": ["1", "2", "3"]}))
 
 
-def test_prompts_that_never_join():
+def test_no_common_prompt():
     with pytest.raises(ValueError, match="no prompt of a is among those of b: the first are 'p ' and 'p'"):
         join(ModelOutputs("a", {"p ": ["x"]}), ModelOutputs("b", {"p": ["y"]}))
 

@@ -19,7 +19,7 @@ from tests.helpers.toy import config, preference_rows, word_tokenizer
 
 
 def rows() -> list[dict]:
-    """24 pairs of 12 prompts and 3 model pairs. Two pairs are dropped, one of them the first."""
+    """Returns 24 pairs of 12 prompts and 3 model pairs. Two pairs will be dropped, one of them the first."""
     made = preference_rows(24)
     models = ["strong", "middle", "weak"]
     for i, row in enumerate(made):
@@ -126,7 +126,9 @@ def test_summary_by_groups(tmp_path):
             row["rewards/accuracies"]["low"] <= row["rewards/accuracies"]["mean"] <= row["rewards/accuracies"]["high"]
         )
     start = summary[0]
-    assert start["model"] == "start" and start["rewards/accuracies"]["mean"] == 0.5, "its own reference: all tied"
+    assert start["model"] == "start" and start["rewards/accuracies"]["mean"] == 0.5, (
+        "a model compared with itself ties on every pair"
+    )
     overall = summary[1]
     assert overall["prompts"] == 12
     values = found.metrics("policy")
@@ -139,7 +141,7 @@ def test_summary_by_groups(tmp_path):
     assert difference["rewards/accuracies"]["mean"] == pytest.approx(accuracy.rate - 0.5)
 
 
-def test_nothing_is_scored_twice(tmp_path, caplog):
+def test_no_completion_is_scored_twice(tmp_path, caplog):
     data, tokenizer = Dataset.from_list(rows()), word_tokenizer()
     reference, policy = models()
     args = config(tmp_path)
@@ -166,8 +168,8 @@ def test_ranked_rows_have_several_pairs(tmp_path):
     np.testing.assert_allclose(found.metrics("policy")["rewards/chosen"], 0.1 * logps[:, 0])
 
 
-def test_a_prompt_is_one_however_it_is_tokenised(tmp_path):
-    """The last tokens of a prompt may depend on the completion. Without a column of prompts only tokens identify it."""
+def test_a_prompt_counts_once_however_it_is_tokenized(tmp_path):
+    """A prompt's last tokens may depend on the completion. Without a prompt column, only tokens identify it."""
     tokenizer = make_tokenizer()
     made = [pair("the sk", "y is blue", "y"), pair("the sk", " is", "!"), pair("the sun", " is", "!")]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -244,7 +246,7 @@ def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
         ({"columns": ["prompt", "completion"]}, "has no pairs"),
     ],
 )
-def test_mistakes(tmp_path, change, message):
+def test_mistakes_of_the_user(tmp_path, change, message):
     made = [
         {**row, "number": i, "model": "m", "completion": row["chosen"]} for i, row in enumerate(preference_rows(120))
     ]

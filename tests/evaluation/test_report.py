@@ -1,4 +1,4 @@
-"""Tables, lines and pictures of evaluations."""
+"""Tests of evaluation/report.py: tables, lines and plots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def estimate(mean: float, half: float = 0.1) -> dict[str, float]:
 
 
 def summary(models=("a", "b")) -> list[dict]:
-    """The model `start` equals the reference."""
+    """Returns rows of evaluated models. A model named `start` equals the reference."""
     rows = []
     for by, value in (("all pairs", "all pairs"), ("topic", "first"), ("topic", "second")):
         for number, model in enumerate(models):
@@ -109,7 +109,7 @@ def test_win_rate_table_and_notes():
     assert len(notes) == 6
 
 
-def test_pictures(tmp_path):
+def test_plots(tmp_path):
     """A dollar sign in a name does not start a formula."""
     files = draw_pairs(summary(("start", r"a$\no{math$", "b")), tmp_path / "new", r"a$\b$")
     files += draw_pairs(summary(("start",)), tmp_path / "tied", "title")

@@ -1,4 +1,4 @@
-"""Win rates, their intervals, and the length-controlled rate on data with a known truth."""
+"""Tests of evaluation/win_rate.py: win rates, intervals, and length control on data with known parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def logistic(x):
 
 
 def judged(n: int, theta: float, phi: float, shift: float = 0.3, seed: int = 0):
-    """Preferences sampled from the model of the paper with quality theta and length effect phi."""
+    """Samples preferences from the paper's model with quality theta and length effect phi."""
     random = np.random.default_rng(seed)
     baseline = random.lognormal(5, 0.5, n)
     lengths = baseline * np.exp(random.normal(shift, 0.5, n))
@@ -44,7 +44,7 @@ def test_interval_is_that_of_the_normal_approximation():
     assert found.low < narrower.low < narrower.high < found.high
 
 
-def test_interval_covers_as_often_as_it_says():
+def test_the_interval_has_its_stated_coverage():
     random = np.random.default_rng(0)
     covered = 0
     for seed in range(200):
@@ -88,14 +88,14 @@ def test_bad_outcomes(wins, message):
 
 @pytest.mark.parametrize("theta", [-1.0, 0.0, 0.7])
 @pytest.mark.parametrize("phi", [0.0, 2.0, -1.5])
-def test_length_control_finds_the_truth(theta, phi):
+def test_length_control_recovers_the_parameters(theta, phi):
     found = length_controlled_win_rate(*judged(4000, theta, phi), bootstrap=Bootstrap(100))
     assert found.rate == pytest.approx(logistic(theta), abs=0.03)
     assert found.length_effect == pytest.approx(phi, abs=0.25)
     assert found.low < logistic(theta) + 0.01 and found.high > logistic(theta) - 0.01 and found.high - found.low < 0.08
 
 
-def test_a_judge_of_length_alone_prefers_nobody():
+def test_a_judge_of_length_alone_has_no_length_controlled_preference():
     rates, covered = [], 0
     for seed in range(10):
         _, lengths, baseline = judged(500, 0, 0, seed=seed)
@@ -108,7 +108,7 @@ def test_a_judge_of_length_alone_prefers_nobody():
     assert np.mean(rates) == pytest.approx(0.5, abs=0.07) and np.std(rates) < 0.15
 
 
-def test_without_a_taste_for_length_the_rate_stays():
+def test_without_a_length_effect_the_rate_stays():
     wins, lengths, baseline = judged(3000, 0.5, 0.0, shift=1.0)
     found = length_controlled_win_rate(wins, lengths, baseline, bootstrap=Bootstrap(10))
     assert found.rate == pytest.approx(wins.mean(), abs=0.03)
@@ -136,7 +136,7 @@ def test_length_control_draws_a_prompts_values_together():
 
 
 def test_fit_is_the_minimum():
-    """Compares with another optimizer, on graded preferences."""
+    """Another optimizer finds the same minimum on graded preferences."""
     random = np.random.default_rng(3)
     _, lengths, baseline = judged(200, 0, 0)
     wins = random.random(200)

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint with every kind of failure: each prompt is answered once."""
+"""Tests of generation/endpoint.py: each prompt is answered once, whatever fails."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_requests_per_minute():
     assert len(stub.asked) == 8 and time.monotonic() - started >= 7 * 60 / 1200
 
 
-def test_one_reply_that_asks_to_wait_holds_back_all():
-    """Without the common wait the other requests would be sent at once."""
+def test_a_reply_that_asks_to_wait_delays_all_requests():
+    """Without the common wait, the other requests would be sent immediately."""
     times = []
 
     def plan(prompt: str, attempt: int) -> str | None:
@@ -143,10 +143,10 @@ def test_one_reply_that_asks_to_wait_holds_back_all():
         ask(stub, requests(30), concurrency=2)
     times.sort()
     longest = max(after - before for before, after in pairwise(times))
-    assert longest >= 0.3, "two workers, and neither sent anything meanwhile"
+    assert longest >= 0.3, "one of two workers sent a request during the wait"
 
 
-def test_tries_of_the_client_and_after_malformed_replies_count_together():
+def test_retries_of_the_client_and_after_malformed_replies_count_together():
     with StubEndpoint(faults(["500", "malformed", "429", "no choices", "500"])) as stub:
         (result,) = ask(stub, requests(1), max_retries=3).values()
         assert result.reason == "malformed reply" and len(stub.asked) == 4
@@ -155,8 +155,8 @@ def test_tries_of_the_client_and_after_malformed_replies_count_together():
         assert isinstance(result, Answer) and len(stub.asked) == 6
 
 
-def test_a_wait_longer_than_the_client_accepts_is_kept(caplog):
-    """The client gives up on a request that shall wait longer than two minutes, so it does not see the header."""
+def test_a_wait_longer_than_the_client_accepts_is_honored(caplog):
+    """The client refuses a Retry-After of more than two minutes, so our code removes the header and waits."""
 
     async def aread():
         return b""
@@ -182,11 +182,11 @@ def test_retry_after(headers, low, high):
 
 
 @pytest.mark.parametrize("value", ["", "soon", "inf", "nan"])
-def test_retry_after_that_says_nothing(value):
+def test_unreadable_retry_after(value):
     assert _retry_after({"retry-after": value}) is None
 
 
-def test_a_wrong_key_stops_at_once_and_is_not_told():
+def test_a_wrong_key_stops_at_once_and_is_not_printed():
     with (
         StubEndpoint(faults(["401"])) as stub,
         pytest.raises(ValueError, match="refuses the key of OPENAI_API_KEY") as e,
@@ -197,13 +197,13 @@ def test_a_wrong_key_stops_at_once_and_is_not_told():
 
 
 @pytest.mark.parametrize(("fault", "message"), [("404", "no model 'm'"), ("quota", "quota is used up")])
-def test_what_no_prompt_can_help_stops_at_once(fault, message):
+def test_errors_that_every_prompt_would_have_stop_at_once(fault, message):
     with StubEndpoint(faults([fault])) as stub, pytest.raises(ValueError, match=message):
         ask(stub, requests(50), concurrency=2)
     assert len(stub.asked) <= 4
 
 
-def test_an_endpoint_that_has_gone_stops_the_run():
+def test_an_unreachable_endpoint_stops_the_run():
     with StubEndpoint(lambda prompt, _: None if prompt < "prompt 3" else "drop") as stub:
         with pytest.raises(ValueError, match="the last 20 requests to the endpoint failed, the last one by connection"):
             ask(stub, requests(300), max_retries=1, concurrency=4)

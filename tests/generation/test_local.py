@@ -1,4 +1,4 @@
-"""Responses of a local model: they do not depend on their batch, and follow the right distribution."""
+"""Tests of generation/local.py: responses do not depend on their batch and follow the right distribution."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def tokenizer():
     return word_tokenizer()
 
 
-def test_greedy_is_the_models_own(model, tokenizer):
+def test_greedy_equals_the_models_own_generation(model, tokenizer):
     got = generate_local(model, tokenizer, PROMPTS, GREEDY, batch_size=4)
     for prompt, text in zip(PROMPTS, got):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         out = model.generate(ids, max_new_tokens=12, do_sample=False)[0]
         assert text == tokenizer.decode(out, skip_special_tokens=True)[len(prompt) :]
-        assert text.startswith(" w"), "a continued text keeps its space"
+        assert text.startswith(" w"), "the space before the response is lost"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "qwen3", "gpt_neox", "phi"])
-def test_padding_does_not_count(tokenizer, name):
-    """Models with attention windows and learned positions, with padding on the left."""
+def test_padding_does_not_change_responses(tokenizer, name):
+    """Checks models with attention windows and learned positions, padded on the left."""
     other = tiny_model(name)
     alone = generate_local(other, tokenizer, PROMPTS, DRAWN, batch_size=1)
     assert generate_local(other, tokenizer, PROMPTS, DRAWN, batch_size=6) == alone
 
 
 @pytest.mark.parametrize("sampling", [DRAWN, Sampling(max_new_tokens=12, top_k=5, top_p=0.8)])
-def test_a_response_depends_on_nothing_beside_it(model, tokenizer, sampling):
+def test_a_response_does_not_depend_on_its_batch(model, tokenizer, sampling):
     alone = {prompt: generate_local(model, tokenizer, [prompt], sampling, n=3, batch_size=1) for prompt in PROMPTS}
     assert all(len(set(texts)) == 3 for texts in alone.values())
     for batch_size in (2, 5, 18):
@@ -71,10 +71,10 @@ def test_draws_have_the_right_shares():
     assert ((shares - expected).abs() <= 4 * spread).all(), shares
     draw = _GumbelNoise([7])
     first, second = (draw(None, torch.zeros(1, 1000)).argmax().item() for _ in range(2))
-    assert first != second, "each step draws anew"
+    assert first != second, "two steps used the same noise"
 
 
-def test_answers_say_how_they_ended(model, tokenizer):
+def test_responses_have_a_finish_reason(model, tokenizer):
     answers: dict[int, Answer] = {}
     requests = [Request(Prompt(prompt), sample) for prompt in PROMPTS for sample in range(8)]
     LocalModel(model, tokenizer, Sampling(max_new_tokens=30), 16).answer(requests, answers.update)
@@ -112,7 +112,7 @@ def test_stop_texts():
     assert [stopped[i].text == without[i].text.split(stop)[0] for i in (1, 2)] == [True, True]
 
 
-def test_the_models_own_generation_config_has_no_say(model, tokenizer):
+def test_the_models_own_generation_config_is_ignored(model, tokenizer):
     want = generate_local(model, tokenizer, PROMPTS, GREEDY)
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -145,7 +145,7 @@ def test_conversations(model):
     assert tokenizer.decode(encode_prompt(tokenizer, Prompt("the sky?"), Sampling())) == "the sky?"
 
 
-def test_what_cannot_be_answered(model, tokenizer):
+def test_prompts_that_cannot_be_answered(model, tokenizer):
     failures: dict[int, Failure] = {}
     prompts = ["", user("x"), " ".join(["w1"] * 120), "w1"]
     LocalModel(model, tokenizer, GREEDY).answer([Request(Prompt(prompt)) for prompt in prompts], failures.update)
@@ -161,7 +161,7 @@ def test_what_cannot_be_answered(model, tokenizer):
     assert failures[0] == Failure("rejected by the chat template", "TemplateError: roles must alternate")
 
 
-def test_an_end_that_the_tokenizer_adds_is_left_out(tokenizer):
+def test_an_end_token_that_the_tokenizer_adds_is_removed(tokenizer):
     class Ends(type(tokenizer)):
         def __call__(self, *args, **kwargs):
             ids = super().__call__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Prompts of every dataset form, their identity, and the column of responses that training reads."""
+"""Tests of generation/prompts.py: prompts of every dataset form, their keys, and the column of responses."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_text_and_its_one_user_turn_are_one_prompt_here_and_in_cpt_pairs():
     rows = [Dataset.from_list([{"prompt": text, "model": "m", "response": "r"}]) for text in texts]
     for keys in ([Prompt(text).key for text in texts], [read_responses(row)[0]["prompt_key"] for row in rows]):
         assert keys[0] == keys[1] == keys[2] and len(set(keys)) == 5
-    assert Prompt("x").key == "9eb90e3e2e72a5c34f867e1f0a8703d4", "seeds are made from it, so it must not change"
+    assert Prompt("x").key == "9eb90e3e2e72a5c34f867e1f0a8703d4", "seeds depend on the key, so it must not change"
 
 
 def test_seeds():

@@ -1,4 +1,4 @@
-"""The file of responses: appending, torn lines, the lock, and the check of settings."""
+"""Tests of generation/response_file.py: appending, truncated lines, the lock, and the check of settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_line_cut_off_anywhere_is_removed(tmp_path, caplog):
             caplog.clear()
             with opened(path) as file:
                 done = len(file.answered)
-            if end >= len(whole) - 1:  # at most the newline is missing
+            if end >= len(whole) - 1:  # only the newline is missing
                 assert path.read_bytes() == whole and done == 3 and not caplog.text
             elif end == last and not rest:
                 assert path.read_bytes() == whole[:last] and done == 2 and not caplog.text
@@ -101,7 +101,7 @@ def test_responses_from_elsewhere_count(tmp_path):
 
 
 def test_text_and_its_one_user_turn_answer_each_other(tmp_path):
-    """Also in files of earlier versions, for which they were two prompts."""
+    """Files of earlier versions had two keys for them."""
     path = tmp_path / "responses.jsonl"
     prompts = ["a", [{"role": "user", "content": "b"}]]
     path.write_text("".join(json.dumps({"prompt": p, "model": "m", "response": "r"}) + "\n" for p in prompts))

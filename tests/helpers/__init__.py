@@ -1,4 +1,4 @@
-"""What the tests share: small models, rows, runs in processes of their own. ``ROOT`` is the repository."""
+"""Shared by the tests: small models, rows, and runs in other processes. ``ROOT`` is the root of the repository."""
 
 from pathlib import Path
 

@@ -88,7 +88,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
-# Their RoPE depends on the length of a sequence beyond 16 positions.
+# The RoPE of these models depends on the length of a sequence beyond 16 positions.
 LENGTH_DEPENDENT = ["phi3-longrope", "llama-dynamic", "gemma3-dynamic"]
 
 
@@ -98,7 +98,7 @@ def tiny_model(
     """Returns a random model in ``dtype`` whose weights are larger than at initialization, so that attention matters.
 
     Args:
-        weights: dtype to which the weights are rounded before they get ``dtype``.
+        weights: dtype to which the weights are rounded before they are converted to ``dtype``.
     """
     torch.manual_seed(seed)
     implementation = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"

@@ -1,4 +1,4 @@
-"""Files for runs of ``cpt-train`` in the test's own process: a tiny model's config, a tokenizer, pairs."""
+"""Writes the files that runs of ``cpt-train`` read (a tiny model, a tokenizer, pairs), and runs it in this process."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ WORDS = ["the", "sky", "is", "blue", "and", "sun", "so", "bright", "today", "or"
 
 
 def bpe_tokenizer(texts: Iterable[str], size: int = 330, eos: str | None = "</s>") -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer on ``texts``."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -57,6 +58,7 @@ def write_options(path: Path, **options) -> Path:
 
 
 def run(*argv) -> int:
+    """Runs ``cpt-train`` and returns its exit code."""
     return train_main([str(arg) for arg in argv])
 
 

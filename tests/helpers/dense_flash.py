@@ -1,7 +1,7 @@
-"""Stand-ins for flash attention on a CPU: functions with the signatures of its releases, over dense maths.
+"""Substitutes for flash attention on a CPU: functions with the signatures of its releases, computed densely.
 
-``forward`` and ``backward`` compute what the kernels compute, in any dtype. In particular the backward trusts the
-output and the log-sum-exp that it gets, and takes no gradient of the latter. Arguments that kernels refuse fail here.
+``forward`` and ``backward`` compute the same as the kernels, in any dtype. In particular, the backward uses the given
+output and log-sum-exp, and ignores the gradient of the log-sum-exp. Arguments that the kernels refuse fail here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-backwards: list[bool] = []  # one entry per backward that ran: whether it was asked to be deterministic
+backwards: list[bool] = []  # for each backward that ran: whether it was to be deterministic
 
 
 @torch.autocast("cpu", enabled=False)
@@ -87,7 +87,7 @@ def ungrouped(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class Flash(torch.autograd.Function):
-    """Autograd as in the public functions: no gradient goes through the log-sum-exp."""
+    """Autograd as in the public functions: the log-sum-exp has no gradient."""
 
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, deterministic, *scores):
@@ -160,7 +160,7 @@ def flash_attn_2_8() -> SimpleNamespace:
 
 
 def flash_attn_2_5() -> SimpleNamespace:
-    """No soft-cap. Its inner functions take a pair for the window, and also return the padded inputs."""
+    """Has no soft-cap. Its inner functions take the window as a pair, and also return the padded inputs."""
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
@@ -177,10 +177,10 @@ def flash_attn_2_5() -> SimpleNamespace:
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         return_softmax, alibi_slopes=None, block_table=None,
     ):  # fmt: skip
-        raise AssertionError("returns other things than 2.7 and later")
+        raise AssertionError("its results differ from those of 2.7 and later")
 
     def _flash_attn_varlen_backward(*args):
-        raise AssertionError("takes other things than 2.7 and later")
+        raise AssertionError("its arguments differ from those of 2.7 and later")
 
     return SimpleNamespace(**locals())
 
@@ -195,7 +195,7 @@ def flash_attn_2_3() -> SimpleNamespace:
     return SimpleNamespace(**locals())
 
 
-# --- 3 ---
+# --- flash_attn 3 ---
 
 
 def flash_attn_3(always_returns_lse: bool = False) -> SimpleNamespace:
@@ -241,11 +241,11 @@ def flash_attn_3(always_returns_lse: bool = False) -> SimpleNamespace:
     return SimpleNamespace(**{k: v for k, v in locals().items() if callable(v)})
 
 
-# --- 4 ---
+# --- flash_attn 4 ---
 
 
 def flash_attn_4() -> SimpleNamespace:
-    """4.0.0b36, without the parameters behind those used here. A window without limit is None."""
+    """Version 4.0.0b36, without the parameters after those used here. An unlimited window is None."""
 
     def flash_attn_varlen_func(
         q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
@@ -290,7 +290,7 @@ def flash_attn_4() -> SimpleNamespace:
 
 
 def torch_operators() -> SimpleNamespace:
-    """The operators in ``torch.ops.aten``, with the arguments that torch 2.10 to 2.14 have in common."""
+    """The operators in ``torch.ops.aten``, with the arguments that torch 2.10 to 2.14 share."""
 
     def _flash_attention_forward(
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,

@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: trains, then writes the logs of rank 0 and the first gradients of every rank."""
+"""Runs one rank of test_distributed.py: trains, then writes rank 0's logs and every rank's first gradients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from tests.helpers.toy import losses, make_trainer, pairs_of, preference_data
 
 
 class Recording(ContrastiveTrainer):
+    """Records the pairs of every step, and the gradients of the first step before clipping."""
+
     gradients: dict[str, torch.Tensor] | None = None
-    pairs: dict[int, list[str]]  # of this rank, by optimizer step
+    pairs: dict[int, list[str]]  # optimizer step -> pairs of this rank
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.pairs.setdefault(self.state.global_step, []).extend(pairs_of(inputs))

@@ -1,8 +1,7 @@
-"""Compares a packed row of prompt groups with the same completions run alone, each in a forward of its own.
+"""Compares a packed row of prompt groups with the same completions run alone, each in its own forward.
 
 "Alone" is the definition: transformers' forward of prompt + completion with the model's own attention, then
-log-softmax, a sum, the loss, and autograd. The loss function is the only part of the package that it uses, and has
-tests of its own.
+log-softmax, a sum, the loss, and autograd. Of this package it uses only the loss functions, which have their own tests.
 
 The rule of ``numerics.py`` is applied as follows. In fp64, it is applied to every gradient separately, with a floor for
 the parts that transformers keeps in fp32 (``FLOOR``). In fp32 and bf16, the gradient errors of a small model consist of
@@ -80,7 +79,9 @@ def make_rows(loss: str, *, long: bool = False, seed: int = 0) -> list[Row]:
     groups = _GROUPS + _LONG * long
     for g in random.permutation(len(groups)) if seed else range(len(groups)):
         prompt, lengths, edges = groups[g]
-        first = random.permutation(np.arange(3, VOCAB))[: len(lengths)]  # so that no two completions are equal
+        first = random.permutation(np.arange(3, VOCAB))[
+            : len(lengths)
+        ]  # distinct first tokens make all completions distinct
         completions = [[int(f), *map(int, random.integers(3, VOCAB, n - 1))] for f, n in zip(first, lengths)]
         chosen, targets, rejected = (list(side) for side in zip(*edges)) if edges else ([], [], [])
         if loss == "sft":
@@ -148,7 +149,7 @@ def _pool(name: str) -> str:
 
 
 def sequences_of(rows: Sequence[Row]) -> list[Key]:
-    """Returns the different (prompt, completion) of the rows."""
+    """Returns the distinct (prompt, completion) of the rows."""
     return list(dict.fromkeys((tuple(r["prompt_ids"]), tuple(c)) for r in rows for c in r["completion_ids"]))
 
 
@@ -227,6 +228,7 @@ def _forget_longest(model: nn.Module) -> None:
 
 
 def make_batch(rows: Sequence[Row], packed: PackedModel | None = None, **options) -> PackedBatch:
+    """Collates rows with the log-probs of ``reference_logps``."""
     limit = packed.share_limit if packed else None
     return PackedCollator(
         reference=lambda s: np.concatenate([reference_logps(*each) for each in s]), share_limit=limit, **options
@@ -274,11 +276,11 @@ def freeze_head(model: nn.Module) -> None:
 
 
 class Routing:
-    """The experts of every token of a mixture of experts: recorded in one run, and forced upon the other runs.
+    """The experts of every token in a mixture of experts, recorded in one run and reused in the other runs.
 
     Rounding can flip the choice between two experts with nearly equal scores, and the error is then as large as the
     output itself. With free routing, eager's own error would be of that size, and the rule could not fail. So all runs
-    use the experts that the fp64 run chose. Each run still computes its own weights of the experts.
+    use the experts that the fp64 run chose. Each run still computes its own expert weights.
     """
 
     def __init__(self, model: nn.Module, recorded: Routing | None = None):
@@ -289,7 +291,7 @@ class Routing:
 
     @contextlib.contextmanager
     def of(self, *sequences: Key, lengths: Sequence[tuple[int, int]] | None = None) -> Iterator[None]:
-        """Context of forwards (and recomputations) of these sequences; ``lengths`` are the (queries, keys) of each."""
+        """Forces the experts of these sequences in forwards and recomputations; ``lengths``: (queries, keys) of each."""
         topk = torch.topk
 
         def choose(layer: int, scores: Tensor, k: int, **_):

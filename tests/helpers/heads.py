@@ -17,7 +17,7 @@ from cpt_kernels.ops.head.tiles import row_stride
 from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_preference_loss
 from tests.numerics import assert_close
 
-torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
+torch.set_num_threads(1)  # at tiny shapes, several threads are slower
 
 # Pair blocks: completion lengths, and pairs (chosen, target, rejected) among them. Some completions have one token, and
 # one is in no pair.
@@ -46,9 +46,9 @@ class Head:
     bias: bool = False
     options: HeadOptions = field(default_factory=HeadOptions)
     trained: tuple[str, ...] = _GRADS
-    scale: float = 1.0  # of the hidden rows
-    near: bool = False  # reference log-probs lie a few nats from those of a uniform policy
-    upstream: float = 1.0  # gradient that arrives at the loss
+    scale: float = 1.0  # factor of the hidden rows
+    near: bool = False  # reference log-probs are a few nats from those of a uniform policy
+    upstream: float = 1.0  # upstream gradient of the loss
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Head:
         return replace(self, options=replace(self.options, **changes))
 
     def tile(self, rows: int, itemsize: int) -> Head:
-        """Returns the same problem with a budget for tiles of so many rows."""
+        """Returns the same problem with a memory budget for tiles of ``rows`` rows."""
         return self.with_options(memory_mb=rows * row_stride(self.columns, self.targets.device) * itemsize / 2**20)
 
     def pairs(self) -> Pairs:
@@ -98,7 +98,7 @@ class Head:
         }
 
     def run(self, dtype: torch.dtype, general: bool = False) -> dict[str, Tensor]:
-        """``linear_preference_loss`` and its gradients."""
+        """Returns the results of ``linear_preference_loss`` and its gradients."""
         leaves = self.leaves(dtype)
         out = linear_preference_loss(
             leaves["hidden"], leaves["weight"], self.targets, self.pairs(), self.loss, leaves.get("bias"), self.options,
@@ -111,7 +111,7 @@ class Head:
     def eager(
         self, dtype: torch.dtype, rounded: torch.dtype | None = None, autocast: bool = False
     ) -> dict[str, Tensor]:
-        """The same by autograd through all logits, as in transformers and TRL: logits in ``dtype``, softmax in fp32."""
+        """Returns the same by autograd through all logits in ``dtype``, with softmax in fp32, as transformers and TRL do."""
         leaves, options = self.leaves(dtype, rounded), self.options
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = F.linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
@@ -153,7 +153,7 @@ def in_mode(head: Head, mode: str) -> Head:
 
 
 def check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False, draws: int = 6) -> None:
-    """Compares by the tolerance rule, over several draws: with few pairs the rounding of a weight decides by luck."""
+    """Compares by the tolerance rule, pooled over several draws, because few pairs make rounding errors erratic."""
     kinds: list[dict[str, list]] = [{}, {}, {}]
     for seed in range(1 if dtype == torch.float64 else draws):
         drawn = in_mode(replace(head, seed=seed), mode)
@@ -165,14 +165,14 @@ def check(head: Head, mode: str, dtype: torch.dtype, *, autocast: bool = False, 
         for kind, result in zip(kinds, results):
             for name, tensor in result.items():
                 kind.setdefault(name, []).append(tensor.flatten())
-    # In fp64 the difference is that sums run in another order.
+    # In fp64, only the order of sums differs.
     eps = 1e-13 if dtype == torch.float64 else torch.finfo(torch.bfloat16 if autocast else dtype).eps
     for name in kinds[0]:
         assert_close(*(torch.cat(kind[name]) for kind in kinds), f"{mode} {name}", eps)
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the multiplications of matrix products that run inside."""
+    """Counts the multiplications of all matrix products in its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class CountProducts(TorchDispatchMode):
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Appends the peak of bytes that were allocated inside and not yet freed (PyTorch's CPU allocator)."""
+    """Appends the peak number of bytes allocated in the context and not yet freed (PyTorch's CPU allocator)."""
     peak: list[int] = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield peak

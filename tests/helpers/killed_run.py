@@ -1,4 +1,4 @@
-"""Runs of test_resume.py. As a script, it runs each case in a process that kills itself in the middle of a step."""
+"""Runs of test_resume.py. As a script, runs each case in a process that kills itself in the middle of a step."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 
 def torchrun(script: str, processes: int, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    """Runs a module, under torchrun if there are several processes; fails with the end of its standard error."""
+    """Runs a module of this folder, under torchrun if there are several processes. Fails with the end of its stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

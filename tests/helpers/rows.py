@@ -44,7 +44,7 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-MORE = assistant("blue") + user("and the sun?")  # turns in the middle of a conversation
+MORE = assistant("blue") + user("and the sun?")  # turns to insert into a conversation
 
 
 def pair(prompt="the sky", chosen=" is blue", rejected=" is bright", **more):
@@ -70,7 +70,7 @@ def decoded(row, tokenizer):
 
 def real_rows(name):
     if not REAL_DATA.is_dir():
-        pytest.skip(f"real data is not here: no folder {REAL_DATA}")
+        pytest.skip(f"needs the real data in {REAL_DATA}, which does not exist")
     return [json.loads(line) for line in (REAL_DATA / name).read_text().splitlines()]
 
 

@@ -1,6 +1,6 @@
-"""AdamW steps on packed batches, in one process or as a rank of test_sharding.py under FSDP2 or DeepSpeed ZeRO.
+"""Takes AdamW steps on packed batches, in one process or as a rank of test_sharding.py under FSDP2 or ZeRO.
 
-On a CPU accelerate replaces both by DDP, so this module shards the model as accelerate does on a GPU.
+On a CPU, accelerate replaces both by DDP. So this module shards the model itself, as accelerate does on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNEVEN = 5  # in every fifth step the last rank has no rows
 
 
 class FullySharded:
-    """FSDP2: ``fully_shard`` on layers, head (unless it is tied) and root, over a mesh of CPUs."""
+    """FSDP2: ``fully_shard`` on layers, head (unless tied) and root, over a mesh of CPUs."""
 
     def __init__(self, model: nn.Module, offload: bool = False) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -47,7 +47,7 @@ class FullySharded:
 
 
 class ZeRO:
-    """DeepSpeed's engine at a ZeRO stage; in stage 3 every parameter is gathered for its module and then freed."""
+    """DeepSpeed's engine at a ZeRO stage. In stage 3, every parameter is gathered for its module and then freed."""
 
     def __init__(self, model: nn.Module, stage: int) -> None:
         import deepspeed
@@ -104,7 +104,7 @@ def rows_of(step: int, rank: int, world: int) -> list[dict]:
 
 
 def train(engine: str, name: str, rank: int = 0, world: int = 1) -> tuple[list[float], dict[str, Tensor]]:
-    """Returns the mean loss over all ranks' pairs for every step, and the unsharded gradients of the first step."""
+    """Returns the mean loss over all ranks' pairs at every step, and the unsharded gradients of the first step."""
     model = tiny_model(name)
     packed = PackedModel(model)
     sharded = ENGINES[engine](model)

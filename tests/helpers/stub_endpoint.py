@@ -18,7 +18,7 @@ Plan = Callable[[str, int], str | None]
 
 
 class StubEndpoint:
-    """A context manager that runs the endpoint.
+    """Context manager that runs the endpoint.
 
     Attributes:
         asked: bodies of all requests.
@@ -66,7 +66,7 @@ def faults(kinds: Sequence[str | None]) -> Plan:
 
 
 def shorten_waits(monkeypatch) -> None:
-    """Makes the waits before a retry short, those of the openai client, too."""
+    """Shortens the waits before retries, including those of the openai client."""
     monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.005)
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.005)
 

@@ -30,7 +30,7 @@ def text(rng: random.Random, longest: int = 12) -> str:
 
 
 def preference_rows(count: int, seed: int = 0) -> list[dict]:
-    """Returns rows of which every third has the models a>c and the others a>b; ``gap`` is the row's index modulo 7."""
+    """Returns random rows. Every third has the model pair a>c, the others a>b; ``gap`` is the row's index modulo 7."""
     rng = random.Random(seed)
     return [
         {
@@ -65,7 +65,7 @@ def config(folder: Path, **options) -> ContrastiveConfig:
 def make_trainer(
     folder: Path, cls: type[ContrastiveTrainer] = ContrastiveTrainer, model="llama", rows: int = 16, **arguments
 ) -> ContrastiveTrainer:
-    """Returns a trainer of a tiny model; ``arguments`` are options of its configuration or of its constructor."""
+    """Returns a trainer of a tiny model. ``arguments`` are options of the configuration or of the constructor."""
     fields = {field.name for field in dataclasses.fields(ContrastiveConfig)}
     options = {name: arguments.pop(name) for name in fields & arguments.keys()}
     defaults = {"train_dataset": preference_data(rows), "processing_class": word_tokenizer()}

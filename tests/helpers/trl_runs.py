@@ -1,4 +1,4 @@
-"""The same training by TRL's DPOTrainer and by ours, and the comparison of their logs."""
+"""Runs the same training with TRL's DPOTrainer and with ours, and compares their logs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 
 def one_thread() -> Iterator[None]:
-    """Uses one thread, as a second one gains nothing here, and keeps the garbage collector off objects that exist."""
+    """Uses one thread, as a second one gains nothing here, and keeps existing objects out of garbage collection."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()
@@ -68,7 +68,7 @@ def run(
     callbacks=(),
     **options,
 ) -> Record:
-    """Trains with options that both configurations have."""
+    """Trains with options that both configurations accept."""
     record = Record()
     tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -110,11 +110,11 @@ def run_ours(folder, rows: Dataset, model=None, **options) -> Record:
 def run_trl(folder, rows: Dataset, **options) -> Record:
     trl = pytest.importorskip("trl", reason="parity needs TRL: pip install trl==1.16.0")
 
-    class TokenisedDPOTrainer(trl.DPOTrainer):
+    class TokenizedDPOTrainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
-    trainer = TokenisedDPOTrainer if "prompt_ids" in rows.column_names else trl.DPOTrainer
+    trainer = TokenizedDPOTrainer if "prompt_ids" in rows.column_names else trl.DPOTrainer
     return run(trainer, trl.DPOConfig, folder, rows, **options)
 
 

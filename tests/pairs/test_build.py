@@ -39,7 +39,8 @@ def straightforward(rows, scores, wanted):
         scores: {model: strength}, or None for the rows' own ratings.
 
     Returns:
-        A Counter of (prompt, model, text, model, text, gap), and the numbers of identical pairs, tied pairs and used rows.
+        A Counter of (prompt, model, text, model, text, gap), and the numbers of identical pairs, of tied pairs and of
+        used rows.
     """
     answers: dict[str, list] = {}
     seen = set()
