@@ -105,7 +105,7 @@ class AttentionRun(Timed):
 
     def results(self) -> dict[str, list[float]]:
         if self.index is None:
-            return fingerprints(self.found)
+            return norms_and_products(self.found)
         # Map the separate sequences back to the packed row: one copy of each output, the sum of all gradients.
         out, *grads = self.found
         first = out.new_zeros(self.tokens, *out.shape[1:])
@@ -114,10 +114,10 @@ class AttentionRun(Timed):
             grad.new_zeros(self.tokens, *grad.shape[1:]).float().index_add_(0, self.index, grad.float())
             for grad in grads
         ]
-        return fingerprints([first, *sums])
+        return norms_and_products([first, *sums])
 
 
-def fingerprints(tensors: Sequence[torch.Tensor]) -> dict[str, list[float]]:
+def norms_and_products(tensors: Sequence[torch.Tensor]) -> dict[str, list[float]]:
     """Returns the Euclidean norm of output and gradients, and a dot product with random numbers.
 
     The dot product detects permuted rows, which leave the norm unchanged.
@@ -142,7 +142,7 @@ def expected(groups: Groups, case: Case, device: str) -> dict[str, list[float]]:
         scores = (q @ k.mT * case.size**-0.5).masked_fill(~mask, -torch.inf)
         outs.append((scores.softmax(-1) @ v).transpose(0, 1))
     out = torch.cat(outs)
-    return fingerprints([out.detach(), *torch.autograd.grad(out, leaves, upstream.float())])
+    return norms_and_products([out.detach(), *torch.autograd.grad(out, leaves, upstream.float())])
 
 
 # --- Parent ---
@@ -168,6 +168,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smoke test: short prompts, nothing compiled")
     add_output_options(parser)
     options = parser.parse_args(arguments)
+    # Defaults depend on the device.
     cuda = options.device == "cuda"
     if cuda and options.shape == "small":
         options.shape = "llama-8b"
@@ -243,7 +244,7 @@ def check(found: Found, dtype: str) -> None:
             size, along = expected[part]
             if not (abs(norm - size) <= tolerance * size and abs(product - along) <= tolerance * size):
                 raise RuntimeError(
-                    f"'{name}' computes something else: {part} has norm {norm:.6g} and product {product:.6g},"
+                    f"'{name}' computes wrong results: {part} has norm {norm:.6g} and product {product:.6g},"
                     f" expected {size:.6g} and {along:.6g}"
                 )
 

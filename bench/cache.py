@@ -355,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.quick:
         args.rows, args.valued, args.stores = 50_000, 5_000, "Ours,OursByTokens,SQLite"
+    # Compare the stores on the smaller number of rows, then fill ours up to the large index.
     folder = Path(tempfile.mkdtemp(prefix="bench-cache-", dir=args.folder))
     try:
         stores = _compare(folder, args.stores.split(","), args.valued, args.tokens)

@@ -94,6 +94,7 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
     JITFunction.__getitem__ = lambda kernel, grid: (
         lambda *args, **kwargs: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
     )
+    # Compile every case for every architecture, and read the resources from the cubins.
     for architecture in TRITON_ARCHITECTURES:
         driver.set_active(NoDevice(architecture))
         for case, launch in triton_cases(torch, quick):
@@ -201,7 +202,7 @@ def template_arguments(mangled: str) -> str:
     return f"{dtype}, {'resident' if match[2] == '1' else 'streaming'}{', statistics' if match[3] == '1' else ''}"
 
 
-def table(usages: list[Usage]) -> str:
+def usage_table(usages: list[Usage]) -> str:
     names = ("compiler", "architecture", "kernel", "case", "threads", "registers", "shared", "stack", "spills", "wide")
     rows = [names, *(["" if getattr(u, name) is None else getattr(u, name) for name in names] for u in usages)]
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only != "triton":
         usages += cuda_usages(options.quick)
     dirty = [usage for usage in usages if not usage.clean]
-    print(table(usages))
+    print(usage_table(usages))
     print(f"\n{len(usages)} kernels, {len(dirty)} with spilled registers or a stack frame")
     for usage in dirty:
         print(f"SPILLS: {usage}", file=sys.stderr)

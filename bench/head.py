@@ -136,7 +136,7 @@ def _numbers(text: str) -> list[int]:
     return sorted(int(number) for number in text.split(","))
 
 
-def chosen(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+def available(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """Returns the names of the contestants to run, and for those that cannot run the reason."""
     every = contestants()
     ways = {every[mode].gradients for mode in options.modes}
@@ -152,13 +152,15 @@ def chosen(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    names, absent = chosen(options)
+    names, absent = available(options)
     measured: dict[str, dict[str, Measured]] = {}
     for vocab in options.vocab:
         measured[str(vocab)] = run(names, vocab, options)
     itemsize = getattr(torch, options.dtype).itemsize
     logits = {str(v): {str(n): n * v * itemsize / MIB for n in options.tokens} for v in options.vocab}
-    growth = {vocab: grown(sizes, logits[vocab]) for vocab, sizes in measured.items()} if options.tokens[1:] else {}
+    growth = (
+        {vocab: memory_growth(sizes, logits[vocab]) for vocab, sizes in measured.items()} if options.tokens[1:] else {}
+    )
     print(report(options, names, absent, measured, logits, growth))
     summary = {"speed_ratio": ratios(names, measured, "speed"), "memory_ratio": ratios(names, measured, "memory")}
     summary |= {"growth": growth, "absent": absent}
@@ -178,7 +180,7 @@ def run(names: Sequence[str], vocab: int, options: argparse.Namespace) -> dict[s
         for name in names:
             expected = found[REFERENCE]["results"][every[name].kind]
             if wrong := disagreement(found[name]["results"], expected, options.dtype != "float32"):
-                raise RuntimeError(f"'{name}' computes something else: {wrong}")
+                raise RuntimeError(f"'{name}' computes wrong results: {wrong}")
 
     measured = compete("bench.head", specs, list(sizes.values()), options.rounds, check)
     return {
@@ -188,7 +190,10 @@ def run(names: Sequence[str], vocab: int, options: argparse.Namespace) -> dict[s
 
 
 def describe(names: Sequence[str], found: Found, flops: int) -> Measured:
-    """Seconds, memory, and the floor: the medians of the products that are needed at least."""
+    """Returns time, memory and roofline share of each contestant at one size.
+
+    The floor is the sum of the median times of the matrix products that the contestant needs.
+    """
     products = [statistics.median(column) for column in zip(*found[REFERENCE]["runs"])]
     described = {}
     for name in names:
@@ -226,9 +231,8 @@ def ratios(names: Sequence[str], measured: dict[str, dict[str, Measured]], what:
     def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
         if what == "speed":
             return round(theirs["seconds"]["median"] / ours["seconds"]["median"], 3)
-        return (
-            round(ours["mib"] / theirs["mib"], 4) if theirs["mib"] else None
-        )  # None: the problem is too small to measure
+        # At toy sizes the measured memory can be 0.
+        return round(ours["mib"] / theirs["mib"], 4) if theirs["mib"] else None
 
     ours = [name for name in names if not contestants()[name].peer]
     return {
@@ -240,7 +244,7 @@ def ratios(names: Sequence[str], measured: dict[str, dict[str, Measured]], what:
     }
 
 
-def grown(sizes: dict[str, Measured], logits: dict[str, float]) -> dict[str, float]:
+def memory_growth(sizes: dict[str, Measured], logits: dict[str, float]) -> dict[str, float]:
     """Returns the growth of each contestant's memory, as the module's docstring defines it."""
     last, largest = list(sizes)[-2:]
     added = logits[largest] - logits[last]

@@ -39,7 +39,7 @@ from datasets import Dataset
 
 from .lengths import FIRST_TOKEN, pair_of
 from .step import ALLOCATOR
-from .timing import Channel, Contestant, add_output_options, finish, table
+from .timing import Channel, Worker, add_output_options, finish, table
 from .trainers import arguments, build_model, tokenizer
 from .work import Shape, Work, packed, padded
 
@@ -214,9 +214,9 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             spec = {**common, **CONTESTANTS[name]}
             environment = ALLOCATOR if spec.get("tuned") else {}
-            contestant = Contestant(name, "bench.reference_pass", spec, environment)
-            measured[name].append(contestant.hello | contestant.ask("pass"))
-            contestant.close()
+            worker = Worker(name, "bench.reference_pass", spec, environment)
+            measured[name].append(worker.hello | worker.ask("pass"))
+            worker.close()
             print(f"{name}: {measured[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     # Compare log-probs, and count operations for the predicted ratios.
     sums = {name: np.array(found[0].pop("sums")) for name, found in measured.items()}

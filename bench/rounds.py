@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .gpu.meter import cold_seconds, wall_seconds
-from .timing import MIB, Channel, Contestant, close_all, interleave, peak_mib, reset_peak, resident_mib
+from .timing import MIB, Channel, Worker, close_all, interleave, peak_mib, reset_peak, resident_mib
 
 REFERENCE = "reference"  # the contestant that computes the expected results and times the matrix products
 _ROUND = 0.05  # seconds of runs per round
@@ -135,10 +135,10 @@ def compete(
 
     ``check`` gets all results of a size before anything is timed, and raises if they disagree.
     """
-    workers: list[Contestant] = []
+    workers: list[Worker] = []
     measured = {}
     try:
-        workers += [Contestant(name, module, spec) for name, spec in specs.items()]
+        workers += [Worker(name, module, spec) for name, spec in specs.items()]
         for size in sizes:
             found = {worker.name: worker.ask(f"size {size}") for worker in workers}
             check(found)

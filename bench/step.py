@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from .lengths import HELP, checked, pair_of, rows_of
-from .timing import Contestant, add_output_options, close_all, finish, interleave, summarize, table
+from .timing import Worker, add_output_options, close_all, finish, interleave, summarize, table
 from .work import SHAPES, Pair, Shape, Work, packed, padded
 
 # By default, glibc returns every large block to the system, and each step faults its pages in again. These settings
@@ -199,22 +199,22 @@ def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more:
     told = ("steps", "pairs", "completions", "lengths", "loss", "device", "learning_rate", "lora_rank")
     common = {name: getattr(options, name) for name in (*told, "gradient_checkpointing", "liger_layers")}
     # Workers see as many GPUs as they have ranks.
-    contestants: list[Contestant] = []
+    workers: list[Worker] = []
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(more.get("ranks", 1)))))
     try:
         for name in names:
             entry = CONTESTANTS[name]
             spec = {**common, **entry.spec(), "shape": dataclasses.asdict(shape), **more}
             environment = {"CUDA_VISIBLE_DEVICES": gpus} | (ALLOCATOR if entry.tuned_allocator else {})
-            contestants.append(Contestant(name, "bench.trainers", spec, environment))
-        if len({contestant.hello["checksum"] for contestant in contestants}) > 1:
+            workers.append(Worker(name, "bench.trainers", spec, environment))
+        if len({worker.hello["checksum"] for worker in workers}) > 1:
             raise RuntimeError("the contestants did not start from the same weights")
         # Warm up, reset the peaks of memory, then time.
-        untimed = interleave(contestants, options.steps - options.rounds, "step")
-        resets = {contestant.name: contestant.ask("reset") for contestant in contestants}
-        timed = interleave(contestants, options.rounds, "step")
+        untimed = interleave(workers, options.steps - options.rounds, "step")
+        resets = {worker.name: worker.ask("reset") for worker in workers}
+        timed = interleave(workers, options.rounds, "step")
     finally:
-        close_all(contestants)
+        close_all(workers)
     return {
         name: {
             "seconds": [answer["seconds"] for answer in timed[name]],
@@ -297,6 +297,7 @@ def report(names, options, shape, measured, predicted, agreement) -> str:
     """Formats settings, table and differences."""
     medians = {name: statistics.median(measured[name]["seconds"]) for name in names}
     peers = [seconds for name, seconds in medians.items() if CONTESTANTS[name].side == "trl"]
+    # One row of the table per contestant.
     rows = []
     for name in names:
         seconds, work, own = summarize(measured[name]["seconds"]), predicted[name], compared_with(name, names)
@@ -320,6 +321,7 @@ def report(names, options, shape, measured, predicted, agreement) -> str:
         )
     header = ["contestant", "s/step", "quartiles", "x ours", "predicted", "of it", "x best peer"]
     header += ["peak MiB", "beyond MiB", "tokens", "head rows", "GFLOP", "of floor"]
+    # The settings above the table, and the differences below it.
     precision = "bf16 autocast" if options.device == "cuda" else "fp32"
     trained = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     checkpointing = "on" if options.gradient_checkpointing else "off"

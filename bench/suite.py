@@ -27,7 +27,7 @@ from .timing import ROOT, add_output_options, print_summary, result_path, table,
 
 
 @dataclass(frozen=True)
-class Part:
+class Subject:
     """How the suite runs one subject."""
 
     arguments: Sequence[str] = ()
@@ -38,21 +38,21 @@ class Part:
 
 
 _PEERS = "ours-unshared,ours-padded,trl,trl-tuned"
-PARTS = {
-    "gpu_check": Part(devices=("cuda",)),
-    "compile_report": Part(requires="triton"),
-    "step": Part(("--peers", _PEERS, "--steps", "4", "--rounds", "3"), takes_device=True, requires="trl"),
-    "scaling": Part(("--axes", "completions"), takes_device=True, requires="trl"),
-    "head": Part(("--tokens", "64,1024"), takes_device=True),
-    "attention": Part(takes_device=True),
-    "packing": Part(),
-    "cache": Part(("--rows", "2000000", "--valued", "300000"), devices=("cpu",)),
-    "tokenize": Part(("--pairs", "5000"), takes_data=True, requires="trl"),
+SUBJECTS = {
+    "gpu_check": Subject(devices=("cuda",)),
+    "compile_report": Subject(requires="triton"),
+    "step": Subject(("--peers", _PEERS, "--steps", "4", "--rounds", "3"), takes_device=True, requires="trl"),
+    "scaling": Subject(("--axes", "completions"), takes_device=True, requires="trl"),
+    "head": Subject(("--tokens", "64,1024"), takes_device=True),
+    "attention": Subject(takes_device=True),
+    "packing": Subject(),
+    "cache": Subject(("--rows", "2000000", "--valued", "300000"), devices=("cpu",)),
+    "tokenize": Subject(("--pairs", "5000"), takes_data=True, requires="trl"),
 }
 
 
 @dataclass
-class Outcome:
+class SubjectOutcome:
     """The outcome of one subject."""
 
     result: str  # "ok", or the reason why the subject failed or did not run
@@ -64,18 +64,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bench suite", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--subjects", default=",".join(PARTS), help="comma-separated list; default: all subjects")
+    parser.add_argument("--subjects", default=",".join(SUBJECTS), help="comma-separated list; default: all subjects")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=Path, help="JSON Lines file with prompt, model and response")
     parser.add_argument("--quick", action="store_true", help="smoke test with toy sizes; on a CPU two subjects at once")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     options.subjects = options.subjects.split(",")
-    options.at_once = (
-        2 if options.quick and options.device == "cpu" else 1
-    )  # concurrent subjects disturb each other's timings, which are not used here
-    if unknown := set(options.subjects) - set(PARTS):
-        parser.error(f"unknown subjects {sorted(unknown)}: choose of {', '.join(PARTS)}")
+    # Concurrent subjects disturb each other's timings, which a smoke test does not use.
+    options.at_once = 2 if options.quick and options.device == "cpu" else 1
+    if unknown := set(options.subjects) - set(SUBJECTS):
+        parser.error(f"unknown subjects {sorted(unknown)}: choose from {', '.join(SUBJECTS)}")
     return options
 
 
@@ -97,18 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run(subject: str, options: argparse.Namespace, folder: Path) -> Outcome:
+def run(subject: str, options: argparse.Namespace, folder: Path) -> SubjectOutcome:
     """Runs one subject in its own process. Its output is streamed if it runs alone, and else printed at its end."""
-    part = PARTS[subject]
-    if options.device not in part.devices:
-        return Outcome(f"not on {options.device}")
-    if part.takes_data and options.data is None:
-        return Outcome("skipped: needs --data")
-    if part.requires and importlib.util.find_spec(part.requires) is None:
-        return Outcome(f"skipped: {part.requires} is not installed")
-    arguments = ["--device", options.device] if part.takes_device else []
-    arguments += ["--data", str(options.data.resolve())] if part.takes_data else []
-    arguments += ["--quick"] if options.quick and subject != "gpu_check" else part.arguments
+    settings = SUBJECTS[subject]
+    if options.device not in settings.devices:
+        return SubjectOutcome(f"not on {options.device}")
+    if settings.takes_data and options.data is None:
+        return SubjectOutcome("skipped: needs --data")
+    if settings.requires and importlib.util.find_spec(settings.requires) is None:
+        return SubjectOutcome(f"skipped: {settings.requires} is not installed")
+    arguments = ["--device", options.device] if settings.takes_device else []
+    arguments += ["--data", str(options.data.resolve())] if settings.takes_data else []
+    arguments += ["--quick"] if options.quick and subject != "gpu_check" else settings.arguments
     heading = f"\n### python -m bench {subject} {' '.join(arguments)}\n"
     path = folder / f"{subject}.json"
     command = [sys.executable, "-m", "bench", subject, *arguments, "--json", str(path)]
@@ -121,7 +120,7 @@ def run(subject: str, options: argparse.Namespace, folder: Path) -> Outcome:
         print(f"{heading}\n{done.stdout}", flush=True)
     seconds = time.perf_counter() - started
     result = f"failed: exit code {done.returncode}" if done.returncode else "ok"
-    return Outcome(result, seconds, json.loads(path.read_text())[subject] if path.exists() else None)
+    return SubjectOutcome(result, seconds, json.loads(path.read_text())[subject] if path.exists() else None)
 
 
 if __name__ == "__main__":

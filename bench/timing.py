@@ -1,7 +1,7 @@
 """Shared parts of all benchmarks: worker processes, interleaved rounds, memory, provenance, and result files.
 
-A contestant (:class:`Contestant`) is a worker process with its own environment, because allocator settings and peak
-memory belong to a process. The parent sends one line per request; the worker runs it and answers with one line of JSON
+Each contestant runs in a process of its own (:class:`Worker`), because allocator settings and peak memory belong to a
+process. The parent sends one line per request; the worker runs it and answers with one line of JSON
 (:class:`Channel`). Rounds are interleaved (A, B, C, A, B, C, ...), so that other load on the machine slows all
 contestants alike. Results report medians and quartiles.
 """
@@ -33,10 +33,10 @@ MIB = 2**20
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "triton", "trl", "liger-kernel")
 
 
-# --- Contestants ---
+# --- Workers ---
 
 
-class Contestant:
+class Worker:
     """The parent's handle of one worker process.
 
     Args:
@@ -116,20 +116,20 @@ class Channel:
         self._out.flush()
 
 
-def close_all(contestants: Sequence[Contestant]) -> None:
+def close_all(workers: Sequence[Worker]) -> None:
     """Ends all workers in parallel; each takes half a second to exit."""
-    for contestant in contestants:
-        contestant.end()
-    for contestant in contestants:
-        contestant.close()
+    for worker in workers:
+        worker.end()
+    for worker in workers:
+        worker.close()
 
 
-def interleave(contestants: Sequence[Contestant], rounds: int, message: str) -> dict[str, list[dict[str, Any]]]:
-    """Sends ``message`` to every contestant in every round. Returns the answers by contestant."""
-    answers: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
+def interleave(workers: Sequence[Worker], rounds: int, message: str) -> dict[str, list[dict[str, Any]]]:
+    """Sends ``message`` to every worker in every round. Returns the answers by contestant."""
+    answers: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     for _ in range(rounds):
-        for contestant in contestants:
-            answers[contestant.name].append(contestant.ask(message))
+        for worker in workers:
+            answers[worker.name].append(worker.ask(message))
     return answers
 
 

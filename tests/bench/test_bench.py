@@ -123,7 +123,7 @@ def test_a_wrong_attention_is_found() -> None:
         found[name] = {"results": contestant.results()}
     attention.check(found, "float32")
     contestant.found[1] = contestant.found[1].flip(0)  # flipping keeps the norm of dq
-    with pytest.raises(RuntimeError, match="'dense' computes something else: dq"):
+    with pytest.raises(RuntimeError, match="'dense' computes wrong results: dq"):
         attention.check({**found, "dense": {"results": contestant.results()}}, "float32")
 
 
@@ -171,7 +171,7 @@ def test_usage_and_unknown_subject() -> None:
 
 
 def test_a_failing_worker_shows_its_error() -> None:
-    contestant = timing.Contestant("nobody", "bench.trainers", {"side": "nobody"})
+    contestant = timing.Worker("nobody", "bench.trainers", {"side": "nobody"})
     with pytest.raises(RuntimeError, match="KeyError: 'steps'"):
         contestant.ask("step")
     contestant.close()
@@ -234,9 +234,8 @@ def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
     assert rows[0]["rejected_ids"] == rows[2]["chosen_ids"]  # pairs (1, 2), (1, 3), (2, 3)
     assert max(max(ids) for row in rows for ids in row.values()) < 100
     every = draw_groups("responses", 300, 2, np.random.default_rng(0))
-    assert (
-        len({(prompt, *sides) for prompt, sides in every}) > 290
-    )  # almost every prompt has its own lengths, so each is drawn once
+    # Few prompts share their lengths, so this many distinct ones show that no prompt is drawn twice.
+    assert len({(prompt, *sides) for prompt, sides in every}) > 290
     assert draw_groups("uniform:5:7", 2, 3, None) == [(5, [7, 7, 7])] * 2
     path = tmp_path / "pairs.jsonl"
     words = "the quick brown fox jumps over the lazy dog"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bench.compile_report import Usage, table, template_arguments
+from bench.compile_report import Usage, template_arguments, usage_table
 from tests.helpers import ROOT
 
 
@@ -48,5 +48,5 @@ def test_cuda():
 
 def test_spills_fail():
     usage = Usage("nvcc", "sm_90a", "kernel", "", 255, 0, stack=8, spills=0)
-    assert not usage.clean and "255" in table([usage])
+    assert not usage.clean and "255" in usage_table([usage])
     assert template_arguments("_ZN18vocab_score_kernelI6__halfLb1ELb0EEEvNS_6ParamsE") == "fp16, resident"

@@ -41,9 +41,7 @@ def test_packing_in_order(budget):
         in_turn = np.searchsorted(np.cumsum(tokens[waiting]), budget, side="right")
         assert set(waiting[:in_turn]) <= set(batch), "a row came later than in order"
         before = np.cumsum(tokens[waiting]) - tokens[waiting]
-        assert all(before[waiting.index(row)] < (1 + _AHEAD) * budget for row in batch), (
-            "a row was taken from too far ahead"
-        )
+        assert all(before[waiting.index(row)] < (1 + _AHEAD) * budget for row in batch), "a row came too early"
         waiting = [row for row in waiting if row not in set(batch)]
 
 

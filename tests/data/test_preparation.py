@@ -64,9 +64,8 @@ def test_stream_is_as_map_style(tokenizer, max_length, mode):
         assert counts.rows_in == 0
         assert list(stream) == dataset.to_list()
         assert counts.summary() == report.summary()
-        assert (
-            len(list(stream)) == len(dataset) and counts.summary() == report.summary()
-        )  # a second pass is not counted again
+        # A second pass is not counted again.
+        assert len(list(stream)) == len(dataset) and counts.summary() == report.summary()
 
 
 def test_stream_resumes(tokenizer):

@@ -291,7 +291,7 @@ class Routing:
 
     @contextlib.contextmanager
     def of(self, *sequences: Key, lengths: Sequence[tuple[int, int]] | None = None) -> Iterator[None]:
-        """Forces the experts of these sequences in forwards and recomputations; ``lengths``: (queries, keys) of each."""
+        """Forces these sequences' experts in forwards and recomputations; ``lengths``: (queries, keys) of each."""
         topk = torch.topk
 
         def choose(layer: int, scores: Tensor, k: int, **_):

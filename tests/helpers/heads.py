@@ -111,7 +111,7 @@ class Head:
     def eager(
         self, dtype: torch.dtype, rounded: torch.dtype | None = None, autocast: bool = False
     ) -> dict[str, Tensor]:
-        """Returns the same by autograd through all logits in ``dtype``, with softmax in fp32, as transformers and TRL do."""
+        """Returns the same by autograd through all logits: logits in ``dtype``, softmax in fp32, as in TRL."""
         leaves, options = self.leaves(dtype, rounded), self.options
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = F.linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
