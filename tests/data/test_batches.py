@@ -55,7 +55,7 @@ def test_packing_in_order_reads_only_as_far_as_it_looks():
         list(pack_in_order([11], int, 10))
 
 
-def stretches(batches: list[list[int]], order: np.ndarray, level: np.ndarray, count: int) -> list[float]:
+def share_differences(batches: list[list[int]], order: np.ndarray, level: np.ndarray, count: int) -> list[float]:
     """Returns, for each of `parts` parts of the run, how far the share of hard rows is from that of the given order."""
     differences, start = [], 0
     for part in np.array_split(np.arange(len(batches)), count):
