@@ -140,9 +140,8 @@ def test_scaling(tmp_path) -> None:
     for word in ("ranks", "ours-unshared", "of floor"):
         assert word in table
     assert result["ratios"]["ranks"]["ours-unshared"]["2"] > 0
-    point = json.loads(out.read_text())["scaling"]["axes"]["ranks"][
-        "2"
-    ]  # 3 completions; the prompt runs once or three times
+    # With 3 completions, a shared prompt runs once, and an unshared one three times.
+    point = json.loads(out.read_text())["scaling"]["axes"]["ranks"]["2"]
     assert point["ours"]["tokens"] < point["ours-unshared"]["tokens"]
     assert point["ours"]["gflop"] < point["ours-unshared"]["gflop"]
     assert plotted(out, tmp_path) == ["scaling.png", "scaling.svg"]
@@ -201,9 +200,8 @@ def test_work_of_a_step_counted_by_hand() -> None:
     trl = padded(pairs, completion_rows_only=False)
     assert (trl.tokens, trl.attended, trl.head_rows, trl.head_gemms) == (4 * 5, 4 * 15, 4 * 4, 4)
     assert padded(pairs, completion_rows_only=True).head_rows == 8
-    three = [
-        ([1, 2], a, b) for a, b in combinations(([3], [4, 5], [6, 7, 8]), 2)
-    ]  # each response is in two pairs and runs once
+    # Each completion is in two pairs and runs once.
+    three = [([1, 2], a, b) for a, b in combinations(([3], [4, 5], [6, 7, 8]), 2)]
     assert packed(three).tokens == 2 + 1 + 2 + 3 and packed(three).head_rows == 1 + 2 + 3
     assert padded(three, True).tokens == 6 * 5 and padded(three, True).head_rows == 2 * (1 + 2 + 3)
     shape = Shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10)
