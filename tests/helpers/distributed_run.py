@@ -48,6 +48,7 @@ def main(folder: Path, name: str, rows: int, options: dict) -> None:
     if rank == 0:
         logged = {"losses": losses(trainer), "metrics": metrics, "history": trainer.state.log_history}
         (folder / f"{name}.json").write_text(json.dumps(logged))
+    trainer.accelerator.end_training()  # ends the process group: gloo's threads may abort a process that just exits
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -218,7 +219,12 @@ def test_adapter_config_counts_and_its_name_does_not(tmp_path):
 
 
 def test_adapter_added_by_transformers_itself(model, plain):
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    try:
+        model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    except ValueError as error:  # transformers 5.24 wants a PEFT that is not released
+        if "please use a version >=" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} does not take this PEFT: {error}")
     assert digest(model, adapters=False) == plain != digest(model)
 
 
