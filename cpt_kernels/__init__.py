@@ -1,11 +1,13 @@
-"""Contrastive post-training of language models, made fast: packed prompt groups, a head that uses up each tile of
-logits while it is there, a cached reference.
+"""Contrastive post-training of language models, made fast: packed prompt groups, a head that consumes
+logits tile by tile, without storing them, and a cached reference.
 
 The names below are imported when they are first used, so that kernels and losses need torch alone.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import ContrastiveConfig
@@ -58,7 +60,6 @@ __all__ = [
     "user_loss",
     "vocab_score",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str):

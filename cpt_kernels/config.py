@@ -118,12 +118,12 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     # Data
     max_length: int | None = option(1024, "Longest prompt + completion in tokens; longer sequences are cut.")
     truncation_mode: str = option("keep_start", "Which end of a cut sequence is kept: keep_start or keep_end.")
-    target_column: str | None = option(None, "Column of y_ref for SLiC's regulariser. Default: the chosen completion.")
+    target_column: str | None = option(None, "Column of y_ref for SLiC's regularizer. Default: the chosen completion.")
     gap_column: str | None = option(
         None, "Column of numbers by how much chosen is better, for ODPO. Default: the difference of ranked scores."
     )
     ranked_pairs: str = option("all", "Pairs of a row with K ranked completions: all, adjacent or extremes.")
-    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
+    dataset_num_proc: int | None = option(None, "Processes that tokenize.")
     curriculum: dict | str | None = option(
         None, "Order by difficulty: schedule, levels, ...; examples/curriculum.yaml explains them. Default: shuffled."
     )
@@ -155,8 +155,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         None, "Folder in which reference log-probs are kept. Default: the user's cache folder."
     )
     sync_ref_model: bool = option(False, "Let the reference follow the policy (TR-DPO); its log-probs are not cached.")
-    ref_model_mixup_alpha: float = option(0.6, "Share of the policy in a synchronised reference.")
-    ref_model_sync_steps: int = option(512, "Steps from one synchronisation to the next.")
+    ref_model_mixup_alpha: float = option(0.6, "Share of the policy in a synchronized reference.")
+    ref_model_sync_steps: int = option(512, "Steps from one synchronization to the next.")
 
     # Model
     model_init_kwargs: dict | str | None = option(

@@ -341,7 +341,8 @@ class ContrastiveTrainer(PackedLoop):
             return
         if self.loss.needs_tails:
             raise UserError(
-                "ld_alpha needs token log-probs, and the overridden compute_ref_log_probs returns sums: leave one out"
+                "ld_alpha needs token log-probs, but the overridden compute_ref_log_probs returns sums: set only one of"
+                " the two"
             )
         put_sums(inputs, *self.compute_ref_log_probs(model, inputs))
 

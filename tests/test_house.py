@@ -11,15 +11,16 @@ from typing import NamedTuple
 
 import pytest
 
+import cpt_kernels
 from tests.helpers import ROOT
 
 PACKAGE = ROOT / "cpt_kernels"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
-# Who may import whom, by folder (or file at the top). Everybody may import itself, `errors` and `files`.
+# Who may import whom, by folder (or file at the top). Everybody may import itself and LEAVES.
+LEAVES = {"errors", "files", "version"}
 FOLDERS = {
-    "errors": set(),
-    "files": set(),
+    **{leaf: set() for leaf in LEAVES},
     "losses": set(),
     "ops": {"losses"},
     "data": set(),
@@ -100,7 +101,7 @@ def test_imports_follow_the_table_of_folders(path):
         return
     assert own in FOLDERS, f"cpt_kernels/{own} has no row in FOLDERS of {Path(__file__).name}"
     others = {component(found.name) for found in imports_of(path) if found.name.startswith("cpt_kernels.")}
-    assert others <= FOLDERS[own] | {own, "errors", "files"}, f"{path} imports {others - FOLDERS[own]}"
+    assert others <= FOLDERS[own] | LEAVES | {own}, f"{path} imports {others - FOLDERS[own]}"
 
 
 def test_folders_have_no_cycle():
@@ -128,10 +129,10 @@ def test_the_top_of_the_package_is_small():
 
 
 def test_imports_have_no_cycle():
+    """Lazy imports count, too: a cycle that runs through functions is a cycle all the same."""
     names = {module_name(path): path for path in FILES}
     graph = {
-        name: {found.name for found in imports_of(path) if not found.lazy and found.name in names} - {name}
-        for name, path in names.items()
+        name: {found.name for found in imports_of(path) if found.name in names} - {name} for name, path in names.items()
     }
     while leaves := [name for name, others in graph.items() if not others]:
         for leaf in leaves:
@@ -175,31 +176,39 @@ def test_files_have_at_most_600_lines(folder):
 
 # Functions and classes that several files define on purpose.
 DEFINED_TWICE = {"main"}  # every command's entry point
-# Signatures that somebody else dictates: the trainer's constructor is TRL's, an autograd function's are PyTorch's.
-DICTATED = {"ContrastiveTrainer.__init__", "forward", "backward", "_logprobs_backward", "_preference_backward"}
+# Signatures that somebody else dictates, by file and name: TRL's for the trainer's constructor, PyTorch's for
+# registered backwards. `Function.is_dictated` adds the methods of autograd functions.
+DICTATED = {
+    ("trainer.py", "ContrastiveTrainer.__init__"),
+    ("ops/head/compiled.py", "_logprobs_backward"),
+    ("ops/head/compiled.py", "_preference_backward"),
+}
 
 
 class Function(NamedTuple):
     path: Path
     name: str  # with its class: "PackedModel.__call__"
     node: ast.FunctionDef
+    owner: ast.ClassDef | None = None
 
     def is_dictated(self) -> bool:
         compiled = any("triton.jit" in ast.unparse(decorator) for decorator in self.node.decorator_list)
-        return compiled or bool({self.name, self.node.name} & DICTATED)
+        bases = [ast.unparse(base).removeprefix("torch.") for base in self.owner.bases] if self.owner else []
+        of_autograd = self.node.name in ("forward", "backward") and "autograd.Function" in bases
+        return compiled or of_autograd or (self.path.as_posix(), self.name) in DICTATED
 
 
 def functions() -> Iterator[Function]:
     """All functions of the package, nested ones included."""
 
-    def walk(path: Path, node: ast.AST, owner: str) -> Iterator[Function]:
+    def walk(path: Path, node: ast.AST, owner: ast.ClassDef | None) -> Iterator[Function]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield Function(path, owner + child.name, child)
-            yield from walk(path, child, f"{child.name}." if isinstance(child, ast.ClassDef) else owner)
+                yield Function(path, f"{owner.name}.{child.name}" if owner else child.name, child, owner)
+            yield from walk(path, child, child if isinstance(child, ast.ClassDef) else owner)
 
     for path in FILES:
-        yield from walk(path, ast.parse((PACKAGE / path).read_text()), "")
+        yield from walk(path, ast.parse((PACKAGE / path).read_text()), None)
 
 
 def test_every_name_is_defined_once():
@@ -220,21 +229,45 @@ def test_no_function_has_more_than_seven_positional_parameters():
 
 
 def test_results_with_more_than_three_parts_have_names():
-    def returned(node: ast.AST) -> Iterator[ast.expr | None]:
-        """Values of the return statements of a function, without those of functions inside it."""
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Return):
-                yield child.value
-            elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-                yield from returned(child)
+    assert not {f"{f.path}: {f.name}" for f in functions() if not f.is_dictated() and max(result_sizes(f.node)) > 3}
 
-    unnamed = {
-        f"{f.path}: {f.name}"
-        for f in functions()
-        if not f.is_dictated()
-        and any(isinstance(value, ast.Tuple) and len(value.elts) > 3 for value in returned(f.node))
-    }
-    assert not unnamed
+
+def result_sizes(function: ast.FunctionDef) -> Iterator[int]:
+    """Sizes of the tuples that a function returns or yields, and of those that its annotation names (at any depth)."""
+
+    def values(node: ast.AST) -> Iterator[ast.expr | None]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Return, ast.Yield)):
+                yield child.value
+            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                yield from values(child)
+
+    yield 0
+    for value in values(function):
+        yield len(value.elts) if isinstance(value, ast.Tuple) else 0
+    for part in ast.walk(function.returns) if function.returns else ():
+        if isinstance(part, ast.Subscript) and ast.unparse(part.value) in ("tuple", "Tuple"):
+            yield len(part.slice.elts) if isinstance(part.slice, ast.Tuple) else 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "return a, b, c, d",
+        "yield a, b, c, d",
+        "x = yield a, b, c, d",
+        "-> tuple[int, int, int, int]",
+        "-> Iterator[tuple[A, B, C, D]]",
+    ],
+)
+def test_unnamed_results_are_found(code):
+    source = f"def f() {code}: ..." if code.startswith("->") else f"def f():\n    {code}"
+    (function,) = ast.parse(source).body
+    assert max(result_sizes(function)) == 4
+
+
+def test_the_version_is_the_one_of_the_distribution():
+    assert f'\nversion = "{cpt_kernels.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 _HIDE = """

@@ -51,7 +51,7 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
         if getattr(args, name, None) is None:
             setattr(args, name, default)
         elif not rest:
-            raise UserError(f"--{name} is about the sample that is scored again: give the options of cpt-train, too")
+            raise UserError(f"--{name} applies only when a dataset is given: give the options of cpt-train, too")
     if args.command in ("info", "verify", "prune") and not rest and not args.directory.is_dir():
         raise UserError(f"there is no cache in {args.directory}")
     _COMMANDS[args.command][0](args)

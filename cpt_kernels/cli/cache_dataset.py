@@ -26,7 +26,7 @@ _Ids = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, completion
 
 
 class _UnfilledTrainer(ContrastiveTrainer):
-    """A trainer that does not score its datasets when it is made."""
+    """Trainer whose constructor leaves the cache unfilled."""
 
     def _fill(self, *_: Any) -> None:
         pass

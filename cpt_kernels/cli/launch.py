@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, user_error
-from .option_table import option_table
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).with_name("accelerate_configs").glob("*.yaml"))}
 _LAUNCHED = "CPT_TRAIN_LAUNCHED"  # an environment variable of the processes that were launched
@@ -31,13 +30,15 @@ def launch_options(own: Collection[str]) -> dict[str, bool]:
     return {"accelerate_config": True, **theirs}
 
 
-def split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+def split(argv: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[dict[str, str | None], list[str]]:
     """Splits arguments into options of ``accelerate launch`` (``None`` if one takes no value) and all others.
+
+    Args:
+        takes_value: the options of ``accelerate launch``, as `launch_options` returns them.
 
     Raises:
         UserError: an option without its value.
     """
-    takes_value = option_table().launch
     options: dict[str, str | None] = {}
     rest = []
     tokens = iter(argv)
@@ -55,9 +56,8 @@ def split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
     return options, rest
 
 
-def of_file(values: Mapping[str, Any]) -> dict[str, str | None]:
+def of_file(values: Mapping[str, Any], takes_value: Mapping[str, bool]) -> dict[str, str | None]:
     """Selects the options of ``accelerate launch`` from a run's file."""
-    takes_value = option_table().launch
     found = {name: values[name] for name in values if name in takes_value and values[name] not in (None, False)}
     return {name: str(value) if takes_value[name] else None for name, value in found.items()}
 

@@ -84,7 +84,7 @@ def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTra
 
 
 def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
-    """Loads the model to train, or initialises it from its config where ``from_scratch`` is set."""
+    """Loads the model to train, or initializes it from its config where ``from_scratch`` is set."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
@@ -107,7 +107,7 @@ def load_reference(model: ModelArguments, args: ContrastiveConfig) -> nn.Module 
 
 
 def load_weights(name: str, option: str, model: ModelArguments, args: ContrastiveConfig, **kwargs: Any) -> nn.Module:
-    """Loads the model ``name``, which ``option`` has as its value, with the dtype and quantisation of the run.
+    """Loads the model ``name``, which ``option`` has as its value, with the dtype and quantization of the run.
 
     Raises:
         UserError: it cannot be loaded. The message names the option.

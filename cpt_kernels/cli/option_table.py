@@ -14,53 +14,15 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from ..files import write_text
+from .option_types import Option, OptionTable
 
 _PACKAGES = ("cpt-kernels", "transformers", "accelerate", "torch")  # torch decides the default of `optim`
 _SOURCE = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option, with all that parsing and ``--help`` need.
-
-    Attributes:
-        group: title under which ``--help`` shows it.
-        kinds: the types that it allows, see :func:`cpt_kernels.cli.parsing.convert`: ``bool``, ``int``, ``float``,
-            ``dict`` and ``none`` with ``None``, ``list`` with the kinds of its items, ``str`` with its choices, empty
-            for any text.
-    """
-
-    group: str
-    kinds: dict[str, Any]
-    default: Any
-    help: str
-
-
-@dataclass(frozen=True)
-class OptionTable:
-    """Everything that is known of options by name.
-
-    Attributes:
-        options: in the order of ``--help``.
-        removed: options of older versions of TRL and transformers -> what to do in their place.
-        refused: options of ``TrainingArguments`` that a flag cannot express -> what to do in their place.
-        launch: options of ``accelerate launch`` -> whether each takes a value.
-    """
-
-    options: dict[str, Option]
-    removed: dict[str, str]
-    refused: dict[str, str]
-    launch: dict[str, bool]
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {name: option.default for name, option in self.options.items()}
 
 
 @functools.cache

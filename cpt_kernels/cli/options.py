@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..losses import LOSSES, LossOptions, loss_names
 from ..losses.options import default_of, option
 from .launch import launch_options
-from .option_table import Option, OptionTable
+from .option_types import Option, OptionTable
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ScriptArguments:
     test_split_size: float | None = option(None, "Share or number of the rows of datasets to evaluate on.")
     eval_dataset_name: str | None = option(None, "Evaluation data: a file, a folder, or a hub name.")
     columns: list[str] | None = option(None, "Columns to read: name, or 'name in the data=name here'.")
-    ignore_bias_buffers: bool = option(False, "Exclude boolean buffers of the model from DDP's synchronisation.")
+    ignore_bias_buffers: bool = option(False, "Exclude boolean buffers of the model from DDP's synchronization.")
 
 
 @dataclass
@@ -62,12 +62,12 @@ class ModelArguments:
     lora_target_parameters: list[str] | None = option(None, "Parameters to adapt that are not in a linear module.")
     lora_modules_to_save: list[str] | None = option(None, "Modules to train in full beside the adapter.")
     lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "Task of the adapter.")
-    use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA).")
+    use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(lora_r) (rank-stabilized LoRA).")
     use_dora: bool = option(False, "Weight-decomposed LoRA (DoRA).")
     load_in_4bit: bool = option(False, "Load the base model in 4 bits (bitsandbytes); needs use_peft.")
     load_in_8bit: bool = option(False, "Load the base model in 8 bits (bitsandbytes); needs use_peft.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit data type.")
-    use_bnb_nested_quant: bool = option(False, "Also quantise the scales of 4-bit weights.")
+    use_bnb_nested_quant: bool = option(False, "Also quantize the scales of 4-bit weights.")
     bnb_4bit_quant_storage: str | None = option(None, "Data type that stores 4-bit weights: bfloat16, ...")
 
 
@@ -119,7 +119,7 @@ _HELP = {
     "max_grad_norm": "Norm to which gradients are clipped; 0 disables clipping.",
     "fp16": "Mixed precision in fp16.",
     "use_cpu": "Train on the CPU even if there is a GPU.",
-    "seed": "Seed of initialisation and of the order of rows.",
+    "seed": "Seed of initialization and of the order of rows.",
     "eval_strategy": "When to evaluate: no, steps or epoch. With eval_dataset_name also at the end.",
     "eval_steps": "Steps between evaluations; below 1, a share of all steps. Default: logging_steps.",
     "eval_on_start": "Also evaluate before the first step.",
@@ -140,7 +140,7 @@ _NOT_SAVED = ("hub_token", "resume_from_checkpoint")  # a secret, and an option 
 
 
 def build_table() -> OptionTable:
-    """Builds the table of all options from the dataclasses; :func:`option_table` caches it."""
+    """Builds the table of all options from the dataclasses; `cli.option_table` caches it."""
     hints = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items() if name in NAMES[cls]}
     hints["fsdp"] = bool | str | None  # transformers takes true as well as its older words
     helps = {f.name: f.metadata.get("help", "") for cls in CLASSES for f in fields(cls)}
@@ -240,18 +240,18 @@ def complete(given: dict[str, Any]) -> Options:
 def _check_together(values: dict[str, Any]) -> None:
     given = {name for name, value in values.items() if value != _defaults()[name]}
     adapter = sorted(name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
-    quantised = sorted(given & {"load_in_4bit", "load_in_8bit"})
+    quantized = sorted(given & {"load_in_4bit", "load_in_8bit"})
 
-    # Adapter and quantisation
+    # Adapter and quantization
     if adapter and not values["use_peft"]:
         raise UserError(f"{adapter[0]} has no effect without an adapter: set use_peft=true, or leave it out")
     if "load_in_4bit" not in given and (four := sorted(name for name in given if "bnb_" in name)):
         raise UserError(f"{four[0]} has no effect without load_in_4bit=true: set it, or leave {four[0]} out")
-    if len(quantised) == 2:
+    if len(quantized) == 2:
         raise UserError("load_in_4bit and load_in_8bit exclude each other: leave one of them out")
-    if quantised and not values["use_peft"]:
-        raise UserError(f"{quantised[0]} needs use_peft=true: quantised weights cannot be trained themselves")
-    if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantised):
+    if quantized and not values["use_peft"]:
+        raise UserError(f"{quantized[0]} needs use_peft=true: quantized weights cannot be trained themselves")
+    if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantized):
         raise UserError(f"{loading[0]} has no effect with from_scratch=true, which loads no weights: leave it out")
 
     # Data

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import UserError
-from .option_table import Option, option_table
+from .option_table import option_table
+from .option_types import Option
 
 if TYPE_CHECKING:
     from .options import Options

@@ -80,7 +80,7 @@ def make_trainer(
     tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)
     model, ref_model = load_policy(options.model, args), load_reference(options.model, args)
-    args.model_init_kwargs = None  # they have been used, and the trainer refuses them for a model that is loaded
+    args.model_init_kwargs = None  # already applied; the trainer refuses them for a loaded model
     return cls(
         model,
         ref_model,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 
 from . import launch
+from .option_table import option_table
 from .parsing import environment, make_options, read_file, read_options
 
 
@@ -18,11 +19,12 @@ def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
     Raises:
         UserError: the user's input cannot be trained with; the message says why.
     """
-    flags, argv = launch.split(argv)
+    takes_value = option_table().launch
+    flags, argv = launch.split(argv, takes_value)
     file = read_file(argv)
     os.environ.update(environment(file))  # before torch is imported, which reads some variables then
     given = read_options(argv, prog)
-    processes = launch.of_file(file) | flags
+    processes = launch.of_file(file, takes_value) | flags
     if processes and not launch.is_launched():
         launch.launch(processes, argv, use_cpu=given.get("use_cpu", False))
         return

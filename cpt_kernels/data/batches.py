@@ -155,7 +155,7 @@ def pack_rows(
 def _with_even_end(
     full: list[list[int]], last: list[list[int]], tokens: NDArray[np.int64], budget: int, multiple: int
 ) -> list[list[int]]:
-    """Returns ``full + last``, padded with empty micro-batches to a multiple, with evened-out rows in the last step.
+    """Pads ``full + last`` with empty micro-batches to a multiple; spreads rows evenly over the last steps.
 
     Ranks wait for each other in every step, so uneven micro-batches cost time. If the rows of the last step are too few
     to spread evenly, up to two full steps before it are evened out together with it.

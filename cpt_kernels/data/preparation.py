@@ -118,7 +118,9 @@ class PreparationReport:
         if self.promptless:
             lines.append(f"{self.promptless} sequences without a prompt: their first token has no log-prob")
         if self.merged:
-            lines.append(f"{self.merged} prompts end with other tokens before a completion ({self.merged_example})")
+            lines.append(
+                f"{self.merged} prompts whose last tokens change when a completion follows ({self.merged_example})"
+            )
         return lines
 
 

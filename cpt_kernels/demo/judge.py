@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
 def judge(prompt: str, response: str) -> Verdict:
     """Returns the verdict on one response."""
     exercise = Exercise.parse(prompt)
-    # Labelled parts ("sort: abc", "answer: abc") first; any value outside of them counts as another answer.
+    # Labeled parts ("sort: abc", "answer: abc") first; any value outside of them counts as another answer.
     parts = _PART.findall(response)
     rest = _PART.sub("", response)
     shown = [part for part in parts if part[0] != "answer"]

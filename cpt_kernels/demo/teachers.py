@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from .world import FILLER, LETTERS, Exercise, apply, solution
 
-STYLE_FAULTS = ("skipped", "unlabelled", "filler")
+STYLE_FAULTS = ("skipped", "unlabeled", "filler")
 # First operation of an exercise -> the fault of style that it tempts every teacher to.
-TEMPTATIONS = {"sort": "skipped", "drop": "unlabelled", "reverse": "filler"}
+TEMPTATIONS = {"sort": "skipped", "drop": "unlabeled", "reverse": "filler"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Teacher:
         rates = {fault: self.tempted if fault == temptation else self.sloppy for fault in STYLE_FAULTS}
         faults = {fault for fault, rate in rates.items() if rng.random() < rate}
         text = solution(() if "skipped" in faults else exercise.steps, results)
-        if "unlabelled" in faults:
+        if "unlabeled" in faults:
             text = text.replace("answer: ", "")
         return text + FILLER if "filler" in faults else text
 

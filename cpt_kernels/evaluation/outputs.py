@@ -129,7 +129,7 @@ def join(outputs: ModelOutputs, baseline: ModelOutputs) -> Comparisons:
                 f"{outputs.model} has {len(own)} responses to {_short(prompt)}, {baseline.model} has {len(answers)}:"
                 " give the same number of responses for both, or one response for one of them"
             )
-        # Repeat the shorter list, which has one response or as many as the other; no response of the model: skip.
+        # Repeat a single response to match the other list; skip prompts without a response.
         count = max(len(own), len(answers)) if own else 0
         prompts += [prompt] * count
         mine += own * (count // max(len(own), 1))

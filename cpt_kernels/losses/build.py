@@ -102,7 +102,8 @@ def build_loss(
         raise UserError(f"loss_weights has {len(weights)} weights for the {len(names)} losses of loss_type")
     taken = {option for one in names for option in loss_options(one)}
     if foreign := set(options) - taken:
-        raise TypeError(f"loss '{' + '.join(names)}' takes {sorted(taken)}, not {sorted(foreign)}")
+        known = f"its options are {', '.join(sorted(taken))}" if taken else "it has none"
+        raise TypeError(f"loss '{' + '.join(names)}' has no option '{min(foreign)}'; {known}")
     if f_divergence_type not in F_DIVERGENCES:
         raise UserError(f"f_divergence_type='{f_divergence_type}' is unknown: choose one of {', '.join(F_DIVERGENCES)}")
     divergence = (f_divergence_type, f_alpha_divergence_coef)

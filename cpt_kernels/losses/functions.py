@@ -6,7 +6,7 @@ and the source. To add a loss with an option, write the function here, the field
 test, and run ``python docs/losses.py``.
 
 Notation of the equations, which ``docs/losses.md`` shares and a test evaluates: ``lw, ll`` are the policy's log-probs
-of the chosen and of the rejected completion, ``ly`` that of the regulariser's completion, ``rw, rl`` the reference's;
+of the chosen and of the rejected completion, ``ly`` that of the regularizer's completion, ``rw, rl`` the reference's;
 ``nw, nl, ny`` the completions' lengths in tokens; ``Δw = lw - rw``, ``Δl = ll - rl``, ``h = Δw - Δl``; ``N`` is
 ``tokens_per_pair``; ``σ`` the logistic function; ``S(x)`` is ``-log(σ(x))`` smoothed by ``label_smoothing``; and
 ``odds(m) = m - log(1 - exp(m))``. A Greek letter is the symbol of an option.
@@ -225,7 +225,7 @@ def aot_unpaired(logps: PairLogps, *, beta: float = 0.1, label_smoothing: float 
 def slic(
     logps: PairLogps, *, slic_delta: float = 1.0, slic_lambda: float = 1.0, slic_length_normalize: bool = False
 ) -> Tensor:
-    """SLiC: a hinge loss on log-probs and a regulariser, Zhao et al., eq. 3, as Xu et al. use it.
+    """SLiC: a hinge loss on log-probs and a regularizer, Zhao et al., eq. 3, as Xu et al. use it.
     ``slic_length_normalize`` takes means over tokens in place of sums.
     """
     chosen, rejected, target = logps.chosen, logps.rejected, logps.target

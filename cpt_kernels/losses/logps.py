@@ -23,7 +23,7 @@ class PairLogps:
 
     chosen: Tensor  # (P,) the policy's log-prob of the chosen completion
     rejected: _OptionalTensor  # (P,) of the rejected completion
-    target: Tensor  # (P,) of y_ref, the completion of SLiC's regulariser: chosen unless the row names another
+    target: Tensor  # (P,) of y_ref, the completion of SLiC's regularizer: chosen unless the row names another
     chosen_length: Tensor  # (P,)
     rejected_length: _OptionalTensor  # (P,)
     target_length: Tensor  # (P,)

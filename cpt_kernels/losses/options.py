@@ -60,7 +60,7 @@ class LossOptions:
     f_divergence_type: str = option("reverse_kl", f"Divergence from the reference: {', '.join(F_DIVERGENCES)}.")
     f_alpha_divergence_coef: float = option(0.5, "Alpha of alpha_divergence.")
     slic_delta: float = option(1.0, "Margin of SLiC, in nats.")
-    slic_lambda: float = option(1.0, "Weight of SLiC's regulariser, -log p(y_ref).")
+    slic_lambda: float = option(1.0, "Weight of SLiC's regularizer, -log p(y_ref).")
     slic_length_normalize: bool = option(False, "SLiC on log-probs per token in place of log-probs per completion.")
     simpo_gamma: float = option(0.5, "Margin of SimPO.")
     cpo_alpha: float = option(1.0, "Weight of CPO's likelihood term.")

@@ -77,7 +77,9 @@ def load_model(name: str, args: ContrastiveConfig, quantization_config: Any = No
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
         if "quantization_config" in kwargs:
-            raise UserError("quantization_config is given to the trainer and in model_init_kwargs: leave one out")
+            raise UserError(
+                "quantization_config is given to the trainer and in model_init_kwargs: set only one of the two"
+            )
         kwargs["quantization_config"] = quantization_config
     if args.world_size > 1 and kwargs.pop("device_map", None) is not None and args.process_index == 0:
         logger.warning("device_map has no effect on several processes: each holds the whole model or its shard")

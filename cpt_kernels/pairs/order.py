@@ -29,7 +29,10 @@ class Which:
         if self.kind not in (kinds := get_args(Kind)):
             raise UserError(f"the choice of pairs {self.kind!r} is unknown: choose one of {', '.join(kinds)}")
         if (self.kind == "base") != bool(self.base) or (self.kind == "named") != bool(self.named):
-            raise UserError(f"give `base` with the kind 'base' and `named` with 'named', not with {self.kind!r}")
+            raise UserError(
+                "the choice of pairs 'base' needs `base`, 'named' needs `named`, and no other takes either; got"
+                f" {self.kind!r}"
+            )
 
     def models(self) -> list[str]:
         """Returns the models that the choice names."""

@@ -181,8 +181,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines.append(f"written as {report['form']}: {_FORMS[report['form']]}")
     if pairs["repeated"] or pairs["opposed"]:
         lines.append(
-            f"because models gave identical responses, {pairs['repeated']:,} pairs repeat the texts of another and"
-            f" {pairs['opposed']:,} have them the other way round"
+            f"because models gave identical responses, {pairs['repeated']:,} pairs repeat another pair and"
+            f" {pairs['opposed']:,} pairs repeat another pair with chosen and rejected swapped"
         )
     return lines
 

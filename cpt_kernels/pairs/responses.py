@@ -253,13 +253,22 @@ def _describe_columns(features: Features) -> str:
 # --- Values ---
 
 
-def _items(row: dict[str, Any], reading: Reading) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Yields (name for errors, response, model, rating) of each response of a row."""
+class _Item(NamedTuple):
+    """A response of a row, as the row holds it."""
+
+    name: str  # for errors
+    response: Any
+    model: Any
+    rating: Any
+
+
+def _items(row: dict[str, Any], reading: Reading) -> Iterator[_Item]:
+    """Yields the responses of a row."""
     # One column per response.
     if not reading.is_list:
         for side in reading.sides:
             model = row[side.model] if side.model else side.name
-            yield side.response, row[side.response], model, row[side.rating] if side.rating else None
+            yield _Item(side.response, row[side.response], model, row[side.rating] if side.rating else None)
         return
 
     # One list of responses: of objects, or beside lists of models and ratings.
@@ -272,7 +281,7 @@ def _items(row: dict[str, Any], reading: Reading) -> Iterator[tuple[str, Any, An
         for where, item in zip(names, items):
             values = item or {}
             model = values.get(_first(MODEL_NAMES, values))
-            yield where, values.get(_first(RESPONSE_NAMES, values)), model, values.get(side.rating)
+            yield _Item(where, values.get(_first(RESPONSE_NAMES, values)), model, values.get(side.rating))
         return
     more = [row[column] if column else [None] * len(items) for column in (side.model, side.rating)]
     for column, values in zip((side.model, side.rating), more):
@@ -280,7 +289,7 @@ def _items(row: dict[str, Any], reading: Reading) -> Iterator[tuple[str, Any, An
             raise RowError(
                 MALFORMED, f"`{column}` is not a list of {len(items)} values, one for each of `{side.response}`"
             )
-    yield from zip(names, items, *more)
+    yield from map(_Item, names, items, *more)
 
 
 def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:

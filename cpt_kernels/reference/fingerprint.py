@@ -41,7 +41,7 @@ _IRRELEVANT = {
     # outputs and switches; the attention is an argument of `fingerprint`
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "torchscript",
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "inference_mode", "task_type",
-    # initialisation, other heads and losses
+    # initialization, other heads and losses
     "initializer_range", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "id2label", "label2id",
     "problem_type", "router_aux_loss_coef", "router_z_loss_coef",
     # trainers set these to the tokenizer's

@@ -194,12 +194,11 @@ class Reference:
             OSError: the folder cannot be written to.
         """
         # Find what is missing.
-        started = time.perf_counter()
         missing = find_missing(dataset, self.cache, collator.max_length, collator.truncation_mode)
-        looking = time.perf_counter() - started
         # Ranks must score the same list: another run may have added rows between the look-ups of two ranks.
         (missing,) = broadcast_object_list([missing])
         # Score it.
+        started = time.perf_counter()
         bytes_before = self.cache.bytes_written
         if len(missing):
             self._fill(dataset, missing, collator, max_tokens, f"{name} data: {whose} log-probs")
@@ -209,12 +208,8 @@ class Reference:
         self._check_shared(missing)
         written = sum(gather_object([self.cache.bytes_written - bytes_before]))
         if self.accelerator.is_main_process:
-            logger.warning(
-                f"{name} data: {whose} log-probs of {missing.completions} completions: {missing.found} found"
-                f" in {looking:.1f} s, {missing.completions - missing.found} missing, of which"
-                f" {len(missing)} different ones were scored in {time.perf_counter() - started - looking:.1f} s"
-                f" ({written / 1e6:.1f} MB written)"
-            )
+            seconds = time.perf_counter() - started
+            logger.warning(f"{name} data: {_summary(missing, whose, seconds, written)}")
 
     def _fill(
         self, dataset: Dataset, missing: Missing, collator: PackedCollator, max_tokens: int | None, description: str
@@ -370,6 +365,17 @@ class Reference:
             cause = why_not_finite(base_model(model))
             raise UserError(f"reference log-probs of some completion are not finite: {cause}")
         return np.split(values, np.cumsum(batch["completion_lengths"])[:-1])
+
+
+def _summary(missing: Missing, whose: str, seconds: float, num_bytes: int) -> str:
+    """Says how many log-probs were cached and how many were scored; equal completions are scored once."""
+    if missing.found == missing.completions:
+        return f"all {missing.completions} {whose} log-probs were cached"
+    different = "" if len(missing) == missing.completions - missing.found else " different ones"
+    return (
+        f"{missing.found} of {missing.completions} {whose} log-probs were cached; {len(missing)}{different} were scored"
+        f" in {seconds:.1f} s ({num_bytes / 1e6:.1f} MB)"
+    )
 
 
 def _adapter_values(model: nn.Module, accelerator: Accelerator) -> dict[nn.Parameter, torch.Tensor]:

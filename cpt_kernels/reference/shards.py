@@ -210,7 +210,7 @@ class Rows:
         self._stop = stop
 
     def read(self, start: int, length: int) -> NDArray[np.float32]:
-        """Returns the ``length`` values from ``start`` on, where ``start`` is one of `starts`."""
+        """Returns the (length,) values of the row that begins at ``start``."""
         return self._values[start : start + length]
 
     def sorted_columns(self) -> Columns:

@@ -93,7 +93,7 @@ class PackedLoop(Trainer):
                 output = super().train(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
-        # What a stream drops is known only now. An overridden _prepare_dataset may have left no report.
+        # A stream's drops are known only after reading. The report is missing if _prepare_dataset is overridden.
         if isinstance(self.train_dataset, IterableDataset) and "train" in self.reports:
             log_on_main(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))
         return output

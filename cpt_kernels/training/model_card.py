@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
-from .. import __version__
+from ..version import __version__
 
 _TEMPLATE = """\
 ---

@@ -47,7 +47,7 @@ def test_build_info_verify(home, tmp_path, capsys, caplog):
     main(["info", *options(home, cache)])
     assert "0 of 24 completions are stored (0.0%)" in capsys.readouterr().out
     main(["build", *options(home, cache)])
-    assert "24 different ones were scored" in caplog.text
+    assert "0 of 24 reference log-probs were cached; 24 were scored" in caplog.text
     main(["info", *options(home, cache)])
     assert "24 of 24 completions are stored (100.0%)" in capsys.readouterr().out
     main(["info", "--ref_cache_dir", str(cache)])
@@ -73,7 +73,7 @@ def test_two_ranks_resume_a_build_of_one(home, tmp_path, capsys):
         text=True,
     )
     assert built.returncode == 0, built.stderr
-    assert built.stderr.count("of 80 completions: 40 found") == built.stderr.count("40 different ones were scored") == 1
+    assert built.stderr.count("40 of 80 reference log-probs were cached; 40 were scored") == 1
     (folder,) = cache.glob("?" * 32)
     assert len(list(folder.glob("*.arrow"))) == 3, "each rank writes a shard"
     main(["verify", *options(home, cache, "all.jsonl")])
@@ -96,7 +96,7 @@ def test_nothing_to_verify(home, tmp_path):
 
 @pytest.mark.parametrize("option", ["sample", "seed", "tolerance"])
 def test_options_of_the_sample_need_a_dataset(tmp_path, option):
-    with pytest.raises(ValueError, match=f"--{option} is about the sample that is scored again: give the options of"):
+    with pytest.raises(ValueError, match=f"--{option} applies only when a dataset is given: give the options of"):
         main(["verify", f"--{option}", "1", "--ref_cache_dir", str(tmp_path)])
 
 
@@ -220,7 +220,7 @@ def test_import_of_sums(home, tmp_path, capsys, caplog):
     main(["verify", *options(home, tmp_path / "cache")])
     caplog.clear()
     main(["build", *options(home, tmp_path / "cache")])
-    assert "0 missing" in caplog.text
+    assert "all 24 reference log-probs were cached" in caplog.text
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_pairs(home, capsys, caplog):
     assert "sft equals the reference" in out and "dpo minus sft, on the same prompts: accuracy " in out
     assert f"rewards against {home / 'sft'}, beta 0.2" in out and "20 of 20 rows kept" in out
     # Training cached the reference log-probs of these pairs in its evaluation.
-    assert "reference log-probs of 40 completions: 40 found" in caplog.text
+    assert "all 40 reference log-probs were cached" in caplog.text
     results = json.loads(Path("runs/eval/pairs.json").read_text())
     assert results["settings"]["beta"] == 0.2 and results["settings"]["models"]["dpo"] == str(home / "dpo")
     (whole,) = [row for row in results["summary"] if row["model"] == "dpo" and row["by"] == "all pairs"]

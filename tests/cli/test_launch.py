@@ -13,6 +13,7 @@ from accelerate.commands import launch as launch_module
 from accelerate.commands.config import config_args
 
 from cpt_kernels.cli import launch
+from cpt_kernels.cli.option_table import option_table
 from tests.helpers import ROOT
 from tests.helpers.command import (
     bpe_tokenizer,
@@ -37,13 +38,13 @@ def test_options_of_the_trainer_are_not_passed_on():
         "--seed",
         "3",
     ]
-    options, rest = launch.split(argv)
+    options, rest = launch.split(argv, option_table().launch)
     assert options == {"num_processes": "2", "mixed_precision": "bf16", "multi_gpu": None}
     assert rest == ["--bf16", "--learning_rate=1e-5", "--seed", "3"]
     file = {"num_machines": 2, "use_fsdp": True, "multi_gpu": False, "learning_rate": 1e-5, "env": {"A": 1}}
-    assert launch.of_file(file) == {"num_machines": "2", "use_fsdp": None}
+    assert launch.of_file(file, option_table().launch) == {"num_machines": "2", "use_fsdp": None}
     with pytest.raises(ValueError, match="--num_processes: expected a value"):
-        launch.split(["--num_processes"])
+        launch.split(["--num_processes"], option_table().launch)
 
 
 @pytest.mark.parametrize("name", launch.CONFIGS)

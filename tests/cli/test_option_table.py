@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cpt_kernels.cli import option_table as table_module
-from cpt_kernels.cli.option_table import Option, option_table
+from cpt_kernels.cli.option_table import option_table
+from cpt_kernels.cli.option_types import Option, OptionTable
 from cpt_kernels.cli.options import build_table
 from tests.helpers import ROOT
 
@@ -70,7 +71,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     option_table.cache_clear()
 
 
-def again() -> table_module.OptionTable:
+def again() -> OptionTable:
     option_table.cache_clear()
     return option_table()
 

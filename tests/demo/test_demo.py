@@ -128,7 +128,7 @@ def test_faults_have_their_stated_rates(teacher):
     temptations = [TEMPTATIONS.get(exercise.steps[0].split()[0]) for exercise in exercises]
     faults = {
         "skipped": [exercise.steps[0] + ":" not in text for exercise, text in zip(exercises, responses)],
-        "unlabelled": ["answer" not in text for text in responses],
+        "unlabeled": ["answer" not in text for text in responses],
         "filler": [FILLER in text for text in responses],
     }
     for fault, happened in faults.items():

@@ -210,7 +210,7 @@ def test_gradients(name, options):
 
 
 # Losses that a better chosen or a worse rejected side can increase: squares beyond their margin (ipo, sppo), apo_down,
-# which makes chosen less likely, losses with a regulariser or smoothed labels (nca, exo), and discopop.
+# which makes chosen less likely, losses with a regularizer or smoothed labels (nca, exo), and discopop.
 _NOT_MONOTONE = {"ipo", "sppo_hard", "apo_down", "nca_pair", "exo_pair", "discopop"}
 _MONOTONE = [(name, o) for name, o in OPTIONS if name not in _NOT_MONOTONE and not o.get("label_smoothing")]
 

@@ -62,9 +62,9 @@ def test_errors_name_what_is_wrong():
         build_loss("dpo")
     with pytest.raises(ValueError, match="loss_type='kto' is unknown"):
         build_loss(["sigmoid", "kto"])
-    with pytest.raises(TypeError, match=r"loss 'hinge' takes \['beta'\], not \['label_smoothing', 'x'\]"):
+    with pytest.raises(TypeError, match="loss 'hinge' has no option 'label_smoothing'; its options are beta"):
         build_loss("hinge", beta=0.1, x=1, label_smoothing=0.2)
-    with pytest.raises(TypeError, match=r"loss 'hinge \+ sft' takes \['beta'\], not \['slic_delta'\]"):
+    with pytest.raises(TypeError, match=r"loss 'hinge \+ sft' has no option 'slic_delta'; its options are beta"):
         build_loss(["hinge", "sft"], slic_delta=0.1)
     with pytest.raises(ValueError, match="loss_weights has 1 weights for the 2 losses"):
         build_loss(["hinge", "sft"], [1.0])

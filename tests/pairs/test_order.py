@@ -48,5 +48,5 @@ def test_choices():
             parse_which(wrong)
     with pytest.raises(ValueError, match="'some' is unknown"):
         Which("some")
-    with pytest.raises(ValueError, match="give `base` with the kind 'base'"):
+    with pytest.raises(ValueError, match="the choice of pairs 'base' needs `base`"):
         Which("all", base="a")

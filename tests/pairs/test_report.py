@@ -95,7 +95,7 @@ def test_table_lines_and_plots(report, tmp_path):
         lines[0] == "6 of 8 responses are in pairs"
         and "2 of 3 prompts are in pairs; 1 of them, with 2 pairs" in lines[3]
     )
-    assert "1 pairs repeat the texts of another and 0 have them the other way round" in lines[-1]
+    assert "1 pairs repeat another pair and 0 pairs repeat another pair with chosen and rejected swapped" in lines[-1]
 
 
 def test_many_models(tmp_path, monkeypatch):

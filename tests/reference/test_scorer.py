@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -207,13 +208,14 @@ def test_wrong_values_in_the_cache_are_noticed(tmp_path, caplog):
     assert "differ by 0.5 nats per token" in caplog.text and "another kernel or program version" in caplog.text
 
 
-def test_the_start_reports_hits_misses_seconds_and_bytes(tmp_path, caplog):
+def test_the_start_reports_cached_scored_seconds_and_bytes(tmp_path, caplog):
     train(tmp_path, rows=ROWS[:4])
     train(tmp_path)
-    messages = [record.getMessage() for record in caplog.records if "reference log-probs of" in record.getMessage()]
-    assert "of 8 completions: 0 found" in messages[0] and "8 missing" in messages[0]
-    assert "of 20 completions: 8 found" in messages[1] and "12 different ones were scored" in messages[1]
-    assert all("MB written" in message and " s, " in message for message in messages)
+    train(tmp_path)
+    messages = [record.getMessage() for record in caplog.records if "log-probs were cached" in record.getMessage()]
+    assert re.search(r"0 of 8 reference log-probs were cached; 8 were scored in [\d.]+ s \([\d.]+ MB\)", messages[0])
+    assert "8 of 20 reference log-probs were cached; 12 were scored in" in messages[1]
+    assert messages[2].endswith("all 20 reference log-probs were cached")
 
 
 @pytest.mark.parametrize("keep", [False, True])

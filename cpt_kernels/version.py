@@ -1,0 +1,3 @@
+"""The version of the package, which equals the one in pyproject.toml."""
+
+__version__ = "0.1.0"
