@@ -10,13 +10,17 @@ VERSIONED := tests/ops tests/model/test_packed_model.py tests/test_trainer.py te
 	tests/cli/test_parsing.py tests/trl
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-all test-newest test-oldest test-zero test-quantised lint format clean
+.PHONY: demo test test-models test-all test-newest test-oldest test-zero test-quantised lint format clean
 
 demo: $(READY)
 	$(BIN)/cpt demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# Every causal language model of transformers, tiny: packed exactly, in padded rows exactly, or refused.
+test-models: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m 'sweep or not sweep' tests/model/test_sweep.py
 
 # With the tests that take minutes of training, under the newest and the oldest versions. Run it before an issue is closed.
 test-all: $(READY)

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(rows: Dataset, budget: int, ranks: int, epochs: int, max_length: int) -> dict[str, Any]:
     """Returns pads, fill and imbalance for one budget and number of ranks, over all epochs."""
-    tokens = row_tokens(rows, max_length, "keep_start", True)
+    tokens = row_tokens(rows, PackedCollator(max_length))
     collate = PackedCollator(max_length)
     samplers = [
         BatchSampler(tokens, max_tokens=budget, shuffle=True, seed=0, world_size=ranks, rank=rank)

@@ -130,6 +130,11 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
 
     # Batches
     share_prompts: str = option("auto", "Run a prompt once for all its completions: auto, true or false.")
+    packing: str = option(
+        "auto",
+        "Run all completions of a micro-batch in one packed row (true), each in a padded row of its own (false), or"
+        " packed if a proof on a few tokens shows that the model runs packed rows exactly (auto).",
+    )
     max_tokens_per_batch: int | None = option(
         None, "Pack whole rows into micro-batches of at most so many tokens; replaces per_device_train_batch_size."
     )
@@ -195,7 +200,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     def __post_init__(self) -> None:
         # Values as a YAML file may have them.
         self.loss_type = loss_names(self.loss_type)
-        self.share_prompts = str(self.share_prompts).lower()  # YAML reads true and false as booleans
+        for name in ("share_prompts", "packing"):  # YAML reads true and false as booleans
+            setattr(self, name, str(getattr(self, name)).lower())
 
         # Checks of what was given, before transformers changes values.
         self._check_values()
@@ -242,6 +248,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             )
         _check_choice("ranked_pairs", self.ranked_pairs, get_args(RankedPairs))
         _check_choice("share_prompts", self.share_prompts, ("auto", "true", "false"))
+        _check_choice("packing", self.packing, ("auto", "true", "false"))
         _check_choice("head_mode", self.head_mode, ("auto", "general"))
         _check_choice("attention_backend", self.attention_backend, BACKENDS)
         self._require_positive("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps")

@@ -118,8 +118,10 @@ class ContrastiveTrainer(PackedLoop):
         self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
         self._aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
         share = may_share_prompts(model, args)
-        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
-        packing = PackedCollator(args.max_length, args.truncation_mode, share, self.packed.share_limit)
+        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
+        cut = (args.max_length, args.truncation_mode)
+        pads = dict(pad_token_id=self._tokenizer.pad_token_id or 0, padded=self.packed.padded)
+        packing = PackedCollator(*cut, share and not self.packed.padded, self.packed.share_limit, **pads)
         data_collator = packed_collator(data_collator, packing)
         self.collator = getattr(data_collator, "packing", data_collator)
 
@@ -254,7 +256,7 @@ class ContrastiveTrainer(PackedLoop):
             collator = with_reference(collator, self.reference.lookup)
         draws = self.draws if training else None
         size = self._train_batch_size if training else self.args.per_device_eval_batch_size
-        return make_loader(dataset, collator, self.args, self.collator.share_prompts, training, draws, batch_size=size)
+        return make_loader(dataset, collator, self.args, self.collator, training, draws, batch_size=size)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:

@@ -88,7 +88,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Batches": (
         *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps", "share_prompts"),
-        "per_device_eval_batch_size",
+        *("packing", "per_device_eval_batch_size"),
     ),
     "Head": ("head_memory_mb", "head_mode"),
     "Reference": (

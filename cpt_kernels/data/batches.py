@@ -41,6 +41,8 @@ class BatchSampler:
             number of micro-batches of a step on all ranks together, so a run can resume on another number of ranks.
         drop_last: leave out rows that do not fill a micro-batch on every rank (only without a budget).
         draws: the curriculum's rows of each epoch in order, instead of all rows shuffled.
+        sequences: (rows,) number of completions of each row if they run in padded rows; ``tokens`` are then those of
+            the row's longest sequence, and rows of similar length share a micro-batch.
 
     Raises:
         UserError: a row is longer than the budget.
@@ -56,15 +58,17 @@ class BatchSampler:
     micro_batches: int = 1
     drop_last: bool = False
     draws: Draws | None = None
+    sequences: NDArray[np.int64] | None = None
     epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = np.asarray(self.tokens, dtype=np.int64)
-        if self.max_tokens is not None and self.tokens.max(initial=0) > self.max_tokens:
-            row = int(self.tokens.argmax())
+        sizes = self.tokens if self.sequences is None else self.tokens * self.sequences
+        if self.max_tokens is not None and sizes.max(initial=0) > self.max_tokens:
+            row = int(sizes.argmax())
             raise UserError(
-                f"row {row} takes {self.tokens[row]} tokens, more than max_tokens_per_batch={self.max_tokens}:"
-                f" raise it to at least {self.tokens[row]}, or lower max_length"
+                f"row {row} takes {sizes[row]} tokens, more than max_tokens_per_batch={self.max_tokens}:"
+                f" raise it to at least {sizes[row]}, or lower max_length"
             )
         self._batches = len(self._plan(0))
 
@@ -115,6 +119,8 @@ class BatchSampler:
             rows = np.arange(len(self.tokens))
             if self.shuffle:
                 random.shuffle(rows)
+        if self.max_tokens and self.sequences is not None:
+            return pack_padded(rows, self.tokens, self.sequences, self.max_tokens, self._multiple, random)
         if self.max_tokens and self.draws is not None:
             *full, last = pack_in_order(rows.tolist(), self.tokens.__getitem__, self.max_tokens)
             return _with_even_end(full, [last], self.tokens, self.max_tokens, self._multiple)
@@ -125,6 +131,36 @@ class BatchSampler:
             whole = len(rows) // (self.batch_size * self.world_size) * self.world_size
             return batches[:whole]
         return batches + [[]] * (-len(batches) % self.world_size)
+
+
+def pack_padded(
+    rows: Sequence[int] | NDArray[np.int64],
+    longest: NDArray[np.int64],  # tokens of the longest sequence of every row of the dataset
+    sequences: NDArray[np.int64],  # number of sequences of every row of the dataset
+    budget: int,
+    multiple: int = 1,
+    random: np.random.Generator | None = None,
+) -> list[list[int]]:
+    """Packs whole rows into micro-batches whose sequences, padded to the longest, are at most ``budget`` tokens.
+
+    Rows are sorted by length within windows, so that few pads are needed. The number of micro-batches is a multiple of
+    ``multiple``; the last ones may be empty.
+    """
+    window = max(1, int(_WINDOW_BATCHES * budget / max(1.0, (longest * sequences)[rows].mean()))) if len(rows) else 1
+    batches: list[list[int]] = []
+    for start in range(0, len(rows), window):
+        done: list[list[int]] = []
+        width = count = 0  # of the micro-batch that is being filled
+        for row in sorted(rows[start : start + window], key=lambda row: -longest[row]):
+            if not done or (count + sequences[row]) * width > budget:
+                done.append([])
+                width, count = longest[row], 0
+            done[-1].append(int(row))
+            count += sequences[row]
+        if random is not None:
+            random.shuffle(done)
+        batches += done
+    return batches + [[] for _ in range(-len(batches) % multiple)]
 
 
 def pack_rows(

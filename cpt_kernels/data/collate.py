@@ -46,14 +46,15 @@ class PackedBatch(TypedDict):
         pair_blocks      2 1 | 2 1                          two blocks of 2 completions and 1 pair
     """
 
-    input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) int64
+    input_ids: Tensor  # (1, T) int64; (S, L) for padded rows, with a row for each completion
+    position_ids: Tensor | None  # (1, T) int64; None for padded rows, whose positions are the model's own
+    attention_mask: Tensor | None  # (S, L) int64, 1 at tokens and 0 at pads; None for a packed row
     cu_seqlens_q: Tensor  # (G+1,) int32
     cu_seqlens_k: Tensor  # (G+1,) int32
     kv_index: Tensor  # (K,) int64, place of each key in the packed row
     kv_rounds: list[tuple[Tensor, Tensor]]  # of kv_index, see packing.scatter_rounds
     segment_lengths: list[tuple[int, int]]  # (queries, keys) of every segment
-    predictor_index: Tensor  # (N,) int64, place of each predictor row
+    predictor_index: Tensor  # (N,) int64, place of each predictor row in the (flattened) input_ids
     predictor_rounds: list[tuple[Tensor, Tensor]]  # of predictor_index
     targets: Tensor  # (N,) int64
     cu_completions: Tensor  # (S+1,) int64
@@ -82,7 +83,9 @@ class PackedCollator:
         share_prompts: run a prompt once for all its completions.
         share_limit: sequences with more tokens do not share their prompt (for RoPE that depends on the length).
         reference: looks up per-token reference log-probs; ``None`` if the loss needs none.
-        pad_token_id: the only token of the batch that a rank without rows runs.
+        pad_token_id: the only token of the batch that a rank without rows runs, and the pads of padded rows.
+        padded: run each completion behind its prompt as a row of its own, padded on the right, for models that do not
+            run packed rows exactly.
     """
 
     max_length: int | None = None
@@ -91,6 +94,7 @@ class PackedCollator:
     share_limit: int | None = None
     reference: ReferenceLookup | None = None
     pad_token_id: int = 0
+    padded: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         """Truncates the rows' completions, and packs them with their pairs."""
@@ -138,17 +142,24 @@ class PackedCollator:
         row_count = len(layout.position_ids)
         sequence_lengths = [len(prompt) + len(completion) for prompt, completion in unique]
         completion_lengths = np.diff(layout.cu_completions)
+        input_ids = _ints(_concatenate(tokens[g][0] if i < 0 else tokens[g][1][i] for g, i in layout.pieces))[None]
+        attention_mask, predictor_index = None, layout.predictor_index
+        if self.padded:
+            place, attention_mask = _padded_places(np.diff(layout.cu_seqlens_q))
+            input_ids = torch.full_like(attention_mask, self.pad_token_id).masked_scatter(attention_mask > 0, input_ids)
+            predictor_index = place[predictor_index]
         ref_token_logps, ref_missing = self._reference_logps(unique, scored=bool(edges))
         return PackedBatch(
-            input_ids=_ints(_concatenate(tokens[g][0] if i < 0 else tokens[g][1][i] for g, i in layout.pieces))[None],
-            position_ids=_ints(layout.position_ids)[None],
+            input_ids=input_ids,
+            position_ids=None if self.padded else _ints(layout.position_ids)[None],
+            attention_mask=attention_mask,
             cu_seqlens_q=torch.from_numpy(layout.cu_seqlens_q),
             cu_seqlens_k=torch.from_numpy(layout.cu_seqlens_k),
             kv_index=_ints(layout.kv_index),
             kv_rounds=_rounds(layout.kv_index, row_count),
             segment_lengths=list(zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist())),
-            predictor_index=_ints(layout.predictor_index),
-            predictor_rounds=_rounds(layout.predictor_index, row_count),
+            predictor_index=_ints(predictor_index),
+            predictor_rounds=_rounds(predictor_index, input_ids.numel()),
             targets=_ints(_concatenate(c for _, completions in tokens for c in completions)),
             cu_completions=_ints(layout.cu_completions),
             completion_lengths=completion_lengths.tolist(),
@@ -168,7 +179,7 @@ class PackedCollator:
 
     def shares(self, longest: int) -> bool:
         """Returns whether a group runs its prompt once, if its longest prompt + completion has ``longest`` tokens."""
-        return self.share_prompts and (self.share_limit is None or longest <= self.share_limit)
+        return self.share_prompts and not self.padded and (self.share_limit is None or longest <= self.share_limit)
 
     def _truncate(self, prompt: Sequence[int], completion: Sequence[int]) -> Tokens:
         prompt, completion = truncate(prompt, completion, self.max_length, self.truncation_mode)
@@ -210,6 +221,12 @@ def _index_pairs(
     boundaries = pair_block_boundaries(len(index_of), pairs)
     pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
     return pairs, order, list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist()))
+
+
+def _padded_places(lengths: NDArray[np.int32]) -> tuple[NDArray[np.int64], Tensor]:
+    """Returns where consecutive sequences' tokens lie in a padded matrix, flattened, and its attention mask."""
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    return np.flatnonzero(mask), _ints(mask)
 
 
 def gap_of(row: Mapping[str, Any], chosen: int, rejected: int | None = None) -> float | None:

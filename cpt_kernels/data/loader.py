@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from ..errors import UserError
 from .batches import BatchSampler, pack_in_order, pack_rows
+from .collate import PackedCollator
 from .curriculum import PLACE, Curriculum, Draws, read_keys
 from .preparation import PreparationReport
 from .stream_curriculum import StreamDraws
@@ -67,7 +68,7 @@ def make_loader(
     dataset: Dataset | IterableDataset,
     collator: Callable,
     args: Any,
-    share_prompts: bool,
+    layout: PackedCollator,
     training: bool,
     draws: Draws | StreamDraws | None = None,
     *,
@@ -80,7 +81,7 @@ def make_loader(
     Args:
         collator: rows -> batch.
         args: the run's ``ContrastiveConfig``.
-        share_prompts: whether the collator runs a prompt once for all its completions.
+        layout: the packed collator in ``collator``: how completions are laid out, and which share their prompt.
         training: order the rows for training; otherwise they keep the dataset's order.
         draws: of a curriculum, see :func:`make_draws`.
         batch_size: rows of a micro-batch, if ``args`` set no token budget.
@@ -90,9 +91,13 @@ def make_loader(
             would read a stream.
     """
     _check_prepared(dataset)
-    count_tokens = partial(
-        row_tokens, max_length=args.max_length, truncation_mode=args.truncation_mode, share_prompts=share_prompts
-    )
+    count_tokens = partial(row_tokens, layout=layout)
+    in_order = draws is not None or isinstance(dataset, IterableDataset)
+    if layout.padded and in_order and args.max_tokens_per_batch and args.max_length is None:
+        raise UserError(
+            "max_tokens_per_batch with a curriculum or a stream needs max_length for this model, whose completions run"
+            " in padded rows: set max_length, or per_device_train_batch_size instead"
+        )
     workers = _worker_options(args)
 
     # A stream: batches are cut from it as it is read.
@@ -104,8 +109,15 @@ def make_loader(
 
     # A map-style dataset: all batches are planned from the lengths of its rows.
     assert not isinstance(draws, StreamDraws)
+    sequences = None
+    if layout.padded and draws is None:
+        _, lengths, sequences = _sequence_lengths(dataset)
+        lengths = lengths if layout.max_length is None else np.minimum(lengths, layout.max_length)
+        tokens = np.maximum.reduceat(lengths, np.cumsum(sequences) - sequences) if len(sequences) else sequences
+    else:
+        tokens = count_tokens(dataset)
     sampler = BatchSampler(
-        count_tokens(dataset),
+        tokens,
         batch_size=batch_size,
         world_size=args.world_size,
         rank=args.process_index,
@@ -115,6 +127,7 @@ def make_loader(
         seed=order_seed(args),
         drop_last=training and args.dataloader_drop_last,
         draws=draws,
+        sequences=sequences,
     )
     if training:
         _plan_run(sampler, args)
@@ -196,29 +209,38 @@ def report_stream(report: PreparationReport, draws: StreamDraws | None, args: An
     return [*report.summary(), *(draws.report() if draws is not None else [])]
 
 
-def row_tokens(
-    rows: Dataset | list[dict], max_length: int | None, truncation_mode: str, share_prompts: bool
-) -> NDArray[np.int64]:
-    """Returns (rows,) tokens that each prepared row takes in a packed batch; an upper bound if `keep_end` cuts it."""
+def row_tokens(rows: Dataset | list[dict], layout: PackedCollator) -> NDArray[np.int64]:
+    """Returns (rows,) tokens that each prepared row takes in a batch.
+
+    This is an upper bound if `keep_end` cuts the row, and for padded rows, which may be padded up to ``max_length``.
+    """
+    prompts, lengths, counts = _sequence_lengths(rows)
+    whole = lengths if layout.max_length is None else np.minimum(lengths, layout.max_length)
+    if layout.padded:
+        return counts * (whole.max(initial=0) if layout.max_length is None else layout.max_length)
+    row_of = np.repeat(np.arange(len(prompts)), counts)
+    unshared = np.bincount(row_of, weights=whole, minlength=len(prompts)).astype(np.int64)
+    if not layout.share_prompts:
+        return unshared
+    shared = unshared - (counts - 1) * prompts
+    if layout.truncation_mode == "keep_start":
+        return shared
+    # Cut prompts differ between completions, so they are not shared.
+    cut = np.bincount(row_of, weights=whole < lengths, minlength=len(prompts)) > 0
+    return np.where(cut, unshared, shared)
+
+
+def _sequence_lengths(
+    rows: Dataset | list[dict],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns tokens of prompts (rows,) and of all prompts + completions, and completions of each row (rows,)."""
     if isinstance(rows, Dataset):
         prompts, completions, counts = _stored_lengths(rows)
     else:
         prompts = np.array([len(row["prompt_ids"]) for row in rows], dtype=np.int64)
         counts = np.array([len(row["completion_ids"]) for row in rows], dtype=np.int64)
         completions = np.array([len(c) for row in rows for c in row["completion_ids"]], dtype=np.int64)
-    # Without sharing, a row takes the (truncated) prompt + completion of each completion. Sharing saves all but one
-    # prompt.
-    limit = np.iinfo(np.int64).max if max_length is None else max_length
-    row_of = np.repeat(np.arange(len(prompts)), counts)
-    whole = np.minimum(prompts[row_of] + completions, limit)
-    unshared = np.bincount(row_of, weights=whole, minlength=len(prompts)).astype(np.int64)
-    if not share_prompts:
-        return unshared
-    shared = unshared - (counts - 1) * prompts
-    if truncation_mode == "keep_start":
-        return shared
-    cut = np.bincount(row_of, weights=whole < prompts[row_of] + completions, minlength=len(prompts)) > 0
-    return np.where(cut, unshared, shared)  # cut prompts differ between completions, so they are not shared
+    return prompts, np.repeat(prompts, counts) + completions, counts
 
 
 def _stored_lengths(rows: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

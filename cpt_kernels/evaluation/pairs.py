@@ -181,7 +181,7 @@ class _Scorer:
         check_tokenizer(self.tokenizer, base_model(model).get_input_embeddings().weight.shape[0], self.max_token_id)
         if not getattr(base_model(model), "is_quantized", False):  # a quantized model cannot be moved
             model.to(self.accelerator.device)
-        packed = PackedModel(model, args.head_memory_mb, args.attention_backend)
+        packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
         # The evaluated model takes the place of the reference: its log-probs are cached under its own fingerprint.
         reference = Reference(
             packed,
@@ -191,7 +191,7 @@ class _Scorer:
             accelerator=self.accelerator,
             cache_dir=args.ref_cache_dir or default_cache_dir(),
         )
-        collator = PackedCollator(*self.cut, args.share_prompts != "false", packed.share_limit)
+        collator = PackedCollator(*self.cut, args.share_prompts != "false", packed.share_limit, padded=packed.padded)
         reference.fill(self.dataset, collator, args.max_tokens_per_batch, "held-out", name)
         return np.concatenate(list(self._sums(reference.cache)))
 

@@ -35,6 +35,10 @@ _SYNCING_CHECKS = [
 ]
 # Read where the model builds its masks. Activation checkpointing recomputes layers only, so never that part.
 _in_packed_forward = ContextVar("in_packed_forward", default=False)
+# (layer, sliding window) of every packed attention call, while `recorded_windows` is active.
+_windows: ContextVar[list[tuple[int | None, int | None]] | None] = ContextVar("windows", default=None)
+# Tensors that transformers passes to attention functions and that do not change a packed row's attention.
+_HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "position_embeddings", "s_aux"}
 
 
 def attention_over(implementation: str) -> str:
@@ -61,12 +65,24 @@ def attention_over(implementation: str) -> str:
     ):
         # A plain forward: the model's own attention.
         if layout is None:
+            if _in_packed_forward.get():
+                raise UserError(f"{type(module).__name__} is not given the layout of the packed row")
             eager = sys.modules[type(module).__module__].eager_attention_forward
             own = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
             is_flash = "flash" in implementation
             with _implementation_named(module.config, implementation) if is_flash else contextlib.nullcontext():
                 return own(module, query, key, value, attention_mask, **kwargs)
-        # A packed row.
+        # A packed row. What would change the attention and is not known here must not be ignored.
+        # A mask is the model's own, because those that transformers builds are None in a packed forward.
+        given = {**kwargs, "attention_mask": attention_mask}
+        unknown = [name for name, x in given.items() if isinstance(x, Tensor) and name not in _HARMLESS]
+        if unknown or kwargs.get("is_causal") is False:
+            raise UserError(
+                f"{type(module).__name__} passes {', '.join(unknown) or 'is_causal=False'} to its attention, which a"
+                " packed row does not support"
+            )
+        if (record := _windows.get()) is not None:
+            record.append((getattr(module, "layer_idx", None), kwargs.get("sliding_window")))
         out = _attend(
             *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             layout,
@@ -77,7 +93,7 @@ def attention_over(implementation: str) -> str:
             dropout=kwargs.get("dropout") or 0.0,
             backend=attention_backend,
         )
-        return out[None], None
+        return out[None].contiguous(), None  # some models call .view on it
 
     def mask(*args, **kwargs):
         return None if _in_packed_forward.get() else ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
@@ -110,6 +126,39 @@ def packed_forward() -> Iterator[None]:
         for (owner, name), function in zip(_SYNCING_CHECKS, own):
             setattr(owner, name, function)
         _in_packed_forward.reset(token)
+
+
+@contextlib.contextmanager
+def recorded_windows() -> Iterator[list[tuple[int | None, int | None]]]:
+    """Records (layer, sliding window or None) of every attention call on a packed row."""
+    record: list[tuple[int | None, int | None]] = []
+    token = _windows.set(record)
+    try:
+        yield record
+    finally:
+        _windows.reset(token)
+
+
+def unpackable_layers(model: PreTrainedModel) -> set[str]:
+    """Returns the kinds of layers, as the config names them, that a packed row does not support.
+
+    A short probe does not show attention in chunks, which are longer, and hardly a state if weights are small.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    stateful = {"stateful layers"} if getattr(model, "_is_stateful", False) else set()
+    return kinds - {"full_attention", "sliding_attention"} | stateful
+
+
+def sliding_layers(model: PreTrainedModel) -> set[int]:
+    """Returns the layers whose attention slides, as the config says.
+
+    A probe of a few tokens is shorter than most windows, so it does not show whether a layer is given its window.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None) is None:
+        return set()
+    kinds = getattr(config, "layer_types", None) or ()
+    return {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
 
 
 def length_dependent_rotaries(model: nn.Module) -> list[nn.Module]:

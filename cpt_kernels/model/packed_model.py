@@ -1,21 +1,26 @@
-"""Runs a transformers causal language model on packed batches: log-probs or a preference loss in one forward.
+"""Runs a transformers causal language model on batches of prompt groups: log-probs or a preference loss in one forward.
 
 The head runs *as* the forward of the model's ``lm_head``, inside the forward of the wrapped model, so that the hooks of
 DDP, FSDP and DeepSpeed see every module run. The model's forward then returns a single number in place of logits: 0,
 with the gradient of the loss. The model may scale or cap its logits; both map 0 to 0 with a known derivative.
+
+Packed rows are exact only for some architectures. So :class:`PackedModel` proves on a few tokens, when it is made, that
+the model runs a packed row as it runs each completion alone. If it does not, completions run in padded rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.collate import PackedBatch
+from ..data.collate import PackedBatch, PackedCollator
 from ..errors import UserError
 from ..losses import Loss, PairLogps
 from ..ops.attention import AttentionLayout
@@ -29,10 +34,18 @@ from .hooks import (
     length_dependent_rotaries,
     noise_per_sequence,
     packed_forward,
+    recorded_windows,
     replaced_forward,
     rope_length_limit,
     rope_per_sequence,
+    sliding_layers,
+    unpackable_layers,
 )
+from .proof import OwnForward, Probe, Truth, find_truth, magnified, undisturbed
+
+logger = logging.getLogger(__name__)
+
+Packing = Literal["auto", "true", "false"]
 
 
 class Scores(NamedTuple):
@@ -48,35 +61,111 @@ class Scores(NamedTuple):
 
 @dataclass
 class PackedModel:
-    """A causal language model prepared for packed batches.
+    """A causal language model prepared for batches of prompt groups, and proven to run them exactly.
 
     Args:
         model: a transformers model or a PEFT model around one, not wrapped for distribution.
         head_memory_mb: memory budget of a tile of logits, see :class:`HeadOptions`.
         attention_backend: backend for packed rows, see :func:`cpt_kernels.ops.attention.shared_prompt_attention`.
+        packing: "true" runs all completions of a batch in one packed row, "false" each in a padded row of its own, and
+            "auto" takes the packed row if the proof holds for it.
 
     Attributes:
+        padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
         share_limit: sequences longer than this must not share their prompt; None without a limit. See
             :func:`rope_length_limit`.
-        options: how the model's logits follow from the head's product.
+        options: how the model's logits follow from the head's product; None if log-probs are taken from the model's own
+            logits, because they do not follow from a product, a scale and a soft-cap.
 
     Raises:
-        UserError: the attention, state, positions or logits of the architecture cannot be packed exactly.
+        UserError: the model is not causal, or it does not run completions exactly in the way that was asked for.
     """
 
     model: nn.Module
     head_memory_mb: float | None = None
     attention_backend: str = "auto"
+    packing: Packing = "auto"
+    padded: bool = field(default=False, init=False)
+    options: HeadOptions | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
         _check_architecture(base)
-        base.set_attn_implementation(attention_over(base.config._attn_implementation))
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = _head_options(base, self.head_memory_mb)
-        _check_head(base, self.options)
+        if _is_sharded(base):
+            # Nothing can be run here, because the weights exist only during the wrapped model's forward.
+            base.set_attn_implementation(attention_over(base.config._attn_implementation))
+            return
+        with undisturbed(self.model), in_training_mode(self.quantized):
+            self._prove(base)
+
+    def _prove(self, base: PreTrainedModel) -> None:
+        """Takes the first way of running completions whose log-probs are those of the model's own forward."""
+        name, attention = type(base).__name__, base.config._attn_implementation
+        # Flash attention does not run on a CPU, where the model may be until the trainer moves it.
+        runnable = "sdpa" if "flash" in attention and base.device.type == "cpu" else attention
+        probe = Probe.of(base)
+
+        def own(ids: Tensor) -> Tensor:
+            return self.model(input_ids=ids, use_cache=False).logits
+
+        def set_attention(implementation: str) -> None:
+            if implementation != base.config._attn_implementation:
+                base.set_attn_implementation(implementation)
+
+        with contextlib.ExitStack() as stack:
+            set_attention(runnable)
+            truth = find_truth(own, probe)
+            if not truth.logps.isfinite().all():
+                raise UserError(f"{name} gives logits that are not finite: {why_not_finite(base)}")
+            if not truth.is_clear():
+                stack.enter_context(magnified(self.model))
+                truth = find_truth(own, probe)
+            truth.check(name)
+            self.options = _find_head_options(base, self.options, own, probe)
+
+            failures: list[str] = []
+            for padded in {"auto": (False, True), "true": (False,), "false": (True,)}[self.packing]:
+                self.padded = padded
+                if not self.padded and base._can_set_attn_implementation():
+                    set_attention(attention_over(runnable))
+                failure = self._try(base, probe, truth)
+                set_attention(attention if failure or self.padded else attention_over(attention))
+                if failure is None:
+                    if failures:
+                        logger.warning("%s runs each completion in a padded row: %s", name, failures[0])
+                    return
+                failures.append(failure)
+        hint = "; set packing=auto to run each completion in a padded row" if self.packing == "true" else ""
+        raise UserError(f"{name} does not run completions exactly: {'; '.join(failures)}{hint}")
+
+    @torch.no_grad()
+    def _try(self, base: PreTrainedModel, probe: Probe, truth: Truth) -> str | None:
+        """Runs the probe as training would. Returns why that is not exact, or None if it is."""
+        way = "in padded rows" if self.padded else "in a packed row"
+        if not self.padded and self.options is None:
+            return f"{way} its logits would not be those of a linear head with a scale and a soft-cap"
+        if not self.padded and not base._can_set_attn_implementation():
+            return f"{way} its attention cannot be replaced (it does not use transformers' AttentionInterface)"
+        if not self.padded and (kinds := unpackable_layers(base)):
+            return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
+        batch = PackedCollator(padded=self.padded, share_limit=self.share_limit, pad_token_id=probe.pad).pack(
+            probe.sequences, [], [], []
+        )
+        moved = {k: v.to(base.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        try:
+            with recorded_windows() as windows:
+                logps = self(cast("PackedBatch", moved)).tokens.logps
+        except Exception as error:  # anything that a forward does with masks and positions that it does not expect
+            return f"{way} its forward fails ({type(error).__name__}: {error})"
+        if not (difference := truth.difference(logps)) <= truth.bound:
+            return f"{way} log-probs differ by {difference:.2g} from those of each completion alone"
+        if not self.padded and (lacking := sliding_layers(base) - {layer for layer, w in windows if w is not None}):
+            return f"{way} layer {min(lacking)} would not know its sliding window"
+        return None
 
     def __call__(
         self,
@@ -104,29 +193,35 @@ class PackedModel:
         scores: list[Scores] = []  # head_forward leaves its result here, because the model returns only logits
 
         def head_forward(hidden: Tensor, *_, **__) -> Tensor:
-            result = self._run_head(head, hidden.squeeze(0), batch, loss, general, statistics, tokens_per_pair)
+            result = self._run_head(head, hidden.flatten(0, -2), batch, loss, general, statistics, tokens_per_pair)
             scores.append(result)
             if result.loss is None:
                 return result.tokens.logps.new_zeros(1, 1, 1)
             # The model multiplies this by its logit scale; the division makes the gradient that of the loss.
             return ((result.loss - result.loss.detach()) / self.options.logit_scale).reshape(1, 1, 1)
 
-        layout = AttentionLayout.of(batch)
-        with (
-            packed_forward(),
-            in_training_mode(self.quantized),
-            rope_per_sequence(self.rotaries, self.share_limit, batch["segment_lengths"]),
-            noise_per_sequence(base.get_input_embeddings(), batch["segment_lengths"]),
-            replaced_forward(head, head_forward),
-        ):
-            outputs = (self.model if wrapped is None else wrapped)(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                use_cache=False,
-                layout=layout,
-                attention_backend=self.attention_backend,
-                **({"output_router_logits": True} if aux_loss else {}),
-            )
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+        if aux_loss:
+            inputs["output_router_logits"] = True
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(in_training_mode(self.quantized))
+            if self.options is not None:
+                stack.enter_context(replaced_forward(head, head_forward))
+            # In padded rows attention, masks and positions are the model's own. A causal model needs no mask for the
+            # pads, because they come last; but the load-balancing loss must leave them out.
+            if self.padded and aux_loss:
+                inputs["attention_mask"] = batch["attention_mask"]
+            if not self.padded:
+                segments = batch["segment_lengths"]
+                stack.enter_context(packed_forward())
+                stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments))
+                stack.enter_context(noise_per_sequence(base.get_input_embeddings(), segments))
+                inputs["position_ids"] = batch["position_ids"]
+                inputs |= {"layout": AttentionLayout.of(batch), "attention_backend": self.attention_backend}
+            outputs = (self.model if wrapped is None else wrapped)(**inputs)
+        if self.options is None:
+            result = self._score_logits(outputs.logits, batch, loss, statistics, tokens_per_pair)
+            return result._replace(aux_loss=outputs.aux_loss if aux_loss else None)
         (result,) = scores
         if result.loss is not None:
             # The value of the loss, with the gradient that arrives through the wrapped model's output.
@@ -155,6 +250,25 @@ class PackedModel:
         with torch.no_grad():
             pair_logps = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
         return Scores(out.tokens, out.completion_logps, out.loss, out.losses, pair_logps=pair_logps)
+
+    def _score_logits(
+        self,
+        logits: Tensor,  # (S, L, V)
+        batch: PackedBatch,
+        loss: Loss | None,
+        statistics: bool,
+        tokens_per_pair: Tensor | float,
+    ) -> Scores:
+        """Computes log-probs and loss by autograd from the model's own logits; arguments as of :meth:`__call__`."""
+        rows = gather_rows(logits.flatten(0, -2), batch["predictor_index"], batch["predictor_rounds"])
+        statistics = statistics or (loss is not None and loss.needs_log_sum_sq)
+        tokens = logits_logps(rows, batch["targets"], statistics)
+        completion_logps = segment_sum(tokens.logps, batch["cu_completions"])
+        if loss is None:
+            return Scores(tokens, completion_logps)
+        pair_logps = _pairs(batch, tokens_per_pair).pair_logps(completion_logps, loss=loss, tokens=tokens)
+        losses = loss(pair_logps)
+        return Scores(tokens, completion_logps, losses.sum(), losses.detach(), pair_logps=pair_logps)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -224,6 +338,8 @@ def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | No
         a, b = head.lora_A[name].weight, head.lora_B[name].weight
         hidden_columns.append(rows.to(a.dtype) @ a.t())
         weight_columns.append(b * head.scaling[name])
+        if (lora_bias := head.lora_B[name].bias) is not None:
+            bias = lora_bias * head.scaling[name] + (0 if bias is None else bias)
     dtype = rows.dtype
     return (
         torch.cat([c.to(dtype) for c in hidden_columns], 1),
@@ -251,81 +367,79 @@ def _head_options(model: PreTrainedModel, memory_mb: float | None) -> HeadOption
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
-    """Raises UserError for an architecture that cannot be packed exactly."""
+    """Raises UserError for a model that is refused without running it."""
     name = type(model).__name__
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "mamba", "recurrent"}:
-        raise UserError(
-            f"{name} has layers that carry a state along the row (recurrent or linear attention), so packed completions"
-            " would leak into each other: choose a model without such layers"
-        )
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder; only causal language models are supported")
-    if "chunked_attention" in kinds or getattr(config, "use_bidirectional_attention", None):
-        raise UserError(f"{name} uses chunked or bidirectional attention, which packed rows do not support")
     if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise UserError(
             f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map, but a packed row"
             " runs on one device: leave device_map out, and for several GPUs start a process on each (accelerate"
             " launch, torchrun)"
         )
-    if not model._can_set_attn_implementation() or model.get_output_embeddings() is None:
-        raise UserError(
-            f"{name} has no output head, or its attention cannot be replaced (transformers' AttentionInterface)"
-        )
+
+
+def logits_logps(logits: Tensor, targets: Tensor, statistics: bool) -> VocabScore:
+    """Returns log-probs of targets (N,) under logits (N, V), differentiable, and statistics if they are asked for."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = z.log_softmax(-1)
+    logps, lse = log_p.gather(-1, targets[:, None])[:, 0], z.detach().logsumexp(-1)
+    if not statistics:
+        return VocabScore(logps, lse)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        correct = z.gather(-1, targets[:, None])[:, 0] >= z.amax(-1)
+    return VocabScore(logps, lse, entropy, z.detach().mean(-1), correct, (2 * log_p).logsumexp(-1))
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    """Whether the head's weight is not whole on this process (ZeRO-3, meta tensors)."""
+    head = model.get_output_embeddings()
+    return head is not None and any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters())
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, options: HeadOptions) -> None:
-    """Compares the model's own log-probs of three tokens with those that the head computes from the same hidden rows.
+def _find_head_options(model: PreTrainedModel, read: HeadOptions, own: OwnForward, probe: Probe) -> HeadOptions | None:
+    """Returns the scale and soft-cap that turn the head's product into the model's logits.
 
-    Without this check, a model with an unknown transform of its logits would train on a wrong softmax. Attention is
-    eager here, because the model may still be on the CPU or in fp32, which flash attention does not support.
+    Candidates are those read from the config, none at all, and a scale measured on the logits, because a config may
+    name a scale that the model does not apply. Returns None if no candidate gives the log-probs of the model's logits.
 
     Raises:
-        UserError: the log-probs differ by more than rounding, or the logits are not finite.
+        UserError: the head's weights cannot be used: quantized, or an adapter that is not a matrix product.
     """
     head = model.get_output_embeddings()
-    if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters()):
-        return  # sharded (ZeRO-3): the weight exists only during the wrapped model's forward
-    # Run the model, and record input and output of its head.
+    if head is None:
+        return None
+    plain_head = head.get_base_layer() if hasattr(head, "get_base_layer") else getattr(head, "original_module", head)
+    if not {name for name, _ in plain_head.named_parameters()} <= {"weight", "bias"}:
+        return None  # it trains more than a product, such as a scale
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = head.register_forward_hook(lambda _, args, output: seen.append((args[0], output.detach().clone())))
-    training = {module: module.training for module in model.modules()}
-    ids = torch.arange(3, device=head.weight.device if hasattr(head, "weight") else model.device)
-    ends = torch.tensor([0, 3], dtype=torch.int32, device=ids.device)
-    layout = AttentionLayout(ends, ends, ids, [], [(3, 3)], shared=False)
+    hook = head.register_forward_hook(lambda _, args, output: seen.append((args[0], output.clone())))
+    ids = torch.tensor([probe.sequences[0][0]], device=model.device)
     try:
-        with packed_forward():
-            logits = model.eval()(
-                input_ids=ids[None],
-                position_ids=ids[None],
-                use_cache=False,
-                layout=layout,
-                attention_backend="eager",
-            ).logits[0]
+        logits = own(ids)[0].float()
     finally:
         hook.remove()
-        for module, mode in training.items():
-            module.training = mode
+    if len(seen) != 1 or seen[0][1].shape[:2] != ids.shape:
+        return None
     ((hidden, raw),) = seen
-    _head_operands(head, hidden[0])  # raises now, rather than after the data has been prepared
-    # Compare log-probs.
-    targets = torch.zeros(3, dtype=torch.int64, device=logits.device)
-    expected = vocab_score(logits.float(), targets).logps
-    if not expected.isfinite().all():
-        raise UserError(f"{type(model).__name__} gives logits that are not finite: {why_not_finite(model)}")
-    found = vocab_score(
-        raw[0].float(), targets, logit_scale=options.logit_scale, softcap=options.softcap, vocab_size=options.vocab_size
-    ).logps
+    rows, weight, bias = _head_operands(head, hidden[0])
+    product = torch.nn.functional.linear(rows, weight, bias).float()
+    # The product itself must be the head's output: an adapter may do more than the operands say.
     eps = max(torch.finfo(raw.dtype).eps, torch.finfo(torch.float32).eps)
-    bound = 20 * eps * (1 + logits.float().abs().max())
-    if not (difference := (expected - found).abs().max()) <= bound:
-        raise UserError(
-            f"{type(model).__name__} transforms its logits in a way that is not supported (log-probs differ by"
-            f" {difference:.3g}); scale {options.logit_scale} and soft-cap {options.softcap} were read from its config"
-        )
+    if (product - raw[0].float()).abs().max() > 20 * eps * (1 + raw.float().abs().max()):
+        return None
+    measured = float((logits * product).sum() / (product * product).sum())
+    plain = dataclasses.replace(read, logit_scale=1.0, softcap=None)
+    targets = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    expected = vocab_score(logits, targets).logps
+    bound = 20 * eps * (1 + logits.abs().max())
+    for options in (read, plain, dataclasses.replace(plain, logit_scale=measured)):
+        found = vocab_score(product, targets, logit_scale=options.logit_scale, softcap=options.softcap).logps
+        if (expected - found).abs().max() <= bound:
+            return options
+    return None
 
 
 def why_not_finite(model: PreTrainedModel) -> str:

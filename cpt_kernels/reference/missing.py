@@ -13,7 +13,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
-from ..data.batches import pack_rows
+from ..data.batches import pack_padded, pack_rows
 from ..data.collate import PackedCollator
 from ..data.truncation import TruncationMode, truncate
 from .cache import ReferenceCache
@@ -133,6 +133,10 @@ def scoring_batches(
         collator: says which completions share their prompt.
         world: number of ranks; the number of micro-batches is a multiple of it.
     """
+    if collator.padded:
+        count, longest = len(missing), missing.prompt_lengths + missing.lengths
+        batches = pack_padded(range(count), longest, np.ones(count, np.int64), max(budget, int(longest.max())), world)
+        return [[np.array(batch)] if batch else [] for batch in batches]
     # Collect the completions of each prompt, and split them where they exceed the budget.
     groups: list[NDArray[np.int64]] = []
     tokens: list[int] = []  # of each group in a packed row

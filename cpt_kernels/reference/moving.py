@@ -58,7 +58,9 @@ class MovingReference(TrainerCallback):
         # Prepare the reference.
         model.requires_grad_(False).eval().to(accelerator.device)
         self.accelerator, self.policy = accelerator, policy
-        self.packed = PackedModel(model, policy.head_memory_mb, policy.attention_backend)
+        self.packed = PackedModel(
+            model, policy.head_memory_mb, policy.attention_backend, "false" if policy.padded else "true"
+        )
         if accelerator.is_main_process:
             logger.warning(
                 "sync_ref_model: the reference follows the policy, so its log-probs are not cached; it stays in memory"

@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Reference:
             self.packed = policy
         else:
             ref_model.requires_grad_(False).eval()
-            self.packed = PackedModel(ref_model, head_memory_mb, policy.attention_backend)
+            self.packed = PackedModel(ref_model, head_memory_mb, policy.attention_backend, policy.packing)
 
         # Identify it, and open its part of the cache. Packing is not part of the identity: it changes only rounding.
         model = self.packed.model
@@ -216,6 +217,7 @@ class Reference:
     ) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         budget = max_tokens or _TOKENS_PER_BATCH.get(self.accelerator.device.type, _DEFAULT_TOKENS_PER_BATCH)
+        collator = replace(collator, padded=self._model().padded)
         batches = scoring_batches(missing, collator, budget, world)
         progress = tqdm(
             batches[rank::world],
@@ -240,8 +242,8 @@ class Reference:
         Returns:
             (len(completion_ids),) log-probs of each.
         """
-        pack = PackedCollator(share_prompts=collator.share_prompts, share_limit=collator.share_limit).pack
-        batch = send_to_device(pack(sequences, [], [], []), self.accelerator.device)
+        collator = replace(collator, reference=None, padded=self._model().padded)
+        batch = send_to_device(collator.pack(sequences, [], [], []), self.accelerator.device)
         return self._score(batch)[: len(sequences)]  # a batch without sequences holds one pad token
 
     @contextlib.contextmanager
@@ -326,7 +328,7 @@ class Reference:
                 " precompute_ref_log_probs=false, or pass a ref_model"
             ) from error
         model.requires_grad_(False).eval()
-        return PackedModel(model, self.policy.head_memory_mb, self.policy.attention_backend)
+        return PackedModel(model, self.policy.head_memory_mb, self.policy.attention_backend, self.policy.packing)
 
     @contextlib.contextmanager
     def _at_start(self) -> Iterator[None]:

@@ -147,7 +147,7 @@ class PackedLoop(Trainer):
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
         """Returns 6 x parameters x tokens of the packed row, the estimate that transformers uses."""
-        return 6 * inputs["input_ids"].shape[1] * self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self.model.num_parameters(exclude_embeddings=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds TRL's metrics to the logs of a training step; this is where a step waits for the GPU."""

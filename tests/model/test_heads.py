@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from cpt_kernels.errors import UserError
 from cpt_kernels.losses import build_loss
 from cpt_kernels.model.packed_model import PackedModel, base_model
 from tests.helpers.architectures import MIXTURES, VOCAB, tiny_model
@@ -167,13 +168,23 @@ def _t5() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("build", "message"),
-    [(_mamba, "state"), (_qwen3_next, "state"), (_llama4, "chunked"), (_t5, "encoder-decoder")],
+    [
+        (_mamba, "stateful layers"),
+        (_qwen3_next, "linear_attention"),
+        (_llama4, "chunked_attention"),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_architectures_that_cannot_be_packed(build, message):
-    model = build()
-    with pytest.raises(ValueError, match=message):
-        PackedModel(model)
+    """They run in padded rows, and packing=true is refused with the reason."""
+    with pytest.raises(UserError, match=f"{message}.*set packing=auto"):
+        PackedModel(build(), packing="true")
+    assert PackedModel(build()).padded and PackedModel(build(), packing="false").padded
+
+
+def test_encoder_decoders_are_refused():
+    with pytest.raises(UserError, match="encoder-decoder"):
+        PackedModel(_t5())
 
 
 def test_layers_on_several_devices():
@@ -186,8 +197,12 @@ def test_layers_on_several_devices():
         PackedModel(model)
 
 
-@pytest.mark.parametrize("transform", [lambda z: 2 * z, lambda z: z.clamp(max=0.5)], ids=["doubled", "clamped"])
-def test_an_unknown_transform_of_the_logits(transform):
+@pytest.mark.parametrize(
+    ("transform", "scale"), [(lambda z: 2 * z, 2.0), (lambda z: z.clamp(max=0.02), None)], ids=["doubled", "clamped"]
+)
+def test_an_unknown_transform_of_the_logits(transform, scale):
+    """A scale is measured; for any other transform log-probs come from the model's own logits, in padded rows."""
+
     class Transforming(tf.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
@@ -197,9 +212,10 @@ def test_an_unknown_transform_of_the_logits(transform):
     plain = tiny_model("llama")
     model = Transforming(plain.config)
     model.load_state_dict(plain.state_dict())
-    with pytest.raises(ValueError, match="transforms its logits"):
-        PackedModel(model)
-    PackedModel(plain)
+    packed = PackedModel(model)
+    assert packed.padded == (scale is None)
+    assert packed.options is None if scale is None else packed.options.logit_scale == pytest.approx(scale)
+    assert PackedModel(plain).options.logit_scale == 1.0
 
 
 def _broken(name: str) -> tf.PreTrainedModel:

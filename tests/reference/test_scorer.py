@@ -222,7 +222,7 @@ def test_the_start_reports_cached_scored_seconds_and_bytes(tmp_path, caplog):
 def test_log_probs_that_are_not_finite(tmp_path, keep):
     """They are not stored: the cache would return them from then on."""
     model = tiny_model("llama")
-    model.model.embed_tokens.weight.data[9] = torch.nan
+    model.model.embed_tokens.weight.data[12] = torch.nan
     with pytest.raises(ValueError, match=r"reference log-probs of some .* not finite: 1 of .*embed_tokens.weight"):
         train(tmp_path, model=model, precompute_ref_log_probs=not keep)[0].train()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cpt_kernels import ContrastiveTrainer
+from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.data.loader import StreamBatches, row_tokens
 from tests.helpers import toy
 from tests.helpers.toy import losses, preference_data
@@ -127,7 +128,7 @@ def test_another_order_of_pairs_is_not_resumed(tmp_path):
 @pytest.mark.parametrize("by", [{"max_tokens": None}, {"max_tokens": 60}])
 def test_a_stream_has_the_same_rows_in_a_step_on_any_number_of_ranks(tmp_path, by):
     trainer = make_trainer(tmp_path, train_dataset=preference_data(23).to_iterable_dataset())
-    count = partial(row_tokens, max_length=None, truncation_mode="keep_start", share_prompts=True)
+    count = partial(row_tokens, layout=PackedCollator())
 
     def steps(world: int) -> list[list[int]]:
         size = 4 // (1 if by["max_tokens"] else world)
