@@ -21,7 +21,7 @@ from .data.truncation import TruncationMode
 from .errors import UserError, user_error
 from .losses import Loss, LossOptions, loss_names
 from .losses.options import option
-from .ops.attention.select import BACKENDS
+from .ops.attention.select import ATTENTION_BACKENDS
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,9 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
 
     # Attention
     attention_backend: str = option(
-        "auto", "Attention of packed rows: auto, flash_attn or varlen (one CUDA call per layer), sdpa or eager."
+        "auto",
+        "Attention of packed rows: auto, flash_attn or varlen (one CUDA call per layer), sdpa or eager; or one"
+        " generation of flash_attn: flash_attn_2, flash_attn_3 or flash_attn_4.",
     )
 
     # Reference
@@ -250,7 +252,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         _check_choice("share_prompts", self.share_prompts, ("auto", "true", "false"))
         _check_choice("packing", self.packing, ("auto", "true", "false"))
         _check_choice("head_mode", self.head_mode, ("auto", "general"))
-        _check_choice("attention_backend", self.attention_backend, BACKENDS)
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         self._require_positive("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps")
         self._require_share("ref_model_mixup_alpha")
 

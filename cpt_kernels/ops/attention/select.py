@@ -40,8 +40,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "varlen": _load_torch_kernel,
 }
 
-# Names that a user may ask for, beside the generations in FLASH.
-BACKENDS = ("auto", *SEGMENTWISE, "flash_attn", *(name for name in KERNELS if name not in FLASH))
+# Names that a user may ask for; `flash_attn` is the first generation of FLASH that can do the call.
+ATTENTION_BACKENDS = ("auto", *SEGMENTWISE, "flash_attn", *KERNELS)
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def kernels_of(backend: str) -> dict[str, Kernel | str]:
         if backend in ("auto", name) or (backend == "flash_attn" and name in FLASH)
     }
     if not found:
-        raise UserError(f"unknown attention backend '{backend}': choose one of {', '.join(BACKENDS)}")
+        raise UserError(f"unknown attention backend '{backend}': choose one of {', '.join(ATTENTION_BACKENDS)}")
     return found
 
 

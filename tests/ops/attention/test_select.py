@@ -229,3 +229,15 @@ def test_the_trainer_refuses_a_backend_that_cannot_run_before_any_work(tmp_path,
             )
     with pytest.raises(ValueError, match="attention_backend='flex' is unknown"):
         config(tmp_path, attention_backend="flex")
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "eager", "flash_attn", *ALL])
+def test_the_option_takes_every_name_that_the_operator_takes(name, tmp_path):
+    assert config(tmp_path, attention_backend=name).attention_backend == name
+    if name not in attention_backends.SEGMENTWISE:
+        assert attention_backends.kernels_of(name)
+
+
+def test_an_unknown_name_is_answered_with_all_names():
+    with pytest.raises(ValueError, match=rf"choose one of auto, sdpa, eager, flash_attn, {', '.join(ALL)}$"):
+        attention_backends.kernels_of("flex")
