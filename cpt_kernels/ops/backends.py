@@ -2,8 +2,8 @@
 
 An operator has a table, ``BACKENDS``: name -> :class:`Backend`, an implementation and what it needs. A new backend is
 one more entry. A backend that is asked for by name runs, or raises an error that names the mend; there is no fall-back.
-``auto`` is eager on a CPU; on a GPU it is the CUDA extension where that is built and runs, else Triton. The choice is
-logged once.
+``auto`` takes the first backend that runs: in the order of the table on a CPU, from its end on a GPU. So a table lists
+eager PyTorch first, and its last entry is the fastest on a GPU. The choice is logged once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _CAPABILITY = (8, 0)  # the lowest compute capability that the extension has machine code for; see setup.py
 
 BUILD_HINT = "build it with nvcc on the PATH: CPT_BUILD_CUDA=1 pip install --no-build-isolation ."
+_NOT_BUILT = f"backend 'cuda' needs the compiled extension cpt_kernels._C; {BUILD_HINT}"
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,32 @@ def _import(function: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def resolve(backend: str, tensor: Tensor, table: Mapping[str, Backend]) -> str:
+def resolve(
+    backend: str,
+    tensor: Tensor,
+    table: Mapping[str, Backend],
+    other: Mapping[str, Backend] | None = None,
+) -> str:
     """Returns the name in ``table`` of the backend that runs an operator on ``tensor``.
 
     Args:
-        backend: what the caller asked for, ``auto`` or a name in ``table``.
+        backend: what the caller asked for: ``auto``, or a name in ``table`` or ``other``.
         table: the operator's backends.
+        other: backends of an operator that the same caller runs. A name that only this table has stands for ``auto``.
 
     Raises:
         UserError: the backend is unknown, or does not take this dtype.
         UnavailableError: the backend is not available here, or not for this device.
     """
-    if backend == "auto":
-        if not any(entry.dtypes and tensor.dtype in entry.dtypes for entry in table.values()):
-            return "eager"  # no kernel takes this dtype (fp64), so there is no choice to announce
-        backend, reason = automatic(tensor.device)
-        _announce_choice(tensor.device.type, f"kernels on {tensor.device.type}: {reason}")
+    other = other or {}
+    if backend == "auto" or (backend not in table and backend in other):
+        name, reasons = automatic(tensor, table)
+        # Where no kernel takes the dtype (fp64), there is no choice to announce.
+        if any(entry.dtypes and tensor.dtype in entry.dtypes for entry in table.values()):
+            _announce_choice("; ".join([f"kernels on {tensor.device.type}: {name}", *reasons]))
+        return name
     if backend not in table:
-        raise UserError(f"unknown backend '{backend}': choose one of {', '.join(('auto', *table))}")
+        raise UserError(f"unknown backend '{backend}': choose one of {', '.join({'auto': None, **table, **other})}")
     entry = table[backend]
     if entry.dtypes is not None and tensor.dtype not in entry.dtypes:
         raise UserError(f"backend '{backend}' takes {', '.join(map(str, entry.dtypes))}, not {tensor.dtype}")
@@ -81,25 +90,33 @@ def resolve(backend: str, tensor: Tensor, table: Mapping[str, Backend]) -> str:
     return backend
 
 
-@functools.cache
-def automatic(device: torch.device) -> tuple[str, str]:
-    """Returns the backend that ``auto`` stands for on a device, and a text that names it and the reason."""
-    if device.type != "cuda":
-        return "eager", "eager PyTorch"
-    if torch.version.hip is not None:
-        return "triton", "Triton"
-    if not has_extension():
-        return "triton", f"Triton; the CUDA extension is not built ({BUILD_HINT})"
-    if missing := extension_misses(device):
-        return "triton", f"Triton; the CUDA extension needs {missing}"
-    return "cuda", "the CUDA extension"
+def automatic(tensor: Tensor, table: Mapping[str, Backend]) -> tuple[str, list[str]]:
+    """Returns the name of the backend that ``auto`` takes for a tensor, and why those before it cannot run.
+
+    Raises:
+        UnavailableError: no backend of the table runs on this tensor.
+    """
+    reasons: list[str] = []
+    for name in reversed([*table]) if tensor.device.type == "cuda" else table:
+        entry = table[name]
+        if entry.dtypes is not None and tensor.dtype not in entry.dtypes:
+            continue
+        try:
+            if entry.check is not None:
+                entry.check(tensor)
+        except UnavailableError as error:
+            reasons.append(str(error))
+        else:
+            return name, reasons
+    raise UnavailableError(f"no backend takes {tensor.dtype} on {tensor.device}{'; '.join(['', *reasons])}")
 
 
 @functools.cache
 def extension_misses(device: torch.device) -> str | None:
     """Returns, in words, what the compiled extension needs and this GPU or its driver lacks; ``None`` if nothing."""
     if (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
-        return "compute capability {}.{}, and {} has {}.{}".format(*_CAPABILITY, device, *capability)
+        text = "compute capability {}.{}, and {} has {}.{}; take backend='triton'"
+        return text.format(*_CAPABILITY, device, *capability)
     runtime, driver = load_extension().cuda_releases()
     if driver < runtime:
         return f"a driver for CUDA {runtime}, and this one is for CUDA {driver}: build it with that CUDA's nvcc"
@@ -107,7 +124,7 @@ def extension_misses(device: torch.device) -> str | None:
 
 
 @functools.cache  # logs each text once
-def _announce_choice(device_type: str, message: str) -> None:
+def _announce_choice(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         logger.warning(message)
 
@@ -125,13 +142,17 @@ def check_triton(tensor: Tensor) -> None:
 
 def check_extension(tensor: Tensor) -> None:
     """Raises ``UnavailableError`` if the CUDA extension is not built or cannot run on the tensor's device."""
-    load_extension()
+    if torch.version.hip is not None:
+        raise UnavailableError("backend 'cuda' needs an NVIDIA GPU; take backend='triton' on AMD's")
+    if not has_extension():
+        raise UnavailableError(_NOT_BUILT)
     if tensor.device.type != "cuda":
         raise UnavailableError(f"backend 'cuda' needs CUDA tensors, not {tensor.device}; take backend='eager' on a CPU")
     if missing := extension_misses(tensor.device):
-        raise UnavailableError(f"backend 'cuda' needs {missing}; or take backend='triton'")
+        raise UnavailableError(f"backend 'cuda' needs {missing}")
 
 
+@functools.cache  # `auto` asks for every tile, and a search of the path costs more than a small tile
 def has_extension() -> bool:
     """Whether this installation carries the compiled CUDA kernels."""
     return importlib.util.find_spec("cpt_kernels._C") is not None
@@ -147,7 +168,7 @@ def load_extension() -> Any:
     try:
         return importlib.import_module("cpt_kernels._C")
     except ImportError as error:
-        raise UnavailableError(f"backend 'cuda' needs the compiled extension cpt_kernels._C; {BUILD_HINT}") from error
+        raise UnavailableError(_NOT_BUILT) from error
 
 
 def stream_of(tensor: Tensor) -> int:

@@ -22,7 +22,6 @@ logits is turned into G in place and used while it is there:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from .head.passes import (
     Dtypes,
     GradientSums,
     Operands,
+    PreferenceOutput,
     Wanted,
     finished_gradients,
     row_gradients,
@@ -47,15 +47,6 @@ from .pair_loss import has_kernel
 from .vocab_score import VocabScore
 
 __all__ = ["HeadOptions", "Pairs", "PreferenceOutput", "linear_logprobs", "linear_preference_loss"]
-
-
-class PreferenceOutput(NamedTuple):
-    """Result of :func:`linear_preference_loss`; tokens are completion tokens."""
-
-    loss: Tensor  # () sum of the losses over the pairs
-    losses: Tensor  # (P,) without gradient
-    completion_logps: Tensor  # (S,)
-    tokens: VocabScore  # (N,) log-probs and statistics
 
 
 def linear_logprobs(
@@ -125,19 +116,22 @@ def linear_preference_loss(
         run = _run_preference
         if torch.compiler.is_compiling():
             run = compiled_preference if has_kernel(loss) else _outside_graph
-        total, losses, completion_logps, *statistics = run(operands, wanted, pairs, loss, options)
-        return PreferenceOutput(total, losses, completion_logps, VocabScore(*statistics))
+        return run(operands, wanted, pairs, loss, options)
     tokens = linear_logprobs(hidden, weight, targets, bias, options)
     completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
     losses = loss(pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
     return PreferenceOutput(losses.sum(), losses.detach(), completion_logps, tokens)
 
 
-def _run_preference(operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
-    return _LinearPreference.apply(*operands, wanted, pairs, loss, options)
+def _run_preference(
+    operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions
+) -> PreferenceOutput:
+    return PreferenceOutput.unflatten(_LinearPreference.apply(*operands, wanted, pairs, loss, options))
 
 
-def _outside_graph(operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
+def _outside_graph(
+    operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions
+) -> PreferenceOutput:
     """Breaks the graph once for losses without an operator; Dynamo would break it at many lines of the pass."""
     # Disabled here and not by a decorator, which would import Dynamo with this module.
     return torch.compiler.disable(_run_preference)(operands, wanted, pairs, loss, options)
@@ -182,8 +176,9 @@ class _LinearPreference(torch.autograd.Function):
         ctx.save_for_backward(out.g, *out.sums, out.score, None if out.score is None else hidden)
         ctx.wanted, ctx.dtypes = wanted, Dtypes.of(operands)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(out.losses, *(tensor for tensor in out.tokens[1:] if tensor is not None))
-        return out.loss, out.losses, out.completion_logps, *out.tokens
+        statistics = (tensor for tensor in out.output.tokens[1:] if tensor is not None)
+        ctx.mark_non_differentiable(out.output.losses, *statistics)
+        return out.output.flatten()
 
     @staticmethod
     @once_differentiable

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from bench import heads, step
-from cpt_kernels import HeadOptions, linear_logprobs, vocab_score
+from cpt_kernels import HeadOptions, linear_logprobs, linear_preference_loss, vocab_score
 from cpt_kernels.ops.backends import Backend
 from tests.helpers import ROOT
+from tests.helpers.heads import Head
 from tests.test_house import COMMANDS, FOLDERS, LEAVES
 
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
@@ -196,7 +197,7 @@ def test_a_loss_touches_at_most_four_files(tmp_path):
 
 
 def test_a_backend_in_memory(monkeypatch):
-    """One entry in the table of an operator makes a backend, also of the head that calls the operator."""
+    """One entry in the table of one operator makes a backend, also of the head, in each of its modes."""
     operator = import_module("cpt_kernels.ops.vocab_score")
     calls = []
 
@@ -211,8 +212,17 @@ def test_a_backend_in_memory(monkeypatch):
     torch.testing.assert_close(found.logps, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
     with pytest.raises(ValueError, match="choose one of auto, eager, triton, cuda, mine"):
         vocab_score(logits, targets, backend="yours")
-    linear_logprobs(torch.randn(3, 4), torch.randn(7, 4), targets, options=HeadOptions(backend="mine"))
+    options = HeadOptions(backend="mine")
+    linear_logprobs(torch.randn(3, 4), torch.randn(7, 4), targets, options=options)
     assert calls == [(3, 7)] * 2
+    head = Head(columns=7, width=4)
+    pairs, rows = head.pairs(), sum(head.lengths)
+    for trained, general in ((True, False), (False, False), (True, True)):
+        calls.clear()
+        hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(7, 4, requires_grad=trained)
+        found = linear_preference_loss(hidden, weight, head.targets, pairs, head.loss, None, options, general=general)
+        found.loss.backward()
+        assert calls == [(rows, 7)]
 
 
 def test_a_peer_in_memory(monkeypatch):

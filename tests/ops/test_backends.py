@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from cpt_kernels.ops import pair_loss as pairs
 from cpt_kernels.ops import vocab_score as scores
 from cpt_kernels.ops.attention import AttentionLayout, segments, select, shared_prompt_attention
 from cpt_kernels.ops.attention.varlen import Abilities
-from cpt_kernels.ops.backends import BUILD_HINT, Backend, automatic, resolve
+from cpt_kernels.ops.backends import BUILD_HINT, Backend, check_triton, resolve
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
 from cpt_kernels.ops.pair_loss import BACKENDS as PAIR_LOSS
 from cpt_kernels.ops.pair_loss import PairLossInput, PairLossOutput, kernel_loss, pair_loss
@@ -26,11 +27,10 @@ from tests.helpers.heads import Head
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    for cached in (automatic, backends.extension_misses, backends._announce_choice):
+    for cached in (backends.extension_misses, backends._announce_choice):
         cached.cache_clear()
     yield
-    for cached in (automatic, backends.extension_misses):
-        cached.cache_clear()
+    backends.extension_misses.cache_clear()
 
 
 @pytest.fixture
@@ -50,22 +50,31 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected", "said"),
     [
-        ({}, "cuda", "kernels on cuda: the CUDA extension"),
-        ({"capability": (8, 0)}, "cuda", "kernels on cuda: the CUDA extension"),
-        ({"extension": False}, "triton", f"kernels on cuda: Triton; the CUDA extension is not built ({BUILD_HINT})"),
+        ({}, "cuda", "kernels on cuda: cuda"),
+        ({"capability": (8, 0)}, "cuda", "kernels on cuda: cuda"),
+        (
+            {"extension": False},
+            "triton",
+            f"kernels on cuda: triton; backend 'cuda' needs the compiled extension cpt_kernels._C; {BUILD_HINT}",
+        ),
         (
             {"capability": (7, 5)},
             "triton",
-            "kernels on cuda: Triton; the CUDA extension needs compute capability 8.0, and cuda:0 has 7.5",
+            "kernels on cuda: triton; backend 'cuda' needs compute capability 8.0, and cuda:0 has 7.5;"
+            " take backend='triton'",
         ),
-        ({"releases": (12, 13)}, "cuda", "kernels on cuda: the CUDA extension"),
+        ({"releases": (12, 13)}, "cuda", "kernels on cuda: cuda"),
         (
             {"releases": (13, 12)},
             "triton",
-            "kernels on cuda: Triton; the CUDA extension needs a driver for CUDA 13, and this one is for CUDA 12: build"
-            " it with that CUDA's nvcc",
+            "kernels on cuda: triton; backend 'cuda' needs a driver for CUDA 13, and this one is for CUDA 12: build it"
+            " with that CUDA's nvcc",
         ),
-        ({"hip": "6.4"}, "triton", "kernels on cuda: Triton"),
+        (
+            {"hip": "6.4"},
+            "triton",
+            "kernels on cuda: triton; backend 'cuda' needs an NVIDIA GPU; take backend='triton' on AMD's",
+        ),
     ],
 )
 def test_auto_on_a_gpu(gpu, caplog, options, expected, said):
@@ -81,7 +90,33 @@ def test_auto_logs_its_choice_once(caplog):
         vocab_score(tile, targets)
         pair_loss(tile[:, 0], offsets, first, loss="sft")
         linear_logprobs(tile, torch.randn(5, 8, requires_grad=True), targets)
-    assert caplog.messages == ["kernels on cpu: eager PyTorch"]
+    assert caplog.messages == ["kernels on cpu: eager"]
+
+
+EAGER, FP32, BF16 = Backend("m:eager"), (torch.float32,), (torch.bfloat16,)
+TRITON = Backend("m:triton", FP32, check_triton)
+
+
+@pytest.mark.parametrize(
+    ("table", "dtype", "expected"),
+    [
+        ({"eager": EAGER, "triton": TRITON}, torch.float32, "triton"),
+        ({"eager": EAGER, "triton": TRITON}, torch.float64, "eager"),
+        ({"eager": EAGER, "triton": TRITON, "half": Backend("m:half", BF16)}, torch.float32, "triton"),
+        ({"eager": EAGER, "triton": TRITON, "half": Backend("m:half", BF16)}, torch.bfloat16, "half"),
+        ({"eager": EAGER, "half": Backend("m:half", BF16), "mine": Backend("m:mine")}, torch.bfloat16, "mine"),
+    ],
+)
+def test_auto_takes_the_last_entry_that_runs_on_a_gpu_and_the_first_on_a_cpu(gpu, table, dtype, expected):
+    tensor = gpu()
+    tensor.dtype = dtype
+    assert resolve("auto", tensor, table) == expected
+    assert resolve("auto", torch.zeros(1, dtype=dtype), table) == "eager"
+
+
+def test_auto_without_an_entry_that_runs():
+    with pytest.raises(RuntimeError, match=r"no backend takes torch\.float64 on cpu$"):
+        resolve("auto", torch.zeros(1, dtype=torch.float64), {"triton": TRITON})
 
 
 def test_nothing_is_logged_without_a_choice(caplog, monkeypatch):
@@ -95,9 +130,7 @@ def test_nothing_is_logged_without_a_choice(caplog, monkeypatch):
 
 
 def test_a_gpu_that_the_extension_is_not_for(gpu):
-    with pytest.raises(
-        RuntimeError, match=r"needs compute capability 8.0, and cuda:0 has 7.5; or take backend='triton'"
-    ):
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8.0, and cuda:0 has 7.5; take backend='triton'"):
         resolve("cuda", gpu(capability=(7, 5)), PAIR_LOSS)
     assert resolve("eager", gpu(capability=(7, 5)), PAIR_LOSS) == "eager"
     backends.extension_misses.cache_clear()
@@ -223,6 +256,35 @@ def test_the_head_runs_a_backend_of_both_tables(monkeypatch):
         leaves["hidden"], leaves["weight"], head.targets, head.pairs(), head.loss, None, head.options
     )
     assert (out.tokens.logps == -7).all() and (out.losses == 3).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["trained", "frozen", "general"])
+@pytest.mark.parametrize("name", MINE)
+def test_the_head_runs_a_backend_of_one_table(name, mode, compiled, monkeypatch):
+    """The other operator runs its `auto` choice, in every mode of the head."""
+    table, mine = MINE[name]
+    monkeypatch.setitem(table, "mine", mine)
+    head = Head(trained=("hidden",) if mode == "frozen" else ("hidden", "weight")).with_options(backend="mine")
+    leaves, pairs = head.leaves(torch.float32), head.pairs()
+
+    def run(hidden, weight, options):
+        general = mode == "general"
+        return linear_preference_loss(hidden, weight, head.targets, pairs, head.loss, None, options, general=general)
+
+    if compiled:
+        torch.compiler.reset()
+    compute = torch.compile(run, backend="aot_eager") if compiled else run
+    expected = run(*(leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves.values()), HeadOptions())
+    found = compute(*leaves.values(), head.options)
+    found.loss.backward()
+    if name == "vocab_score":
+        assert (found.tokens.logps == -7).all()
+    else:
+        assert torch.equal(found.tokens.logps, expected.tokens.logps)
+        assert (found.losses == 3).all() == (mode == "trained")  # the other modes differentiate the loss by autograd
+    with pytest.raises(ValueError, match=r"unknown backend 'yours': choose one of auto, eager, triton, cuda, mine$"):
+        run(*leaves.values(), replace(head.options, backend="yours"))
 
 
 def test_an_entry_of_the_table_of_segmentwise_attention_is_what_runs(monkeypatch):

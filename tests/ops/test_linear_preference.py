@@ -33,7 +33,7 @@ def test_every_mode_and_tile_size(mode, dtype, rows):
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_in_one_product_and_in_transposed_pieces(mode, few_rows, monkeypatch):
     monkeypatch.setattr(tiles, "_CPU_FEW_ROWS", few_rows)
-    monkeypatch.setattr(tiles, "_CPU_PIECE", 100)  # of 301 columns
+    monkeypatch.setattr(tiles, "_CPU_COLUMN_BLOCK", 100)  # of 301 columns
     check(Head().tile(25, 4), mode, FP32)
 
 

@@ -8,6 +8,7 @@ returns tensors alone: an empty tensor stands for a result that is absent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .passes import (
     Dtypes,
     GradientSums,
     Operands,
+    PreferenceOutput,
+    ScoredPairs,
     Wanted,
     empty_sums,
     finished_gradients,
@@ -48,6 +51,7 @@ _OPTIONS = (
     " ScalarType? compute_dtype, str backend"
 )
 _STATISTICS = len(VocabScore._fields)
+_OUTPUTS = 3 + _STATISTICS  # tensors of a PreferenceOutput
 
 
 def _tensors(number: int) -> str:
@@ -122,24 +126,27 @@ def _fake_linear_logprobs_backward(grad, hidden, weight, targets, bias, *, wante
 # --- linear_preference ---
 
 
-def compiled_preference(operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions):
-    """Differentiable ``score_pair_blocks``, as one operator; returns loss, losses, completion_logps and the tokens'."""
+def compiled_preference(
+    operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions
+) -> PreferenceOutput:
+    """Differentiable ``score_pair_blocks``, as one operator."""
     tensors, lists = flat_pairs(pairs)
     flat = {**lists, **flat_loss(loss), **flat_options(options)}
     out = torch.ops.cpt_kernels.linear_preference(*operands, *tensors, wanted=wanted, **flat)
-    return out[: 3 + (_STATISTICS if options.statistics else 2)]
+    output = _unflatten_result(out).output
+    return output if options.statistics else output._replace(tokens=VocabScore(*output.tokens[:2]))
 
 
 @torch.library.custom_op(
     "cpt_kernels::linear_preference",
     mutates_args=(),
-    schema=f"({_OPERANDS}, {_PAIR_TENSORS}, *, {_PAIR_LISTS}, {_LOSS}, {_OPTIONS}) -> {_tensors(3 + _STATISTICS + 4)}",
+    schema=f"({_OPERANDS}, {_PAIR_TENSORS}, *, {_PAIR_LISTS}, {_LOSS}, {_OPTIONS}) -> {_tensors(_OUTPUTS + 4)}",
 )
 def _linear_preference(*tensors, wanted, loss, loss_options, loss_values, **keywords) -> tuple[Tensor, ...]:
     operands, pairs, options = _unflatten(tensors, **keywords)
     bound = unflatten_loss(loss, loss_options, loss_values)
     out = score_pair_blocks(operands, Wanted(*wanted), pairs, bound, options)
-    return fill_absent(operands.hidden, (out.loss, out.losses, out.completion_logps, *out.tokens, out.g, *out.sums))
+    return fill_absent(operands.hidden, _flat_result(out))
 
 
 @_linear_preference.register_fake
@@ -147,18 +154,19 @@ def _fake_linear_preference(*tensors, wanted, loss, loss_options, loss_values, *
     operands, pairs, options = _unflatten(tensors, **keywords)
     x = torch.empty_like(operands.hidden, dtype=options.compute_dtype)
     tokens = VocabScore.empty(x.shape[0], x, options.statistics)
-    sums = (tokens.logps.new_empty(size) for size in ((), pairs.chosen.shape[0], pairs.cu_completions.shape[0] - 1))
-    g = torch.empty_like(tokens.logps)
-    return fill_absent(operands.hidden, (*sums, *tokens, g, *empty_sums(x, operands, Wanted(*wanted))))
+    new = tokens.logps.new_empty
+    output = PreferenceOutput(new(()), new(pairs.chosen.shape[0]), new(pairs.cu_completions.shape[0] - 1), tokens)
+    sums = empty_sums(x, operands, Wanted(*wanted))
+    return fill_absent(operands.hidden, _flat_result(ScoredPairs(output, torch.empty_like(tokens.logps), sums, None)))
 
 
 def _setup_preference(ctx, inputs, keyword_only_inputs, output) -> None:
-    _, losses, _, _, *others = output
+    out = _unflatten_result(output)
     ctx.wanted, ctx.inputs = Wanted(*keyword_only_inputs["wanted"]), len(inputs)
     ctx.dtypes = Dtypes.of(Operands(*inputs[:4]))
-    ctx.save_for_backward(*output[-4:])  # g and the gradient sums
+    ctx.save_for_backward(out.g, *out.sums)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(losses, *others)
+    ctx.mark_non_differentiable(out.output.losses, *out.output.tokens[1:], out.g, *out.sums)
 
 
 @once_differentiable
@@ -178,7 +186,17 @@ def _preference_backward(ctx, grad_loss, _, grad_completion_logps, grad_logps, *
 _linear_preference.register_autograd(_preference_backward, setup_context=_setup_preference)
 
 
-# --- Across the boundary of an operator ---
+# --- Flatten and rebuild operator arguments and results ---
+
+
+def _flat_result(out: ScoredPairs) -> tuple[Tensor | None, ...]:
+    return (*out.output.flatten(), out.g, *out.sums)
+
+
+def _unflatten_result(flat: Sequence[Tensor]) -> ScoredPairs:
+    """Inverse of :func:`_flat_result`; an absent result is an empty tensor, and there is no kept tile."""
+    g, *sums = flat[_OUTPUTS:]
+    return ScoredPairs(PreferenceOutput.unflatten(flat[:_OUTPUTS]), g, GradientSums(*sums), None)
 
 
 def flat_options(options: HeadOptions) -> dict[str, Any]:

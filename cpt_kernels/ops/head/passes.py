@@ -1,4 +1,4 @@
-"""Passes of the head over its tiles of logits, without autograd; ``linear_preference.py`` combines them into modes.
+"""Tile sweeps of the head, without autograd; ``linear_preference.py`` combines them into modes.
 
 A tile is computed by one matrix product, scored in place, used by the products of the gradients, and overwritten by the
 next tile. If one tile holds all rows it can be kept for the backward instead, which then knows the weights of its rows.
@@ -95,13 +95,29 @@ class ScoredRows(NamedTuple):
     score: Tensor | None  # (N, V) G, the kept tile
 
 
+class PreferenceOutput(NamedTuple):
+    """Result of ``linear_preference_loss``; tokens are completion tokens."""
+
+    loss: Tensor  # () sum of the losses over the pairs
+    losses: Tensor  # (P,) without gradient
+    completion_logps: Tensor  # (S,)
+    tokens: VocabScore  # (N,) log-probs and statistics
+
+    def flatten(self) -> tuple[Tensor | None, ...]:
+        """Returns the results as one flat tuple, as an autograd function returns them."""
+        return (*self[:3], *self.tokens)
+
+    @classmethod
+    def unflatten(cls, flat: Sequence[Tensor]) -> PreferenceOutput:
+        """Inverse of :meth:`flatten`."""
+        loss, losses, completion_logps, *tokens = flat
+        return cls(loss, losses, completion_logps, VocabScore(*tokens))
+
+
 class ScoredPairs(NamedTuple):
     """Result of :func:`score_pair_blocks`."""
 
-    loss: Tensor  # () sum of the losses
-    losses: Tensor  # (P,)
-    completion_logps: Tensor  # (S,)
-    tokens: VocabScore  # (N,)
+    output: PreferenceOutput
     g: Tensor  # (N,)
     sums: GradientSums  # without weight and bias if the tile was kept
     score: Tensor | None  # (N, V) G, the kept tile
@@ -212,7 +228,8 @@ def score_pair_blocks(
         everything = Tile(slice(0, len(x)), (0, 0), (len(pairs.completion_lengths), len(pairs.chosen)))
         found = _weigh_tile(everything, tokens, pairs, loss, options.backend)
         sums = GradientSums(torch.mm(logits, w) if wanted.hidden else None, None, None)
-        return ScoredPairs(found.losses.sum(), found.losses, found.completion_logps, tokens, found.g, sums, logits)
+        output = PreferenceOutput(found.losses.sum(), found.losses, found.completion_logps, tokens)
+        return ScoredPairs(output, found.g, sums, logits)
 
     tokens = VocabScore.empty(len(x), x, options.statistics)
     completion_logps = tokens.logps.new_empty(len(pairs.completion_lengths))
@@ -236,7 +253,7 @@ def score_pair_blocks(
         for rows, logits in logits_tiles(x, w, buffer, tile.rows):
             score_tile(logits, targets[rows], scoring, backend)
             _add_gradients(sums, rows, logits, x[rows], w, g[rows])
-    return ScoredPairs(losses.sum(), losses, completion_logps, tokens, g, sums, None)
+    return ScoredPairs(PreferenceOutput(losses.sum(), losses, completion_logps, tokens), g, sums, None)
 
 
 def finished_gradients(
@@ -277,7 +294,7 @@ def _weigh_tile(
 def _weigh_closed_form(
     tile: Tile, logps: Tensor, offsets: Tensor, pairs: Pairs, loss: Loss, backend: str
 ) -> PairLossOutput:
-    backend = backends.resolve(backend, logps, pair_loss.BACKENDS)
+    backend = backends.resolve(backend, logps, pair_loss.BACKENDS, vocab_score.BACKENDS)
     # A kernel takes the normaliser as a number. A tensor on a GPU is not read, because that would synchronise.
     normaliser = pairs.tokens_per_pair
     if isinstance(normaliser, Tensor):
@@ -355,7 +372,7 @@ def _prepare(operands: Operands, options: HeadOptions) -> tuple[Tensor, Tensor, 
     vocab_score.check_targets(targets, weight.shape[0] if options.vocab_size is None else options.vocab_size)
     dtype = options.compute_dtype or hidden.dtype
     x, w = hidden.to(dtype), weight if options.compute_dtype is None else weight.to(dtype)
-    return x, w, backends.resolve(options.backend, x, vocab_score.BACKENDS)
+    return x, w, backends.resolve(options.backend, x, vocab_score.BACKENDS, pair_loss.BACKENDS)
 
 
 def empty_sums(x: Tensor, operands: Operands, wanted: Wanted) -> GradientSums:

@@ -18,21 +18,22 @@ from ..vocab_score import TileOptions, VocabScore
 # tile, which costs a fourth product; more rows only take memory.
 _CPU_ROWS = 512
 
-# For so few rows a CPU computes the transposed product, in pieces that stay in the cache: its sgemm prefers few columns
-# to few rows, by up to 1.8 times on the machine of bench/NOTES.md.
-_CPU_FEW_ROWS, _CPU_PIECE = 128, 2048
+# For so few rows a CPU computes the transposed product, in blocks of columns that stay in the cache: its sgemm is up to
+# 1.8 times as fast with few columns as with few rows on the machine of bench/NOTES.md.
+_CPU_FEW_ROWS, _CPU_COLUMN_BLOCK = 128, 2048
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What lies between ``hidden @ weight.T`` and the softmax, and how the work is cut.
+    """Options of the head: transformation of logits, tile size, dtype, backend.
 
     Attributes:
         logit_scale, softcap, vocab_size: see :func:`cpt_kernels.vocab_score`.
         statistics: also return entropy, mean logit, top-1 and log sum p^2 of every token.
         memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator, and 512 rows on a CPU.
         compute_dtype: dtype of the matrix products, as autocast would choose; default the dtype of ``hidden``.
-        backend: of the kernels between the products, see ``ops.backends``.
+        backend: of ``vocab_score`` and ``pair_loss``, see ``ops.backends``. An operator whose table lacks the name
+            takes its ``auto`` choice, if the other operator has it.
     """
 
     logit_scale: float = 1.0
@@ -73,10 +74,10 @@ class Pairs:
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
 
     def check(self, loss: Loss, device: torch.device, rows: int) -> None:
-        """Checks that the pairs fit so many rows on a device, and have what the loss needs.
+        """Checks that the pairs match the number of hidden rows and the device, and have what the loss needs.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: they do not match, or something is missing.
         """
         if loss.needs_reference and self.ref_logps is None:
             raise ValueError(f"loss '{loss.name}' needs reference log-probs")
@@ -96,13 +97,13 @@ class Pairs:
         found = len(self.completion_lengths), sum(self.completion_lengths)
         if found != (expected := (len(self.cu_completions) - 1, rows)):
             raise ValueError(
-                "completion_lengths are of {} completions with {} tokens; cu_completions and hidden have {} and"
-                " {}".format(*found, *expected)
+                "completion_lengths describes {} completions ({} tokens), but cu_completions has {} and hidden"
+                " {} rows".format(*found, *expected)
             )
         found = sum(completions for completions, _ in self.pair_blocks), sum(pairs for _, pairs in self.pair_blocks)
         if found != (expected := (len(self.completion_lengths), len(self.chosen))):
             raise ValueError(
-                "pair_blocks hold {} completions and {} pairs, and there are {} and {}".format(*found, *expected)
+                "pair_blocks cover {} completions and {} pairs; expected {} and {}".format(*found, *expected)
             )
         if self.chosen.device.type == "cpu":  # on a GPU reading the indices would cost a synchronisation
             self._check_sides()
@@ -116,10 +117,8 @@ class Pairs:
             if (side := getattr(self, name)) is None or [*map(owners.get, indices := side.tolist())] == expected:
                 continue
             pair, index = next((p, i) for p, i in enumerate(indices) if owners.get(i) != expected[p])
-            place = f"of block {owners[index]}" if index in owners else "of no block"
-            raise ValueError(
-                f"{name} of pair {pair} is completion {index} {place}, and the pair is of block {expected[pair]}"
-            )
+            place = f"in block {owners[index]}" if index in owners else "in no block"
+            raise ValueError(f"pair {pair} is in block {expected[pair]}, but its {name} completion {index} is {place}")
 
     def pair_logps(
         self,
@@ -232,9 +231,9 @@ def tile_logits(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
     """Writes ``x @ w.T`` to ``out`` (R, V) and returns it."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) > _CPU_FEW_ROWS:
         return torch.mm(x, w.t(), out=out)
-    piece = x.new_empty(min(_CPU_PIECE, len(w)), len(x))
-    for some, columns in zip(w.split(_CPU_PIECE), out.split(_CPU_PIECE, dim=1)):
-        columns.copy_(torch.mm(some, x.t(), out=piece[: len(some)]).t())
+    block = x.new_empty(min(_CPU_COLUMN_BLOCK, len(w)), len(x))
+    for some, columns in zip(w.split(_CPU_COLUMN_BLOCK), out.split(_CPU_COLUMN_BLOCK, dim=1)):
+        columns.copy_(torch.mm(some, x.t(), out=block[: len(some)]).t())
     return out
 
 

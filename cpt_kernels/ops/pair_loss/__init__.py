@@ -138,7 +138,7 @@ def weigh_pairs(
     return function(inputs, kernel_loss(loss, tokens_per_pair))
 
 
-# --- The operator, for graphs alone: tensors and numbers, the loss by its name and options ---
+# --- Custom operator, used only under torch.compile ---
 
 
 @torch.library.custom_op(

@@ -35,7 +35,7 @@ class KernelLoss:
 
 
 class _Completions(NamedTuple):
-    """What losses read of S completions, fp64."""
+    """Per-completion inputs of the losses, fp64."""
 
     logps: Tensor  # (S,)
     ratios: Tensor | None  # (S,) log-prob minus the reference's
@@ -69,7 +69,7 @@ def _losses_and_slopes(
     x: Tensor | None,  # (P,) rejected
     y: Tensor,  # (P,) of the regulariser
 ) -> tuple[Tensor, list[_Slope]]:
-    """Returns the losses (P,) and the slope of each side that has one."""
+    """Returns losses (P,) and slopes: d loss / d log-prob per side; absent sides are omitted."""
     if loss.name == "sft":
         tokens = loss.tokens_per_pair
         return -sides.logps[w] / tokens, [(w, torch.full_like(sides.logps[w], -1) / tokens)]

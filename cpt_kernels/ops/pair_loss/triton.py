@@ -23,7 +23,7 @@ from .reference import PairLossInput, PairLossOutput
 _SINGLE_PROGRAM_TOKENS = 32768
 _SINGLE_PROGRAM_COMPLETIONS = 64
 
-# A program of the second stage compares so many completions with blocks of so many pairs.
+# Tile of stage 2: completions x pairs per program.
 _SCORED_COMPLETIONS = 32
 _PAIRS = 64
 
@@ -108,7 +108,7 @@ def _pair_loss_kernel(
         # memory that is not written yet.
         tl.debug_barrier()
 
-    # Stage 2: weights of SCORED completions at a time. All pairs pass by, PAIRS at a time, in order.
+    # Stage 2: weights of SCORED completions at a time. Loops over all pairs, PAIRS at a time, in order.
     if DO_LOSSES:
         for first in range(program * SCORED, completions, programs * SCORED):
             s = first + tl.arange(0, SCORED)

@@ -44,7 +44,7 @@ class TileOptions:
     score: bool = False
 
     def vocabulary(self, columns: int) -> int:
-        """Columns of a tile of so many columns that are no padding."""
+        """Number of columns that are vocabulary, not padding."""
         return columns if self.vocab_size is None else self.vocab_size
 
 

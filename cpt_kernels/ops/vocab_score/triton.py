@@ -95,7 +95,7 @@ def _vocab_score_kernel(
     known = (target >= 0) & (target < vocab_size)
     target_logit = _logits(x, bias, target, known, float("nan"), scaling)
 
-    # Pass 1, statistics. Per lane, with m the largest logit so far:
+    # Sweep 1, statistics. Per lane, with m the largest logit so far:
     # s = sum e^(z-m), w = sum (z-m) e^(z-m), q = sum e^(2(z-m)), total = sum z.
     m = tl.full([LANES], -_LARGEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
@@ -134,7 +134,7 @@ def _vocab_score_kernel(
         tl.store(corrects + row, (tl.maximum(target_logit, -_LARGEST) >= largest) & known & (lse == lse))
         tl.store(log_sum_sqs + row, tl.log(row_q) - 2 * tl.log(row_s))
 
-    # Pass 2, the vocab score, over all columns: padding above the vocabulary gets 0.
+    # Sweep 2, the vocab score, over all columns: padding above the vocabulary gets 0.
     if SCORE:
         # Maximum and sum stay apart: e^(z - lse) would carry the rounding of lse, which is large in a peaked row.
         normaliser = tl.where(known, 1 / row_s, float("nan"))

@@ -20,10 +20,12 @@ def test_pairs_that_are_not_of_these_rows(general):
     head = Head().tile(7, 4)
     leaves, pairs = head.leaves(torch.float32), head.pairs()
     wrong = {
-        "completion_lengths are of": replace(pairs, completion_lengths=[*pairs.completion_lengths[:-1], 1000]),
-        "with .* tokens": replace(pairs, completion_lengths=pairs.completion_lengths[:-1]),
-        "pair_blocks hold": replace(pairs, pair_blocks=pairs.pair_blocks[:-1]),
-        "pair_blocks hold .* pairs": replace(
+        "completion_lengths describes": replace(pairs, completion_lengths=[*pairs.completion_lengths[:-1], 1000]),
+        "completions .* tokens.*, but cu_completions has": replace(
+            pairs, completion_lengths=pairs.completion_lengths[:-1]
+        ),
+        "pair_blocks cover": replace(pairs, pair_blocks=pairs.pair_blocks[:-1]),
+        "pair_blocks cover .* pairs; expected": replace(
             pairs, pair_blocks=[*pairs.pair_blocks[:-1], (pairs.pair_blocks[-1][0], 0)]
         ),
     }
@@ -47,14 +49,14 @@ def test_a_pair_that_reaches_into_another_block(side):
     head = Head(blocks=[([4, 3], [(0, 1, 0)]), ([2, 5, 3], [(0, 1, 2)] * 2)])
     leaves, pairs = head.leaves(torch.float32), head.pairs()
     for pair, index, message in (
-        (0, 2, "pair 0 is completion 2 of block 1, and the pair is of block 0"),
-        (2, 1, "pair 2 is completion 1 of block 0, and the pair is of block 1"),
-        (1, -1, "pair 1 is completion -1 of no block"),
-        (1, 5, "pair 1 is completion 5 of no block"),
+        (0, 2, f"pair 0 is in block 0, but its {side} completion 2 is in block 1"),
+        (2, 1, f"pair 2 is in block 1, but its {side} completion 1 is in block 0"),
+        (1, -1, f"pair 1 is in block 1, but its {side} completion -1 is in no block"),
+        (1, 5, f"pair 1 is in block 1, but its {side} completion 5 is in no block"),
     ):
         wrong = getattr(pairs, side).clone()
         wrong[pair] = index
-        with pytest.raises(ValueError, match=f"{side} of {message}"):
+        with pytest.raises(ValueError, match=f"{message}$"):
             linear_preference_loss(
                 leaves["hidden"], leaves["weight"], head.targets, replace(pairs, **{side: wrong}), head.loss
             )
