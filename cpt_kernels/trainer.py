@@ -363,6 +363,7 @@ class ContrastiveTrainer(PackedLoop):
                 dataset=dataset_name or self.dataset_name,
                 tags=dict.fromkeys([*base.model_tags, *([tags] if isinstance(tags, str) else tags)]),
                 args=self.args,
+                chat=getattr(self._tokenizer, "chat_template", None) is not None,
                 log_history=self.state.log_history,
             )
 

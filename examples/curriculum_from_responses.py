@@ -1,6 +1,6 @@
 """From responses of three models to a model trained from easy pairs to hard ones (arXiv 2310.02263).
 
-    python examples/curriculum_from_responses.py model responses.jsonl      # the files of the README's quickstart
+    python examples/curriculum_from_responses.py quickstart/model quickstart/responses.jsonl   # the README's files
 
 Pairs follow from the order of the models: no judge and no human. ``cpt pairs`` and ``cpt-train --curriculum`` do the
 same from the command line.

@@ -1,6 +1,6 @@
 """DPO in a script written for TRL: only the import is changed.
 
-python examples/train_dpo.py model pairs.jsonl         # the files of the README's quickstart
+python examples/train_dpo.py quickstart/model quickstart/pairs.jsonl     # files of the README's quickstart
 python examples/train_dpo.py Qwen/Qwen2.5-0.5B-Instruct trl-lib/ultrafeedback_binarized --learning_rate 1e-6
 """
 

@@ -32,7 +32,8 @@ cpt_kernels {{ versions.cpt_kernels }}.
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{{ name }}")
-print(generate([{"role": "user", "content": "Why is the sky blue?"}], max_new_tokens=128, return_full_text=False)[0])
+prompt = {% if chat %}[{"role": "user", "content": "Why is the sky blue?"}]{% else %}"Why is the sky blue?"{% endif %}
+print(generate(prompt, max_new_tokens=128, return_full_text=False)[0])
 ```
 
 ## Training
@@ -66,6 +67,7 @@ def write_model_card(
     dataset: str | None,
     tags: Iterable[str],
     args: Any,
+    chat: bool,
     log_history: Sequence[Mapping[str, Any]],
 ) -> None:
     """Writes a model card with the run's options, last evaluation and package versions.
@@ -77,6 +79,7 @@ def write_model_card(
         dataset: hub name of the training data; a local file is not shown.
         tags: of the model on the hub.
         args: the run's ``ContrastiveConfig``.
+        chat: whether the tokenizer has a chat template.
         log_history: all logs of the trainer; the card shows the last evaluation.
     """
     base, dataset = (None if value is None or Path(value).exists() else value for value in (base, dataset))
@@ -97,6 +100,7 @@ def write_model_card(
         name=name,
         base=base,
         dataset=dataset,
+        chat=chat,
         options={option: getattr(value, "value", value) for option, value in values.items() if value is not None},
         metrics={key: value for key, value in metrics.items() if isinstance(value, float)},
         versions={"cpt_kernels": __version__} | {package: module.__version__ for package, module in modules.items()},

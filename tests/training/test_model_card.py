@@ -17,6 +17,7 @@ def test_card(tmp_path):
         dataset="org/pairs",
         tags=["cpt-kernels", "ipo"],
         args=args,
+        chat=True,
         log_history=[{"loss": 1.0}, {"eval_loss": 0.6, "step": 1}, {"eval_loss": 0.5, "eval_rewards/margins": 0.125}],
     )
     card = ModelCard.load(tmp_path / "README.md")
@@ -34,7 +35,9 @@ def test_local_sources_are_left_out(tmp_path):
         dataset=None,
         tags=[],
         args=config(tmp_path),
+        chat=False,
         log_history=[],
     )
     card = ModelCard.load(tmp_path / "README.md")
+    assert 'prompt = "Why' in card.text and '"role"' not in card.text
     assert card.data.base_model is None and str(tmp_path) not in card.content and "Last evaluation" not in card.text
