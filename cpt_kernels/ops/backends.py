@@ -101,6 +101,7 @@ def automatic(tensor: Tensor, table: Mapping[str, Backend]) -> tuple[str, list[s
         entry = table[name]
         if entry.dtypes is not None and tensor.dtype not in entry.dtypes:
             continue
+        # `auto` skips an entry that cannot run here, and names the reason in its log line.
         try:
             if entry.check is not None:
                 entry.check(tensor)

@@ -25,6 +25,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # -> gradients of x, index, rounds
+        # Rows are unique within a round, so that indexed writes do not collide; the order of rounds fixes each sum.
         dtype = torch.promote_types(grad.dtype, torch.float32)
         total = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=dtype)
         for turn, (rows, sources) in enumerate(ctx.rounds):

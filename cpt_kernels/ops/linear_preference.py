@@ -112,11 +112,13 @@ def linear_preference_loss(
     if loss.needs_log_sum_sq:
         options = replace(options, statistics=True)
     wanted = Wanted.of(operands)
+    # Trained head, separable loss: the forward finishes the gradients.
     if wanted.head and loss.separable and not general:
         run = _run_preference
         if torch.compiler.is_compiling():
             run = compiled_preference if has_kernel(loss) else _outside_graph
         return run(operands, wanted, pairs, loss, options)
+    # Other modes: differentiable log-probs, and autograd for the loss.
     tokens = linear_logprobs(hidden, weight, targets, bias, options)
     completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
     losses = loss(pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
@@ -145,6 +147,7 @@ class _LinearLogprobs(torch.autograd.Function):
         operands = Operands(hidden, weight, targets, bias)
         out = score_rows(operands, wanted, options, keep=True)
         ctx.wanted, ctx.options, ctx.dtypes = wanted, options, Dtypes.of(operands)
+        # A trained head whose tile was not kept: the backward computes the logits again from the operands.
         ctx.again = wanted.head and out.score is None
         rows = None if out.score is None else hidden
         ctx.save_for_backward(*(operands if ctx.again else (out.score_weight, out.score, rows)))
@@ -175,6 +178,7 @@ class _LinearPreference(torch.autograd.Function):
         out = score_pair_blocks(operands, wanted, pairs, loss, options, keep=True)
         ctx.save_for_backward(out.g, *out.sums, out.score, None if out.score is None else hidden)
         ctx.wanted, ctx.dtypes = wanted, Dtypes.of(operands)
+        # Without this autograd passes zeros for unused outputs, and the backward could not tell them from gradients.
         ctx.set_materialize_grads(False)
         statistics = (tensor for tensor in out.output.tokens[1:] if tensor is not None)
         ctx.mark_non_differentiable(out.output.losses, *statistics)

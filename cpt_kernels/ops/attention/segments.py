@@ -58,6 +58,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None) -> 
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None) -> Tensor:
+    # Scores (1, H, Q, K), with the sink as one more column.
     scores = q @ k.mT * call.scale
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
@@ -65,6 +66,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None) ->
     if sinks is not None:
         column = sinks.to(scores.dtype)[None, :, None, None].expand(-1, -1, scores.shape[2], 1)
         scores = torch.cat([scores, column], dim=-1)
+    # Softmax in fp32 over keys and sink. The sink has no value, so its column is cut off.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(dim=-1, dtype=dtype).to(v.dtype)[..., : k.shape[2]]
     return F.dropout(weights, call.dropout) @ v

@@ -105,6 +105,7 @@ def choose_attention(backend: str, need: Need) -> Kernel | SegmentKernel:
         UserError: unknown backend, or one asked for by name that lacks something; the message says what.
         UnavailableError: the backend asked for is not available here.
     """
+    # One of the segment-by-segment kernels, by name.
     if backend in SEGMENTWISE:
         if missing := SEGMENTWISE[backend].abilities.lacks(need):
             raise UserError(f"attention backend '{backend}' lacks {', '.join(missing)}: take eager or auto")

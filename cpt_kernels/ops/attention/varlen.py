@@ -156,6 +156,7 @@ def varlen_attention(
 ) -> Tensor:
     """Runs ``kernel`` once for all segments, (T, Hq, Dv), in autocast's dtype where autocast is on."""
     dtype, size = compute_dtype(query), value.shape[-1]
+    # Kernels take one head size for q, k and v.
     padded = -(-max(query.shape[-1], size) // _ALIGNMENT) * _ALIGNMENT
     q, k, v = (_pad(x.to(dtype), padded) for x in (query, key, value))
     if sinks is None:
@@ -213,6 +214,7 @@ class _FlashAttention(torch.autograd.Function):
         grads = ctx.kernel.backward(grad.contiguous(), q, k, v, out, lse, ctx.call)
         grad_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
+            # The saved lse and out are z' and O'.
             weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # (Hq, T)
             products = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
             grad_sinks = -(weights * products).sum(1).to(sinks.dtype)
@@ -247,6 +249,7 @@ class TorchKernel:
         return out, lse
 
     def backward(self, grad, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        # The operator requires the state of the random generator. Abilities exclude dropout, so it is not read.
         no_dropout = {
             "rng_state": torch.zeros(2, dtype=torch.uint64, device=q.device),
             "unused": torch.empty(0, device=q.device),

@@ -177,6 +177,7 @@ def _preference_backward(ctx, grad_loss, _, grad_completion_logps, grad_logps, *
             torch._assert_async((grad == 0).all(), REFUSAL)
     if grad_loss is None:
         return (None,) * ctx.inputs
+    # The operator returned an empty tensor for a sum that is not wanted.
     g, *sums = ctx.saved_tensors
     finished = GradientSums(*(tensor if wants else None for tensor, wants in zip(sums, ctx.wanted)))
     grads = finished_gradients(grad_loss, g, finished, ctx.dtypes)

@@ -145,10 +145,12 @@ def score_rows(operands: Operands, wanted: Wanted, options: HeadOptions, keep: b
     buffer = tile_buffer(x, w, options)
     kept = keep and wanted.head
     wants_score_weight = wanted.hidden and (keep or not wanted.head)
+    # One tile holds everything: its results are returned without a copy, and the tile may be kept.
     if len(buffer) == len(x):
         logits = tile_logits(x, w, buffer)
         out = score_tile(logits, targets, options.of_tile(operands.bias, kept or wants_score_weight), backend)
         return ScoredRows(out, torch.mm(logits, w) if wants_score_weight else None, logits if kept else None)
+    # Several tiles: each is used while it is in the buffer.
     out = VocabScore.empty(len(x), x, options.statistics)
     score_weight = torch.empty_like(x) if wanted.hidden and not wanted.head else None
     tile_options = options.of_tile(operands.bias, score_weight is not None)
@@ -283,6 +285,7 @@ def _weigh_tile(
     if pair_loss.has_kernel(loss):
         sums, losses, weights = _weigh_closed_form(tile, tokens.logps, offsets, pairs, loss, backend)
         return WeighedTile(sums, losses, weights.repeat_interleave(offsets.diff(), output_size=len(tokens.logps)))
+    # A loss without a kernel: autograd over the log-probs, which are few. Passes run without grad, so it is enabled.
     with torch.enable_grad():
         tokens = tokens._replace(logps=tokens.logps.detach().requires_grad_())
         sums = segment_sum(tokens.logps, offsets)

@@ -70,15 +70,18 @@ def _losses_and_slopes(
     y: Tensor,  # (P,) of the regulariser
 ) -> tuple[Tensor, list[_Slope]]:
     """Returns losses (P,) and slopes: d loss / d log-prob per side; absent sides are omitted."""
+    # Losses without a rejected side.
     if loss.name == "sft":
         tokens = loss.tokens_per_pair
         return -sides.logps[w] / tokens, [(w, torch.full_like(sides.logps[w], -1) / tokens)]
+    # Losses of a pair without a reference.
     assert x is not None, f"{loss.name} has a rejected side"
     if loss.name == "slic":
         lengths = sides.lengths if loss.slic_length_normalize else torch.ones_like(sides.lengths)
         losses, active = _relu(loss.slic_delta - sides.logps[w] / lengths[w] + sides.logps[x] / lengths[x])
         slopes = [(w, -active / lengths[w]), (x, active / lengths[x]), (y, -loss.slic_lambda / lengths[y])]
         return losses - loss.slic_lambda * (sides.logps[y] / lengths[y]), slopes
+    # Losses of a pair with a reference; h is the margin, of mean log-ratios minus its target for ipo.
     assert sides.ratios is not None, f"{loss.name} has a reference"
     if loss.name == "ipo":
         h = sides.ratios[w] / sides.lengths[w] - sides.ratios[x] / sides.lengths[x] - 1 / (2 * loss.beta)

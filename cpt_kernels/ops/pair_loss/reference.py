@@ -55,6 +55,7 @@ def pair_loss_reference(
     def select(values: Tensor | None, index: Tensor | None) -> Tensor | None:
         return None if values is None or index is None else values[index]
 
+    # Callers run without grad, so it is enabled. The weights are the gradient of the summed losses.
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         losses = loss(
