@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import get_args
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from .data.curriculum import Curriculum
 from .data.formats import RankedPairs
@@ -24,6 +24,8 @@ from .losses.options import option
 from .ops.attention.select import ATTENTION_BACKENDS
 
 logger = logging.getLogger(__name__)
+
+_DDP_BACKENDS = ("ccl", "hccl", "cncl", "mccl")  # of transformers' list; those of torch are added
 
 # Options of TRL and transformers that have no effect here, by reason. They are accepted, so that a configuration made
 # for TRL works, and the reason is logged.
@@ -231,6 +233,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             if self.train_sampling_strategy != "random":
                 raise UserError("curriculum decides the order of rows: leave train_sampling_strategy at random")
         self._check_accelerator_config()
+        self._check_scheduler()
         for name in ignored:
             if self.process_index == 0 and getattr(self, name) is not None:
                 logger.warning(f"{name}={getattr(self, name)} has no effect here: {IGNORED_OPTIONS[name]}")
@@ -254,7 +257,16 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         _check_choice("head_mode", self.head_mode, ("auto", "general"))
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         self._require_positive("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps")
+        self._require_positive("per_device_train_batch_size", "per_device_eval_batch_size")
+        self._require_positive("gradient_accumulation_steps")
+        self._require_not_negative("max_grad_norm", "seed", "data_seed", "dataloader_num_workers")
         self._require_share("ref_model_mixup_alpha")
+        for mapping in self.optim_args.replace(" ", "").split(",") if self.optim_args else ():
+            if mapping.count("=") != 1:
+                raise UserError(f"optim_args={self.optim_args}: expected name=value, name=value, ...; got '{mapping}'")
+        # "gloo", or by device "cpu:gloo,cuda:nccl".
+        for backend in (part.split(":")[-1] for part in self.ddp_backend.split(",")) if self.ddp_backend else ():
+            _check_choice("ddp_backend", backend, (*_DDP_BACKENDS, *torch.distributed.Backend.backend_list[1:]))
 
     def _check_reference(self, loss: Loss) -> None:
         if self.sync_ref_model and not loss.needs_reference:
@@ -291,6 +303,14 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             )
         if self.deepspeed and find_spec("deepspeed") is None:
             raise UserError("deepspeed needs the deepspeed package: pip install deepspeed")
+
+    def _check_scheduler(self) -> None:
+        """Raises UserError for keywords that the scheduler does not take, by making one for an optimizer of no use."""
+        if not self.lr_scheduler_kwargs:
+            return
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        with user_error(f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}", (TypeError,)):
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
 
     def _check_accelerator_config(self) -> None:
         if self.accelerator_config.split_batches:

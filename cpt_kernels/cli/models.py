@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, user_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,7 +121,8 @@ def load_weights(name: str, option: str, model: ModelArguments, args: Contrastiv
         kwargs["attn_implementation"] = model.attn_implementation
     if model.load_in_4bit or model.load_in_8bit:
         kwargs["quantization_config"] = quantization_config(model, args)
-    with whole_weights():
+    unknown = user_error(f"model_init_kwargs={args.model_init_kwargs}", (TypeError,) if args.model_init_kwargs else ())
+    with whole_weights(), unknown:
         return from_pretrained(AutoModelForCausalLM, name, option, **kwargs | (args.model_init_kwargs or {}))
 
 

@@ -21,11 +21,14 @@ from ..data.mixture import load_mixture
 from ..data.sources import load_data, parse_columns
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
+from ..training.metrics import METRIC_NAMES
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from .console import print_results
 from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
 from .parsing import CONFIG_FILE
+
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")  # what transformers adds to the metrics
 
 
 def train(options: Options) -> ContrastiveTrainer:
@@ -42,6 +45,7 @@ def train(options: Options) -> ContrastiveTrainer:
     # Checks that need neither data nor model.
     _check_output_folder(output, options.model)
     _check_trackers(args.report_to)
+    _check_best_metric(args.metric_for_best_model)
     checkpoint = _find_checkpoint(args)
 
     # Data, model and trainer.
@@ -134,6 +138,13 @@ def _check_trackers(names: Sequence[str]) -> None:
         # transformers never lists flyte as installed, and azure_ml only without mlflow.
         if name in INTEGRATION_TO_CALLBACK and name not in (*installed, "azure_ml", "flyte"):
             raise UserError(f"report_to={name}: this tracker is not installed; install its package or leave it out")
+
+
+def _check_best_metric(name: str | None) -> None:
+    """Raises UserError for a metric that no evaluation has; transformers would after the first evaluation."""
+    known = ("loss", *METRIC_NAMES, *_SPEEDS)
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(f"metric_for_best_model={name}: there is no such metric; choose one of {', '.join(known)}")
 
 
 def _find_checkpoint(args: ContrastiveConfig) -> str | None:

@@ -88,7 +88,8 @@ class LossOptions:
         Raises:
             UserError: a value out of range, an option without effect on the loss, or options that exclude each other.
         """
-        self._require_positive("discopop_tau")
+        self._require_positive("beta", "discopop_tau")
+        self._require_not_negative("slic_delta", "slic_lambda", "simpo_gamma", "cpo_alpha", "dpop_lambda", "odpo_alpha")
         self._require_share("ld_alpha")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"label_smoothing={self.label_smoothing}: a flip probability must lie in [0, 0.5)")
@@ -116,6 +117,12 @@ class LossOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name}={value}: must be positive, or not set")
+
+    def _require_not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name}={value}: must not be negative")
 
     def _require_share(self, *names: str) -> None:
         for name in names:

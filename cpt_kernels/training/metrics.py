@@ -29,6 +29,7 @@ _MEAN_OVER = {
 }
 _COUNTS = ("pairs", "preferences", "chosen_tokens", "rejected_tokens", "all_tokens", "aux_losses")
 _NAMES = (*_MEAN_OVER, *_COUNTS)
+METRIC_NAMES = tuple(_MEAN_OVER)
 
 
 def pair_rewards(pair_logps: PairLogps, beta: float) -> Tensor:

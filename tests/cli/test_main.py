@@ -129,6 +129,17 @@ def model_without_tokenizer(home: Path, folder: Path) -> Path:
         ("report_to", "wandb", "report_to=wandb: this tracker is not installed"),
         ("attn_implementation", "flash_attention_2", "FlashAttention2"),
         ("max_tokens_per_batch", "4", "more than max_tokens_per_batch=4"),
+        ("beta", "-1", "beta=-1.0: must be positive"),
+        ("max_grad_norm", "-1", "max_grad_norm=-1.0: must not be negative"),
+        ("per_device_train_batch_size", "0", "per_device_train_batch_size=0: must be positive"),
+        ("gradient_accumulation_steps", "0", "gradient_accumulation_steps=0: must be positive"),
+        ("seed", "-1", "seed=-1: must not be negative"),
+        ("dataloader_num_workers", "-2", "dataloader_num_workers=-2: must not be negative"),
+        ("metric_for_best_model", "foo", "metric_for_best_model=foo: there is no such metric; choose one of loss, "),
+        ("model_init_kwargs", '{{"foo": 1}}', "unexpected keyword argument 'foo'"),
+        ("lr_scheduler_kwargs", '{{"a": 1}}', "unexpected keyword argument 'a'"),
+        ("optim_args", "x", "optim_args=x: expected name=value"),
+        ("ddp_backend", "foo", "ddp_backend='foo' is unknown"),
     ],
 )
 def test_bad_input_is_one_line(home, tmp_path, capsys, option, value, message):
