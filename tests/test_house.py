@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,6 +218,8 @@ def test_every_name_is_defined_once():
         for node in ast.parse((PACKAGE / path).read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 places.setdefault(node.name, []).append(str(path))
+            if isinstance(node, ast.Assign) and re.match(r"[A-Z]\w*[a-z]\w*$", ast.unparse(node.targets[0])):
+                places.setdefault(node.targets[0].id, []).append(str(path))  # a type alias
     assert not {name: files for name, files in places.items() if len(files) > 1 and name not in DEFINED_TWICE}
 
 

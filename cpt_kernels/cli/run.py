@@ -45,7 +45,7 @@ def train(options: Options) -> ContrastiveTrainer:
     # Checks that need neither data nor model.
     _check_output_folder(output, options.model)
     _check_trackers(args.report_to)
-    _check_best_metric(args.metric_for_best_model)
+    _check_metric_name(args.metric_for_best_model)
     checkpoint = _find_checkpoint(args)
 
     # Data, model and trainer.
@@ -140,7 +140,7 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"report_to={name}: this tracker is not installed; install its package or leave it out")
 
 
-def _check_best_metric(name: str | None) -> None:
+def _check_metric_name(name: str | None) -> None:
     """Raises UserError for a metric that no evaluation has; transformers would after the first evaluation."""
     known = ("loss", *METRIC_NAMES, *_SPEEDS)
     if name is not None and name.removeprefix("eval_") not in known:

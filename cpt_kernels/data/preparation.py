@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names, in rows of one pair
 _EDGES = ("chosen", "rejected", "targets")
-_VERDICT_FEATURES = Features(
+_DECISION_FEATURES = Features(
     {
         **{name: List(Value("int32")) for name in _EDGES},
         **REMARK_FEATURES,
@@ -77,28 +77,28 @@ class PreparationReport:
     max_token_id: int = -1  # in kept rows
     _next_index: int = field(default=0, repr=False)
 
-    def add_once(self, index: int, verdict: Mapping[str, Any]) -> None:
+    def add_once(self, index: int, decision: Mapping[str, Any]) -> None:
         """Counts the row at `index` of a stream, unless an earlier pass over the stream has counted it."""
         if index >= self._next_index:
             self._next_index = index + 1
-            self.add(verdict)
+            self.add(decision)
 
-    def add(self, verdict: Mapping[str, Any]) -> None:
+    def add(self, decision: Mapping[str, Any]) -> None:
         """Counts one row, given as a row of the filter's output."""
         self.rows_in += 1
-        if reason := verdict["reason"]:
-            self.dropped.setdefault(reason, Drop(detail=verdict["detail"])).add(verdict["row"])
+        if reason := decision["reason"]:
+            self.dropped.setdefault(reason, Drop(detail=decision["detail"])).add(decision["row"])
             return
         self.kept += 1
-        self.pairs += len(verdict["rejected"])
-        self.pairs_dropped += verdict["pairs_given"] - len(verdict["rejected"])
-        self.truncated += verdict["truncated"]
-        self.promptless += verdict["promptless"]
-        self.max_token_id = max(self.max_token_id, verdict["max_token_id"])
-        if verdict["seam"]:
+        self.pairs += len(decision["rejected"])
+        self.pairs_dropped += decision["pairs_given"] - len(decision["rejected"])
+        self.truncated += decision["truncated"]
+        self.promptless += decision["promptless"]
+        self.max_token_id = max(self.max_token_id, decision["max_token_id"])
+        if decision["seam"]:
             self.merged += 1
             if self.merged == 1:
-                self.merged_example = f"row {verdict['row']}: {verdict['seam']}"
+                self.merged_example = f"row {decision['row']}: {decision['seam']}"
                 logger.warning(
                     "%s data: a prompt ends with different tokens when a completion follows it (%s). Training starts "
                     "the completion at these tokens, so the model never sees the prompt as inference tokenizes it. End "
@@ -126,7 +126,7 @@ class PreparationReport:
 
 @dataclass(frozen=True)
 class Filter:
-    """Batched `datasets.map` function: tokenized groups -> verdicts: the pairs left by truncation, or a reason to drop.
+    """Batched `datasets.map` function: tokenized groups -> the pairs left by truncation, or a reason to drop.
 
     The fields key the cache of `datasets`, see `Tokenization`.
     """
@@ -136,22 +136,22 @@ class Filter:
     version: int = 1
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        verdicts = [self._judge(row) for row in _rows(batch, [*GROUP_FEATURES, *REMARK_FEATURES])]
-        return {name: [verdict[name] for verdict in verdicts] for name in _VERDICT_FEATURES}
+        decisions = [self._decide(row) for row in _rows(batch, [*GROUP_FEATURES, *REMARK_FEATURES])]
+        return {name: [decision[name] for decision in decisions] for name in _DECISION_FEATURES}
 
-    def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _decide(self, row: dict[str, Any]) -> dict[str, Any]:
         prompt_ids, completions = row["prompt_ids"], row["completion_ids"]
         lengths = [len(prompt_ids) + len(ids) for ids in completions]
-        verdict = {
+        decision = {
             **{name: row[name] for name in (*_EDGES, *REMARK_FEATURES, "row")},
             "truncated": sum(self.max_length is not None and length > self.max_length for length in lengths),
             "promptless": sum(self._loses_prompt(prompt_ids, ids) for ids in completions),
             "max_token_id": max((max(ids) for ids in (prompt_ids, *completions) if ids), default=-1),
         }
-        if row["reason"] or (prompt_ids and not verdict["truncated"]):
-            return verdict  # dropped already, or nothing to cut
+        if row["reason"] or (prompt_ids and not decision["truncated"]):
+            return decision  # dropped already, or nothing to cut
         if self.max_length is not None and self.truncation_mode == "keep_start" and len(prompt_ids) >= self.max_length:
-            return verdict | {"reason": PROMPT_FILLS, "detail": f"{len(prompt_ids)} tokens"}
+            return decision | {"reason": PROMPT_FILLS, "detail": f"{len(prompt_ids)} tokens"}
         cut = [truncate(prompt_ids, ids, self.max_length, self.truncation_mode) for ids in completions]
         # A pair stays if all its completions keep some tokens and its two sides still differ.
         edges = list(zip(row["chosen"], row["targets"], *([row["rejected"]] if row["rejected"] else [])))
@@ -159,10 +159,10 @@ class Filter:
         different = [edge for edge in scored if len(edge) < 3 or cut[edge[0]] != cut[edge[2]]]
         if not different:
             reason = IDENTICAL if scored else EMPTY
-            detail = f"when cut to max_length={self.max_length}" if verdict["truncated"] else "one token and no prompt"
-            return verdict | {"reason": reason, "detail": detail}
+            detail = f"when cut to max_length={self.max_length}" if decision["truncated"] else "one token and no prompt"
+            return decision | {"reason": reason, "detail": detail}
         chosen, targets, *rejected = map(list, zip(*different))
-        return verdict | {"chosen": chosen, "targets": targets, "rejected": rejected[0] if rejected else []}
+        return decision | {"chosen": chosen, "targets": targets, "rejected": rejected[0] if rejected else []}
 
     def _loses_prompt(self, prompt_ids: list[int], completion_ids: list[int]) -> bool:
         cut_away = self.truncation_mode == "keep_end" and len(completion_ids) >= (self.max_length or math.inf)
@@ -178,11 +178,11 @@ class _StreamFilter:
     columns: tuple[str, ...]
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        verdicts = self.filter(batch)
-        for index, verdict in zip(indices, _rows(verdicts)):
-            self.report.add_once(index, verdict)
-        kept = [i for i, reason in enumerate(verdicts["reason"]) if not reason]
-        columns = {name: batch[name] for name in self.columns} | {name: verdicts[name] for name in _EDGES}
+        decisions = self.filter(batch)
+        for index, decision in zip(indices, _rows(decisions)):
+            self.report.add_once(index, decision)
+        kept = [i for i, reason in enumerate(decisions["reason"]) if not reason]
+        columns = {name: batch[name] for name in self.columns} | {name: decisions[name] for name in _EDGES}
         return {name: [values[i] for i in kept] for name, values in columns.items()}
 
 
@@ -300,24 +300,24 @@ def _filter_rows(
     batch_size: int,
     num_proc: int | None,
 ) -> Dataset:
-    """Counts and drops the rows of a map-style dataset. Verdicts are cached in a small table beside the tokens."""
-    verdicts = tokenized.map(
+    """Counts and drops the rows of a map-style dataset. Decisions are cached in a small table beside the tokens."""
+    decisions = tokenized.map(
         filtration,
         batched=True,
         batch_size=batch_size,
         remove_columns=tokenized.column_names,
-        features=_VERDICT_FEATURES,
+        features=_DECISION_FEATURES,
         num_proc=num_proc,
         desc=f"Filtering {report.name} data",
     )
-    for batch in verdicts.iter(batch_size):
-        for verdict in _rows(batch):
-            report.add(verdict)
+    for batch in decisions.iter(batch_size):
+        for decision in _rows(batch):
+            report.add(decision)
     if not report.kept:
         raise UserError("\n  ".join(["no row can be trained on", *report.summary()]))
-    kept = [index for index, reason in enumerate(verdicts["reason"]) if not reason]
+    kept = [index for index, reason in enumerate(decisions["reason"]) if not reason]
     tokens = tokenized.remove_columns([*_EDGES, *REMARK_FEATURES])
-    groups = concatenate_datasets([tokens, verdicts.select_columns(list(_EDGES))], axis=1)
+    groups = concatenate_datasets([tokens, decisions.select_columns(list(_EDGES))], axis=1)
     return groups.select_columns(list(columns)).select(kept)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .curriculum import NO_LEVEL, PLACE, Curriculum, Keys, Levels, check_levels, find_levels, read_keys, seeded
 
-Row = dict[str, Any]
+StreamRow = dict[str, Any]
 _ROWS = 4096
 
 
@@ -43,7 +43,7 @@ class StreamDraws:
         self.levels: Levels | None = None  # None until rows are drawn
         self._reset()
 
-    def draw(self, read: Callable[[int], Iterable[Row]], progress: Callable[[], float]) -> Iterator[Row]:
+    def draw(self, read: Callable[[int], Iterable[StreamRow]], progress: Callable[[], float]) -> Iterator[StreamRow]:
         """Yields rows, each with its place in the curriculum.
 
         Args:
@@ -55,12 +55,12 @@ class StreamDraws:
         """
         self._reset()
         # Find the levels. Those of a column need some rows first; the first pass reads these rows again.
-        head: list[Row] = []
+        head: list[StreamRow] = []
         if not isinstance(self.curriculum.levels, tuple):
             head = list(itertools.islice(read(0), self.capacity))
         self.levels = find_levels(self.curriculum, self._keys(head))
         count = len(self.levels.names)
-        self._waiting: list[deque[Row]] = [deque() for _ in range(count)]
+        self._waiting: list[deque[StreamRow]] = [deque() for _ in range(count)]
         places = self.curriculum.places(count)
         self._since = [0] * count  # rows read since the last row of each level
 
@@ -107,11 +107,11 @@ class StreamDraws:
         self.others: Counter[str] = Counter()
         self.passes = 0
 
-    def _keys(self, rows: list[Row]) -> Keys:
+    def _keys(self, rows: list[StreamRow]) -> Keys:
         columns = [[row[name] for row in rows] for name in self.curriculum.columns]
         return read_keys(self.curriculum, columns, [row["row"] for row in rows])
 
-    def _endless(self, read: Callable[[int], Iterable[Row]]) -> Iterator[Row]:
+    def _endless(self, read: Callable[[int], Iterable[StreamRow]]) -> Iterator[StreamRow]:
         """Yields the rows of pass after pass, and checks after each that every level has occurred."""
         assert self.levels is not None
         for number in itertools.count():
@@ -120,7 +120,7 @@ class StreamDraws:
             check_levels(self.levels, sizes, self.others)
             self.passes += 1
 
-    def _find(self, wanted: int, rows: Iterator[Row]) -> int:
+    def _find(self, wanted: int, rows: Iterator[StreamRow]) -> int:
         """Returns the wanted level if a row of it is found, else the nearest (of two, the easier) that has a row."""
         while not self._waiting[wanted] and self._since[wanted] < self.capacity:
             self._read_on(rows)
@@ -131,7 +131,7 @@ class StreamDraws:
             self._read_on(rows)
         return min((level for level, there in enumerate(self._waiting) if there), key=lambda level: abs(level - wanted))
 
-    def _read_on(self, rows: Iterator[Row]) -> int:
+    def _read_on(self, rows: Iterator[StreamRow]) -> int:
         """Reads the stream's next row that is in some level into its buffer, and returns the level."""
         assert self.levels is not None
         while True:

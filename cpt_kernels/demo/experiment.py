@@ -29,7 +29,7 @@ _PRETRAINING = {"loss_type": "sft", "learning_rate": 2e-3, "lr_scheduler_type": 
 _SFT = {"loss_type": "sft", "learning_rate": 5e-4, "lr_scheduler_type": "linear"}
 _STRONG, _MEDIUM, _ = TEACHERS
 
-Row = dict[str, Any]
+DemoRow = dict[str, Any]
 # Called with the title of a stage and the number of sequences that it has processed since the last call.
 Progress = Callable[[str, int], object]
 
@@ -145,14 +145,14 @@ class Experiment:
     def _respond(self, teacher: Teacher) -> list[str]:
         return [teacher.respond(exercise, self.rng) for exercise in self.exercises["held out"]]
 
-    def _ask_teachers(self) -> list[Row]:
+    def _ask_teachers(self) -> list[DemoRow]:
         """Returns every teacher's response to every prompt of the arms, as rows that ``cpt pairs`` reads."""
         exercises = self.exercises["arms"]
         prompts = [exercise.prompt for exercise in exercises]
         answered = (_as_responses(prompts, t, [t.respond(e, self.rng) for e in exercises]) for t in TEACHERS)
         return [row for rows in answered for row in rows]
 
-    def _write(self, name: str, rows: Iterable[Row]) -> None:
+    def _write(self, name: str, rows: Iterable[DemoRow]) -> None:
         (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     # --- Training ---
@@ -173,7 +173,7 @@ class Experiment:
         options = {**options, "max_steps": steps, "per_device_train_batch_size": BATCH}
         self._train(model, stage, stage, rows, BATCH, options)
 
-    def _run_arm(self, name: str, rows: Sequence[Row]) -> Result:
+    def _run_arm(self, name: str, rows: Sequence[DemoRow]) -> Result:
         arm = ARMS[name]
         model = LlamaForCausalLM.from_pretrained(self.folder / "sft")
         options = {
@@ -190,7 +190,7 @@ class Experiment:
         model: LlamaForCausalLM,
         name: str,
         title: str,
-        rows: Sequence[Row],
+        rows: Sequence[DemoRow],
         sequences: int,
         options: Mapping[str, Any],
     ) -> Trained:
@@ -224,7 +224,7 @@ class Experiment:
         wins = [prefer(prompt, text, other) for prompt, text, other in zip(self.prompts, texts, self.baseline)]
         return JudgedResponses(texts, verdicts, np.array(wins))
 
-    def _response_rows(self, results: Mapping[str, Result]) -> Iterable[Row]:
+    def _response_rows(self, results: Mapping[str, Result]) -> Iterable[DemoRow]:
         """Yields a row for every response of the start model and the arms, with its verdict."""
         for name, result in results.items():
             for decoding, judged in result.responses.items():
@@ -238,23 +238,23 @@ def _need_targets(arms: Iterable[str]) -> bool:
     return any("target_column" in ARMS[name].options for name in arms)
 
 
-def _as_responses(prompts: Iterable[str], teacher: Teacher, responses: Iterable[str]) -> list[Row]:
+def _as_responses(prompts: Iterable[str], teacher: Teacher, responses: Iterable[str]) -> list[DemoRow]:
     return [{"prompt": p, "model": teacher.name, "response": response} for p, response in zip(prompts, responses)]
 
 
-def make_pairs(responses: Sequence[Row]) -> list[Row]:
+def make_pairs(responses: Sequence[DemoRow]) -> list[DemoRow]:
     """Returns preference pairs by the teachers' order of strength alone, without a judge or a filter."""
     columns = [[row[name] for row in responses] for name in ("prompt", "model", "response")]
     order = " > ".join(teacher.name for teacher in TEACHERS)
     return list(build_pairs(*columns, order, which=f"{EASY}, {HARD}").rows(*columns))
 
 
-def pair_kind(pair: Row) -> str:
+def pair_kind(pair: DemoRow) -> str:
     """Returns ``EASY`` or ``HARD``."""
     return f"{pair['chosen_model']}>{pair['rejected_model']}"
 
 
-def count_pairs(pairs: Sequence[Row]) -> dict[str, dict[str, float]]:
+def count_pairs(pairs: Sequence[DemoRow]) -> dict[str, dict[str, float]]:
     """Returns the number of pairs of each kind, and how often the judge agrees with them; used by the report only."""
     counts = {}
     for name in (EASY, HARD):

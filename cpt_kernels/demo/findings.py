@@ -52,7 +52,7 @@ class Comparison(NamedTuple):
     by_seed: list[float]  # mean differences of the sampled responses
 
     @property
-    def verdict(self) -> str:
+    def conclusion(self) -> str:
         """Whether the interval of the sampled responses agrees with the paper."""
         _, low, high = self.differences["sampled"]
         if low > 0:
@@ -75,7 +75,7 @@ class Findings:
             if len(comparison.by_seed) > 1:
                 sampled += f", by seed {', '.join(f'{100 * value:+.1f}' for value in comparison.by_seed)}"
             arms = f"{comparison.first} against {comparison.second}"
-            found.append(f"{arms}: {sampled}; greedily {greedy}: {comparison.verdict}.")
+            found.append(f"{arms}: {sampled}; greedily {greedy}: {comparison.conclusion}.")
         # DPO and SFT saw the same responses of the strong teacher: compare both with the teacher itself.
         compared = [self.summaries[name] for name in ("sft", "dpo-easy") if name in self.summaries]
         for summary in compared:
@@ -95,7 +95,7 @@ class Findings:
                 name: summary._asdict() | {"rates": {key: rate._asdict() for key, rate in summary.rates.items()}}
                 for name, summary in self.summaries.items()
             },
-            "comparisons": [each._asdict() | {"verdict": each.verdict} for each in self.comparisons],
+            "comparisons": [each._asdict() | {"conclusion": each.conclusion} for each in self.comparisons],
         }
 
 

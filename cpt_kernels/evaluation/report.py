@@ -13,7 +13,7 @@ from rich.table import Table
 from .judge import NO_VERDICT
 from .pair_metrics import ALL
 
-Row = dict[str, Any]
+SummaryRow = dict[str, Any]
 
 _FORMATS = ("png", "svg")
 # Metric of a pair -> (title, factor, format).
@@ -31,7 +31,7 @@ _METRICS = {
 # --- Held-out pairs ---
 
 
-def pair_tables(summary: Sequence[Row], confidence: float) -> list[Table]:
+def pair_tables(summary: Sequence[SummaryRow], confidence: float) -> list[Table]:
     """Returns a table of every metric over all pairs with a column for each model, and a table for each grouping."""
     whole = [row for row in summary if row["by"] == ALL]
     table = _table(f"{whole[0]['pairs']:,} pairs of {whole[0]['prompts']:,} prompts, mean [{confidence:.0%} interval]")
@@ -46,13 +46,13 @@ def pair_tables(summary: Sequence[Row], confidence: float) -> list[Table]:
     return [table, *(_group_table(by, rows) for by, rows in _by_grouping(grouped).items())]
 
 
-def own_references(summary: Sequence[Row]) -> list[str]:
+def own_references(summary: Sequence[SummaryRow]) -> list[str]:
     """Returns the models that equal the reference: all their rewards are 0, so the groups leave them out."""
     whole = [row for row in summary if row["by"] == ALL]
     return [row["model"] for row in whole if not any(row["rewards/margins"].values())]
 
 
-def _group_table(by: str, rows: Sequence[Row]) -> Table:
+def _group_table(by: str, rows: Sequence[SummaryRow]) -> Table:
     table = _table(f"By {escape(by)}")
     several = len({row["model"] for row in rows}) > 1
     for heading in (escape(by), "model"):
@@ -75,7 +75,7 @@ def _group_table(by: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def difference_lines(differences: Iterable[Row], metrics: dict[str, tuple[str, float, str]]) -> list[str]:
+def difference_lines(differences: Iterable[SummaryRow], metrics: dict[str, tuple[str, float, str]]) -> list[str]:
     """Returns a line for each model that is compared with the first.
 
     Args:
@@ -90,7 +90,7 @@ def difference_lines(differences: Iterable[Row], metrics: dict[str, tuple[str, f
     return lines
 
 
-def draw_pairs(summary: Sequence[Row], folder: Path, title: str) -> list[Path]:
+def draw_pairs(summary: Sequence[SummaryRow], folder: Path, title: str) -> list[Path]:
     """Draws accuracy and margin with their intervals, a row of panels for each grouping, and returns the files."""
     tied = set(own_references(summary))
     groupings = _by_grouping([row for row in summary if row["model"] not in tied] or summary)
@@ -123,7 +123,7 @@ def draw_pairs(summary: Sequence[Row], folder: Path, title: str) -> list[Path]:
 # --- Judged outputs ---
 
 
-def win_rate_table(summaries: Sequence[Row], confidence: float) -> Table:
+def win_rate_table(summaries: Sequence[SummaryRow], confidence: float) -> Table:
     """Returns a table with a line for each model."""
     table = _table(f"Against {escape(summaries[0]['baseline'])}, mean [{confidence:.0%} interval]")
     table.add_column("model", overflow="fold")
@@ -145,7 +145,7 @@ def win_rate_table(summaries: Sequence[Row], confidence: float) -> Table:
     return table
 
 
-def win_rate_notes(summary: Row) -> list[str]:
+def win_rate_notes(summary: SummaryRow) -> list[str]:
     """Returns notes on a model's line in the table: outputs that were not compared, and the bias of the judge."""
     model, notes = summary["model"], []
     unmatched = (("without_baseline", summary["baseline"]), ("without_output", model))
@@ -177,7 +177,7 @@ def win_rate_notes(summary: Row) -> list[str]:
     return notes
 
 
-def draw_judged(summaries: Sequence[Row], folder: Path) -> list[Path]:
+def draw_judged(summaries: Sequence[SummaryRow], folder: Path) -> list[Path]:
     """Draws both win rates of every model with their intervals, and returns the files."""
     figure = _figure(8, 1.4 + 0.5 * len(summaries))
     axis = figure.subplots()
@@ -199,7 +199,7 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def _by_grouping(summary: Sequence[Row]) -> dict[str, list[Row]]:
+def _by_grouping(summary: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
     return {by: [row for row in summary if row["by"] == by] for by in dict.fromkeys(row["by"] for row in summary)}
 
 
@@ -215,7 +215,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _draw_points(
-    axis: Any, estimates: Sequence[Row], places: Sequence[int], factor: float, number: int, of: int, label: str
+    axis: Any, estimates: Sequence[SummaryRow], places: Sequence[int], factor: float, number: int, of: int, label: str
 ) -> None:
     # The series of one value are spread over 0.6 of the distance between two values.
     heights = [place + 0.6 * (number - (of - 1) / 2) / of for place in places]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.formats import without_nulls
 from ..errors import UserError
-from .prompts import Answer, Failure, Record, Request, Sampling
+from .prompts import Answer, Failure, RecordAnswers, Request, Sampling
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -87,7 +87,7 @@ class Endpoint:
         self._failed_in_a_row = 0
         self._has_answered = False
 
-    def answer(self, requests: Sequence[Request], record: Record, answered: Container[int] = ()) -> None:
+    def answer(self, requests: Sequence[Request], record: RecordAnswers, answered: Container[int] = ()) -> None:
         """Sends the requests whose positions are not in ``answered``, and records each result as soon as it arrives.
 
         Raises:
@@ -96,7 +96,7 @@ class Endpoint:
         """
         asyncio.run(self._answer(requests, record, answered))
 
-    async def _answer(self, requests: Sequence[Request], record: Record, answered: Container[int]) -> None:
+    async def _answer(self, requests: Sequence[Request], record: RecordAnswers, answered: Container[int]) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         pending = (index for index in range(len(requests)) if index not in answered)
@@ -116,7 +116,7 @@ class Endpoint:
 
     # Each worker takes the next pending request, so at most `concurrency` requests are in flight.
     async def _work(
-        self, client: AsyncOpenAI, requests: Sequence[Request], pending: Iterator[int], record: Record
+        self, client: AsyncOpenAI, requests: Sequence[Request], pending: Iterator[int], record: RecordAnswers
     ) -> None:
         for index in pending:
             record([(index, await self._ask(client, requests[index]))])

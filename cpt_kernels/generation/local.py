@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ..errors import UserError
-from .prompts import Answer, Failure, Prompt, Record, Request, Sampling, Text
+from .prompts import Answer, Failure, Prompt, RecordAnswers, Request, Sampling, Text
 
 
 def generate_local(
@@ -100,7 +100,7 @@ def _encode_all(
     requests: Sequence[Request],
     sampling: Sampling,
     context: int | None,
-    record: Record,
+    record: RecordAnswers,
     answered: Container[int],
 ) -> dict[int, list[int]]:
     """Encodes the prompt of every request, answered or not, and records a failure for each one that cannot be answered.
@@ -170,7 +170,7 @@ class LocalModel:
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *self.ends, 0)
         self.pad = next(pad for pad in pads if pad is not None)
 
-    def answer(self, requests: Sequence[Request], record: Record, answered: Container[int] = ()) -> None:
+    def answer(self, requests: Sequence[Request], record: RecordAnswers, answered: Container[int] = ()) -> None:
         """Answers the requests whose positions are not in ``answered``, longest prompts first.
 
         Raises:

@@ -120,7 +120,7 @@ class Failure(NamedTuple):
 
 
 # A function that is called with the results of finished requests: (position in the list of requests, result).
-Record = Callable[[Sequence[tuple[int, Answer | Failure]]], None]
+RecordAnswers = Callable[[Sequence[tuple[int, Answer | Failure]]], None]
 
 
 # --- Prompts of a dataset ---

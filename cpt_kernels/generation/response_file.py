@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _START = b'{"prompt": '  # the first bytes of every line that this module writes
 _SYNC_EVERY = 1.0  # seconds between fsyncs: a power cut loses at most these; a killed process loses no added row
 
-Row = dict[str, Any]
+ResponseRow = dict[str, Any]
 
 
 class ResponseFile:
@@ -111,7 +111,7 @@ class ResponseFile:
             raise UserError(f"{self.path} cannot be written to ({error.strerror})") from error
         self.answered.update((request.prompt.key, request.sample) for request, _ in answers)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ResponseRow]:
         """Yields the rows of this model in the order of the file."""
         for _, _, row in self._lines():
             if row is not None and row["model"] == self.model:
@@ -152,7 +152,7 @@ class ResponseFile:
         if not is_whole:  # the last row is complete, but its newline is missing
             self._file.write(b"\n")
 
-    def _lines(self) -> Iterator[tuple[int, bytes, Row | None]]:
+    def _lines(self) -> Iterator[tuple[int, bytes, ResponseRow | None]]:
         """Yields the start, the bytes and the row of every non-empty line. The row of a torn last line is None."""
         with self.path.open("rb") as file:
             end = 0
@@ -168,7 +168,7 @@ class ResponseFile:
                     )
                 yield start, line, row
 
-    def _check_settings(self, row: Row) -> None:
+    def _check_settings(self, row: ResponseRow) -> None:
         theirs = row.get("settings") or {}
         changed = {name for name, value in self.settings.items() if name in theirs and theirs[name] != value}
         if changed:
@@ -179,12 +179,12 @@ class ResponseFile:
             )
 
 
-def prompt_of(row: Row) -> Prompt:
+def prompt_of(row: ResponseRow) -> Prompt:
     """Returns the prompt that a row answers."""
     return Prompt(row["prompt"], row.get("tools"), row.get("chat_template_kwargs") or {})
 
 
-def _parse_row(line: bytes) -> Row | None:
+def _parse_row(line: bytes) -> ResponseRow | None:
     """Returns the row of a line, or None if the line is not a response."""
     try:
         row = json.loads(line)

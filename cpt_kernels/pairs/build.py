@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from .order import Which, parse_order, parse_which
 
-Values = Sequence[Hashable] | NDArray  # texts, or an array of their digests
+TextsOrDigests = Sequence[Hashable] | NDArray
 
 
 class DropReason(IntEnum):
@@ -74,19 +74,6 @@ class PairTable:
                 "gap": gap,
             }
 
-    def grouped_rows(self, prompts: Sequence, models: Sequence[str], responses: Sequence) -> Iterator[dict[str, Any]]:
-        """Yields a ranked dataset: `prompt, completions, scores, models, pairs` of each prompt."""
-        groups = self.group()
-        for g in range(len(groups)):
-            members = groups.members[groups.cu_members[g] : groups.cu_members[g + 1]].tolist()
-            yield {
-                "prompt": prompts[members[0]],
-                "completions": [responses[i] for i in members],
-                "scores": self.strength[members].tolist(),
-                "models": [models[i] for i in members],
-                "pairs": groups.edges[groups.cu_edges[g] : groups.cu_edges[g + 1]].tolist(),
-            }
-
     def count_echoes(self) -> tuple[int, int]:
         """Counts pairs that repeat an earlier pair's texts, and pairs whose two texts are also paired the other way.
 
@@ -129,9 +116,9 @@ class Groups:
 
 
 def build_pairs(
-    prompts: Values,  # (n,)
+    prompts: TextsOrDigests,  # (n,)
     models: Sequence[str] | NDArray[np.object_],  # (n,)
-    responses: Values,  # (n,)
+    responses: TextsOrDigests,  # (n,)
     strength: str | Mapping[str, float] | Sequence[float | None] | NDArray,
     which: Which | str = "all",
     *,
@@ -294,7 +281,7 @@ def held_out(keys: Iterable[bytes] | NDArray[np.bytes_], share: float) -> NDArra
 # --- Codes and drops ---
 
 
-def factorize(values: Values) -> NDArray[np.int64]:
+def factorize(values: TextsOrDigests) -> NDArray[np.int64]:
     """Returns (n,) integer codes, equal for equal values and in order of first appearance."""
     if isinstance(values, np.ndarray) and values.dtype != object:
         _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
@@ -323,7 +310,7 @@ def _drop_repeats(drops: NDArray[np.int8], columns: list[NDArray[np.int64]], rea
     drops[rows[order[1:][same]]] = reason
 
 
-def _find_empty(prompts: Values, responses: Values) -> NDArray[np.int8]:
+def _find_empty(prompts: TextsOrDigests, responses: TextsOrDigests) -> NDArray[np.int8]:
     drops = np.zeros(len(prompts), np.int8)
     for values, reason in ((prompts, DropReason.EMPTY_PROMPT), (responses, DropReason.EMPTY_RESPONSE)):
         blank = (value is None or (isinstance(value, str) and not value.strip()) for value in values)
@@ -346,7 +333,7 @@ def _read_ratings(ratings: Sequence[float | None] | NDArray, n: int) -> NDArray[
 # --- Checks and messages ---
 
 
-def _count_rows(prompts: Values, models: Values, responses: Values) -> int:
+def _count_rows(prompts: TextsOrDigests, models: TextsOrDigests, responses: TextsOrDigests) -> int:
     n = len(prompts)
     if not len(models) == len(responses) == n:
         raise UserError(

@@ -42,7 +42,7 @@ _PENDING_BYTES = 1 << 25  # a shard is written when this much is unwritten
 _SMALL = 1 << 26  # `merge` merges shards of fewer bytes
 _LARGEST = 1 << 28  # `merge` makes shards of at most this many bytes
 
-Values = memoryview | NDArray[np.float32]  # the log-probs of a row, read-only
+StoredLogps = memoryview | NDArray[np.float32]  # the log-probs of a row, read-only
 
 
 def default_cache_dir() -> Path:
@@ -367,9 +367,9 @@ class ReferenceCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[Values | None]:
+    def _find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[StoredLogps | None]:
         """Returns the read-only log-probs of every key, None if not stored."""
-        pieces: list[Values | None] = [None] * len(keys)
+        pieces: list[StoredLogps | None] = [None] * len(keys)
         if not keys:
             return pieces
         for rows in filter(len, self._unwritten()):

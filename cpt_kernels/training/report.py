@@ -15,7 +15,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-Record = dict[str, Any]  # one log: "step" and metrics by name; names of evaluations start with "eval_"
+LogRecord = dict[str, Any]  # one log: "step" and metrics by name; names of evaluations start with "eval_"
 
 # Panel title -> metrics drawn in it. Token accuracy is drawn only for data without pairs, which has no reward accuracy.
 _PANELS = {
@@ -53,7 +53,7 @@ class RunReport(TrainerCallback):
 
     def __init__(self, folder: str | Path, title: str = "") -> None:
         self.folder, self.title = Path(folder), title
-        self.records: list[Record] = []
+        self.records: list[LogRecord] = []
         self.files: list[Path] = []
         self._first = 0  # index in records of the first log of this call of train()
         self.tokens_before = 0
@@ -137,22 +137,22 @@ class ProgressLines(ProgressCallback):
             self.training_bar.write(f"{kind:>10}  {'  '.join(parts)}")
 
 
-def _order(record: Record) -> Record:
+def _order(record: LogRecord) -> LogRecord:
     return {"step": record["step"], **{key: value for key, value in record.items() if key != "step"}}
 
 
-def _line(record: Record) -> str:
+def _line(record: LogRecord) -> str:
     """Returns a record as a line of JSON; NaN and infinity, which JSON lacks, become null."""
     broken = {key: None for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(record | broken) + "\n"
 
 
-def train_records(records: Iterable[Record]) -> list[Record]:
+def train_records(records: Iterable[LogRecord]) -> list[LogRecord]:
     """Returns the logs of training steps."""
     return [record for record in records if "loss" in record]
 
 
-def eval_records(records: Iterable[Record]) -> list[Record]:
+def eval_records(records: Iterable[LogRecord]) -> list[LogRecord]:
     """Returns the logs of evaluations, metric names without the prefix ``eval_``."""
     return [
         {key.removeprefix("eval_"): value for key, value in record.items()}
@@ -161,7 +161,7 @@ def eval_records(records: Iterable[Record]) -> list[Record]:
     ]
 
 
-def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") -> list[Path]:
+def draw_curves(records: Sequence[LogRecord], folder: str | Path, title: str = "") -> list[Path]:
     """Draws loss, rewards, margins and accuracy over steps, evaluations as marked points.
 
     Returns:
@@ -203,13 +203,13 @@ def draw_curves(records: Sequence[Record], folder: str | Path, title: str = "") 
     return files
 
 
-def _curve(records: Iterable[Record], metric: str) -> tuple[list[int], list[float]]:
+def _curve(records: Iterable[LogRecord], metric: str) -> tuple[list[int], list[float]]:
     """Returns steps and values of a metric, from the records that have it."""
     points = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def metrics_table(records: Sequence[Record], title: str = "") -> Table:
+def metrics_table(records: Sequence[LogRecord], title: str = "") -> Table:
     """Returns a table of the first and the last value of every metric, in training and on held-out data."""
     train, held_out = train_records(records), eval_records(records)
     table = Table(title=title, title_justify="left")

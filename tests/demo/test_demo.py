@@ -207,16 +207,16 @@ def seed_result(**rates: float) -> SeedResult:
 
 
 @pytest.mark.parametrize(
-    ("sft", "dpo", "verdict"),
+    ("sft", "dpo", "conclusion"),
     [(0.5, 0.7, "as expected"), (0.7, 0.5, "against expectation"), (0.6, 0.6, "no difference")],
 )
-def test_the_verdict_follows_from_the_numbers(sft, dpo, verdict):
+def test_the_conclusion_follows_from_the_numbers(sft, dpo, conclusion):
     findings = find([seed_result(sft=sft, dpo_easy=dpo)])
     (found,) = findings.comparisons
     mean, low, high = found.differences["sampled"]
-    assert low <= mean <= high and abs(mean - (dpo - sft)) < 0.1 and verdict in found.verdict
+    assert low <= mean <= high and abs(mean - (dpo - sft)) < 0.1 and conclusion in found.conclusion
     first = findings.sentences()[0]
-    assert first.startswith("DPO easy against SFT continued") and verdict in first and f"{100 * mean:+.1f}" in first
+    assert first.startswith("DPO easy against SFT continued") and conclusion in first and f"{100 * mean:+.1f}" in first
 
 
 def test_results_of_several_seeds_are_pooled():

@@ -84,3 +84,17 @@ def real_pairs(better="gpt4", worse="text_davinci_003"):
 def nasty_pairs():
     rows = [item["row"] for item in real_rows("nasty.jsonl")]
     return [pair(r["prompt"], r.get("chosen", r.get("response", "yes")), r.get("rejected", "no")) for r in rows]
+
+
+def grouped_rows(pairs, prompts, models, responses):
+    """Yields the ranked rows that hold the pairs of a ``PairTable``: `prompt, completions, scores, models, pairs`."""
+    groups = pairs.group()
+    for g in range(len(groups)):
+        members = groups.members[groups.cu_members[g] : groups.cu_members[g + 1]].tolist()
+        yield {
+            "prompt": prompts[members[0]],
+            "completions": [responses[i] for i in members],
+            "scores": pairs.strength[members].tolist(),
+            "models": [models[i] for i in members],
+            "pairs": groups.edges[groups.cu_edges[g] : groups.cu_edges[g + 1]].tolist(),
+        }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cpt_kernels.pairs.build import DropReason, Which, build_pairs, factorize, held_out, prompt_key
-from tests.helpers.rows import real_rows
+from tests.helpers.rows import grouped_rows, real_rows
 
 MODELS = ["a", "b", "c", "d"]
 ORDER = "a > b = c > d"
@@ -145,7 +145,7 @@ def test_groups_hold_each_response_once():
     flat = Counter((row["prompt"], row["chosen"], row["rejected"]) for row in pairs.rows(prompts, models, responses))
     grouped = Counter()
     responses_used = 0
-    for row in pairs.grouped_rows(prompts, models, responses):
+    for row in grouped_rows(pairs, prompts, models, responses):
         assert row["scores"] == sorted(row["scores"], reverse=True)
         assert len(row["completions"]) == len(row["models"]) == len(row["scores"])
         assert {i for pair in row["pairs"] for i in pair} == set(range(len(row["completions"])))

@@ -20,7 +20,7 @@ from cpt_kernels.pairs.files import (
     write_batches,
 )
 from tests.helpers.command import write_rows
-from tests.helpers.rows import assistant, user
+from tests.helpers.rows import assistant, grouped_rows, user
 
 
 def load(tmp_path, rows, **options):
@@ -57,7 +57,7 @@ def test_batches_hold_what_the_pure_functions_give(tmp_path, monkeypatch, batch,
     flat = [row for table in pair_batches(responses, pairs, part, chat) for row in table.to_pylist()]
     assert flat == [row for row, kept in zip(pairs.rows(*columns), part) if kept]
     grouped = [row for table in group_batches(responses, pairs, part, chat) for row in table.to_pylist()]
-    assert grouped == list(pairs.grouped_rows(*columns))[:20]
+    assert grouped == list(grouped_rows(pairs, *columns))[:20]
 
 
 def test_the_source_of_a_response(tmp_path):
