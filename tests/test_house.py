@@ -177,7 +177,7 @@ def test_files_have_at_most_600_lines(folder):
 
 # Functions, classes and type aliases that several files define on purpose: every command's entry point; and the same
 # pair of (prompt ids, completion ids) in data/collate.py and model/proof.py.
-DEFINED_TWICE = {"main", "Tokens"}
+DEFINED_TWICE = {"main"}
 # Signatures that somebody else dictates, by file and name: TRL's for the trainer's constructor, PyTorch's for
 # registered backwards. `Function.is_dictated` adds the methods of autograd functions.
 DICTATED = {

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.collate import Tokens
 from ..errors import UserError
 
-Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, completion
 OwnForward = Callable[[Tensor], Tensor]  # token ids (B, L) -> logits (B, L, V)
 
 _SIGNAL = 8  # a wrong layout must move a log-prob by so many bounds to be told from rounding
