@@ -48,8 +48,9 @@ def main(folder: Path, name: str, rows: int, options: dict) -> None:
     if rank == 0:
         logged = {"losses": losses(trainer), "metrics": metrics, "history": trainer.state.log_history}
         (folder / f"{name}.json").write_text(json.dumps(logged))
-    trainer.accelerator.end_training()  # ends the process group: gloo's threads may abort a process that just exits
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))
+    os._exit(0)  # at the normal exit, gloo's threads sometimes abort or block the process
