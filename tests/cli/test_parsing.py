@@ -40,7 +40,7 @@ def test_flags_override_the_file(tmp_path):
         ("columns", "{question: prompt, chosen: chosen}", ["question=prompt", "chosen=chosen"]),
         ("curriculum", "{schedule: linear, levels: [a>b, a>c]}", {"schedule": "linear", "levels": ["a>b", "a>c"]}),
         ("resume_from_checkpoint", "true", "true"),
-        ("lr_scheduler_kwargs", "{min_lr: 1e-5, eta: +2E3, name: e5}", {"min_lr": 1e-5, "eta": 2e3, "name": "e5"}),
+        ("model_init_kwargs", "{min_lr: 1e-5, eta: +2E3, name: e5}", {"min_lr": 1e-5, "eta": 2e3, "name": "e5"}),
         ("lr_scheduler_type", "cosine", "cosine"),
         ("run_name", "2024", "2024"),
     ],

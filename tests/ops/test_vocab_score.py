@@ -351,10 +351,10 @@ def test_backends_that_are_missing_say_how_to_get_them(monkeypatch):
     tile, targets = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cpt_kernels._C", None)
-        backends.load_extension.cache_clear()
+        backends.has_extension.cache_clear()
         with pytest.raises(RuntimeError, match="CPT_BUILD_CUDA=1 pip install"):
             vocab_score(tile, targets, backend="cuda")
-        backends.load_extension.cache_clear()
+    backends.has_extension.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "triton", None)
         with pytest.raises(RuntimeError, match="pip install triton"):
