@@ -97,6 +97,14 @@ class PackedModel:
         self.options = _head_options(base, self.head_memory_mb)
         if _is_sharded(base):
             # Nothing can be run here, because the weights exist only during the wrapped model's forward.
+            self.padded = self.packing == "false"
+            if self.padded:
+                return
+            if (kinds := unpackable_layers(base)) or not base._can_set_attn_implementation():
+                raise UserError(
+                    f"{type(base).__name__} cannot run packed rows ({', '.join(sorted(kinds)) or 'its attention'}):"
+                    " set packing=false to run each completion in a padded row"
+                )
             base.set_attn_implementation(attention_over(base.config._attn_implementation))
             return
         with undisturbed(self.model), in_training_mode(self.quantized):

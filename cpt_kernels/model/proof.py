@@ -92,7 +92,7 @@ class Truth:
 
 @torch.no_grad()
 def find_truth(own: OwnForward, probe: Probe) -> Truth:
-    """Runs the model's own forward on the probe: each sequence alone, all as a padded batch, and in a wrong layout."""
+    """Runs the model's own forward on the probe: each sequence alone, twice in a batch, and in a wrong layout."""
 
     def row(tokens: Sequence[int]) -> Tensor:
         return own(torch.tensor([tokens], device=device))[0]

@@ -12,6 +12,7 @@ from cpt_kernels.errors import UserError
 from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.model.proof import Probe, find_truth, magnified
 from tests.helpers.architectures import VOCAB, tiny_model
+from tests.helpers.tiny_configs import tiny_causal_lm
 from tests.helpers.toy import losses, make_trainer
 
 SEQUENCES = [((5, 6, 7, 8), (9, 10, 11)), ((5, 6, 7, 8), (12, 13)), ((14, 15), (16, 17, 18, 19))]
@@ -134,3 +135,12 @@ def test_nearly_uniform_models_are_magnified_until_a_wrong_layout_would_show():
     assert not PackedModel(model).padded
     with pytest.raises(UserError, match="in a packed row"):
         PackedModel(faint(build(OwnAttention)), packing="true")
+
+
+def test_a_sharded_model_is_refused_by_its_kinds_of_layers(monkeypatch):
+    """Its weights are not whole, so that nothing can be run: a state would leak between packed completions."""
+    monkeypatch.setattr("cpt_kernels.model.packed_model._is_sharded", lambda model: True)
+    with pytest.raises(UserError, match=r"stateful layers.*set packing=false"):
+        PackedModel(tiny_causal_lm("mamba"))
+    assert PackedModel(tiny_causal_lm("mamba"), packing="false").padded
+    assert not PackedModel(tiny_model("llama")).padded
