@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cpt_kernels.data.batches import _AHEAD, BatchSampler, pack_in_order, pack_rows, split_to
+from cpt_kernels.data.batches import _AHEAD, BatchSampler, pack_in_order, pack_padded, pack_rows, split_to
 from cpt_kernels.data.curriculum import Curriculum, Draws
 
 BUDGET = 4096
@@ -157,3 +157,13 @@ def test_steps_have_the_same_rows_on_any_number_of_ranks(case):
     alone = steps(1)
     assert steps(2) == alone and steps(4) == alone and len(alone[0]) > 5
     assert alone[0] != alone[1]
+
+
+def test_padded_micro_batches_hold_every_row_once_within_the_budget():
+    random = np.random.default_rng(0)
+    longest, sequences = random.integers(1, 50, 200), random.integers(1, 5, 200)
+    batches = pack_padded(np.arange(200), longest, sequences, 256, multiple=3, random=random)
+    assert sorted(row for batch in batches for row in batch) == list(range(200)) and len(batches) % 3 == 0
+    assert all(sequences[batch].sum() * longest[batch].max() <= 256 for batch in batches if batch)
+    padded = sum(sequences[batch].sum() * longest[batch].max() for batch in batches if batch)
+    assert (longest * sequences).sum() > 0.9 * padded  # rows of similar length share a micro-batch
