@@ -123,6 +123,7 @@ def triton_cases(torch, quick: bool):
     """Yields (description, launching function) for every case to compile."""
     from cpt_kernels.losses import build_loss
     from cpt_kernels.ops.head.tiles import row_stride
+    from cpt_kernels.ops.head.units_triton import rescale_triton
     from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossInput, kernel_loss
     from cpt_kernels.ops.pair_loss.triton import pair_loss_triton
     from cpt_kernels.ops.vocab_score import TileOptions
@@ -157,6 +158,8 @@ def triton_cases(torch, quick: bool):
     for loss in ("sigmoid",) if quick else KERNEL_LOSSES:
         yield f"{loss}, one launch", pair_loss(loss, 8)
         yield f"{loss}, two launches", pair_loss(loss, 4096)
+
+    yield "fp16 sums of gradients", lambda: rescale_triton(torch.empty(4096), torch.empty(()))
 
 
 def cuda_usages(quick: bool) -> Iterator[Usage]:

@@ -395,7 +395,8 @@ def logits_logps(logits: Tensor, targets: Tensor, statistics: bool) -> VocabScor
     if not statistics:
         return VocabScore(logps, lse)
     with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)
+        # A logit of -inf has p = 0 and adds nothing, but 0 * -inf would be NaN.
+        entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(z.dtype).min)).sum(-1)
         correct = z.gather(-1, targets[:, None])[:, 0] >= z.amax(-1)
     return VocabScore(logps, lse, entropy, z.detach().mean(-1), correct, (2 * log_p).logsumexp(-1))
 

@@ -30,7 +30,7 @@ def check(found: dict, kernels: set[tuple[str, str]]) -> None:
 
 
 def test_triton():
-    names = ("vocab_score_kernel", "pair_loss_kernel")
+    names = ("vocab_score_kernel", "pair_loss_kernel", "rescale_kernel")
     found = report("--only", "triton")
     check(found, {(name, f"sm_{arch}") for name in names for arch in (80, 90, 100)})
     wide = [usage["wide"] for usage in found["kernels"] if "head's tile" in usage["case"]]

@@ -95,6 +95,84 @@ def test_small_weights_of_the_pairs_do_not_underflow(mode):
     check(Head(tiny, upstream=2.0**12), mode, FP16)
 
 
+def _with_margins(margins: list[float], rows: int, mode: str = FUSED, seed: int = 0, **fields) -> Head:
+    """Returns a problem whose pairs, one per block of 13 rows, have these differences of log-ratios."""
+    blocks = [([4, 9], [(0, 0, 1)])] * len(margins)
+    # The largest loss scale with which gradients stay within fp16.
+    fields = {"upstream": 2.0**16 if min(margins) >= 30 else 2.0**11, **fields}
+    head = Head(build_loss("sigmoid", beta=0.5), blocks, bias=True, seed=seed, **fields).tile(rows, 2)
+    head = in_mode(head, mode)
+    half = torch.tensor([sign * margin / 2 for margin in margins for sign in (-1, 1)])
+    head.ref_logps = head.eager(FP64, rounded=FP16)["completion_logps"].float() + half
+    return head
+
+
+# One unit for all tiles; one that grows from tile to tile; one that starts where a weight is 0; one that is too large.
+_MARGINS = {
+    "small": [30.0] * 6,
+    "growing": [34.0, 26.0, 10.0, 0.0, -10.0, -30.0],
+    "from zero": [400.0, 400.0, 30.0, 30.0, 10.0, 30.0],
+    "falling": [-10.0, 0.0, 5.0, 0.0, 10.0, 10.0],
+}
+
+
+@pytest.mark.parametrize("rows", [5, 13, 10_000], ids="tile{}".format)
+@pytest.mark.parametrize("margins", _MARGINS)
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_any_size_in_fp16(mode, margins, rows):
+    """g X is rounded to fp16 before the loss scale is known, so it is divided by a power of two."""
+    pooled: list[dict[str, list]] = [{}, {}, {}]
+    for seed in range(3):
+        head = _with_margins(_MARGINS[margins], rows, mode, seed)
+        results = head.run(FP16, general=mode == GENERAL), head.eager(FP16), head.eager(FP64, rounded=FP16)
+        for kind, result in zip(pooled, results):
+            for name in result:
+                kind.setdefault(name, []).append(result[name].flatten())
+    for name in (name for name in pooled[0] if name.startswith("grad")):
+        assert_close(*(torch.cat(kind[name]) for kind in pooled), f"{mode} {name}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU")
+@pytest.mark.parametrize("margins", ["growing", "from zero"])
+def test_units_of_the_triton_kernel_in_fp16(margins):
+    results = []
+    for backend in ("triton", "eager"):
+        head = _with_margins(_MARGINS[margins], 13, columns=61, options=HeadOptions(backend=backend))
+        results.append(head.run(FP16))
+    found, expected = results
+    for name in ("grad weight", "grad bias"):
+        largest = float(expected[name].abs().max())
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-3, atol=2e-3 * largest)
+
+
+def test_no_overflow_that_a_later_rounding_would_not_have():
+    """In fp16, S g x exceeds 65504 although the gradient, its product with a small score, does not."""
+    for rows in (13, 10_000):
+        head = _with_margins([-30.0] * 2, rows, upstream=2.0**17)
+        head.tensors["hidden"] /= 8
+        for general in (False, True):
+            found, eager = head.run(FP16, general=general), head.eager(FP16)
+            for name in ("grad weight", "grad bias"):
+                assert (found[name].isfinite() | ~eager[name].isfinite()).all(), name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("vocab_size", [290, 288, 10])
+@pytest.mark.parametrize("rows", [25, 10_000], ids="tile{}".format)
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_rows_of_the_weight_that_are_not_finite(mode, rows, vocab_size, value):
+    """They take no part in the softmax, and 0 * NaN must not enter the gradient of the hidden rows."""
+    head = in_mode(Head(bias=True, options=HeadOptions(vocab_size=vocab_size)), mode).tile(rows, 4)
+    expected = head.run(FP32, general=mode == GENERAL)
+    for name in ("weight", "bias"):
+        head.tensors[name][vocab_size:] = value
+    found = _trained(head, head.trained).run(FP32, general=mode == GENERAL)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+        if name in ("grad weight", "grad bias"):
+            assert not found[name][vocab_size:].any() and found[name][:vocab_size].any()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_columns_that_are_masked_with_minus_infinity(mode):
     head = Head(bias=True)

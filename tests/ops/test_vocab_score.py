@@ -194,6 +194,19 @@ def test_not_finite(name, softcap, dtype, monkeypatch):
     torch.testing.assert_close(tile, eager_tile, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["eager", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("offset", [3e4, -3e4, 1e6])
+def test_a_number_that_all_logits_have_in_common_costs_no_digits(name, offset, monkeypatch):
+    with implementation(name, monkeypatch) as (backend, device):
+        tile = (3 * torch.randn(9, 517, generator=torch.Generator().manual_seed(0)) + offset).to(device)
+        targets, exact_tile = torch.arange(9, device=device), tile.double()
+        found = vocab_score(tile, targets, statistics=True, score=True, backend=backend)
+    exact = vocab_score(exact_tile, targets, statistics=True, score=True, backend="eager")
+    for field in ("logps", "entropy", "log_sum_sq"):
+        torch.testing.assert_close(getattr(found, field).double(), getattr(exact, field), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(tile.double(), exact_tile, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_targets_outside_the_vocabulary(name, monkeypatch):
     """Kernels return NaN for such a row and read nothing outside the tile. The operator has no check on the host."""

@@ -52,6 +52,7 @@ _OPTIONS = (
 )
 _STATISTICS = len(VocabScore._fields)
 _OUTPUTS = 3 + _STATISTICS  # tensors of a PreferenceOutput
+_RESULTS = _OUTPUTS + 1 + len(GradientSums._fields)  # tensors of ScoredPairs without its tile
 
 
 def _tensors(number: int) -> str:
@@ -140,7 +141,7 @@ def compiled_preference(
 @torch.library.custom_op(
     "cpt_kernels::linear_preference",
     mutates_args=(),
-    schema=f"({_OPERANDS}, {_PAIR_TENSORS}, *, {_PAIR_LISTS}, {_LOSS}, {_OPTIONS}) -> {_tensors(_OUTPUTS + 4)}",
+    schema=f"({_OPERANDS}, {_PAIR_TENSORS}, *, {_PAIR_LISTS}, {_LOSS}, {_OPTIONS}) -> {_tensors(_RESULTS)}",
 )
 def _linear_preference(*tensors, wanted, loss, loss_options, loss_values, **keywords) -> tuple[Tensor, ...]:
     operands, pairs, options = _unflatten(tensors, **keywords)
@@ -179,7 +180,8 @@ def _preference_backward(ctx, grad_loss, _, grad_completion_logps, grad_logps, *
         return (None,) * ctx.inputs
     # The operator returned an empty tensor for a sum that is not wanted.
     g, *sums = ctx.saved_tensors
-    finished = GradientSums(*(tensor if wants else None for tensor, wants in zip(sums, ctx.wanted)))
+    present = (*ctx.wanted, sums[-1].dim() == 0)  # a unit that is absent is an empty vector
+    finished = GradientSums(*(tensor if is_there else None for tensor, is_there in zip(sums, present)))
     grads = finished_gradients(grad_loss, g, finished, ctx.dtypes)
     return grads.hidden, grads.weight, None, grads.bias, *(None,) * (ctx.inputs - 4)
 

@@ -22,6 +22,7 @@ from ..gather import segment_sum
 from ..pair_loss import PairLossInput, PairLossOutput
 from ..vocab_score import VocabScore, score_tile
 from .tiles import HeadOptions, Pairs, Tile, logits_tiles, pair_block_tiles, tile_buffer, tile_logits
+from .units import in_unit, new_unit, unit_for
 
 _BLOCK_ROWS = 4096
 _HALF = (torch.bfloat16, torch.float16)
@@ -85,6 +86,7 @@ class GradientSums(NamedTuple):
     score_weight: Tensor | None  # (N, H) G W, not scaled by g: small weights times half-precision rows underflow
     weight: Tensor | None  # (V, H) G^T (g X) in fp32, or fp64 for fp64
     bias: Tensor | None  # (V,) G^T g likewise
+    unit: Tensor | None  # () what weight and bias are multiples of, see ``units.py``; None: 1
 
 
 class ScoredRows(NamedTuple):
@@ -149,7 +151,8 @@ def score_rows(operands: Operands, wanted: Wanted, options: HeadOptions, keep: b
     if len(buffer) == len(x):
         logits = tile_logits(x, w, buffer)
         out = score_tile(logits, targets, options.of_tile(operands.bias, kept or wants_score_weight), backend)
-        return ScoredRows(out, torch.mm(logits, w) if wants_score_weight else None, logits if kept else None)
+        score_weight = _score_weight(logits, w[: options.vocab_size]) if wants_score_weight else None
+        return ScoredRows(out, score_weight, logits if kept else None)
     # Several tiles: each is used while it is in the buffer.
     out = VocabScore.empty(len(x), x, options.statistics)
     score_weight = torch.empty_like(x) if wanted.hidden and not wanted.head else None
@@ -157,7 +160,7 @@ def score_rows(operands: Operands, wanted: Wanted, options: HeadOptions, keep: b
     for rows, logits in logits_tiles(x, w, buffer):
         _store(out, rows, score_tile(logits, targets[rows], tile_options, backend))
         if score_weight is not None:
-            torch.mm(logits, w, out=score_weight[rows])
+            _score_weight(logits, w[: options.vocab_size], score_weight[rows])
     return ScoredRows(out, score_weight, None)
 
 
@@ -173,27 +176,34 @@ def scored_gradients(
     """Computes gradients from the vocab score of all rows; ``in_place`` as in :func:`finished_gradients`."""
     grad_weight = grad_bias = None
     if score is not None and hidden is not None:
-        if wanted.weight:
-            gx = scale(hidden.to(score.dtype), grad[:, None], score.dtype)
-            if score.dtype == dtypes.weight and (score.is_cuda or score.dtype not in _HALF):
-                grad_weight = score.t() @ gx
-            else:  # the gradient is wider than the product, or a CPU would accumulate in half precision
-                grad_weight = hidden.new_zeros(score.shape[1], hidden.shape[1], dtype=torch.float32)
-                _add_product(grad_weight, score, gx)
-                grad_weight = grad_weight.to(dtypes.weight)
+        x, g, unit = hidden.to(score.dtype), grad, None
+        narrow = score.dtype == dtypes.weight and (score.is_cuda or score.dtype not in _HALF)
+        if score.dtype == torch.float16:
+            # A product that is itself fp16 must not leave its range in the unit, so it takes none below 1.
+            unit = unit_for(x, g).clamp(min=1 if narrow else 0)
+            g = g / unit
+        if wanted.weight and narrow:
+            grad_weight = score.t() @ scale(x, g[:, None], score.dtype)
+        elif wanted.weight:  # the gradient is wider than the product, or a CPU would accumulate in half precision
+            grad_weight = hidden.new_zeros(score.shape[1], hidden.shape[1], dtype=torch.float32)
+            _add_product(grad_weight, score, scale(x, g[:, None], score.dtype))
         if wanted.bias:
-            grad_bias = (score.t() @ grad[:, None].to(score.dtype))[:, 0].to(dtypes.bias)
+            grad_bias = _bias_product(score, g, unit)
+        grad_weight, grad_bias = (
+            None if total is None else _in_dtype(total, unit, dtype)
+            for total, dtype in ((grad_weight, dtypes.weight), (grad_bias, dtypes.bias))
+        )
     grad_hidden = None if score_weight is None else scale(score_weight, grad[:, None], dtypes.hidden, in_place)
     return Gradients(grad_hidden, grad_weight, grad_bias)
 
 
 def row_gradients(grad: Tensor, operands: Operands, wanted: Wanted, options: HeadOptions) -> Gradients:
     """Computes gradients from tiles that are computed again; ``grad`` (N,) arrives at the log-probs."""
-    sums, (hidden, weight, _, bias) = _sum_gradients(grad, operands, wanted, options), operands
+    sums, dtypes = _sum_gradients(grad, operands, wanted, options), Dtypes.of(operands)
     return Gradients(
-        None if sums.score_weight is None else scale(sums.score_weight, grad[:, None], hidden.dtype),
-        None if sums.weight is None else sums.weight.to(weight.dtype),
-        None if sums.bias is None or bias is None else sums.bias.to(bias.dtype),
+        None if sums.score_weight is None else scale(sums.score_weight, grad[:, None], dtypes.hidden),
+        None if sums.weight is None else _in_dtype(sums.weight, sums.unit, dtypes.weight),
+        None if sums.bias is None else _in_dtype(sums.bias, sums.unit, dtypes.bias),
     )
 
 
@@ -204,7 +214,7 @@ def _sum_gradients(grad: Tensor, operands: Operands, wanted: Wanted, options: He
     tile_options = options.of_tile(operands.bias, score=True)
     for rows, logits in logits_tiles(x, w, tile_buffer(x, w, options)):
         score_tile(logits, operands.targets[rows], tile_options, backend)
-        _add_gradients(sums, rows, logits, x[rows], w, grad[rows])
+        _add_gradients(sums, rows, logits, x[rows], w, grad[rows], options)
     return sums
 
 
@@ -229,7 +239,8 @@ def score_pair_blocks(
         tokens = score_tile(logits, targets, scoring, backend)
         everything = Tile(slice(0, len(x)), (0, 0), (len(pairs.completion_lengths), len(pairs.chosen)))
         found = _weigh_tile(everything, tokens, pairs, loss, options.backend)
-        sums = GradientSums(torch.mm(logits, w) if wanted.hidden else None, None, None)
+        score_weight = _score_weight(logits, w[: options.vocab_size]) if wanted.hidden else None
+        sums = GradientSums(score_weight, None, None, None)
         output = PreferenceOutput(found.losses.sum(), found.losses, found.completion_logps, tokens)
         return ScoredPairs(output, found.g, sums, logits)
 
@@ -250,11 +261,11 @@ def score_pair_blocks(
         completion_logps[tile.completions], losses[tile.pairs], g[tile.rows] = found
         # Gradients. For a block larger than the buffer the logits are computed again, now that g is known.
         if whole:
-            _add_gradients(sums, rows, logits, x[rows], w, g[rows])
+            _add_gradients(sums, rows, logits, x[rows], w, g[rows], options)
             continue
         for rows, logits in logits_tiles(x, w, buffer, tile.rows):
             score_tile(logits, targets[rows], scoring, backend)
-            _add_gradients(sums, rows, logits, x[rows], w, g[rows])
+            _add_gradients(sums, rows, logits, x[rows], w, g[rows], options)
     return ScoredPairs(PreferenceOutput(losses.sum(), losses, completion_logps, tokens), g, sums, None)
 
 
@@ -266,11 +277,12 @@ def finished_gradients(
     in_place: bool = False,
 ) -> Gradients:
     """Scales finished sums by the gradient that arrives at the loss; ``in_place`` overwrites them if dtypes allow."""
-    score_weight, weight, bias = sums
+    score_weight, weight, bias, unit = sums
+    factor = grad_loss if unit is None else grad_loss * unit
     return Gradients(
         None if score_weight is None else scale(score_weight, (grad_loss * g)[:, None], dtypes.hidden, in_place),
-        None if weight is None else scale(weight, grad_loss, dtypes.weight, in_place),
-        None if bias is None or dtypes.bias is None else scale(bias, grad_loss, dtypes.bias, in_place),
+        None if weight is None else scale(weight, factor, dtypes.weight, in_place),
+        None if bias is None or dtypes.bias is None else scale(bias, factor, dtypes.bias, in_place),
     )
 
 
@@ -328,13 +340,42 @@ def _add_gradients(
     x: Tensor,  # (R, H)
     w: Tensor,  # (V, H)
     g: Tensor,  # (R,)
+    options: HeadOptions,
 ) -> None:
     if sums.score_weight is not None:
-        torch.mm(score, w, out=sums.score_weight[rows])
+        _score_weight(score, w[: options.vocab_size], sums.score_weight[rows])
+    if sums.unit is not None:
+        g = in_unit(sums.unit, (sums.weight, sums.bias), x, g, options.backend)
     if sums.weight is not None:
         _add_product(sums.weight, score, scale(x, g[:, None], x.dtype))
     if sums.bias is not None:
-        sums.bias.add_((score.t() @ g[:, None].to(score.dtype))[:, 0])
+        sums.bias.add_(_bias_product(score, g, sums.unit))
+
+
+def _score_weight(
+    score: Tensor,  # (R, V)
+    vocabulary: Tensor,  # rows of the weight that are vocabulary, not padding: (V, H) or fewer
+    out: Tensor | None = None,  # (R, H)
+) -> Tensor:
+    """Computes ``G W`` without the padding rows of W, which may hold NaN or inf: their G is 0, but 0 * NaN is NaN."""
+    known = len(vocabulary)
+    if known == score.shape[1]:
+        return torch.mm(score, vocabulary, out=out)
+    # Products are fast over a multiple of 16 columns, so the few that remain are a product of their own.
+    whole = known - known % 16
+    if whole == known:
+        return torch.mm(score[:, :whole], vocabulary, out=out)
+    rest = torch.mm(score[:, whole:known], vocabulary[whole:], out=out)
+    return rest.addmm_(score[:, :whole], vocabulary[:whole]) if whole else rest
+
+
+def _bias_product(score: Tensor, g: Tensor, unit: Tensor | None) -> Tensor:
+    """Computes ``G^T g``, (V,); in a unit as fp32, because a sum of many weights would leave the range of fp16."""
+    if unit is None:
+        return (score.t() @ g[:, None].to(score.dtype))[:, 0]
+    total = g.new_zeros(score.shape[1], 1)
+    _add_product(total, score, g[:, None].to(score.dtype))
+    return total[:, 0]
 
 
 def _add_product(
@@ -369,6 +410,12 @@ def scale(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool = False)
     return out
 
 
+def _in_dtype(total: Tensor, unit: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """Returns a gradient in the dtype of its leaf; it may overwrite ``total``."""
+    assert dtype is not None
+    return total.to(dtype) if unit is None else scale(total, unit, dtype, in_place=True)
+
+
 def _prepare(operands: Operands, options: HeadOptions) -> tuple[Tensor, Tensor, str]:
     """Returns x and w in the dtype of the products, and the backend of ``vocab_score``. Checks the targets."""
     hidden, weight, targets, _ = operands
@@ -389,6 +436,7 @@ def empty_sums(x: Tensor, operands: Operands, wanted: Wanted) -> GradientSums:
         torch.empty_like(x) if wanted.hidden else None,
         zeros(weight) if wanted.weight else None,
         zeros(bias) if wanted.bias and bias is not None else None,
+        new_unit(x) if wanted.head else None,
     )
 
 

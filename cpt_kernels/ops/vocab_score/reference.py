@@ -8,6 +8,9 @@ For a row ``x`` of a tile of logits with target ``y``:
 over the columns below ``vocab_size``. Columns from there on are padding: probability 0, no gradient. Statistics:
 entropy ``lse - sum p z``, mean logit ``mean_v z``, ``z_y == max z`` and ``log sum p^2``. The vocab score, which
 overwrites the tile, is ``d log p / d x = (onehot(y) - p) dz/dx`` with ``dz/dx = logit_scale * (1 - (z/c)^2)``.
+
+Log-probs, entropy and score are computed from ``z - max z``, so a large number that all logits of a row have in common
+costs them no digits.
 """
 
 from __future__ import annotations
@@ -113,22 +116,26 @@ def _score_block(
     target_logit = z.gather(1, target)[:, 0]
     largest, bound = z.amax(dim=-1), torch.finfo(z.dtype).max
     shift = largest.clamp(-bound, bound)
-    # e^(z - shift) may overwrite z unless z is needed below, or is the caller's tile, which only a score may change.
-    needed = softcap is not None or out.entropy is not None or (z is x and not options.score)
-    e = torch.sub(z, shift[:, None], out=None if needed else z).exp_()
+    statistics = out.entropy is not None
+    if statistics:
+        torch.mean(z, dim=-1, out=out.mean_logit)
+        torch.eq(largest, target_logit, out=out.correct)
+    # z - shift, and then its exponential, may overwrite z, unless z is needed below or is the caller's tile, which only
+    # a score may change.
+    free = z if softcap is None and (z is not x or options.score) else None
+    centred = torch.sub(z, shift[:, None], out=free)
+    e = centred.exp() if statistics else centred.exp_()
     total = e.sum(dim=-1)
     log_total = total.log()
     torch.add(shift, log_total, out=out.lse)
     torch.sub(target_logit - shift, log_total, out=out.logps)
-    if not (options.score or out.entropy is not None):
+    if not (options.score or statistics):
         return
 
     minus_p = e.div_(-total[:, None])
-    if out.entropy is not None:
-        torch.mean(z, dim=-1, out=out.mean_logit)
-        torch.eq(largest, target_logit, out=out.correct)
+    if statistics:
         # A logit of -inf has p = 0 and adds nothing, but 0 * -inf would be NaN.
-        torch.add(out.lse, torch.linalg.vecdot(minus_p, z.clamp(min=-bound)), out=out.entropy)
+        torch.add(log_total, torch.linalg.vecdot(minus_p, centred.clamp_(min=-bound)), out=out.entropy)
         torch.log(torch.linalg.vecdot(minus_p, minus_p), out=out.log_sum_sq)
 
     # The vocab score, (onehot(y) - p) dz/dx; `minus_p` is overwritten by it.

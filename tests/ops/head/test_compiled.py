@@ -71,6 +71,15 @@ def test_preference_loss(mode, loss):
     assert equal(results(compiled, head), expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_fp16_has_a_unit_of_its_sums(mode):
+    trained, general = MODES[mode]
+    head = Head(bias=True, trained=trained).tile(25, 2)
+    function = preference(head, general)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert equal(results(compiled, head, torch.float16), results(function, head, torch.float16))
+
+
 @pytest.mark.parametrize("mode", ["frozen", "fused"])
 def test_inductor(mode):
     trained, general = MODES[mode]
