@@ -123,7 +123,7 @@ def triton_cases(torch, quick: bool):
     """Yields (description, launching function) for every case to compile."""
     from cpt_kernels.losses import build_loss
     from cpt_kernels.ops.head.tiles import row_stride
-    from cpt_kernels.ops.head.units_triton import rescale_triton
+    from cpt_kernels.ops.head.units.triton import rescale_triton
     from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossInput, kernel_loss
     from cpt_kernels.ops.pair_loss.triton import pair_loss_triton
     from cpt_kernels.ops.vocab_score import TileOptions

@@ -86,7 +86,7 @@ class GradientSums(NamedTuple):
     score_weight: Tensor | None  # (N, H) G W, not scaled by g: small weights times half-precision rows underflow
     weight: Tensor | None  # (V, H) G^T (g X) in fp32, or fp64 for fp64
     bias: Tensor | None  # (V,) G^T g likewise
-    unit: Tensor | None  # () what weight and bias are multiples of, see ``units.py``; None: 1
+    unit: Tensor | None  # () what weight and bias are multiples of, see ``units``; None: 1
 
 
 class ScoredRows(NamedTuple):

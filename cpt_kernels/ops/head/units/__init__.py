@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import backends, vocab_score
-from ..backends import Backend
+from ... import backends, vocab_score
+from ...backends import Backend
 
 # A function of this table multiplies a dense fp32 tensor by a () tensor on its device, in place.
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(f"{__name__}:rescale_eager"),
-    "triton": Backend("cpt_kernels.ops.head.units_triton:rescale_triton", check=backends.check_triton),
+    "triton": Backend("cpt_kernels.ops.head.units.triton:rescale_triton", check=backends.check_triton),
 }
 
 _TARGET = 11  # log2 of the largest element of g X in a new unit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
+from ... import backends
 
 _BLOCK = 4096
 _PROGRAMS = 1024  # where the factor is 1 the time is that of their launch
