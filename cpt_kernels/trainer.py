@@ -32,6 +32,7 @@ from .model.packed_model import PackedModel, Scores, base_model
 from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
 from .reference.cache import default_cache_dir
+from .reference.fingerprint import fingerprint_without_adapters
 from .reference.moving import MovingReference
 from .reference.scorer import Reference, put_sums
 from .training.checks import (
@@ -58,8 +59,8 @@ class ContrastiveTrainer(PackedLoop):
 
     Args:
         model: a model, a PEFT model, or the name or folder of a model to load.
-        ref_model: the reference. Default: the model with adapters off if ``peft_config`` makes the adapter, else the
-            start weights.
+        ref_model: the reference. Default: the model with adapters off if ``peft_config`` makes the adapter and leaves
+            the weights below it as they are, else the start weights.
         args: the options; default ``ContrastiveConfig("<model>-CPT")``.
         data_collator: a :class:`PackedCollator`, which is the default, or a collator that pads, such as TRL's.
         train_dataset: rows of any form that ``data.preparation.prepare`` takes, stored or as a stream; a stream needs
@@ -106,19 +107,25 @@ class ContrastiveTrainer(PackedLoop):
         args = checked_config(model, args, train_dataset, eval_dataset)
         set_seed(args.seed)  # before the weights of a new adapter are drawn
 
-        # Tokenizer, policy and reference model.
+        # Loss, tokenizer, policy and reference model.
         self._tokenizer = tokenizer_of(model, args) if processing_class is None else checked_tokenizer(processing_class)
         if ref_tokenizer is not None:
             check_same_tokenizer(self._tokenizer, ref_tokenizer)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         check_reference_model(model, ref_model)
-        model = prepare_models(model, ref_model, args, peft_config)
-
-        # Loss, packed model and collator: what turns rows into a loss.
         self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
+        new_adapter = peft_config is not None and ref_model is None and self.loss.needs_reference
+        given = fingerprint_without_adapters(model) if new_adapter else None
+        model = prepare_models(model, ref_model, args, peft_config)
+        if new_adapter and fingerprint_without_adapters(model) != given:
+            # With the adapter off, the model would not be the given one.
+            log_on_main(["this adapter changes the weights below it, so the reference is the policy at its start"])
+            new_adapter = False
+
+        # Packed model and collator: what turns rows into a loss.
         self._aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
-        share = may_share_prompts(model, args)
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
+        share = may_share_prompts(self.packed, args)
         cut = (args.max_length, args.truncation_mode)
         pads = dict(pad_token_id=self._tokenizer.pad_token_id or 0, padded=self.packed.padded)
         packing = PackedCollator(*cut, share and not self.packed.padded, self.packed.share_limit, **pads)
@@ -139,7 +146,7 @@ class ContrastiveTrainer(PackedLoop):
         log_on_main([describe_backend(args.attention_backend, args.device.type)])
         self._start_metrics(args.ld_alpha if loss is None else None)
         if self.loss.needs_reference:
-            self.reference = self._make_reference(ref_model, peft_config is not None)
+            self.reference = self._make_reference(ref_model, new_adapter)
         elif ref_model is not None:
             log_on_main([f"ref_model is not used: the loss '{self.loss.name}' has no reference"])
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # Parts of PEFT's names of parameters that are initialized from the model's own values.
 _FROM_MODEL = ("lora_magnitude_vector", ".modules_to_save.", "trainable_tokens_delta")
+# Kinds of adapters that add a term to the model's own loss, and the option that is its weight.
+_OWN_LOSSES = {"ADALORA": "orth_reg_weight", "SHADOW": "auxiliary_loss_weight"}
 
 
 def tokenizer_of(model: str | nn.Module, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
@@ -127,7 +129,8 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
         raise UserError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
     # ZeRO-3 gathers parameters into buffers of one dtype, so an fp32 adapter beside bf16 weights would fail.
     cast = zero_stage(args) != 3 or _is_quantised(model)
-    with user_error("peft_config"), warnings.catch_warnings():  # such as target modules that the model does not have
+    # Such as target modules that the model does not have. PEFT refuses some kinds of layers by TypeError and others.
+    with user_error("peft_config", (Exception,)), warnings.catch_warnings():
         # PEFT 0.21 reads a name that transformers 5.24 deprecates, which is nothing that the user could change.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
@@ -150,8 +153,19 @@ def prepare_models(
 
 
 def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
-    """Prepares a PEFT model for training as TRL does: checkpointing reaches the adapter, QLoRA trains in bf16."""
+    """Prepares a PEFT model for training as TRL does: checkpointing reaches the adapter, QLoRA trains in bf16.
+
+    Raises:
+        UserError: gradient checkpointing for aLoRA.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    for kind, name in _OWN_LOSSES.items():
+        if any(config.peft_type == kind and getattr(config, name) for config in configs):
+            logger.warning("%s has no effect: %s adds its term to the loss of a model that is given labels", name, kind)
     if args.gradient_checkpointing:
+        if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
+            # PEFT leaves hooks on every layer until a backward, so an evaluation between two steps would fail.
+            raise UserError("PEFT's aLoRA does not work with gradient checkpointing: set gradient_checkpointing=false")
         if zero_stage(args) == 3:  # non-reentrant recomputation would read parameters that ZeRO-3 has freed
             args.gradient_checkpointing_kwargs = (args.gradient_checkpointing_kwargs or {}) | {"use_reentrant": True}
         model.enable_input_require_grads()
@@ -180,16 +194,26 @@ def _is_quantised(model: nn.Module) -> bool:
 
 
 def dropout(model: nn.Module) -> float:
-    """Returns the largest dropout probability in a model, of its modules and its attention."""
-    modules = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    attention = [p for module in model.modules() if isinstance(p := getattr(module, "attention_dropout", 0.0), float)]
-    return max([*modules, *attention], default=0.0)
+    """Returns the largest dropout probability in a model."""
+    return max((values[name] for module in model.modules() for values, name in _dropouts(module)), default=0.0)
 
 
 def disable_dropout(*models: nn.Module | None) -> None:
-    """Sets every dropout probability to 0: of dropout modules, and of attention modules that store a number."""
+    """Sets every dropout probability to 0."""
     for module in itertools.chain.from_iterable(model.modules() for model in models if model is not None):
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for values, name in _dropouts(module):
+            values[name] = 0.0
+
+
+def _dropouts(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields (dictionary, key) of every dropout probability that a module stores.
+
+    Dropout modules store it as ``p``, attention modules and decoder layers under names such as ``attention_dropout`` or
+    ``layerdrop``, and adapters of PEFT in a dictionary by adapter, such as ``rank_dropout``.
+    """
+    is_dropout = "Dropout" in type(module).__name__
+    for name, value in vars(module).items():
+        if isinstance(value, float) and ("drop" in name or (is_dropout and name == "p")):
+            yield vars(module), name
+        elif isinstance(value, dict) and "dropout" in name:
+            yield from ((value, adapter) for adapter, p in value.items() if isinstance(p, float))

@@ -91,6 +91,7 @@ class PackedModel:
     def __post_init__(self) -> None:
         base = base_model(self.model)
         _check_architecture(base)
+        _check_adapters(self.model)
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
         self.share_limit = rope_length_limit(self.rotaries)
@@ -249,7 +250,13 @@ class PackedModel:
         """Computes log-probs, and the loss if there is one, from the hidden rows; arguments as of :meth:`__call__`."""
         rows = gather_rows(hidden, batch["predictor_index"], batch["predictor_rounds"])
         options = dataclasses.replace(self.options, statistics=statistics, compute_dtype=_autocast_dtype(rows))
-        rows, weight, bias = _head_operands(head, rows)
+        operands = _head_operands(head, rows)
+        if operands is None:  # an adapter that was not there, or not active, when the model was proven
+            raise UserError(
+                "an adapter on the output head changed after the trainer was made: only plain LoRA can be switched"
+                " on then; make the trainer with the adapters that it trains"
+            )
+        rows, weight, bias = operands
         if loss is None:
             tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
             return Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]))
@@ -310,11 +317,13 @@ def _autocast_dtype(rows: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Returns (rows, weight, bias) such that ``head`` computes ``rows @ weight.T + bias``, including PEFT's wrappers.
 
+    None if an adapter on the head is not known to be a matrix product: of LoRA, only the plain kind without dropout is.
+
     Raises:
-        UserError: the head is quantized, or has an adapter that cannot be written as a matrix product.
+        UserError: the head is quantized.
     """
     # modules_to_save: a full copy of the head is trained.
     if hasattr(head, "modules_to_save"):
@@ -337,12 +346,13 @@ def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | No
         return rows, weight, bias
     # LoRA: X W^T + s (X A^T) B^T = [X, X A^T] [W, s B]^T, so an adapter adds columns to both operands.
     hidden_columns, weight_columns = [rows], [weight]
+    if hasattr(head.base_layer, "get_base_layer"):  # adapters of two kinds, one around the other
+        return None
     for name in head.active_adapters:
-        if name not in getattr(head, "lora_A", {}) or head.use_dora.get(name) or _drops(head.lora_dropout[name]):
-            raise UserError(
-                "an adapter on the output head must be plain LoRA without dropout or DoRA: leave the head out of"
-                " target_modules, or set lora_dropout=0 and use_dora=False"
-            )
+        if not any(name in getattr(head, part) for part in head.adapter_layer_names):
+            continue  # this adapter leaves the head out
+        if not _is_plain_lora(head, name):
+            return None
         a, b = head.lora_A[name].weight, head.lora_B[name].weight
         hidden_columns.append(rows.to(a.dtype) @ a.t())
         weight_columns.append(b * head.scaling[name])
@@ -356,8 +366,13 @@ def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | No
     )
 
 
-def _drops(dropout: nn.Module) -> bool:
-    return getattr(dropout, "p", 0.0) > 0  # PEFT uses an Identity for no dropout
+def _is_plain_lora(head: Any, adapter: str) -> bool:
+    """Whether an adapter on the head adds ``s B A x`` and nothing else: no variant, such as DoRA, and no dropout."""
+    parts = [getattr(head, part, {}) for part in ("lora_A", "lora_B")]
+    if not all(adapter in part and type(part[adapter]) is nn.Linear for part in parts):
+        return False
+    dropout = getattr(head.lora_dropout[adapter], "p", 0.0)  # PEFT uses an Identity for no dropout
+    return adapter not in head.lora_variant and dropout == 0
 
 
 def _head_options(model: PreTrainedModel, memory_mb: float | None) -> HeadOptions:
@@ -385,6 +400,14 @@ def _check_architecture(model: PreTrainedModel) -> None:
             " runs on one device: leave device_map out, and for several GPUs start a process on each (accelerate"
             " launch, torchrun)"
         )
+
+
+def _check_adapters(model: Any) -> None:
+    """Raises UserError for adapters that lengthen the prompt; what they train is not in the packed row."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            kind = type(config).__name__
+            raise UserError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
 
 
 def logits_logps(logits: Tensor, targets: Tensor, statistics: bool) -> VocabScore:
@@ -415,7 +438,7 @@ def _find_head_options(model: PreTrainedModel, read: HeadOptions, own: OwnForwar
     name a scale that the model does not apply. Returns None if no candidate gives the log-probs of the model's logits.
 
     Raises:
-        UserError: the head's weights cannot be used: quantized, or an adapter that is not a matrix product.
+        UserError: the head is quantized.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -433,7 +456,10 @@ def _find_head_options(model: PreTrainedModel, read: HeadOptions, own: OwnForwar
     if len(seen) != 1 or seen[0][1].shape[:2] != ids.shape:
         return None
     ((hidden, raw),) = seen
-    rows, weight, bias = _head_operands(head, hidden[0])
+    operands = _head_operands(head, hidden[0])
+    if operands is None:
+        return None
+    rows, weight, bias = operands
     product = torch.nn.functional.linear(rows, weight, bias).float()
     # The product itself must be the head's output: an adapter may do more than the operands say.
     eps = max(torch.finfo(raw.dtype).eps, torch.finfo(torch.float32).eps)

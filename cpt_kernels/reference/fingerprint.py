@@ -91,6 +91,16 @@ def fingerprint(
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def fingerprint_without_adapters(model: nn.Module) -> str:
+    """Returns 32 hex digits that identify the weights and the config of a model with its adapters off."""
+    return fingerprint(model, compute_dtype="", attention="", adapters=False)
+
+
+def trained_below_adapters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the trained parameters that a model keeps when its adapters are off, such as those of LoRA's ``bias``."""
+    return [p for p in _named_tensors(*_unwrap(model), []).values() if isinstance(p, nn.Parameter) and p.requires_grad]
+
+
 def describe_reference(
     model: nn.Module, *, compute_dtype: torch.dtype | str, attention: str, adapters: bool = True
 ) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..model.loading import dropout, whole_weights, zero_stage
 from ..model.packed_model import PackedModel, base_model, why_not_finite
 from ..ops.gather import segment_sum
 from .cache import ReferenceCache
-from .fingerprint import describe_reference, fingerprint
+from .fingerprint import describe_reference, fingerprint, trained_below_adapters
 from .missing import Missing, find_missing, read_sequences, scoring_batches
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class Reference:
     Args:
         policy: the model that will be trained.
         ref_model: a separate reference model.
-        new_adapter: the policy is a PEFT model whose adapter was made for this run.
+        new_adapter: the policy is a PEFT model whose adapter was made for this run, and which is the model that the
+            user gave when its adapter is off.
         keep: the reference must be able to score during training (for streams); copies the policy if necessary.
         cache_dir: folder of the cache.
         head_memory_mb: see :class:`PackedModel`.
@@ -85,12 +86,20 @@ class Reference:
         is_start = ref_model is None and not new_adapter  # the reference is the policy's start weights
         # The start weights must survive training if data comes later: an adapter's values always, as they are small; a
         # whole model only if `keep` asks for it.
-        self._start = _adapter_values(policy.model, accelerator) if is_start and not keep else {}
+        is_sharded = accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator.state) == 3
+        is_policy = ref_model is None and not (is_start and keep)
+        trained = _trained_values(policy.model, self.adapters_off) if is_policy else {}
+        if trained and is_sharded and self.adapters_off and keep:
+            raise UserError(
+                "the adapter also trains the model's own biases, which a sharded model cannot set back to score a"
+                " stream: set bias='none' in the LoraConfig, or precompute_ref_log_probs=true"
+            )
+        self._start = {} if is_sharded else trained
         self._start_is_checked = ref_model is not None  # a separate model may differ from the policy at the start
         if is_start and keep:
             ref_model = copy.deepcopy(policy.model)
         self.owned = ref_model is not None
-        self.live = self.owned or self.adapters_off or bool(self._start)
+        self.live = self.owned or bool(self._start) or (self.adapters_off and not trained)
         if ref_model is None:
             self.packed = policy
         else:
@@ -332,7 +341,7 @@ class Reference:
 
     @contextlib.contextmanager
     def _at_start(self) -> Iterator[None]:
-        """Gives the policy's adapter the values that it had at the start."""
+        """Gives what is trained of the policy the values that it had at the start."""
         now = {parameter: parameter.data for parameter in self._start}
         try:
             for parameter, values in self._start.items():
@@ -380,15 +389,16 @@ def _summary(missing: Missing, whose: str, seconds: float, num_bytes: int) -> st
     )
 
 
-def _adapter_values(model: nn.Module, accelerator: Accelerator) -> dict[nn.Parameter, torch.Tensor]:
-    """Copies the trained values of an adapter that the policy came with, so that the policy can score as at the start.
+def _trained_values(model: nn.Module, adapters_off: bool) -> dict[nn.Parameter, torch.Tensor]:
+    """Copies what is trained of a PEFT model, so that the policy can score as at the start; empty without an adapter.
 
-    Empty without an adapter, and where ranks will hold only parts of the parameters.
+    Args:
+        adapters_off: copy only what the model keeps with its adapters off.
     """
-    is_sharded = accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator.state) == 3
-    if is_sharded or not hasattr(model, "peft_config"):
+    if not hasattr(model, "peft_config"):
         return {}
-    return {parameter: parameter.detach().cpu().clone() for parameter in model.parameters() if parameter.requires_grad}
+    trained = trained_below_adapters(model) if adapters_off else [p for p in model.parameters() if p.requires_grad]
+    return {parameter: parameter.detach().cpu().clone() for parameter in trained}
 
 
 def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -> None:

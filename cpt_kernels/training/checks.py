@@ -19,7 +19,7 @@ from ..config import REMOVED_OPTIONS, ContrastiveConfig
 from ..errors import UserError
 from ..losses import Loss
 from ..model.loading import dropout
-from ..model.packed_model import base_model
+from ..model.packed_model import PackedModel, base_model
 
 # Methods of TRL's trainer, now or in an older version, that this trainer never calls, and the hook to use instead.
 NEVER_CALLED = {
@@ -142,7 +142,12 @@ def check_reference_model(model: nn.Module, ref_model: nn.Module | None) -> None
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises UserError if no parameter of the model requires a gradient."""
+    """Raises UserError if no parameter of the model requires a gradient, or if its adapter is merged."""
+    if any(getattr(layer, "merged", False) is True for layer in model.modules()):
+        raise UserError(
+            "the model's adapter is merged into its weights, so training would not change it: call"
+            " model.unmerge_adapter(), or merge_and_unload() to train the weights"
+        )
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
@@ -153,17 +158,18 @@ def check_trainable(model: nn.Module) -> None:
     raise UserError("all parameters of the model have requires_grad=False: set it to True for those to train")
 
 
-def may_share_prompts(model: nn.Module, args: ContrastiveConfig) -> bool:
+def may_share_prompts(packed: PackedModel, args: ContrastiveConfig) -> bool:
     """Whether the completions of a prompt may share one run of the prompt, given the model's dropout and ``args``.
 
     Raises:
         UserError: ``share_prompts=true`` with dropout or NEFTune noise, which sharing would correlate.
     """
-    random = args.neftune_noise_alpha is not None or dropout(model) > 0
+    random = args.neftune_noise_alpha is not None or dropout(packed.model) > 0
     if args.share_prompts == "true" and random:
         raise UserError(
-            "share_prompts=true with dropout or NEFTune noise would give all completions of a prompt the same noise:"
-            " set disable_dropout=true and leave out neftune_noise_alpha, or set share_prompts=false"
+            "share_prompts=true with dropout, NEFTune noise or an adapter that samples would give all completions of a"
+            " prompt the same noise: set disable_dropout=true and leave out neftune_noise_alpha, or set"
+            " share_prompts=false"
         )
     return args.share_prompts == "true" or (args.share_prompts == "auto" and not random)
 

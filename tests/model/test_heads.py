@@ -19,6 +19,7 @@ from tests.helpers.exactness import (
     LOSSES,
     assert_as_exact,
     assert_equal,
+    gradients,
     make_batch,
     make_rows,
     run_alone,
@@ -108,10 +109,38 @@ def test_a_merged_adapter_on_the_head():
 
 
 @pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "dora"])
-def test_adapters_on_the_head_that_are_refused(changes):
-    model = _adapted("head", torch.float32, **changes)
-    with pytest.raises(ValueError, match="plain LoRA"):
-        PackedModel(model)
+def test_adapters_on_the_head_that_are_no_product(changes):
+    """Log-probs come from the model's own logits, in padded rows."""
+    model, rows = _adapted("head", torch.float64, **changes), make_rows("sigmoid")
+    expected = run_alone(model, rows, LOSSES["sigmoid"])
+    model.zero_grad()
+    packed = PackedModel(model)
+    assert packed.padded and packed.options is None
+    scores = packed(make_batch(rows, padded=True), LOSSES["sigmoid"])
+    scores.loss.backward()
+    torch.testing.assert_close(scores.losses.sum(), sum(expected.losses.values()))
+    assert_equal(type(expected)({}, {}, gradients(model)), type(expected)({}, {}, expected.grads), FLOOR)
+    with pytest.raises(UserError, match="not be those of a linear head"):
+        PackedModel(_adapted("head", torch.float64, **changes), packing="true")
+
+
+def test_a_head_whose_adapter_changes_after_the_proof():
+    model = _adapted("head", torch.float64)
+    packed = PackedModel(model)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["lm_head"], use_dora=True))
+    model.set_adapter("other")
+    with pytest.raises(UserError, match="changed after the trainer was made"):
+        packed(make_batch(make_rows("sft")))
+
+
+def test_an_adapter_that_leaves_the_head_out():
+    model = _adapted("head", torch.float64)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    rows = make_rows("sft")
+    expected = run_alone(model.double(), rows, LOSSES["sft"])
+    model.zero_grad()
+    assert_equal(run_packed(PackedModel(model), rows, LOSSES["sft"]), expected, FLOOR)
 
 
 def test_base_model_finds_the_model_inside():
