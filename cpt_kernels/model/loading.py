@@ -156,16 +156,18 @@ def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
     """Prepares a PEFT model for training as TRL does: checkpointing reaches the adapter, QLoRA trains in bf16.
 
     Raises:
-        UserError: gradient checkpointing for aLoRA.
+        UserError: gradient checkpointing for aLoRA or X-LoRA.
     """
     configs = getattr(model, "peft_config", {}).values()
     for kind, name in _OWN_LOSSES.items():
         if any(config.peft_type == kind and getattr(config, name) for config in configs):
             logger.warning("%s has no effect: %s adds its term to the loss of a model that is given labels", name, kind)
     if args.gradient_checkpointing:
-        if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
-            # PEFT leaves hooks on every layer until a backward, so an evaluation between two steps would fail.
-            raise UserError("PEFT's aLoRA does not work with gradient checkpointing: set gradient_checkpointing=false")
+        # Both give layers values by hooks. These are gone when a layer is recomputed, or stay if no backward follows.
+        if any(c.peft_type == "XLORA" or getattr(c, "alora_invocation_tokens", None) for c in configs):
+            raise UserError(
+                "aLoRA and X-LoRA do not work with gradient checkpointing: set gradient_checkpointing=false"
+            )
         if zero_stage(args) == 3:  # non-reentrant recomputation would read parameters that ZeRO-3 has freed
             args.gradient_checkpointing_kwargs = (args.gradient_checkpointing_kwargs or {}) | {"use_reentrant": True}
         model.enable_input_require_grads()

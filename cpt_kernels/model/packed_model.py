@@ -94,6 +94,7 @@ class PackedModel:
         _check_adapters(self.model)
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
+        self.invocations = _invocations(self.model)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = _head_options(base, self.head_memory_mb)
         if _is_sharded(base):
@@ -116,7 +117,7 @@ class PackedModel:
         name, attention = type(base).__name__, base.config._attn_implementation
         # Flash attention does not run on a CPU, where the model may be until the trainer moves it.
         runnable = "sdpa" if "flash" in attention and base.device.type == "cpu" else attention
-        probe = Probe.of(base)
+        probe = Probe.of(base, *self.invocations[:1])
 
         def own(ids: Tensor) -> Tensor:
             return self.model(input_ids=ids, use_cache=False).logits
@@ -161,6 +162,8 @@ class PackedModel:
             return f"{way} its attention cannot be replaced (it does not use transformers' AttentionInterface)"
         if not self.padded and (kinds := unpackable_layers(base)):
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
+        if not self.padded and self.invocations:
+            return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
         batch = PackedCollator(padded=self.padded, share_limit=self.share_limit, pad_token_id=probe.pad).pack(
             probe.sequences, [], [], []
         )
@@ -220,6 +223,8 @@ class PackedModel:
             # pads, because they come last; but the load-balancing loss must leave them out.
             if self.padded and aux_loss:
                 inputs["attention_mask"] = batch["attention_mask"]
+            if self.padded and self.invocations:
+                inputs["input_ids"] = self._without_invocations_in_pads(batch)
             if not self.padded:
                 segments = batch["segment_lengths"]
                 stack.enter_context(packed_forward())
@@ -236,6 +241,12 @@ class PackedModel:
             # The value of the loss, with the gradient that arrives through the wrapped model's output.
             result = result._replace(loss=result.loss.detach() + outputs.logits.sum())
         return result._replace(aux_loss=outputs.aux_loss if aux_loss else None)
+
+    def _without_invocations_in_pads(self, batch: PackedBatch) -> Tensor:
+        """Returns the token ids with pads of a token that is in no invocation, because PEFT searches the pads, too."""
+        taken = {token for invocation in self.invocations for token in invocation}
+        pad = next(token for token in range(len(taken) + 1) if token not in taken)
+        return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad)
 
     def _run_head(
         self,
@@ -290,6 +301,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     """Returns the transformers model inside a PEFT model, or the model itself."""
     is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     return cast("Any", model).get_base_model() if is_peft else cast("PreTrainedModel", model)
+
+
+def _invocations(model: Any) -> list[list[int]]:
+    """Returns the token ids that switch on each adapter of the kind aLoRA (arXiv 2504.12397) for what follows them."""
+    configs = getattr(model, "peft_config", {}).values()
+    return [tokens for config in configs if (tokens := getattr(config, "alora_invocation_tokens", None))]
 
 
 def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:

@@ -37,8 +37,12 @@ class Probe:
     device: torch.device
 
     @classmethod
-    def of(cls, model: Any) -> Probe:
-        """The probe of a transformers model, within its vocabulary."""
+    def of(cls, model: Any, mark: Sequence[int] = ()) -> Probe:
+        """The probe of a transformers model, within its vocabulary.
+
+        Args:
+            mark: tokens that change how a model runs the tokens after them. They lie in a prompt and in a completion.
+        """
         config = model.config.get_text_config()
         size = min(model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or 1 << 30)
         random = torch.Generator().manual_seed(0)
@@ -47,10 +51,11 @@ class Probe:
         def draw(count: int) -> tuple[int, ...]:
             return tuple(torch.randint(low, size, (count,), generator=random).tolist())
 
-        first, second = draw(9), draw(4)
+        first, second = draw(4) + tuple(mark) + draw(5), draw(4)
         pad = getattr(config, "pad_token_id", None)
         pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
-        return cls([(first, draw(5)), (first, draw(8)), (first, draw(3)), (second, draw(6))], pad, model.device)
+        last = draw(2) + tuple(mark) + draw(4)
+        return cls([(first, draw(5)), (first, draw(8)), (first, draw(3)), (second, last)], pad, model.device)
 
 
 @dataclass(frozen=True)
