@@ -22,17 +22,18 @@ from ..errors import UserError
 from ..evaluation.judge import TEMPLATE, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
 from ..evaluation.judged import OutputEvaluation, win_rate_differences
 from ..evaluation.outputs import Comparisons, as_alpaca_outputs, join, read_outputs, select_models
-from ..evaluation.pair_metrics import LENGTH_EDGES, RATIO_EDGES
+from ..evaluation.pair_metrics import LENGTH_EDGES, RATIO_EDGES, PairEvaluation
 from ..evaluation.report import (
     difference_lines,
     draw_judged,
     draw_pairs,
+    length_lines,
     own_references,
     pair_tables,
     win_rate_notes,
     win_rate_table,
 )
-from ..evaluation.win_rate import DEFAULT_BOOTSTRAP, Bootstrap
+from ..evaluation.win_rate import DEFAULT_BOOTSTRAP, DEFAULT_LENGTH_PRIOR, Bootstrap, LengthPrior
 from ..files import replacing, write_text
 from ..generation.endpoint import ENDPOINT_DEFAULTS, EndpointOptions
 from ..generation.exports import write_alpaca_eval
@@ -102,16 +103,20 @@ def score_pairs(args: argparse.Namespace) -> None:
         ratio_edges=args.ratio_edges,
         length_edges=args.length_edges,
     )
-    if not PartialState().is_main_process:
-        return
+    if PartialState().is_main_process:
+        settings = {"models": models, "reference": reference, "data": args.data, **vars(args.bootstrap)}
+        settings |= {name: getattr(options.training, name) for name in ("beta", "max_length", "truncation_mode")}
+        _report_pairs(evaluation, args, settings, [f"options from {next(iter(configs))}"] if configs else [])
 
-    # Files, then tables and notes on the terminal.
+
+def _report_pairs(
+    evaluation: PairEvaluation, args: argparse.Namespace, settings: dict[str, Any], notes: list[str]
+) -> None:
+    """Writes the files, then prints tables and notes."""
     summary, compared = evaluation.summary(args.bootstrap), evaluation.differences(args.bootstrap)
+    reference, data_report = settings["reference"], evaluation.report.summary()
     rewards = f"rewards against {reference}" if reference else "rewards from log-probs alone, without a reference"
     title = f"{args.data}: {rewards}, beta {evaluation.beta:g}"
-    settings = {"models": models, "reference": reference, "data": args.data, **vars(args.bootstrap)}
-    settings |= {name: getattr(options.training, name) for name in ("beta", "max_length", "truncation_mode")}
-    data_report = evaluation.report.summary()
     written = [
         _write_json(
             args.output_dir / "pairs.json",
@@ -125,7 +130,7 @@ def score_pairs(args: argparse.Namespace) -> None:
         *(f"{model} equals the reference: all its rewards are 0" for model in own_references(summary)),
         *difference_lines(compared, metrics),
         f"{title}; log-probs are sums over the tokens of a response, in nats",
-        *([f"options from {next(iter(configs))}"] if configs else []),
+        *notes,
         *data_report,
     ]
     print_results(pair_tables(summary, args.confidence), [*lines, _written(written)])
@@ -133,11 +138,13 @@ def score_pairs(args: argparse.Namespace) -> None:
 
 def judge_outputs(args: argparse.Namespace) -> None:
     """Lets a judge compare outputs with a baseline's."""
+    prior = LengthPrior(*args.length_prior)
     ask = _make_judge(args)
     evaluations = [OutputEvaluation(each, ask(each)) for each in _read_comparisons(args)]
-    summaries = [evaluation.summary(args.bootstrap) for evaluation in evaluations]
+    summaries = [evaluation.summary(args.bootstrap, prior) for evaluation in evaluations]
     compared = win_rate_differences(evaluations, args.bootstrap)
     settings = {"outputs": args.outputs, "baseline": args.baseline, "judge": args.judge or args.judge_model}
+    settings["length_prior"] = vars(prior)
     written = [
         _write_json(
             args.output_dir / "win_rate.json",
@@ -153,8 +160,7 @@ def judge_outputs(args: argparse.Namespace) -> None:
     lines = [
         *difference_lines(compared, {"win_rate": ("win rate", 100, "+.1f")}),
         *(note for summary in summaries for note in win_rate_notes(summary)),
-        "length-controlled as in arXiv 2404.04475, but without its instruction difficulty, which cannot be estimated"
-        " from one model's outputs: the rates are not comparable to AlpacaEval's leaderboard",
+        *length_lines(summaries, prior),
     ]
     print_results([win_rate_table(summaries, args.confidence)], [*lines, _written(written)])
 
@@ -330,6 +336,15 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
         "--both_orders",
         action="store_true",
         help="also ask with the outputs swapped [always for --judge_model]",
+    )
+    group.add_argument(
+        "--length_prior",
+        nargs=2,
+        type=float,
+        default=(DEFAULT_LENGTH_PRIOR.mean, DEFAULT_LENGTH_PRIOR.sd),
+        metavar=("MEAN", "SD"),
+        help="the judge's preference for length in log-odds, for the length-controlled rate; 0 0.1: it has none"
+        f" [{DEFAULT_LENGTH_PRIOR.mean:g} {DEFAULT_LENGTH_PRIOR.sd:g}, GPT-4's]",
     )
     group = parser.add_argument_group("The judging model")
     add = group.add_argument

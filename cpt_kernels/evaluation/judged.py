@@ -14,7 +14,15 @@ from ..errors import UserError
 from ..pairs.build import factorize
 from .judge import Verdicts
 from .outputs import Comparisons
-from .win_rate import DEFAULT_BOOTSTRAP, Bootstrap, interval, length_controlled_win_rate, win_rate
+from .win_rate import (
+    DEFAULT_BOOTSTRAP,
+    DEFAULT_LENGTH_PRIOR,
+    Bootstrap,
+    LengthPrior,
+    interval,
+    length_controlled_win_rate,
+    win_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,14 @@ class OutputEvaluation:
         """(n,) True for each comparison with a verdict."""
         return ~np.isnan(self.verdicts.preferences)
 
-    def summary(self, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> dict[str, Any]:
+    def summary(
+        self, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP, length_prior: LengthPrior = DEFAULT_LENGTH_PRIOR
+    ) -> dict[str, Any]:
         """Computes rates with bootstrap intervals over prompts, mean lengths in characters, counts and position bias.
 
-        The rates leave out comparisons without a verdict. ``length_controlled`` is None if it is not identified, see
-        :func:`length_controlled_win_rate`.
+        The rates leave out comparisons without a verdict. ``length_controlled`` is None if all outputs are longer
+        than the baseline's, or all are shorter. ``characters`` and ``baseline_characters`` are means over
+        the judged comparisons, and ``longer`` is the share of them in which the output is the longer one.
         """
         pairs, judged = self.comparisons, self.judged
         # Rates, lengths and prompts of the judged comparisons.
@@ -50,7 +61,9 @@ class OutputEvaluation:
         lengths = np.array([len(text) for text in pairs.outputs])[judged]
         baseline_lengths = np.array([len(text) for text in pairs.baseline_outputs])[judged]
         prompts = factorize(pairs.prompts)[judged]
-        controlled = length_controlled_win_rate(wins, lengths, baseline_lengths, prompts=prompts, bootstrap=bootstrap)
+        controlled = length_controlled_win_rate(
+            wins, lengths, baseline_lengths, prompts=prompts, bootstrap=bootstrap, prior=length_prior
+        )
         return {
             "model": pairs.model,
             "baseline": pairs.baseline,
@@ -113,7 +126,7 @@ def win_rate_differences(
         values = np.array([value - first[1][prompt] for prompt, value in preferences.items() if prompt in first[1]])
         row = {"model": model, "minus": first[0], "prompts": len(values)}
         if len(values):  # two models may have no judged prompt in common
-            low, high = interval(values, bootstrap=bootstrap)
+            low, high = interval(values, bootstrap=bootstrap, bounds=(-1, 1))
             row["win_rate"] = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
             rows.append(row)
     return rows

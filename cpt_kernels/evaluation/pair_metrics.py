@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .win_rate import DEFAULT_BOOTSTRAP, Bootstrap, interval, win_rate
+from .win_rate import DEFAULT_BOOTSTRAP, Bootstrap, interval
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,7 +83,8 @@ class PairEvaluation:
 
         Returns:
             A row for each model and group: ``model``, ``by``, ``value``, ``pairs``, ``prompts``, and every metric as
-            ``{"mean", "low", "high"}`` with the ends of a bootstrap interval over prompts.
+            ``{"mean", "low", "high"}`` with the ends of a bootstrap interval over prompts. The ends are None if there
+            is one prompt, except for accuracies: their bounds give a wide interval.
         """
         everything = Grouping(ALL, [ALL], np.zeros(len(self.rows), np.int64))
         metrics = {model: self.metrics(model) for model in self.logps}
@@ -129,12 +130,22 @@ class PairEvaluation:
 
 def _estimates(
     values: dict[str, NDArray], prompts: NDArray, bootstrap: Bootstrap, shares: bool = True
-) -> dict[str, dict[str, float]]:
-    """Returns the mean and the interval of each metric; with ``shares``, accuracies are shares in [0, 1]."""
-    ends = interval(np.stack(list(values.values()), axis=1), prompts=prompts, bootstrap=bootstrap).T.tolist()
+) -> dict[str, dict[str, float | None]]:
+    """Returns the mean and the interval of each metric.
+
+    With ``shares``, accuracies are shares in [0, 1], else differences of shares in [-1, 1]. Their bounds widen an
+    interval without spread, unless all margins are 0: the model is then the reference, or the two models are the same,
+    and further pairs would tie as well.
+    """
+    bounded = {"rewards/accuracies", "logps/accuracies"}
+    if not values["rewards/margins"].any():
+        bounded = {"logps/accuracies"} if shares else set()
+    upper = np.array([1 if name in bounded else np.inf for name in values])
+    lower = np.where(np.isfinite(upper), 0 if shares else -1, -np.inf)
+    columns = np.stack(list(values.values()), axis=1)
+    ends = interval(columns, prompts=prompts, bootstrap=bootstrap, bounds=(lower, upper)).T.tolist()
     estimates = {}
-    for (name, found), (low, high) in zip(values.items(), ends):
-        if shares and name.endswith("/accuracies") and low == high:  # all pairs agree, so the interval is the exact one
-            _, low, high, _ = win_rate(found, prompts=prompts, bootstrap=bootstrap)
+    for (name, found), of_metric in zip(values.items(), ends):
+        low, high = (None if np.isnan(end) else end for end in of_metric)  # JSON has no NaN
         estimates[name] = {"mean": float(found.mean()), "low": low, "high": high}
     return estimates

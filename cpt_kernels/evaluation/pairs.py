@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
-from ..data.preparation import prepare
+from ..data.preparation import PreparationReport, prepare
 from ..data.tokenize import check_tokenizer
 from ..errors import UserError
 from ..model.loading import load_model
@@ -86,23 +86,9 @@ def evaluate_pairs(
     """
     args = ContrastiveConfig() if args is None else args
     _check_arguments(models, data, by)
-
-    # Tokenize. The main process goes first, and the other ranks then find the result in the cache of datasets.
     if _present(_GROUPED, data):
         data = _split_groups(data)
-    with args.main_process_first(desc="tokenizing the held-out data"):
-        dataset, report = prepare(
-            data,
-            tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            ranked_pairs=args.ranked_pairs,
-            keep_columns=list(dict.fromkeys([*_present(_MODELS, data), *by, *_present(_ORIGIN, data)])),
-            num_proc=args.dataset_num_proc,
-            name="held-out",
-        )
-    if not report.pairs:
-        raise UserError("the held-out data has no pairs: give rows with chosen and rejected")
+    dataset, report = _tokenize(data, tokenizer, args, by)
 
     # Group the pairs.
     scorer = _Scorer(dataset, tokenizer, args, report.max_token_id)
@@ -142,6 +128,29 @@ def _check_arguments(models: Mapping[str, Model], data: Any, by: Sequence[str]) 
 def _present(names: tuple[str, ...], data: Dataset) -> tuple[str, ...]:
     """Returns the names if the data has all of these columns, else no name."""
     return names if {*names} <= {*data.column_names} else ()
+
+
+def _tokenize(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, args: ContrastiveConfig, by: Sequence[str]
+) -> tuple[Dataset, PreparationReport]:
+    """Tokenizes the pairs as the trainer does, and keeps the columns by which pairs are grouped.
+
+    The main process goes first, and the other ranks then find the result in the cache of datasets.
+    """
+    with args.main_process_first(desc="tokenizing the held-out data"):
+        dataset, report = prepare(
+            data,
+            tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            ranked_pairs=args.ranked_pairs,
+            keep_columns=list(dict.fromkeys([*_present(_MODELS, data), *by, *_present(_ORIGIN, data)])),
+            num_proc=args.dataset_num_proc,
+            name="held-out",
+        )
+    if not report.pairs:
+        raise UserError("the held-out data has no pairs: give rows with chosen and rejected")
+    return dataset, report
 
 
 class _Scorer:

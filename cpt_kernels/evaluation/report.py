@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from .judge import NO_VERDICT
 from .pair_metrics import ALL
+from .win_rate import LengthPrior
 
 SummaryRow = dict[str, Any]
 
@@ -177,6 +179,21 @@ def win_rate_notes(summary: SummaryRow) -> list[str]:
     return notes
 
 
+def length_lines(summaries: Sequence[SummaryRow], prior: LengthPrior) -> list[str]:
+    """Returns how length-controlled rates were computed, with the length effect of every model."""
+    effects = [
+        f"{row['model']} {row['length_controlled']['length_effect']:.2f}"
+        f" ({row['length_controlled']['length_effect_without_prior']:.2f} without a prior)"
+        for row in summaries
+        if row["length_controlled"] is not None
+    ]
+    return [
+        "length-controlled rates follow arXiv 2404.04475, but have no difficulty of each instruction; the judge's"
+        f" preference for length has the prior {prior.mean:g} +- {prior.sd:g} instead (--length_prior)",
+        *([f"length effect in log-odds: {', '.join(effects)}"] if effects else []),
+    ]
+
+
 def draw_judged(summaries: Sequence[SummaryRow], folder: Path) -> list[Path]:
     """Draws both win rates of every model with their intervals, and returns the files."""
     figure = _figure(8, 1.4 + 0.5 * len(summaries))
@@ -203,8 +220,11 @@ def _by_grouping(summary: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
     return {by: [row for row in summary if row["by"] == by] for by in dict.fromkeys(row["by"] for row in summary)}
 
 
-def _with_ends(estimate: dict[str, float], factor: float, format: str, mean: str = "mean") -> str:
-    value, low, high = (estimate[name] * factor for name in (mean, "low", "high"))
+def _with_ends(estimate: dict[str, Any], factor: float, format: str, mean: str = "mean") -> str:
+    value = estimate[mean] * factor
+    if estimate["low"] is None:
+        return f"{value:{format}} [one prompt]"
+    low, high = (estimate[end] * factor for end in ("low", "high"))
     return f"{value:{format}} [{low:{format}}, {high:{format}}]"
 
 
@@ -219,8 +239,11 @@ def _draw_points(
 ) -> None:
     # The series of one value are spread over 0.6 of the distance between two values.
     heights = [place + 0.6 * (number - (of - 1) / 2) / of for place in places]
-    means = [factor * estimate["mean"] for estimate in estimates]
-    ends = [[factor * abs(estimate["mean"] - estimate[end]) for estimate in estimates] for end in ("low", "high")]
+    # (3, n); an interval of None becomes NaN, which draws no whisker.
+    means, low, high = factor * np.array(
+        [[each[name] for each in estimates] for name in ("mean", "low", "high")], float
+    )
+    ends = [abs(means - low), abs(means - high)]
     axis.errorbar(means, heights, xerr=ends, fmt="o", markersize=4, capsize=2, color=f"C{number}", label=label)
 
 

@@ -116,7 +116,7 @@ def interval(
     *,
     prompts: ArrayLike | None = None,
     bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
-    bounds: tuple[float, float] | None = None,
+    bounds: tuple[ArrayLike, ArrayLike] = (-math.inf, math.inf),
 ) -> NDArray[np.float64]:
     """Computes the bootstrap interval of a mean, (2,), or of the mean of each column, (2, M).
 
@@ -128,8 +128,8 @@ def interval(
     Args:
         values: (n,) or (n, M).
         prompts: (n,) the prompt of each value. All values of a prompt are drawn together.
-        bounds: lower and upper bound of all values. Without bounds, the interval of one prompt is (NaN, NaN), and that
-            of several prompts with the same mean has no width.
+        bounds: lower and upper bound of all values, or (M,) of those of each column. Without finite bounds, the
+            interval of one prompt is (NaN, NaN), and that of several prompts with the same mean has no width.
     """
     values = np.asarray(values, np.float64)
     index = _prompt_index(prompts, len(values))
@@ -139,15 +139,15 @@ def interval(
     means = np.concatenate([(drawn @ sums).T / (drawn @ counts) for drawn in bootstrap.draw(len(counts))], axis=-1)
     mean = values.mean(axis=0)
     ends = bootstrap.ends(mean, means, len(counts))
-    if bounds is None:
-        return ends
-    lower, upper = bounds
+    lower, upper = (np.asarray(bound, np.float64) for bound in bounds)
     unseen = 1 - bootstrap.tail ** (1 / len(counts))
     of_equal = np.stack([mean - unseen * (mean - lower), mean + unseen * (upper - mean)])
-    return np.where(_all_equal((sums.T / counts).T), of_equal, np.clip(ends, lower, upper))
+    is_equal = _all_equal((sums.T / counts).T) & np.isfinite(upper - lower)
+    return np.where(is_equal, of_equal, np.clip(ends, lower, upper))
 
 
-class LengthPrior(NamedTuple):
+@dataclass(frozen=True)
+class LengthPrior:
     """Normal prior on the length effect phi of :func:`length_controlled_win_rate`, in log-odds.
 
     The default is firm because the preferences of one model do not identify phi where nearly all outputs are shorter
@@ -158,10 +158,17 @@ class LengthPrior(NamedTuple):
 
     The default stands for GPT-4 as judge. A judge that ignores length needs ``LengthPrior(0, 0.1)``. With
     ``LengthPrior(0, 100)`` the preferences alone decide, which is sound if about half of the outputs are longer.
+
+    Raises:
+        UserError: a value is not finite, or the standard deviation is not positive.
     """
 
     mean: float = 1.0
     sd: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.sd < math.inf):
+            raise UserError(f"length_prior={self.mean} {self.sd}: expected a finite mean and a positive deviation")
 
 
 DEFAULT_LENGTH_PRIOR = LengthPrior()
@@ -205,7 +212,7 @@ def length_controlled_win_rate(
 
     Only the length effect of the prior is removed, so a judge of length alone is not corrected to 50 %. The interval
     contains the uncertainty of the prior. Swapping model and baseline turns the rate r into 1 - r. If all preferences
-    are 0, or all are 1, the rate is the plain win rate.
+    are 0, or all are 1, length explains nothing, and the rate and its interval are those of :func:`win_rate`.
 
     Args:
         preferences: (n,) preferences for the model, in [0, 1].
@@ -214,28 +221,31 @@ def length_controlled_win_rate(
         prior: what is known about the judge's preference for length.
 
     Returns:
-        ``None`` if all lengths differ by the same number other than 0, as those of one comparison do: s is then 0.
+        ``None`` if all outputs are longer than the baseline's, or all are shorter: the rate at equal length would be
+        an extrapolation.
 
     Raises:
-        UserError: there is no preference, one lies outside [0, 1], the three arrays differ in length, or the prior's
-            standard deviation is not positive.
+        UserError: there is no preference, one lies outside [0, 1], or the three arrays differ in length.
     """
     wins = _check_outcomes(preferences, "preferences")
     features = _length_features(wins, lengths, baseline_lengths)
     if features is None:
         return None
-    everything = np.ones((1, len(wins)))
-    theta, phi = _fit(features, wins, everything, prior)[0]
-    _, phi_alone = _fit(features, wins, everything, _NO_PRIOR)[0]
-    rate = wins[0] if set(wins) in ({0.0}, {1.0}) else _sigmoid(theta)
     index = _prompt_index(prompts, len(wins))
-    low, high = _length_controlled_ends((theta, phi), features, wins, index, bootstrap, prior)
+    once = np.ones((1, int(index.max()) + 1))
+    theta, phi = _fit(features, wins, index, once, prior)[0]
+    _, phi_alone = _fit(features, wins, index, once, _NO_PRIOR)[0]
+    if set(wins) in ({0.0}, {1.0}):
+        rate, low, high, _ = win_rate(wins, prompts=prompts, bootstrap=bootstrap)
+    else:
+        rate = float(_sigmoid(theta))
+        low, high = _length_controlled_ends((theta, phi), features, wins, index, bootstrap, prior)
     longer = float((features > 0).mean())
-    return LengthControlled(float(rate), low, high, len(wins), float(phi), longer, float(phi_alone))
+    return LengthControlled(rate, low, high, len(wins), float(phi), longer, float(phi_alone))
 
 
 def _length_features(wins: NDArray, lengths: ArrayLike, baseline_lengths: ArrayLike) -> NDArray[np.float64] | None:
-    """Returns (n,) the length term of each comparison, or None if the differences in length have no spread."""
+    """Returns (n,) the length term of each comparison, or None if all outputs are longer, or all are shorter."""
     lengths, baseline_lengths = (np.asarray(each, np.float64) for each in (lengths, baseline_lengths))
     if not wins.shape == lengths.shape == baseline_lengths.shape:
         raise UserError(
@@ -243,10 +253,9 @@ def _length_features(wins: NDArray, lengths: ArrayLike, baseline_lengths: ArrayL
             " each is needed for every prompt"
         )
     differences = lengths - baseline_lengths
-    if not differences.any():
-        return differences
-    spread = differences.std(ddof=1) if np.ptp(differences) else 0.0
-    return np.tanh(differences / spread) if spread else None
+    if differences.min() > 0 or differences.max() < 0:
+        return None
+    return np.tanh(differences / differences.std(ddof=1)) if differences.any() else differences
 
 
 def _length_controlled_ends(
@@ -264,16 +273,16 @@ def _length_controlled_ends(
     the variance of the fitted coefficients is then (H + P)^-1 (H + P) (H + P)^-1, which is the posterior's.
     """
     theta, phi = fitted
-    n = int(index.max()) + 1
     if _all_equal(np.bincount(index, wins) / np.bincount(index)):
         # Resampling shows no spread: take the interval of the plain rate, and remove the mean length effect from its
-        # odds. The odds of the bounds 0 and 1 stay 0 and infinite.
+        # odds.
         ends = interval(wins, prompts=index, bootstrap=bootstrap, bounds=(0, 1))
         low, high = ends / (ends + (1 - ends) * np.exp(phi * features.mean()))
     else:
         random = np.random.default_rng((bootstrap.seed, 2))
+        n = int(index.max()) + 1
         thetas = [
-            _fit(features, wins, drawn[:, index], prior, random.normal(prior.mean, prior.sd, len(drawn)))[:, 0]
+            _fit(features, wins, index, drawn, prior, random.normal(prior.mean, prior.sd, len(drawn)))[:, 0]
             for drawn in bootstrap.draw(n)
         ]
         low, high = _sigmoid(bootstrap.ends(theta, np.concatenate(thetas), n))
@@ -281,21 +290,20 @@ def _length_controlled_ends(
 
 
 def _fit(
-    features: NDArray, wins: NDArray, weights: NDArray, prior: LengthPrior, means: ArrayLike | None = None
+    features: NDArray,  # (n,)
+    wins: NDArray,  # (n,)
+    index: NDArray,  # (n,) prompt of each comparison
+    drawn: NDArray,  # (B, N) how often each prompt counts
+    prior: LengthPrior,
+    means: ArrayLike | None = None,  # (B,) the prior's mean in each fit; by default prior.mean
 ) -> NDArray[np.float64]:
-    """Fits (theta, phi) for each of B weightings of the n comparisons by Newton's method.
+    """Fits (theta, phi), (B, 2), for each of B weightings of the N prompts by Newton's method.
 
     The minimized objective is the summed cross-entropy with the preferences, plus theta^2 / (2 _THETA_SD^2), plus
-    (phi - mean)^2 / (2 sd^2) for the prior of phi.
-
-    Args:
-        features, wins: (n,)
-        weights: (B, n)
-        means: (B,) the prior's mean in each weighting; by default ``prior.mean``.
-
-    Returns:
-        (B, 2)
+    (phi - mean)^2 / (2 sd^2) for the prior of phi. The n comparisons together weigh as much as N, because several
+    comparisons on a prompt do not show how the length effect differs from the prompt's difficulty.
     """
+    weights = drawn[:, index] * (drawn.shape[1] / len(index))  # (B, n)
     design = np.stack([np.ones_like(features), features])  # (2, n)
     center = np.zeros((len(weights), 2))
     center[:, 1] = prior.mean if means is None else means

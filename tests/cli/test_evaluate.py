@@ -132,7 +132,8 @@ def test_win_rate_by_a_function(capsys):
     assert "Against c" in out and re.search(r"a +50\.0 \[", out) and re.search(r"b +50\.0 \[", out)
     assert "a: 1 prompts were left out because a did not answer them" in out
     assert "preferred the first position in 50.0%" in out and "b minus a, on the same prompts: win rate " in out
-    assert "arXiv 2404.04475" in out
+    assert "arXiv 2404.04475" in out and "the prior 1 +- 0.1 instead (--length_prior)" in out
+    assert re.search(r"length effect in log-odds: a 1\.\d\d \(\d+\.\d\d without a prior\), b 1\.", out)
     results = json.loads(Path("runs/eval/win_rate.json").read_text())
     assert [(row["model"], row["wins"], row["ties"], row["losses"]) for row in results["models"]] == [
         ("a", 3, 3, 3),
@@ -141,6 +142,18 @@ def test_win_rate_by_a_function(capsys):
     rows = [json.loads(line) for line in Path("d.jsonl").read_text().splitlines()]
     assert len(rows) == 19 and rows[0]["preference"] == 0.0
     assert Path("runs/eval/win_rate.png").stat().st_size > 5_000 and Path("runs/eval/win_rate.svg").exists()
+
+
+def test_length_prior(capsys):
+    argv = [*write_outputs(), "--models", "a", "--judge", "judges:longer"]
+    found = {}
+    for mean in ("-1", "2.5"):
+        evaluate(*argv, "--length_prior", mean, "0.01")
+        results = json.loads(Path("runs/eval/win_rate.json").read_text())
+        assert results["settings"]["length_prior"] == {"mean": float(mean), "sd": 0.01}
+        found[mean] = results["models"][0]["length_controlled"]
+        assert found[mean]["length_effect"] == pytest.approx(float(mean), abs=0.01)
+    assert found["-1"]["length_effect_without_prior"] == found["2.5"]["length_effect_without_prior"] > 3
 
 
 def test_win_rate_by_an_endpoint(capsys, monkeypatch):
@@ -212,6 +225,7 @@ def test_one_file_of_several_models(capsys):
             ["win-rate", "WIN", "--judge", "judges:longer", "--confidence", "95"],
             "confidence=95.0 must lie between 0 and 1",
         ),
+        (["win-rate", "WIN", "--judge", "judges:longer", "--length_prior", "1", "0"], "length_prior=1.0 0.0: expected"),
         (["win-rate", "WIN", "--judge_model", "gpt", "--timeout", "0"], "timeout=0.0 is too small"),
         (["win-rate", "WIN", "--judge", "judges:longer", "--output_dir", "a.jsonl"], "output_dir=a.jsonl cannot be"),
         (

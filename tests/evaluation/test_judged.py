@@ -8,7 +8,7 @@ import pytest
 from cpt_kernels.evaluation.judge import Verdicts, ask_function
 from cpt_kernels.evaluation.judged import OutputEvaluation, win_rate_differences
 from cpt_kernels.evaluation.outputs import Comparisons, ModelOutputs, join
-from cpt_kernels.evaluation.win_rate import Bootstrap, interval, length_controlled_win_rate, win_rate
+from cpt_kernels.evaluation.win_rate import Bootstrap, LengthPrior, interval, length_controlled_win_rate, win_rate
 from tests.helpers.rows import real_rows
 
 NAN = float("nan")
@@ -58,7 +58,8 @@ def test_several_responses_to_a_prompt_are_one_draw():
     many = evaluation([1, 0, 1, 1] * 5, prompts=[f"prompt {i // 4}" for i in range(20)])
     rate = many.summary(Bootstrap(50))["win_rate"]
     assert once.summary(Bootstrap(50))["win_rate"]["rate"] == rate["rate"] == 0.75
-    assert rate["low"] == rate["high"] == 0.75 and rate["n"] == 20, "all five prompts have the same mean"
+    five = win_rate(np.full(5, 0.75))
+    assert (rate["low"], rate["high"], rate["n"]) == (five.low, five.high, 20), "all five prompts have the same mean"
     assert many.by_prompt() == {f"prompt {i}": 0.75 for i in range(5)}
 
 
@@ -79,7 +80,10 @@ def test_differences_are_paired():
 
 
 def test_length_alone_on_real_outputs():
-    """A judge that prefers longer outputs gives GPT-4 95 % over InstructGPT, whose outputs are four times shorter."""
+    """A judge that prefers longer outputs gives GPT-4 95 % over InstructGPT, whose outputs are four times shorter.
+
+    The prior removes the length effect of a judge like GPT-4, not that of a judge of nothing else.
+    """
     responses: dict[str, dict[str, list[str]]] = {}
     for row in real_rows("responses.jsonl"):
         responses.setdefault(row["model"], {})[row["prompt"]] = [row["response"]]
@@ -89,7 +93,9 @@ def test_length_alone_on_real_outputs():
         return 0.5 + 0.5 * np.sign(len(first) - len(second))
 
     comparisons = join(*outputs)
-    found = OutputEvaluation(comparisons, ask_function(longer, comparisons)).summary(Bootstrap(200))
+    evaluated = OutputEvaluation(comparisons, ask_function(longer, comparisons))
+    found = evaluated.summary(Bootstrap(200))
     assert found["win_rate"]["rate"] > 0.9 and found["prompts"] == 300
-    controlled = found["length_controlled"]
+    assert 0.8 < found["length_controlled"]["rate"] < found["win_rate"]["rate"] - 0.02
+    controlled = evaluated.summary(Bootstrap(200), LengthPrior(0, 100))["length_controlled"]
     assert controlled["rate"] == pytest.approx(0.5, abs=0.1) and controlled["low"] < 0.5 < controlled["high"]

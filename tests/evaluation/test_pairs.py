@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -141,6 +142,39 @@ def test_summary_by_groups(tmp_path):
     (difference,) = found.differences(Bootstrap(50))
     assert (difference["model"], difference["minus"]) == ("policy", "start")
     assert difference["rewards/accuracies"]["mean"] == pytest.approx(accuracy.rate - 0.5)
+
+
+def test_one_prompt(tmp_path):
+    """One prompt shows no spread: a wide interval of an accuracy, which has bounds, and none of other metrics."""
+    data = Dataset.from_list(rows()[1:2])
+    reference, policy = models()
+    found = evaluate_pairs(
+        {"start": reference, "policy": policy, "same": policy},
+        data,
+        word_tokenizer(),
+        reference=reference,
+        args=config(tmp_path),
+    )
+    summary = {row["model"]: row for row in found.summary(Bootstrap(20)) if row["by"] == "all pairs"}
+    assert summary["policy"]["rewards/margins"]["low"] is summary["policy"]["rewards/margins"]["high"] is None
+    accuracy = summary["policy"]["rewards/accuracies"]
+    assert (accuracy["low"], accuracy["high"]) == pytest.approx(win_rate([accuracy["mean"]])[1:3])
+    assert summary["start"]["rewards/accuracies"] == {"mean": 0.5, "low": None, "high": None}
+    difference = found.differences(Bootstrap(20))[0]
+    assert difference["rewards/margins"]["low"] is None
+    assert difference["rewards/accuracies"]["low"] < difference["rewards/accuracies"]["high"]
+    json.dumps(list(summary.values()), allow_nan=False)
+
+
+def test_models_that_equal_one_another_have_no_difference(tmp_path):
+    found = evaluate_pairs(
+        {"one": tiny_model("llama"), "two": tiny_model("llama")},
+        Dataset.from_list(rows()),
+        word_tokenizer(),
+        args=config(tmp_path),
+    )
+    (difference,) = found.differences(Bootstrap(20))
+    assert difference["rewards/accuracies"] == difference["logps/accuracies"] == {"mean": 0, "low": 0, "high": 0}
 
 
 def test_no_completion_is_scored_twice(tmp_path, caplog):

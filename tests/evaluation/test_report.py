@@ -11,11 +11,13 @@ from cpt_kernels.evaluation.report import (
     difference_lines,
     draw_judged,
     draw_pairs,
+    length_lines,
     own_references,
     pair_tables,
     win_rate_notes,
     win_rate_table,
 )
+from cpt_kernels.evaluation.win_rate import LengthPrior
 
 
 def estimate(mean: float, half: float = 0.1) -> dict[str, float]:
@@ -45,6 +47,15 @@ def rates(**changes) -> dict:
     return row | {"without_baseline": 0, "without_output": 0} | changes
 
 
+def one_prompt() -> list[dict]:
+    """Returns rows of which only accuracies have an interval."""
+    ends = {"low": None, "high": None}
+    return [
+        {k: v | ends if isinstance(v, dict) and "accuracies" not in k else v for k, v in row.items()}
+        for row in summary()
+    ]
+
+
 def text(*tables) -> str:
     console = Console(file=io.StringIO(), width=140)
     for table in tables:
@@ -63,6 +74,11 @@ def test_pair_tables():
         ["second", "a", "500"],
         ["b", "500", "70.0"],
     ]
+
+
+def test_one_prompt_has_no_interval():
+    out = text(*pair_tables(one_prompt(), 0.95))
+    assert "60.0 [50.0, 70.0]" in out and "-12.345 [one prompt]" in out and "nan" not in out
 
 
 def test_own_references_are_left_out_of_groups():
@@ -109,12 +125,22 @@ def test_win_rate_table_and_notes():
     assert len(notes) == 6
 
 
+def test_length_lines():
+    effect = {"length_effect": 1.04, "length_effect_without_prior": 2.5}
+    rows = [rates(length_controlled=effect), rates(model="n", length_controlled=None)]
+    method, effects = length_lines(rows, LengthPrior(1, 0.25))
+    assert "arXiv 2404.04475" in method and "prior 1 +- 0.25 instead (--length_prior)" in method
+    assert effects == "length effect in log-odds: m 1.04 (2.50 without a prior)"
+    assert length_lines(rows[1:], LengthPrior())[1:] == []
+
+
 def test_plots(tmp_path):
     """A dollar sign in a name does not start a formula."""
     files = draw_pairs(summary(("start", r"a$\no{math$", "b")), tmp_path / "new", r"a$\b$")
     files += draw_pairs(summary(("start",)), tmp_path / "tied", "title")
+    files += draw_pairs(one_prompt(), tmp_path / "one", "title")
     files += draw_judged([rates(), rates(model=r"$\n$", length_controlled=None)], tmp_path)
-    assert [file.name for file in files] == [*["pairs.png", "pairs.svg"] * 2, "win_rate.png", "win_rate.svg"]
+    assert [file.name for file in files] == [*["pairs.png", "pairs.svg"] * 3, "win_rate.png", "win_rate.svg"]
     for file in files:
         if file.suffix == ".svg":
             ElementTree.parse(file)
