@@ -88,7 +88,7 @@ def evaluate_pairs(
     _check_arguments(models, data, by)
     if _present(_GROUPED, data):
         data = _split_groups(data)
-    dataset, report = _tokenize(data, tokenizer, args, by)
+    dataset, report = _tokenize_pairs(data, tokenizer, args, by)
 
     # Group the pairs.
     scorer = _Scorer(dataset, tokenizer, args, report.max_token_id)
@@ -130,7 +130,7 @@ def _present(names: tuple[str, ...], data: Dataset) -> tuple[str, ...]:
     return names if {*names} <= {*data.column_names} else ()
 
 
-def _tokenize(
+def _tokenize_pairs(
     data: Dataset, tokenizer: PreTrainedTokenizerBase, args: ContrastiveConfig, by: Sequence[str]
 ) -> tuple[Dataset, PreparationReport]:
     """Tokenizes the pairs as the trainer does, and keeps the columns by which pairs are grouped.

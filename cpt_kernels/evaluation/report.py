@@ -223,7 +223,7 @@ def _by_grouping(summary: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
 def _with_ends(estimate: dict[str, Any], factor: float, format: str, mean: str = "mean") -> str:
     value = estimate[mean] * factor
     if estimate["low"] is None:
-        return f"{value:{format}} [one prompt]"
+        return f"{value:{format}} (one prompt)"
     low, high = (estimate[end] * factor for end in ("low", "high"))
     return f"{value:{format}} [{low:{format}}, {high:{format}}]"
 

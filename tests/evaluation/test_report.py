@@ -78,7 +78,7 @@ def test_pair_tables():
 
 def test_one_prompt_has_no_interval():
     out = text(*pair_tables(one_prompt(), 0.95))
-    assert "60.0 [50.0, 70.0]" in out and "-12.345 [one prompt]" in out and "nan" not in out
+    assert "60.0 [50.0, 70.0]" in out and "-12.345 (one prompt)" in out and "nan" not in out
 
 
 def test_own_references_are_left_out_of_groups():
