@@ -17,9 +17,9 @@ SUBJECTS = {
     "fingerprint": "time to compute the fingerprint of a reference",
     "crash": "kill builds of the reference cache at random; check that no value is lost or wrong",
     "reference_pass": "time to score the reference on all pairs of a response file, compared with TRL",
-    "win_rate": "length-controlled win rates, compared with AlpacaEval's published ones; needs a copy of its repository",
     "gpu_check": "all tests, comparisons and benchmarks that need a GPU, in eight minutes",
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
+    "win_rate": "length-controlled win rates, compared with those that AlpacaEval publishes, from a copy of its files",
     "plot": "plot recorded results",
     "readme": "write the figures of README.md and docs/benchmarks.md from recorded results",
 }
