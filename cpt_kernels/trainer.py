@@ -26,7 +26,7 @@ from .data.preparation import PreparationReport, prepare
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .errors import UserError, user_error
 from .losses import Loss, user_loss
-from .model.layers import offloaded_activations, prepare_layers
+from .model.layers import prepare_layers
 from .model.loading import load_models, prepare_models, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model
 from .ops.attention.select import describe_backend
@@ -123,7 +123,7 @@ class ContrastiveTrainer(PackedLoop):
             new_adapter = False
 
         # Packed model and collator: what turns rows into a loss.
-        self._aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
+        self.router_aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
         share = may_share_prompts(self.packed, args)
         cut = (args.max_length, args.truncation_mode)
@@ -222,15 +222,21 @@ class ContrastiveTrainer(PackedLoop):
 
     # --- Reference ---
 
+    @property
+    def precompute_ref_logps(self) -> bool:
+        """Whether the reference scores all data before training; by default, unless there is a stream."""
+        ahead = self.args.precompute_ref_log_probs
+        if ahead is None:
+            ahead = all(isinstance(data, Dataset) for data in self.datasets.values())
+        return ahead and not self.args.sync_ref_model
+
     def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
         """Returns the reference, its cache filled for all stored datasets unless ``args`` ask for lazy scoring."""
         if self.args.sync_ref_model:
             moving = MovingReference(self.packed, ref_model, self.accelerator)
             self.add_callback(moving)
             return moving
-        ahead = self.args.precompute_ref_log_probs
-        if ahead is None:  # a stream cannot be scored ahead
-            ahead = all(isinstance(data, Dataset) for data in self.datasets.values())
+        ahead = self.precompute_ref_logps
         # A collator that pads may truncate rows in its own way, which makes completions that were not scored ahead.
         keep = not ahead or isinstance(self.data_collator, UnpaddingCollator)
         reference = Reference(
@@ -312,7 +318,7 @@ class ContrastiveTrainer(PackedLoop):
         scores = self.score(model, inputs, tokens / pairs)
         loss = scores.loss * (batches / pairs)
         if scores.aux_loss is not None:
-            loss = loss + self._aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * batches / pairs)
+            loss = loss + self.router_aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * batches / pairs)
         self.metrics["train" if model.training else "eval"].add(inputs, scores)
         same = self.reference is not None and not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs)
         if model.training and same and self.state.global_step == 0:
@@ -323,7 +329,7 @@ class ContrastiveTrainer(PackedLoop):
         """Returns log-probs, statistics and the summed loss of a batch; missing reference log-probs are scored now."""
         if self.reference is not None:
             self._complete_reference(model, inputs)
-        with offloaded_activations(self.args.activation_offloading):
+        with self.maybe_activation_offload_context:
             return self.packed(
                 inputs,
                 self.loss,
@@ -331,7 +337,7 @@ class ContrastiveTrainer(PackedLoop):
                 general=self.args.head_mode == "general",
                 statistics=True,
                 tokens_per_pair=tokens_per_pair,
-                aux_loss=self._aux_loss_coef > 0,
+                aux_loss=self.aux_loss_enabled,
             )
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -235,12 +235,12 @@ class PackedModel:
             outputs = (self.model if wrapped is None else wrapped)(**inputs)
         if self.options is None:
             result = self._score_logits(outputs.logits, batch, loss, statistics, tokens_per_pair)
-            return result._replace(aux_loss=outputs.aux_loss if aux_loss else None)
+            return result._replace(aux_loss=_aux_loss(outputs, result.completion_logps) if aux_loss else None)
         (result,) = scores
         if result.loss is not None:
             # The value of the loss, with the gradient that arrives through the wrapped model's output.
             result = result._replace(loss=result.loss.detach() + outputs.logits.sum())
-        return result._replace(aux_loss=outputs.aux_loss if aux_loss else None)
+        return result._replace(aux_loss=_aux_loss(outputs, result.completion_logps) if aux_loss else None)
 
     def _without_invocations_in_pads(self, batch: PackedBatch) -> Tensor:
         """Returns the token ids with pads of a token that is in no invocation, because PEFT searches the pads, too."""
@@ -324,6 +324,15 @@ def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
         ref_token_logps=ref,
         gaps=batch["gaps"],
     )
+
+
+def _aux_loss(outputs: Any, like: Tensor) -> Tensor | None:
+    """Returns the load-balancing loss, () on the device of ``like``; None if the model computes none.
+
+    transformers returns None, or the number 0, for a model that keeps no router logits.
+    """
+    value = getattr(outputs, "aux_loss", None)
+    return None if value is None else torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
 
 
 def _autocast_dtype(rows: Tensor) -> torch.dtype | None:

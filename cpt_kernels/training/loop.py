@@ -31,6 +31,7 @@ from ..data.loader import order_seed, report_stream
 from ..data.preparation import PreparationReport
 from ..data.stream_curriculum import StreamDraws
 from ..errors import UserError
+from ..model.layers import offloaded_activations
 from ..model.loading import cast_adapter
 from ..model.packed_model import PackedModel, Scores
 from ..reference.moving import MovingReference
@@ -41,6 +42,11 @@ from .metrics import Metrics, PlaceMetrics, pair_rewards
 logger = logging.getLogger(__name__)
 
 _ORDER = "order.json"  # in a checkpoint: the options that decide which pairs are in which step
+
+
+def _option(name: str) -> property:
+    """A read-only attribute for an option that the loss is built with, so that a later change would have no effect."""
+    return property(lambda self: getattr(self.args, name), doc=f"``args.{name}``, read-only.")
 
 
 class PackedLoop(Trainer):
@@ -61,10 +67,31 @@ class PackedLoop(Trainer):
     num_tokens = 0  # of this rank since count_tokens was called last
     _filters_losses = False
 
+    # TRL's attributes.
+    beta = _option("beta")
+    label_smoothing = _option("label_smoothing")
+    ld_alpha = _option("ld_alpha")
+    loss_types = _option("loss_type")
+    f_divergence_type = _option("f_divergence_type")
+    f_alpha_divergence_coef = _option("f_alpha_divergence_coef")
+    use_weighting = _option("use_weighting")
+    padding_free = _option("padding_free")
+    router_aux_loss_coef: float  # weight of the load-balancing loss of a mixture of experts; 0 for other models
+
     @property
-    def beta(self) -> float:
-        """``args.beta``, read-only: the loss function is built with it, so a change would have no effect."""
-        return self.args.beta
+    def loss_weights(self) -> list[float]:
+        """The weight of each of ``loss_types``."""
+        return self.args.loss_weights or [1.0] * len(self.args.loss_type)
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the loss of a mixture of experts contains its load-balancing loss."""
+        return self.router_aux_loss_coef != 0.0
+
+    @property
+    def maybe_activation_offload_context(self) -> contextlib.AbstractContextManager:
+        """The context of a forward: it moves activations to the host's memory with ``activation_offloading``."""
+        return offloaded_activations(self.args.activation_offloading)
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -150,9 +177,13 @@ class PackedLoop(Trainer):
         return 6 * inputs["input_ids"].numel() * self.model.num_parameters(exclude_embeddings=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds TRL's metrics to the logs of a training step; this is where a step waits for the GPU."""
-        if "loss" in logs:
-            logs |= self.metrics["train"].compute() | {"num_tokens": self.count_tokens()}
+        """Adds TRL's metrics to the logs of training; this is where a step waits for the GPU.
+
+        The closing log, which has ``train_loss``, gets the metrics of the steps after the last log, if there are any.
+        """
+        metrics = self.metrics["train"].compute() if "loss" in logs or "train_loss" in logs else {}
+        if metrics or "loss" in logs:
+            logs |= metrics | {"num_tokens": self.count_tokens()}
             if self.place_metrics is not None:
                 logs |= self.place_metrics.compute()
         elif self.args.include_num_input_tokens_seen != "no":  # transformers adds the last count to these logs

@@ -25,9 +25,9 @@ _MEAN_OVER = {
     "logits/rejected": "rejected_tokens",
     "entropy": "all_tokens",
     "mean_token_accuracy": "chosen_tokens",
-    "aux_loss": "aux_losses",
+    "aux_loss": "aux_pairs",
 }
-_COUNTS = ("pairs", "preferences", "chosen_tokens", "rejected_tokens", "all_tokens", "aux_losses")
+_COUNTS = ("pairs", "preferences", "chosen_tokens", "rejected_tokens", "all_tokens", "aux_pairs")
 _NAMES = (*_MEAN_OVER, *_COUNTS)
 METRIC_NAMES = tuple(_MEAN_OVER)
 
@@ -86,7 +86,8 @@ class Metrics:
         }
         sides = [chosen]
         if scores.aux_loss is not None:
-            sums |= {"aux_losses": lengths.new_ones(()), "aux_loss": scores.aux_loss.detach()}
+            # A micro-batch counts with its pairs, as in the loss; the pad of a batch without pairs counts 0.
+            sums |= {"aux_pairs": sums["pairs"], "aux_loss": scores.aux_loss.detach() * batch["num_pairs"]}
         if rejected is not None:
             margins = rewards[0] - rewards[1]
             sums |= {

@@ -255,6 +255,20 @@ def test_adapters_are_prepared_as_trl_does_it(tmp_path):
 # --- Methods and attributes ---
 
 
+def test_no_public_attribute_of_trls_trainer_is_missing(tmp_path):
+    options = {"loss_type": ["sigmoid", "sft"], "beta": 0.3, "ld_alpha": 0.5, "label_smoothing": 0.1}
+    ours = make_trainer(tmp_path, model=tiny_model("mixtral"), **options)
+    theirs = make_trl_trainer(tmp_path, tiny_model("mixtral"), tiny_model("mixtral", seed=1), **options)
+    assert [name for name in dir(theirs) if not name.startswith("_") and not hasattr(ours, name)] == []
+    for name in ("beta", "ld_alpha", "label_smoothing", "loss_types", "loss_weights", "use_weighting", "padding_free"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for name in ("f_divergence_type", "f_alpha_divergence_coef", "router_aux_loss_coef", "aux_loss_enabled"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.aux_loss_enabled and not make_trainer(tmp_path, loss_weights=[1.0]).aux_loss_enabled
+    assert make_trainer(tmp_path, model=tiny_model("mixtral"), router_aux_loss_coef=0.0).aux_loss_enabled is False
+    assert ours.precompute_ref_logps and not make_trainer(tmp_path, sync_ref_model=True).precompute_ref_logps
+
+
 @pytest.mark.parametrize(
     ("options", "held"),
     [
