@@ -173,7 +173,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     )
     trust_remote_code: bool = option(False, "Allow code from a model's repository.")
     activation_offloading: bool = option(False, "Keep activations for the backward in the host's memory.")
-    disable_dropout: bool = option(True, "Disable dropout in policy and reference.")
+    disable_dropout: bool = option(True, "Disable dropout, and the noise of routers, in policy and reference.")
     router_aux_loss_coef: float | None = option(
         None, "Weight of a mixture of experts' load-balancing loss. Default: the model's own."
     )

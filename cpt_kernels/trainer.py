@@ -27,8 +27,9 @@ from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .errors import UserError, user_error
 from .losses import Loss, user_loss
 from .model.layers import prepare_layers
-from .model.loading import load_models, prepare_models, tokenizer_of
+from .model.loading import load_models, prepare_model, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model
+from .model.trials import disable_dropout
 from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
 from .reference.cache import default_cache_dir
@@ -37,6 +38,7 @@ from .reference.moving import MovingReference
 from .reference.scorer import Reference, put_sums
 from .training.checks import (
     aux_loss_coef,
+    check_checkpointing,
     check_data,
     check_engine,
     check_overrides,
@@ -45,6 +47,7 @@ from .training.checks import (
     check_trainable,
     checked_config,
     checked_tokenizer,
+    is_noisy,
     is_overridden,
     may_share_prompts,
 )
@@ -116,15 +119,19 @@ class ContrastiveTrainer(PackedLoop):
         self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
         new_adapter = peft_config is not None and ref_model is None and self.loss.needs_reference
         given = fingerprint_without_adapters(model) if new_adapter else None
-        model = prepare_models(model, ref_model, args, peft_config)
+        model = prepare_model(model, args, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model, ref_model)
         if new_adapter and fingerprint_without_adapters(model) != given:
             # With the adapter off, the model would not be the given one.
             log_on_main(["this adapter changes the weights below it, so the reference is the policy at its start"])
             new_adapter = False
 
         # Packed model and collator: what turns rows into a loss.
-        self.router_aux_loss_coef = aux_loss_coef(base_model(model), args.router_aux_loss_coef)
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
+        check_checkpointing(model, args)
+        self.router_aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
+        self.packed.noisy = is_noisy(model, args)
         share = may_share_prompts(self.packed, args)
         cut = (args.max_length, args.truncation_mode)
         pads = dict(pad_token_id=self._tokenizer.pad_token_id or 0, padded=self.packed.padded)

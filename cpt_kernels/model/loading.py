@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import warnings
@@ -136,19 +135,12 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
         return get_peft_model(model, peft_config, autocast_adapter_dtype=cast)
 
 
-def prepare_models(
-    model: nn.Module, ref_model: nn.Module | None, args: ContrastiveConfig, peft_config: Any = None
-) -> nn.Module:
-    """Returns the policy ready to train, in a new adapter if there is a ``peft_config``.
-
-    Dropout of both models is disabled if ``args`` ask for it.
-    """
+def prepare_model(model: nn.Module, args: ContrastiveConfig, peft_config: Any = None) -> nn.Module:
+    """Returns the policy ready to train, in a new adapter if there is a ``peft_config``."""
     if peft_config is not None:
         model = wrap_in_adapter(model, peft_config, args)
     if hasattr(model, "peft_config"):
         prepare_adapter(model, args)
-    if args.disable_dropout:
-        disable_dropout(model, ref_model)
     return model
 
 
@@ -193,29 +185,3 @@ def zero_stage(state: ContrastiveConfig | AcceleratorState) -> int | None:
 
 def _is_quantised(model: nn.Module) -> bool:
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-
-
-def dropout(model: nn.Module) -> float:
-    """Returns the largest dropout probability in a model."""
-    return max((values[name] for module in model.modules() for values, name in _dropouts(module)), default=0.0)
-
-
-def disable_dropout(*models: nn.Module | None) -> None:
-    """Sets every dropout probability to 0."""
-    for module in itertools.chain.from_iterable(model.modules() for model in models if model is not None):
-        for values, name in _dropouts(module):
-            values[name] = 0.0
-
-
-def _dropouts(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields (dictionary, key) of every dropout probability that a module stores.
-
-    Dropout modules store it as ``p``, attention modules and decoder layers under names such as ``attention_dropout`` or
-    ``layerdrop``, and adapters of PEFT in a dictionary by adapter, such as ``rank_dropout``.
-    """
-    is_dropout = "Dropout" in type(module).__name__
-    for name, value in vars(module).items():
-        if isinstance(value, float) and ("drop" in name or (is_dropout and name == "p")):
-            yield vars(module), name
-        elif isinstance(value, dict) and "dropout" in name:
-            yield from ((value, adapter) for adapter, p in value.items() if isinstance(p, float))

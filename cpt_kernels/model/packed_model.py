@@ -72,6 +72,7 @@ class PackedModel:
 
     Attributes:
         padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
+        noisy: whether the model adds noise to itself in training mode; the trainer measures and sets it.
         share_limit: sequences longer than this must not share their prompt; None without a limit. See
             :func:`rope_length_limit`.
         options: how the model's logits follow from the head's product; None if log-probs are taken from the model's own
@@ -86,6 +87,7 @@ class PackedModel:
     attention_backend: str = "auto"
     packing: Packing = "auto"
     padded: bool = field(default=False, init=False)
+    noisy: bool = field(default=False, init=False)
     options: HeadOptions | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup
 from ..errors import UserError
-from ..model.loading import dropout, whole_weights, zero_stage
+from ..model.loading import whole_weights, zero_stage
 from ..model.packed_model import PackedModel, base_model, why_not_finite
 from ..ops.gather import segment_sum
 from .cache import ReferenceCache
@@ -300,8 +300,8 @@ class Reference:
             )
 
     def _likely_cause(self) -> str:
-        if dropout(self.policy.model):
-            return "dropout is on during training; set disable_dropout=true"
+        if self.policy.noisy:
+            return "the noise that the model adds in training mode: dropout is on, or a router is random"
         if hasattr(base_model(self.policy.model).get_input_embeddings(), "neftune_noise_alpha"):
             return "the noise that neftune_noise_alpha adds during training"
         if self.adapters_off:

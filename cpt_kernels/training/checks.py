@@ -6,20 +6,27 @@ Every check raises a :class:`UserError` whose message says what is wrong, where,
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ..config import REMOVED_OPTIONS, ContrastiveConfig
 from ..errors import UserError
 from ..losses import Loss
-from ..model.loading import dropout
+from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel, base_model
+from ..model.trials import auxiliary_loss, can_run, checkpointing_error, disable_config_dropout, dropout, is_random
+
+logger = logging.getLogger(__name__)
 
 # Methods of TRL's trainer, now or in an older version, that this trainer never calls, and the hook to use instead.
 NEVER_CALLED = {
@@ -30,6 +37,8 @@ NEVER_CALLED = {
     "_get_train_sampler": "set train_sampling_strategy=sequential or a curriculum, or override get_train_dataloader",
     "_get_eval_sampler": "override get_eval_dataloader",
 }
+# Keywords of gradient_checkpointing_kwargs that do not reach torch.
+_OWN_KEYWORDS = ("every_n_layers", "offload")
 # Fields of a model's config that decide the shapes of its weights.
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 
@@ -158,36 +167,105 @@ def check_trainable(model: nn.Module) -> None:
     raise UserError("all parameters of the model have requires_grad=False: set it to True for those to train")
 
 
-def may_share_prompts(packed: PackedModel, args: ContrastiveConfig) -> bool:
-    """Whether the completions of a prompt may share one run of the prompt, given the model's dropout and ``args``.
+def check_checkpointing(model: nn.Module, args: ContrastiveConfig) -> None:
+    """Checks that the model supports activation checkpointing, and has right gradients if it is re-entrant.
+
+    Raises:
+        UserError: it does not support it, or its layers share more than hidden states, such as keys and values.
+    """
+    base = base_model(model)
+    if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(base).__name__} does not support activation checkpointing: set gradient_checkpointing=false"
+        )
+    options = _checkpointing_options(base, args)
+    if options is None or not options.get("use_reentrant", True):
+        return
+    if can_run(model):
+        error = checkpointing_error(model, options)
+        wrong = not error <= math.sqrt(torch.finfo(base.dtype).eps)
+        reason = f"the gradient by its embeddings is off by {error:.2g}"
+    else:
+        wrong = bool(getattr(base.config.get_text_config(), "num_kv_shared_layers", 0))
+        reason = "its layers share keys and values"
+    if wrong:
+        forced = zero_stage(args) == 3 and hasattr(model, "peft_config")
+        mend = (
+            "ZeRO-3 needs it for adapters, so set gradient_checkpointing=false, or use ZeRO-2 or FSDP"
+            if forced
+            else "set use_reentrant=false in gradient_checkpointing_kwargs"
+        )
+        raise UserError(
+            f"re-entrant activation checkpointing gives {type(base).__name__} wrong gradients, because its layers pass"
+            f" on more than hidden states ({reason}): {mend}"
+        )
+
+
+def _checkpointing_options(base: PreTrainedModel, args: ContrastiveConfig) -> dict[str, Any] | None:
+    """Returns the keywords of torch's ``checkpoint`` in this run; None without activation checkpointing."""
+    if args.gradient_checkpointing:
+        # transformers keeps these two keywords to itself; without any other, it sets use_reentrant=False.
+        given = {k: v for k, v in (args.gradient_checkpointing_kwargs or {}).items() if k not in _OWN_KEYWORDS}
+        return given or {"use_reentrant": False}
+    for module in base.modules():  # a user may have enabled it on the model
+        if getattr(module, "gradient_checkpointing", False):
+            return dict(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))
+    return None
+
+
+def is_noisy(model: nn.Module, args: ContrastiveConfig) -> bool:
+    """Whether the model adds noise to itself in training mode on any rank: dropout, a random router or adapter."""
+    if args.disable_dropout and is_random(model):
+        disable_config_dropout(model)
+    return any(gather_object([dropout(model) > 0 or is_random(model)]))
+
+
+def may_share_prompts(model: PackedModel, args: ContrastiveConfig) -> bool:
+    """Whether the completions of a prompt may share one run of the prompt, given the model's noise and ``args``.
 
     Raises:
         UserError: ``share_prompts=true`` with dropout or NEFTune noise, which sharing would correlate.
     """
-    random = args.neftune_noise_alpha is not None or dropout(packed.model) > 0
+    random = args.neftune_noise_alpha is not None or model.noisy
     if args.share_prompts == "true" and random:
         raise UserError(
-            "share_prompts=true with dropout, NEFTune noise or an adapter that samples would give all completions of a"
-            " prompt the same noise: set disable_dropout=true and leave out neftune_noise_alpha, or set"
+            "share_prompts=true with dropout, NEFTune noise, or a router or adapter that samples, would give all"
+            " completions of a prompt the same noise: set disable_dropout=true and leave out neftune_noise_alpha, or set"
             " share_prompts=false"
+        )
+    if args.share_prompts == "auto" and model.noisy and not model.padded and args.process_index == 0:
+        missed = ", which disable_dropout=true does not reach" if args.disable_dropout else ""
+        logger.warning(
+            f"every completion runs its own copy of the prompt: {type(base_model(model.model)).__name__} adds noise in"
+            f" training mode{missed}, and completions that share a prompt would have the same noise"
         )
     return args.share_prompts == "true" or (args.share_prompts == "auto" and not random)
 
 
-def aux_loss_coef(model: PreTrainedModel, option: float | None) -> float:
-    """Returns the weight of the load-balancing loss: ``option``, else the model's own; 0 for a dense model.
+def aux_loss_coef(model: nn.Module, option: float | None) -> float:
+    """Returns the weight of the load-balancing loss: ``option``, else the model's own; 0 for a model without one.
 
     Raises:
-        UserError: the option is set for a dense model.
+        UserError: the option is set for a model that computes no load-balancing loss.
     """
-    config = model.config.get_text_config()
-    if hasattr(config, "output_router_logits"):
-        return getattr(config, "router_aux_loss_coef", 0.0) if option is None else option
-    if option:
-        raise UserError(
-            f"router_aux_loss_coef={option}: {type(model).__name__} is not a mixture of experts; leave the option out"
+    base = base_model(model)
+    config, name = base.config.get_text_config(), type(base).__name__
+    if not hasattr(config, "output_router_logits"):
+        if option:
+            raise UserError(f"router_aux_loss_coef={option}: {name} is not a mixture of experts; leave the option out")
+        return 0.0
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if option is None else option
+    if not coefficient or not can_run(model):
+        return coefficient
+    value = auxiliary_loss(model)
+    if value is None and option:
+        raise UserError(f"router_aux_loss_coef={option}: {name} computes no load-balancing loss; leave the option out")
+    if not isinstance(value, Tensor):
+        logger.warning(
+            f"{name} computes no load-balancing loss (aux_loss={value}), so router_aux_loss_coef={coefficient} changes"
+            " no gradient"
         )
-    return 0.0
+    return 0.0 if value is None else coefficient
 
 
 # --- Data ---
