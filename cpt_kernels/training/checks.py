@@ -230,8 +230,8 @@ def may_share_prompts(model: PackedModel, args: ContrastiveConfig) -> bool:
     if args.share_prompts == "true" and random:
         raise UserError(
             "share_prompts=true with dropout, NEFTune noise, or a router or adapter that samples, would give all"
-            " completions of a prompt the same noise: set disable_dropout=true and leave out neftune_noise_alpha, or set"
-            " share_prompts=false"
+            " completions of a prompt the same noise: set disable_dropout=true and leave out neftune_noise_alpha, or"
+            " set share_prompts=false"
         )
     if args.share_prompts == "auto" and model.noisy and not model.padded and args.process_index == 0:
         missed = ", which disable_dropout=true does not reach" if args.disable_dropout else ""
