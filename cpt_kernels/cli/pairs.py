@@ -71,7 +71,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     pairs = build_pairs(
         responses.prompt_keys, responses.models, responses.response_keys, strength, which, drops=responses.drops
     )
-    for_validation = held_out(responses.prompt_keys, args.validation)[pairs.chosen]
+    for_validation = held_out(responses.prompt_keys[pairs.chosen], args.validation)
     chat = args.conversational or is_conversational(responses)
 
     # Report and write.
@@ -86,7 +86,6 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     parts = [~for_validation]
     if args.validation:
         parts.append(for_validation)
-        _check_split(args.validation, report)
     batches = group_batches if args.grouped else pair_batches
     with replacing(*files) as temporary:
         for written, path, part in zip(temporary, files, parts):
@@ -111,7 +110,7 @@ def _check_options(args: argparse.Namespace) -> list[Path]:
     if args.base is not None and args.pairs is not None:
         raise UserError("--base and --pairs both choose the pairs: give only one of them")
     if not 0 <= args.validation < 1:
-        raise UserError(f"--validation {args.validation}: expected a share of the prompts, at least 0 and below 1")
+        raise UserError(f"--validation {args.validation}: expected a share of the pairs, at least 0 and below 1")
     for option in ("max_characters", "max_tokens", "num_proc"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise UserError(f"--{option} {value}: expected at least 1")
@@ -137,15 +136,6 @@ def _output_files(args: argparse.Namespace) -> list[Path]:
             " would be among the new pairs; remove it, or choose another name"
         )
     return files
-
-
-def _check_split(share: float, report: Mapping[str, Any]) -> None:
-    prompts = report["prompts"]
-    if prompts["validation"] in (0, prompts["in_pairs"]):
-        raise UserError(
-            f"--validation {share} puts {prompts['validation']} of {prompts['in_pairs']} prompts into the validation"
-            " data, which leaves one part empty; choose another share"
-        )
 
 
 # --- Strength ---
@@ -233,7 +223,7 @@ def _pairs_parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="share of the prompts that goes to a second file [0]",
+        help="share of the pairs that goes to a second file, as close as whole prompts allow [0]",
     )
     group = parser.add_argument_group("reading")
     group.add_argument("--columns", type=_rename, action=_Renames, metavar="OLD=NEW", nargs="+", help="rename columns")

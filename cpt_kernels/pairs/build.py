@@ -267,15 +267,26 @@ def prompt_key(prompt: str) -> bytes:
 
 
 def held_out(keys: Iterable[bytes] | NDArray[np.bytes_], share: float) -> NDArray[np.bool_]:
-    """Returns (n,) whether each prompt, given by its `prompt_key`, is for validation.
+    """Returns (n,) whether each pair, given by the `prompt_key` of its prompt, is for validation.
 
-    This depends only on the text and `share`. So adding rows moves no prompt between train and validation, and a larger
-    share only adds prompts.
+    Whole prompts are held out, in the order of their digests, until the number of pairs is as close to ``share`` as
+    whole prompts allow. At least one prompt is held out where ``share`` is above 0, and at least one is left. The order
+    depends on the texts alone, so a larger share only adds prompts, and more data moves only the prompts at the border.
+
+    Raises:
+        UserError: ``share`` is not in [0, 1), or there are fewer than two prompts to split.
     """
     if not 0 <= share < 1:
-        raise UserError(f"the share of prompts held out is {share}: give a number of at least 0 and below 1")
+        raise UserError(f"the share of pairs held out is {share}: give a number of at least 0 and below 1")
     keys = np.ascontiguousarray(keys if isinstance(keys, np.ndarray) else list(keys), dtype="S16")
-    return keys.view("<u8").reshape(-1, 2)[:, 0] < np.uint64(int(share * 2**64))
+    if share == 0:
+        return np.zeros(len(keys), bool)
+    digests, prompt, pairs = np.unique(keys, return_inverse=True, return_counts=True)
+    if len(digests) < 2:
+        raise UserError(f"{len(digests)} prompt has pairs: a part that is held out needs at least 2 prompts")
+    held = np.cumsum(pairs)  # pairs of the first prompts
+    number = 1 + int(np.abs(held[:-1] - share * len(keys)).argmin())
+    return prompt < number
 
 
 # --- Codes and drops ---

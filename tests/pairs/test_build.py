@@ -230,21 +230,30 @@ def test_responses_that_cannot_be_paired(rows, strength, which, message):
         build_pairs(*rows, strength, which)
 
 
-def test_the_split_depends_on_the_prompt_alone():
-    prompts = [f"prompt {i}" for i in range(20_000)]
+def test_the_split_is_exact_and_depends_on_the_prompts_alone():
+    rng = np.random.default_rng(0)
+    prompts = [f"prompt {i}" for i in range(500) for _ in range(rng.integers(1, 7))]
     keys = [prompt_key(prompt) for prompt in prompts]
     small, large = held_out(keys, 0.05), held_out(keys, 0.2)
-    assert abs(small.mean() - 0.05) < 4 * (0.05 * 0.95 / len(keys)) ** 0.5
-    assert abs(large.mean() - 0.2) < 4 * (0.2 * 0.8 / len(keys)) ** 0.5
+    for mask, share in ((small, 0.05), (large, 0.2)):
+        assert abs(mask.sum() - share * len(keys)) <= 3  # half of the pairs of one prompt
+        assert not {p for p, out in zip(prompts, mask) if out} & {p for p, out in zip(prompts, mask) if not out}
     assert not (small & ~large).any() and not held_out(keys, 0).any()
-    order = np.random.default_rng(0).permutation(len(keys))
+    order = rng.permutation(len(keys))
     assert (held_out(np.array(keys)[order], 0.05) == small[order]).all()
-    assert (held_out(keys[:100], 0.05) == small[:100]).all()
     # A change of the digest would move prompts between train and validation in users' data.
-    assert np.flatnonzero(small[:100]).tolist() == [6, 33, 59]
+    assert np.flatnonzero(held_out([prompt_key(f"prompt {i}") for i in range(100)], 0.03)).tolist() == [2, 13, 24]
     for share in (-0.1, 1, float("nan")):
         with pytest.raises(ValueError, match="at least 0 and below 1"):
             held_out(keys, share)
+
+
+def test_a_split_leaves_no_part_empty():
+    keys = [prompt_key(text) for text in ("a", "a", "a", "b")]
+    for share in (1e-6, 0.5, 0.999):
+        assert sorted(held_out(keys, share).tolist()) in ([False] * 3 + [True], [False] + [True] * 3)
+    with pytest.raises(ValueError, match="needs at least 2 prompts"):
+        held_out(keys[:3], 0.5)
 
 
 def test_keys_take_any_text():
