@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from .functions import LOSSES, loss_options
 from .logps import PairLogps
+from .ranges import check_option
 from .transforms import F_DIVERGENCES, desensitize, f_divergence, wpo_weights
 
 
@@ -42,6 +45,24 @@ class Loss:
     def __call__(self, logps: PairLogps) -> Tensor:
         return self.function(logps)
 
+    def check_finite(self, options: dict[str, Any]) -> None:
+        """Checks on moderate log-probs that the loss is a finite number in fp32.
+
+        Raises:
+            UserError: it is not; the message names ``options``.
+        """
+        ratios = torch.tensor([0.0, 1.0, -1.0, 0.5])
+        one, logps = torch.ones(4), torch.tensor([-3.0, -2.0, -5.0, -4.0])
+        values = dict.fromkeys((f.name for f in fields(PairLogps)), -0.5 * one)
+        values |= {"chosen": logps, "rejected": logps.flip(0), "target": logps, "gap": one}
+        values |= {"ref_chosen": logps - ratios, "ref_rejected": logps.flip(0) + 2 * ratios}
+        values |= {name: 2 * one for name in values if name.endswith("_length")}
+        if not self(replace(PairLogps(**values), tokens_per_pair=2.0)).isfinite().all():
+            given = ", ".join(f"{name}={value}" for name, value in options.items()) or "its options"
+            raise UserError(
+                f"loss '{self.name}' is not finite in fp32 with {given}: take values nearer to the defaults"
+            )
+
     def check_separable(self) -> None:
         """Checks on random log-probs that a loss which is declared separable is.
 
@@ -66,8 +87,15 @@ class Loss:
 
 
 def loss_names(loss_type: str | Sequence[str]) -> list[str]:
-    """Returns ``loss_type`` as a list: one name, or several that are added up."""
-    return [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    """Returns ``loss_type`` as a list: one name, or several that are added up.
+
+    Raises:
+        UserError: it is neither a name nor names.
+    """
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"loss_type={loss_type!r}: must be the name of a loss, or a list of names")
+    return list(names)
 
 
 def build_loss(
@@ -91,21 +119,30 @@ def build_loss(
         options: each goes to the losses that take it, see :func:`loss_options`.
 
     Raises:
-        UserError: an unknown name, another number of weights, or a change that is not defined for the loss.
+        UserError: an unknown name, another number of weights, a value out of the range of its option, or a change that
+            is not defined for the loss.
         TypeError: none of the losses takes an option.
     """
     names = loss_names(name)
+    if weights is not None and not isinstance(weights, (list, tuple)):
+        raise UserError(f"loss_weights={weights!r}: must be a list of numbers, one for each loss")
     weights = [1.0] * len(names) if weights is None else list(weights)
     for unknown in set(names) - set(LOSSES):
         raise UserError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}")
+    for weight in weights:
+        check_option("loss_weights", weight)
     if not names or len(weights) != len(names):
         raise UserError(f"loss_weights has {len(weights)} weights for the {len(names)} losses of loss_type")
     taken = {option for one in names for option in loss_options(one)}
     if foreign := set(options) - taken:
         known = f"its options are {', '.join(sorted(taken))}" if taken else "it has none"
         raise TypeError(f"loss '{' + '.join(names)}' has no option '{min(foreign)}'; {known}")
-    if f_divergence_type not in F_DIVERGENCES:
+    if not isinstance(f_divergence_type, str) or f_divergence_type not in F_DIVERGENCES:
         raise UserError(f"f_divergence_type='{f_divergence_type}' is unknown: choose one of {', '.join(F_DIVERGENCES)}")
+    check_option("f_alpha_divergence_coef", f_alpha_divergence_coef)
+    check_option("use_weighting", use_weighting, default=False)
+    if ld_alpha is not None:
+        check_option("ld_alpha", ld_alpha)
     divergence = (f_divergence_type, f_alpha_divergence_coef)
     parts = [
         _build_one(one, ld_alpha, divergence, use_weighting, {k: options[k] for k in loss_options(one) if k in options})
@@ -120,6 +157,9 @@ def build_loss(
     for option, is_ignored in ignored.items():
         if is_ignored:
             raise UserError(f"{option} has no effect on loss '{loss.name}': leave it out")
+    if not torch.compiler.is_compiling():
+        divergences = {"f_divergence_type": f_divergence_type, "f_alpha_divergence_coef": f_alpha_divergence_coef}
+        loss.check_finite({**options, **(divergences if f_divergence_type != "reverse_kl" else {})})
     return loss
 
 
@@ -127,6 +167,9 @@ def _build_one(
     name: str, ld_alpha: float | None, divergence: tuple[str, float], use_weighting: bool, options: dict[str, float]
 ) -> Loss:
     builtin = LOSSES[name]
+    parameters = inspect.signature(builtin.function).parameters
+    for option, value in options.items():
+        check_option(option, value, parameters[option].default, name)
     # In a sum, a change applies to the losses that it is defined for.
     diverges = builtin.needs_reference and divergence[0] != "reverse_kl"
     weighted = use_weighting and builtin.needs_rejected
@@ -193,8 +236,10 @@ def user_loss(
     products in the head, and is checked here, once.
 
     Raises:
-        UserError: it is declared separable and is not.
+        UserError: it is not a function, or is declared separable and is not.
     """
+    if not callable(function):
+        raise UserError(f"loss={function!r}: must be a function of PairLogps, or the result of build_loss or user_loss")
     loss = Loss(
         name or str(getattr(function, "__name__", "user")),
         function,

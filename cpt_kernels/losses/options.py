@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import UserError
 from .build import Loss, build_loss, loss_names
 from .functions import LOSSES, loss_options
+from .ranges import RANGES, check_option
 from .transforms import F_DIVERGENCES
 
 # Option -> its letter in the equations of the table of losses. The metadata of the fields cannot hold it, because
@@ -88,15 +89,13 @@ class LossOptions:
         Raises:
             UserError: a value out of range, an option without effect on the loss, or options that exclude each other.
         """
-        self._require_positive("beta", "discopop_tau")
-        self._require_not_negative("slic_delta", "slic_lambda", "simpo_gamma", "cpo_alpha", "dpop_lambda", "odpo_alpha")
-        self._require_share("ld_alpha")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing={self.label_smoothing}: a flip probability must lie in [0, 0.5)")
-        loss = self.build_loss()
         names = loss_names(self.loss_type)
-        if "exo_pair" in names and self.label_smoothing == 0:
-            raise UserError("loss_type 'exo_pair' needs label_smoothing above 0: its paper has 1e-3")
+        for name in RANGES:
+            if (value := getattr(self, name)) is not None:
+                check_option(name, value)
+        if self.label_smoothing == 0.5:
+            raise UserError("label_smoothing=0.5: a flip probability must lie in [0, 0.5), at 0.5 labels say nothing")
+        loss = self.build_loss()
         if ignored := self._changed(self._options_of(LOSSES) - self._options_of(names) - {"beta"}):
             # beta is exempt: it also is the factor of the rewards that every loss logs.
             raise UserError(f"{ignored[0]} has no effect on loss_type '{loss.name}': leave it out")

@@ -12,11 +12,20 @@ from torch import Tensor
 
 from .logps import PairLogps
 
-_LARGEST_EXPONENT = 80.0  # as in TRL: exp stays finite in fp32
+_LARGEST_EXPONENT = 80.0  # as in TRL, which stops there: losses of e^80 are finite in fp32
+
+
+def _expm1(exponent: Tensor) -> Tensor:
+    """Returns ``exp(x) - 1``, beyond x = 80 continued smoothly by a logarithm: finite, and with a slope above 0."""
+    beyond = torch.relu(exponent - _LARGEST_EXPONENT)
+    x = exponent.clamp(max=_LARGEST_EXPONENT)
+    # expm1 is exact near 0. Its gradient, which PyTorch computes as the result plus 1, loses its digits far below 0.
+    inside = torch.where(x > -0.5, torch.expm1(x), torch.exp(x) - 1)
+    return inside + math.exp(_LARGEST_EXPONENT) * torch.log1p(beyond)
 
 
 def _forward_kl(log_ratio: Tensor) -> Tensor:
-    return 1 - torch.exp(-log_ratio)
+    return -_expm1(-log_ratio)
 
 
 def _js_divergence(log_ratio: Tensor) -> Tensor:
@@ -26,7 +35,7 @@ def _js_divergence(log_ratio: Tensor) -> Tensor:
 def _alpha_divergence(log_ratio: Tensor, coef: float) -> Tensor:
     if abs(coef - 1) < 1e-6:  # the limit of the expression below
         return log_ratio
-    return (torch.exp(torch.clamp((coef - 1) * log_ratio, max=_LARGEST_EXPONENT)) - 1) / (coef - 1)
+    return _expm1((coef - 1) * log_ratio) / (coef - 1)
 
 
 # f_divergence_type -> Δ ↦ f'(exp Δ). For reverse_kl that is Δ itself, up to a constant that cancels: plain DPO.
@@ -45,17 +54,14 @@ def f_divergence(logps: PairLogps, kind: str, alpha_coef: float = 0.5) -> PairLo
     Forward KL is ``1 - exp(-Δ)``, Jensen-Shannon ``log 2 + log(σ(Δ))``, alpha ``(exp((a-1)·Δ) - 1) / (a-1)``. The
     result holds for losses of the *difference* of the log-ratios only: an unknown term of the prompt cancels there.
 
-    Forward KL exceeds fp32 for a log-ratio of chosen below about -88. The loss is then inf, as TRL's is.
+    Beyond an exponent of 80 exponentials are continued by a logarithm, because they exceed fp32 soon after. TRL has
+    inf there (forward KL), or a constant without gradient (alpha).
     """
     derivative = F_DIVERGENCES[kind]
     if derivative is None:
         return logps
     coef = (alpha_coef,) if kind == "alpha_divergence" else ()
     chosen, rejected = logps.log_ratios()
-    if kind == "forward_kl":
-        # exp(-Δ) of the rejected side would be inf, and its gradient inf times 0. The loss is flat long before.
-        limits = torch.finfo(rejected.dtype)
-        rejected = rejected.clamp(min=-math.log(limits.max) * (1 - limits.eps))
     chosen, rejected = (derivative(ratio, *coef) for ratio in (chosen, rejected))
     zero = torch.zeros_like(chosen)
     return replace(logps, chosen=chosen, rejected=rejected, ref_chosen=zero, ref_rejected=zero)

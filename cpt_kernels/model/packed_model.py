@@ -262,7 +262,7 @@ class PackedModel:
     ) -> Scores:
         """Computes log-probs, and the loss if there is one, from the hidden rows; arguments as of :meth:`__call__`."""
         rows = gather_rows(hidden, batch["predictor_index"], batch["predictor_rounds"])
-        options = dataclasses.replace(self.options, statistics=statistics, compute_dtype=_autocast_dtype(rows))
+        options = dataclasses.replace(self.options, statistics=statistics)
         operands = _head_operands(head, rows)
         if operands is None:  # an adapter that was not there, or not active, when the model was proven
             raise UserError(
@@ -335,14 +335,6 @@ def _aux_loss(outputs: Any, like: Tensor) -> Tensor | None:
     """
     value = getattr(outputs, "aux_loss", None)
     return None if value is None else torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
-
-
-def _autocast_dtype(rows: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which autocast would compute the head's products; None if it is off."""
-    device = rows.device.type
-    if not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:

@@ -172,6 +172,14 @@ def load_extension() -> Any:
         raise UnavailableError(_NOT_BUILT) from error
 
 
+def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
+    """Returns the dtype to which autocast casts tensors of one device; None if it is off, or one is fp64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def stream_of(tensor: Tensor) -> int:
     """Returns the current CUDA stream of a tensor's device as an integer; 0 on a CPU (the tests' emulation)."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

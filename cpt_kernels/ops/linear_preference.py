@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import UserError
 from ..losses import Loss
+from .backends import autocast_dtype
 from .gather import segment_sum
 from .head.compiled import REFUSAL, compiled_logprobs, compiled_preference
 from .head.passes import (
@@ -42,7 +44,7 @@ from .head.passes import (
     score_rows,
     scored_gradients,
 )
-from .head.tiles import HeadOptions, Pairs
+from .head.tiles import DTYPES, HeadOptions, Pairs
 from .pair_loss import has_kernel
 from .vocab_score import VocabScore
 
@@ -65,13 +67,14 @@ def linear_logprobs(
         score = linear_logprobs(hidden, model.lm_head.weight, targets)
         score.logps.sum().backward()
 
+    Under autocast the products are computed in its dtype, as those of a linear layer would be.
+
     Raises:
-        ValueError: shapes that do not fit together; on a CPU, a target outside the vocabulary.
+        UserError: shapes, devices or dtypes that do not fit together; on a CPU, a target outside the vocabulary.
         RuntimeError: the backend asked for is not available.
     """
-    options = options or HeadOptions()
     operands = Operands(hidden, weight, targets, bias)
-    _check_operands(operands, options)
+    options = _checked_options(operands, options or HeadOptions())
     wanted = Wanted.of(operands)
     if torch.compiler.is_compiling():
         return compiled_logprobs(operands, wanted, options)
@@ -101,13 +104,13 @@ def linear_preference_loss(
         (out.loss / num_pairs).backward()
 
     Raises:
-        ValueError: shapes that do not fit together, or pairs without something that the loss needs; on a CPU, a target
-            outside the vocabulary, or a pair that reaches into another block.
+        UserError: shapes, devices or dtypes that do not fit together, or pairs without something that the loss needs;
+            on a CPU, a target outside the vocabulary, lengths that are not those of ``cu_completions``, or a pair that
+            reaches into another block.
         RuntimeError: the backend asked for is not available.
     """
-    options = options or HeadOptions()
     operands = Operands(hidden, weight, targets, bias)
-    _check_operands(operands, options)
+    options = _checked_options(operands, options or HeadOptions())
     pairs.check(loss, hidden.device, len(hidden))
     if loss.needs_log_sum_sq:
         options = replace(options, statistics=True)
@@ -204,17 +207,42 @@ def _is_last_backward() -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _check_operands(operands: Operands, options: HeadOptions) -> None:
+def _checked_options(operands: Operands, options: HeadOptions) -> HeadOptions:
+    """Checks operands and options, and returns the options with the dtype of the products, if it is not that of hidden.
+
+    Raises:
+        UserError: they do not fit together.
+    """
     hidden, weight, targets, bias = operands
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden (N, H) and weight (V, H) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
+        raise UserError(f"hidden (N, H) and weight (V, H) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
+        raise UserError(
             f"targets must have shape ({hidden.shape[0]},) in int64, not {tuple(targets.shape)} in {targets.dtype}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise UserError(
+            f"bias must be floating and have shape ({weight.shape[0]},), not {bias.dtype} {tuple(bias.shape)}"
+        )
     if any(t is not None and t.device != hidden.device for t in (weight, targets, bias)):
-        raise ValueError(f"weight, targets and bias must be on the device of hidden, {hidden.device}")
-    if options.vocab_size is not None and not 0 < options.vocab_size <= weight.shape[0]:
-        raise ValueError(f"vocab_size={options.vocab_size} is not within the {weight.shape[0]} rows of weight")
+        raise UserError(f"weight, targets and bias must be on the device of hidden, {hidden.device}")
+    options.check(weight.shape[0])
+    return replace(options, compute_dtype=_product_dtype(hidden, weight, options.compute_dtype))
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor, asked: torch.dtype | None) -> torch.dtype | None:
+    """Returns the dtype of the head's products: the one asked for, else autocast's; None for that of the operands."""
+    if asked is None:
+        asked = autocast_dtype(hidden, weight)
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{name} is {tensor.dtype}: it must be one of {', '.join(map(str, DTYPES))}")
+    if asked is None and hidden.dtype != weight.dtype:
+        raise UserError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, run under torch.autocast, or set"
+            " HeadOptions(compute_dtype=...)"
+        )
+    wide = [t.dtype for t in (hidden, weight) if t.dtype == torch.float64]
+    if asked is not None and (asked not in DTYPES or (asked == torch.float64) != (len(wide) == 2) or len(wide) == 1):
+        raise UserError(f"compute_dtype={asked} is not possible for {hidden.dtype} hidden and {weight.dtype} weight")
+    return asked

@@ -9,23 +9,31 @@ attention over segments of different lengths computes the result. ``select`` cho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ..gather import Rounds, gather_rows
 from .segments import SegmentKernel, segment_attention
 from .select import choose_attention
-from .varlen import Call, Need, varlen_attention
+from .varlen import Call, Need, compute_dtype, varlen_attention
 
 __all__ = ["AttentionLayout", "shared_prompt_attention"]
 
 
 @dataclass  # not frozen: torch.compile (2.11) traces into frozen dataclasses, and recompiles a layer for other lengths
 class AttentionLayout:
-    """Segments of a packed row of T tokens; fields as in ``data.collate.PackedBatch``."""
+    """Segments of a packed row of T tokens; fields as in ``data.collate.PackedBatch``.
+
+    Raises:
+        UserError: the segments of the fields differ. On a GPU only their numbers are compared, because reading the
+            offsets would cost a synchronisation.
+    """
 
     cu_seqlens_q: Tensor  # (G+1,) int32
     cu_seqlens_k: Tensor  # (G+1,) int32
@@ -33,6 +41,22 @@ class AttentionLayout:
     kv_rounds: Rounds
     segment_lengths: Sequence[tuple[int, int]]  # G times (queries, keys)
     shared: bool  # False: every segment's keys are its own tokens, in order, and nothing is gathered
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for side, offsets in enumerate((self.cu_seqlens_q, self.cu_seqlens_k)):
+            name, lengths = ("cu_seqlens_q", "cu_seqlens_k")[side], [segment[side] for segment in self.segment_lengths]
+            if len(offsets) != len(lengths) + 1:
+                raise UserError(f"{name} has {len(offsets) - 1} segments, but segment_lengths has {len(lengths)}")
+            if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets.diff().tolist() != lengths):
+                raise UserError(f"{name} does not start at 0 or has other lengths than segment_lengths")
+        rows = sum(len(sources) for _, sources in self.kv_rounds)
+        if self.shared and not len(self.kv_index) == rows == sum(keys for _, keys in self.segment_lengths):
+            raise UserError(
+                f"kv_index has {len(self.kv_index)} rows, kv_rounds {rows}, and segment_lengths"
+                f" {sum(keys for _, keys in self.segment_lengths)} keys: they must be equal"
+            )
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> AttentionLayout:
@@ -67,9 +91,13 @@ def shared_prompt_attention(
         deterministic: variable-length kernels sum the queries' gradients in a fixed order, which takes time.
 
     Raises:
-        ValueError: the backend is unknown, or asked for by name and lacks what this call needs.
-        RuntimeError: the backend is not available here.
+        UserError: shapes, dtypes or devices do not fit together, or a number is out of range; the backend is unknown,
+            or asked for by name and lacks what this call needs.
+        UnavailableError: the backend is not available here.
     """
+    if not torch.compiler.is_compiling():
+        _check_call(query, key, value, sinks, layout)
+        _check_numbers(scale, window, softcap, dropout)
     if layout.shared:
         key = gather_rows(key, layout.kv_index, layout.kv_rounds)
         value = gather_rows(value, layout.kv_index, layout.kv_rounds)
@@ -89,3 +117,38 @@ def shared_prompt_attention(
     if isinstance(kernel, SegmentKernel):
         return segment_attention(kernel, query, key, value, layout.segment_lengths, call, sinks)
     return varlen_attention(kernel, query, key, value, call, sinks)
+
+
+def _check_call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, layout: AttentionLayout) -> None:
+    tensors = {"query": query, "key": key, "value": value}
+    if any(x.dim() != 3 for x in tensors.values()) or query.shape[2] != key.shape[2]:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise UserError(f"query, key (tokens, heads, D) and value (tokens, heads, Dv) do not fit: {shapes}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if value.shape[:2] != key.shape[:2] or len(key) != len(query) or heads % key_heads:
+        raise UserError(
+            f"key and value must have the {len(query)} tokens of query and a number of heads that divides its {heads},"
+            f" not {tuple(key.shape[:2])} and {tuple(value.shape[:2])}"
+        )
+    queries, keys = (sum(lengths) for lengths in zip(*layout.segment_lengths))
+    if queries != len(query) or not (layout.shared or keys == len(key)):
+        raise UserError(f"the layout has {queries} queries and {keys} keys, but query has {len(query)} tokens")
+    # Autocast casts the operands of an attention, but not fp64.
+    if len({compute_dtype(x) for x in tensors.values()}) > 1:
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        raise UserError(f"query, key and value differ in dtype ({dtypes}): cast them, or run under torch.autocast")
+    if any(x.device != query.device for x in (key, value, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.kv_index)):
+        raise UserError(f"key, value and layout must be on the device of query, {query.device}")
+    if sinks is not None and (sinks.shape != (heads,) or sinks.device != query.device):
+        raise UserError(f"sinks must have shape ({heads},) on {query.device}, not {tuple(sinks.shape)}")
+
+
+def _check_numbers(scale: float | None, window: int | None, softcap: float | None, dropout: float) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise UserError(f"scale={scale}: must be finite, or None for the default")
+    if window is not None and not window >= 1:
+        raise UserError(f"window={window}: must be 1 or more, or None for no window")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise UserError(f"softcap={softcap}: must be positive and finite, or None for no cap")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout}: must lie in [0, 1)")

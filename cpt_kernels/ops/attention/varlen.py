@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import autocast_dtype
+
 HALF = (torch.float16, torch.bfloat16)
 _ALIGNMENT = 8  # flash kernels need head sizes in multiples of 16 bytes
 
@@ -173,10 +175,7 @@ def _pad(x: Tensor, size: int) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype that autocast would choose: flash kernels are not among the operators that it casts."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,10 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ...losses import Loss, PairLogps
 from ..gather import segment_sum
 from ..pair_loss import check_pairs
 from ..vocab_score import TileOptions, VocabScore
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of the head's operands and products
 
 # Default rows of a tile on a CPU. With fewer rows matrix products are slower, and more pair blocks are larger than a
 # tile, which costs a fourth product; more rows only take memory.
@@ -31,7 +35,7 @@ class HeadOptions:
         logit_scale, softcap, vocab_size: see :func:`cpt_kernels.vocab_score`.
         statistics: also return entropy, mean logit, top-1 and log sum p^2 of every token.
         memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator, and 512 rows on a CPU.
-        compute_dtype: dtype of the matrix products, as autocast would choose; default the dtype of ``hidden``.
+        compute_dtype: dtype of the matrix products; default autocast's dtype where it is on, else that of the operands.
         backend: of ``vocab_score`` and ``pair_loss``, see ``ops.backends``. An operator whose table lacks the name
             takes its ``auto`` choice, if the other operator has it.
     """
@@ -43,6 +47,21 @@ class HeadOptions:
     memory_mb: float | None = None
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
+
+    def check(self, columns: int) -> None:
+        """Checks the values for a weight of this many rows.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        if self.vocab_size is not None and not 0 < self.vocab_size <= columns:
+            raise UserError(f"vocab_size={self.vocab_size} is not within the {columns} rows of weight")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise UserError(f"softcap={self.softcap}: must be positive and finite, or None for no cap")
+        if not math.isfinite(self.logit_scale):
+            raise UserError(f"logit_scale={self.logit_scale}: must be finite")
+        if self.memory_mb is not None and not self.memory_mb > 0:
+            raise UserError(f"memory_mb={self.memory_mb}: must be positive, or None for the default")
 
     def tile_rows(self, hidden: Tensor, weight: Tensor) -> int:
         """Rows of a tile of logits within the budget, at least 1."""
@@ -77,18 +96,23 @@ class Pairs:
         """Checks that the pairs match the number of hidden rows and the device, and have what the loss needs.
 
         Raises:
-            ValueError: they do not match, or something is missing.
+            UserError: they do not match, or something is missing.
         """
         if loss.needs_reference and self.ref_logps is None:
-            raise ValueError(f"loss '{loss.name}' needs reference log-probs")
+            raise UserError(f"loss '{loss.name}' needs reference log-probs")
         if loss.needs_rejected and self.rejected is None:
-            raise ValueError(f"loss '{loss.name}' needs pairs with a rejected side")
+            raise UserError(f"loss '{loss.name}' needs pairs with a rejected side")
         if loss.needs_reference and loss.needs_tails and self.ref_token_logps is None:
-            raise ValueError(f"loss '{loss.name}' with ld_alpha needs the reference log-prob of every token")
+            raise UserError(f"loss '{loss.name}' with ld_alpha needs the reference log-prob of every token")
         if loss.needs_gap and self.gaps is None:
-            raise ValueError(f"loss '{loss.name}' needs the gap of every pair")
-        sides = (self.chosen, self.rejected, self.sft_targets)
-        check_pairs(device, self.cu_completions, *sides, self.ref_logps)
+            raise UserError(f"loss '{loss.name}' needs the gap of every pair")
+        check_pairs(device, self.cu_completions, self.chosen, self.rejected, self.sft_targets, self.ref_logps)
+        for name, length in (("ref_token_logps", rows), ("gaps", len(self.chosen))):
+            values = getattr(self, name)
+            if values is not None and (values.shape != (length,) or values.device != device):
+                raise UserError(
+                    f"{name} must have shape ({length},) on {device}, not {tuple(values.shape)} on {values.device}"
+                )
         if not torch.compiler.is_compiling():
             self._check_blocks(rows)
 
@@ -96,17 +120,27 @@ class Pairs:
         # Rows outside all blocks would be in no tile, and their gradients would stay unwritten.
         found = len(self.completion_lengths), sum(self.completion_lengths)
         if found != (expected := (len(self.cu_completions) - 1, rows)):
-            raise ValueError(
+            raise UserError(
                 "completion_lengths describes {} completions ({} tokens), but cu_completions has {} and hidden"
                 " {} rows".format(*found, *expected)
             )
         found = sum(completions for completions, _ in self.pair_blocks), sum(pairs for _, pairs in self.pair_blocks)
         if found != (expected := (len(self.completion_lengths), len(self.chosen))):
-            raise ValueError(
+            raise UserError(
                 "pair_blocks cover {} completions and {} pairs; expected {} and {}".format(*found, *expected)
             )
-        if self.chosen.device.type == "cpu":  # on a GPU reading the indices would cost a synchronisation
+        if self.chosen.device.type == "cpu":  # on a GPU reading offsets and indices would cost a synchronisation
+            self._check_lengths()
             self._check_sides()
+
+    def _check_lengths(self) -> None:
+        offsets = self.cu_completions.tolist()
+        for completion, (length, start, end) in enumerate(zip(self.completion_lengths, offsets, offsets[1:])):
+            if start + length != end or length < 0 or offsets[0] != 0:
+                raise UserError(
+                    f"completion {completion} has {length} tokens in completion_lengths, but lies from {start} to {end}"
+                    " in cu_completions, which must start at 0"
+                )
 
     def _check_sides(self) -> None:
         # A pair that reaches into another block would get wrong log-probs if that block is in another tile.
@@ -118,7 +152,7 @@ class Pairs:
                 continue
             pair, index = next((p, i) for p, i in enumerate(indices) if owners.get(i) != expected[p])
             place = f"in block {owners[index]}" if index in owners else "in no block"
-            raise ValueError(f"pair {pair} is in block {expected[pair]}, but its {name} completion {index} is {place}")
+            raise UserError(f"pair {pair} is in block {expected[pair]}, but its {name} completion {index} is {place}")
 
     def pair_logps(
         self,

@@ -6,6 +6,7 @@ form in eager PyTorch and the kernels ``triton`` and ``cuda``.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ...losses import LOSSES, Loss, build_loss
 from .. import backends
 from ..backends import Backend
@@ -96,7 +98,7 @@ def pair_loss(
         :class:`PairLossOutput`: completion log-probs (S,), losses (P,), weights (S,).
 
     Raises:
-        ValueError: wrong shapes or dtypes, or an unknown loss; a side or a reference that the loss needs is missing, or
+        UserError: wrong shapes or dtypes, or an unknown loss; a side or a reference that the loss needs is missing, or
             the loss needs more than a log-prob of each completion; a kernel is asked for that does not know the loss;
             on a CPU, offsets or indices out of range. On a GPU that check would cost a synchronisation: there the
             kernels keep offsets within the tokens and return NaN for a pair with an index out of range.
@@ -104,13 +106,13 @@ def pair_loss(
         RuntimeError: the backend asked for is not available.
     """
     if isinstance(loss, Loss) and options:
-        raise ValueError(f"loss '{loss.name}' has its options bound already: {', '.join(options)} cannot be given here")
+        raise UserError(f"loss '{loss.name}' has its options bound already: {', '.join(options)} cannot be given here")
     bound = loss if isinstance(loss, Loss) else build_loss(loss, **options)
     inputs = PairLossInput(token_logps, cu_completions, chosen, rejected, targets, ref_logps)
     _check_pair_loss(inputs, bound)
     if not has_kernel(bound):
         if backend not in ("auto", "eager"):
-            raise ValueError(f"loss '{bound.name}' has no kernel with its options: take backend 'auto' or 'eager'")
+            raise UserError(f"loss '{bound.name}' has no kernel with its options: take backend 'auto' or 'eager'")
         backend = "eager"
     with torch.no_grad():
         if torch.compiler.is_compiling() and has_kernel(bound):
@@ -167,8 +169,12 @@ def flat_loss(loss: Loss) -> dict[str, Any]:
 
 def unflatten_loss(loss: str, loss_options: list[str], loss_values: list[float]) -> Loss:
     """Inverse of :func:`flat_loss`."""
-    options: dict[str, Any] = dict(zip(loss_options, loss_values))
-    return build_loss(loss, **options)
+    return _cached_loss(loss, tuple(zip(loss_options, loss_values)))
+
+
+@functools.cache  # an operator builds its loss in every call
+def _cached_loss(loss: str, options: tuple[tuple[str, Any], ...]) -> Loss:
+    return build_loss(loss, **dict(options))
 
 
 # --- Checks ---
@@ -177,24 +183,24 @@ def unflatten_loss(loss: str, loss_options: list[str], loss_values: list[float])
 def _check_pair_loss(inputs: PairLossInput, loss: Loss) -> None:
     token_logps, cu_completions, _, rejected, _, ref_logps = inputs
     if token_logps.dim() != 1 or token_logps.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"token_logps must be fp32 or fp64 (N,), not {token_logps.dtype} {tuple(token_logps.shape)}")
+        raise UserError(f"token_logps must be fp32 or fp64 (N,), not {token_logps.dtype} {tuple(token_logps.shape)}")
     check_pairs(token_logps.device, *inputs[1:])
     if loss.needs_rejected and rejected is None:
-        raise ValueError(f"loss '{loss.name}' needs rejected completions")
+        raise UserError(f"loss '{loss.name}' needs rejected completions")
     if loss.needs_reference and ref_logps is None:
-        raise ValueError(f"loss '{loss.name}' needs ref_logps")
+        raise UserError(f"loss '{loss.name}' needs ref_logps")
     if loss.needs_gap or loss.needs_tails or loss.needs_log_sum_sq:
-        raise ValueError(f"loss '{loss.name}' needs more than completion log-probs: use linear_preference_loss")
+        raise UserError(f"loss '{loss.name}' needs more than completion log-probs: use linear_preference_loss")
     if ref_logps is not None and ref_logps.dtype != token_logps.dtype:
-        raise ValueError(f"ref_logps must be {token_logps.dtype} as token_logps, not {ref_logps.dtype}")
+        raise UserError(f"ref_logps must be {token_logps.dtype} as token_logps, not {ref_logps.dtype}")
     if token_logps.device.type == "cpu" and not torch.compiler.is_compiling():
         if cu_completions[0] != 0 or cu_completions[-1] != len(token_logps) or (cu_completions.diff() < 0).any():
-            raise ValueError(f"cu_completions must ascend from 0 to {len(token_logps)}")
+            raise UserError(f"cu_completions must ascend from 0 to {len(token_logps)}")
         completions = len(cu_completions) - 1
         for name in ("chosen", "rejected", "targets"):
             side = getattr(inputs, name)
             if side is not None and ((side < 0) | (side >= completions)).any():
-                raise ValueError(f"{name} must index the {completions} completions")
+                raise UserError(f"{name} must index the {completions} completions")
 
 
 def check_pairs(
@@ -208,16 +214,17 @@ def check_pairs(
     """Checks shapes, dtypes and device of pairs.
 
     Raises:
-        ValueError: they do not fit.
+        UserError: they do not fit.
     """
     if cu_completions.dim() != 1 or len(cu_completions) == 0 or cu_completions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_completions must be int32 or int64 (S+1,), not {cu_completions.dtype}")
+        raise UserError(f"cu_completions must be int32 or int64 (S+1,), not {cu_completions.dtype}")
     completions = len(cu_completions) - 1
     sides = {"chosen": chosen, "rejected": rejected, "targets": targets}
     for name, side in sides.items():
         if side is not None and (side.shape != chosen.shape or side.dim() != 1 or side.dtype != torch.int64):
-            raise ValueError(f"{name} must be int64 ({len(chosen)},), not {side.dtype} {tuple(side.shape)}")
-    if ref_logps is not None and ref_logps.shape != (completions,):
-        raise ValueError(f"ref_logps must have shape ({completions},), not {tuple(ref_logps.shape)}")
+            raise UserError(f"{name} must be int64 ({len(chosen)},), not {side.dtype} {tuple(side.shape)}")
+    if ref_logps is not None and (ref_logps.shape != (completions,) or not ref_logps.is_floating_point()):
+        found = f"{ref_logps.dtype} {tuple(ref_logps.shape)}"
+        raise UserError(f"ref_logps must be floating and have shape ({completions},), not {found}")
     if any(t is not None and t.device != device for t in (cu_completions, ref_logps, *sides.values())):
-        raise ValueError(f"log-probs and pairs must be on one device, {device}")
+        raise UserError(f"log-probs and pairs must be on one device, {device}")

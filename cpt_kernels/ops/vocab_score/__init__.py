@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from .. import backends
 from ..backends import Backend
 from .reference import TileOptions, VocabScore
@@ -53,7 +55,7 @@ def vocab_score(
         :class:`VocabScore`, fp32 (fp64 for fp64 logits). No autograd: gradients are built from the vocab score.
 
     Raises:
-        ValueError: wrong shapes, dtypes or strides; on a CPU, a target outside the vocabulary. On a GPU that check
+        UserError: wrong shapes, dtypes or strides; on a CPU, a target outside the vocabulary. On a GPU that check
             would cost a synchronisation: there the kernels return NaN for such a row, and eager fails an assertion on
             the device.
         RuntimeError: the backend asked for is not available.
@@ -120,24 +122,28 @@ def fill_absent(like: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor,
 
 
 def _check_tile(logits: Tensor, targets: Tensor, options: TileOptions) -> None:
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be a floating (R, V) matrix, not {logits.dtype} {tuple(logits.shape)}")
+    if logits.dim() != 2 or logits.dtype not in (torch.float64, *_KERNEL_DTYPES):
+        raise UserError(
+            f"logits must be a (R, V) matrix in fp64, fp32, bf16 or fp16, not {logits.dtype} {tuple(logits.shape)}"
+        )
     rows, columns = logits.shape
     bias, vocab_size = options.bias, options.vocab_size
     if columns == 0:
-        raise ValueError("logits have no columns")
+        raise UserError("logits have no columns")
     if columns > 1 and logits.stride(1) != 1:
-        raise ValueError(f"logits must be contiguous along the vocabulary, their strides are {logits.stride()}")
+        raise UserError(f"logits must be contiguous along the vocabulary, their strides are {logits.stride()}")
     if options.score and rows > 1 and logits.stride(0) < columns:
-        raise ValueError(f"rows overlap (strides {logits.stride()}): a score cannot be written over them")
+        raise UserError(f"rows overlap (strides {logits.stride()}): a score cannot be written over them")
     if targets.shape != (rows,) or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 of shape ({rows},), not {targets.dtype} {tuple(targets.shape)}")
-    if bias is not None and bias.shape != (columns,):
-        raise ValueError(f"bias must have shape ({columns},), not {tuple(bias.shape)}")
+        raise UserError(f"targets must be int64 of shape ({rows},), not {targets.dtype} {tuple(targets.shape)}")
+    if bias is not None and (bias.shape != (columns,) or not bias.is_floating_point()):
+        raise UserError(f"bias must be floating and have shape ({columns},), not {bias.dtype} {tuple(bias.shape)}")
+    if options.softcap is not None and not 0 < options.softcap < math.inf:
+        raise UserError(f"softcap={options.softcap}: must be positive and finite, or None for no cap")
     if vocab_size is not None and not 0 < vocab_size <= columns:
-        raise ValueError(f"vocab_size={vocab_size} is not within the {columns} columns of logits")
+        raise UserError(f"vocab_size={vocab_size} is not within the {columns} columns of logits")
     if any(t is not None and t.device != logits.device for t in (targets, bias)):
-        raise ValueError(f"targets and bias must be on the logits' device, {logits.device}")
+        raise UserError(f"targets and bias must be on the logits' device, {logits.device}")
     if not torch.compiler.is_compiling():
         check_targets(targets, options.vocabulary(columns))
 
@@ -146,9 +152,9 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
     """Checks that targets lie in the vocabulary, on a CPU only: reading GPU tensors would cost a synchronisation.
 
     Raises:
-        ValueError: a target is outside.
+        UserError: a target is outside.
     """
     if targets.device.type == "cpu" and len(targets):
         low, high = (x.item() for x in targets.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"targets must lie in [0, {vocab_size}), found {low} to {high}")
+            raise UserError(f"targets must lie in [0, {vocab_size}), found {low} to {high}")

@@ -103,7 +103,7 @@ def _score_block(
     x = logits if vocab == logits.shape[1] else logits[:, :vocab]
     z = x.to(out.lse.dtype)
     if options.bias is not None:
-        z = z + options.bias[:vocab]
+        z = z + options.bias[:vocab].to(z.dtype)
     if options.logit_scale != 1.0:
         z = z * options.logit_scale
     if softcap is not None:
