@@ -37,9 +37,21 @@ def option_rows(options: type[LossOptions] = LossOptions) -> Iterator[str]:
             yield f"| `{option.name}` | {symbol} | {default} | {shown} | {option.metadata['help']} |"
 
 
+def reward_rows() -> Iterator[str]:
+    """Yields the table of rewards, a Markdown line each."""
+    yield "| reward of chosen, in logs and `cpt eval pairs` | losses |"
+    yield "|---|---|"
+    losses: dict[str, list[str]] = {}
+    for name, entry in LOSSES.items():
+        reward = "β·Δw" if entry.needs_reference else "β·lw/nw" if entry.per_token else "β·lw"
+        losses.setdefault(reward, []).append(f"`{name}`")
+    for reward, names in losses.items():
+        yield f"| `{reward}` | {', '.join(names)} |"
+
+
 def written(text: str) -> str:
     """Returns the page with its tables replaced."""
-    rows = {"losses": loss_rows, "options": option_rows}
+    rows = {"losses": lambda: (*loss_rows(), "", *reward_rows()), "options": option_rows}
     return _BLOCK.sub(lambda match: match[1] + "\n".join(rows[match[2]]()) + "\n" + match[3], text)
 
 

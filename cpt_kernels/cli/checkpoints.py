@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..errors import UserError
+from ..losses import Loss, LossOptions
 from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
 from .option_table import option_table
 from .parsing import CONFIG_FILE, parse
@@ -101,6 +103,13 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
     if len(names) > 1:
         raise UserError(f"the models were trained against {' and '.join(names)}: choose one with --reference")
     return next(iter(names))
+
+
+def loss_of(configs: Configs) -> Loss:
+    """Returns the loss of the first training configuration, whose rewards an evaluation computes; default DPO's."""
+    values = next(iter(configs.values()), {})
+    known = {field.name for field in fields(LossOptions)}
+    return LossOptions(**{name: value for name, value in values.items() if name in known}).build_loss()
 
 
 def training_options(

@@ -75,6 +75,7 @@ def score_pairs(args: argparse.Namespace) -> None:
     from .checkpoints import (
         choose_reference,
         load_shared_tokenizer,
+        loss_of,
         model_loader,
         name_models,
         read_configs,
@@ -90,7 +91,7 @@ def score_pairs(args: argparse.Namespace) -> None:
     given = {"model": names[0], "data": args.data, "output_dir": args.output_dir, "reference": reference}
     options = training_options(configs, args.training, **given, prog=args.prog)
     quieten(options.training)
-    tokenizer = load_shared_tokenizer(names, options)
+    tokenizer, loss = load_shared_tokenizer(names, options), loss_of(configs)
 
     # Evaluate on all ranks; only the main process reports.
     evaluation = evaluate_pairs(
@@ -99,6 +100,7 @@ def score_pairs(args: argparse.Namespace) -> None:
         tokenizer,
         reference=None if reference is None else model_loader(reference, "reference", options),
         args=options.training,
+        per_token=loss.per_token,
         by=args.by,
         ratio_edges=args.ratio_edges,
         length_edges=args.length_edges,
@@ -106,7 +108,9 @@ def score_pairs(args: argparse.Namespace) -> None:
     if PartialState().is_main_process:
         settings = {"models": models, "reference": reference, "data": args.data, **vars(args.bootstrap)}
         settings |= {name: getattr(options.training, name) for name in ("beta", "max_length", "truncation_mode")}
-        _report_pairs(evaluation, args, settings, [f"options from {next(iter(configs))}"] if configs else [])
+        settings |= {"loss": loss.name, "rewards": "per token" if loss.per_token else "sums over tokens"}
+        notes = [f"rewards are of log-probs per token, as loss '{loss.name}' compares them"] if loss.per_token else []
+        _report_pairs(evaluation, args, settings, [*notes, *(f"options from {file}" for file in [*configs][:1])])
 
 
 def _report_pairs(

@@ -227,7 +227,8 @@ def _print_summary(trainer: ContrastiveTrainer, report: RunReport, tokens: int) 
     table = metrics_table(report.records, report.title)
     lines = []
     if not trainer.loss.needs_reference:
-        lines.append("Without a reference, a reward is beta times the log-prob.")
+        logp = "log-prob per token" if trainer.loss.per_token else "log-prob"
+        lines.append(f"Without a reference, a reward is beta times the {logp}.")
     elif (note := report.note()) is not None:
         lines.append(note)
     if (speed := report.tokens_per_second(tokens)) is not None:

@@ -46,6 +46,7 @@ class PairEvaluation:
         logps: model -> (P, 2) summed log-probs of chosen and rejected, in nats.
         ref_logps: (P, 2) the same for the reference, or None without a reference.
         beta: factor of the rewards.
+        per_token: rewards are of log-probs per token, as those of the loss that the models were trained with.
         report: which rows of the data were used, truncated and dropped.
     """
 
@@ -58,15 +59,19 @@ class PairEvaluation:
     ref_logps: NDArray[np.float64] | None
     beta: float
     report: PreparationReport
+    per_token: bool = False
 
     def metrics(self, model: str) -> dict[str, NDArray[np.float64]]:
         """Returns the values of each metric for all pairs, (P,), by the trainer's name of the metric.
 
         An exact tie counts 1/2 in the accuracies, whereas the trainer logs it as 0. The two differ only while the
-        policy equals its reference. Without a reference the reward is beta times the log-prob, as in training.
+        policy equals its reference. Without a reference the reward is beta times the log-prob, as in training. Rewards
+        are of sums over tokens, or of means where the loss takes means (``per_token``); log-probs are always sums.
         """
         logps = self.logps[model]
         rewards = self.beta * (logps if self.ref_logps is None else logps - self.ref_logps)
+        if self.per_token:
+            rewards = rewards / self.lengths
         margins = rewards[:, 0] - rewards[:, 1]
         return {
             "rewards/accuracies": (np.sign(margins) + 1) / 2,

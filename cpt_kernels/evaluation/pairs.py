@@ -60,13 +60,15 @@ def evaluate_pairs(
     *,
     reference: Model | None = None,
     args: ContrastiveConfig | None = None,
+    per_token: bool | None = None,
     by: Sequence[str] = (),
     ratio_edges: Sequence[float] = RATIO_EDGES,
     length_edges: Sequence[float] = LENGTH_EDGES,
 ) -> PairEvaluation:
     """Scores pairs by every model and by the reference.
 
-    Tokenization, truncation, packing and precision are those of a :class:`ContrastiveTrainer` with the same ``args``.
+    Tokenization, truncation, packing, precision and rewards are those of a :class:`ContrastiveTrainer` with the same
+    ``args``.
     Works on any number of ranks with a whole model on each; every rank gets the result.
 
     Args:
@@ -77,6 +79,7 @@ def evaluate_pairs(
         tokenizer: the tokenizer of all models.
         reference: without a reference, the rewards are computed from the log-probs alone.
         args: default ``ContrastiveConfig()``.
+        per_token: compute rewards of log-probs per token. Default: as the loss of ``args`` does.
         by: further columns to group by.
         ratio_edges: lower edges of the groups by length ratio, tokens of chosen / tokens of rejected.
         length_edges: lower edges of the groups by tokens of chosen.
@@ -110,6 +113,7 @@ def evaluate_pairs(
         ref_logps=None if reference is None else scorer.score("reference", reference)[scorer.members],
         logps={name: scorer.score(name, model)[scorer.members] for name, model in models.items()},
         beta=args.beta,
+        per_token=args.build_loss().per_token if per_token is None else per_token,
         report=report,
     )
 

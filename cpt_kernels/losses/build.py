@@ -30,6 +30,7 @@ class Loss:
         options: the options of one built-in loss without changes, which a kernel may compute in closed form; ``None``
             for any other loss.
         needs_tails, needs_log_sum_sq, needs_gap: the fields of :class:`PairLogps` of that name are read.
+        per_token: rewards are of log-probs per token, as the loss compares them, and not of sums.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Loss:
     needs_tails: bool = False
     needs_log_sum_sq: bool = False
     needs_gap: bool = False
+    per_token: bool = False
 
     def __call__(self, logps: PairLogps) -> Tensor:
         return self.function(logps)
@@ -200,6 +202,7 @@ def _build_one(
         needs_tails=desensitized,
         needs_log_sum_sq=weighted,
         needs_gap=builtin.needs_gap,
+        per_token=builtin.per_token or bool(options.get("slic_length_normalize", False)),
     )
 
 
@@ -207,6 +210,8 @@ def _weighted_sum(parts: Sequence[Loss], weights: Sequence[float]) -> Loss:
     def function(logps: PairLogps) -> Tensor:
         return torch.stack([weight * part(logps) for part, weight in zip(parts, weights)]).sum(0)
 
+    # The rewards are those of the first loss of pairs; one with a reference goes before one without.
+    ranked = sorted(parts, key=lambda part: (not part.needs_rejected, not part.needs_reference))
     return Loss(
         " + ".join(part.name if weight == 1 else f"{weight:g} {part.name}" for part, weight in zip(parts, weights)),
         function,
@@ -216,6 +221,7 @@ def _weighted_sum(parts: Sequence[Loss], weights: Sequence[float]) -> Loss:
         needs_tails=any(part.needs_tails for part in parts),
         needs_log_sum_sq=any(part.needs_log_sum_sq for part in parts),
         needs_gap=any(part.needs_gap for part in parts),
+        per_token=ranked[0].per_token,
     )
 
 
@@ -229,11 +235,12 @@ def user_loss(
     needs_tails: bool = False,
     needs_log_sum_sq: bool = False,
     needs_gap: bool = False,
+    per_token: bool = False,
 ) -> Loss:
     """Makes a :class:`Loss` of a user's own function of log-probs, ``PairLogps -> (P,)``.
 
     ``separable=True`` declares that each pair's loss depends on that pair alone. It saves one of the four matrix
-    products in the head, and is checked here, once.
+    products in the head, and is checked here, once. ``per_token=True`` logs rewards of log-probs per token.
 
     Raises:
         UserError: it is not a function, or is declared separable and is not.
@@ -249,6 +256,7 @@ def user_loss(
         needs_tails=needs_tails,
         needs_log_sum_sq=needs_log_sum_sq,
         needs_gap=needs_gap,
+        per_token=per_token,
     )
     if separable:
         loss.check_separable()

@@ -42,6 +42,7 @@ class Builtin:
         trl: the loss's name in TRL 1.16, or ``None``.
         needs_reference, needs_rejected, needs_gap, separable: see :class:`Loss`.
         uses_target: the log-prob of y_ref is read, the column that ``target_column`` names.
+        per_token: the loss compares log-probs per token, and so do the rewards that are logged: ``β·lw/nw``.
         of_difference: log-ratios enter as ``Δw - Δl`` only, so another f-divergence can replace the KL divergence.
     """
 
@@ -54,6 +55,7 @@ class Builtin:
     needs_gap: bool = False
     uses_target: bool = False
     separable: bool = True
+    per_token: bool = False
     of_difference: bool = False
 
 
@@ -236,7 +238,13 @@ def slic(
     return torch.relu(slic_delta - chosen + rejected) - slic_lambda * target
 
 
-@_builtin("S(β·(lw/nw − ll/nl) − γ)", "SimPO, arXiv 2405.14734", trl="CPOTrainer, simpo", needs_reference=False)
+@_builtin(
+    "S(β·(lw/nw − ll/nl) − γ)",
+    "SimPO, arXiv 2405.14734",
+    trl="CPOTrainer, simpo",
+    needs_reference=False,
+    per_token=True,
+)
 def simpo(logps: PairLogps, *, beta: float = 0.1, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
     """SimPO: Meng et al., who take β of 2 and more; the default is DPO's."""
     margin = logps.chosen / logps.chosen_length - logps.rejected / logps.rejected_length
@@ -251,7 +259,11 @@ def cpo(logps: PairLogps, *, beta: float = 0.1, cpo_alpha: float = 1.0, label_sm
 
 
 @_builtin(
-    "β·(−log(σ(odds(lw/nw) − odds(ll/nl)))) − lw/nw", "ORPO, arXiv 2403.07691", trl="ORPOTrainer", needs_reference=False
+    "β·(−log(σ(odds(lw/nw) − odds(ll/nl)))) − lw/nw",
+    "ORPO, arXiv 2403.07691",
+    trl="ORPOTrainer",
+    needs_reference=False,
+    per_token=True,
 )
 def orpo(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
     """ORPO: Hong et al., eq. 4 and 7, where β is their λ."""

@@ -37,7 +37,7 @@ from ..model.packed_model import PackedModel, Scores
 from ..reference.moving import MovingReference
 from ..reference.scorer import Reference
 from .checks import check_checkpoint, check_same_order
-from .metrics import Metrics, PlaceMetrics, pair_rewards
+from .metrics import Metrics, PlaceMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ class PackedLoop(Trainer):
         return None if self.reference is None else self.reference.model
 
     def _start_metrics(self, ld_alpha: float | None) -> None:
-        self.metrics = {mode: Metrics(self.accelerator, self.args.beta, ld_alpha) for mode in ("train", "eval")}
+        options = self.args.beta, ld_alpha, self.loss.per_token
+        self.metrics = {mode: Metrics(self.accelerator, *options) for mode in ("train", "eval")}
         if self.curriculum is not None:
             self.place_metrics = PlaceMetrics(self.accelerator, self.curriculum)
 
@@ -206,7 +207,7 @@ class PackedLoop(Trainer):
                 f"compute_loss returned {type(scores).__name__} beside the loss, and compute_metrics and predict cannot"
                 " make rewards of that: return what super().compute_loss(..., return_outputs=True) returns"
             )
-        return loss, pair_rewards(self.metrics["eval"].pair_logps(scores), self.args.beta), None
+        return loss, self.metrics["eval"].rewards(scores), None
 
     def evaluation_loop(
         self,

@@ -32,14 +32,18 @@ _NAMES = (*_MEAN_OVER, *_COUNTS)
 METRIC_NAMES = tuple(_MEAN_OVER)
 
 
-def pair_rewards(pair_logps: PairLogps, beta: float) -> Tensor:
+def pair_rewards(pair_logps: PairLogps, beta: float, per_token: bool = False) -> Tensor:
     """Returns the implicit rewards ``beta * (policy - reference log-prob)``, (P, 2) of chosen and rejected.
 
-    Without a rejected side they are (P, 1). Without a reference they are ``beta * policy log-prob``.
+    Without a rejected side they are (P, 1). Without a reference they are ``beta * policy log-prob``. With ``per_token``
+    they are divided by the number of tokens.
     """
     sides = [pair_logps.chosen] if pair_logps.rejected is None else [pair_logps.chosen, pair_logps.rejected]
     references = [pair_logps.ref_chosen, pair_logps.ref_rejected]
     rewards = [logps if ref is None else logps - ref for logps, ref in zip(sides, references)]
+    if per_token:
+        lengths = (pair_logps.chosen_length, pair_logps.rejected_length)
+        rewards = [reward / length for reward, length in zip(rewards, lengths)]
     return beta * torch.stack(rewards, dim=1).float()
 
 
@@ -53,15 +57,22 @@ class Metrics:
         beta: factor of the rewards.
         ld_alpha: weight of the tokens beyond the other side's length (LD-DPO). With it, log-probs and rewards are
             those that the loss sees, as in TRL.
+        per_token: rewards are of log-probs per token, see :class:`Loss`.
     """
 
-    def __init__(self, accelerator: Accelerator, beta: float, ld_alpha: float | None = None) -> None:
-        self.accelerator, self.beta, self.ld_alpha = accelerator, beta, ld_alpha
+    def __init__(
+        self, accelerator: Accelerator, beta: float, ld_alpha: float | None = None, per_token: bool = False
+    ) -> None:
+        self.accelerator, self.beta, self.ld_alpha, self.per_token = accelerator, beta, ld_alpha, per_token
         self.total: Tensor | None = None  # (len(_NAMES),) sums of this rank, on the device
 
     def pair_logps(self, scores: Scores) -> PairLogps:
         """Returns the log-probs of a micro-batch's pairs, (P,) each, that log-probs and rewards are computed from."""
         return desensitize(scores.pair_logps, self.ld_alpha)
+
+    def rewards(self, scores: Scores) -> Tensor:
+        """Returns the rewards of a micro-batch's pairs, (P, 2), or (P, 1) without a rejected side."""
+        return pair_rewards(self.pair_logps(scores), self.beta, self.per_token)
 
     @torch.no_grad()
     def add(self, batch: PackedBatch, scores: Scores) -> None:
@@ -69,7 +80,7 @@ class Metrics:
         offsets, chosen, rejected = batch["cu_completions"], batch["chosen"], batch["rejected"]
         lengths = offsets.diff().float()
         pair_logps = self.pair_logps(scores)
-        rewards = pair_rewards(pair_logps, self.beta).unbind(1)
+        rewards = self.rewards(scores).unbind(1)
         # Sums over the tokens of each completion, (S,).
         per_completion = {
             "entropy": segment_sum(scores.tokens.entropy, offsets),
