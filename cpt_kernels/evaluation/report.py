@@ -130,7 +130,7 @@ def win_rate_table(summaries: Sequence[SummaryRow], confidence: float) -> Table:
     table = _table(f"Against {escape(summaries[0]['baseline'])}, mean [{confidence:.0%} interval]")
     table.add_column("model", overflow="fold")
     headings = ("win rate, %", "length-controlled, %", "wins / ties / losses")
-    for heading in (*headings, "prompts", "characters", "baseline's", "longer"):
+    for heading in (*headings, "prompts", "mean characters", "baseline's", "longer"):
         table.add_column(heading, justify="right")
     for row in summaries:
         controlled = row["length_controlled"]

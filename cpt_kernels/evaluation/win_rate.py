@@ -2,8 +2,8 @@
 
 Every interval is a percentile bootstrap over prompts (Efron, 1979): prompts are drawn with replacement, and all values
 of a drawn prompt count. The same seed and the same number of prompts give the same draws, so the difference between two
-models that answered the same prompts is computed pair by pair. Deviations are scaled so that intervals of few prompts
-are as wide as Student's t asks; one prompt, which shows no spread, gives no interval or one from the bounds of a value.
+models that answered the same prompts is computed pair by pair. Deviations are scaled so that an interval of few prompts
+is as wide as Student's t interval. One prompt shows no spread: its interval follows from the bounds of the values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import UserError
 
 _THETA_SD = math.sqrt(10)  # of the normal prior on theta, in log-odds; keeps theta finite
+_MOST_PROMPTS = 805  # AlpacaEval's; the fit gives more prompts the same total weight against the priors
 _CHUNK = 4_000_000  # resampled values in memory at one time
 _ITERATIONS = 100  # of Newton's method, and step halvings per iteration
 _TOLERANCE = 1e-9  # of the gradient, per prompt
@@ -300,10 +301,11 @@ def _fit(
     """Fits (theta, phi), (B, 2), for each of B weightings of the N prompts by Newton's method.
 
     The minimized objective is the summed cross-entropy with the preferences, plus theta^2 / (2 _THETA_SD^2), plus
-    (phi - mean)^2 / (2 sd^2) for the prior of phi. The n comparisons together weigh as much as N, because several
-    comparisons on a prompt do not show how the length effect differs from the prompt's difficulty.
+    (phi - mean)^2 / (2 sd^2) for the prior of phi. The n comparisons together weigh as much as N, at most 805: neither
+    more comparisons on a prompt nor more prompts tell the length effect from the difficulty of the prompts, and the
+    prior was chosen for 805 prompts.
     """
-    weights = drawn[:, index] * (drawn.shape[1] / len(index))  # (B, n)
+    weights = drawn[:, index] * (min(drawn.shape[1], _MOST_PROMPTS) / len(index))  # (B, n)
     design = np.stack([np.ones_like(features), features])  # (2, n)
     center = np.zeros((len(weights), 2))
     center[:, 1] = prior.mean if means is None else means

@@ -25,7 +25,7 @@ _COLUMNS = {
     "mean\ngap": ("gap", ".3g"),
     "chosen\nlength": ("chosen_length", ",.0f"),
     "rejected\nlength": ("rejected_length", ",.0f"),
-    "length\nratio": ("length_ratio", ".2f"),
+    "ratio of\nmeans": ("length_ratio", ".2f"),
     "chosen\nlonger": ("chosen_is_longer", ".0%"),
     "prompt\nshare": ("prompt_share", ".0%"),
 }

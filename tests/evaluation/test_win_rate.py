@@ -234,6 +234,19 @@ def test_length_control_draws_a_prompts_values_together():
     assert apart.high - apart.low < 0.5 * (once.high - once.low)
 
 
+def test_more_prompts_do_not_outweigh_the_prior():
+    """The preferences overstate the length effect however many prompts there are."""
+    given, _ = leaderboard(-2, -0.9, seed=0)
+    once, tenfold = (
+        length_controlled_win_rate(*(np.tile(values, count) for values in given), bootstrap=Bootstrap(50))
+        for count in (1, 10)
+    )
+    assert tenfold.rate == pytest.approx(once.rate, abs=1e-4)
+    assert tenfold.length_effect == pytest.approx(once.length_effect, abs=1e-3)
+    assert tenfold.length_effect_without_prior == pytest.approx(once.length_effect_without_prior, abs=1e-2)
+    assert tenfold.high - tenfold.low < 0.7 * (once.high - once.low)
+
+
 def test_fit_is_the_minimum():
     """Another optimizer finds the same minimum on graded preferences."""
     random = np.random.default_rng(3)
