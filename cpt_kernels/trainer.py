@@ -129,6 +129,8 @@ class ContrastiveTrainer(PackedLoop):
 
         # Packed model and collator: what turns rows into a loss.
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
+        if args.world_size > 1:
+            self.packed.agree()
         check_checkpointing(model, args)
         self.router_aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
         self.packed.noisy = is_noisy(model, args)

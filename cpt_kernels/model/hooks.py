@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,58 @@ _SYNCING_CHECKS = [
 ]
 # Read where the model builds its masks. Activation checkpointing recomputes layers only, so never that part.
 _in_packed_forward = ContextVar("in_packed_forward", default=False)
-# (layer, sliding window) of every packed attention call, while `recorded_windows` is active.
-_windows: ContextVar[list[tuple[int | None, int | None]] | None] = ContextVar("windows", default=None)
+_FIRST_STAND_IN = 70000.0  # of `Windows`: no value of a mask
+# What a packed forward asks of attention, while `recorded_windows` is active.
+_windows: ContextVar[Windows | None] = ContextVar("windows", default=None)
 # Tensors that transformers passes to attention functions and that do not change a packed row's attention.
 _HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "position_embeddings", "s_aux"}
+
+
+@dataclass
+class Windows:
+    """The sliding windows of a packed forward's attention calls and of their masks; None stands for none.
+
+    In place of a mask the model gets one number, which attention calls return: it tells which mask a layer is given.
+    """
+
+    layers: list[tuple[int | None, int | None]] = field(default_factory=list)  # (layer, window) of every call
+    masks: list[int | None] = field(default_factory=list)  # of every mask that the model asks for
+    other_masks: list[int] = field(default_factory=list)  # of those, the ones that are neither causal nor a window
+    differing: int = 0  # calls whose window is not that of their mask
+
+    def stand_in(
+        self, q_length: int = 1, mask_function: Callable | None = None, local_size: int | None = None, **_: Any
+    ) -> Tensor:
+        """Returns the number in place of a mask that a model asks transformers for."""
+        if mask_function is not None and not _is_window(mask_function, local_size, q_length):
+            self.other_masks.append(len(self.masks))
+        self.masks.append(local_size)
+        return torch.full((1, 1, 1, 1), _FIRST_STAND_IN + len(self.masks) - 1.0)
+
+    def add(self, module: nn.Module, window: int | None, mask: Tensor | None) -> Tensor | None:
+        """Notes an attention call. Returns its mask if that is the model's own, None for a stand-in."""
+        self.layers.append((getattr(module, "layer_idx", None), window))
+        if mask is None:
+            return None
+        number = mask.flatten()[0].item() - _FIRST_STAND_IN if mask.numel() == 1 else -1
+        if number not in range(len(self.masks)):
+            return mask
+        self.differing += number in self.other_masks or self.masks[int(number)] != window
+        return None
+
+
+def _is_window(mask_function: Callable, window: int | None, length: int) -> bool:
+    """Whether a mask function of transformers is causal, within a window if there is one."""
+    # All places of the row, and two by which a window differs from a chunk of the same size.
+    places = [(q, k) for q in range(length) for k in range(length)]
+    places += [(window, window - 1), (window, 0)] if window else []
+    q, k = torch.tensor(places).unbind(1)
+    expected = (k <= q) & (q - k < window) if window else k <= q
+    try:
+        found = torch.as_tensor(mask_function(torch.zeros_like(q), torch.zeros_like(q), q, k)).to("cpu")
+    except (IndexError, RuntimeError):  # it depends on tensors of the row
+        return False
+    return torch.equal(found.expand_as(expected), expected)
 
 
 def attention_over(implementation: str) -> str:
@@ -74,6 +123,8 @@ def attention_over(implementation: str) -> str:
                 return own(module, query, key, value, attention_mask, **kwargs)
         # A packed row. What would change the attention and is not known here must not be ignored.
         # A mask is the model's own, because those that transformers builds are None in a packed forward.
+        if (record := _windows.get()) is not None:
+            attention_mask = record.add(module, kwargs.get("sliding_window"), attention_mask)
         given = {**kwargs, "attention_mask": attention_mask}
         unknown = [name for name, x in given.items() if isinstance(x, Tensor) and name not in _HARMLESS]
         if unknown or kwargs.get("is_causal") is False:
@@ -81,8 +132,6 @@ def attention_over(implementation: str) -> str:
                 f"{type(module).__name__} passes {', '.join(unknown) or 'is_causal=False'} to its attention, which a"
                 " packed row does not support"
             )
-        if (record := _windows.get()) is not None:
-            record.append((getattr(module, "layer_idx", None), kwargs.get("sliding_window")))
         out = _attend(
             *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             layout,
@@ -96,11 +145,20 @@ def attention_over(implementation: str) -> str:
         return out[None].contiguous(), None  # some models call .view on it
 
     def mask(*args, **kwargs):
-        return None if _in_packed_forward.get() else ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
+        if not _in_packed_forward.get():
+            return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
+        record = _windows.get()
+        return None if record is None else record.stand_in(**kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     return name
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Sets a model's attention implementation, where models have a choice."""
+    if implementation != model.config._attn_implementation and model._can_set_attn_implementation():
+        model.set_attn_implementation(implementation)
 
 
 @contextlib.contextmanager
@@ -129,9 +187,9 @@ def packed_forward() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded_windows() -> Iterator[list[tuple[int | None, int | None]]]:
-    """Records (layer, sliding window or None) of every attention call on a packed row."""
-    record: list[tuple[int | None, int | None]] = []
+def recorded_windows() -> Iterator[Windows]:
+    """Records the windows of all masks and attention calls of a packed forward."""
+    record = Windows()
     token = _windows.set(record)
     try:
         yield record
@@ -149,16 +207,18 @@ def unpackable_layers(model: PreTrainedModel) -> set[str]:
     return kinds - {"full_attention", "sliding_attention"} | stateful
 
 
-def sliding_layers(model: PreTrainedModel) -> set[int]:
-    """Returns the layers whose attention slides, as the config says.
+def lacks_window(model: PreTrainedModel, windows: Windows) -> bool:
+    """Whether a layer that slides, by the config or by its mask, is given no window or another one in a packed row.
 
-    A probe of a few tokens is shorter than most windows, so it does not show whether a layer is given its window.
+    A probe of a few tokens is shorter than most windows, so it does not show this.
     """
     config = model.config.get_text_config()
-    if getattr(config, "sliding_window", None) is None:
-        return set()
     kinds = getattr(config, "layer_types", None) or ()
-    return {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+    sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+    if getattr(config, "sliding_window", None) is None:
+        sliding = set()
+    given = {layer for layer, window in windows.layers if window is not None}
+    return windows.differing > 0 or not sliding <= given
 
 
 def length_dependent_rotaries(model: nn.Module) -> list[nn.Module]:

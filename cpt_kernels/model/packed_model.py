@@ -13,24 +13,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, PackedCollator
-from ..errors import UserError
+from ..errors import UnavailableError, UserError
 from ..losses import Loss, PairLogps
 from ..ops.attention import AttentionLayout
+from ..ops.attention.segments import SEGMENTWISE
+from ..ops.attention.select import kernels_of
 from ..ops.gather import gather_rows, segment_sum
 from ..ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from ..ops.vocab_score import VocabScore, vocab_score
+from .conditions import PinnedRouting, gathered, is_of_machine, is_sharded, magnified, perturbed, undisturbed
 from .hooks import (
     attention_over,
     bitsandbytes_layers,
     in_training_mode,
+    lacks_window,
     length_dependent_rotaries,
     noise_per_sequence,
     packed_forward,
@@ -38,10 +44,10 @@ from .hooks import (
     replaced_forward,
     rope_length_limit,
     rope_per_sequence,
-    sliding_layers,
+    set_attention,
     unpackable_layers,
 )
-from .proof import OwnForward, Probe, Truth, find_truth, magnified, undisturbed
+from .proof import OwnForward, Probe, Truth, find_truth, projected_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -94,68 +100,138 @@ class PackedModel:
         base = base_model(self.model)
         _check_architecture(base)
         _check_adapters(self.model)
+        if self.attention_backend not in SEGMENTWISE:
+            kernels_of(self.attention_backend)  # an unknown name raises here
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
         self.invocations = _invocations(self.model)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = _head_options(base, self.head_memory_mb)
-        if _is_sharded(base):
-            # Nothing can be run here, because the weights exist only during the wrapped model's forward.
-            self.padded = self.packing == "false"
-            if self.padded:
-                return
-            if (kinds := unpackable_layers(base)) or not base._can_set_attn_implementation():
-                raise UserError(
-                    f"{type(base).__name__} cannot run packed rows ({', '.join(sorted(kinds)) or 'its attention'}):"
-                    " set packing=false to run each completion in a padded row"
-                )
+        if self.is_proven:
+            with undisturbed(self.model), gathered(self.model), in_training_mode(self.quantized):
+                self._prove(base)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether this process has the weights to run the proof; under FSDP perhaps only the first process has them.
+
+        Others take over what it found, see :meth:`agree`.
+        """
+        return not any(p.is_meta for p in self.model.parameters())
+
+    def agree(self) -> None:
+        """Makes all ranks run completions in the same way; all ranks must call it.
+
+        Padded rows are exact for every model, so one rank that needs them decides for all.
+
+        Raises:
+            UserError: no rank has weights to run a proof with.
+        """
+        base = base_model(self.model)
+        found = gather_object([(self.padded, self.options) if self.is_proven else None])
+        proven = [each for each in found if each is not None]
+        if not proven:
+            raise UserError(
+                f"no process holds the weights of {type(base).__name__}: load them before the model is prepared"
+            )
+        self.padded, self.options = max(proven, key=lambda each: (each[0], each[1] is None))
+        if not self.is_proven and not self.padded:
             base.set_attn_implementation(attention_over(base.config._attn_implementation))
-            return
-        with undisturbed(self.model), in_training_mode(self.quantized):
-            self._prove(base)
 
     def _prove(self, base: PreTrainedModel) -> None:
         """Takes the first way of running completions whose log-probs are those of the model's own forward."""
         name, attention = type(base).__name__, base.config._attn_implementation
+        asked = self.attention_backend
+        try:
+            # A kernel that was asked for may need a GPU, where the model is not yet, and half precision.
+            if asked not in SEGMENTWISE and base.device.type == "cpu":
+                self.attention_backend = "auto"
+            with perturbed(self.model):
+                conclusion = self._conclude(base, attention, may_repeat=True)
+                if conclusion is None:
+                    self.attention_backend = asked if asked in SEGMENTWISE else "auto"
+                    with magnified(self.model):
+                        conclusion = self._conclude(base, attention, may_repeat=False)
+        finally:
+            self.attention_backend = asked
+        assert conclusion is not None, "the second proof is final"
+        is_exact, failures = conclusion
+        if not is_exact:
+            hint = "; set packing=auto to run each completion in a padded row" if self.packing == "true" else ""
+            raise UserError(f"{name} does not run completions exactly: {'; '.join(failures)}{hint}")
+        set_attention(base, attention if self.padded else attention_over(attention))
+        if failures:
+            logger.warning("%s runs each completion in a padded row: %s", name, failures[0])
+
+    def _conclude(self, base: PreTrainedModel, attention: str, *, may_repeat: bool) -> tuple[bool, list[str]] | None:
+        """Tries the ways of running completions in turn, with the model's weights as they are now.
+
+        Returns:
+            Whether a way is exact, which `padded` and `options` are then, and why the ways before it are not; None if
+            the proof must be repeated with weights in fp32 that tell more, which it may.
+
+        Raises:
+            UserError: the model is not causal, its logits are not finite, or nothing can be proven of it.
+        """
         # Flash attention does not run on a CPU, where the model may be until the trainer moves it.
-        runnable = "sdpa" if "flash" in attention and base.device.type == "cpu" else attention
-        probe = Probe.of(base, *self.invocations[:1])
+        runnable = "sdpa" if "flash" in attention and (base.device.type == "cpu" or not may_repeat) else attention
+        probe, routing, parameters = (
+            Probe.of(base, *self.invocations[:1]),
+            PinnedRouting(),
+            self._compared_parameters(base),
+        )
 
         def own(ids: Tensor) -> Tensor:
             return self.model(input_ids=ids, use_cache=False).logits
 
-        def set_attention(implementation: str) -> None:
-            if implementation != base.config._attn_implementation:
-                base.set_attn_implementation(implementation)
+        set_attention(base, runnable)
+        truth = find_truth(own, probe, routing, parameters)
+        if not truth.logps.isfinite().all():
+            raise UserError(f"{type(base).__name__} gives logits that are not finite: {why_not_finite(base)}")
+        if may_repeat and not truth.is_clear():
+            return None
+        truth.check(type(base).__name__)
 
-        with contextlib.ExitStack() as stack:
-            set_attention(runnable)
-            truth = find_truth(own, probe)
-            if not truth.logps.isfinite().all():
-                raise UserError(f"{name} gives logits that are not finite: {why_not_finite(base)}")
-            if not truth.is_clear():
-                stack.enter_context(magnified(self.model))
-                truth = find_truth(own, probe)
-            truth.check(name)
-            self.options = _find_head_options(base, self.options, own, probe)
+        # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
+        options = _find_head_options(base, _head_options(base, self.head_memory_mb), own, probe)
+        ways = {"auto": [(False, options), (True, options)], "true": [(False, options)], "false": [(True, options)]}
+        last = [(True, None)] if self.packing != "true" and options is not None else []
+        failures: list[str] = []
+        for padded, way_options in ways[self.packing] + last:
+            self.padded, self.options = padded, way_options
+            set_attention(base, runnable if self.padded else attention_over(runnable))
+            failure = self._try(base, probe, routing, truth, parameters)
+            if failure is None:
+                return True, failures
+            if may_repeat and truth.is_coarse:  # rounding of bf16 and fp16 is as large as a small fault
+                return None
+            failures.append(failure)
+        return False, failures
 
-            failures: list[str] = []
-            for padded in {"auto": (False, True), "true": (False,), "false": (True,)}[self.packing]:
-                self.padded = padded
-                if not self.padded and base._can_set_attn_implementation():
-                    set_attention(attention_over(runnable))
-                failure = self._try(base, probe, truth)
-                set_attention(attention if failure or self.padded else attention_over(attention))
-                if failure is None:
-                    if failures:
-                        logger.warning("%s runs each completion in a padded row: %s", name, failures[0])
-                    return
-                failures.append(failure)
-        hint = "; set packing=auto to run each completion in a padded row" if self.packing == "true" else ""
-        raise UserError(f"{name} does not run completions exactly: {'; '.join(failures)}{hint}")
+    def _compared_parameters(self, base: PreTrainedModel) -> list[nn.Parameter]:
+        """Returns the parameters whose gradient the proof compares: an adapter's, or the head's and the first layer's.
 
-    @torch.no_grad()
-    def _try(self, base: PreTrainedModel, probe: Probe, truth: Truth) -> str | None:
+        A backward reaches the first layer through all others. An engine that shards weights computes gradients only in
+        its own backward, so none is compared there.
+        """
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if any(map(is_sharded, self.model.parameters())):
+            return []
+        if hasattr(self.model, "peft_config"):
+            return list(trained.values())
+        head = base.get_output_embeddings()
+        ends = [] if head is None else [p for p in head.parameters() if p.requires_grad]
+        layers = [(match[0], p) for name, p in trained.items() if (match := re.match(r".*?\.\d+\.", name))]
+        return [*ends, *(p for layer, p in layers if layer == layers[0][0])]
+
+    def _try(
+        self,
+        base: PreTrainedModel,
+        probe: Probe,
+        routing: PinnedRouting,
+        truth: Truth,
+        parameters: list[nn.Parameter],
+    ) -> str | None:
         """Runs the probe as training would. Returns why that is not exact, or None if it is."""
         way = "in padded rows" if self.padded else "in a packed row"
         if not self.padded and self.options is None:
@@ -170,15 +246,22 @@ class PackedModel:
             probe.sequences, [], [], []
         )
         moved = {k: v.to(base.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        shared = [] if self.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
         try:
-            with recorded_windows() as windows:
-                logps = self(cast("PackedBatch", moved)).tokens.logps
+            with recorded_windows() as windows, torch.set_grad_enabled(bool(parameters)):
+                with routing.follow([p + c for p, c in probe.sequences], shared, len(batch["input_ids"])):
+                    logps = self(cast("PackedBatch", moved)).tokens.logps
+                gradients = projected_gradients(logps, probe, parameters) if parameters else []
         except Exception as error:  # anything that a forward does with masks and positions that it does not expect
+            if isinstance(error, UnavailableError) or is_of_machine(error):
+                raise
             return f"{way} its forward fails ({type(error).__name__}: {error})"
         if not (difference := truth.difference(logps)) <= truth.bound:
             return f"{way} log-probs differ by {difference:.2g} from those of each completion alone"
-        if not self.padded and (lacking := sliding_layers(base) - {layer for layer, w in windows if w is not None}):
-            return f"{way} layer {min(lacking)} would not know its sliding window"
+        if difference := truth.gradient_difference(gradients):
+            return f"{way} gradients differ by {difference:.2g} of their size from those of each completion alone"
+        if not self.padded and lacks_window(base, windows):
+            return f"{way} a layer would not know its sliding window"
         return None
 
     def __call__(
@@ -444,12 +527,6 @@ def logits_logps(logits: Tensor, targets: Tensor, statistics: bool) -> VocabScor
     return VocabScore(logps, lse, entropy, z.detach().mean(-1), correct, (2 * log_p).logsumexp(-1))
 
 
-def _is_sharded(model: PreTrainedModel) -> bool:
-    """Whether the head's weight is not whole on this process (ZeRO-3, meta tensors)."""
-    head = model.get_output_embeddings()
-    return head is not None and any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in head.parameters())
-
-
 @torch.no_grad()
 def _find_head_options(model: PreTrainedModel, read: HeadOptions, own: OwnForward, probe: Probe) -> HeadOptions | None:
     """Returns the scale and soft-cap that turn the head's product into the model's logits.
@@ -466,24 +543,27 @@ def _find_head_options(model: PreTrainedModel, read: HeadOptions, own: OwnForwar
     plain_head = head.get_base_layer() if hasattr(head, "get_base_layer") else getattr(head, "original_module", head)
     if not {name for name, _ in plain_head.named_parameters()} <= {"weight", "bias"}:
         return None  # it trains more than a product, such as a scale
-    seen: list[tuple[Tensor, Tensor]] = []
-    hook = head.register_forward_hook(lambda _, args, output: seen.append((args[0], output.clone())))
     ids = torch.tensor([probe.sequences[0][0]], device=model.device)
-    try:
-        logits = own(ids)[0].float()
-    finally:
-        hook.remove()
-    if len(seen) != 1 or seen[0][1].shape[:2] != ids.shape:
+    seen: list[tuple[Tensor, Tensor]] = []  # the head's output, and the product of its operands
+    forward = head.forward
+
+    def recording(hidden: Tensor, *args, **kwargs) -> Tensor:
+        output = forward(hidden, *args, **kwargs)
+        if output.shape[:2] == ids.shape:
+            operands = _head_operands(head, hidden[0])  # inside, where an engine has gathered the weight
+            if operands is not None:
+                seen.append((output[0].float(), torch.nn.functional.linear(*operands).float()))
+        return output
+
+    with replaced_forward(head, recording):
+        logits = own(ids)[0]
+    if len(seen) != 1:
         return None
-    ((hidden, raw),) = seen
-    operands = _head_operands(head, hidden[0])
-    if operands is None:
-        return None
-    rows, weight, bias = operands
-    product = torch.nn.functional.linear(rows, weight, bias).float()
+    ((raw, product),) = seen
     # The product itself must be the head's output: an adapter may do more than the operands say.
-    eps = max(torch.finfo(raw.dtype).eps, torch.finfo(torch.float32).eps)
-    if (product - raw[0].float()).abs().max() > 20 * eps * (1 + raw.float().abs().max()):
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(probe.dtype).eps, torch.finfo(torch.float32).eps)
+    logits = logits.float()
+    if (product - raw).abs().max() > 20 * eps * (1 + raw.abs().max()):
         return None
     measured = float((logits * product).sum() / (product * product).sum())
     plain = dataclasses.replace(read, logit_scale=1.0, softcap=None)

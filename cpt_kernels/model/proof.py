@@ -8,9 +8,8 @@ it. A proof counts only if the second distance is far above the first.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +17,13 @@ from torch import Tensor, nn
 
 from ..data.collate import Tokens
 from ..errors import UserError
+from .conditions import PinnedRouting
 
 OwnForward = Callable[[Tensor], Tensor]  # token ids (B, L) -> logits (B, L, V)
 
 _SIGNAL = 8  # a wrong layout must move a log-prob by so many bounds to be told from rounding
 _FP64_PARTS = 2e-8  # epsilon of an fp64 model, parts of which (routers, states) may compute in fp32
+_GRADED = 2  # gradients are compared for the first completions of a probe, which share a prompt
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Probe:
     sequences: list[Tokens]
     pad: int
     device: torch.device
+    dtype: torch.dtype  # the coarsest of the model's parameters
 
     @classmethod
     def of(cls, model: Any, mark: Sequence[int] = ()) -> Probe:
@@ -43,19 +45,28 @@ class Probe:
         Args:
             mark: tokens that change how a model runs the tokens after them. They lie in a prompt and in a completion.
         """
-        config = model.config.get_text_config()
-        size = min(model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or 1 << 30)
-        random = torch.Generator().manual_seed(0)
-        low = min(5, size // 2)  # special tokens come first
-
-        def draw(count: int) -> tuple[int, ...]:
-            return tuple(torch.randint(low, size, (count,), generator=random).tolist())
-
+        draw = token_source(model)
         first, second = draw(4) + tuple(mark) + draw(5), draw(4)
-        pad = getattr(config, "pad_token_id", None)
-        pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
-        last = draw(2) + tuple(mark) + draw(4)
-        return cls([(first, draw(5)), (first, draw(8)), (first, draw(3)), (second, last)], pad, model.device)
+        pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+        pad = pad if isinstance(pad, int) and 0 <= pad < _vocabulary(model) else 0
+        sequences = [(first, draw(5)), (first, draw(8)), (first, draw(3)), (second, draw(2) + tuple(mark) + draw(4))]
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+        return cls(sequences, pad, model.device, max(dtypes, key=_eps, default=torch.float32))
+
+
+def token_source(model: Any) -> Callable[[int], tuple[int, ...]]:
+    """Returns a function that draws token ids of a model's vocabulary, the same ones for every source."""
+    size = _vocabulary(model)
+    random = torch.Generator().manual_seed(0)
+    low = min(5, size // 2)  # special tokens come first
+    return lambda count: tuple(torch.randint(low, size, (count,), generator=random).tolist())
+
+
+def _vocabulary(model: Any) -> int:
+    config = model.config.get_text_config()
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty weight outside of forwards
+    return min(rows, getattr(config, "vocab_size", None) or 1 << 30)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ class Truth:
     epsilon: float  # how far rounding may move one of them at least
     fault: float  # how far one moves if completions see the sequences before them
     look_ahead: float  # how far one moves with the token after it
+    is_coarse: bool = False  # computed in bf16 or fp16, whose rounding is as large as a small fault
+    gradients: list[Tensor | None] = field(default_factory=list)  # of `project`, one per parameter asked for
 
     @property
     def bound(self) -> float:
@@ -79,7 +92,28 @@ class Truth:
 
     def difference(self, logps: Tensor) -> float:
         """The largest difference of log-probs (N,) from the truth; NaN where one is not finite."""
-        return (logps.to(self.logps) - self.logps).abs().max().item()
+        return (logps.detach().to(self.logps) - self.logps).abs().max().item()
+
+    def gradient_difference(self, gradients: Sequence[Tensor | None]) -> float:
+        """The largest difference from the true gradients, relative to their size; 0 if rounding explains it.
+
+        Rounding moves gradients by a similar share as log-probs, so `noise` and `fault` say what it explains.
+        """
+        true = [g for g in self.gradients if g is not None]
+        if not true:
+            return 0.0 if all(g is None or not g.any() for g in gradients) else float("inf")
+        eps = max(_eps(g.dtype) for g in true)
+        tolerance = eps**0.5 + 4 * self.noise / self.fault
+        floor = 32 * eps * max(g.abs().max().item() for g in true)
+        worst = 0.0
+        for one, other in zip(self.gradients, gradients, strict=True):
+            if one is None and other is None:
+                continue
+            one, other = (torch.zeros(1) if g is None else g.detach().double().cpu() for g in (one, other))
+            difference, size = ((x.abs().max().item()) for x in (one - other, one))
+            if not difference <= tolerance * size + floor:
+                worst = max(worst, difference / (size + floor))
+        return worst
 
     def check(self, name: str) -> None:
         """Raises UserError if the model is not causal, or if nothing can be proven of it."""
@@ -95,83 +129,75 @@ class Truth:
             )
 
 
-@torch.no_grad()
-def find_truth(own: OwnForward, probe: Probe) -> Truth:
-    """Runs the model's own forward on the probe: each sequence alone, twice in a batch, and in a wrong layout."""
+def find_truth(
+    own: OwnForward,
+    probe: Probe,
+    routing: PinnedRouting | None = None,
+    parameters: Sequence[nn.Parameter] = (),
+) -> Truth:
+    """Runs the model's own forward on the probe: each sequence alone, in a batch, and in a wrong layout.
 
-    def row(tokens: Sequence[int]) -> Tensor:
-        return own(torch.tensor([tokens], device=device))[0]
+    Args:
+        routing: of a mixture of experts; the runs alone decide it, and all others follow.
+        parameters: those whose gradient is computed from the runs alone.
+    """
+    device, sequences = probe.device, probe.sequences
+    routing = PinnedRouting() if routing is None else routing
 
-    device = probe.device
-    sequences = probe.sequences
-    alone = [row(p + c) for p, c in sequences]
-    logps = torch.cat([_logps(logits, p, c) for logits, (p, c) in zip(alone, sequences)])
-    # Rounding: other shapes take other kernels. Every sequence twice, so that a batch has one length: frequencies of
-    # RoPE may depend on the longest sequence of a batch.
-    twice = [own(torch.tensor([p + c] * 2, device=device))[1] for p, c in sequences]
-    doubled = torch.cat([_logps(logits, p, c) for logits, (p, c) in zip(twice, sequences)])
-    noise = (logps - doubled).abs().max().item()
-    # A wrong layout: every sequence behind all those before it.
-    before: tuple[int, ...] = ()
-    misplaced = []
-    for p, c in sequences:
-        misplaced.append(_logps(row(before + p + c), before + p, c))
-        before += p + c
-    # Another last token, which no token before it may notice.
-    p, c = max(sequences, key=lambda sequence: len(sequence[1]))
-    last = next(token for token in p if token != c[-1])
-    other = (*c[:-1], last)
-    ahead = (_logps(row(p + c), p, c) - _logps(row(p + other), p, other))[:-1]
+    def run(*rows: tuple[int, ...], parts: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        with routing.follow(parts or rows, rows=len(rows)):
+            return own(torch.tensor(rows, device=device))
+
+    # The truth, with a graph where gradients are asked for.
+    alone = []
+    for i, (p, c) in enumerate(sequences):
+        with torch.set_grad_enabled(bool(parameters) and i < _GRADED):
+            logits = run(p + c)[0]
+            alone.append(_logps(logits, p, c))
+    with torch.set_grad_enabled(bool(parameters)):
+        gradients = projected_gradients(torch.cat(alone), probe, parameters) if parameters else []
+    logps = torch.cat(alone).detach()
+
+    with torch.no_grad():
+        # Rounding: other shapes take other kernels. Both rows have one length, because frequencies of RoPE may depend
+        # on the longest row of a batch. The second row has another last token, which no token before it may notice.
+        longest = max(range(len(sequences)), key=lambda i: len(sequences[i][1]))
+        p, c = sequences[longest]
+        other = (*c[:-1], next(token for token in p if token != c[-1]))
+        both = run(p + c, p + other, parts=[p + c] * 2)
+        first, second = (_logps(row, p, tokens) for row, tokens in zip(both, (c, other)))
+        # A wrong layout: all sequences in one plain row.
+        everything = run(sum((p + c for p, c in sequences), ()), parts=[p + c for p, c in sequences])[0]
+        misplaced, start = [], 0
+        for p, c in sequences:
+            misplaced.append(_logps(everything[start:], p, c))
+            start += len(p) + len(c)
+    eps = max(_eps(logits.dtype), _eps(probe.dtype))
+    is_coarse = eps > 1e-4
     return Truth(
-        logps,
-        noise,
-        32 * max(torch.finfo(alone[0].dtype).eps, _FP64_PARTS) * (1 + logps.abs().max().item()),
-        (logps - torch.cat(misplaced)).abs().max().item(),
-        ahead.abs().max().item(),
+        logps=logps,
+        noise=(alone[longest].detach() - first).abs().max().item(),
+        # Half precision leaves a rounding of the logits beside the measured noise.
+        epsilon=(2 if is_coarse else 32) * eps * (1 + logps.abs().max().item()),
+        fault=(logps - torch.cat(misplaced)).abs().max().item(),
+        look_ahead=(first - second)[:-1].abs().max().item(),
+        is_coarse=is_coarse,
+        gradients=gradients,
     )
 
 
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards modes, buffers and random states are as before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {module: dict(module._buffers) for module in modes if module._buffers}
-    copies = {id(b): b.clone() for own in buffers.values() for b in own.values() if b is not None and not b.is_meta}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(list(devices)):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for module, own in buffers.items():
-            for name, buffer in own.items():
-                module._buffers[name] = buffer
-                if id(buffer) in copies and not torch.equal(buffer, copies[id(buffer)]):
-                    buffer.copy_(copies[id(buffer)])
+def projected_gradients(logps: Tensor, probe: Probe, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Returns the gradients of a fixed projection of log-probs (N,) of a probe by parameters; one backward."""
+    count = sum(len(c) for _, c in probe.sequences[:_GRADED])
+    directions = torch.arange(1, count + 1, device=logps.device).to(logps.dtype).sin()
+    projection = logps[:count] @ directions
+    if not projection.requires_grad:  # of a merged adapter
+        return [None] * len(parameters)
+    return list(torch.autograd.grad(projection, parameters, allow_unused=True))
 
 
-@contextlib.contextmanager
-def magnified(model: nn.Module) -> Iterator[None]:
-    """Weights in fp32, and matrices four times as large, so that tokens differ more; afterwards as they were.
-
-    Both can be undone exactly: bf16 and fp16 are subsets of fp32, and 4 is a power of two.
-    """
-    plain = [p for p in model.parameters() if type(p) is nn.Parameter]  # quantized weights have classes of their own
-    dtypes = {p: p.dtype for p in plain if p.dtype in (torch.bfloat16, torch.float16)}
-    matrices = [p for p in plain if p.is_floating_point() and p.dtype.itemsize > 1 and p.dim() >= 2]
-    try:
-        for p in dtypes:
-            p.data = p.data.float()
-        for p in matrices:
-            p.data.mul_(4)
-        yield
-    finally:
-        for p in matrices:
-            p.data.div_(4)
-        for p, dtype in dtypes.items():
-            p.data = p.data.to(dtype)
+def _eps(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).eps, _FP64_PARTS)
 
 
 def _logps(logits: Tensor, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:

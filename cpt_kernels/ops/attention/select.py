@@ -102,13 +102,13 @@ def choose_attention(backend: str, need: Need) -> Kernel | SegmentKernel:
     could not, or says that attention runs segment by segment.
 
     Raises:
-        UserError: unknown backend, or one asked for by name that lacks something; the message says what.
-        UnavailableError: the backend asked for is not available here.
+        UserError: unknown backend.
+        UnavailableError: the backend asked for is not available here, or lacks what the call needs.
     """
     # One of the segment-by-segment kernels, by name.
     if backend in SEGMENTWISE:
         if missing := SEGMENTWISE[backend].abilities.lacks(need):
-            raise UserError(f"attention backend '{backend}' lacks {', '.join(missing)}: take eager or auto")
+            raise UnavailableError(f"attention backend '{backend}' lacks {', '.join(missing)}: take eager or auto")
         return SEGMENTWISE[backend]
 
     # Variable-length kernels; a CPU has none, so `auto` does not ask there.
@@ -157,7 +157,7 @@ def _sentence(lacking: Mapping[str, list[str]]) -> str:
 
 def _refuse(backend: str, lacking: Mapping[str, list[str]]) -> NoReturn:
     if lacking:
-        raise UserError(f"attention backend '{backend}' cannot do this: {_sentence(lacking)}; take auto")
+        raise UnavailableError(f"attention backend '{backend}' cannot do this: {_sentence(lacking)}; take auto")
     reasons = "; ".join(f"{name}: {reason}" for name, reason in kernels_of(backend).items())
     raise UnavailableError(f"attention backend '{backend}' is not available ({reasons}): install it, or take auto")
 
