@@ -21,8 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, set_seed
 
+from .conditions import undisturbed
 from .packed_model import base_model
-from .proof import undisturbed
 
 # Names of probabilities of dropout, and of the widths of routers' noise. Routers use the latter in training mode only.
 _NOISE = re.compile(r".*drop.*|(input_)?jitter_noise|moe_jitter_eps")
