@@ -320,11 +320,13 @@ class ContrastiveTrainer(PackedLoop):
         """
         if num_items_in_batch is None:
             pairs, tokens = (max(inputs[name], 1) for name in ("num_pairs", "num_chosen_tokens"))
+            tokens_per_pair = self.eval_tokens_per_pair or tokens / pairs
             batches = 1
         else:
             pairs, tokens = num_items_in_batch.clamp(min=1)
+            tokens_per_pair = tokens / pairs
             batches = self.args.world_size * self.current_gradient_accumulation_steps
-        scores = self.score(model, inputs, tokens / pairs)
+        scores = self.score(model, inputs, tokens_per_pair)
         loss = scores.loss * (batches / pairs)
         if scores.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * batches / pairs)

@@ -144,6 +144,27 @@ def test_evaluation_is_a_mean_over_pairs(tmp_path):
     assert seen[0].shape == (10, 2) and seen[1].shape == (3, 2)
 
 
+@pytest.mark.parametrize("loss_type", ["sft", "cpo", ["sigmoid", "sft"]], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loss_over_tokens_is_a_mean_over_the_tokens_of_the_evaluation(tmp_path, loss_type, stream):
+    """A batch of few tokens must not weigh as much as one of many."""
+    data = preference_data(11, seed=1)
+    trainer = make_trainer(tmp_path, loss_type=loss_type, max_steps=2, learning_rate=1e-2)
+    tokens = sum(len(row["completion_ids"][row["chosen"][0]]) for row in trainer._prepared(data, trainer.args, "eval"))
+    data = data.to_iterable_dataset() if stream else data
+    by_four = trainer.evaluate(data)
+    trainer.args.per_device_eval_batch_size = 1
+    by_one = trainer.evaluate(data)
+    trainer.args.max_tokens_per_batch = 70
+    by_tokens = trainer.evaluate(data)
+    for found in (by_one, by_tokens):
+        assert found["eval_loss"] == pytest.approx(by_four["eval_loss"], abs=1e-5)
+    if loss_type == "sft":
+        assert by_four["eval_loss"] == pytest.approx(-by_four["eval_logps/chosen"] * 11 / tokens, abs=1e-5)
+    trainer.train()
+    assert trainer.eval_tokens_per_pair is None
+
+
 def test_evaluating_new_data_needs_a_reference(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     before = trainer.evaluate(preference_data(4, seed=5))

@@ -71,21 +71,33 @@ class Loss:
         Raises:
             UserError: the losses of some pairs change when other pairs leave the batch.
         """
-        generator = torch.Generator().manual_seed(0)
-        values = {f.name: torch.rand(8, generator=generator, dtype=torch.float64) for f in fields(PairLogps)}
-        lengths = torch.arange(1, 9, dtype=torch.float64)
-        for name in values:
-            if name.endswith("_length"):
-                values[name] = lengths.flip(0) if name == "rejected_length" else lengths
-            elif not name.endswith("_log_sum_sq") and name != "gap":
-                values[name] *= -10 if name.endswith("_tail") else -20
-        logps = replace(PairLogps(**values), tokens_per_pair=4.0)
+        logps = _random_logps()
         some = torch.tensor([1, 4, 6])
         if not torch.allclose(self(logps)[some], self(logps[some])):
             raise UserError(
                 f"loss '{self.name}' is declared separable, but the losses of a subset of pairs are not the subset of"
                 " the losses: declare it separable=False"
             )
+
+    def averages_over_tokens(self) -> bool:
+        """Whether the losses of pairs may depend on ``tokens_per_pair``; measured for separable losses."""
+        if not self.separable:
+            return True
+        logps = _random_logps()
+        return not torch.equal(self(logps), self(replace(logps, tokens_per_pair=2 * logps.tokens_per_pair)))
+
+
+def _random_logps() -> PairLogps:
+    """Returns log-probs of 8 pairs, on the CPU in fp64, with every field."""
+    generator = torch.Generator().manual_seed(0)
+    values = {f.name: torch.rand(8, generator=generator, dtype=torch.float64) for f in fields(PairLogps)}
+    lengths = torch.arange(1, 9, dtype=torch.float64)
+    for name in values:
+        if name.endswith("_length"):
+            values[name] = lengths.flip(0) if name == "rejected_length" else lengths
+        elif not name.endswith("_log_sum_sq") and name != "gap":
+            values[name] *= -10 if name.endswith("_tail") else -20
+    return replace(PairLogps(**values), tokens_per_pair=4.0)
 
 
 def loss_names(loss_type: str | Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 
@@ -31,6 +32,7 @@ from ..data.loader import order_seed, report_stream
 from ..data.preparation import PreparationReport
 from ..data.stream_curriculum import StreamDraws
 from ..errors import UserError
+from ..losses import Loss
 from ..model.layers import offloaded_activations
 from ..model.loading import cast_adapter
 from ..model.packed_model import PackedModel, Scores
@@ -54,6 +56,7 @@ class PackedLoop(Trainer):
 
     # The constructor of ContrastiveTrainer sets these.
     args: ContrastiveConfig
+    loss: Loss
     packed: PackedModel
     metrics: dict[str, Metrics]  # by mode, "train" and "eval"
     place_metrics: PlaceMetrics | None = None  # with a curriculum
@@ -65,7 +68,9 @@ class PackedLoop(Trainer):
     loss_is_scaled_for_ga = False  # transformers divides by the step's micro-batches, as it does for TRL
     current_gradient_accumulation_steps = 1  # until transformers sets it in every step
     num_tokens = 0  # of this rank since count_tokens was called last
+    eval_tokens_per_pair: float | None = None  # of the evaluation, for a loss that averages over tokens
     _filters_losses = False
+    _first_step: int | None = None  # global_step at the first micro-batch of an attempt to train
 
     # TRL's attributes.
     beta = _option("beta")
@@ -129,9 +134,7 @@ class PackedLoop(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """Returns a step's micro-batches, and (2,) its pairs and chosen tokens on all ranks, to average over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [sum(batch[name] for batch in batches) for name in ("num_pairs", "num_chosen_tokens")]
-        counts = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
-        return batches, self.accelerator.reduce(counts, "sum")
+        return batches, self._counts(batches, device)
 
     def _prepare_input(self, data: Any) -> Any:
         """Copies a batch to the device without waiting and without a change of dtype.
@@ -147,6 +150,8 @@ class PackedLoop(Trainer):
         if self.place_metrics is not None:
             self.place_metrics.add(inputs)
         self.num_tokens += inputs["num_sequence_tokens"]
+        if self._first_step is None:
+            self._first_step = self.state.global_step
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._filters_losses:
             return loss
@@ -156,12 +161,28 @@ class PackedLoop(Trainer):
     def _track_num_input_tokens(self, inputs: PackedBatch) -> None:
         """Does nothing: transformers' own would wait for the GPU in every step; see :meth:`count_tokens`."""
 
+    def _finalize_training(self, *args: Any) -> Any:
+        # transformers averages the losses that it logs over the ranks, but not those of the steps after the last log.
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        return super()._finalize_training(*args)
+
     def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Prepares an attempt with ``auto_find_batch_size``.
+
+        Raises:
+            UserError: the attempt before it has trained the weights, from which this one would begin.
+        """
+        if self._first_step is not None and self.state.global_step > self._first_step:
+            raise UserError(
+                f"auto_find_batch_size: memory was enough for {self.state.global_step - self._first_step} steps of"
+                f" {self._train_batch_size} rows on each device, and the weights are trained already: start again with"
+                f" per_device_train_batch_size={batch_size}, or set max_tokens_per_batch"
+            )
         super()._update_auto_batch_size(batch_size)
         self._reset_counts()  # drop the counts of the attempt that ran out of memory
 
     def _reset_counts(self) -> None:
-        self.num_tokens = 0
+        self.num_tokens, self._first_step = 0, None
         self.metrics["train"].reset()
         if self.place_metrics is not None:
             self.place_metrics.reset()
@@ -231,9 +252,10 @@ class PackedLoop(Trainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader  # for callbacks
         self.metrics["eval"].reset()
+        batches, self.eval_tokens_per_pair = self._evaluation_batches(dataloader)
         rewards, pairs = [], 0
         losses = torch.zeros((), device=self.args.device)  # sum over this rank's pairs
-        for inputs in dataloader:
+        for inputs in batches:
             loss, batch_rewards, _ = self.prediction_step(model, inputs, bool(prediction_loss_only))
             if inputs["num_pairs"]:
                 losses += loss.detach() * inputs["num_pairs"]
@@ -242,6 +264,7 @@ class PackedLoop(Trainer):
                 # As objects, because ranks have different numbers of pairs.
                 rewards.append(np.concatenate(gather_object([batch_rewards.cpu().numpy()])))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.eval_tokens_per_pair = None
 
         total = self.accelerator.reduce(torch.stack([losses, losses.new_tensor(pairs)]), "sum").tolist()
         means = self.metrics["eval"].compute() | {"loss": total[0] / max(total[1], 1.0)}
@@ -254,7 +277,28 @@ class PackedLoop(Trainer):
         means["num_tokens"] = self.count_tokens()
         prefix = f"{metric_key_prefix}_"
         means = {prefix + name.removeprefix(prefix): value for name, value in means.items()}
-        return EvalLoopOutput(predictions, None, means, num_samples=pairs)
+        return EvalLoopOutput(predictions, None, means, num_samples=int(total[1]))
+
+    def _evaluation_batches(self, dataloader: DataLoader) -> tuple[Iterable[PackedBatch], float | None]:
+        """Returns the batches of an evaluation and, for a loss that averages over tokens, its chosen tokens per pair.
+
+        They are counted before the first forward, so that a token counts the same in a large and in a small batch.
+        """
+        if not self.loss.averages_over_tokens():
+            return dataloader, None
+        is_stream = isinstance(dataloader.dataset, TorchIterableDataset)
+        batches = list(dataloader) if is_stream else dataloader  # a stream may not come twice
+        counts = self._counts(batches, self.args.device)
+        pairs, tokens = counts.clamp(min=1).tolist()
+        return batches, tokens / pairs
+
+    def _counts(self, batches: Iterable[PackedBatch], device: torch.device) -> Tensor:
+        """Returns the pairs and chosen tokens of batches on all ranks, (2,)."""
+        counts = np.zeros(2)
+        for batch in batches:
+            counts += batch["num_pairs"], batch["num_chosen_tokens"]
+        on_device = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
+        return self.accelerator.reduce(on_device, "sum")
 
     # --- Checkpoints ---
 

@@ -154,3 +154,7 @@ def test_some_of_the_pairs():
             assert part == whole if field.name == "tokens_per_pair" else torch.equal(part, whole[index])
     supervised = replace(pairs, rejected=None, rejected_length=None, tokens_per_pair=torch.tensor(3.0))[:2]
     assert supervised.rejected is None and supervised.tokens_per_pair == 3.0
+
+
+def test_losses_that_average_over_tokens():
+    assert [name for name in LOSSES if build_loss(name).averages_over_tokens()] == ["aot", "aot_unpaired", "cpo", "sft"]

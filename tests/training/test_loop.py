@@ -67,6 +67,20 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_memory_that_ends_after_some_steps_is_an_error(tmp_path):
+    """transformers would begin again, at step 0, with weights that are trained already."""
+
+    class Small(ContrastiveTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self.state.global_step == 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = make_trainer(tmp_path, Small, per_device_train_batch_size=8, auto_find_batch_size=True)
+    with pytest.raises(ValueError, match=r"enough for 2 steps of 8 rows.*again with per_device_train_batch_size=7"):
+        trainer.train()
+
+
 def test_options_of_loading_reach_the_loader(tmp_path):
     options = {"dataloader_num_workers": 1, "dataloader_in_order": False}
     loader = make_trainer(tmp_path, dataloader_multiprocessing_context="spawn", **options).get_train_dataloader()
