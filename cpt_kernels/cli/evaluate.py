@@ -40,7 +40,7 @@ from ..generation.exports import write_alpaca_eval
 from ..generation.prompts import Sampling
 from .checkpoints import SETTINGS
 from .console import print_results
-from .parsing import Help, Parser, add_endpoint_options
+from .parsing import Help, Parser, add_endpoint_options, or_none
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -365,6 +365,6 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
         help=f"jinja: prompt, output_1, output_2 [{TEMPLATE.name}]",
     )
     add("--max_new_tokens", type=int, metavar="N", help="[%(default)s]")
-    add("--temperature", type=float, metavar="T", help="[%(default)s]")
+    add("--temperature", type=or_none(float), metavar="T", help="none: leave it to the endpoint [%(default)s]")
     add_endpoint_options(group)
     parser.set_defaults(**_JUDGE_MODEL_DEFAULTS)

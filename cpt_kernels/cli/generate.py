@@ -27,7 +27,7 @@ from ..generation.exports import ALPACA_FILE, Exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from ..generation.response_file import ResponseFile
 from .models import from_pretrained, load_named_tokenizer
-from .parsing import Help, Parser, add_endpoint_options, json_object
+from .parsing import Help, Parser, add_endpoint_options, json_object, or_none
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -110,7 +110,7 @@ class _Generation:
         if texts:
             form = "become a user turn of the chat template" if self.sampling.chat else "are continued as text"
             print(f"text prompts {form}")
-        self.answers = self.tokens = self.skipped = 0
+        self.answers = self.tokens = self.skipped = self.empty = 0
         self.failures: Counter[str] = Counter()
         self.example: Failure | None = None
         self.seconds = 0.0
@@ -138,6 +138,7 @@ class _Generation:
         new = [(self.requests[i], result) for i, result in results if isinstance(result, Answer)]
         file.add(new)
         self.answers += len(new)
+        self.empty += sum(not answer.text.strip() for _, answer in new)
         self.tokens += sum(answer.response_tokens or 0 for _, answer in new)
         for _, result in results:
             if isinstance(result, Failure):
@@ -159,7 +160,8 @@ class _Generation:
 
     def summary(self) -> str:
         """Returns the numbers of answered, skipped and failed requests, and the speed."""
-        parts = [f"{self.answers} answered", f"{self.skipped} skipped (answered before)"]
+        empty = f" ({self.empty} with an empty text)" if self.empty else ""
+        parts = [f"{self.answers} answered{empty}", f"{self.skipped} skipped (answered before)"]
         reasons = ", ".join(f"{count} by {reason}" for reason, count in self.failures.most_common())
         parts.append(f"{sum(self.failures.values())} failed{f' ({reasons})' if reasons else ''}")
         if self.answers:
@@ -225,10 +227,6 @@ def _digest(name: str) -> str | None:
 # --- Options ---
 
 
-def _seed(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
-
-
 def _backend(text: str) -> str:
     if text == "vllm":
         raise argparse.ArgumentTypeError(
@@ -260,6 +258,9 @@ def _parse_args(argv: Sequence[str], prog: str) -> argparse.Namespace:
         given = [name for name in names if getattr(args, name) != parser.get_default(name)]
         if given and args.backend != backend:
             raise UserError(f"--{given[0]} has no effect with --backend {args.backend}, only with {backend}")
+    if args.backend == "transformers" and None in (args.temperature, args.top_p):
+        name = "temperature" if args.temperature is None else "top_p"
+        raise UserError(f"--{name} none leaves the value to an endpoint: give a number with --backend transformers")
     if args.n > 1 and args.temperature == 0:
         raise UserError(
             f"--n {args.n} needs --temperature above 0: greedy decoding would give the same response {args.n} times"
@@ -340,13 +341,25 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     add, default = group.add_argument, Sampling()
     add("--n", type=_positive, default=1, help="responses per prompt [1]")
     add("--max_new_tokens", type=int, default=default.max_new_tokens, metavar="N", help="[%(default)s]")
-    add("--temperature", type=float, default=default.temperature, metavar="T", help="0 is greedy [%(default)s]")
-    add("--top_p", type=float, default=default.top_p, metavar="P", help="[%(default)s]")
+    add(
+        "--temperature",
+        type=or_none(float),
+        default=default.temperature,
+        metavar="T",
+        help="0 is greedy; none: leave it to the endpoint [%(default)s]",
+    )
+    add(
+        "--top_p",
+        type=or_none(float),
+        default=default.top_p,
+        metavar="P",
+        help="none: leave it to the endpoint [%(default)s]",
+    )
     add("--top_k", type=int, default=default.top_k, metavar="K", help="0: all tokens [%(default)s]")
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a response, which leaves them out")
     add(
         "--seed",
-        type=_seed,
+        type=or_none(int),
         default=default.seed,
         metavar="N",
         help="none: not reproducible [%(default)s]",

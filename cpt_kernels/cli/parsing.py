@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,16 @@ def add_endpoint_options(group: argparse._ArgumentGroup) -> None:
     add("--timeout", type=float, metavar="SECONDS", help="time for one try of a request [%(default)g]")
     add("--extra_body", type=json_object, metavar="JSON", help="fields to send with every request")
     group.set_defaults(**ENDPOINT_DEFAULTS)
+
+
+def or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Returns the ``type`` of an argument that is of a kind, or the word "none" for None."""
+
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or none"  # argparse prints it: invalid float or none value
+    return convert
 
 
 def json_object(text: str) -> dict[str, Any]:

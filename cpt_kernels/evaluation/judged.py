@@ -81,6 +81,8 @@ class OutputEvaluation:
             "identical": self.verdicts.identical,
             "not_judged": int((~judged).sum()),
             "failures": dict(self.verdicts.failures),
+            "empty_outputs": sum(not text.strip() for text in pairs.outputs),
+            "empty_baseline_outputs": sum(not text.strip() for text in pairs.baseline_outputs),
             "without_baseline": pairs.without_baseline,
             "without_output": pairs.without_output,
         }

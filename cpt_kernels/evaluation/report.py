@@ -156,6 +156,12 @@ def win_rate_notes(summary: SummaryRow) -> list[str]:
         for name, other in unmatched
         if summary[name]
     ]
+    empty = (("empty_outputs", model), ("empty_baseline_outputs", summary["baseline"]))
+    notes += [
+        f"{model}: {summary[name]} outputs of {owner} are empty, and were judged as they are"
+        for name, owner in empty
+        if summary[name]
+    ]
     if summary["not_judged"]:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in summary["failures"].items())
         again = "; run the command again to repeat the failed requests" if {*summary["failures"]} - {NO_VERDICT} else ""

@@ -34,6 +34,7 @@ _LONG_WAIT = 60.0  # seconds; a longer wait that the endpoint asks for is logged
 _GIVE_UP = 20  # consecutive requests without an answer after which the run stops
 _LONGEST_DETAIL = 300  # characters of an error message of the endpoint
 _OPENAI = "api.openai.com"
+_OPTIONAL = ("temperature", "top_p")  # fields of a request that some models refuse
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ class Endpoint:
                 await asyncio.sleep(min(_FIRST_WAIT * 2 ** (tries - 1), _LONGEST_WAIT))
             except APIStatusError as error:
                 failure = Failure(f"HTTP {error.status_code}", self._describe(error))
+                if refused := [n for n in _OPTIONAL if error.status_code in (400, 422) and n in failure.detail]:
+                    hint = f" ({refused[0]}=none leaves the field out of the request)"
+                    failure = failure._replace(detail=failure.detail + hint)
                 self._check_fatal(error, failure)
                 was_retried = error.status_code in (408, 409, 429) or error.status_code >= 500
                 return self._count_failure(failure, refused=not was_retried)
@@ -160,8 +164,7 @@ class Endpoint:
         limit = "max_completion_tokens" if client.base_url.host == _OPENAI else "max_tokens"
         arguments: dict[str, Any] = {
             "model": self.options.model,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            **{name: value for name in _OPTIONAL if (value := getattr(sampling, name)) is not None},
             "extra_body": ({"top_k": sampling.top_k} if sampling.top_k else {}) | dict(self.options.extra_body),
         }
         # OpenAI renamed max_tokens; many servers know only the old name. extra_body may set either.
@@ -232,7 +235,10 @@ class Endpoint:
 
     def _describe(self, error: BaseException) -> str:
         body = getattr(error, "body", None)
-        said = body.get("message") if isinstance(body, dict) else None
+        said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else None
+        if isinstance(said, list):  # FastAPI's validation errors: the place and the message of each
+            places = ((".".join(map(str, each.get("loc", ()))), each.get("msg", "")) for each in said if each)
+            said = "; ".join(f"{place}: {message}" for place, message in places)
         text = " ".join(str(said or error).split())
         if self._key:  # some endpoints repeat a refused key in their message
             text = text.replace(self._key, "***")
@@ -254,10 +260,16 @@ def _read_reply(reply: Any) -> Answer | Failure:
         raise _MalformedError(said)
     message, reason = getattr(choices[0], "message", None), getattr(choices[0], "finish_reason", None)
     text = getattr(choices[0], "text", None) if message is None else getattr(message, "content", None)
-    if not isinstance(text, str):
-        if not isinstance(reason, str):
-            raise _MalformedError("a choice without text")
-        return Failure(f"no text, {reason}", getattr(message, "refusal", None) or f"finish_reason={reason}")
+    if isinstance(text, list):  # parts; those of reasoning are not part of the answer
+        parts = (part if isinstance(part, Mapping) else vars(part) for part in text)
+        text = "".join(part.get("text") or "" for part in parts if part.get("type") == "text")
+    if not isinstance(text, str) and not isinstance(reason, str):
+        raise _MalformedError("a choice without text")
+    if not text or not text.strip():
+        detail = getattr(message, "refusal", None) or f"finish_reason={reason}"
+        if reason == "length":
+            detail += ": the limit of tokens was reached before the answer began; raise max_new_tokens"
+        return Failure(f"no text, {reason}", detail)
     usage = getattr(reply, "usage", None)
     counts = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
     return Answer(text, reason, *(count if isinstance(count, int) else None for count in counts))

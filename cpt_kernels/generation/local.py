@@ -162,6 +162,8 @@ class LocalModel:
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 16
     ) -> None:
+        if None in (sampling.temperature, sampling.top_p):
+            raise UserError("temperature and top_p can be left to an endpoint only: give a local model numbers")
         self.model, self.tokenizer, self.sampling, self.batch_size = model, tokenizer, sampling, batch_size
         # A chat model may end a turn with another token than the tokenizer's eos.
         own = getattr(model.generation_config, "eos_token_id", None)

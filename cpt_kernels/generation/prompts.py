@@ -44,8 +44,8 @@ class Sampling:
     """
 
     max_new_tokens: int = 512
-    temperature: float = 1.0  # 0: greedy decoding
-    top_p: float = 1.0
+    temperature: float | None = 1.0  # 0: greedy decoding; None: an endpoint's own value, the request has none
+    top_p: float | None = 1.0  # None: as for the temperature
     top_k: int = 0  # 0: all tokens
     stop: tuple[str, ...] = ()  # texts that end a response; the response does not include them
     seed: int | None = 0  # None: no seed, so that responses cannot be reproduced
@@ -56,8 +56,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, valid, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("temperature", self.temperature is None or 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("stop", all(self.stop), "non-empty texts"),
         ):

@@ -49,8 +49,8 @@ class ResponseFile:
         self.path, self.model, self.sampling = path, model, sampling
         self.settings = {
             "max_new_tokens": sampling.max_new_tokens,
-            "temperature": float(sampling.temperature),
-            "top_p": float(sampling.top_p),
+            "temperature": None if sampling.temperature is None else float(sampling.temperature),
+            "top_p": None if sampling.top_p is None else float(sampling.top_p),
             "top_k": sampling.top_k,
             "stop": list(sampling.stop),
             "seed": sampling.seed,

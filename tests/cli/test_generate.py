@@ -308,6 +308,7 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
         ({"temperature": -1}, "temperature=-1.0 must be 0 (greedy) or more"),
         ({"n": 0}, "0 is less than 1"),
         ({"n": 2, "temperature": 0}, "would give the same response 2 times"),
+        ({"top_p": "none"}, "--top_p none leaves the value to an endpoint"),
         ({"concurrency": 3}, "--concurrency has no effect with --backend transformers, only with openai"),
         ({"backend": "openai", "device": "cpu"}, "--device has no effect with --backend openai"),
         ({"model_kwargs": "[1]"}, "'[1]' is not a JSON object"),

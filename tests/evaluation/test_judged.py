@@ -38,6 +38,7 @@ def test_summary():
     assert (found["characters"], found["baseline_characters"], found["longer"]) == (7 / 4, 13 / 4, 1 / 4)
     assert (found["not_judged"], found["failures"], found["identical"]) == (1, {"no verdict": 1}, 2)
     assert (found["without_baseline"], found["without_output"]) == (3, 4)
+    assert (found["empty_outputs"], found["empty_baseline_outputs"]) == (0, 0)
     assert found["first_rate"] == pytest.approx((1 + 0 + 1 + 1 + 0 + 1 + 0.5 + 0) / 8) and found["consistency"] == 0.5
 
 

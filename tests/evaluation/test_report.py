@@ -44,7 +44,7 @@ def rates(**changes) -> dict:
     row = {"model": "m", "baseline": "base", "win_rate": rate, "length_controlled": rate | {"rate": 0.4}, "prompts": 8}
     row |= {"wins": 4, "ties": 2, "losses": 2, "characters": 1234.5, "baseline_characters": 99.0, "longer": 0.75}
     row |= {"first_rate": None, "consistency": None, "identical": 0, "not_judged": 0, "failures": {}}
-    return row | {"without_baseline": 0, "without_output": 0} | changes
+    return row | {"without_baseline": 0, "without_output": 0, "empty_outputs": 0, "empty_baseline_outputs": 0} | changes
 
 
 def one_prompt() -> list[dict]:
@@ -104,6 +104,7 @@ def test_win_rate_table_and_notes():
         rates(
             without_baseline=3,
             without_output=4,
+            empty_outputs=2,
             not_judged=2,
             failures={"HTTP 400": 3},
             identical=1,
@@ -116,13 +117,14 @@ def test_win_rate_table_and_notes():
     for expected in (
         "m: 3 prompts were left out because base did not answer them",
         "m: 4 prompts were left out because m did not answer them",
+        "m: 2 outputs of m are empty, and were judged as they are",
         "2 comparisons have no verdict and are left out of the rates (missing answers: 3 by HTTP 400; run the command",
         "m: 1 outputs equal the baseline's and count as ties",
         "the first position in 61.0% (50% means no bias), and gave the same verdict in both orders in 90.0%",
         "all its outputs are shorter than the baseline's",
     ):
         assert any(expected in note for note in notes), expected
-    assert len(notes) == 6
+    assert len(notes) == 7
 
 
 def test_length_lines():

@@ -104,7 +104,47 @@ def test_what_is_sent():
         **{"top_k": 3, "min_p": 0.1},
     }
     assert text == {"model": "m", "prompt": "prompt 0", "max_tokens": 512, "temperature": 0, "top_p": 1.0}
+    with StubEndpoint() as stub:
+        ask(stub, requests(1), Sampling(temperature=None, top_p=None, seed=None))
+    assert stub.asked == [{"model": "m", "prompt": "prompt 0", "max_tokens": 512}]
     assert "seed" not in other and "max_tokens" not in other and other["max_completion_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "detail"),
+    [
+        ("filtered", "no text, content_filter", "finish_reason=content_filter"),
+        ("empty", "no text, stop", "finish_reason=stop"),
+        ("thought too long", "no text, length", "raise max_new_tokens"),
+        ("only thoughts", "no text, length", "raise max_new_tokens"),
+    ],
+)
+def test_empty_answers_are_failures(fault, reason, detail):
+    with StubEndpoint(faults([fault])) as stub:
+        (result,) = ask(stub, requests(1)).values()
+        assert isinstance(result, Failure) and result.reason == reason and detail in result.detail
+        (again,) = ask(stub, requests(1)).values()
+    assert isinstance(again, Answer)
+
+
+def test_content_as_parts_is_text():
+    with StubEndpoint(faults(["parts"])) as stub:
+        (result,) = ask(stub, requests(1)).values()
+    assert result.text == "one two" and result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fault", "detail"),
+    [
+        ("detail", "the model is loading"),
+        ("validation", "body.temperature: must be 1 (temperature=none leaves the field out of the request)"),
+        ("no top_p", "`top_p` is not supported (top_p=none leaves the field out of the request)"),
+    ],
+)
+def test_details_of_refusals(fault, detail):
+    with StubEndpoint(lambda prompt, _: fault if prompt == "prompt 1" else None) as stub:
+        results = ask(stub, requests(2))
+    assert results[1].detail == detail and isinstance(results[0], Answer)
 
 
 def test_messages_are_sent_without_the_nulls_of_arrow():

@@ -130,6 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.connection.close()
 
+    def _answer(self, content: str | list | None, reason: str) -> None:
+        self._send(200, {"choices": [{"message": {"content": content}, "finish_reason": reason}]})
+
     def _error(self, status: int, message: str, code: str | None = None, **headers) -> None:
         error = {"message": message, "type": "x", "code": code}
         self._send(status, {"error": error}, **headers, **(self.server.stub.headers if status == 429 else {}))
@@ -149,8 +152,16 @@ _FAULTS: dict[str, Callable[[_Handler], object]] = {
     "no JSON": lambda http: http._send(200, "<html>hello</html>", "text/html"),
     "no choices": lambda http: http._send(200, {"error": {"message": "overloaded"}, "choices": None}),
     "odd choices": lambda http: http._send(200, {"choices": [{"message": None}]}),
-    "filtered": lambda http: http._send(
-        200, {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
+    "filtered": lambda http: http._answer(None, "content_filter"),
+    "empty": lambda http: http._answer("", "stop"),
+    "thought too long": lambda http: http._answer(None, "length"),
+    "only thoughts": lambda http: http._answer([{"type": "thinking", "text": "hm"}], "length"),
+    "parts": lambda http: http._answer(
+        [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "one "}, {"type": "text", "text": "two"}],
+        "stop",
     ),
+    "detail": lambda http: http._send(400, {"detail": "the model is loading"}),
+    "validation": lambda http: http._send(422, {"detail": [{"loc": ["body", "temperature"], "msg": "must be 1"}]}),
+    "no top_p": lambda http: http._error(400, "`top_p` is not supported"),
     "hang": lambda http: http.server.stub.stopping.wait(30),
 }
