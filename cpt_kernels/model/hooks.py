@@ -334,10 +334,10 @@ def noise_per_sequence(embeddings: Any, segments: list[tuple[int, int]]) -> Iter
     """Context in which NEFTune's noise (arXiv 2310.05914, algorithm 1) depends on the length of every sequence.
 
     The noise is uniform within ``alpha / sqrt(L d)``. L is the length of the sequence here; transformers' own hook,
-    which is off meanwhile, would take the length of the packed row.
+    which is off meanwhile, would take the length of the packed row, or of the longest padded row.
 
     Args:
-        segments: (queries, keys) of the packed row.
+        segments: (queries, keys) of the packed row; (tokens, tokens) of each padded row.
     """
     alpha = getattr(embeddings, "neftune_noise_alpha", None)
     if alpha is None or not embeddings.training:
@@ -348,8 +348,10 @@ def noise_per_sequence(embeddings: Any, segments: list[tuple[int, int]]) -> Iter
 
     @torch.compiler.disable  # its graph would be valid for the lengths of one batch only
     def noisy(ids: Tensor) -> Tensor:
-        rows = forward(ids)  # (1, T, d)
-        bound = torch.from_numpy(alpha / np.sqrt(np.repeat(keys, queries) * rows.shape[-1]))[:, None]
+        rows = forward(ids)  # (1, T, d), or (S, L, d) of padded rows
+        is_padded = len(rows) == len(segments)
+        lengths = np.array(keys)[:, None] if is_padded else np.repeat(keys, queries)
+        bound = torch.from_numpy(alpha / np.sqrt(lengths * rows.shape[-1]))[..., None]
         return rows + torch.empty_like(rows).uniform_(-1, 1) * bound.to(rows.device, rows.dtype, non_blocking=True)
 
     embeddings.neftune_noise_alpha = 0.0

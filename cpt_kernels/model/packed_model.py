@@ -310,11 +310,11 @@ class PackedModel:
                 inputs["attention_mask"] = batch["attention_mask"]
             if self.padded and self.invocations:
                 inputs["input_ids"] = self._without_invocations_in_pads(batch)
+            segments = batch["segment_lengths"]
+            stack.enter_context(noise_per_sequence(base.get_input_embeddings(), segments))
             if not self.padded:
-                segments = batch["segment_lengths"]
                 stack.enter_context(packed_forward())
                 stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments))
-                stack.enter_context(noise_per_sequence(base.get_input_embeddings(), segments))
                 inputs["position_ids"] = batch["position_ids"]
                 inputs |= {"layout": AttentionLayout.of(batch), "attention_backend": self.attention_backend}
             outputs = (self.model if wrapped is None else wrapped)(**inputs)

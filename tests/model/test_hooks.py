@@ -163,6 +163,11 @@ def test_noise_is_scaled_by_the_length_of_each_sequence():
             part.abs().max().item() / 3**0.5, rel=0.02
         )
     assert embeddings.neftune_noise_alpha == 5.0 and "forward" not in vars(embeddings)
+    padded = [(60, 60), (7, 7)]
+    with noise_per_sequence(embeddings, padded):
+        noise = embeddings(ids.expand(2, -1)) - clean
+    for part, (tokens, _) in zip(noise, padded):
+        assert part.abs().max().item() == pytest.approx(5 / (tokens * 4096) ** 0.5, rel=1e-2)
     with noise_per_sequence(embeddings.eval(), segments):
         assert torch.equal(embeddings(ids), clean)
     handle.remove()
