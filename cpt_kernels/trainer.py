@@ -29,6 +29,7 @@ from .losses import Loss, user_loss
 from .model.layers import prepare_layers
 from .model.loading import load_models, prepare_model, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model
+from .model.pretrained import sample_base
 from .model.trials import disable_dropout
 from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
@@ -117,6 +118,7 @@ class ContrastiveTrainer(PackedLoop):
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         check_reference_model(model, ref_model)
         self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
+        self.has_own_loss = loss is not None
         new_adapter = peft_config is not None and ref_model is None and self.loss.needs_reference
         given = fingerprint_without_adapters(model) if new_adapter else None
         model = prepare_model(model, args, peft_config)
@@ -126,6 +128,7 @@ class ContrastiveTrainer(PackedLoop):
             # With the adapter off, the model would not be the given one.
             log_on_main(["this adapter changes the weights below it, so the reference is the policy at its start"])
             new_adapter = False
+        self.base_sample = sample_base(model) if hasattr(model, "peft_config") else {}
 
         # Packed model and collator: what turns rows into a loss.
         self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
@@ -278,7 +281,8 @@ class ContrastiveTrainer(PackedLoop):
             collator = with_reference(collator, self.reference.lookup)
         draws = self.draws if training else None
         size = self._train_batch_size if training else self.args.per_device_eval_batch_size
-        return make_loader(dataset, collator, self.args, self.collator, training, draws, batch_size=size)
+        digest = self.stream_digest if training else None
+        return make_loader(dataset, collator, self.args, self.collator, training, draws, batch_size=size, digest=digest)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:

@@ -26,7 +26,7 @@ from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, Exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from ..generation.response_file import ResponseFile
-from .models import from_pretrained, load_named_tokenizer
+from .models import load_named_model, load_named_tokenizer
 from .parsing import Help, Parser, add_endpoint_options, json_object, or_none
 
 if TYPE_CHECKING:
@@ -201,9 +201,8 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
 def _load_local_model(args: argparse.Namespace, options: Mapping[str, Any]) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = from_pretrained(AutoModelForCausalLM, args.model_name_or_path, "model_name_or_path", **options)
+    model = load_named_model(args.model_name_or_path, "model_name_or_path", **options)
     if "device_map" in options:
         return model
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -211,16 +210,22 @@ def _load_local_model(args: argparse.Namespace, options: Mapping[str, Any]) -> A
 
 
 def _digest(name: str) -> str | None:
-    """Returns 16 hex digits that identify the files of a model's folder, or None for a hub model (see its revision)."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    """Returns 16 hex digits that identify the files of a model's folder, or None for a hub model (see its revision).
+
+    For adapters these are their files and those of their base model.
+    """
+    from ..model.pretrained import model_folders
+
+    folders = model_folders(str(Path(name).expanduser()))
+    if not folders:
         return None
     digest = xxh3_64()
-    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
+    for folder in folders:
+        for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import, so the functions import it when they run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
     from .options import ModelArguments
 
 
-def from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
-    """Calls ``cls.from_pretrained`` with the folder or hub name that ``option`` has as its value.
+def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str = "", **kwargs: Any) -> Any:
+    """Calls ``load``, such as ``AutoConfig.from_pretrained``, with the folder or hub name of ``option``.
+
+    Args:
+        hint: how to mend a folder whose content cannot be loaded.
 
     Raises:
         UserError: the folder does not exist, or its content cannot be loaded. The message names the option.
@@ -32,15 +36,13 @@ def from_pretrained(cls: Any, name: str, option: str, **kwargs: Any) -> Any:
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{option}={name}: there is no such folder")
     try:
-        return cls.from_pretrained(str(path) if path.exists() else name, **kwargs)
+        return load(str(path) if path.exists() else name, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # transformers raises any of them
         message = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        if "Tokenizer" in cls.__name__ and path.exists():
-            message += "; name the tokenizer by tokenizer_name"
-        elif "Model" in cls.__name__ and (path / "config.json").exists():
-            message += "; to start from random weights set from_scratch=true"
-        elif not path.exists():
+        if not path.exists():
             message += f"; nor is there a folder {path.absolute()}"
+        elif hint:
+            message += f"; {hint}"
         raise UserError(f"{option}={name} cannot be loaded: {message}") from error
 
 
@@ -58,7 +60,10 @@ def load_named_tokenizer(
     from transformers import AutoTokenizer
 
     kwargs = {} if revision is None else {"revision": revision}
-    return from_pretrained(AutoTokenizer, name, option, trust_remote_code=trust_remote_code, **kwargs)
+    hint = "name the tokenizer by tokenizer_name"
+    return from_pretrained(
+        AutoTokenizer.from_pretrained, name, option, hint, trust_remote_code=trust_remote_code, **kwargs
+    )
 
 
 def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
@@ -84,14 +89,15 @@ def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTra
 
 
 def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
-    """Loads the model to train, or initializes it from its config where ``from_scratch`` is set."""
+    """Loads the model or adapter to train, or initializes a model from its config where ``from_scratch`` is set."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
     if not model.from_scratch:
-        return load_weights(name, "model_name_or_path", model, args, **kwargs)
-    config = from_pretrained(AutoConfig, name, "model_name_or_path", trust_remote_code=args.trust_remote_code, **kwargs)
+        return load_weights(name, "model_name_or_path", model, args, trainable=True, **kwargs)
+    trust = args.trust_remote_code
+    config = from_pretrained(AutoConfig.from_pretrained, name, "model_name_or_path", trust_remote_code=trust, **kwargs)
     set_seed(args.seed)
     dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     return AutoModelForCausalLM.from_config(
@@ -107,13 +113,13 @@ def load_reference(model: ModelArguments, args: ContrastiveConfig) -> nn.Module 
 
 
 def load_weights(name: str, option: str, model: ModelArguments, args: ContrastiveConfig, **kwargs: Any) -> nn.Module:
-    """Loads the model ``name``, which ``option`` has as its value, with the dtype and quantization of the run.
+    """Loads the model or adapter ``name``, the value of ``option``, with the dtype and quantization of the run.
+
+    ``kwargs`` are those of :func:`.model.pretrained.load_pretrained`.
 
     Raises:
         UserError: it cannot be loaded. The message names the option.
     """
-    from transformers import AutoModelForCausalLM
-
     from ..model.loading import whole_weights
 
     kwargs |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
@@ -123,7 +129,19 @@ def load_weights(name: str, option: str, model: ModelArguments, args: Contrastiv
         kwargs["quantization_config"] = quantization_config(model, args)
     unknown = user_error(f"model_init_kwargs={args.model_init_kwargs}", (TypeError,) if args.model_init_kwargs else ())
     with whole_weights(), unknown:
-        return from_pretrained(AutoModelForCausalLM, name, option, **kwargs | (args.model_init_kwargs or {}))
+        return load_named_model(name, option, **kwargs | (args.model_init_kwargs or {}))
+
+
+def load_named_model(name: str, option: str, **kwargs: Any) -> nn.Module:
+    """Loads the model or adapter ``name`` by :func:`.model.pretrained.load_pretrained`.
+
+    Raises:
+        UserError: it cannot be loaded. The message names the option.
+    """
+    from ..model.pretrained import load_pretrained
+
+    hint = "to start from random weights set from_scratch=true" if (Path(name) / "config.json").exists() else ""
+    return from_pretrained(load_pretrained, name, option, hint, **kwargs)
 
 
 def quantization_config(model: ModelArguments, args: ContrastiveConfig) -> BitsAndBytesConfig:

@@ -253,6 +253,11 @@ def _check_together(values: dict[str, Any]) -> None:
         raise UserError(f"{quantized[0]} needs use_peft=true: quantized weights cannot be trained themselves")
     if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantized):
         raise UserError(f"{loading[0]} has no effect with from_scratch=true, which loads no weights: leave it out")
+    if values["from_scratch"] and values["use_peft"]:
+        raise UserError(
+            "use_peft saves the adapter alone, and from_scratch=true makes a base model that is not saved: leave one of"
+            " them out"
+        )
 
     # Data
     if values["datasets"] and (one := sorted(given & {"dataset_name", "dataset_config", "columns"})):

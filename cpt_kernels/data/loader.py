@@ -20,6 +20,7 @@ from ..errors import UserError
 from .batches import BatchSampler, pack_in_order, pack_rows
 from .collate import PackedCollator
 from .curriculum import PLACE, Curriculum, Draws, read_keys
+from .digest import StreamDigest
 from .preparation import PreparationReport
 from .stream_curriculum import StreamDraws
 
@@ -73,6 +74,7 @@ def make_loader(
     draws: Draws | StreamDraws | None = None,
     *,
     batch_size: int,
+    digest: StreamDigest | None = None,
 ) -> DataLoader:
     """Returns a DataLoader of this rank's micro-batches of a prepared dataset.
 
@@ -85,6 +87,7 @@ def make_loader(
         training: order the rows for training; otherwise they keep the dataset's order.
         draws: of a curriculum, see :func:`make_draws`.
         batch_size: rows of a micro-batch, if ``args`` set no token budget.
+        digest: digests the rows that are read from a stream.
 
     Raises:
         UserError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or several processes
@@ -105,6 +108,7 @@ def make_loader(
         assert not isinstance(draws, Draws)
         cut = (batch_size, args.max_tokens_per_batch, count_tokens)
         batches = _stream_batches(dataset, cut, args, draws, training)
+        batches.digest = digest
         return DataLoader(batches, batch_size=None, collate_fn=collator, **workers)
 
     # A map-style dataset: all batches are planned from the lengths of its rows.
@@ -304,6 +308,7 @@ class StreamBatches(TorchIterableDataset):
     ) -> None:
         self.rows, self.batch_size, self.max_tokens, self.count_tokens = rows, batch_size, max_tokens, count_tokens
         self.world_size, self.rank, self.endless = world_size, rank, endless
+        self.digest: StreamDigest | None = None
 
     def __iter__(self) -> Iterator[list[dict]]:
         step: list[list[dict]] = []
@@ -328,7 +333,7 @@ class StreamBatches(TorchIterableDataset):
 
     def _pass(self, number: int) -> Iterator[dict]:
         self.rows.set_epoch(number)
-        return iter(self.rows)
+        return iter(self.rows) if self.digest is None else self.digest.read(self.rows)
 
     def _cut(self, rows: list[dict]) -> Iterator[list[dict]]:
         if not self.max_tokens:

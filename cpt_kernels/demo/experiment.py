@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from ..generation.local import generate_local
 from ..generation.prompts import Sampling
+from ..model.pretrained import load_whole
 from ..pairs.build import build_pairs
 from .arms import ARM_OPTIONS, ARMS, EASY, HARD, Trained, make_model, train_in_place
 from .judge import Verdict, judge, prefer
@@ -175,7 +176,7 @@ class Experiment:
 
     def _run_arm(self, name: str, rows: Sequence[DemoRow]) -> Result:
         arm = ARMS[name]
-        model = LlamaForCausalLM.from_pretrained(self.folder / "sft")
+        model = load_whole(LlamaForCausalLM, str(self.folder / "sft"))
         options = {
             **ARM_OPTIONS,
             **arm.options,

@@ -293,11 +293,14 @@ def _generating(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     The config is replaced, not passed to generate(), because generate() fills unset fields of a passed config from the
     model's own, for example a repetition penalty or suppressed tokens.
     """
-    was_training, own = model.training, model.generation_config
+    was_training = model.training
+    # generate() of a PEFT model reads the config of the model inside, or replaces it by its own: its class decides.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
     model.eval()
-    model.generation_config = config
+    model.generation_config = inner.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = inner.generation_config = own
         model.train(was_training)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
 from ..config import ContrastiveConfig
 from ..errors import UserError, user_error
+from .pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def tokenizer_of(model: str | nn.Module, args: ContrastiveConfig) -> PreTrainedT
 def load_models(
     model: str | nn.Module, ref_model: str | nn.Module | None, args: ContrastiveConfig, quantization_config: Any = None
 ) -> tuple[nn.Module, nn.Module | None]:
-    """Returns policy and reference; those given by name or folder are loaded.
+    """Returns policy and reference; those given by name or folder are loaded. A policy's adapter may be trained.
 
     Raises:
         UserError: ``quantization_config`` for a policy that is loaded already, or given twice.
@@ -57,7 +58,7 @@ def load_models(
         if args.model_init_kwargs and not isinstance(ref_model, str):
             logger.warning("model_init_kwargs has no effect: the model is loaded already")
     if isinstance(model, str):
-        model = load_model(model, args, quantization_config)
+        model = load_model(model, args, quantization_config, trainable=True)
     if isinstance(ref_model, str):
         ref_model = load_model(ref_model, args, quantization_config)
     return model, ref_model
@@ -67,11 +68,16 @@ def _init_kwargs(args: ContrastiveConfig) -> dict[str, Any]:
     return dict(args.model_init_kwargs or {})
 
 
-def load_model(name: str, args: ContrastiveConfig, quantization_config: Any = None) -> nn.Module:
-    """Loads a model by name or folder with ``args.model_init_kwargs``; the default dtype is fp32.
+def load_model(
+    name: str, args: ContrastiveConfig, quantization_config: Any = None, *, trainable: bool = False
+) -> nn.Module:
+    """Loads a model or an adapter by name or folder with ``args.model_init_kwargs``; the default dtype is fp32.
+
+    Args:
+        trainable: whether the parameters of an adapter require gradients.
 
     Raises:
-        UserError: ``quantization_config`` is also in ``model_init_kwargs``.
+        UserError: ``quantization_config`` is also in ``model_init_kwargs``, or weights are missing or left over.
     """
     kwargs = _init_kwargs(args)
     kwargs.setdefault("dtype", torch.float32)
@@ -85,7 +91,7 @@ def load_model(name: str, args: ContrastiveConfig, quantization_config: Any = No
     if args.world_size > 1 and kwargs.pop("device_map", None) is not None and args.process_index == 0:
         logger.warning("device_map has no effect on several processes: each holds the whole model or its shard")
     with whole_weights():
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return load_pretrained(name, trainable=trainable, **kwargs)
 
 
 @contextlib.contextmanager
@@ -126,6 +132,12 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
     if peft_config.is_prompt_learning:
         kind = type(peft_config).__name__
         raise UserError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
+    init = str(getattr(peft_config, "init_lora_weights", ""))
+    if init.startswith("pissa_niter"):
+        raise UserError(
+            f"init_lora_weights={init} changes the base weights at random, so the saved adapter would not fit a base"
+            " model that is loaded again: set init_lora_weights=pissa"
+        )
     # ZeRO-3 gathers parameters into buffers of one dtype, so an fp32 adapter beside bf16 weights would fail.
     cast = zero_stage(args) != 3 or _is_quantised(model)
     # Such as target modules that the model does not have. PEFT refuses some kinds of layers by TypeError and others.

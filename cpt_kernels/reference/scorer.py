@@ -23,6 +23,7 @@ from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup
 from ..errors import UserError
 from ..model.loading import whole_weights, zero_stage
 from ..model.packed_model import PackedModel, base_model, why_not_finite
+from ..model.pretrained import load_whole
 from ..ops.gather import segment_sum
 from .cache import ReferenceCache
 from .fingerprint import describe_reference, fingerprint, trained_below_adapters
@@ -327,10 +328,10 @@ class Reference:
             if not name or base is not self.policy.model:
                 raise OSError("it was not loaded by name or folder")
             with whole_weights():
-                model = type(base).from_pretrained(name, dtype=base.dtype, revision=revision or "main")
+                model = load_whole(type(base), name, dtype=base.dtype, revision=revision or "main")
             if fingerprint(model, **self._identity) != self._digest:
                 raise OSError(f"{name} holds other weights than training started from")
-        except OSError as error:
+        except (OSError, UserError) as error:
             raise UserError(
                 "this data lacks reference log-probs; training has changed the start weights that would score it, and"
                 f" they cannot be loaded again ({error}): pass the data when the trainer is made, for a stream set"

@@ -1,14 +1,13 @@
-"""Checks of what a user passes to the trainer: arguments, models, data and checkpoints.
+"""Checks of what a user passes to the trainer: arguments, models and data.
 
 Every check raises a :class:`UserError` whose message says what is wrong, where, and how to mend it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ..config import REMOVED_OPTIONS, ContrastiveConfig
 from ..errors import UserError
 from ..losses import Loss
 from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel, base_model
+from ..model.pretrained import unsaved_parameters
 from ..model.trials import auxiliary_loss, can_run, checkpointing_error, disable_config_dropout, dropout, is_random
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,6 @@ NEVER_CALLED = {
 }
 # Keywords of gradient_checkpointing_kwargs that do not reach torch.
 _OWN_KEYWORDS = ("every_n_layers", "offload")
-# Fields of a model's config that decide the shapes of its weights.
-_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 
 
 # --- The constructor's arguments ---
@@ -151,13 +149,18 @@ def check_reference_model(model: nn.Module, ref_model: nn.Module | None) -> None
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises UserError if no parameter of the model requires a gradient, or if its adapter is merged."""
+    """Raises UserError if nothing is trained, or something that the adapter does not save, or an adapter is merged."""
     if any(getattr(layer, "merged", False) is True for layer in model.modules()):
         raise UserError(
             "the model's adapter is merged into its weights, so training would not change it: call"
             " model.unmerge_adapter(), or merge_and_unload() to train the weights"
         )
     if any(parameter.requires_grad for parameter in model.parameters()):
+        if hasattr(model, "peft_config") and (unsaved := unsaved_parameters(model)):
+            raise UserError(
+                f"{unsaved[0]} requires a gradient, but PEFT does not save it with the adapter: name its module in"
+                " modules_to_save of the adapter's configuration, or set its requires_grad=False"
+            )
         return
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
@@ -289,44 +292,3 @@ def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
             f"loss '{loss.name}' needs by how much chosen is better, and row {row} of the {name} data has no positive"
             " gap: name a column by gap_column, or give ranked rows with scores"
         )
-
-
-# --- Checkpoints ---
-
-
-def check_checkpoint(folder: str | Path, model: nn.Module) -> None:
-    """Raises UserError if a folder to resume from is not a checkpoint, or is one of another model."""
-    folder = Path(folder)
-    adapter = hasattr(model, "peft_config")
-    file = folder / ("adapter_config.json" if adapter else "config.json")
-    if not file.is_file():
-        kind = "adapter" if adapter else "model"
-        raise UserError(f"{folder} is not a checkpoint of this {kind}: it has no {file.name}; name another folder")
-    if adapter:
-        return
-    saved = PretrainedConfig.from_dict(json.loads(file.read_text())).get_text_config()
-    config = base_model(model).config.get_text_config()
-    for name in _SHAPE:
-        ours, theirs = getattr(config, name, None), getattr(saved, name, None)
-        if ours != theirs:
-            raise UserError(
-                f"{folder} is a checkpoint of another model: its {name} is {theirs}, this model's {ours}; name a"
-                " checkpoint of this model"
-            )
-
-
-def check_same_order(checkpoint: str | Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises UserError if a resumed run would not see the pairs that its checkpoint's run would have seen next.
-
-    Args:
-        saved, ours: the options that decide which pairs are in which step, of the checkpoint and of this run.
-    """
-    changed = [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
-    if not changed:
-        return
-    differences = ", ".join(f"{name} {saved.get(name)}, now {ours.get(name)}" for name in changed)
-    raise UserError(
-        f"{checkpoint} cannot be resumed with the same order of pairs: it was saved with {differences}. On another"
-        " number of processes keep processes x gradient_accumulation_steps (x per_device_train_batch_size) as it was;"
-        " or set ignore_data_skip=true, which begins the epoch again"
-    )

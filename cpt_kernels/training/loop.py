@@ -1,14 +1,13 @@
 """transformers' training and evaluation loop on packed batches.
 
 Three things differ from transformers' own loop. A step averages over its pairs, not over its micro-batches. No step
-makes the CPU wait for the GPU, except those that log. A checkpoint records what decides the order of pairs, so that a
-resumed run continues with the same pairs.
+makes the CPU wait for the GPU, except those that log. A checkpoint records its run, and only that run continues from it
+(:mod:`.resume`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,32 +17,31 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, get_last_checkpoint
 
 from ..config import ContrastiveConfig
-from ..data.collate import PackedBatch
+from ..data.collate import PackedBatch, PackedCollator
 from ..data.curriculum import Curriculum, Draws
-from ..data.loader import order_seed, report_stream
+from ..data.digest import StreamDigest, digest_rows
+from ..data.loader import report_stream
 from ..data.preparation import PreparationReport
 from ..data.stream_curriculum import StreamDraws
 from ..errors import UserError
 from ..losses import Loss
 from ..model.layers import offloaded_activations
-from ..model.loading import cast_adapter
 from ..model.packed_model import PackedModel, Scores
+from ..model.pretrained import reload_weights, save_adapter_names
 from ..reference.moving import MovingReference
 from ..reference.scorer import Reference
-from .checks import check_checkpoint, check_same_order
 from .metrics import Metrics, PlaceMetrics
+from .resume import Run, check_resume, rows_to_expect, write_record
 
 logger = logging.getLogger(__name__)
-
-_ORDER = "order.json"  # in a checkpoint: the options that decide which pairs are in which step
 
 
 def _option(name: str) -> property:
@@ -62,6 +60,9 @@ class PackedLoop(Trainer):
     place_metrics: PlaceMetrics | None = None  # with a curriculum
     reference: Reference | MovingReference | None = None
     reports: dict[str, PreparationReport]  # by dataset name
+    has_own_loss: bool  # a loss that the user passed in place of args.loss_type
+    collator: PackedCollator
+    base_sample: dict[str, list[float]]  # of the base weights of a model with adapters
     curriculum: Curriculum | None
     draws: Draws | StreamDraws | None = None  # with a curriculum
 
@@ -69,6 +70,8 @@ class PackedLoop(Trainer):
     current_gradient_accumulation_steps = 1  # until transformers sets it in every step
     num_tokens = 0  # of this rank since count_tokens was called last
     eval_tokens_per_pair: float | None = None  # of the evaluation, for a loss that averages over tokens
+    stream_digest: StreamDigest | None = None  # of the rows read from a stream in this call of train()
+    _digested: tuple[Dataset | IterableDataset, str | None] | None = None  # training data and its digest
     _filters_losses = False
     _first_step: int | None = None  # global_step at the first micro-batch of an attempt to train
 
@@ -115,15 +118,20 @@ class PackedLoop(Trainer):
 
     # --- Steps ---
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as transformers' ``train`` does, with the reference model moved off the GPU where it is not needed."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as transformers' ``train`` does, with the reference model moved off the GPU where it is not needed.
+
+        Raises:
+            UserError: the run cannot continue from the checkpoint, see :mod:`.resume`.
+        """
         self._reset_counts()  # an earlier call may have ended between two logs
+        checkpoint = self._check_checkpoint(resume_from_checkpoint)
         # With this filter on, transformers reads the loss of every micro-batch, and each read waits for the GPU.
         # training_step does the same on the device.
         self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
             with self.reference.training() if self.reference is not None else contextlib.nullcontext():
-                output = super().train(*args, **kwargs)
+                output = super().train(checkpoint, *args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
         # A stream's drops are known only after reading. The report is missing if _prepare_dataset is overridden.
@@ -303,45 +311,73 @@ class PackedLoop(Trainer):
     # --- Checkpoints ---
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves a checkpoint, the order of its pairs, and the model card."""
+        """Saves a checkpoint, the record of its run, and the model card."""
         self.create_model_card()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _ORDER).write_text(json.dumps(self._pair_order(), indent=1))
+            write_record(folder, self._run(), None if self.stream_digest is None else self.stream_digest.rows)
         self.count_tokens()
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Loads a checkpoint's weights and moving reference.
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_adapter_names(self.packed.model, output_dir or self.args.output_dir, self.base_sample)
+
+    def _check_checkpoint(self, given: str | bool | None) -> str | None:
+        """Returns the checkpoint to resume from, checked, and loads its moving reference.
+
+        It runs before transformers loads anything, as DeepSpeed loads weights without ``_load_from_checkpoint``.
 
         Raises:
-            UserError: the checkpoint is of another model, reference or order of pairs.
+            UserError: there is no checkpoint, or the run cannot continue from it.
         """
-        check_checkpoint(resume_from_checkpoint, self.packed.model)
-        file = Path(resume_from_checkpoint, _ORDER)
-        if file.is_file() and not self.args.ignore_data_skip:
-            check_same_order(resume_from_checkpoint, json.loads(file.read_text()), self._pair_order())
+        self.stream_digest = None if isinstance(self.train_dataset, Dataset) else StreamDigest()
+        if not given:
+            return None
+        checkpoint = get_last_checkpoint(self.args.output_dir) if given is True else given
+        if checkpoint is None:
+            raise UserError(f"resume_from_checkpoint={given}: there is no checkpoint in {self.args.output_dir}")
+        run = self._run()
+        log_on_main(check_resume(run, checkpoint))
+        if self.stream_digest is not None:
+            self.stream_digest.expected = rows_to_expect(run, checkpoint)
         if isinstance(self.reference, MovingReference):
-            self.reference.load(resume_from_checkpoint)
-        elif self.reference is not None and Path(resume_from_checkpoint, MovingReference.FILE).is_file():
-            raise UserError(
-                f"{resume_from_checkpoint} was saved with sync_ref_model, so its reference has moved away from the"
-                " start weights: resume it with sync_ref_model=true, or begin a new run from its model"
-            )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        cast_adapter(self.packed.model)  # PEFT loads adapters in fp32
+            self.reference.load(checkpoint)
+        return checkpoint
 
-    def _pair_order(self) -> dict[str, int | str | None]:
-        """Returns the options that decide which pairs are in which step, on any number of ranks."""
-        args = self.args
-        micro_batches = args.world_size * args.gradient_accumulation_steps
-        size = {"rows a step": micro_batches * self._train_batch_size}
-        if args.max_tokens_per_batch:
-            size = {"micro-batches a step": micro_batches, "max_tokens_per_batch": args.max_tokens_per_batch}
-        elif args.dataloader_drop_last:
-            size["rows a micro-batch of all ranks"] = args.world_size * self._train_batch_size
-        return {**size, "seed": order_seed(args), "train_sampling_strategy": args.train_sampling_strategy}
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads the weights of a checkpoint, all of them; transformers' own would only warn about missing ones."""
+        if self.is_fsdp_enabled:  # its files hold the shards of each rank
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            reload_weights(self.packed.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Loads the weights of the best checkpoint as those of a checkpoint to resume from."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            reload_weights(self.packed.model, self.state.best_model_checkpoint)
+
+    def _run(self) -> Run:
+        """Returns this run as a checkpoint records it. The digest of stored data is computed once for each dataset."""
+        data = self.train_dataset
+        if self._digested is None or self._digested[0] is not data:
+            self._digested = (data, digest_rows(data) if isinstance(data, Dataset) else None)
+        return Run(
+            args=self.args,
+            accelerator=self.accelerator,
+            model=self.packed.model,
+            reference=self.reference,
+            loss_name=self.loss.name,
+            has_own_loss=self.has_own_loss,
+            data=data,
+            data_digest=self._digested[1],
+            layout=self.collator,
+            curriculum=self.curriculum,
+            batch_size=self._train_batch_size,
+        )
 
 
 def log_on_main(lines: Sequence[str]) -> None:

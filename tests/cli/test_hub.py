@@ -77,7 +77,7 @@ def test_checkpoints_go_where_the_strategy_says(tmp_path, hub, strategy, paths):
             assert "tiny-dpo" in upload["card"] and "checkpoint-*" in upload["ignore_patterns"]
             assert "tokenizer.json" in upload["files"]
         else:
-            assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "order.json"} <= upload["files"]
+            assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json"} <= upload["files"]
 
 
 def test_push_at_the_end(tmp_path, hub):

@@ -35,9 +35,7 @@ def test_fsdp_loads_whole_weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_device_map_is_for_one_process_and_this_is_said(tmp_path, caplog, monkeypatch, world):
     given = []
-    monkeypatch.setattr(
-        "cpt_kernels.model.loading.AutoModelForCausalLM.from_pretrained", lambda name, **kwargs: given.append(kwargs)
-    )
+    monkeypatch.setattr("cpt_kernels.model.loading.load_pretrained", lambda name, **kwargs: given.append(kwargs))
     monkeypatch.setattr(ContrastiveConfig, "world_size", world)
     load_model("model", config(tmp_path, model_init_kwargs={"device_map": "auto"}))
     assert ("device_map" in given[0]) == (world == 1)

@@ -124,13 +124,14 @@ def test_another_order_of_pairs_is_not_resumed(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "rows": 20}
     make_trainer(tmp_path, max_steps=2, **options).train()
     checkpoint = str(tmp_path / "out/checkpoint-2")
-    assert json.loads((tmp_path / "out/checkpoint-2/order.json").read_text())["rows a step"] == 4
+    record = json.loads((tmp_path / "out/checkpoint-2/run.json").read_text())
+    assert record["order of pairs"]["rows a step"] == 4
     for change, message in (
         ({"per_device_train_batch_size": 2}, "rows a step 4, now 2"),
         ({"seed": 1}, "seed 42, now 1"),
         ({"max_tokens_per_batch": 100}, "max_tokens_per_batch None, now 100"),
     ):
-        with pytest.raises(ValueError, match=f"cannot be resumed with the same order of pairs.*{message}"):
+        with pytest.raises(ValueError, match=f"cannot be resumed with another order of pairs.*{message}"):
             make_trainer(tmp_path, **options, **change).train(resume_from_checkpoint=checkpoint)
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     for change in (split, {"seed": 1, "ignore_data_skip": True}):
