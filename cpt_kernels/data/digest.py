@@ -19,7 +19,7 @@ _BATCH = 10_000  # rows that are digested together; a digest depends on it
 def digest_rows(dataset: Dataset) -> str:
     """Returns 32 hex digits that identify the content and the order of a prepared dataset's rows.
 
-    Reads every row once, at about a gigabyte a second.
+    Reads every row once, at about half a gigabyte a second.
     """
     digest = xxh3_128()
     names = sorted(name for name in dataset.column_names if name != _ROW)

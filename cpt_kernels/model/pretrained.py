@@ -101,7 +101,7 @@ def find_adapters(name: str, **hub: Any) -> SavedAdapters | None:
     if not Path(name).is_dir():
         file = find_adapter_config_file(name, **hub)
         return None if file is None else SavedAdapters({"default": name}, ["default"])
-    found = _stored_adapters(folder)
+    found = stored_adapters(folder)
     if any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         if "default" in found:
             raise UserError(
@@ -135,9 +135,14 @@ def model_folders(name: str) -> list[Path]:
     return [*folders, *(Path(base) for base in sorted({base or "" for base in bases}) if base and Path(base).is_dir())]
 
 
-def _stored_adapters(folder: Path) -> dict[str, str]:
-    """Returns name -> folder of the adapters that PEFT saved: the one named default itself, others in subfolders."""
-    own = {"default": str(folder)} if (folder / ADAPTER_CONFIG).is_file() else {}
+def stored_adapters(folder: Path, model: Any = None) -> dict[str, str]:
+    """Returns name -> folder of the adapters that PEFT saved: the one named default itself, others in subfolders.
+
+    Args:
+        model: whose adapters they are. Transformers' own adapters are saved in the folder itself, without their name.
+    """
+    name = "default" if model is None or hasattr(model, "get_base_model") else active_adapters(model)[0]
+    own = {name: str(folder)} if (folder / ADAPTER_CONFIG).is_file() else {}
     others = {file.parent.name: str(file.parent) for file in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))}
     return own | {name: place for name, place in others.items() if not _CHECKPOINT.fullmatch(name)}
 
@@ -279,11 +284,11 @@ def reload_weights(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     if hasattr(model, "peft_config"):
-        places = _stored_adapters(folder)
+        places = stored_adapters(folder, model)
         for adapter in model.peft_config:
             if adapter not in places:
                 raise UserError(f"{folder} holds no adapter {adapter}, only {_listed(sorted(places)) or 'none'}")
-            base = model.get_base_model()
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
             set_adapter_weights(model, adapter, _read_weights(base, places[adapter], {}), places[adapter])
         _check_base(model, folder)
         return
@@ -341,9 +346,8 @@ def save_adapter_names(model: nn.Module, folder: str | Path, base: Mapping[str, 
     Args:
         base: from :func:`sample_base`, written as well.
     """
-    configs = getattr(model, "peft_config", None)
-    if configs is not None:
-        record = {"adapters": [*configs], "active": active_adapters(model), "base": base}
+    if hasattr(model, "get_base_model"):
+        record = {"adapters": [*model.peft_config], "active": active_adapters(model), "base": base}
         write_text(Path(folder) / _ADAPTERS, json.dumps(record) + "\n")
 
 
@@ -351,12 +355,6 @@ def active_adapters(model: Any) -> list[str]:
     """Returns the names of a model's active adapters: PEFT's are a property, those of transformers a method."""
     active = model.active_adapters
     return [*(active() if callable(active) else active)]
-
-
-def saved_adapter_config(folder: str | Path, adapter: str) -> dict[str, Any] | None:
-    """Returns the configuration of an adapter that PEFT saved in a checkpoint, or None if it holds no such adapter."""
-    place = _stored_adapters(Path(folder)).get(adapter)
-    return None if place is None else json.loads((Path(place) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
 
 
 def unsaved_parameters(model: Any) -> list[str]:

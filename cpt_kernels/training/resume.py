@@ -32,7 +32,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..losses.options import LossOptions
 from ..model.packed_model import base_model
-from ..model.pretrained import ADAPTER_CONFIG, active_adapters, saved_adapter_config
+from ..model.pretrained import ADAPTER_CONFIG, active_adapters, stored_adapters
 from ..reference.cache import ReferenceCache
 from ..reference.missing import iter_sequences
 from ..reference.moving import MovingReference
@@ -222,13 +222,14 @@ def rows_to_expect(run: Run, folder: str | Path) -> RowsRead | None:
 def _check_model(folder: Path, model: nn.Module) -> None:
     """Raises UserError if the folder is not a checkpoint, or is one of another model or adapter."""
     if (configs := getattr(model, "peft_config", None)) is not None:
+        places = stored_adapters(folder, model)
         for name, config in configs.items():
-            saved = saved_adapter_config(folder, name)
-            if saved is None:
+            if name not in places:
                 raise UserError(
                     f"{folder} is not a checkpoint of this adapter: it has no {ADAPTER_CONFIG} of '{name}'; name"
                     " another folder"
                 )
+            saved = json.loads(Path(places[name], ADAPTER_CONFIG).read_text(encoding="utf-8"))
             if changed := _differences(_deciding_entries(saved), _deciding_entries(config.to_dict())):
                 raise UserError(
                     f"{folder} is a checkpoint of another adapter '{name}': {', '.join(changed)}; give it the same"

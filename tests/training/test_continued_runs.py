@@ -343,3 +343,22 @@ def test_resume_true_takes_the_last_checkpoint(tmp_path):
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry][-2:] == [STEPS, STEPS + 1]
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_of_transformers_own(tmp_path, monkeypatch):
+    """It is saved without its name, and in the folder itself."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # wants a newer PEFT
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        made = base(tmp_path, "llama")
+        made.add_adapter(LoraConfig(**LORA), "policy")
+        return made
+
+    whole, resumed = (make_trainer(tmp_path, model=model()) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"out/checkpoint-{SAVED}"))
+    assert losses(resumed) == losses(whole)
+    expected = log_probs(whole.model)
+    assert torch.equal(log_probs(resumed.model), expected)
+    assert torch.equal(log_probs(load_pretrained(str(tmp_path / f"out/checkpoint-{STEPS}"))), expected)
