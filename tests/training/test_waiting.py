@@ -29,7 +29,7 @@ WAITING = {
 }
 WAITERS = [torch.Tensor.item, torch.Tensor.tolist, bool, torch.nonzero]  # examples
 READING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
-ON_A_CPU = {"_weigh_closed_form", "_check_sides"}  # functions that read tensors on the CPU only
+ON_A_CPU = {"_weigh_closed_form", "_check_sides", "rescale_eager"}  # functions that read tensors on the CPU only
 
 
 class Waited(AssertionError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,18 +46,23 @@ class AttentionLayout:
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():
             return
-        for side, offsets in enumerate((self.cu_seqlens_q, self.cu_seqlens_k)):
-            name, lengths = ("cu_seqlens_q", "cu_seqlens_k")[side], [segment[side] for segment in self.segment_lengths]
-            if len(offsets) != len(lengths) + 1:
-                raise UserError(f"{name} has {len(offsets) - 1} segments, but segment_lengths has {len(lengths)}")
-            if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets.diff().tolist() != lengths):
-                raise UserError(f"{name} does not start at 0 or has other lengths than segment_lengths")
+        self._check_sides()
         rows = sum(len(sources) for _, sources in self.kv_rounds)
         if self.shared and not len(self.kv_index) == rows == sum(keys for _, keys in self.segment_lengths):
             raise UserError(
                 f"kv_index has {len(self.kv_index)} rows, kv_rounds {rows}, and segment_lengths"
                 f" {sum(keys for _, keys in self.segment_lengths)} keys: they must be equal"
             )
+
+    def _check_sides(self) -> None:
+        # Lengths of the segments, (queries,) and (keys,). On a GPU reading offsets would cost a synchronisation.
+        queries, keys = ([segment[side] for segment in self.segment_lengths] for side in (0, 1))
+        sides = ("cu_seqlens_q", self.cu_seqlens_q, queries), ("cu_seqlens_k", self.cu_seqlens_k, keys)
+        for name, offsets, lengths in sides:
+            if len(offsets) != len(lengths) + 1:
+                raise UserError(f"{name} has {len(offsets) - 1} segments, but segment_lengths has {len(lengths)}")
+            if offsets.device.type == "cpu" and offsets.tolist() != [0, *accumulate(lengths)]:
+                raise UserError(f"{name} does not start at 0 or has other lengths than segment_lengths")
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> AttentionLayout:

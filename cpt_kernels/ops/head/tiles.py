@@ -130,11 +130,9 @@ class Pairs:
                 "pair_blocks cover {} completions and {} pairs; expected {} and {}".format(*found, *expected)
             )
         if self.chosen.device.type == "cpu":  # on a GPU reading offsets and indices would cost a synchronisation
-            self._check_lengths()
             self._check_sides()
 
-    def _check_lengths(self) -> None:
-        offsets = self.cu_completions.tolist()
+    def _check_lengths(self, offsets: list[int]) -> None:
         for completion, (length, start, end) in enumerate(zip(self.completion_lengths, offsets, offsets[1:])):
             if start + length != end or length < 0 or offsets[0] != 0:
                 raise UserError(
@@ -143,6 +141,7 @@ class Pairs:
                 )
 
     def _check_sides(self) -> None:
+        self._check_lengths(self.cu_completions.tolist())
         # A pair that reaches into another block would get wrong log-probs if that block is in another tile.
         blocks = list(enumerate(self.pair_blocks))
         owners = dict(enumerate(block for block, (completions, _) in blocks for _ in range(completions)))
