@@ -23,6 +23,7 @@ from .data.formats import Form, detect_form
 from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
+from .data.rows import read_columns, visible_rows
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .errors import UserError, user_error
 from .losses import Loss, user_loss
@@ -184,9 +185,11 @@ class ContrastiveTrainer(PackedLoop):
         self, dataset: Data, processing_class: PreTrainedTokenizerBase, args: ContrastiveConfig, dataset_name: str
     ) -> Data:
         """Tokenizes rows with ``data.preparation.prepare``. An override may return any form that ``prepare`` takes."""
-        name, keep = dataset_name, kept_columns(self.curriculum, dataset) if dataset_name == "train" else ()
+        name = dataset_name
         # The other processes find the result in the cache of datasets.
         with args.main_process_first(desc=f"tokenizing the {name} data"):
+            dataset = visible_rows(dataset)
+            keep = kept_columns(self.curriculum, dataset) if name == "train" else ()
             dataset, report = prepare(
                 dataset,
                 processing_class,
@@ -214,8 +217,8 @@ class ContrastiveTrainer(PackedLoop):
         dataset = self._prepare_dataset(dataset, self._tokenizer, args, name)
         if not is_overridden(self, ContrastiveTrainer._prepare_dataset):
             return dataset
-        columns = dataset.column_names or list(next(iter(dataset), {}))
-        if detect_form(columns) is Form.GROUP:
+        is_plain = not isinstance(dataset, Dataset) or dataset.format["type"] is None
+        if is_plain and detect_form(read_columns(dataset)) is Form.GROUP:
             return dataset
         return ContrastiveTrainer._prepare_dataset(self, dataset, self._tokenizer, args, name)
 

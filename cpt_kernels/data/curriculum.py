@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from .formats import read_number
 
 SCHEDULES = ("linear", "reversed", "constant", "staged", "none")
 PAIR_COLUMNS = ("chosen_model", "rejected_model")
@@ -216,7 +217,7 @@ def read_keys(curriculum: Curriculum, columns: Sequence[Sequence], rows: Sequenc
     by_pair = isinstance(curriculum.levels, tuple)
     for name, values in zip(curriculum.columns, columns):
         for row, value in zip(rows, values):
-            if not (isinstance(value, str) if by_pair else _is_number(value)):
+            if not (isinstance(value, str) if by_pair else _is_number(read_number(value))):
                 hint = "; a row of several pairs has no level" if isinstance(value, list) else ""
                 kind = "the name of a model" if by_pair else "a number"
                 raise UserError(f"curriculum: {name} of row {row} is {value!r}, not {kind}{hint}")
@@ -224,7 +225,8 @@ def read_keys(curriculum: Curriculum, columns: Sequence[Sequence], rows: Sequenc
         pairs = {pair: ">".join(pair) for pair in set(zip(*columns))}  # equal pairs share one string
         return [pairs[pair] for pair in zip(*columns)]
     easy = curriculum.easy or ("high" if curriculum.columns[0] == "gap" else "low")
-    return np.asarray(columns[0], dtype=np.float64) * (-1.0 if easy == "high" else 1.0)
+    numbers = np.array([read_number(value) for value in columns[0]], dtype=np.float64)
+    return numbers * (-1.0 if easy == "high" else 1.0)
 
 
 def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:

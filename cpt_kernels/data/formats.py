@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
 from enum import Enum
 from typing import Any, Literal, cast, get_args
 
@@ -215,16 +216,29 @@ def one_turn_as_text(text: Text, role: str) -> Text:
     return content if isinstance(content, str) and turns[0] == {"role": role, "content": content} else turns
 
 
+def read_number(value: Any) -> float | None:
+    """Returns a number, or one that is given as text because CSV files hold nothing else; None for other values."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if isinstance(value, str) and "_" in value:  # Python reads "1_2" as 12
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
 def read_gap(row: Mapping[str, Any], column: str) -> float:
     """Returns by how much the chosen side of a row's pair is better than the rejected one.
 
     Raises:
         RowError: the value is not a positive number.
     """
-    gap = row.get(column)
-    if isinstance(gap, bool) or not isinstance(gap, (int, float)) or not 0 < gap < math.inf:
-        raise RowError(MALFORMED, f"`{column}` is {gap!r}; expected a number above 0: by how much chosen is better")
-    return float(gap)
+    gap = read_number(row.get(column))
+    if gap is None or not 0 < gap < math.inf:
+        given = row.get(column)
+        raise RowError(MALFORMED, f"`{column}` is {given!r}; expected a number above 0: by how much chosen is better")
+    return gap
 
 
 def _read_sides(row: Mapping[str, Any], form: Form) -> tuple[list[str], list[Text | None], list[float]]:
@@ -254,10 +268,11 @@ def _read_ranked_sides(row: Mapping[str, Any]) -> tuple[list[str], list[Text | N
         return names, sides, [float(-i) for i in range(len(sides))]
     if not isinstance(scores, list) or len(scores) != len(sides):
         raise RowError(MALFORMED, f"`scores` is not a list of {len(sides)} numbers, one for each of `completions`")
-    if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
+    numbers = [number for number in map(read_number, scores) if number is not None and math.isfinite(number)]
+    if len(numbers) < len(scores):
         raise RowError(MALFORMED, f"`scores` holds a value that is not a finite number: {scores}")
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep the row's order
-    return [names[i] for i in order], [sides[i] for i in order], [float(scores[i]) for i in order]
+    order = sorted(range(len(scores)), key=lambda i: -numbers[i])  # stable: ties keep the row's order
+    return [names[i] for i in order], [sides[i] for i in order], [numbers[i] for i in order]
 
 
 def _read_pairs(row: Mapping[str, Any], names: list[str]) -> list[tuple[int, int]] | None:
@@ -321,8 +336,11 @@ def _read_text_or_messages(field: str, value: Any) -> Text | None:
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        # `datasets` guesses types when it reads JSON; `load_data` does not.
+        is_guessed = isinstance(value, (date, time))
+        hint = "; `datasets` made it from text: read the file with cpt_kernels.data.sources.load_data" * is_guessed
         raise RowError(
-            MALFORMED, f"`{field}` is {_type_name(value)}; expected text or a list of {{role, content}} messages"
+            MALFORMED, f"`{field}` is {_type_name(value)}; expected text or a list of {{role, content}} messages{hint}"
         )
     parts = (part for m in value if isinstance(m.get("content"), list) for part in m["content"])
     if any(isinstance(part, dict) and part.get("type") in ("image", "image_url", "video", "audio") for part in parts):
@@ -339,7 +357,7 @@ def _read_tools(row: Mapping[str, Any]) -> list | None:
             raise RowError(MALFORMED, f"`tools` is text that is not JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
         raise RowError(MALFORMED, f"`tools` is {_type_name(tools)}; expected a list or its JSON")
-    return tools
+    return tools or None  # templates write a heading for an empty list, as TRL's authors found with Llama 3
 
 
 def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:

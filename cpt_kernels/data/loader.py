@@ -22,6 +22,7 @@ from .collate import PackedCollator
 from .curriculum import PLACE, Curriculum, Draws, read_keys
 from .digest import StreamDigest
 from .preparation import PreparationReport
+from .rows import read_columns
 from .stream_curriculum import StreamDraws
 
 _STREAM_WINDOW = 512  # rows of a stream that are packed together if there is a token budget
@@ -30,12 +31,14 @@ _STREAM_WINDOW = 512  # rows of a stream that are packed together if there is a 
 def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]:
     """Returns the columns that the curriculum reads. They must be kept when the dataset is prepared.
 
+    The dataset has no transform, see :func:`visible_rows`.
+
     Raises:
         UserError: the dataset has no such column.
     """
     if curriculum is None or not isinstance(dataset, (Dataset, IterableDataset)):
         return ()
-    curriculum.check_columns(dataset.column_names or list(next(iter(dataset), {})))
+    curriculum.check_columns(read_columns(dataset))
     return curriculum.columns
 
 
@@ -60,9 +63,10 @@ def make_draws(
         return StreamDraws(curriculum, seed)
     if curriculum.buffer is not None:
         raise UserError("curriculum: buffer has an effect only on streams: remove it")
-    table = dataset.select_columns([*curriculum.columns, "row"]).with_format("arrow")[:]
-    columns = [table[name].to_pylist() for name in curriculum.columns]
-    return Draws(curriculum, read_keys(curriculum, columns, table["row"].to_pylist()), seed)
+    columns = dataset.select_columns([*curriculum.columns, "row"])[:]
+    return Draws(
+        curriculum, read_keys(curriculum, [columns[name] for name in curriculum.columns], columns["row"]), seed
+    )
 
 
 def make_loader(
@@ -155,6 +159,11 @@ def _stream_batches(
 
 
 def _check_prepared(dataset: Dataset | IterableDataset) -> None:
+    if isinstance(dataset, Dataset) and dataset.format["type"] is not None:
+        raise UserError(
+            f"the prepared dataset has the format {dataset.format['type']!r}, which would change token ids after they"
+            " were counted and scored: set a transform or format before the trainer gets the dataset"
+        )
     if dataset.column_names is not None and "completion_ids" not in dataset.column_names:
         raise UserError(
             f"the dataset with the columns {', '.join(dataset.column_names)} is not tokenized: give it to the trainer's"

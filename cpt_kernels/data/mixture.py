@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ..errors import UserError
-from .sources import choose_columns, load_data
+from .sources import choose_columns, load_data, load_files
 
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 
@@ -77,9 +76,9 @@ def _load_part(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset 
     try:
         if not files:
             return load_data(path, config=name, columns=columns, **options)
-        dataset = load_dataset(path, name, **files, **options)
+        dataset = load_files(path, name, **files, **options)
         return dataset if columns is None else choose_columns(dataset, columns, path)
-    except (ValueError, FileNotFoundError, DatasetGenerationError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{where}: {error}") from error
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from ..errors import UserError
-from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, Form, RankedPairs, check_ranked_pairs, detect_form
+from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, READ_COLUMNS, Form, RankedPairs, check_ranked_pairs, detect_form
+from .rows import ExactJson, find_null_places, read_columns, visible_rows
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
 
@@ -228,7 +229,11 @@ def prepare(
         UserError: the form, an option or the tokenizer cannot be used, or no row is left (the message counts reasons).
     """
     # Check all options before any row is tokenized.
-    given = _read_columns(dataset, name)
+    _check_type(dataset, name)
+    dataset = visible_rows(dataset)
+    given = read_columns(dataset)
+    if not given or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise UserError(f"the {name} data has no rows")
     check_truncation(max_length, truncation_mode)
     check_ranked_pairs(ranked_pairs)
     check_tokenizer(tokenizer)
@@ -236,7 +241,10 @@ def prepare(
     keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
 
     # Tokenize and filter.
-    tokenization = Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column)
+    exact = tuple(column for column in keep if isinstance((dataset.features or {}).get(column), ExactJson))
+    texts = () if form in (Form.GROUP, Form.TOKENS) else {*READ_COLUMNS, *filter(None, [target_column])}
+    nulls = find_null_places(dataset.features, texts)
+    tokenization = Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column, nulls, exact)
     tokenize = partial(_tokenize, dataset, tokenization, given, batch_size)
     report = PreparationReport(name, max_length)
     filtration = Filter(max_length, truncation_mode)
@@ -254,7 +262,7 @@ def _tokenize(dataset: Any, tokenization: Tokenization, given: list[str], batch_
     if dataset.features is not None:
         kept = {column: dataset.features[column] for column in tokenization.keep}
         features = Features(GROUP_FEATURES | REMARK_FEATURES | kept)
-    return dataset.with_format(None).map(
+    return dataset.map(
         tokenization,
         with_indices=True,
         batched=True,
@@ -265,15 +273,10 @@ def _tokenize(dataset: Any, tokenization: Tokenization, given: list[str], batch_
     )
 
 
-def _read_columns(dataset: Any, name: str) -> list[str]:
-    """Checks the type of a dataset, and returns its columns; a stream may have to read a row for them."""
+def _check_type(dataset: Any, name: str) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         hint = f"; choose one of its splits: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
         raise UserError(f"the {name} data is {type(dataset).__name__}; expected a Dataset or IterableDataset{hint}")
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise UserError(f"the {name} data has no rows")
-    return columns
 
 
 @contextlib.contextmanager

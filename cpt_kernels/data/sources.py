@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import BuilderConfig, Dataset, IterableDataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
 
 from ..errors import UserError, user_error
+from .readers import VERSION, CsvFiles, JsonFiles
 
 # File suffix -> loader of the `datasets` library.
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_READERS = {Json: JsonFiles, Csv: CsvFiles}  # loader of `datasets` -> ours
 
 
 def load_data(
@@ -97,7 +101,7 @@ def _load_saved(path: Path, split: str | None, streaming: bool):
 def _load_hub(name: str, config: str | None, split: str | None, streaming: bool):
     try:
         with user_error(name, (ValueError, ImportError)):  # an unknown configuration or split
-            return load_dataset(name, config, split=split, streaming=streaming)
+            return load_files(name, config, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{name!r} is not a local file or folder, and the hub did not return a dataset of this name: {error}"
@@ -107,57 +111,68 @@ def _load_hub(name: str, config: str | None, split: str | None, streaming: bool)
 def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
     if empty := [str(file) for file in files if file.stat().st_size == 0]:
         raise UserError(f"{empty[0]} is an empty file")
-    try:
-        dataset = load_dataset(loader, streaming=streaming, **arguments)
+    name = arguments.get("data_files", loader)
+    with user_error(f"{name} cannot be read"):
+        dataset = load_files(loader, streaming=streaming, **arguments)
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            if streaming:  # read the first row, so that a malformed start is reported here
-                has_rows = next(iter(part), None) is not None
-            else:
-                has_rows = len(part) > 0
-                part.data.validate(full=True)  # the JSON loader accepts text that is not UTF-8
-            if not has_rows:
-                raise UserError("no rows")
-    except (DatasetGenerationError, ValueError, AttributeError) as error:  # AttributeError: pandas 2 with list items
-        # The errors of datasets and pyarrow name no line, and often neither the file nor the fault.
-        for file in files:
-            if _LOADERS[file.suffix] == "json" and (fault := find_json_fault(file)):
-                raise UserError(f"{file}: {fault}") from error
-        raise UserError(f"{arguments.get('data_files', loader)} cannot be read: {error.__cause__ or error}") from error
+            # Reading the first row of a stream reports a malformed start here.
+            if next(iter(part), None) is None:
+                raise UserError(f"{name}: no rows")
     return dataset
 
 
-def find_json_fault(path: Path) -> str | None:
-    """Returns a description of the first fault in a file of JSON objects (a list, or one per line), or None."""
-    rows = 0
-    with path.open("rb") as file:
-        is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        file.seek(0)
-        for number, chunk in enumerate([file.read()] if is_list else file, start=1):
-            chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            if not chunk.strip():
-                continue
-            try:
-                value = json.loads(chunk.decode().rstrip("\n"))
-            except UnicodeDecodeError as error:
-                line = number + chunk[: error.start].count(b"\n")
-                return f"line {line}: not UTF-8, at the byte {chunk[error.start]:#04x}"
-            except json.JSONDecodeError as error:
-                return f"line {number + error.lineno - 1}, column {error.colno}: {error.msg}"
-            for index, row in enumerate(value if is_list else [value]):
-                if fault := _find_row_fault(row):
-                    return f"{f'item {index}' if is_list else f'line {number}'}: {fault}"
-                rows += 1
-    return None if rows else "no rows"
+def load_files(
+    loader: str,
+    name: str | None = None,
+    *,
+    split: str | None = None,
+    streaming: bool = False,
+    data_files: Any = None,
+    data_dir: str | None = None,
+):
+    """Loads what `datasets.load_dataset` would load with these arguments, but text in JSON and CSV files stays text.
 
-
-def _find_row_fault(row: object) -> str | None:
-    if not isinstance(row, dict):
-        return f"{type(row).__name__}; expected an object with the columns as keys"
+    Raises:
+        UserError: a JSON or CSV file is malformed, or the dataset's configuration has options for reading it.
+    """
+    builder: Any = load_dataset_builder(loader, name, data_files=data_files, data_dir=data_dir)
+    own = next((own for theirs, own in _READERS.items() if isinstance(builder, theirs)), None)
+    if own is not None:
+        builder = own(
+            config_name=builder.config.name,
+            hash=VERSION,
+            data_files=builder.config.data_files,
+            base_path=builder.base_path,
+            repo_id=builder.repo_id,
+            dataset_name=builder.dataset_name,
+            **_reading_options(loader, builder.config),
+        )
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
     try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return f"{error.object[error.start]!r} is half of a surrogate pair, which is not valid text"
-    return None
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise UserError(f"{loader}: {error.__cause__ or error}") from error
+    return builder.as_dataset(split=split)
+
+
+def _reading_options(loader: str, config: Any) -> dict[str, Any]:
+    """Returns the options for our reader, from the configuration of a reader of `datasets`.
+
+    A dataset on the hub may have set them in its README; `datasets` itself sets the separator of .tsv files.
+    """
+    default, general = type(config)(), {field.name for field in fields(BuilderConfig)}
+    names = [field.name for field in fields(config) if field.name not in general]
+    changed = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    changed.pop("delimiter", None)  # another name for sep, which has the value, too
+    if unknown := changed.keys() - {"sep"}:
+        raise UserError(
+            f"{loader} sets {min(unknown)}={changed[min(unknown)]!r} for reading its files, which is not supported:"
+            " convert the files to JSON lines or Parquet"
+        )
+    return changed
 
 
 def _choose_split(dataset, split: str | None, name: str | Path):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
@@ -42,6 +42,7 @@ from .formats import (
     ranked_pairs,
     read_gap,
 )
+from .rows import ExactJson, NullPlaces, drop_nulls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,8 @@ class Tokenization:
 
     The fields are everything that the result depends on besides the rows, because `datasets` keys its cache by them.
     They must be plain values without paths or state. Raise `version` whenever the output of this module changes.
+
+    `nulls` says where in a column Arrow may have inserted nulls, and `exact` names the kept columns of `ExactJson`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -85,11 +88,16 @@ class Tokenization:
     ranked_pairs: RankedPairs = "all"
     keep: tuple[str, ...] = ()
     gap_column: str | None = None
-    version: int = 4
+    nulls: Mapping[str, NullPlaces] = field(default_factory=dict)
+    exact: tuple[str, ...] = ()
+    version: int = 5
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         read = READ_COLUMNS.union([self.target_column, self.gap_column], self.keep)
         columns = {name: batch[name] for name in batch if name in read}
+        for name, places in self.nulls.items():
+            if name in columns:
+                columns[name] = [drop_nulls(value, places) for value in columns[name]]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         if self.form in (Form.GROUP, Form.TOKENS):
             groups = [_attempt(self._read_group, row) for row in rows]
@@ -104,7 +112,10 @@ class Tokenization:
                 filled["row"] = row["row"]
             for name, value in (filled | group).items():
                 output[name].append(value)
-        return output | {name: columns[name] for name in self.keep}
+        for name in self.keep:
+            is_exact = name in self.exact
+            output[name] = list(map(ExactJson().encode_example, columns[name])) if is_exact else columns[name]
+        return output
 
     # --- Rows that are tokenized already ---
 

@@ -70,6 +70,7 @@ def read_outputs(path: str | Path) -> dict[str, ModelOutputs]:
         UserError: the file does not exist or has other columns, or a row lacks a prompt or a response; the message
             names the row.
     """
+    from ..data.rows import drop_nulls, find_null_places
     from ..data.sources import load_data
 
     data = load_data(path)
@@ -79,7 +80,9 @@ def read_outputs(path: str | Path) -> dict[str, ModelOutputs]:
         raise UserError(f"{path} has the columns {sorted(data.column_names)}; outputs have {expected}")
     responses: dict[str, dict[str, list[str]]] = {}  # model -> prompt -> responses
     conversations = set()
-    for number, row in enumerate(data.select_columns([name for name in form if name in data.column_names])):
+    nulls = find_null_places(data.features, form)
+    for number, given in enumerate(data.select_columns([name for name in form if name in data.column_names])):
+        row = drop_nulls(given, nulls)
         prompt, model, response = (row.get(name) for name in form)
         if not prompt or not isinstance(response, str):
             name = form[2] if prompt else form[0]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from numpy.typing import NDArray
 from torch import nn
 from xxhash import xxh3_64_intdigest
@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
 from ..data.preparation import PreparationReport, prepare
+from ..data.rows import ExactJson, visible_rows
 from ..data.tokenize import check_tokenizer
 from ..errors import UserError
 from ..model.loading import load_model
@@ -88,9 +89,13 @@ def evaluate_pairs(
         UserError: the data is a stream, has no pairs or lacks a column, or a model does not fit the tokenizer.
     """
     args = ContrastiveConfig() if args is None else args
-    _check_arguments(models, data, by)
-    if _present(_GROUPED, data):
-        data = _split_groups(data)
+    if not isinstance(data, Dataset):
+        raise UserError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset (not a stream)")
+    with args.main_process_first(desc="reading the held-out data"):
+        data = visible_rows(data)
+        _check_arguments(models, data, by)
+        if _present(_GROUPED, data):
+            data = _split_groups(data)
     dataset, report = _tokenize_pairs(data, tokenizer, args, by)
 
     # Group the pairs.
@@ -118,9 +123,7 @@ def evaluate_pairs(
     )
 
 
-def _check_arguments(models: Mapping[str, Model], data: Any, by: Sequence[str]) -> None:
-    if not isinstance(data, Dataset):
-        raise UserError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset (not a stream)")
+def _check_arguments(models: Mapping[str, Model], data: Dataset, by: Sequence[str]) -> None:
     if not models:
         raise UserError("there is no model to evaluate: give at least one in models")
     if lacking := [name for name in by if name not in data.column_names]:
@@ -222,6 +225,9 @@ def _split_groups(data: Dataset) -> Dataset:
     A response that is in several pairs is still scored once, because the cache is keyed by prompt and completion.
     """
     kept = [name for name in data.column_names if name not in (*_GROUPED, "scores")]
+    side = getattr(data.features["completions"], "feature", data.features["completions"])  # of the items, or JSON
+    features = {name: data.features[name] for name in kept} | dict.fromkeys(("chosen", "rejected"), side)
+    features |= dict.fromkeys(_MODELS, Value("string")) | dict.fromkeys(_ORIGIN, Value("int64"))
 
     def split(batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
         split: dict[str, list] = {name: [] for name in (*kept, "chosen", "rejected", *_MODELS, *_ORIGIN)}
@@ -233,14 +239,23 @@ def _split_groups(data: Dataset) -> Dataset:
                 is_valid = len(pair) == 2 and 0 <= min(pair) <= max(pair) < len(models) == len(completions)
                 if not is_valid:
                     raise UserError(f"row {row}: models and pairs do not belong to its {len(completions)} completions")
-                sides = [values[side] for values in (completions, models) for side in pair]
+                names = [None if model is None else str(model) for model in models]
+                sides = [values[side] for values in (completions, names) for side in pair]
                 for name, value in zip(("chosen", "rejected", *_MODELS, *_ORIGIN), (*sides, row, *pair)):
                     split[name].append(value)
                 for name in kept:
                     split[name].append(batch[name][i])
-        return split
+        exact = [name for name, feature in features.items() if isinstance(feature, ExactJson)]
+        return split | {name: list(map(ExactJson().encode_example, split[name])) for name in exact}
 
-    return data.map(split, batched=True, with_indices=True, remove_columns=data.column_names, desc="Splitting groups")
+    return data.map(
+        split,
+        batched=True,
+        with_indices=True,
+        remove_columns=data.column_names,
+        features=Features(features),
+        desc="Splitting groups",
+    )
 
 
 def _places(dataset: Dataset, scorer: _Scorer) -> NDArray[np.int64]:
@@ -259,7 +274,7 @@ def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
     """
     hashes: list[int | None] = [None] * len(dataset)
     if "prompt" in data.column_names and "prompt_ids" not in data.column_names:
-        parts = data.with_format(None).select_columns(["prompt"]).iter(1000)
+        parts = data.select_columns(["prompt"]).iter(1000)
         prompts = (prompt for part in parts for prompt in part["prompt"])
         given = [None if prompt is None else xxh3_64_intdigest(json.dumps(prompt).encode()) for prompt in prompts]
         hashes = [given[row] for row in dataset.with_format("arrow").select_columns(["row"])[:]["row"].to_pylist()]
@@ -273,13 +288,11 @@ def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
 def _column_groupings(dataset: Dataset, by: Sequence[str], row_of_pair: NDArray) -> Iterator[Grouping]:
     """Groups the pairs by the two models of a pair, if the data names them, and by each requested column."""
     of_models = _present(_MODELS, dataset)
-    columns = list(dict.fromkeys([*of_models, *by]))
-    table = dataset.with_format("arrow").select_columns(columns)[:] if columns else None
     if of_models:
-        sides = zip(*(table[name].to_pylist() for name in of_models))
+        sides = zip(*(dataset[name] for name in of_models))
         yield _grouping(MODEL_PAIR, [f"{chosen} > {rejected}" for chosen, rejected in sides], row_of_pair)
     for name in by:
-        yield _grouping(name, list(map(str, table[name].to_pylist())), row_of_pair)
+        yield _grouping(name, list(map(str, dataset[name])), row_of_pair)
 
 
 def _grouping(name: str, of_rows: list[str], row_of_pair: NDArray) -> Grouping:

@@ -87,9 +87,10 @@ def write_exports(
             for row, prompt, text in zip(dataset, prompts, texts)
         ]
         filled = len(values) - values.count(None)
-        with_column = dataset.add_column(exports.column, values)
-        with replacing(exports.dataset_output) as (temporary,), temporary.open("wb") as out:
-            (with_column.to_parquet if exports.dataset_output.suffix == ".parquet" else with_column.to_json)(out)
+        from ..data.rows import write_rows
+
+        with replacing(exports.dataset_output) as (temporary,):
+            write_rows(dataset.add_column(exports.column, values), temporary, exports.dataset_output.suffix)
         files.append(exports.dataset_output)
     # The outputs for alpaca_eval.
     if exports.alpaca_eval:

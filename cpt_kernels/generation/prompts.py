@@ -145,14 +145,18 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
         UserError: the column does not exist, or none of the default columns does.
     """
     from ..data.preparation import Drop
+    from ..data.rows import drop_nulls, find_null_places, visible_rows
 
+    dataset = visible_rows(dataset)
     names = set(dataset.column_names)
     form = None if column else next((form for form, has in _WITH_COMPLETIONS.items() if names.issuperset(has)), None)
     if form is None:
         column = _find_column(names, column)
     prompts: list[Prompt | None] = []
     dropped: dict[str, Drop] = {}
-    for number, row in enumerate(dataset.select_columns(sorted(names & {*READ_COLUMNS, column, "input"}))):
+    nulls = find_null_places(dataset.features, names)
+    for number, given in enumerate(dataset.select_columns(sorted(names & {*READ_COLUMNS, column, "input"}))):
+        row = drop_nulls(given, nulls)
         if column == "instruction" and row.get("input"):
             raise UserError(
                 f"row {number}: the column `input` adds to `instruction`: join them into a column `prompt` first"

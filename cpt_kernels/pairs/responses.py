@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datasets import Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, Json, Value
 
-from ..data.formats import MALFORMED, RowError, one_turn_as_text, without_nulls
+from ..data.formats import MALFORMED, RowError, one_turn_as_text, read_number, without_nulls
 from ..data.response_columns import MODEL_NAMES, PROMPT_NAMES, RESPONSE_NAMES
+from ..data.rows import ExactJson, NullPlaces, drop_nulls, find_null_places, visible_rows
 from ..errors import UserError
 from .build import DropReason, prompt_key
 
@@ -75,33 +76,37 @@ class Reading:
         return {self.prompt, *(name for side in sides for name in (side.response, side.model, side.rating) if name)}
 
 
-def find_readings(features: Features, models: Sequence[str] = (), rating: str | None = None) -> tuple[Reading, ...]:
+# Column -> the keys of the objects in its lists, for lists of text no key; None if the column holds no lists.
+Columns = Mapping[str, Collection[str] | None]
+
+
+def find_readings(columns: Columns, models: Sequence[str] = (), rating: str | None = None) -> tuple[Reading, ...]:
     """Finds the ways to read rows with these columns. Each row uses the first one in which some response is not null.
 
     Args:
+        columns: see ``describe_columns``.
         models: the ranked models, which may have columns named after them.
         rating: the column or key with the ratings (of pairs, the part after `chosen_`); None if models are ranked.
 
     Raises:
         UserError: there is no prompt, no response or no such rating; the message names the columns found.
     """
-    there = ", ".join(f"`{name}`" for name in features)
-    prompt = _first(PROMPT_NAMES, features)
+    there = ", ".join(f"`{name}`" for name in columns)
+    prompt = _first(PROMPT_NAMES, columns)
     if prompt is None:
         raise UserError(f"there is no column `prompt` or `instruction`, but {there}: rename one with --columns")
     readings = []
-    if (column := _first(_LISTS, features)) and isinstance(features[column], (List, LargeList)):
-        item = features[column].feature
-        is_nested = isinstance(item, dict) and _first(RESPONSE_NAMES, item) is not None
-        lists = Side(column, _first(_MODEL_LISTS, features), rating=rating)
+    if (column := _first(_LISTS, columns)) and (keys := columns[column]) is not None:
+        is_nested = _first(RESPONSE_NAMES, keys) is not None
+        lists = Side(column, _first(_MODEL_LISTS, columns), rating=rating)
         readings.append(Reading(prompt, (Side(column, rating=rating) if is_nested else lists,), True, is_nested))
-    if set(_SIDES) <= features.keys():
-        sides = (Side(s, _first(_spellings(s, "model"), features), s, _rating_of(s, rating, features)) for s in _SIDES)
+    if columns.keys() >= set(_SIDES):
+        sides = (Side(s, _first(_spellings(s, "model"), columns), s, _rating_of(s, rating, columns)) for s in _SIDES)
         readings.append(Reading(prompt, tuple(sides)))
-    response, model = _first(RESPONSE_NAMES, features), _first(MODEL_NAMES, features)
+    response, model = _first(RESPONSE_NAMES, columns), _first(MODEL_NAMES, columns)
     if response and (model or rating):
         readings.append(Reading(prompt, (Side(response, model, rating=rating),)))
-    own = [name for name in models if name in features and name != prompt]
+    own = [name for name in models if name in columns and name != prompt]
     if not readings and own:
         readings.append(Reading(prompt, tuple(Side(name, name=name) for name in own)))
     if not readings:
@@ -112,9 +117,9 @@ def find_readings(features: Features, models: Sequence[str] = (), rating: str | 
         )
     if rating is None:
         return tuple(readings)
-    rated = [reading for reading in readings if _has_rating(reading, features)]
+    rated = [reading for reading in readings if _has_rating(reading, columns)]
     if not rated:
-        raise UserError(f"there is no rating `{rating}` of responses; the columns are {_describe_columns(features)}")
+        raise UserError(f"there is no rating `{rating}` of responses; the columns are {_name_columns(columns)}")
     return tuple(rated)
 
 
@@ -130,11 +135,13 @@ class ReadResponses:
     """
 
     readings: tuple[Reading, ...]
+    nulls: Mapping[str, NullPlaces]  # where Arrow may have inserted nulls
     tokenizer: PreTrainedTokenizerBase | None = None
-    version: int = 2
+    version: int = 3
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        columns = {name: batch[name] for name in set().union(*(reading.columns() for reading in self.readings))}
+        names = set().union(*(reading.columns() for reading in self.readings))
+        columns = {name: [drop_nulls(value, self.nulls.get(name)) for value in batch[name]] for name in names}
         records = []
         for index, values in zip(indices, zip(*columns.values())):
             records += self._read(dict(zip(columns, values)), index)
@@ -164,7 +171,7 @@ class ReadResponses:
                     record |= {"drop": DropReason.MALFORMED_ROW, "detail": error.detail}
                 try:
                     record["rating"] = _read_rating(rating)
-                except (TypeError, ValueError):
+                except ValueError:
                     record |= {
                         "drop": DropReason.NO_RATING,
                         "detail": f"the rating of `{where}` is {rating!r}; expected a number",
@@ -199,12 +206,13 @@ def read_responses(
     Raises:
         UserError: the columns have no known form; the message begins with `name`.
     """
+    dataset = visible_rows(dataset)
     try:
-        readings = find_readings(dataset.features, models, rating)
+        readings = find_readings(describe_columns(dataset), models, rating)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
-    return dataset.with_format(None).map(
-        ReadResponses(readings, tokenizer),
+    return dataset.map(
+        ReadResponses(readings, find_null_places(dataset.features, dataset.column_names), tokenizer),
         with_indices=True,
         batched=True,
         remove_columns=dataset.column_names,
@@ -224,7 +232,7 @@ def as_messages(text: str, shape: int, role: str) -> list[dict[str, str]]:
 # --- Columns ---
 
 
-def _first(names: Sequence[str], there: Mapping[str, Any]) -> str | None:
+def _first(names: Sequence[str], there: Collection[str]) -> str | None:
     return next((name for name in names if name in there), None)
 
 
@@ -232,22 +240,34 @@ def _spellings(side: str, name: str) -> list[str]:
     return [f"{side}_{name}", f"{side}-{name}", f"{name}_{side}", f"{name}-{side}"]
 
 
-def _rating_of(side: str, rating: str | None, features: Features) -> str | None:
-    return _first(_spellings(side, rating), features) if rating else None
+def _rating_of(side: str, rating: str | None, columns: Columns) -> str | None:
+    return _first(_spellings(side, rating), columns) if rating else None
 
 
-def _has_rating(reading: Reading, features: Features) -> bool:
-    there = features[reading.sides[0].response].feature if reading.is_nested else features
-    return all(side.rating in there for side in reading.sides)
+def _has_rating(reading: Reading, columns: Columns) -> bool:
+    there = columns[reading.sides[0].response] if reading.is_nested else columns
+    return all(side.rating in (there or ()) for side in reading.sides)
 
 
-def _describe_columns(features: Features) -> str:
+def describe_columns(dataset: Dataset) -> Columns:
+    """Describes the columns of a dataset. The keys of JSON objects are found by reading them all."""
+    return {name: _item_keys(dataset, name, kind) for name, kind in dataset.features.items()}
+
+
+def _item_keys(dataset: Dataset, name: str, kind: Any) -> Collection[str] | None:
+    item = getattr(kind, "feature", None)  # of a list
+    if isinstance(item, dict):
+        return tuple(item)
+    if name not in _LISTS or not isinstance(item or kind, (ExactJson, Json)):
+        return None if item is None else ()
+    lists = [value for value in dataset[name] if isinstance(value, list)]
+    keys = {key: None for items in lists for item in items if isinstance(item, dict) for key in item}
+    return tuple(keys) if lists else None
+
+
+def _name_columns(columns: Columns) -> str:
     """Returns the column names as text; a list of objects with their keys."""
-    items = {name: kind.feature for name, kind in features.items() if isinstance(kind, (List, LargeList))}
-    return ", ".join(
-        f"`{name}`" + (f" of {{{', '.join(items[name])}}}" if isinstance(items.get(name), dict) else "")
-        for name in features
-    )
+    return ", ".join(f"`{name}`" + (f" of {{{', '.join(keys)}}}" if keys else "") for name, keys in columns.items())
 
 
 # --- Values ---
@@ -330,6 +350,7 @@ def _read_rating(value: Any) -> float:
         return sum(known) / len(known) if known else math.nan
     if value is None or (isinstance(value, str) and value.strip().lower() in _UNRATED):
         return math.nan
-    if isinstance(value, bool) or math.isinf(float(value)):
+    number = read_number(value)
+    if number is None or math.isinf(number):
         raise ValueError("not a finite number")
-    return float(value)
+    return number

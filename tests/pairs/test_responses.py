@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from cpt_kernels.pairs.build import DropReason, prompt_key
-from cpt_kernels.pairs.responses import TEXT, TURN, TURNS, as_messages, find_readings, read_responses
+from cpt_kernels.pairs.responses import TEXT, TURN, TURNS, as_messages, describe_columns, find_readings, read_responses
 from tests.helpers.rows import assistant, make_tokenizer, user
 
 ITEMS = [
@@ -179,7 +179,7 @@ def test_a_list_is_read_before_the_pair_made_of_it():
     """Rows as distilabel writes them: all generations, and the best and the worst of them."""
     row = {"prompt": "p", "generations": ["yes", "no"], "ratings": [4, 1], "chosen": "yes", "rejected": "no"}
     row |= {"chosen_rating": 4, "rejected_rating": 1}
-    features = Dataset.from_list([row]).features
-    assert find_readings(features)[0].is_list
-    assert [reading.is_list for reading in find_readings(features, (), "ratings")] == [True]
-    assert [reading.is_list for reading in find_readings(features, (), "rating")] == [False]
+    columns = describe_columns(Dataset.from_list([row]))
+    assert find_readings(columns)[0].is_list
+    assert [reading.is_list for reading in find_readings(columns, (), "ratings")] == [True]
+    assert [reading.is_list for reading in find_readings(columns, (), "rating")] == [False]
