@@ -140,7 +140,8 @@ def visible_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDatase
 def _apply_transform(dataset: Dataset, plain: Dataset) -> Dataset:
     first = _transformed(dataset, 0, min(_APPLIED_ROWS, len(dataset)))  # tells the columns
     names = list(first)
-    encode = ExactJson().encode_example
+    # A transform hands on the nulls that Arrow inserted into its input.
+    nulls = bool(find_null_places(plain.features, plain.column_names))
 
     def apply(_: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         batch = _transformed(dataset, indices[0], indices[-1] + 1) if indices[0] else first
@@ -152,7 +153,9 @@ def _apply_transform(dataset: Dataset, plain: Dataset) -> Dataset:
         stored: dict[str, list] = {}
         for name, values in batch.items():
             try:
-                stored[name] = list(map(encode, values))
+                stored[name] = [
+                    None if value is None else _encode(drop_nulls(value, nulls)).encode() for value in values
+                ]
             except (TypeError, ValueError) as error:
                 raise UserError(
                     f"the dataset's transform returns a column `{name}` that cannot be stored ({error}): return text,"

@@ -289,10 +289,10 @@ def _column_groupings(dataset: Dataset, by: Sequence[str], row_of_pair: NDArray)
     """Groups the pairs by the two models of a pair, if the data names them, and by each requested column."""
     of_models = _present(_MODELS, dataset)
     if of_models:
-        sides = zip(*(dataset[name] for name in of_models))
+        sides = zip(*(dataset[name][:] for name in of_models))
         yield _grouping(MODEL_PAIR, [f"{chosen} > {rejected}" for chosen, rejected in sides], row_of_pair)
     for name in by:
-        yield _grouping(name, list(map(str, dataset[name])), row_of_pair)
+        yield _grouping(name, list(map(str, dataset[name][:])), row_of_pair)
 
 
 def _grouping(name: str, of_rows: list[str], row_of_pair: NDArray) -> Grouping:
