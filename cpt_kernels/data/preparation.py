@@ -241,7 +241,8 @@ def prepare(
     keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
 
     # Tokenize and filter.
-    exact = tuple(column for column in keep if isinstance((dataset.features or {}).get(column), ExactJson))
+    stored = dataset.features if isinstance(dataset, Dataset) else {}
+    exact = tuple(column for column in keep if isinstance(stored.get(column), ExactJson))
     texts = () if form in (Form.GROUP, Form.TOKENS) else {*READ_COLUMNS, *filter(None, [target_column])}
     nulls = find_null_places(dataset.features, texts)
     tokenization = Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column, nulls, exact)
@@ -258,8 +259,9 @@ def prepare(
 
 def _tokenize(dataset: Any, tokenization: Tokenization, given: list[str], batch_size: int, **options: Any) -> Any:
     # The features are given to map, because it cannot infer the types of lists from a batch with only dropped rows.
+    # The rows of a stream are not stored, so they need no types.
     features = None
-    if dataset.features is not None:
+    if isinstance(dataset, Dataset):
         kept = {column: dataset.features[column] for column in tokenization.keep}
         features = Features(GROUP_FEATURES | REMARK_FEATURES | kept)
     return dataset.map(
@@ -331,14 +333,12 @@ def _filter_stream(
     columns: tuple[str, ...],
     batch_size: int,
 ) -> IterableDataset:
-    features = tokenized.features
     return tokenized.map(
         _StreamFilter(filtration, report, columns),
         with_indices=True,
         batched=True,
         batch_size=batch_size,
         remove_columns=[*columns, *REMARK_FEATURES],
-        features=features and Features({column: features[column] for column in columns}),
     )
 
 
