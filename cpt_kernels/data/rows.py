@@ -59,9 +59,9 @@ class ExactJson:
             return value
         return _encode(value).encode()
 
-    def decode_example(self, value: bytes | None, token_per_repo_id: Any = None) -> Any:
-        """Returns the value of a stored form."""
-        return None if value is None else json.loads(value)
+    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Any:
+        """Returns the value of a stored form. Other values are returned as they are, as streams may decode twice."""
+        return json.loads(value) if isinstance(value, bytes) else value
 
 
 with warnings.catch_warnings():
