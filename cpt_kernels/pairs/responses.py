@@ -77,10 +77,10 @@ class Reading:
 
 
 # Column -> the keys of the objects in its lists, for lists of text no key; None if the column holds no lists.
-Columns = Mapping[str, Collection[str] | None]
+ColumnKeys = Mapping[str, Collection[str] | None]
 
 
-def find_readings(columns: Columns, models: Sequence[str] = (), rating: str | None = None) -> tuple[Reading, ...]:
+def find_readings(columns: ColumnKeys, models: Sequence[str] = (), rating: str | None = None) -> tuple[Reading, ...]:
     """Finds the ways to read rows with these columns. Each row uses the first one in which some response is not null.
 
     Args:
@@ -229,7 +229,7 @@ def as_messages(text: str, shape: int, role: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-# --- Columns ---
+# --- ColumnKeys ---
 
 
 def _first(names: Sequence[str], there: Collection[str]) -> str | None:
@@ -240,16 +240,16 @@ def _spellings(side: str, name: str) -> list[str]:
     return [f"{side}_{name}", f"{side}-{name}", f"{name}_{side}", f"{name}-{side}"]
 
 
-def _rating_of(side: str, rating: str | None, columns: Columns) -> str | None:
+def _rating_of(side: str, rating: str | None, columns: ColumnKeys) -> str | None:
     return _first(_spellings(side, rating), columns) if rating else None
 
 
-def _has_rating(reading: Reading, columns: Columns) -> bool:
+def _has_rating(reading: Reading, columns: ColumnKeys) -> bool:
     there = columns[reading.sides[0].response] if reading.is_nested else columns
     return all(side.rating in (there or ()) for side in reading.sides)
 
 
-def describe_columns(dataset: Dataset) -> Columns:
+def describe_columns(dataset: Dataset) -> ColumnKeys:
     """Describes the columns of a dataset. The keys of JSON objects are found by reading them all."""
     return {name: _item_keys(dataset, name, kind) for name, kind in dataset.features.items()}
 
@@ -265,7 +265,7 @@ def _item_keys(dataset: Dataset, name: str, kind: Any) -> Collection[str] | None
     return tuple(keys) if lists else None
 
 
-def _name_columns(columns: Columns) -> str:
+def _name_columns(columns: ColumnKeys) -> str:
     """Returns the column names as text; a list of objects with their keys."""
     return ", ".join(f"`{name}`" + (f" of {{{', '.join(keys)}}}" if keys else "") for name, keys in columns.items())
 
