@@ -29,12 +29,12 @@ VERSION = "1"  # of the rows that are read; `datasets` keys its cache by it
 _ROWS = 1000  # rows of a table
 _HEAD = 1000  # rows of a streamed JSON file that tell its columns
 
-JsonRow = dict[str, Any]
+FileRow = dict[str, Any]
 
 # --- Rows of a JSON file ---
 
 
-def read_json(file: IO[bytes]) -> Iterator[JsonRow]:
+def read_json(file: IO[bytes]) -> Iterator[FileRow]:
     """Yields the rows of a file that holds one JSON object per line, or a list of objects.
 
     Raises:
@@ -67,7 +67,7 @@ def _parse(text: bytes, number: int) -> Any:
         raise UserError(f"line {number}: {error}") from error
 
 
-def _check_row(row: Any, text: bytes, where: str) -> JsonRow:
+def _check_row(row: Any, text: bytes, where: str) -> FileRow:
     if not isinstance(row, dict):
         raise UserError(f"{where}: {type(row).__name__}; expected an object with the columns as keys")
     if b"\\ud" in text or b"\\uD" in text:  # the escape of a surrogate, which need not be half of a pair
@@ -82,7 +82,7 @@ def _check_row(row: Any, text: bytes, where: str) -> JsonRow:
 # --- Rows of a CSV file ---
 
 
-def read_csv(file: IO[bytes], delimiter: str = ",") -> Iterator[JsonRow]:
+def read_csv(file: IO[bytes], delimiter: str = ",") -> Iterator[FileRow]:
     """Yields the rows of a file whose first line is a header. Values are text, and an empty cell is None.
 
     A column without a name is called "Unnamed: 0", with its number, as pandas does.
@@ -188,7 +188,7 @@ class _Files(ArrowBasedBuilder):
             raise UserError(f"{everything[0][1]}: no rows")
         return splits
 
-    def _parse(self, file: IO[bytes]) -> Iterator[JsonRow]:
+    def _parse(self, file: IO[bytes]) -> Iterator[FileRow]:
         """Yields the rows of a file."""
         raise NotImplementedError
 
@@ -208,7 +208,7 @@ class _Files(ArrowBasedBuilder):
                 columns |= {column: list(map(encode, columns[column])) for column in stored}
                 yield next(numbers), pa.table(columns, schema=schema)
 
-    def _rows(self, path: str, name: str) -> Iterator[JsonRow]:
+    def _rows(self, path: str, name: str) -> Iterator[FileRow]:
         """Yields the rows of a file, which error messages call ``name``."""
         try:
             # For a stream, `datasets` replaces the `open` of this module by one that reads remote files.
@@ -227,7 +227,7 @@ class _Files(ArrowBasedBuilder):
 class JsonFiles(_Files):
     """Rows of JSON files, one object per line or a list of objects."""
 
-    def _parse(self, file: IO[bytes]) -> Iterator[JsonRow]:
+    def _parse(self, file: IO[bytes]) -> Iterator[FileRow]:
         return read_json(file)
 
     def _find_features(self, files: Sequence[tuple[str, str]], streaming: bool) -> Features:
@@ -252,7 +252,7 @@ class CsvFiles(_Files):
 
     BUILDER_CONFIG_CLASS = CsvConfig
 
-    def _parse(self, file: IO[bytes]) -> Iterator[JsonRow]:
+    def _parse(self, file: IO[bytes]) -> Iterator[FileRow]:
         return read_csv(file, self.config.sep)
 
     def _find_features(self, files: Sequence[tuple[str, str]], streaming: bool) -> Features:
