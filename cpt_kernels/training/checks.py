@@ -218,9 +218,11 @@ def _checkpointing_options(base: PreTrainedModel, args: ContrastiveConfig) -> di
 
 def is_noisy(model: nn.Module, args: ContrastiveConfig) -> bool:
     """Whether the model adds noise to itself in training mode on any rank: dropout, a random router or adapter."""
-    if args.disable_dropout and is_random(model):
+    random = is_random(model)
+    if random and args.disable_dropout:
         disable_config_dropout(model)
-    return any(gather_object([dropout(model) > 0 or is_random(model)]))
+        random = is_random(model)
+    return any(gather_object([random or dropout(model) > 0]))
 
 
 def may_share_prompts(model: PackedModel, args: ContrastiveConfig) -> bool:
