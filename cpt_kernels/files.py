@@ -43,6 +43,35 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def create_text(path: Path, text: str) -> bool:
+    """Writes ``text`` as UTF-8 to ``path``, atomically, unless the file exists.
+
+    Returns:
+        Whether this process made the file; of several that try at once, one does.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links, on which two processes may both believe to be the first
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name != "nt":
+        _sync(path.parent)
+    return True
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -76,8 +76,10 @@ def show_info(args: argparse.Namespace) -> None:
     for fingerprint in stored_references(args.directory, args.reference):
         stored = summarize_reference(args.directory, fingerprint)
         about = stored.description
+        variant = f", beside {about['variant_of'][:8]}" if "variant_of" in about else ""
+        unproven = "" if stored.is_proven else ", without a probe"
         print(
-            f"{fingerprint}  {about.get('model') or 'unnamed'}, {about.get('compute_dtype', '?')}:"
+            f"{fingerprint}  {about.get('model') or 'unnamed'}, {about.get('compute_dtype', '?')}{variant}{unproven}:"
             f" {stored.completions} completions{f' ({stored.imported} as imported sums)' if stored.imported else ''},"
             f" {stored.tokens} tokens, {stored.nbytes / 1e6:.1f} MB in {stored.shards} shards"
         )

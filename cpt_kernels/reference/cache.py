@@ -1,6 +1,7 @@
 """Keeps reference log-probs on disk, so that a completion is scored once.
 
     <directory>/<fingerprint>/reference.json    describes the reference, for people
+    <directory>/<fingerprint>/probe.json        log-probs of a few tokens, see `cpt_kernels.reference.probe`
     <directory>/<fingerprint>/<uuid>.arrow      immutable shards, see `cpt_kernels.reference.shards`
 
 The key of a row is a hash of (reference fingerprint, prompt ids, completion ids) and of nothing else. A stored row

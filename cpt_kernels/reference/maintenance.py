@@ -12,8 +12,10 @@ import numpy as np
 
 from ..errors import UserError
 from .cache import DESCRIPTION, ReferenceCache
+from .probe import PROBE, read_probe
 from .shards import KEY_BYTES, UNREADABLE, DamagedShardError, Shard
 
+_ABOUT = (DESCRIPTION, PROBE)  # files of a reference beside its shards
 _FINGERPRINT = "[0-9a-f]" * 32
 _TEMPORARY_SECONDS = 3600.0  # a temporary file of this age belongs to a writer that was killed
 _DAY = 86400.0
@@ -28,6 +30,7 @@ class StoredReference(NamedTuple):
     tokens: int
     shards: int
     nbytes: int  # of all files
+    is_proven: bool  # it has a probe, so a model is compared with it before its rows are served
 
 
 class Pruned(NamedTuple):
@@ -60,6 +63,7 @@ def summarize_reference(directory: Path, fingerprint: str) -> StoredReference:
         tokens=sum(shard.num_values for shard in cache.shards),
         shards=len(cache.shards),
         nbytes=sum(path.stat().st_size for path in _files(directory / fingerprint)),
+        is_proven=read_probe(directory / fingerprint) is not None,
     )
 
 
@@ -127,7 +131,7 @@ def prune(
         doomed |= {path for path, _ in files}
     if older_than_days is not None:
         old = {path for path, about in files if now - about.st_mtime > older_than_days * _DAY}
-        doomed |= {path for path in old if path.name != DESCRIPTION}
+        doomed |= {path for path in old if path.name not in _ABOUT}
     if max_gb is not None:
         shards = sorted((about.st_mtime, path, about.st_size) for path, about in files if path.suffix == ".arrow")
         kept = [(path, size) for _, path, size in shards if path not in doomed]
@@ -142,8 +146,9 @@ def prune(
         for path in doomed:
             path.unlink(missing_ok=True)
         for folder in folders if doomed else ():
-            if all(path.name == DESCRIPTION for path in folder.iterdir()):
-                (folder / DESCRIPTION).unlink(missing_ok=True)
+            if all(path.name in _ABOUT for path in folder.iterdir()):
+                for name in _ABOUT:
+                    (folder / name).unlink(missing_ok=True)
                 folder.rmdir()
     return Pruned(sorted(doomed), sum(about.st_size for path, about in files if path in doomed))
 

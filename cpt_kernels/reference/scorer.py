@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from ..ops.gather import segment_sum
 from .cache import ReferenceCache
 from .fingerprint import describe_reference, fingerprint, trained_below_adapters
 from .missing import Missing, find_missing, read_sequences, scoring_batches
+from .probe import PROBE, ProvenFolder, ReferenceProbe, find_folder, measure
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +120,50 @@ class Reference:
             "adapters": not self.adapters_off,
         }
         self._digest = fingerprint(model, **self._identity)
-        self.cache = ReferenceCache(cache_dir, self._digest, description=describe_reference(model, **self._identity))
+        self._probe = self._measure(self.packed)
+        folder = self._find_folder(Path(cache_dir).expanduser())
+        description = describe_reference(model, **self._identity)
+        if folder.rivals:
+            description |= {"variant_of": self._digest, "difference": folder.difference}
+        self.cache = ReferenceCache(cache_dir, folder.fingerprint, description=description)
         if accelerator.is_main_process:
             logger.warning(
                 f"reference log-probs are cached in {self.cache.folder} (ref_cache_dir), which holds"
                 f" {self.cache.num_rows} completions"
             )
+
+    def _measure(self, packed: PackedModel) -> ReferenceProbe:
+        model: Any = packed.model
+        adapters = model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
+        with _on_device(model, self.accelerator.device), adapters, self.accelerator.autocast():
+            return measure(packed, self.compute_dtype)
+
+    def _find_folder(self, directory: Path) -> ProvenFolder:
+        """Returns the folder of the cache that holds this reference's log-probs, or will; the same on all ranks.
+
+        Raises:
+            UserError: ranks hold different references.
+        """
+        ranks = gather_object([(self._digest, self._probe)])
+        for rank, (digest, probe) in enumerate(ranks):
+            if digest != ranks[0][0] or not probe.agrees(ranks[0][1]):
+                raise UserError(
+                    f"rank {rank} holds another reference than rank 0: load the same weights on every process; with"
+                    " FSDP, pass the model by name or set fsdp_cpu_ram_efficient_loading to false"
+                )
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            found = [find_folder(directory, self._digest, self._probe)]
+        (folder,) = broadcast_object_list(found)
+        if folder.rivals and self.accelerator.is_main_process:
+            rival = (
+                f"log-probs of its own differ by {folder.difference:.2g} nats from those of a reference with the same"
+                " weights and config, as after a change in memory (an adapter's scale, RoPE frequencies, a hook)"
+                if math.isfinite(folder.difference)
+                else f"{directory / self._digest} has no readable {PROBE}, so nothing shows whose log-probs it holds"
+            )
+            logger.warning(f"the reference has a folder of its own: {rival}")
+        return folder
 
     def check_tokens(self) -> None:
         """Checks that the cache holds the log-prob of every token.
@@ -234,7 +275,10 @@ class Reference:
             desc=description,
             disable=not (self.progress and self.accelerator.is_main_process),
         )
-        with self._on_device(), self.cache:  # the cache is also flushed after an error: what was scored is right
+        with (
+            _on_device(self._model().model, self.accelerator.device),
+            self.cache,
+        ):  # the cache is also flushed after an error: what was scored is right
             for groups in progress:
                 sequences = read_sequences(dataset, missing, groups, collator)
                 self.cache.add_many(sequences, self.score(sequences, collator))
@@ -255,19 +299,6 @@ class Reference:
         collator = replace(collator, reference=None, padded=self._model().padded)
         batch = send_to_device(collator.pack(sequences, [], [], []), self.accelerator.device)
         return self._score(batch)[: len(sequences)]  # a batch without sequences holds one pad token
-
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Moves the model to the accelerator's device for a while: DeepSpeed and FSDP leave it on the CPU at first."""
-        model, device = self._model().model, self.accelerator.device
-        moves = next(model.parameters()).device.type == "cpu" != device.type
-        if moves:
-            model.to(device)
-        try:
-            yield
-        finally:
-            if moves:
-                model.to("cpu")
 
     def _check_shared(self, missing: Missing) -> None:
         """Checks that this rank sees the rows that the other ranks wrote."""
@@ -331,14 +362,18 @@ class Reference:
                 model = load_whole(type(base), name, dtype=base.dtype, revision=revision or "main")
             if fingerprint(model, **self._identity) != self._digest:
                 raise OSError(f"{name} holds other weights than training started from")
+            model.requires_grad_(False).eval()
+            policy = self.policy
+            packed = PackedModel(model, policy.head_memory_mb, policy.attention_backend, policy.packing)
+            if not self._measure(packed).agrees(self._probe):
+                raise OSError(f"{name} gives other log-probs than training started from")
+            return packed
         except (OSError, UserError) as error:
             raise UserError(
                 "this data lacks reference log-probs; training has changed the start weights that would score it, and"
                 f" they cannot be loaded again ({error}): pass the data when the trainer is made, for a stream set"
                 " precompute_ref_log_probs=false, or pass a ref_model"
             ) from error
-        model.requires_grad_(False).eval()
-        return PackedModel(model, self.policy.head_memory_mb, self.policy.attention_backend, self.policy.packing)
 
     @contextlib.contextmanager
     def _at_start(self) -> Iterator[None]:
@@ -377,6 +412,19 @@ class Reference:
             cause = why_not_finite(base_model(model))
             raise UserError(f"reference log-probs of some completion are not finite: {cause}")
         return np.split(values, np.cumsum(batch["completion_lengths"])[:-1])
+
+
+@contextlib.contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Moves a model to the accelerator's device for a while: DeepSpeed and FSDP leave it on the CPU at first."""
+    moves = next(model.parameters()).device.type == "cpu" != device.type
+    if moves:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            model.to("cpu")
 
 
 def _summary(missing: Missing, whose: str, seconds: float, num_bytes: int) -> str:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 
+from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.losses import build_loss
+from cpt_kernels.model.conditions import gathered
 from cpt_kernels.model.packed_model import PackedModel
 from tests.helpers.architectures import tiny_model
 from tests.helpers.exactness import make_batch, make_rows
@@ -123,10 +126,61 @@ def train(engine: str, name: str, rank: int = 0, world: int = 1) -> tuple[list[f
     return losses, first
 
 
+def prove(engine: str) -> dict[str, object]:
+    """Proves models that the engine has sharded already. Returns whether each is packed, and log-probs of a batch."""
+    from tests.model.test_proof import SEQUENCES, HiddenConvolution, OwnAttention, alone, build, faint
+
+    models = {"llama": tiny_model("llama"), "faint": faint(tiny_model("llama")).float()}
+    models |= {"attention": build(OwnAttention), "convolution": build(HiddenConvolution)}
+    found: dict[str, object] = {}
+    for name, model in models.items():
+        expected = alone(model).detach()
+        if engine == "fsdp2":
+            FullySharded(model)
+        else:
+            import deepspeed
+
+            deepspeed.zero.Init(module=model)
+        before = [
+            p.detach().to_local().clone() if engine == "fsdp2" else p.ds_tensor.clone() for p in model.parameters()
+        ]
+        packed = PackedModel(model)
+        after = [p.detach().to_local() if engine == "fsdp2" else p.ds_tensor for p in model.parameters()]
+        assert all(map(torch.equal, before, after)), "weights have changed"
+        packed.agree()
+        found[name] = packed.padded
+        batch = PackedCollator(padded=packed.padded).pack(SEQUENCES, [], [], [])
+        with torch.no_grad(), gathered(model):
+            torch.testing.assert_close(packed(batch).tokens.logps, expected, rtol=1e-4, atol=1e-5)
+    return found
+
+
+def _shards(model: nn.Module) -> list[Tensor]:
+    parts = (p.ds_tensor if hasattr(p, "ds_tensor") else p.detach().to_local() for p in model.parameters())
+    return [part.clone() for part in parts]
+
+
+def take_over(rank: int) -> tuple[bool, str]:
+    """The first rank alone has weights. Returns what a rank decides for a model that must run padded rows."""
+    from tests.model.test_proof import OwnAttention, build
+
+    model = build(OwnAttention) if rank == 0 else build(OwnAttention).to("meta")
+    packed = PackedModel(model)
+    packed.agree()
+    plain = PackedModel(tiny_model("llama") if rank == 0 else tiny_model("llama").to("meta"))
+    plain.agree()
+    assert packed.padded and packed.options == plain.options
+    return plain.padded, plain.model.config._attn_implementation
+
+
 def main(folder: Path, engines: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
+    PartialState(cpu=True)
+    for engine in [name for name in engines if name in ("fsdp2", "zero3")]:
+        torch.save(prove(engine), folder / f"{engine}-proof-{rank}.pt")
+    torch.save(take_over(rank), folder / f"taken-over-{rank}.pt")
     for engine in engines:
         for model in MODELS:
             torch.save(train(engine, model, rank, world), folder / f"{engine}-{model}-{rank}.pt")

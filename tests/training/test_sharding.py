@@ -41,3 +41,17 @@ def test_two_sharded_ranks_take_the_steps_of_one(folder, alone, engine, model):
         for name, gradient in gradients.items():
             error = (gradient - expected[name]).abs().max() / expected[name].abs().max()
             assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_models_that_are_sharded_already_are_proven(folder, engine):
+    if engine == "zero3" and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed: pip install deepspeed")
+    for rank in (0, 1):
+        found = torch.load(folder / f"{engine}-proof-{rank}.pt")
+        assert found == {"llama": False, "faint": False, "attention": True, "convolution": True}
+
+
+def test_ranks_without_weights_take_over_what_the_first_found(folder):
+    results = [torch.load(folder / f"taken-over-{rank}.pt") for rank in (0, 1)]
+    assert results == [(False, "shared_prompt_over_sdpa")] * 2
