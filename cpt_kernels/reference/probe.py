@@ -107,7 +107,7 @@ def find_folder(directory: Path, fingerprint: str, probe: ReferenceProbe) -> Pro
     may call it at once: the first one claims a folder, the others compare with what it stored.
     """
     differences = []
-    for name in _names(fingerprint):
+    for name in _folder_names(fingerprint):
         folder = directory / name
         file = folder / PROBE
         if not file.exists() and not any(folder.glob("*.arrow")):
@@ -132,7 +132,7 @@ def read_probe(folder: Path) -> ReferenceProbe | None:
         return None
 
 
-def _names(fingerprint: str) -> Iterator[str]:
+def _folder_names(fingerprint: str) -> Iterator[str]:
     yield fingerprint
     number = 1
     while True:
