@@ -99,8 +99,9 @@ class BatchSampler:
 
     @property
     def fill(self) -> float:
-        """Share of the current epoch's token budget that rows fill; 1 without a budget."""
-        tokens = self.tokens if self.draws is None else self.tokens[self.draws.epoch(self.epoch)]
+        """Share of the current epoch's token budget that rows fill; 1 without a budget. Pads within a row count."""
+        tokens = self.tokens if self.sequences is None else self.tokens * self.sequences
+        tokens = tokens if self.draws is None else tokens[self.draws.epoch(self.epoch)]
         return tokens.sum() / (self._batches * self.max_tokens) if self.max_tokens else 1.0
 
     def _epoch(self, epoch: int) -> list[list[int]]:

@@ -167,3 +167,5 @@ def test_padded_micro_batches_hold_every_row_once_within_the_budget():
     assert all(sequences[batch].sum() * longest[batch].max() <= 256 for batch in batches if batch)
     padded = sum(sequences[batch].sum() * longest[batch].max() for batch in batches if batch)
     assert (longest * sequences).sum() > 0.9 * padded  # rows of similar length share a micro-batch
+    sampler = BatchSampler(longest, sequences=sequences, max_tokens=256)
+    assert sampler.fill == (longest * sequences).sum() / (256 * len(sampler)) > 0.7
