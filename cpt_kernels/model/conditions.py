@@ -182,7 +182,7 @@ class PinnedRouting(TorchFunctionMode):
 
     def _pin(self, function: str, scores: Tensor, out: Any) -> Any:
         indices = out if isinstance(out, Tensor) else out[1]
-        has_rows = scores.shape[0] == len(self._tokens) or scores.shape[:2] == self._shape
+        has_rows = scores.shape[0] == len(self._tokens) or (scores.dim() > 2 and scores.shape[:2] == self._shape)
         if scores.dim() < 2 or not has_rows or indices.shape[: scores.dim() - 1] != scores.shape[:-1]:
             return out
         # Tokens that were seen in this call of an earlier run keep their choice; others make theirs.

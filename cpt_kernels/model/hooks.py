@@ -156,9 +156,21 @@ def attention_over(implementation: str) -> str:
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Sets a model's attention implementation, where models have a choice."""
-    if implementation != model.config._attn_implementation and model._can_set_attn_implementation():
-        model.set_attn_implementation(implementation)
+    """Sets the attention implementation of a model's text, where the model has a choice.
+
+    Parts for images and sounds keep their own, because they may support fewer.
+    """
+    config, text = model.config, model.config.get_text_config()
+    if implementation == config._attn_implementation == text._attn_implementation:
+        return
+    if not model._can_set_attn_implementation():
+        return
+    parts = {"": implementation}
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            is_text = text is config or part.get_text_config() is text
+            parts[name] = implementation if is_text else part._attn_implementation
+    model.set_attn_implementation(parts)
 
 
 @contextlib.contextmanager

@@ -182,7 +182,13 @@ class PackedModel:
         )
 
         def own(ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
+            try:
+                return self.model(input_ids=ids, use_cache=False).logits
+            except Exception as error:  # whatever a model raises that needs more inputs
+                if isinstance(error, UserError) or is_of_machine(error):
+                    raise
+                kind = type(base).__name__
+                raise UserError(f"{kind} does not run on token ids alone: {type(error).__name__}: {error}") from error
 
         set_attention(base, runnable)
         truth = find_truth(own, probe, routing, parameters)
@@ -497,6 +503,8 @@ def _check_architecture(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder; only causal language models are supported")
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
+        raise UserError(f"{name} has no single matrix of token embeddings, so it does not run on rows of text")
     if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise UserError(
             f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map, but a packed row"
@@ -569,12 +577,14 @@ def _find_head_options(model: PreTrainedModel, read: HeadOptions, own: OwnForwar
     plain = dataclasses.replace(read, logit_scale=1.0, softcap=None)
     targets = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     expected = vocab_score(logits, targets).logps
-    bound = 20 * eps * (1 + logits.abs().max())
+    differences: dict[HeadOptions, float] = {}
     for options in (read, plain, dataclasses.replace(plain, logit_scale=measured)):
         found = vocab_score(product, targets, logit_scale=options.logit_scale, softcap=options.softcap).logps
-        if (expected - found).abs().max() <= bound:
-            return options
-    return None
+        # Relative to the product: a model may set logits of tokens that it never gives to the lowest number.
+        scale = 1 + (options.logit_scale * product).abs().max()
+        differences[options] = ((expected - found).abs().max() / scale).nan_to_num(float("inf")).item()
+    options = min(differences, key=differences.__getitem__)
+    return options if differences[options] <= 20 * eps else None
 
 
 def why_not_finite(model: PreTrainedModel) -> str:

@@ -21,7 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, set_seed
 
-from .conditions import undisturbed
+from ..errors import UserError
+from .conditions import is_of_machine, undisturbed
 from .packed_model import base_model
 
 # Names of probabilities of dropout, and of the widths of routers' noise. Routers use the latter in training mode only.
@@ -62,6 +63,9 @@ def is_random(model: nn.Module) -> bool:
 
     Numbers that are drawn for every token count, whatever their effect: a new adapter, which is 0, hides the dropout
     before it, and a router may draw only between experts that are nearly equal.
+
+    Raises:
+        UserError: the model needs more than token ids in training mode.
     """
     if not can_run(model):
         return False
@@ -74,7 +78,13 @@ def is_random(model: nn.Module) -> bool:
 
         set_seed(0)
         start = _random_states(ids.device)
-        logits, end = run(ids)
+        try:
+            logits, end = run(ids)
+        except Exception as error:  # whatever a model raises that needs more inputs to train
+            if is_of_machine(error):
+                raise
+            kind = type(base_model(model)).__name__
+            raise UserError(f"{kind} does not train on token ids alone: {type(error).__name__}: {error}") from error
         if end == start:
             return False
         # Numbers for tokens: drawn on the device, or more of them for more tokens.
