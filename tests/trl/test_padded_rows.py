@@ -13,15 +13,26 @@ from tests.trl.test_parity import STEPS, tokenised_pairs
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
+# Its layers loop over chunks of 64 tokens, in Python.
+SHALLOW = {"qwen3_next": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}}
 
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["cached", "live"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["lfm2", "bamba", "qwen3_next"])
-def test_every_step_is_trls(kind: str, adapter: bool, tmp_path) -> None:
+def test_every_step_is_trls(kind: str, adapter: bool, ahead: bool, tmp_path) -> None:
+    """Reference log-probs come from a pass ahead, or from the reference during the steps."""
     rows = tokenised_pairs(STEPS // 4 * PAIRS)
-    options = {"max_steps": STEPS, "router_aux_loss_coef": 0.0}
+    options = {"max_steps": STEPS, "router_aux_loss_coef": 0.0, "precompute_ref_log_probs": ahead}
     if adapter:
         options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    models = (tiny_causal_lm(kind, vocab_size=VOCAB).to(torch.float32) for _ in range(2))
-    theirs = run_trl(tmp_path / "trl", rows, model=next(models), **options)
-    ours = run_ours(tmp_path / "ours", rows, model=next(models), **options)
+
+    def model() -> torch.nn.Module:
+        return tiny_causal_lm(kind, vocab_size=VOCAB, **SHALLOW.get(kind, {})).to(torch.float32)
+
+    def reference() -> dict:
+        return {} if ahead or adapter else {"ref_model": model()}  # TRL loads it by the name of the model otherwise
+
+    theirs = run_trl(tmp_path / "trl", rows, model=model(), **reference(), **options)
+    ours = run_ours(tmp_path / "ours", rows, model=model(), **reference(), **options)
     assert_same_steps(ours, theirs, (*REWARDS, *LOGPS))
