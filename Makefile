@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What depends most on other packages' versions: kernels, models, trainer, options, parity with TRL.
-VERSIONED := tests/ops tests/model/test_packed_model.py tests/test_trainer.py tests/test_config.py \
+VERSIONED := tests/ops tests/model/test_packed_model.py tests/model/test_sweep.py tests/test_trainer.py tests/test_config.py \
 	tests/cli/test_parsing.py tests/trl
 export HF_HUB_DISABLE_TELEMETRY = 1
 
@@ -18,7 +18,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
 
-# Every causal language model of transformers, tiny: packed exactly, in padded rows exactly, or refused.
+# Every causal language model and image-text model of transformers, tiny: packed or in padded rows exactly, or refused.
 test-models: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m 'sweep or not sweep' tests/model/test_sweep.py
 
