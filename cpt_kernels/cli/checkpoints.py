@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import UserError
-from ..losses import Loss, LossOptions
 from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
 from .option_table import option_table
 from .parsing import CONFIG_FILE, parse
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ..losses import Loss
     from .options import Options
 
 # The options of cpt-train that affect an evaluation.
@@ -108,6 +108,8 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
 def loss_of(configs: Configs) -> Loss:
     """Returns the loss of the first training configuration, whose rewards an evaluation computes; default DPO's."""
     values = next(iter(configs.values()), {})
+    from ..losses import LossOptions  # imports torch, which --help does not need
+
     known = {field.name for field in fields(LossOptions)}
     return LossOptions(**{name: value for name, value in values.items() if name in known}).build_loss()
 
