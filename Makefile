@@ -18,9 +18,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
 
-# Every causal language model and image-text model of transformers, tiny: packed or in padded rows exactly, or refused.
+# All language models of transformers, tiny, and all adapters of PEFT: packed or in padded rows exactly, or refused.
 test-models: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m 'sweep or not sweep' tests/model/test_sweep.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m 'sweep or not sweep' \
+		tests/model/test_sweep.py tests/model/test_adapter_sweep.py
 
 # With the tests that take minutes of training, under the newest and the oldest versions. Run it before an issue is closed.
 test-all: $(READY)

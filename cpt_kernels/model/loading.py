@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 _FSDP_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # Parts of PEFT's names of parameters that are initialized from the model's own values.
 _FROM_MODEL = ("lora_magnitude_vector", ".modules_to_save.", "trainable_tokens_delta")
-# Kinds of adapters that add a term to the model's own loss, and the option that is its weight.
-_OWN_LOSSES = {"ADALORA": "orth_reg_weight", "SHADOW": "auxiliary_loss_weight"}
+# Kinds of adapters that add a term to the loss of a model that is given labels: the weight of the term, and a notice.
+_OWN_LOSSES = {
+    "ADALORA": ("orth_reg_weight", "; the rank stays init_r unless a callback calls update_and_allocate"),
+    "SHADOW": ("auxiliary_loss_weight", ""),
+}
 
 
 def tokenizer_of(model: str | nn.Module, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
@@ -163,9 +166,9 @@ def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
         UserError: gradient checkpointing for aLoRA or X-LoRA.
     """
     configs = getattr(model, "peft_config", {}).values()
-    for kind, name in _OWN_LOSSES.items():
+    for kind, (name, notice) in _OWN_LOSSES.items():
         if any(config.peft_type == kind and getattr(config, name) for config in configs):
-            logger.warning("%s has no effect: %s adds its term to the loss of a model that is given labels", name, kind)
+            logger.warning("%s of the %s adapter has no effect on preference losses%s", name, kind, notice)
     if args.gradient_checkpointing:
         # Both give layers values by hooks. These are gone when a layer is recomputed, or stay if no backward follows.
         if any(c.peft_type == "XLORA" or getattr(c, "alora_invocation_tokens", None) for c in configs):
