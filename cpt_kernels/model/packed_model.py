@@ -197,6 +197,8 @@ class PackedModel:
         if may_repeat and not truth.is_clear():
             return None
         truth.check(type(base).__name__)
+        if hasattr(self.model, "peft_config") and parameters and not truth.has_gradient():
+            raise UserError("the model's adapter has nothing to train: no parameter that requires a gradient has one")
 
         # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
         options = _find_head_options(base, _head_options(base, self.head_memory_mb), own, probe)

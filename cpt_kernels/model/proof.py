@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.collate import Tokens
 from ..errors import UserError
-from .conditions import PinnedRouting
+from .conditions import PinnedRouting, is_of_machine
 
 OwnForward = Callable[[Tensor], Tensor]  # token ids (B, L) -> logits (B, L, V)
 
@@ -115,6 +115,10 @@ class Truth:
                 worst = max(worst, difference / (size + floor))
         return worst
 
+    def has_gradient(self) -> bool:
+        """Whether any parameter that was asked for changes the log-probs."""
+        return any(g is not None and bool(g.any()) for g in self.gradients)
+
     def check(self, name: str) -> None:
         """Raises UserError if the model is not causal, or if nothing can be proven of it."""
         if self.look_ahead > self.bound:
@@ -146,7 +150,13 @@ def find_truth(
 
     def run(*rows: tuple[int, ...], parts: Sequence[tuple[int, ...]] = ()) -> Tensor:
         with routing.follow(parts or rows, rows=len(rows)):
-            return own(torch.tensor(rows, device=device))
+            try:
+                return own(torch.tensor(rows, device=device))
+            except Exception as error:  # whatever a forward raises that needs more than token ids
+                if is_of_machine(error):
+                    raise
+                message = f"the model cannot run on token ids alone ({type(error).__name__}: {error})"
+                raise UserError(message) from error
 
     # The truth, with a graph where gradients are asked for.
     alone = []

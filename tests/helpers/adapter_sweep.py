@@ -86,7 +86,9 @@ def _trainer(given: Case, folder: Path, **options) -> ContrastiveTrainer:
 
 
 def _line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error).strip().split("\n")[0])[:100]
+    """Returns the first line of a message, without the numbers that were measured."""
+    line = re.sub(r"\s+", " ", str(error).strip().split("\n")[0])
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "_", line)[:150]
 
 
 @torch.no_grad()
