@@ -172,7 +172,7 @@ class ContrastiveTrainer(PackedLoop):
         self.reports: dict[str, PreparationReport] = {}
         self.curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
         if train_dataset is not None:
-            check_trainable(self.packed.model)
+            check_trainable(self.packed)
             train_dataset = self._prepared(train_dataset, args, "train")
             self.draws = make_draws(self.curriculum, train_dataset, order_seed(args))
         if isinstance(eval_dataset, dict):

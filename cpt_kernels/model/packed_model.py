@@ -31,6 +31,7 @@ from ..ops.attention.select import kernels_of
 from ..ops.gather import gather_rows, segment_sum
 from ..ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from ..ops.vocab_score import VocabScore, vocab_score
+from .adapters import check_adapters, invocations, is_plain_lora, marked_tokens
 from .conditions import PinnedRouting, gathered, is_of_machine, is_sharded, magnified, perturbed, undisturbed
 from .hooks import (
     attention_over,
@@ -78,6 +79,7 @@ class PackedModel:
 
     Attributes:
         padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
+        has_gradient: whether a trained parameter changes log-probs, as far as the proof has compared gradients.
         noisy: whether the model adds noise to itself in training mode; the trainer measures and sets it.
         share_limit: sequences longer than this must not share their prompt; None without a limit. See
             :func:`rope_length_limit`.
@@ -94,17 +96,18 @@ class PackedModel:
     packing: Packing = "auto"
     padded: bool = field(default=False, init=False)
     noisy: bool = field(default=False, init=False)
+    has_gradient: bool = field(default=True, init=False)
     options: HeadOptions | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
         _check_architecture(base)
-        _check_adapters(self.model)
+        check_adapters(self.model)
         if self.attention_backend not in SEGMENTWISE:
             kernels_of(self.attention_backend)  # an unknown name raises here
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
-        self.invocations = _invocations(self.model)
+        self.invocations = invocations(self.model)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = _head_options(base, self.head_memory_mb)
         if self.is_proven:
@@ -176,7 +179,7 @@ class PackedModel:
         # Flash attention does not run on a CPU, where the model may be until the trainer moves it.
         runnable = "sdpa" if "flash" in attention and (base.device.type == "cpu" or not may_repeat) else attention
         probe, routing, parameters = (
-            Probe.of(base, *self.invocations[:1]),
+            Probe.of(base, marked_tokens(self.model)),
             PinnedRouting(),
             self._compared_parameters(base),
         )
@@ -197,8 +200,7 @@ class PackedModel:
         if may_repeat and not truth.is_clear():
             return None
         truth.check(type(base).__name__)
-        if hasattr(self.model, "peft_config") and parameters and not truth.has_gradient():
-            raise UserError("the model's adapter has nothing to train: no parameter that requires a gradient has one")
+        self.has_gradient = not parameters or truth.has_gradient()
 
         # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
         options = _find_head_options(base, _head_options(base, self.head_memory_mb), own, probe)
@@ -396,12 +398,6 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return cast("Any", model).get_base_model() if is_peft else cast("PreTrainedModel", model)
 
 
-def _invocations(model: Any) -> list[list[int]]:
-    """Returns the token ids that switch on each adapter of the kind aLoRA (arXiv 2504.12397) for what follows them."""
-    configs = getattr(model, "peft_config", {}).values()
-    return [tokens for config in configs if (tokens := getattr(config, "alora_invocation_tokens", None))]
-
-
 def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
     """Returns the pairs of a batch, with reference log-probs summed by completion."""
     ref = batch["ref_token_logps"]
@@ -462,7 +458,7 @@ def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | No
     for name in head.active_adapters:
         if not any(name in getattr(head, part) for part in head.adapter_layer_names):
             continue  # this adapter leaves the head out
-        if not _is_plain_lora(head, name):
+        if not is_plain_lora(head, name):
             return None
         a, b = head.lora_A[name].weight, head.lora_B[name].weight
         hidden_columns.append(rows.to(a.dtype) @ a.t())
@@ -475,15 +471,6 @@ def _head_operands(head: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | No
         torch.cat([c.to(dtype) for c in weight_columns], 1),
         bias,
     )
-
-
-def _is_plain_lora(head: Any, adapter: str) -> bool:
-    """Whether an adapter on the head adds ``s B A x`` and nothing else: no variant, such as DoRA, and no dropout."""
-    parts = [getattr(head, part, {}) for part in ("lora_A", "lora_B")]
-    if not all(adapter in part and type(part[adapter]) is nn.Linear for part in parts):
-        return False
-    dropout = getattr(head.lora_dropout[adapter], "p", 0.0)  # PEFT uses an Identity for no dropout
-    return adapter not in head.lora_variant and dropout == 0
 
 
 def _head_options(model: PreTrainedModel, memory_mb: float | None) -> HeadOptions:
@@ -513,14 +500,6 @@ def _check_architecture(model: PreTrainedModel) -> None:
             " runs on one device: leave device_map out, and for several GPUs start a process on each (accelerate"
             " launch, torchrun)"
         )
-
-
-def _check_adapters(model: Any) -> None:
-    """Raises UserError for adapters that lengthen the prompt; what they train is not in the packed row."""
-    for config in getattr(model, "peft_config", {}).values():
-        if config.is_prompt_learning:
-            kind = type(config).__name__
-            raise UserError(f"{kind} adds tokens to prompts, which packed rows do not support: use LoRA")
 
 
 def logits_logps(logits: Tensor, targets: Tensor, statistics: bool) -> VocabScore:

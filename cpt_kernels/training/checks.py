@@ -148,13 +148,16 @@ def check_reference_model(model: nn.Module, ref_model: nn.Module | None) -> None
         )
 
 
-def check_trainable(model: nn.Module) -> None:
+def check_trainable(packed: PackedModel) -> None:
     """Raises UserError if nothing is trained, or something that the adapter does not save, or an adapter is merged."""
+    model = packed.model
     if any(getattr(layer, "merged", False) is True for layer in model.modules()):
         raise UserError(
             "the model's adapter is merged into its weights, so training would not change it: call"
             " model.unmerge_adapter(), or merge_and_unload() to train the weights"
         )
+    if hasattr(model, "peft_config") and not packed.has_gradient:
+        raise UserError("the model's adapter has nothing to train: no parameter that requires a gradient has one")
     if any(parameter.requires_grad for parameter in model.parameters()):
         if hasattr(model, "peft_config") and (unsaved := unsaved_parameters(model)):
             raise UserError(

@@ -88,7 +88,7 @@ def _trainer(given: Case, folder: Path, **options) -> ContrastiveTrainer:
 def _line(error: Exception) -> str:
     """Returns the first line of a message, without the numbers that were measured."""
     line = re.sub(r"\s+", " ", str(error).strip().split("\n")[0])
-    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "_", line)[:150]
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "_", line).split(";")[0][:200]
 
 
 @torch.no_grad()

@@ -155,8 +155,8 @@ def cases() -> dict[str, Callable[[], Case]]:
             targets = {"r": 4, "target_modules": modules, **options}
             found[f"lora {name} / {place}"] = partial(_lora, targets, architecture)
             if place in ("attention", "embedding") and {"modules_to_save", "trainable_token_indices"} & options.keys():
-                found[f"lora {name}, tied / {place}"] = partial(_lora, targets, "llama-tied")
-    for name, options in {"lora, tied": {}, "lora ensure_weight_tying, tied": {"ensure_weight_tying": True}}.items():
+                found[f"lora {name} tied / {place}"] = partial(_lora, targets, "llama-tied")
+    for name, options in {"lora tied": {}, "lora ensure_weight_tying tied": {"ensure_weight_tying": True}}.items():
         for place in ("head", "embedding"):
             targets = {"r": 4, "target_modules": PLACES[place], **options}
             found[f"{name} / {place}"] = partial(_lora, targets, "llama-tied")
@@ -166,15 +166,15 @@ def cases() -> dict[str, Callable[[], Case]]:
         targets = {"r": 4, "target_modules": [], "target_parameters": names}
         found[f"lora target_parameters / {place}"] = partial(_lora, targets, "llama")
     targets = {"r": 4, "target_modules": ["q_proj"], "target_parameters": experts}
-    found["lora target_parameters, experts / mlp"] = partial(_lora, targets, "mixtral")
+    found["lora target_parameters experts / mlp"] = partial(_lora, targets, "mixtral")
     combinations = {
         "two loras active": partial(_two, both=True),
         "the second of two loras": partial(_two, both=False),
         "lora of another name": _named,
-        "lora and loha, mixed": _mixed,
+        "mixed lora and loha": _mixed,
         "lora from a folder": _from_folder,
         "lora of transformers": _of_transformers,
-        "lora, merged": _merged,
+        "merged lora": _merged,
         "arrow": _arrow,
     }
     for name, build in combinations.items():

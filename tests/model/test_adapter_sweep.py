@@ -57,10 +57,10 @@ LIGHT = {
         "lora bias all / attention",
     ),
     *("lora dora / head", "lora kasa / head", "lora layer_replication / attention", "lora lora_bias / head"),
-    *("lora modules_to_save head / attention", "lora modules_to_save embedding, tied / attention"),
-    *("lora pissa / attention", "lora target_parameters / head", "lora trainable_token_indices, tied / attention"),
+    *("lora modules_to_save head / attention", "lora modules_to_save embedding tied / attention"),
+    *("lora pissa / attention", "lora target_parameters / head", "lora trainable_token_indices tied / attention"),
     *("two loras active / head", "the second of two loras / attention", "lora of another name / mlp"),
-    *("lora and loha, mixed / attention", "lora from a folder / head", "lora, merged / head", "arrow / attention"),
+    *("mixed lora and loha / attention", "lora from a folder / head", "merged lora / head", "arrow / attention"),
 }
 
 
