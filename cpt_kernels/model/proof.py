@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.collate import Tokens
 from ..errors import UserError
-from .conditions import PinnedRouting, is_of_machine
+from .conditions import PinnedRouting
 
 OwnForward = Callable[[Tensor], Tensor]  # token ids (B, L) -> logits (B, L, V)
 
@@ -150,13 +150,7 @@ def find_truth(
 
     def run(*rows: tuple[int, ...], parts: Sequence[tuple[int, ...]] = ()) -> Tensor:
         with routing.follow(parts or rows, rows=len(rows)):
-            try:
-                return own(torch.tensor(rows, device=device))
-            except Exception as error:  # whatever a forward raises that needs more than token ids
-                if is_of_machine(error):
-                    raise
-                message = f"the model cannot run on token ids alone ({type(error).__name__}: {error})"
-                raise UserError(message) from error
+            return own(torch.tensor(rows, device=device))
 
     # The truth, with a graph where gradients are asked for.
     alone = []

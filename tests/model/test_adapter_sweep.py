@@ -26,6 +26,7 @@ from tests.helpers.adapters import LORA, NOT_VARIANTS, TUNERS, cases, plain_mode
 
 EXPECTED = json.loads(Path(__file__).with_name("adapter_outcomes.json").read_text())
 CASES = cases()
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, about FRoD's matrices
 
 
 def test_every_tuner_has_a_case():
