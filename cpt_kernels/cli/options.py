@@ -40,6 +40,9 @@ class ScriptArguments:
     test_split_size: float | None = option(None, "Share or number of the rows of datasets to evaluate on.")
     eval_dataset_name: str | None = option(None, "Evaluation data: a file, a folder, or a hub name.")
     columns: list[str] | None = option(None, "Columns to read: name, or 'name in the data=name here'.")
+    check: bool = option(
+        False, "Train nothing: check model, data, first step, saving and loading, and exit with 1 if one of them fails."
+    )
     ignore_bias_buffers: bool = option(False, "Exclude boolean buffers of the model from DDP's synchronization.")
 
 
@@ -133,7 +136,7 @@ _HELP = {
 }
 # Options of TrainingArguments that a flag or a file cannot express -> what to do in their place.
 _REFUSED = {"parallelism_config": "configure sharding in the file of --accelerate_config"}
-_NOT_SAVED = ("hub_token", "resume_from_checkpoint")  # a secret, and an option of one invocation
+_NOT_SAVED = ("hub_token", "resume_from_checkpoint", "check")  # a secret, and options of one invocation
 
 
 # --- The table of options ---

@@ -43,9 +43,7 @@ def train(options: Options) -> ContrastiveTrainer:
     quieten(args)
 
     # Checks that need neither data nor model.
-    _check_output_folder(output, options.model)
-    _check_trackers(args.report_to)
-    _check_metric_name(args.metric_for_best_model)
+    check_options(options)
     checkpoint = _find_checkpoint(args)
 
     # Data, model and trainer.
@@ -116,6 +114,18 @@ def quieten(args: ContrastiveConfig) -> None:
 
 
 # --- Checks ---
+
+
+def check_options(options: Options) -> None:
+    """Checks the output folder, trackers and metrics, which needs neither data nor model.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    args = options.training
+    _check_output_folder(Path(args.output_dir), options.model)
+    _check_trackers(args.report_to)
+    _check_metric_name(args.metric_for_best_model)
 
 
 def _check_output_folder(output: Path, model: ModelArguments) -> None:

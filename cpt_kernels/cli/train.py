@@ -18,6 +18,7 @@ def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
 
     Raises:
         UserError: the user's input cannot be trained with; the message says why.
+        SystemExit: with ``--check``, a check failed.
     """
     takes_value = option_table().launch
     flags, argv = launch.split(argv, takes_value)
@@ -29,6 +30,12 @@ def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
         launch.launch(processes, argv, use_cpu=given.get("use_cpu", False))
         return
     options = make_options(given)
-    from .run import train  # imports torch and transformers
+    # The modules that run it import torch and transformers.
+    if options.script.check:
+        from .check import check_run
 
-    train(options)
+        check_run(options)
+    else:
+        from .run import train
+
+        train(options)

@@ -8,7 +8,7 @@ it. A proof counts only if the second distance is far above the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,13 +176,11 @@ def find_truth(
         for p, c in sequences:
             misplaced.append(_logps(everything[start:], p, c))
             start += len(p) + len(c)
-    eps = max(_eps(logits.dtype), _eps(probe.dtype))
-    is_coarse = eps > 1e-4
+    epsilon, is_coarse = rounding_of(logps, (logits.dtype, probe.dtype))
     return Truth(
         logps=logps,
         noise=(alone[longest].detach() - first).abs().max().item(),
-        # Half precision leaves a rounding of the logits beside the measured noise.
-        epsilon=(2 if is_coarse else 32) * eps * (1 + logps.abs().max().item()),
+        epsilon=epsilon,
         fault=(logps - torch.cat(misplaced)).abs().max().item(),
         look_ahead=(first - second)[:-1].abs().max().item(),
         is_coarse=is_coarse,
@@ -198,6 +196,18 @@ def projected_gradients(logps: Tensor, probe: Probe, parameters: Sequence[nn.Par
     if not projection.requires_grad:  # of a merged adapter
         return [None] * len(parameters)
     return list(torch.autograd.grad(projection, parameters, allow_unused=True))
+
+
+def rounding_of(logps: Tensor, dtypes: Iterable[torch.dtype]) -> tuple[float, bool]:
+    """Returns how far rounding may move one of ``logps`` (N,) at least, and whether a dtype is half precision.
+
+    Args:
+        dtypes: of the logits and of the weights.
+    """
+    eps = max(map(_eps, dtypes))
+    is_coarse = eps > 1e-4
+    # Half precision leaves a rounding of the logits beside the measured noise.
+    return (2 if is_coarse else 32) * eps * (1 + logps.abs().max().item()), is_coarse
 
 
 def _eps(dtype: torch.dtype) -> float:

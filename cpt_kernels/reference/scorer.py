@@ -112,8 +112,7 @@ class Reference:
 
         # Identify it, and open its part of the cache. Packing is not part of the identity: it changes only rounding.
         model = self.packed.model
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        self.compute_dtype = mixed or base_model(model).dtype
+        self.compute_dtype = _compute_dtype(model, accelerator)
         self._identity: dict[str, Any] = {
             "compute_dtype": self.compute_dtype,
             "attention": "shared_prompt",
@@ -324,8 +323,7 @@ class Reference:
         lengths = torch.tensor(batch["completion_lengths"], device=completion_logps.device)
         reference = segment_sum(ref_token_logps, batch["cu_completions"])
         gap = ((completion_logps.float() - reference) / lengths).abs().mean().item()
-        dtypes = {self.compute_dtype, *(p.dtype for p in self.policy.model.parameters() if p.requires_grad)}
-        if not gap <= max(_ROUNDING.get(dtype, _HALF_ROUNDING) for dtype in dtypes):
+        if not gap <= start_bound(self.policy.model, self.accelerator):
             logger.warning(
                 f"the policy starts from the reference, but in the first step their log-probs differ by {gap:.2g} nats"
                 f" per token, so rewards do not start at 0. Likely cause: {self._likely_cause()}"
@@ -425,6 +423,17 @@ def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         if moves:
             model.to("cpu")
+
+
+def start_bound(policy: nn.Module, accelerator: Accelerator) -> float:
+    """Returns the largest difference between log-probs of equal weights that packing explains, in nats per token."""
+    dtypes = {p.dtype for p in policy.parameters() if p.requires_grad} | {_compute_dtype(policy, accelerator)}
+    return max(_ROUNDING.get(dtype, _HALF_ROUNDING) for dtype in dtypes)
+
+
+def _compute_dtype(model: nn.Module, accelerator: Accelerator) -> torch.dtype:
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return mixed or base_model(model).dtype
 
 
 def _summary(missing: Missing, whose: str, seconds: float, num_bytes: int) -> str:
