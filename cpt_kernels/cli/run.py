@@ -63,9 +63,8 @@ def train(options: Options) -> ContrastiveTrainer:
         trainer.evaluate()
         report.on_train_end(args, trainer.state, trainer.control)  # writes the records of this evaluation, too
     trainer.save_model(str(output))
-    tokens = trainer.count_tokens() - report.tokens_before
     if trainer.is_world_process_zero():
-        _print_summary(trainer, report, tokens)
+        _print_summary(trainer, report)
     return trainer
 
 
@@ -99,9 +98,8 @@ def make_trainer(
 def use_progress_lines(trainer: ContrastiveTrainer) -> None:
     """Replaces transformers' printed dictionaries by one short line per log."""
     trainer.remove_callback(PrinterCallback)
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressLines())
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressLines())
 
 
 def quieten(args: ContrastiveConfig) -> None:
@@ -233,16 +231,18 @@ def _lora(model: ModelArguments) -> Any:
 # --- Results ---
 
 
-def _print_summary(trainer: ContrastiveTrainer, report: RunReport, tokens: int) -> None:
+def _print_summary(trainer: ContrastiveTrainer, report: RunReport) -> None:
     table = metrics_table(report.records, report.title)
     lines = []
-    if not trainer.loss.needs_reference:
+    if not any("rewards/margins" in key for record in report.records for key in record):
+        pass  # no rewards are shown
+    elif not trainer.loss.needs_reference:
         logp = "log-prob per token" if trainer.loss.per_token else "log-prob"
         lines.append(f"Without a reference, a reward is beta times the {logp}.")
     elif (note := report.note()) is not None:
         lines.append(note)
-    if (speed := report.tokens_per_second(tokens)) is not None:
-        lines.append(f"{tokens:,} tokens, {speed:,.0f} a second")
+    if (speed := report.tokens_per_second()) is not None:
+        lines.append(f"{report.tokens:,} tokens, {speed:,.0f} a second")
     for preparation in trainer.reports.values():
         lines += preparation.summary()
     output = Path(trainer.args.output_dir)

@@ -121,7 +121,7 @@ def train_in_place(
     found, scored = (0, 0) if cache is None else (cache.hits, cache.misses)
     trainer.train()
     trainer.save_model()
-    return Trained(report.records, report.tokens_per_second(trainer.num_tokens), found, scored)
+    return Trained(report.records, report.tokens_per_second(), found, scored)
 
 
 class _StepCallback(TrainerCallback):

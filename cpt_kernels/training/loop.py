@@ -40,6 +40,7 @@ from ..reference.moving import MovingReference
 from ..reference.scorer import Reference
 from .metrics import Metrics, PlaceMetrics
 from .resume import Run, check_resume, rows_to_expect, write_record
+from .speed import Speedometer, peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class PackedLoop(Trainer):
     eval_tokens_per_pair: float | None = None  # of the evaluation, for a loss that averages over tokens
     stream_digest: StreamDigest | None = None  # of the rows read from a stream in this call of train()
     _digested: tuple[Dataset | IterableDataset, str | None] | None = None  # training data and its digest
+    _speed: Speedometer | None = None  # from the first step on
     _filters_losses = False
     _first_step: int | None = None  # global_step at the first micro-batch of an attempt to train
 
@@ -160,6 +162,7 @@ class PackedLoop(Trainer):
         self.num_tokens += inputs["num_sequence_tokens"]
         if self._first_step is None:
             self._first_step = self.state.global_step
+            self._speed = Speedometer(self.state.num_input_tokens_seen)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._filters_losses:
             return loss
@@ -195,6 +198,13 @@ class PackedLoop(Trainer):
         if self.place_metrics is not None:
             self.place_metrics.reset()
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._speed is None:  # training_step is overridden, or there was no step
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._speed.pause()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._speed.resume()
+
     def count_tokens(self) -> int:
         """Returns the tokens of all ranks so far, including those before the checkpoint that the run resumed from."""
         tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
@@ -210,10 +220,15 @@ class PackedLoop(Trainer):
         """Adds TRL's metrics to the logs of training; this is where a step waits for the GPU.
 
         The closing log, which has ``train_loss``, gets the metrics of the steps after the last log, if there are any.
+        ``tokens_per_second`` is of the steps since the last log. ``peak_memory_gib`` is of this process so far: on its
+        accelerator, or on a CPU its resident memory.
         """
         metrics = self.metrics["train"].compute() if "loss" in logs or "train_loss" in logs else {}
         if metrics or "loss" in logs:
             logs |= metrics | {"num_tokens": self.count_tokens()}
+            if self._speed is not None:
+                logs["tokens_per_second"] = self._speed.rate(logs["num_tokens"])
+            logs["peak_memory_gib"] = peak_memory(self.args.device) / 2**30
             if self.place_metrics is not None:
                 logs |= self.place_metrics.compute()
         elif self.args.include_num_input_tokens_seen != "no":  # transformers adds the last count to these logs

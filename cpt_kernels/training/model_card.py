@@ -21,10 +21,8 @@ _TEMPLATE = """\
 
 # {{ name }}
 
-{% if base %}[{{ base }}](https://huggingface.co/{{ base }}){% else %}A model{% endif %} after contrastive post-training
-with the loss `{{ options.loss_type }}`{% if dataset %} on \
-[{{ dataset }}](https://huggingface.co/datasets/{{ dataset }}){% endif %}, by
-cpt_kernels {{ versions.cpt_kernels }}.
+{{ base_text }} after contrastive post-training with the loss `{{ options.loss_type }}`{{ dataset_text }}, \
+{% if options.curriculum %}on a curriculum, {% endif %}by cpt_kernels {{ versions.cpt_kernels }}.
 
 ## Use
 
@@ -55,7 +53,7 @@ print(generate(prompt, max_new_tokens=128, return_full_text=False)[0])
 
 _OPTIONS = (
     *("loss_type", "beta", "max_length", "learning_rate", "lr_scheduler_type", "max_tokens_per_batch"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "curriculum"),
 )
 
 
@@ -75,13 +73,15 @@ def write_model_card(
     Args:
         file: path to write to.
         name: name of the model.
-        base: hub name of the model that training started from; a local folder is not shown.
-        dataset: hub name of the training data; a local file is not shown.
+        base: hub name or folder of the model that training started from; of a folder the card has the last part.
+        dataset: hub name or file of the training data; of a file the card has the last part.
         tags: of the model on the hub.
         args: the run's ``ContrastiveConfig``.
         chat: whether the tokenizer has a chat template.
         log_history: all logs of the trainer; the card shows the last evaluation.
     """
+    base_text = "A model" if not base else _named(base, "https://huggingface.co/")
+    dataset_text = f" on {_named(dataset, 'https://huggingface.co/datasets/')}" if dataset else ""
     base, dataset = (None if value is None or Path(value).exists() else value for value in (base, dataset))
     evaluations = [record for record in log_history if "eval_loss" in record]
     metrics = evaluations[-1] if evaluations else {}
@@ -98,11 +98,16 @@ def write_model_card(
         ),
         template_str=_TEMPLATE,
         name=name,
-        base=base,
-        dataset=dataset,
+        base_text=base_text,
+        dataset_text=dataset_text,
         chat=chat,
         options={option: getattr(value, "value", value) for option, value in values.items() if value is not None},
         metrics={key: value for key, value in metrics.items() if isinstance(value, float)},
         versions={"cpt_kernels": __version__} | {package: module.__version__ for package, module in modules.items()},
     )
     card.save(file)
+
+
+def _named(source: str, hub: str) -> str:
+    """Returns a hub name as a link, and of a local path its last part."""
+    return f"`{Path(source).resolve().name}`" if Path(source).exists() else f"[{source}]({hub}{source})"

@@ -31,7 +31,11 @@ _TABLE = (
     *("logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "aux_loss"),
 )
 # Metric -> its word in the terminal line.
-_IN_LINE = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "learning_rate": "lr"}
+_IN_LINE = {
+    **{"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "learning_rate": "lr"},
+    "tokens_per_second": "tokens/s",
+}
+_IN_BAR = ("loss", "tokens_per_second")
 
 
 class RunReport(TrainerCallback):
@@ -48,7 +52,7 @@ class RunReport(TrainerCallback):
     Attributes:
         records: all logs, as in the file.
         files: the curves that were drawn.
-        tokens_before: tokens that the checkpoint had seen which this run resumes from, else 0.
+        tokens: tokens that this call of ``train()`` has seen, once it has ended.
     """
 
     def __init__(self, folder: str | Path, title: str = "") -> None:
@@ -56,7 +60,7 @@ class RunReport(TrainerCallback):
         self.records: list[LogRecord] = []
         self.files: list[Path] = []
         self._first = 0  # index in records of the first log of this call of train()
-        self.tokens_before = 0
+        self.tokens = self._tokens_before = 0
 
     @property
     def metrics_file(self) -> Path:
@@ -66,7 +70,7 @@ class RunReport(TrainerCallback):
         # A checkpoint's state holds all logs up to it. Without one, keep an evaluation that ran before training.
         self.records = [_order(record) for record in state.log_history] or self.records
         self._first = len(self.records)
-        self.tokens_before = state.num_input_tokens_seen
+        self._tokens_before = state.num_input_tokens_seen
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.metrics_file.write_text("".join(map(_line, self.records)), encoding="utf-8")
@@ -87,6 +91,7 @@ class RunReport(TrainerCallback):
                 file.write(_line(record))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        self.tokens = state.num_input_tokens_seen - self._tokens_before
         if state.is_world_process_zero:
             self.draw()
 
@@ -103,38 +108,43 @@ class RunReport(TrainerCallback):
                 )
         return None
 
-    def tokens_per_second(self, tokens: float) -> float | None:
-        """Returns ``tokens`` per second of this training, evaluations excluded; ``None`` before training has ended."""
+    def tokens_per_second(self) -> float | None:
+        """Returns tokens per second of this training, evaluations excluded; ``None`` before training has ended."""
         records = self.records[self._first :]
         end = next((index for index, record in enumerate(records) if "train_loss" in record), None)
         if end is None:
             return None
         evaluating = sum(record.get("eval_runtime", 0.0) for record in records[:end])
-        return tokens / max(records[end]["train_runtime"] - evaluating, 1e-9)
+        return self.tokens / max(records[end]["train_runtime"] - evaluating, 1e-9)
 
 
 class ProgressLines(ProgressCallback):
-    """transformers' progress bar, shown in a terminal only, with one short line per log instead of a dictionary."""
+    """One short line per log instead of a dictionary; in a terminal also a bar with loss, speed and the time left.
+
+    ``disable_tqdm`` removes the bar, not the lines.
+    """
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps, dynamic_ncols=True, disable=None
-            )  # no bar without a terminal
+            # disable=None: no bar without a terminal
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm or None)
         self.current_step = 0
 
     def on_prediction_step(self, args, state: TrainerState, control, **kwargs) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not args.disable_tqdm:
             super().on_prediction_step(args, state, control, **kwargs)
 
     def on_log(self, args, state: TrainerState, control, logs: dict | None = None, **kwargs) -> None:
         if not state.is_world_process_zero or self.training_bar is None:
             return
         prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
-        parts = [f"{word} {logs[prefix + key]:.4g}" for key, word in _IN_LINE.items() if prefix + key in logs]
+        parts = [f"{word} {_number(logs[prefix + key])}" for key, word in _IN_LINE.items() if prefix + key in logs]
+        if not prefix and "loss" in logs:
+            self.training_bar.set_postfix({_IN_LINE[key]: _number(logs[key]) for key in _IN_BAR if key in logs})
         if parts:
             kind = "held out" if prefix else f"step {state.global_step}"
-            self.training_bar.write(f"{kind:>10}  {'  '.join(parts)}")
+            total = "" if prefix else f"/{state.max_steps}"
+            self.training_bar.write(f"{kind + total:>12}  {'  '.join(parts)}")
 
 
 def _order(record: LogRecord) -> LogRecord:
@@ -161,6 +171,13 @@ def eval_records(records: Iterable[LogRecord]) -> list[LogRecord]:
     ]
 
 
+def _shown(records: list[LogRecord]) -> list[LogRecord]:
+    """Returns the records, without the rewards of data that has no rejected side, where a reward compares nothing."""
+    if any("rewards/margins" in record for record in records):
+        return records
+    return [{key: record[key] for key in record if not key.startswith("rewards/")} for record in records]
+
+
 def draw_curves(records: Sequence[LogRecord], folder: str | Path, title: str = "") -> list[Path]:
     """Draws loss, rewards, margins and accuracy over steps, evaluations as marked points.
 
@@ -170,7 +187,7 @@ def draw_curves(records: Sequence[LogRecord], folder: str | Path, title: str = "
     from matplotlib.figure import Figure  # imported here because it takes half a second
 
     # Keep the panels of which at least one metric was logged.
-    train, held_out = train_records(records), eval_records(records)
+    train, held_out = _shown(train_records(records)), _shown(eval_records(records))
     known = {key for record in (*train, *held_out) for key in record}
     levels = [key for key in dict.fromkeys(key for record in train for key in record) if key.startswith("curriculum/")]
     panels = {**_PANELS, "share of level" if len(levels) > 1 else "place in the curriculum": tuple(levels)}
@@ -211,7 +228,7 @@ def _curve(records: Iterable[LogRecord], metric: str) -> tuple[list[int], list[f
 
 def metrics_table(records: Sequence[LogRecord], title: str = "") -> Table:
     """Returns a table of the first and the last value of every metric, in training and on held-out data."""
-    train, held_out = train_records(records), eval_records(records)
+    train, held_out = _shown(train_records(records)), _shown(eval_records(records))
     table = Table(title=title, title_justify="left")
     table.add_column("")
     columns = []
@@ -226,4 +243,6 @@ def metrics_table(records: Sequence[LogRecord], title: str = "") -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

@@ -49,7 +49,7 @@ def test_every_log_is_a_line(tmp_path):
     lines = play(report, [evaluation(0), training(2), training(4), evaluation(4), SUMMARY])
     assert [line["step"] for line in lines] == [0, 2, 4, 4, 4] and lines == report.records
     assert next(iter(lines[1])) == "step" and lines[1]["loss"] == 0.2
-    report.on_train_end(None, SimpleNamespace(is_world_process_zero=True), None)
+    report.on_train_end(None, SimpleNamespace(is_world_process_zero=True, num_input_tokens_seen=0), None)
     assert [path.name for path in report.files] == ["curves.png", "curves.svg"]
     assert report.files[0].read_bytes().startswith(b"\x89PNG") and "<svg" in report.files[1].read_text()
 
@@ -114,9 +114,10 @@ def test_curves_of_a_curriculum(tmp_path):
 
 def test_tokens_per_second_leaves_evaluation_and_earlier_sessions_out(tmp_path):
     report = RunReport(tmp_path)
-    assert report.tokens_per_second(100) is None
+    assert report.tokens_per_second() is None
     play(report, [training(4), evaluation(4), SUMMARY, evaluation(4, other=1)], history=[evaluation(0), training(2)])
-    assert report.tokens_per_second(100) == pytest.approx(100 / 2.5)
+    report.on_train_end(None, SimpleNamespace(is_world_process_zero=False, num_input_tokens_seen=100), None)
+    assert report.tokens == 100 and report.tokens_per_second() == pytest.approx(100 / 2.5)
 
 
 def test_the_table_shows_first_and_last(tmp_path):
@@ -142,12 +143,12 @@ def test_the_note_is_for_a_policy_that_is_its_reference(tmp_path):
 def test_progress_is_one_short_line_per_log(capsys):
     lines = ProgressLines()
     state = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=2)
-    lines.on_train_begin(None, state, None)
-    lines.on_log(None, state, None, logs=training(2, learning_rate=np.float64(1e-5)))
+    lines.on_train_begin(SimpleNamespace(disable_tqdm=False), state, None)
+    lines.on_log(None, state, None, logs=training(2, learning_rate=np.float64(1e-5), tokens_per_second=12345.6))
     lines.on_log(None, state, None, logs=evaluation(2))
     lines.on_log(None, state, None, logs={"train_runtime": 1.0})
     out = capsys.readouterr().out.splitlines()
     assert out == [
-        "    step 2  loss 0.2  margin 0.2  accuracy 0.2  lr 1e-05",
-        "  held out  loss 0.1  margin 0.1  accuracy 0.1",
+        "    step 2/4  loss 0.2  margin 0.2  accuracy 0.2  lr 1e-05  tokens/s 12,346",
+        "    held out  loss 0.1  margin 0.1  accuracy 0.1",
     ]
