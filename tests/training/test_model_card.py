@@ -39,5 +39,6 @@ def test_local_sources_are_left_out(tmp_path):
         log_history=[],
     )
     card = ModelCard.load(tmp_path / "README.md")
+    assert f"`{tmp_path.name}` after contrastive post-training with the loss `sigmoid`, by" in card.text
     assert 'prompt = "Why' in card.text and '"role"' not in card.text
     assert card.data.base_model is None and str(tmp_path) not in card.content and "Last evaluation" not in card.text
