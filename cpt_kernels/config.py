@@ -16,7 +16,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from .data.curriculum import Curriculum
-from .data.formats import RankedPairs
+from .data.formats import PromptFormat, RankedPairs
 from .data.truncation import TruncationMode
 from .errors import UserError, user_error
 from .losses import Loss, LossOptions, loss_names
@@ -124,7 +124,12 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     gap_column: str | None = option(
         None, "Column of numbers by how much chosen is better, for ODPO. Default: the difference of ranked scores."
     )
-    ranked_pairs: str = option("all", "Pairs of a row with K ranked completions: all, adjacent or extremes.")
+    ranked_pairs: str | None = option(
+        None, "Pairs of a row with K ranked completions: all, adjacent or extremes. Default: the row's own, else all."
+    )
+    prompt_format: str = option(
+        "auto", "auto: messages use the chat template, text does not; chat: text becomes turns; text: only text."
+    )
     dataset_num_proc: int | None = option(None, "Processes that tokenize.")
     curriculum: dict | str | None = option(
         None, "Order by difficulty: schedule, levels, ...; examples/curriculum.yaml explains them. Default: shuffled."
@@ -251,7 +256,9 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
                 f"train_sampling_strategy='{self.train_sampling_strategy}': packed batches are random or sequential; to"
                 " even out lengths set max_tokens_per_batch"
             )
-        _check_choice("ranked_pairs", self.ranked_pairs, get_args(RankedPairs))
+        if self.ranked_pairs is not None:
+            _check_choice("ranked_pairs", self.ranked_pairs, get_args(RankedPairs))
+        _check_choice("prompt_format", self.prompt_format, get_args(PromptFormat))
         _check_choice("share_prompts", self.share_prompts, ("auto", "true", "false"))
         _check_choice("packing", self.packing, ("auto", "true", "false"))
         _check_choice("head_mode", self.head_mode, ("auto", "general"))

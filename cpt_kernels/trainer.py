@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalPrediction
 from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
-from .data.formats import Form, detect_form
+from .data.forms import Form, detect_form
 from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
@@ -44,6 +44,7 @@ from .training.checks import (
     check_data,
     check_engine,
     check_overrides,
+    check_ranked_pairs_apply,
     check_reference_model,
     check_removed_arguments,
     check_trainable,
@@ -190,6 +191,8 @@ class ContrastiveTrainer(PackedLoop):
         with args.main_process_first(desc=f"tokenizing the {name} data"):
             dataset = visible_rows(dataset)
             keep = kept_columns(self.curriculum, dataset) if name == "train" else ()
+            if name == "train":
+                check_ranked_pairs_apply(dataset, args.ranked_pairs)
             dataset, report = prepare(
                 dataset,
                 processing_class,
@@ -197,12 +200,14 @@ class ContrastiveTrainer(PackedLoop):
                 truncation_mode=args.truncation_mode,
                 target_column=args.target_column,
                 gap_column=args.gap_column,
-                ranked_pairs=args.ranked_pairs,
+                ranked_pairs=args.ranked_pairs or "all",
+                prompt_format=args.prompt_format,
                 keep_columns=keep,
                 num_proc=args.dataset_num_proc,
                 name=name,
             )
         self.reports[name] = report
+        log_on_main(report.notes)
         vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]
         if isinstance(dataset, Dataset):
             log_on_main(report.summary())

@@ -118,7 +118,7 @@ def _report_pairs(
 ) -> None:
     """Writes the files, then prints tables and notes."""
     summary, compared = evaluation.summary(args.bootstrap), evaluation.differences(args.bootstrap)
-    reference, data_report = settings["reference"], evaluation.report.summary()
+    reference, data_report = settings["reference"], [*evaluation.report.notes, *evaluation.report.summary()]
     rewards = f"rewards against {reference}" if reference else "rewards from log-probs alone, without a reference"
     title = f"{args.data}: {rewards}, beta {evaluation.beta:g}"
     written = [

@@ -87,7 +87,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Loss": tuple(f.name for f in fields(LossOptions)),
     "Data": (
         *("max_length", "truncation_mode", "target_column", "gap_column", "ranked_pairs", "curriculum"),
-        "dataset_num_proc",
+        *("prompt_format", "dataset_num_proc"),
     ),
     "Batches": (
         *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps", "share_prompts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def train(options: Options) -> ContrastiveTrainer:
     trainer.dataset_name = options.script.dataset_name
     use_progress_lines(trainer)
     if trainer.is_world_process_zero():
-        (output / CONFIG_FILE).write_text(options.to_yaml(), encoding="utf-8")
+        # What the data decided is saved, so that other commands render prompts alike.
+        decided = {"prompt_format": trainer.reports["train"].prompt_format}
+        settings = replace(options, values=options.values | decided)
+        (output / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
 
     # Training and the last evaluation.
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,6 +1,6 @@
 """Reads rows of every accepted dataset form as one prompt with its completions, still as text or chat messages.
 
-The columns of a dataset decide its form (`detect_form`); whether a row is text or a conversation is decided row by row
+The columns of a dataset decide its form (:mod:`.forms`); whether a row is text or a conversation is decided row by row
 (`parse_row`). Pure Python, without tokenizer and `datasets`.
 """
 
@@ -10,81 +10,39 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, time
-from enum import Enum
 from typing import Any, Literal, cast, get_args
 
 from ..errors import UserError
+from .forms import Form, Roles
+from .messages import (
+    MALFORMED,
+    RowError,
+    Text,
+    read_history,
+    read_text_or_messages,
+    text_as_turns,
+    transcript_prompt,
+    type_name,
+)
+from .response_columns import RESPONSE_NAMES
 
-Text = str | list  # plain text, or chat messages: a list of {"role": ..., "content": ...}
 RankedPairs = Literal["all", "adjacent", "extremes"]
+PromptFormat = Literal["auto", "chat", "text"]  # chat: text becomes turns of the chat template; text: no conversations
 
-# Reasons why a row is dropped: the keys of `PreparationReport.dropped`.
+# Reasons why a row is dropped, with MALFORMED: the keys of `PreparationReport.dropped`.
 PROMPT_FILLS = "prompt fills max_length"
 EMPTY = "empty completion"
 IDENTICAL = "identical sides"
 TIED = "tied scores"
 NO_ASSISTANT = "no assistant turn"
-MALFORMED = "malformed row"
 NO_PROMPT = "no prompt"
 
 # Arguments that tokenize.py passes to the chat template itself. A row must not change them.
 _RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
 
 
-class RowError(UserError):
-    """A row that cannot be used. `reason` is one of this module's constants, `detail` names the field."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
-class Form(str, Enum):
-    """The form of a dataset's rows, known from its columns."""
-
-    GROUP = "prompt groups"  # written by `preparation.prepare`
-    TOKENS = "tokenised pairs"  # written by TRL
-    PREFERENCE = "preference"
-    RANKED = "ranked"
-    SUPERVISED = "prompt and completion"
-    MESSAGES = "messages"
-
-
-# The first form whose columns are all present counts: prompt groups also have `chosen` and `rejected`, and a preference
-# dataset often has a `messages` column.
-FORM_COLUMNS = {
-    Form.GROUP: ("prompt_ids", "completion_ids", "chosen", "rejected", "targets"),
-    Form.TOKENS: ("prompt_ids", "chosen_ids", "rejected_ids"),
-    Form.PREFERENCE: ("chosen", "rejected"),
-    Form.RANKED: ("prompt", "completions"),
-    Form.SUPERVISED: ("prompt", "completion"),
-    Form.MESSAGES: ("messages",),
-}
-
-READ_COLUMNS = {"prompt", "scores", "pairs", "tools", "chat_template_kwargs", "row"}.union(*FORM_COLUMNS.values())
-
-
-def detect_form(columns: Iterable[str]) -> Form:
-    """Returns the form of a dataset with these columns.
-
-    Raises:
-        UserError: the columns hold images or unpaired preferences, or have no known form; the message names the columns
-            found and expected.
-    """
-    columns = set(columns)
-    if images := columns & {"image", "images"}:
-        raise UserError(f"the dataset has the column {_names(images)}: images are not supported: remove the column")
-    form = next((form for form, required in FORM_COLUMNS.items() if columns.issuperset(required)), None)
-    if form is None:
-        expected = "; ".join(_names(required) for required in FORM_COLUMNS.values())
-        raise UserError(f"the dataset has the columns {_names(sorted(columns))}; expected one of: {expected}")
-    if form is Form.SUPERVISED and "label" in columns:
-        raise UserError(
-            "the dataset has the columns `prompt`, `completion`, `label`: unpaired preferences are not supported, and "
-            "training on all completions would ignore `label`; build pairs (`chosen`, `rejected`), or remove `label`"
-        )
-    return form
+# The keys that may hold the rating of an item of `completions`.
+_RATINGS = ("overall_score", "rating", "score", "fine-grained_score")
 
 
 @dataclass(frozen=True)
@@ -110,36 +68,43 @@ class Example:
 
 
 def parse_row(
-    row: Mapping[str, Any], form: Form, target_column: str | None = None, gap_column: str | None = None
+    row: Mapping[str, Any],
+    form: Form,
+    target_column: str | None = None,
+    gap_column: str | None = None,
+    roles: Roles | None = None,
+    prompt_format: PromptFormat = "auto",
 ) -> Example:
     """Parses one row of the form PREFERENCE, RANKED, SUPERVISED or MESSAGES.
 
     Empty completions (null, no text, no messages) are removed from a ranked row; rows of other forms must have none.
-    With `gap_column`, the ratings of a pair are that column's value and 0.
+    With `gap_column`, the ratings of a pair are that column's value and 0. `roles` names the columns that do not have
+    our names. A row with a system prompt or a history is a conversation; see `PromptFormat` for other rows.
 
     Raises:
         RowError: the row cannot be used; its reason and detail say why.
     """
     # The ranked completions. `names` are what errors call them.
-    names, sides, scores = _read_sides(row, form)
+    roles = roles or {}
+    names, sides, scores = _read_sides(row, form, roles)
     if gap_column is not None:
         scores = [read_gap(row, gap_column), 0.0]
     filled = [i for i, side in enumerate(sides) if not _is_empty(side)]
     needed = 2 if form in (Form.PREFERENCE, Form.RANKED) else 1
     if len(sides) < needed:
-        raise RowError(MALFORMED, f"`completions` holds {len(sides)}, but a pair needs two")
+        raise RowError(MALFORMED, f"`{_column(roles, 'completions')}` holds {len(sides)}, but a pair needs two")
     if len(filled) < needed:
         empty = [f"`{names[i]}`" for i in range(len(sides)) if i not in filled]
         raise RowError(EMPTY, f"{', '.join(empty)} without text")
     all_scores = scores
     names, scores = [names[i] for i in filled], [scores[i] for i in filled]
     completions = cast("list[Text]", [sides[i] for i in filled])
-    pairs = _read_pairs(row, names) if form is Form.RANKED else None
+    pairs = _read_pairs(row, names, _column(roles, "completions")) if form is Form.RANKED else None
     asked = all_scores if pairs is None else row["pairs"]
 
     # The target, a further completion.
     if target_column is not None:
-        target = _read_text_or_messages(target_column, row.get(target_column))
+        target = read_text_or_messages(target_column, row.get(target_column))
         if target is None or _is_empty(target):
             raise RowError(EMPTY, f"`{target_column}` without text")
         names.append(target_column)
@@ -148,29 +113,39 @@ def parse_row(
         raise RowError(MALFORMED, f"{_names(names)} mix text and messages")
 
     # The prompt: explicit, or what the completions have in common.
-    given = None if form is Form.MESSAGES else _read_text_or_messages("prompt", row.get("prompt"))
-    if given is None and form in (Form.RANKED, Form.SUPERVISED):
-        raise RowError(MALFORMED, "`prompt` is null")
+    given = None if form is Form.MESSAGES else _read_prompt(row, roles)
+    if given is None and form is not Form.MESSAGES:
+        column = _column(roles, "prompt")
+        if form is not Form.PREFERENCE or (column in row and not are_whole(completions)):
+            raise RowError(NO_PROMPT, f"`{column}` is null")
     prompt, completions = _split_prompt(given, names, completions, ranked=len(scores))
     for name, completion in zip(names, completions):
         if _is_empty(completion):  # for instance a conversation whose last message has no content
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
-    tools, template_kwargs = _read_tools(row), _read_template_kwargs(row)
+    prompt, completions = _in_format(prompt, completions, prompt_format, row, roles)
+    tools, template_kwargs = _read_tools(row, roles), _read_template_kwargs(row)
     return Example(prompt, completions, scores, target_column is not None, tools, template_kwargs, pairs, asked)
 
 
-def parse_prompt(row: Mapping[str, Any], column: str) -> Example:
+def parse_prompt(
+    row: Mapping[str, Any], column: str, roles: Roles | None = None, prompt_format: PromptFormat = "auto"
+) -> Example:
     """Parses the prompt of a row without completions. A conversation in `messages` loses the assistant's last turn.
+
+    `roles` names the columns that add to the prompt: see `forms.find_prompt`.
 
     Raises:
         RowError: the prompt is empty or cannot be used; its reason and detail say why.
     """
-    prompt = _read_text_or_messages(column, row.get(column))
-    if column == "messages" and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+    roles = {**(roles or {}), "prompt": column}
+    prompt = _read_prompt(row, roles)
+    is_whole = column in ("messages", "conversations")
+    if is_whole and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
     if prompt is None or _is_empty(prompt):
         raise RowError(NO_PROMPT, f"`{column}` without text")
-    return Example(prompt, [], [], tools=_read_tools(row), template_kwargs=_read_template_kwargs(row))
+    prompt, _ = _in_format(prompt, [], prompt_format, row, roles)
+    return Example(prompt, [], [], tools=_read_tools(row, roles), template_kwargs=_read_template_kwargs(row))
 
 
 def check_ranked_pairs(mode: str) -> None:
@@ -241,48 +216,72 @@ def read_gap(row: Mapping[str, Any], column: str) -> float:
     return gap
 
 
-def _read_sides(row: Mapping[str, Any], form: Form) -> tuple[list[str], list[Text | None], list[float]]:
+def _column(roles: Roles, role: str) -> str:
+    return roles.get(role, role)
+
+
+def _read_sides(row: Mapping[str, Any], form: Form, roles: Roles) -> tuple[list[str], list[Text | None], list[float]]:
     """Returns names (for errors), values and ratings of the row's ranked completions, best first."""
     if form is Form.PREFERENCE:
-        names = ["chosen", "rejected"]
-        return names, [_read_text_or_messages(name, row.get(name)) for name in names], [1.0, 0.0]
+        names = [_column(roles, side) for side in ("chosen", "rejected")]
+        chosen, rejected = (read_text_or_messages(name, row.get(name)) for name in names)
+        if names[0] == "messages" and chosen and isinstance(rejected, str):
+            # ms-swift: the rejected text stands in place of the conversation's last turn.
+            rejected = [*chosen[:-1], {"role": "assistant", "content": rejected}]
+        return names, [chosen, rejected], [1.0, 0.0]
     if form is Form.SUPERVISED:
-        return ["completion"], [_read_text_or_messages("completion", row.get("completion"))], [0.0]
+        name = _column(roles, "completion")
+        return [name], [read_text_or_messages(name, row.get(name))], [0.0]
     if form is Form.MESSAGES:
-        messages = _read_text_or_messages("messages", row.get("messages"))
+        name = _column(roles, "messages")
+        messages = read_text_or_messages(name, row.get(name))
         if isinstance(messages, str):
-            raise RowError(MALFORMED, "`messages` is str; expected a list of {role, content} messages")
+            raise RowError(MALFORMED, f"`{name}` is str; expected a list of {{role, content}} messages")
         if not messages or messages[-1]["role"] != "assistant":
-            raise RowError(NO_ASSISTANT, "`messages` does not end with an assistant turn")
-        return ["messages"], [messages], [0.0]  # `_split_prompt` cuts before the last turn
-    return _read_ranked_sides(row)
+            raise RowError(NO_ASSISTANT, f"`{name}` does not end with an assistant turn")
+        return [name], [messages], [0.0]  # `_split_prompt` cuts before the last turn
+    return _read_ranked_sides(row, roles)
 
 
-def _read_ranked_sides(row: Mapping[str, Any]) -> tuple[list[str], list[Text | None], list[float]]:
-    completions, scores = row.get("completions"), row.get("scores")
+def _read_ranked_sides(row: Mapping[str, Any], roles: Roles) -> tuple[list[str], list[Text | None], list[float]]:
+    column, rating = _column(roles, "completions"), _column(roles, "scores")
+    completions, scores = row.get(column), row.get(rating)
     if not isinstance(completions, list):
-        raise RowError(MALFORMED, f"`completions` is {type(completions).__name__}; expected a list of completions")
-    names = [f"completions[{i}]" for i in range(len(completions))]
-    sides = [_read_text_or_messages(name, side) for name, side in zip(names, completions)]
+        raise RowError(MALFORMED, f"`{column}` is {type(completions).__name__}; expected a list of completions")
+    if completions and all(is_record(item) for item in completions):
+        # UltraFeedback: objects with a response and its ratings.
+        scores = scores or [_first_of(item, _RATINGS) for item in completions]
+        completions = [_first_of(item, RESPONSE_NAMES) for item in completions]
+    names = [f"{column}[{i}]" for i in range(len(completions))]
+    sides = [read_text_or_messages(name, side) for name, side in zip(names, completions)]
     if scores is None:
         return names, sides, [float(-i) for i in range(len(sides))]
     if not isinstance(scores, list) or len(scores) != len(sides):
-        raise RowError(MALFORMED, f"`scores` is not a list of {len(sides)} numbers, one for each of `completions`")
+        raise RowError(MALFORMED, f"`{rating}` is not a list of {len(sides)} numbers, one for each of `{column}`")
     numbers = [number for number in map(read_number, scores) if number is not None and math.isfinite(number)]
     if len(numbers) < len(scores):
-        raise RowError(MALFORMED, f"`scores` holds a value that is not a finite number: {scores}")
+        raise RowError(MALFORMED, f"`{rating}` holds a value that is not a finite number: {scores}")
     order = sorted(range(len(scores)), key=lambda i: -numbers[i])  # stable: ties keep the row's order
     return [names[i] for i in order], [sides[i] for i in order], [numbers[i] for i in order]
 
 
-def _read_pairs(row: Mapping[str, Any], names: list[str]) -> list[tuple[int, int]] | None:
+def is_record(item: Any) -> bool:
+    """Returns whether an item of `completions` is an object that holds a response, and not a message."""
+    return isinstance(item, dict) and "role" not in item and "from" not in item
+
+
+def _first_of(item: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    return next((item[key] for key in keys if item.get(key) is not None), None)
+
+
+def _read_pairs(row: Mapping[str, Any], names: list[str], column: str) -> list[tuple[int, int]] | None:
     """Returns the row's `pairs` as positions in `names`, without pairs of removed completions; None without `pairs`."""
     if (pairs := row.get("pairs")) is None:
         return None
-    given, position = range(len(row["completions"])), {name: i for i, name in enumerate(names)}
+    given, position = range(len(row[column])), {name: i for i, name in enumerate(names)}
     if not isinstance(pairs, list) or not pairs or not all(_is_edge(pair, given) for pair in pairs):
         raise RowError(MALFORMED, f"`pairs` is not a list of [better, worse] positions in the {len(given)} completions")
-    found = [(position.get(f"completions[{better}]"), position.get(f"completions[{worse}]")) for better, worse in pairs]
+    found = [(position.get(f"{column}[{better}]"), position.get(f"{column}[{worse}]")) for better, worse in pairs]
     left = [(better, worse) for better, worse in found if better is not None and worse is not None]
     if not left:
         raise RowError(EMPTY, "each of `pairs` has a completion without text")
@@ -294,23 +293,71 @@ def _is_edge(pair: Any, given: range) -> bool:
     return inside and len(pair) == 2 and pair[0] != pair[1]
 
 
+def _read_prompt(row: Mapping[str, Any], roles: Roles) -> Text | None:
+    """Returns the row's explicit prompt, to which Alpaca's `input` adds a line; None if it is null."""
+    column = _column(roles, "prompt")
+    value = row.get(column)
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]  # OpenAI's `input`
+    prompt = read_text_or_messages(column, value)
+    more = row.get(roles["input"]) if "input" in roles else None
+    if not more:
+        return prompt
+    if not isinstance(more, str) or isinstance(prompt, list):
+        raise RowError(MALFORMED, f"`{column}` and `{roles['input']}` are not both text, so they cannot be joined")
+    return f"{prompt}\n{more}" if prompt else more
+
+
+def _in_format(
+    prompt: Text, completions: list[Text], prompt_format: PromptFormat, row: Mapping[str, Any], roles: Roles
+) -> tuple[Text, list[Text]]:
+    """Returns prompt and completions in the given format, after the row's system prompt and earlier turns."""
+    system, history = (row.get(roles[role]) if role in roles else None for role in ("system", "history"))
+    if system is not None and not isinstance(system, str):
+        raise RowError(MALFORMED, f"`{roles['system']}` is {type_name(system)}; expected text")
+    before = read_history(roles["history"], history) if history else []
+    if system:
+        before = [{"role": "system", "content": system}, *before]
+    if prompt_format == "text" and (before or isinstance(prompt, list)):
+        why = f"`{roles['system' if system else 'history']}` makes" if before else "messages make"
+        raise RowError(MALFORMED, f"{why} it a conversation, which prompt_format=text refuses: set prompt_format=auto")
+    if isinstance(prompt, str) and (before or prompt_format == "chat"):
+        prompt, turns = text_as_turns(prompt, cast("list[str]", completions))
+        completions = [*turns]
+    if before and isinstance(prompt, list):
+        if system and prompt and prompt[0]["role"] in ("system", "developer"):
+            before = before[1:]  # the conversation has its own, which counts in LLaMA-Factory, too
+        prompt = [*before, *prompt]
+    return prompt, completions
+
+
+def are_whole(sides: Sequence[Text]) -> bool:
+    """Returns whether the sides are conversations that begin with their prompt."""
+    return all(isinstance(side, list) and side and side[0]["role"] not in ("assistant", "tool") for side in sides)
+
+
 def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], ranked: int) -> tuple[Text, list[Text]]:
     """Splits sides into the prompt and the completions that follow it.
 
     An explicit prompt of the sides' own kind (text or messages) is returned with the sides as they are. Otherwise the
-    prompt is the common start of the first `ranked` sides. This includes a text prompt beside whole conversations: it
-    only repeats their first turn.
+    prompt is the common start of the first `ranked` sides. This includes a prompt beside whole conversations, which
+    only repeats their start. Transcripts are cut before an answer.
     """
     is_chat = not isinstance(sides[0], str)
+    # Arrow adds null keys to messages, and not the same ones in every column.
+    bare = [list(map(without_nulls, side)) for side in sides] if is_chat else sides
     if prompt is not None and is_chat == isinstance(prompt, list):
         if is_chat and not prompt:
             raise RowError(MALFORMED, "`prompt` holds no message")
-        return prompt, sides
-    if isinstance(prompt, list):
+        start = list(map(without_nulls, prompt)) if is_chat else []
+        if not is_chat or any(side[:1] != start[:1] for side in bare):
+            return prompt, sides
+        if all(side[: len(start)] == start and len(side) > len(start) for side in bare):
+            return prompt, [side[len(start) :] for side in sides]
+    elif isinstance(prompt, list):
         raise RowError(MALFORMED, f"`prompt` is a list of messages, but `{names[0]}` is text")
-    # Arrow adds null keys to messages, and not the same ones in every column.
-    bare = [list(map(without_nulls, side)) for side in sides] if is_chat else sides
-    cut = _shared_length(bare[:ranked])
+    cut = None if is_chat else transcript_prompt(cast("list[str]", sides[:ranked]))
+    cut = _shared_length(bare[:ranked]) if cut is None else cut
     if is_chat and cut == 0:
         raise RowError(MALFORMED, f"no turn comes before the completion in {_names(names[:ranked])}: no prompt")
     if any(side[:cut] != bare[0][:cut] for side in bare[ranked:]):
@@ -332,38 +379,23 @@ def _shared_length(sides: Sequence[Text]) -> int:
     return shortest - 1
 
 
-def _read_text_or_messages(field: str, value: Any) -> Text | None:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-        # `datasets` guesses types when it reads JSON; `load_data` does not.
-        is_guessed = isinstance(value, (date, time))
-        hint = "; `datasets` made it from text: read the file with cpt_kernels.data.sources.load_data" * is_guessed
-        raise RowError(
-            MALFORMED, f"`{field}` is {_type_name(value)}; expected text or a list of {{role, content}} messages{hint}"
-        )
-    parts = (part for m in value if isinstance(m.get("content"), list) for part in m["content"])
-    if any(isinstance(part, dict) and part.get("type") in ("image", "image_url", "video", "audio") for part in parts):
-        raise RowError(MALFORMED, f"`{field}` holds a part that is not text")
-    return value
-
-
-def _read_tools(row: Mapping[str, Any]) -> list | None:
-    tools = row.get("tools")
+def _read_tools(row: Mapping[str, Any], roles: Roles) -> list | None:
+    prompt = row.get(_column(roles, "prompt"))
+    tools = prompt.get("tools") if isinstance(prompt, dict) else row.get("tools")  # OpenAI's `input` holds its tools
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise RowError(MALFORMED, f"`tools` is text that is not JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
-        raise RowError(MALFORMED, f"`tools` is {_type_name(tools)}; expected a list or its JSON")
+        raise RowError(MALFORMED, f"`tools` is {type_name(tools)}; expected a list or its JSON")
     return tools or None  # templates write a heading for an empty list, as TRL's authors found with Llama 3
 
 
 def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = row.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise RowError(MALFORMED, f"`chat_template_kwargs` is {_type_name(kwargs)}; expected a dict")
+        raise RowError(MALFORMED, f"`chat_template_kwargs` is {type_name(kwargs)}; expected a dict")
     if kwargs and (reserved := _RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
         raise RowError(MALFORMED, f"`chat_template_kwargs` may not set {_names(sorted(reserved))}")
     return kwargs or {}
@@ -374,12 +406,6 @@ def _is_empty(side: Text | None) -> bool:
     if side is None or isinstance(side, str):
         return not side
     return not any(value for message in side for key, value in message.items() if key != "role")
-
-
-def _type_name(value: Any) -> str:
-    if isinstance(value, list):
-        return f"a list of {'/'.join(sorted({type(item).__name__ for item in value}))}"
-    return type(value).__name__
 
 
 def _names(fields: Iterable[str]) -> str:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from ..errors import UserError
-from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, READ_COLUMNS, Form, RankedPairs, check_ranked_pairs, detect_form
+from .first_row import read_first_row
+from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, PromptFormat, RankedPairs, check_ranked_pairs
+from .forms import REFERENCE_SUMS, Form, find_roles, read_by, unused_columns
 from .rows import ExactJson, find_null_places, read_columns, visible_rows
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names, in rows of one pair
 _EDGES = ("chosen", "rejected", "targets")
 _DECISION_FEATURES = Features(
     {
@@ -37,6 +39,7 @@ _DECISION_FEATURES = Features(
     }
 )
 _EXAMPLE_ROWS = 5
+_TOKENIZED = (Form.GROUP, Form.TOKENS)
 
 
 @dataclass
@@ -73,9 +76,17 @@ class PreparationReport:
     pairs_dropped: int = 0  # in kept rows: equal sides, a side without tokens, or a repeated pair
     truncated: int = 0  # sequences (prompt + completion) of kept rows that max_length cuts
     promptless: int = 0  # sequences of kept rows whose first completion token serves as the prompt
+    texts: int = 0  # kept rows of text
+    chats: int = 0  # kept rows that the chat template renders
+    repeated: int = 0  # kept rows of a stored dataset whose tokens and pairs are those of an earlier row
+    first_repeated: int = -1
+    doubled: int = 0  # kept rows with a bos or eos token that follows itself
+    doubled_example: str = ""
+    notes: list[str] = field(default_factory=list)  # how the columns are read, in sentences
     merged: int = 0  # kept rows whose last prompt tokens change when a completion follows
     merged_example: str = ""
     max_token_id: int = -1  # in kept rows
+    first_is_chat: bool | None = None  # whether the first usable row is a conversation
     _next_index: int = field(default=0, repr=False)
 
     def add_once(self, index: int, decision: Mapping[str, Any]) -> None:
@@ -96,6 +107,19 @@ class PreparationReport:
         self.truncated += decision["truncated"]
         self.promptless += decision["promptless"]
         self.max_token_id = max(self.max_token_id, decision["max_token_id"])
+        self.chats += decision["is_chat"]
+        self.texts += not decision["is_chat"]
+        if decision["doubled"]:
+            self.doubled += 1
+            if self.doubled == 1:
+                self.doubled_example = f"row {decision['row']}: {decision['doubled']}"
+                logger.warning(
+                    "%s data: a special token is there twice in succession (%s): the text or the chat template has one"
+                    " and the tokenizer adds another, so the model sees what it never sees in inference. Remove one of"
+                    " the two from the data or the template. Shown once.",
+                    self.name,
+                    self.doubled_example,
+                )
         if decision["seam"]:
             self.merged += 1
             if self.merged == 1:
@@ -108,6 +132,16 @@ class PreparationReport:
                     self.merged_example,
                 )
 
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The format of the rows: "text", "chat", or "auto" if some are text and some are conversations.
+
+        Of a stream that is not yet read, the format of its first row.
+        """
+        found = {True: self.chats, False: self.texts} if self.kept else {self.first_is_chat: 1}
+        kinds = [is_chat for is_chat, count in found.items() if count]
+        return "auto" if kinds not in ([True], [False]) else "chat" if kinds[0] else "text"
+
     def summary(self) -> list[str]:
         """Returns the report as lines of text, without the counts that are zero."""
         lines = [f"{self.name} data: {self.kept} of {self.rows_in} rows kept, {self.pairs} pairs"]
@@ -118,6 +152,14 @@ class PreparationReport:
             lines.append(f"{self.truncated} sequences truncated to max_length={self.max_length}")
         if self.promptless:
             lines.append(f"{self.promptless} sequences without a prompt: their first token has no log-prob")
+        if self.texts and self.chats:
+            lines.append(f"{self.texts} rows are text and {self.chats} are conversations, which have other tokens")
+        if self.repeated:
+            lines.append(
+                f"{self.repeated} rows repeat an earlier row token by token (the first: row {self.first_repeated})"
+            )
+        if self.doubled:
+            lines.append(f"{self.doubled} rows with a bos or eos token twice in succession ({self.doubled_example})")
         if self.merged:
             lines.append(
                 f"{self.merged} prompts whose last tokens change when a completion follows ({self.merged_example})"
@@ -196,6 +238,7 @@ def prepare(
     target_column: str | None = None,
     gap_column: str | None = None,
     ranked_pairs: RankedPairs = "all",
+    prompt_format: PromptFormat = "auto",
     keep_columns: Sequence[str] = (),
     num_proc: int | None = None,
     batch_size: int = 1000,
@@ -210,12 +253,15 @@ def prepare(
             - `prompt, completion`; or `messages`;
             - `prompt_ids, chosen_ids, rejected_ids`;
             - the output of this function.
-            Rows of text or messages may have `tools` (a list or its JSON) and `chat_template_kwargs`.
+            Rows of text or messages may have `tools` (a list or its JSON) and `chat_template_kwargs`. :mod:`.forms`
+            lists the forms of other trainers that are read, too.
         tokenizer: its eos token becomes its pad token if it has none.
         max_length, truncation_mode: how the collator will truncate. They decide which rows are dropped.
         target_column: a third completion of each row: y_ref of SLiC's regularizer.
         gap_column: by how much chosen is better, in rows of one pair. Ranked rows use their `scores`, or ranks.
         ranked_pairs: which pairs a ranked row without `pairs` has, see `formats.ranked_pairs`.
+        prompt_format: `auto` renders rows of messages, or with a system prompt or history, by the chat template, and
+            continues text as it is. `chat` also makes turns of text. `text` drops rows that are conversations.
         keep_columns: columns to keep as they are.
         num_proc: number of processes that tokenize a map-style dataset. A stream is tokenized where it is read.
         batch_size: number of rows that are tokenized together.
@@ -237,17 +283,23 @@ def prepare(
     check_truncation(max_length, truncation_mode)
     check_ranked_pairs(ranked_pairs)
     check_tokenizer(tokenizer)
-    form = detect_form(given)
+    form, roles = find_roles(given)
     keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
+    named = [*filter(None, [target_column, gap_column]), *keep]
+    nulls = find_null_places(dataset.features, {*read_by(form, roles), *named} if form not in _TOKENIZED else ())
+    first = read_first_row(dataset, form, roles, prompt_format, tokenizer, nulls)
+    unused = unused_columns(given, form, roles, named, first.is_whole)
 
     # Tokenize and filter.
     stored = dataset.features if isinstance(dataset, Dataset) else {}
     exact = tuple(column for column in keep if isinstance(stored.get(column), ExactJson))
-    texts = () if form in (Form.GROUP, Form.TOKENS) else {*READ_COLUMNS, *filter(None, [target_column])}
-    nulls = find_null_places(dataset.features, texts)
-    tokenization = Tokenization(tokenizer, form, target_column, ranked_pairs, keep, gap_column, nulls, exact)
+    tokenization = Tokenization(
+        *(tokenizer, form, target_column, ranked_pairs, keep, gap_column, nulls, exact),
+        roles=dict(roles),
+        prompt_format=first.prompt_format,
+    )
     tokenize = partial(_tokenize, dataset, tokenization, given, batch_size)
-    report = PreparationReport(name, max_length)
+    report = PreparationReport(name, max_length, notes=first.notes(name, unused), first_is_chat=first.is_chat)
     filtration = Filter(max_length, truncation_mode)
     columns = (*GROUP_FEATURES, *keep)
     if isinstance(dataset, IterableDataset):
@@ -321,6 +373,11 @@ def _filter_rows(
     if not report.kept:
         raise UserError("\n  ".join(["no row can be trained on", *report.summary()]))
     kept = [index for index, reason in enumerate(decisions["reason"]) if not reason]
+    digests = decisions.with_format("numpy", columns=["digest", "row"])[:]
+    _, firsts = np.unique(digests["digest"][kept], return_index=True)
+    if len(firsts) < len(kept):
+        report.repeated = len(kept) - len(firsts)
+        report.first_repeated = int(np.delete(digests["row"][kept], firsts)[0])
     tokens = tokenized.remove_columns([*_EDGES, *REMARK_FEATURES])
     groups = concatenate_datasets([tokens, decisions.select_columns(list(_EDGES))], axis=1)
     return groups.select_columns(list(columns)).select(kept)
@@ -367,5 +424,5 @@ def _kept_columns(
         raise UserError(f"gap_column={gap_column!r} needs rows of one pair; the dataset's form is {form.value}")
     if taken := set(keep_columns) & {*GROUP_FEATURES, *REMARK_FEATURES}:
         raise UserError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself: rename them")
-    references = _REFERENCE_COLUMNS if form is Form.TOKENS else ()
+    references = REFERENCE_SUMS if form is Form.TOKENS else ()
     return tuple(dict.fromkeys([*keep_columns, *(name for name in references if name in columns)]))

@@ -16,6 +16,7 @@ Nothing here depends on `max_length`: tokens cached by `datasets` are reused whe
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,23 +26,23 @@ from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Features, List, Value
 from jinja2 import TemplateError
+from xxhash import xxh3_64_intdigest
 
 from ..errors import UserError
 from .encoding import encode_groups, encode_texts, has_own_backend
 from .formats import (
     EMPTY,
     IDENTICAL,
-    MALFORMED,
-    READ_COLUMNS,
     TIED,
     Example,
-    Form,
+    PromptFormat,
     RankedPairs,
-    RowError,
     parse_row,
     ranked_pairs,
     read_gap,
 )
+from .forms import Form, Roles, read_by
+from .messages import MALFORMED, RowError
 from .rows import ExactJson, NullPlaces, drop_nulls
 
 if TYPE_CHECKING:
@@ -61,9 +62,19 @@ GROUP_FEATURES = Features(
 )
 # What the filter needs to know about a row besides its group: `reason` and `detail` say why the row is dropped, and are
 # empty for a usable row. `seam` is the text of the prompt's last tokens if a following completion changes them, else
-# empty. `pairs_given` counts the pairs of the row before any is dropped.
+# empty. `pairs_given` counts the pairs of the row before any is dropped. `is_chat` says whether the row is a
+# conversation. `doubled` is the special token that follows itself at the start of the prompt or at the end of a
+# completion, else empty. `digest` is equal for rows with equal groups.
 REMARK_FEATURES = Features(
-    {"reason": Value("string"), "detail": Value("string"), "seam": Value("string"), "pairs_given": Value("int32")}
+    {
+        **{
+            "reason": Value("string"),
+            "detail": Value("string"),
+            "seam": Value("string"),
+            "pairs_given": Value("int32"),
+        },
+        **{"is_chat": Value("bool"), "doubled": Value("string"), "digest": Value("int64")},
+    }
 )
 
 _LARGEST_ID = 2**31 - 1  # GROUP_FEATURES store ids as int32
@@ -79,7 +90,8 @@ class Tokenization:
     The fields are everything that the result depends on besides the rows, because `datasets` keys its cache by them.
     They must be plain values without paths or state. Raise `version` whenever the output of this module changes.
 
-    `nulls` says where in a column Arrow may have inserted nulls, and `exact` names the kept columns of `ExactJson`.
+    `roles` says which columns hold the parts of a row, `nulls` where in a column Arrow may have inserted nulls, and
+    `exact` which of the kept columns are `ExactJson`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -90,10 +102,12 @@ class Tokenization:
     gap_column: str | None = None
     nulls: Mapping[str, NullPlaces] = field(default_factory=dict)
     exact: tuple[str, ...] = ()
-    version: int = 5
+    roles: Roles = field(default_factory=dict)
+    prompt_format: PromptFormat = "auto"
+    version: int = 6
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        read = READ_COLUMNS.union([self.target_column, self.gap_column], self.keep)
+        read = read_by(self.form, self.roles).union([self.target_column, self.gap_column, "scores"], self.keep)
         columns = {name: batch[name] for name in batch if name in read}
         for name, places in self.nulls.items():
             if name in columns:
@@ -108,6 +122,7 @@ class Tokenization:
             if isinstance(group, RowError):
                 group = {**{name: [] for name in _GROUP_LISTS}, "reason": group.reason, "detail": group.detail}
             filled = {"row": index, "reason": "", "detail": "", "seam": "", "pairs_given": len(group["rejected"])}
+            filled |= {"is_chat": False, "doubled": self._doubled(group), "digest": _group_digest(group)}
             if self.form is Form.GROUP and row.get("row") is not None:
                 filled["row"] = row["row"]
             for name, value in (filled | group).items():
@@ -159,7 +174,8 @@ class Tokenization:
 
     def _encode(self, rows: list[dict]) -> list[tuple[Example, list[int], list[list[int]]] | RowError]:
         """Parses and encodes rows: each becomes (example, prompt ids, ids of each prompt + completion) or an error."""
-        results: list[Any] = [_attempt(parse_row, row, self.form, self.target_column, self.gap_column) for row in rows]
+        how = (self.form, self.target_column, self.gap_column, self.roles, self.prompt_format)
+        results: list[Any] = [_attempt(parse_row, row, *how) for row in rows]
         examples = {i: result for i, result in enumerate(results) if isinstance(result, Example)}
         encoded = self._encode_texts({i: example for i, example in examples.items() if not example.is_chat})
         for chats in _group_by_template_arguments({i: e for i, e in examples.items() if e.is_chat}):
@@ -217,7 +233,16 @@ class Tokenization:
         seam = repr(self.tokenizer.decode(prompt_ids[length:])) if length < len(prompt_ids) else ""
         completions = [whole[length:] for whole in wholes]
         group = self._build_group(prompt_ids[:length], completions, example.scores, example.has_target, example.pairs)
-        return group | {"seam": seam, "pairs_given": example.count_pairs(self.ranked_pairs)}
+        remarks = {"seam": seam, "pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
+        return group | remarks
+
+    def _doubled(self, group: Mapping[str, Any]) -> str:
+        """Returns the bos token if a sequence begins with it twice, the eos token if one ends with it twice, or ""."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        starts = [(group["prompt_ids"] + ids)[:2] for ids in group["completion_ids"]]
+        if bos is not None and [bos, bos] in starts:
+            return self.tokenizer.bos_token
+        return self.tokenizer.eos_token if [eos, eos] in [ids[-2:] for ids in group["completion_ids"]] else ""
 
     def _build_group(
         self,
@@ -273,6 +298,13 @@ class Tokenization:
             group["scores"] = [ranked_scores[i] for i in used]
         tokens = list(index_of)
         return {"prompt_ids": prompt_ids, "completion_ids": [list(tokens[i]) for i in used]} | group
+
+
+def _group_digest(group: Mapping[str, Any]) -> int:
+    """Returns 63 bits that are equal for groups with equal tokens and pairs."""
+    tokens = [group["prompt_ids"], *group["completion_ids"]]
+    rest = repr([[len(ids) for ids in tokens], *(group[name] for name in _GROUP_LISTS[2:])]).encode()
+    return xxh3_64_intdigest(b"".join(array("i", ids).tobytes() for ids in tokens) + rest) >> 1
 
 
 def _has_gaps(scores: Sequence[float], pairs: Iterable[tuple[int, ...]]) -> bool:

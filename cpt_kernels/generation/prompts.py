@@ -6,24 +6,16 @@ This module needs neither a tokenizer nor a model, because an endpoint is asked 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
-from ..data.formats import (
-    FORM_COLUMNS,
-    READ_COLUMNS,
-    Form,
-    RowError,
-    Text,
-    one_turn_as_text,
-    parse_prompt,
-    parse_row,
-)
-from ..data.response_columns import PROMPT_NAMES
+from ..data.formats import is_record, one_turn_as_text, parse_prompt, parse_row
+from ..data.forms import FORM_COLUMNS, Form, Roles, find_prompt, match_roles, read_by
+from ..data.messages import RowError, Text, text_as_turns
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -84,8 +76,8 @@ class Prompt:
         return xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
     def messages(self, system_prompt: str | None = None) -> list[dict]:
-        """Returns the prompt as a conversation, in which a text prompt is a user turn."""
-        turns = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else list(self.content)
+        """Returns the prompt as a conversation, in which a text prompt is a user turn, as in training."""
+        turns = text_as_turns(self.content, [])[0] if isinstance(self.content, str) else list(self.content)
         has_own = turns and turns[0]["role"] in ("system", "developer")
         return turns if system_prompt is None or has_own else [{"role": "system", "content": system_prompt}, *turns]
 
@@ -125,18 +117,17 @@ RecordAnswers = Callable[[Sequence[tuple[int, Answer | Failure]]], None]
 
 # --- Prompts of a dataset ---
 
-# Forms whose prompt may be the common start of their completions.
-_WITH_COMPLETIONS = {form: FORM_COLUMNS[form] for form in (Form.PREFERENCE, Form.RANKED, Form.SUPERVISED)}
-_ALONE = (*PROMPT_NAMES, "messages")
+_OURS = {"completion", "completions"}
 
 
 def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prompt | None], dict[str, Drop]]:
     """Reads the prompt of every row, in the same way as training does.
 
     Args:
-        dataset: rows with a column of text or messages, or with completions as for training.
-        column: the column of the prompts. By default the prompt is the part before the completions if there are
-            completions, else the first of ``prompt``, ``instruction`` and ``messages`` that exists.
+        dataset: rows with a prompt, with completions as for training or without.
+        column: the column of the prompts, to which other columns then add nothing. By default the prompt is the part
+            before the completions if the rows have `chosen` and `rejected`, `completion` or `completions`, else what
+            ``data.forms.find_prompt`` finds.
 
     Returns:
         The prompt of each row, None if it has none; and the rows without a prompt by reason.
@@ -149,20 +140,15 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
 
     dataset = visible_rows(dataset)
     names = set(dataset.column_names)
-    form = None if column else next((form for form, has in _WITH_COMPLETIONS.items() if names.issuperset(has)), None)
-    if form is None:
-        column = _find_column(names, column)
+    form, roles = _find_roles(names, column)
     prompts: list[Prompt | None] = []
     dropped: dict[str, Drop] = {}
     nulls = find_null_places(dataset.features, names)
-    for number, given in enumerate(dataset.select_columns(sorted(names & {*READ_COLUMNS, column, "input"}))):
-        row = drop_nulls(given, nulls)
-        if column == "instruction" and row.get("input"):
-            raise UserError(
-                f"row {number}: the column `input` adds to `instruction`: join them into a column `prompt` first"
-            )
+    for number, given in enumerate(dataset.select_columns(sorted(names & read_by(form, roles)))):
+        row = {name: drop_nulls(value, nulls.get(name)) for name, value in given.items()}
         try:
-            example = parse_row(row, form) if form else parse_prompt(row, column)
+            is_alone = form is Form.MESSAGES
+            example = parse_prompt(row, roles["prompt"], roles) if is_alone else parse_row(row, form, roles=roles)
             prompts.append(Prompt(example.prompt, example.tools, example.template_kwargs))
         except RowError as error:
             prompts.append(None)
@@ -170,12 +156,23 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
     return prompts, dropped
 
 
-def _find_column(names: Iterable[str], column: str | None) -> str:
-    found = next((name for name in ([column] if column else _ALONE) if name in names), None)
-    if found is None:
+def _find_roles(names: set[str], column: str | None) -> tuple[Form, Roles]:
+    """Returns the form in which a row's prompt is read, and the column of each role.
+
+    The form is MESSAGES for rows of which only the prompt is read.
+    """
+    if column is None:
+        form, roles = match_roles(names) or (Form.MESSAGES, {})
+        # The prompt may be the common start of the completions.
+        if form is Form.PREFERENCE or _OURS & {roles.get("completion"), roles.get("completions")}:
+            return form, roles
+        roles = find_prompt(names)
+    else:
+        roles = {"prompt": column} if column in names else {}
+    if "prompt" not in roles:
         wanted = f"`{column}`" if column else "`chosen` and `rejected`, `prompt`, `instruction` or `messages`"
         raise UserError(f"the dataset has the columns {', '.join(sorted(names))}; prompts are expected in {wanted}")
-    return found
+    return Form.MESSAGES, roles
 
 
 def single_instruction(content: Text) -> str | None:
@@ -191,11 +188,13 @@ def single_instruction(content: Text) -> str | None:
 
 def as_completion(row: Mapping[str, Any], prompt: Prompt, text: str) -> Text:
     """Returns a response in the form of the row's completions, for a new column beside them."""
-    sides = [row.get("chosen"), row.get("completion"), *(row.get("completions") or ())]
+    form, roles = match_roles(row) or (Form.MESSAGES, {})
+    given = None if form is Form.MESSAGES else row.get(roles[FORM_COLUMNS[form][0]])
+    sides = [side for side in given or () if not is_record(side)] if form is Form.RANKED else [given]
     side = next((side for side in sides if side is not None), None)
     is_chat = not isinstance(prompt.content if side is None else side, str)
     own: Text = [{"role": "assistant", "content": text}] if is_chat else text
-    given = row.get("prompt")
+    given = row.get(roles.get("prompt", "prompt"))
     # Completions include the prompt if the row has no prompt, or has a text prompt beside completions of messages.
     is_whole = side is not None and (given is None or isinstance(given, str) == is_chat)
     return prompt.content + own if is_whole else own

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ..config import REMOVED_OPTIONS, ContrastiveConfig
+from ..data.forms import Form, detect_form
+from ..data.rows import read_columns
 from ..errors import UserError
 from ..losses import Loss
 from ..model.loading import zero_stage
@@ -277,6 +279,23 @@ def aux_loss_coef(model: nn.Module, option: float | None) -> float:
 
 
 # --- Data ---
+
+
+def check_ranked_pairs_apply(dataset: Dataset | IterableDataset, ranked_pairs: str | None) -> None:
+    """Raises UserError if ``ranked_pairs`` is set and the rows have no ranking, or pairs of their own."""
+    first = None if ranked_pairs is None else next(iter(dataset), None)
+    if first is None:
+        return
+    form = detect_form(read_columns(dataset))
+    if form is not Form.RANKED:
+        raise UserError(
+            f"ranked_pairs={ranked_pairs} has no effect on {form.value} rows, only on ranked ones: leave it out"
+        )
+    if first.get("pairs") is not None:
+        raise UserError(
+            f"ranked_pairs={ranked_pairs} has no effect on rows that have `pairs` of their own: leave it out, or leave"
+            " the column `pairs` out by --columns"
+        )
 
 
 def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:

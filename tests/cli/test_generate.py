@@ -15,7 +15,8 @@ import pytest
 from datasets import load_dataset
 
 from cpt_kernels import cli
-from cpt_kernels.data.formats import Form, parse_row
+from cpt_kernels.data.formats import parse_row
+from cpt_kernels.data.forms import Form
 from tests.helpers import ROOT
 from tests.helpers.architectures import tiny_model
 from tests.helpers.command import write_rows

@@ -3,7 +3,9 @@
 import pytest
 from datasets import Dataset
 
-from cpt_kernels.data.formats import Form, RowError, detect_form, parse_row, ranked_pairs
+from cpt_kernels.data.formats import parse_row, ranked_pairs
+from cpt_kernels.data.forms import Form, detect_form
+from cpt_kernels.data.messages import RowError
 from cpt_kernels.data.preparation import prepare
 from tests.helpers.rows import EOS, MORE, assistant, chat, decoded, make_tokenizer, pair, prepared, reasons, user
 

@@ -41,15 +41,16 @@ MIXED = [
 
 def test_reasons_are_counted(tokenizer):
     kept, report = prepared(MIXED, tokenizer, max_length=10, name="eval")
-    assert [row["row"] for row in kept] == [0, 2, 5]
+    assert [row["row"] for row in kept] == [0, 2]
     assert reasons(report) == {
         "empty completion": (1, [1]),
         "prompt fills max_length": (1, [3]),
         "identical sides": (2, [4, 6]),
+        "no prompt": (1, [5]),
     }
     assert report.rows_in == len(MIXED) == report.kept + sum(drop.count for drop in report.dropped.values())
     summary = report.summary()
-    assert summary[0] == "eval data: 3 of 7 rows kept, 3 pairs"
+    assert summary[0] == "eval data: 2 of 7 rows kept, 2 pairs"
     assert "dropped, identical sides: 2 (rows 4, 6; the first: all completions have the same tokens)" in summary
 
 

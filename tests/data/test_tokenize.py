@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from cpt_kernels.data import tokenize
-from cpt_kernels.data.formats import Form
+from cpt_kernels.data.forms import Form
 from cpt_kernels.data.preparation import prepare
 from tests.helpers.rows import EOS, MORE, assistant, chat, make_tokenizer, nasty_pairs, pair, prepared, real_pairs, user
 

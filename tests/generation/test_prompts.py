@@ -7,7 +7,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from cpt_kernels.data.formats import Form, parse_row
+from cpt_kernels.data.formats import parse_row
+from cpt_kernels.data.forms import Form
 from cpt_kernels.generation.prompts import Prompt, Request, Sampling, as_completion, read_prompts
 from cpt_kernels.pairs.responses import read_responses
 from tests.helpers.rows import MORE, REAL_DATA, assistant, chat, pair, user
