@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from ..errors import UserError
 from .formats import Example, PromptFormat, are_whole, parse_row
-from .forms import FORM_COLUMNS, Form, Roles
+from .forms import FORM_COLUMNS, Form, Roles, in_backticks
 from .messages import RowError, read_text_or_messages
 from .rows import NullPlaces, drop_nulls
 
@@ -42,8 +42,8 @@ class FirstRow:
 
     def notes(self, name: str, unused: Sequence[str]) -> list[str]:
         """Returns the sentences about a dataset called ``name`` with these unused columns."""
-        rest = [f"the columns {_in_backticks(unused)} are not used"] if len(unused) > 1 else []
-        rest += [f"the column {_in_backticks(unused)} is not used"] if len(unused) == 1 else []
+        rest = [f"the columns {in_backticks(unused)} are not used"] if len(unused) > 1 else []
+        rest += [f"the column {in_backticks(unused)} is not used"] if len(unused) == 1 else []
         return [f"{name} data: {remark}" for remark in (*self.remarks, *rest)]
 
 
@@ -114,7 +114,3 @@ def _printed_dates(tokenizer: PreTrainedTokenizerBase, example: Example) -> list
     except (TemplateError, TypeError):
         return []  # the row is dropped, with this error as the reason
     return [date for date in map(datetime.now().strftime, formats) if date in text]
-
-
-def _in_backticks(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

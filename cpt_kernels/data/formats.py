@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from ..errors import UserError
-from .forms import Form, Roles
+from .forms import Form, Roles, in_backticks
 from .messages import (
     MALFORMED,
     RowError,
@@ -110,7 +110,7 @@ def parse_row(
         names.append(target_column)
         completions.append(target)
     if len({isinstance(completion, str) for completion in completions}) > 1:
-        raise RowError(MALFORMED, f"{_names(names)} mix text and messages")
+        raise RowError(MALFORMED, f"{in_backticks(names)} mix text and messages")
 
     # The prompt: explicit, or what the completions have in common.
     given = None if form is Form.MESSAGES else _read_prompt(row, roles)
@@ -359,7 +359,7 @@ def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], rank
     cut = None if is_chat else transcript_prompt(cast("list[str]", sides[:ranked]))
     cut = _shared_length(bare[:ranked]) if cut is None else cut
     if is_chat and cut == 0:
-        raise RowError(MALFORMED, f"no turn comes before the completion in {_names(names[:ranked])}: no prompt")
+        raise RowError(MALFORMED, f"no turn comes before the completion in {in_backticks(names[:ranked])}: no prompt")
     if any(side[:cut] != bare[0][:cut] for side in bare[ranked:]):
         raise RowError(MALFORMED, f"`{names[-1]}` does not start with the prompt that the other sides share")
     return sides[0][:cut], [side[cut:] for side in sides]
@@ -397,7 +397,7 @@ def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     if kwargs is not None and not isinstance(kwargs, dict):
         raise RowError(MALFORMED, f"`chat_template_kwargs` is {type_name(kwargs)}; expected a dict")
     if kwargs and (reserved := _RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
-        raise RowError(MALFORMED, f"`chat_template_kwargs` may not set {_names(sorted(reserved))}")
+        raise RowError(MALFORMED, f"`chat_template_kwargs` may not set {in_backticks(sorted(reserved))}")
     return kwargs or {}
 
 
@@ -406,7 +406,3 @@ def _is_empty(side: Text | None) -> bool:
     if side is None or isinstance(side, str):
         return not side
     return not any(value for message in side for key, value in message.items() if key != "role")
-
-
-def _names(fields: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in fields)

@@ -86,20 +86,22 @@ def find_roles(columns: Iterable[str]) -> tuple[Form, Roles]:
     """
     columns = set(columns)
     if images := columns & {"image", "images"}:
-        raise UserError(f"the dataset has the column {_names(images)}: images are not supported: remove the column")
+        raise UserError(
+            f"the dataset has the column {in_backticks(images)}: images are not supported: remove the column"
+        )
     found = match_roles(columns)
     if found is None:
-        expected = "; ".join(_names(_our_columns(form)) for form in Form)
+        expected = "; ".join(in_backticks(_our_columns(form)) for form in Form)
         raise UserError(
-            f"the dataset has the columns {_names(sorted(columns))}; expected one of: {expected}; rename columns with"
-            " --columns, for instance --columns question=prompt better=chosen worse=rejected"
+            f"the dataset has the columns {in_backticks(sorted(columns))}; expected one of: {expected}; rename columns"
+            " with --columns, for instance --columns question=prompt better=chosen worse=rejected"
         )
     form, roles = found
     if form in (Form.SUPERVISED, Form.MESSAGES) and (tags := columns & {*_UNPAIRED}):
         raise UserError(
-            f"the dataset has the columns {_names([*_our_columns(form), *tags])}: unpaired preferences are not supported,"
-            f" and training on all completions would ignore {_names(tags)}; build pairs (`chosen`, `rejected`), or"
-            f" remove {_names(tags)}"
+            f"the dataset has the columns {in_backticks([*_our_columns(form), *tags])}: unpaired preferences are not"
+            f" supported, and training on all completions would ignore {in_backticks(tags)}; build pairs (`chosen`,"
+            f" `rejected`), or remove {in_backticks(tags)}"
         )
     return form, roles
 
@@ -120,10 +122,10 @@ def find_prompt(columns: Collection[str], form: Form | None = None) -> dict[str,
 
     Rows of MESSAGES have their prompt in the messages. Rows of other forms may have it as a conversation.
     """
-    roles = {role: name for role, names in _BEFORE_PROMPT.items() if (name := _first(names, columns))}
+    roles = {role: name for role, names in _BEFORE_PROMPT.items() if (name := _first_name(names, columns))}
     if form is Form.MESSAGES:
         return roles
-    prompt = _first((*PROMPT_NAMES[:-1], *(() if form is Form.SUPERVISED else _CONVERSATIONS), "input"), columns)
+    prompt = _first_name((*PROMPT_NAMES[:-1], *(() if form is Form.SUPERVISED else _CONVERSATIONS), "input"), columns)
     if prompt is not None:
         roles["prompt"] = prompt
     if prompt == "instruction" and "input" in columns:
@@ -166,9 +168,9 @@ def unused_columns(
         renamed = [f"{side}={other}", f"{one}={role}", *(name for name in keep if name != side)]
     own = f" (the prompt is `{roles['prompt']}`)" if "prompt" in roles and kind == "a prompt" else ""
     raise UserError(
-        f"the column{'s' * (len(suspects) > 1)} {_names(suspects)} look{'s' * (len(suspects) == 1)} like {kind} and"
-        f" would not be used{own}: give --columns {' '.join(renamed)} to use `{one}`, or --columns {' '.join(keep)} to"
-        " leave it out (in Python: dataset.rename_column, dataset.remove_columns)"
+        f"the column{'s' * (len(suspects) > 1)} {in_backticks(suspects)} look{'s' * (len(suspects) == 1)} like {kind}"
+        f" and would not be used{own}: give --columns {' '.join(renamed)} to use `{one}`, or --columns"
+        f" {' '.join(keep)} to leave it out (in Python: dataset.rename_column, dataset.remove_columns)"
     )
 
 
@@ -186,9 +188,10 @@ def _our_columns(form: Form) -> tuple[str, ...]:
     return ("prompt", "completion") if form is Form.SUPERVISED else FORM_COLUMNS[form]
 
 
-def _first(names: Iterable[str], columns: Collection[str]) -> str | None:
+def _first_name(names: Iterable[str], columns: Collection[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def _names(columns: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in columns)
+def in_backticks(names: Iterable[str]) -> str:
+    """Returns names of columns for a message."""
+    return ", ".join(f"`{name}`" for name in names)

@@ -217,10 +217,9 @@ def test_a_prompt_counts_once_however_it_is_tokenized(tmp_path):
     tokens = evaluate_pairs({"m": model}, prepared, tokenizer, args=config(tmp_path))
     assert len(set(tokens.prompts.tolist())) == 3
     np.testing.assert_array_equal(tokens.logps["m"], found.logps["m"])
-    made += [pair("the sun", "the sun is", "the sun!"), pair("the sun", "the sky is", "the sky!")]
-    made = [{**row, "prompt": row["prompt"] if i < 3 else None} for i, row in enumerate(made)]
-    some = evaluate_pairs({"m": model}, Dataset.from_list(made), tokenizer, args=config(tmp_path))
-    assert len(set(some.prompts.tolist())) == 4 and (some.prompts[:3] == found.prompts).all()
+    implicit = [{"chosen": f"{start} is", "rejected": f"{start}!"} for start in ("the sun", "the sky", "the sun")]
+    some = evaluate_pairs({"m": model}, Dataset.from_list(implicit), tokenizer, args=config(tmp_path))
+    assert some.prompts[0] == some.prompts[2] != some.prompts[1]
 
 
 def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):

@@ -66,7 +66,6 @@ def test_tools_and_template_arguments():
     [
         ({"text": "a"}, None, "columns text; prompts are expected in `chosen` and `rejected`, `prompt`"),
         ({"prompt": "a"}, "question", "columns prompt; prompts are expected in `question`"),
-        ({"instruction": "add", "input": "1 2"}, None, "join them into a column `prompt` first"),
     ],
 )
 def test_data_without_prompts(row, column, message):
