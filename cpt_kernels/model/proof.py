@@ -104,13 +104,14 @@ class Truth:
             return 0.0 if all(g is None or not g.any() for g in gradients) else float("inf")
         eps = max(_eps(g.dtype) for g in true)
         tolerance = eps**0.5 + 4 * self.noise / self.fault
-        floor = 32 * eps * max(g.abs().max().item() for g in true)
+        floor = 32 * eps * max(map(_largest, true))
         worst = 0.0
         for one, other in zip(self.gradients, gradients, strict=True):
             if one is None and other is None:
                 continue
-            one, other = (torch.zeros(1) if g is None else g.detach().double().cpu() for g in (one, other))
-            difference, size = ((x.abs().max().item()) for x in (one - other, one))
+            both = one is not None and other is not None
+            difference = _largest(one - other) if both else max(_largest(one), _largest(other))
+            size = _largest(one)
             if not difference <= tolerance * size + floor:
                 worst = max(worst, difference / (size + floor))
         return worst
@@ -208,6 +209,10 @@ def rounding_of(logps: Tensor, dtypes: Iterable[torch.dtype]) -> tuple[float, bo
     is_coarse = eps > 1e-4
     # Half precision leaves a rounding of the logits beside the measured noise.
     return (2 if is_coarse else 32) * eps * (1 + logps.abs().max().item()), is_coarse
+
+
+def _largest(values: Tensor | None) -> float:
+    return 0.0 if values is None else torch.linalg.vector_norm(values, float("inf")).item()
 
 
 def _eps(dtype: torch.dtype) -> float:
