@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,31 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     if os.name != "nt":  # Windows cannot open a folder
         for entry in (*paths, *missing):  # a name is durable once the folder that holds it is synced
             _sync(entry.parent)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``: it takes the place of ``path`` when the block ends, else it is deleted.
+
+    Raises:
+        OSError: ``path`` holds files already, or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            if entry.is_file() or os.name != "nt":
+                _sync(entry)
+        if path.is_dir():
+            path.rmdir()  # raises if it is not empty
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if os.name != "nt":
+        _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "cache": (".cache", "build, inspect, verify, prune, export and import reference log-probs"),
     "generate": (".generate", "generate a model's responses to a set of prompts, locally or through an endpoint"),
     "eval": (".evaluate", "evaluate models on held-out pairs, or by a judge on what they generate"),
+    "merge": (".merge", "merge adapters into their base model, exactly, and write the whole model"),
     "demo": ("..demo", "the paper in miniature: a small model, three teachers, SFT, SLiC and DPO; no network"),
 }
 _PACKAGES = ("cpt-kernels", "torch", "transformers")  # whose versions --version prints

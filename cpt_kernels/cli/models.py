@@ -33,7 +33,7 @@ def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str 
     from safetensors import SafetensorError
 
     path = Path(name).expanduser()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not path.exists() and is_path(name):
         raise UserError(f"{option}={name}: there is no such folder")
     try:
         return load(str(path) if path.exists() else name, **kwargs)
@@ -44,6 +44,11 @@ def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str 
         elif hint:
             message += f"; {hint}"
         raise UserError(f"{option}={name} cannot be loaded: {message}") from error
+
+
+def is_path(name: str) -> bool:
+    """Whether a name cannot be one of the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 # --- Tokenizers ---
@@ -64,6 +69,16 @@ def load_named_tokenizer(
     return from_pretrained(
         AutoTokenizer.from_pretrained, name, option, hint, trust_remote_code=trust_remote_code, **kwargs
     )
+
+
+def find_tokenizer(*names: str) -> str | None:
+    """Returns the first of some folders or hub names that holds a tokenizer."""
+    from transformers.utils import cached_file
+
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
+    files = ("tokenizer_config.json", "tokenizer.json")
+    present = [name for name in names if Path(name).is_dir() or not is_path(name)]
+    return next((name for name in present if any(cached_file(name, file, **quiet) for file in files)), None)
 
 
 def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
@@ -144,8 +159,8 @@ def load_named_model(name: str, option: str, **kwargs: Any) -> nn.Module:
     return from_pretrained(load_pretrained, name, option, hint, **kwargs)
 
 
-def quantization_config(model: ModelArguments, args: ContrastiveConfig) -> BitsAndBytesConfig:
-    """Translates ``load_in_4bit``, ``load_in_8bit`` and ``bnb_*`` for transformers.
+def quantization_config(model: ModelArguments, args: ContrastiveConfig | None = None) -> BitsAndBytesConfig:
+    """Translates ``load_in_4bit``, ``load_in_8bit`` and ``bnb_*`` for transformers; ``args`` have mixed precision.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -156,7 +171,7 @@ def quantization_config(model: ModelArguments, args: ContrastiveConfig) -> BitsA
     if find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit and load_in_8bit need the bitsandbytes package: pip install bitsandbytes")
     given = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else given
+    compute = torch.bfloat16 if args and args.bf16 else torch.float16 if args and args.fp16 else given
     return BitsAndBytesConfig(
         load_in_4bit=model.load_in_4bit,
         load_in_8bit=model.load_in_8bit,

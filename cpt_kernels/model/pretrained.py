@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -43,25 +44,46 @@ class SavedAdapters(NamedTuple):
     active: Sequence[str]
 
 
+class BaseModel(NamedTuple):
+    """The base model of adapters."""
+
+    name: str  # folder or hub name
+    revision: str | None = None
+
+
 # --- Loading ---
 
 
-def load_pretrained(name: str, *, trainable: bool = False, **kwargs: Any) -> nn.Module:
+def load_pretrained(
+    name: str,
+    *,
+    trainable: bool = False,
+    base: BaseModel | None = None,
+    adapters: SavedAdapters | None = None,
+    dequantize: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
     """Loads a causal language model, or its adapters around their base model.
 
     Args:
         name: folder or hub name of a model or an adapter.
         trainable: whether the parameters of active adapters require gradients.
+        base: the base model of adapters; default the one that their configuration names.
+        adapters: the adapters of ``name``; default those that :func:`find_adapters` finds.
+        dequantize: whether the quantized weights of a base model become fp32 weights of the same values.
         kwargs: of ``AutoModelForCausalLM.from_pretrained``; ``revision`` is that of ``name``.
 
     Raises:
         UserError: a weight is missing, left over or of another shape; the folder holds adapters of which none is
-            active, or a whole model beside an adapter; an adapter names no base model, or PEFT is not installed.
+            active, or a whole model beside an adapter; an adapter names no base model, or PEFT is not installed;
+            ``base`` is given for a whole model.
     """
-    adapters = find_adapters(name, **_hub(kwargs))
-    if adapters is None:
-        return load_whole(AutoModelForCausalLM, name, **kwargs)
-    return _load_adapters(name, adapters, trainable, kwargs)
+    adapters = adapters or find_adapters(name, **_hub(kwargs))
+    if adapters is not None:
+        return _load_adapters(name, adapters, trainable, base, dequantize, kwargs)
+    if base is not None:
+        raise UserError(f"{name} holds no adapter ({ADAPTER_CONFIG}): name the folder of one")
+    return load_whole(AutoModelForCausalLM, name, **kwargs)
 
 
 def load_whole(cls: Any, name: str, **kwargs: Any) -> PreTrainedModel:
@@ -73,7 +95,8 @@ def load_whole(cls: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     """
     # Transformers would raise the mismatched shapes without naming them.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = cls.from_pretrained(name, **kwargs)
+    with user_error(name, (SafetensorError,)):  # a damaged file
+        model, found = cls.from_pretrained(name, **kwargs)
     shapes = [f"{key} {list(saved)} instead of {list(ours)}" for key, saved, ours in sorted(found["mismatched_keys"])]
     faults = [
         ("lacks weights that would be random", sorted(found["missing_keys"])),
@@ -147,36 +170,67 @@ def stored_adapters(folder: Path, model: Any = None) -> dict[str, str]:
     return own | {name: place for name, place in others.items() if not _CHECKPOINT.fullmatch(name)}
 
 
-def _load_adapters(name: str, adapters: SavedAdapters, trainable: bool, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Loads the base model of adapters, and adds the adapters by PEFT."""
-    try:
-        from peft import PeftConfig, get_peft_model
-    except ImportError as error:
-        raise UserError(f"{name} holds an adapter, which needs the peft package: pip install peft") from error
+def find_base(name: str, adapters: SavedAdapters, **hub: Any) -> BaseModel:
+    """Returns the base model that the configurations of adapters name.
 
-    # The base model, which all adapters name.
-    hub = {} if Path(name).is_dir() else _hub(kwargs)
-    with user_error(name):
-        configs = {adapter: PeftConfig.from_pretrained(place, **hub) for adapter, place in adapters.places.items()}
-    bases = {config.base_model_name_or_path: config.revision for config in configs.values()}
-    if len(bases) > 1 or not all(bases):
-        named = " and ".join(sorted(map(str, bases)))
+    Raises:
+        UserError: they name none, or several; or PEFT is not installed.
+    """
+    bases = {BaseModel(c.base_model_name_or_path, c.revision) for c in _read_configs(name, adapters, hub).values()}
+    if len({base.name for base in bases}) > 1 or not all(base.name for base in bases):
+        named = " and ".join(sorted({str(base.name) for base in bases}))
         raise UserError(
             f"{name} names {named} as base model: write the one base model as base_model_name_or_path into its"
             f" {ADAPTER_CONFIG}"
         )
-    ((base_name, revision),) = bases.items()
+    return bases.pop()
+
+
+def _read_configs(name: str, adapters: SavedAdapters, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the PEFT configurations of adapters by name."""
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise UserError(f"{name} holds an adapter, which needs the peft package: pip install peft") from error
+    hub = {} if Path(name).is_dir() else hub
+    with user_error(name):
+        return {adapter: PeftConfig.from_pretrained(place, **hub) for adapter, place in adapters.places.items()}
+
+
+def _load_adapters(
+    name: str,
+    adapters: SavedAdapters,
+    trainable: bool,
+    given: BaseModel | None,
+    dequantize: bool,
+    kwargs: Mapping[str, Any],
+) -> nn.Module:
+    """Loads the base model of adapters, and adds the adapters by PEFT."""
+    # The base model.
+    hub = {} if Path(name).is_dir() else _hub(kwargs)
+    configs = _read_configs(name, adapters, hub)
+    base_name, revision = given or find_base(name, adapters, **hub)
     of_base = {**kwargs, "revision": revision or "main", "subfolder": ""}
     with user_error(f"the base model of {name}, {base_name}"):
         if find_adapters(base_name, **_hub(of_base)) is not None:
-            raise UserError(f"the base model of {name}, {base_name}, is an adapter itself: merge it first")
+            raise UserError(
+                f"the base model of {name}, {base_name}, is an adapter itself: merge it first, by cpt merge {base_name}"
+                " --output FOLDER"
+            )
         base = load_whole(AutoModelForCausalLM, base_name, **of_base)
+        if dequantize and getattr(base, "hf_quantizer", None) is not None:
+            # Kinds of quantization that transformers cannot undo raise NotImplementedError.
+            with user_error("its quantized weights cannot be dequantized", (NotImplementedError, ValueError)):
+                base = base.dequantize(dtype=torch.float32).float()
     weights = {adapter: _read_weights(base, place, hub) for adapter, place in adapters.places.items()}
     _resize_vocabulary(base, weights.values(), name)
 
-    # The adapters.
+    # The adapters, whose configuration names the base model when they are saved again.
+    from peft import get_peft_model
+
     model: Any = None
     for adapter, config in configs.items():
+        config.base_model_name_or_path, config.revision = base_name, revision
         config.inference_mode = not (trainable and adapter in adapters.active)
         with user_error(name):
             if model is None:
@@ -201,7 +255,7 @@ def _read_weights(base: nn.Module, place: str, hub: Mapping[str, Any]) -> dict[s
     from peft.utils.save_and_load import load_peft_weights
 
     mapping = getattr(base, "_checkpoint_conversion_mapping", None) or {}
-    with user_error(place):
+    with user_error(place, (OSError, ValueError, SafetensorError)):
         return load_peft_weights(place, device="cpu", key_mapping=mapping, **hub)
 
 
