@@ -7,6 +7,7 @@ Names and defaults are those of TRL's ``DPOConfig`` where it has the option. The
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +25,20 @@ from .losses.options import option
 from .ops.attention.select import ATTENTION_BACKENDS
 
 logger = logging.getLogger(__name__)
+
+# Options that must be above 0, and options that must not be below 0. Options that depend on others are checked apart.
+_POSITIVE = (
+    *("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps", "dataset_num_proc"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "adam_epsilon"),
+    *("save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout", "torch_empty_cache_steps"),
+)
+_NOT_NEGATIVE = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "seed", "data_seed", "dataloader_num_workers", "warmup_steps"),
+    *("neftune_noise_alpha", "router_aux_loss_coef", "eval_delay"),
+)
+_NUMBERS = {*_POSITIVE, *_NOT_NEGATIVE, "adam_beta1", "adam_beta2", "max_steps", "num_train_epochs"}
+_NUMBERS |= {"logging_steps", "eval_steps", "save_steps", "ref_model_mixup_alpha"}
+_NUMBERS -= {"max_tokens_per_batch"}
 
 _DDP_BACKENDS = ("ccl", "hccl", "cncl", "mccl")  # of transformers' list; those of torch are added
 
@@ -90,6 +105,44 @@ REMOVED_OPTIONS = {
     "gradient_checkpointing_use_reentrant": "set use_reentrant in gradient_checkpointing_kwargs",
     "use_liger": "set use_liger_kernel",
 }
+# Options of other trainers and recipes that do the same under another name -> what to set here. They are refused with
+# this advice. Those whose values mean the same here are read: see ALIASES.
+FOREIGN_OPTIONS = {
+    # alignment-handbook and SimPO
+    "dataset_mixer": "set datasets, a list of mappings with path and fraction; or dataset_name",
+    "dataset_splits": "set split in the entries of datasets; or dataset_train_split and dataset_test_split",
+    "dataset_configs": "set name in the entries of datasets; or dataset_config",
+    "gamma_beta_ratio": "set simpo_gamma, which is gamma_beta_ratio times beta",
+    "preprocessing_num_workers": "set dataset_num_proc",
+    "use_flash_attention_2": "set attention_backend, which is auto by default",
+    "max_seq_length": "set max_length",
+    # LLaMA-Factory and Axolotl
+    "use_lora": "set use_peft",
+    "finetuning_type": "set use_peft=true for LoRA, and nothing to train all weights",
+    "lora_rank": "set lora_r",
+    "lora_target": "set lora_target_modules",
+    "pref_loss": "set loss_type",
+    "pref_beta": "set beta",
+    "pref_ftx": "set loss_type=[sigmoid, sft] and loss_weights=[1, pref_ftx]",
+    "cutoff_len": "set max_length",
+    "template": "the tokenizer's own chat template is used; name a tokenizer by tokenizer_name",
+    "base_model": "set model_name_or_path",
+    "sequence_len": "set max_length",
+    "micro_batch_size": "set per_device_train_batch_size",
+    "num_epochs": "set num_train_epochs",
+    "rl": "set loss_type",
+    "rl_beta": "set beta",
+    "sample_packing": "set packing, which is auto by default",
+    # short names
+    "model": "set model_name_or_path",
+    "dataset": "set dataset_name",
+    "lr": "set learning_rate",
+    "batch_size": "set per_device_train_batch_size",
+    "epochs": "set num_train_epochs",
+    "loss": "set loss_type",
+}
+# Other names of options, with the same values.
+ALIASES = {"val_set_size": "test_split_size", "val_size": "test_split_size"}
 # Old name (TRL's) -> new name of the options that transformers 5.24 renamed; empty for older versions.
 _RENAMED = {
     f"gradient_{name}": f"activation_{name}"
@@ -196,6 +249,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         # Here, because the generated __init__ would refuse a removed option by a TypeError without advice.
         for name in REMOVED_OPTIONS.keys() & options.keys():
             raise UserError(f"{name} was removed: {REMOVED_OPTIONS[name]}")
+        for name in FOREIGN_OPTIONS.keys() & options.keys():
+            raise UserError(f"{name} has another name here: {FOREIGN_OPTIONS[name]}")
         return super().__new__(cls)
 
     _renamed_agree = False  # whether both names of each renamed option have one value
@@ -263,17 +318,35 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         _check_choice("packing", self.packing, ("auto", "true", "false"))
         _check_choice("head_mode", self.head_mode, ("auto", "general"))
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        self._require_positive("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps")
-        self._require_positive("per_device_train_batch_size", "per_device_eval_batch_size")
-        self._require_positive("gradient_accumulation_steps")
-        self._require_not_negative("max_grad_norm", "seed", "data_seed", "dataloader_num_workers")
-        self._require_share("ref_model_mixup_alpha")
+        self._check_numbers()
         for mapping in self.optim_args.replace(" ", "").split(",") if self.optim_args else ():
             if mapping.count("=") != 1:
                 raise UserError(f"optim_args={self.optim_args}: expected name=value, name=value, ...; got '{mapping}'")
         # "gloo", or by device "cpu:gloo,cuda:nccl".
         for backend in (part.split(":")[-1] for part in self.ddp_backend.split(",")) if self.ddp_backend else ():
             _check_choice("ddp_backend", backend, (*_DDP_BACKENDS, *torch.distributed.Backend.backend_list[1:]))
+
+    def _check_numbers(self) -> None:
+        for name, value in vars(self).items():
+            if name in _NUMBERS and isinstance(value, str):
+                raise UserError(f"{name}={value!r}: must be a number, not text")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name}={value}: must be finite")
+        self._require_positive(*_POSITIVE)
+        self._require_not_negative(*_NOT_NEGATIVE)
+        self._require_share("ref_model_mixup_alpha")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"max_steps={self.max_steps}: must be positive, or -1 to train for num_train_epochs")
+        if self.max_steps == -1:
+            self._require_positive("num_train_epochs")
+        for when in ("logging", "eval", "save"):
+            if getattr(self, f"{when}_strategy") == "steps":
+                self._require_positive(f"{when}_steps")
+        if self.dataloader_prefetch_factor is not None and not self.dataloader_num_workers:
+            raise UserError("dataloader_prefetch_factor has no effect without dataloader_num_workers: set both or none")
 
     def _check_reference(self, loss: Loss) -> None:
         if self.sync_ref_model and not loss.needs_reference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,12 @@ class UserError(ValueError):
 
 class UnavailableError(UserError, RuntimeError):
     """Something that the user asked for by name is not installed, or cannot run on this machine."""
+
+
+def describe_failure(error: Exception) -> str:
+    """Returns the type, message and last line of code of an exception that a function of the user raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 @contextmanager

@@ -20,7 +20,15 @@ from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
 from .data.forms import Form, detect_form
-from .data.loader import kept_columns, make_draws, make_loader, order_seed, report_draws
+from .data.loader import (
+    check_budget,
+    kept_columns,
+    longest_sequence,
+    make_draws,
+    make_loader,
+    order_seed,
+    report_draws,
+)
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
 from .data.rows import read_columns, visible_rows
@@ -43,7 +51,10 @@ from .training.checks import (
     check_checkpointing,
     check_data,
     check_engine,
+    check_max_length,
+    check_metric,
     check_overrides,
+    check_positions,
     check_ranked_pairs_apply,
     check_reference_model,
     check_removed_arguments,
@@ -111,6 +122,12 @@ class ContrastiveTrainer(PackedLoop):
         check_removed_arguments(removed)
         check_overrides(type(self), ContrastiveTrainer)
         args = checked_config(model, args, train_dataset, eval_dataset)
+        self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
+        if args.eval_strategy != "no":
+            adds_own = compute_metrics is not None or any(
+                is_overridden(self, method) for method in (ContrastiveTrainer.evaluate, PackedLoop.evaluation_loop)
+            )
+            check_metric(args.metric_for_best_model, eval_dataset, adds_own, self.loss.needs_rejected)
         set_seed(args.seed)  # before the weights of a new adapter are drawn
 
         # Loss, tokenizer, policy and reference model.
@@ -119,7 +136,7 @@ class ContrastiveTrainer(PackedLoop):
             check_same_tokenizer(self._tokenizer, ref_tokenizer)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         check_reference_model(model, ref_model)
-        self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
+        check_max_length(model, args.max_length)
         self.has_own_loss = loss is not None
         new_adapter = peft_config is not None and ref_model is None and self.loss.needs_reference
         given = fingerprint_without_adapters(model) if new_adapter else None
@@ -218,6 +235,14 @@ class ContrastiveTrainer(PackedLoop):
         return dataset
 
     def _prepared(self, dataset: Any, args: ContrastiveConfig, name: str) -> Data:
+        """Prepares a dataset, and checks the lengths of its rows against the model and the micro-batches."""
+        dataset = self._call_prepare(dataset, args, name)
+        if isinstance(dataset, Dataset) and "completion_ids" in dataset.column_names:
+            check_positions(self.packed.model, *longest_sequence(dataset, args.max_length), name)
+            check_budget(dataset, self.collator, args.max_tokens_per_batch, name)
+        return dataset
+
+    def _call_prepare(self, dataset: Any, args: ContrastiveConfig, name: str) -> Data:
         """Calls :meth:`_prepare_dataset`; what an override of it returned is prepared further if need be."""
         dataset = self._prepare_dataset(dataset, self._tokenizer, args, name)
         if not is_overridden(self, ContrastiveTrainer._prepare_dataset):

@@ -6,6 +6,7 @@ the operating system, such as a full disk. Any other exception is a bug and keep
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ COMMANDS = {
     "merge": (".merge", "merge adapters into their base model, exactly, and write the whole model"),
     "demo": ("..demo", "the paper in miniature: a small model, three teachers, SFT, SLiC and DPO; no network"),
 }
+_DISK_SIGNS = ("No space left on device", "Read-only file system", "PytorchStreamWriter failed writing file")
 _PACKAGES = ("cpt-kernels", "torch", "transformers")  # whose versions --version prints
 
 
@@ -39,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n  cpt COMMAND --help shows the options of a command; cpt --version the version")
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(", ".join(f"{name} {package_version(name)}" for name in _PACKAGES))
-        return 0
+        return _print_version()
     command, *rest = argv
     if command not in COMMANDS:
         close = get_close_matches(command, COMMANDS, n=1)
@@ -56,7 +57,11 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _execute(command: str, argv: Sequence[str], prog: str) -> int:
+    if [*argv[:1]] == ["--version"]:
+        return _print_version()
     module, _ = COMMANDS[command]
+    # Each of five retries would print four lines before the error that says the same.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         import_module(module, __package__).main(argv, prog)
     except KeyboardInterrupt:
@@ -67,6 +72,16 @@ def _execute(command: str, argv: Sequence[str], prog: str) -> int:
         if error.errno is None:  # not from the operating system, but a library's own
             raise
         return _fail(prog, ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None))
+    except Exception as error:
+        # safetensors, tokenizers and torch report a full disk by errors of their own.
+        if not (text := str(error)) or not any(sign in text for sign in _DISK_SIGNS):
+            raise
+        return _fail(prog, f"a file could not be written: {text.splitlines()[0]}; is the disk full?", 1)
+    return 0
+
+
+def _print_version() -> int:
+    print(", ".join(f"{name} {package_version(name)}" for name in _PACKAGES))
     return 0
 
 

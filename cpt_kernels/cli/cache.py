@@ -7,6 +7,8 @@ the data and the truncation. Like training, they can be started by ``torchrun``.
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .parsing import Help, Parser
+from .parsing import Help, Parser, unknown_argument
 
 if TYPE_CHECKING:
     from .cache_dataset import DatasetReference
@@ -35,7 +37,8 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
     """
     args, rest = _cache_parser(prog).parse_known_args(argv)
     if rest and args.command not in _OF_DATASET:
-        raise UserError(f"unknown option {rest[0]}; see {prog} {args.command} --help")
+        known = ("ref_cache_dir", "reference", "older_than", "max_gb", "dry_run", "yes", "to")
+        raise UserError(unknown_argument(rest[0], known, f"{prog} {args.command}"))
 
     from ..reference.cache import default_cache_dir  # imports pyarrow, which --help does not need
 
@@ -118,18 +121,36 @@ def prune_files(args: argparse.Namespace) -> None:
     """Deletes a reference, old shards, or the oldest shards beyond a size, and what killed writers left."""
     from ..reference.maintenance import prune, stored_references
 
-    pruned = prune(
+    for name in ("older_than", "max_gb"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name} {value:g}: must not be negative, and must be finite; nothing was deleted")
+    choice = functools.partial(
+        prune,
         args.directory,
         stored_references(args.directory, args.reference),
         everything=bool(args.reference) and args.older_than is None and args.max_gb is None,
         older_than_days=args.older_than,
         max_gb=args.max_gb,
-        dry_run=args.dry_run,
     )
-    for path in pruned.paths:
+    planned = choice(dry_run=True)
+    for path in planned.paths:
         print(path)
-    would_be = " would be" if args.dry_run else ""
-    print(f"{len(pruned.paths)} files, {pruned.nbytes / 1e6:.1f} MB{would_be} deleted")
+    size = f"{len(planned.paths)} files, {planned.nbytes / 1e6:.1f} MB"
+    if args.dry_run or not planned.paths:
+        print(f"{size} would be deleted")
+        return
+    if not args.yes and not _confirm(f"delete these {size}? [y/N] "):
+        raise UserError("nothing was deleted: answer y, or give --yes")
+    pruned = choice(dry_run=False)
+    print(f"{len(pruned.paths)} files, {pruned.nbytes / 1e6:.1f} MB deleted")
+
+
+def _confirm(question: str) -> bool:
+    """Asks in the terminal; without one the answer is no."""
+    if not sys.stdin.isatty():
+        return False
+    return input(question).strip().lower() in ("y", "yes")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -151,6 +172,8 @@ def export_rows(args: argparse.Namespace) -> None:
     references = stored_references(args.directory, args.reference)
     if len(references) != 1:
         raise UserError(f"--reference must name one of the {len(references)} references in {args.directory}")
+    if not Path(args.to).absolute().parent.is_dir():
+        raise UserError(f"--to {args.to}: the folder {Path(args.to).absolute().parent} does not exist")
     rows = export_parquet(args.directory, references[0], args.to)
     print(f"{rows} completions written to {args.to}")
 
@@ -210,11 +233,12 @@ def _cache_parser(prog: str) -> argparse.ArgumentParser:
             command.add_argument("--reference", metavar="HEX", help="the first digits of one reference's fingerprint")
         if name in ("verify", "import"):
             command.add_argument("--sample", type=_count, help="number of completions to score again [64]")
-            command.add_argument("--seed", type=int, help="seed of the sample [0]")
-            command.add_argument("--tolerance", type=float, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]")
+            command.add_argument("--seed", type=_seed, help="seed of the sample [0]")
+            command.add_argument("--tolerance", type=_tolerance, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]")
         if name == "prune":
             command.add_argument("--older_than", type=float, metavar="DAYS", help="delete shards older than this")
             command.add_argument("--max_gb", type=float, metavar="GB", help="delete the oldest shards beyond this size")
+            command.add_argument("--yes", action="store_true", help="delete without a question")
             command.add_argument("--dry_run", action="store_true", help="only list what would be deleted")
         if name == "export":
             command.add_argument("--to", required=True, metavar="FILE", help="the Parquet file")
@@ -225,6 +249,22 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of completions: give 1 or more")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a seed: give a whole number, 0 or more")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a tolerance: give a number of nats, 0 or more")
+    return number
 
 
 def _print_once(text: str) -> None:

@@ -14,7 +14,7 @@ import yaml
 from ..errors import UserError
 from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
 from .option_table import option_table
-from .parsing import CONFIG_FILE, parse
+from .parsing import CONFIG_FILE, parse, unknown_argument
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +29,12 @@ SETTINGS = (
     *("share_prompts", "packing", "max_tokens_per_batch", "head_memory_mb", "attention_backend", "ref_cache_dir"),
     *("tokenizer_name", "dtype", "attn_implementation", "model_init_kwargs", "trust_remote_code"),
     *("load_in_4bit", "load_in_8bit", "bf16", "fp16", "use_cpu"),
+)
+
+# The options of `cpt eval pairs` itself, which a mistyped option may have meant.
+_OWN_OPTIONS = (
+    *("models", "data", "split", "columns", "reference", "config", "by", "ratio_edges", "length_edges"),
+    *("confidence", "resamples", "seed", "output_dir", "details"),
 )
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -127,7 +133,7 @@ def training_options(
     for text in flags:
         name = text[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if text.startswith("--") and name not in SETTINGS:
-            raise UserError(f"unknown option {text}; see {prog} --help")
+            raise UserError(unknown_argument(text, (*_OWN_OPTIONS, *SETTINGS), prog))
     # A flag of the user comes after the same option of the configuration, so it overrides it.
     values = dict(next(iter(configs.values()), {}))
     argv = []

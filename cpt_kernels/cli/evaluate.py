@@ -40,7 +40,7 @@ from ..generation.exports import write_alpaca_eval
 from ..generation.prompts import Sampling
 from .checkpoints import SETTINGS
 from .console import print_results
-from .parsing import Help, Parser, add_endpoint_options, or_none
+from .parsing import Help, Parser, add_endpoint_options, or_none, unknown_argument
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,7 +58,7 @@ def main(argv: Sequence[str], prog: str = "cpt eval") -> None:
     args, rest = _evaluate_parser(prog).parse_known_args(argv)
     args.prog = f"{prog} {args.command}"
     if rest and args.command != "pairs":
-        raise UserError(f"unknown option {rest[0]}; see {args.prog} --help")
+        raise UserError(unknown_argument(rest[0], [name for name in vars(args) if name != "command"], args.prog))
     args.training = rest  # options of cpt-train
     if args.command != "export":
         args.bootstrap = Bootstrap(args.resamples, args.confidence, args.seed)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_64
 
-from ..errors import UserError
+from ..errors import UserError, user_error
 from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, Exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
@@ -270,9 +270,25 @@ def _parse_args(argv: Sequence[str], prog: str) -> argparse.Namespace:
         raise UserError(
             f"--n {args.n} needs --temperature above 0: greedy decoding would give the same response {args.n} times"
         )
+    if args.device is not None:
+        _check_device(args.device)
     if args.device is not None and "device_map" in args.model_kwargs:
         raise UserError("--device and the device_map of --model_kwargs contradict each other: give only one of them")
     return args
+
+
+def _check_device(name: str) -> None:
+    """Raises UserError for a device that is not on this machine."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"] + [
+        f"{accelerator}:{index}" for index in range(torch.accelerator.device_count() if accelerator else 0)
+    ]
+    with user_error(f"--device {name}", (RuntimeError,)):
+        device = torch.device(name)
+    if str(device) not in here and name not in (part.split(":")[0] for part in here):
+        raise UserError(f"--device {name}: this machine has {', '.join(here)}; choose one of them")
 
 
 def _generate_parser(prog: str) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import UserError, user_error
 
@@ -67,6 +67,10 @@ def is_launched() -> bool:
     return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
 
 
+def _raise_usage(message: str) -> NoReturn:
+    raise UserError(f"accelerate launch: {message}")
+
+
 def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool = False) -> None:
     """Runs ``cpt-train`` with ``argv`` under ``accelerate launch``, and returns when all its processes have ended.
 
@@ -79,6 +83,10 @@ def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     options = dict(options)
+    for name in ("num_processes", "num_machines"):
+        text = options.get(name, "1")
+        if text is None or not text.isdecimal() or int(text) < 1:
+            raise UserError(f"--{name}: {text!r} is not a whole number above 0")
     if (name := options.pop("accelerate_config", None)) is not None:
         if name not in CONFIGS and not Path(name).is_file():
             raise UserError(f"accelerate_config={name} is no file: give a file, or one of {', '.join(CONFIGS)}")
@@ -90,7 +98,9 @@ def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool
     if use_cpu and options.get("num_processes") not in (None, "1"):
         options["multi_gpu"] = None  # selects torchrun: on a CPU accelerate itself starts one process only
     flags = [part for name, value in options.items() for part in (f"--{name}", value) if part is not None]
-    arguments = launch_command_parser().parse_args([*flags, "-m", "cpt_kernels.cli", "train", *argv])
+    parser = launch_command_parser()
+    parser.error = _raise_usage  # its own prints the usage of accelerate launch, 60 lines
+    arguments = parser.parse_args([*flags, "-m", "cpt_kernels.cli", "train", *argv])
     os.environ |= {_LAUNCHED: "1"} | ({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})
     with user_error("accelerate launch"):
         launch_command(arguments)

@@ -6,6 +6,7 @@ import, so the functions import it when they run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from .options import ModelArguments
 
 
+# A folder with none of these holds neither a model nor a tokenizer.
+_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
+
+
 def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str = "", **kwargs: Any) -> Any:
     """Calls ``load``, such as ``AutoConfig.from_pretrained``, with the folder or hub name of ``option``.
 
@@ -33,11 +38,24 @@ def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str 
     from safetensors import SafetensorError
 
     path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"{option}={name} is a file: give the folder of a model, or a hub name")
     if not path.exists() and is_path(name):
         raise UserError(f"{option}={name}: there is no such folder")
     try:
         return load(str(path) if path.exists() else name, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # transformers raises any of them
+        if "Unrecognized configuration class" in str(error):
+            kind = _config_class(str(error))
+            raise UserError(
+                f"{option}={name} is not a causal language model ({kind}): only decoders such as Llama or GPT-2 are"
+                " supported"
+            ) from error
+        if path.is_dir() and not any((path / file).is_file() for file in _MODEL_FILES) and not kwargs.get("subfolder"):
+            raise UserError(
+                f"{option}={name}: the folder {path.absolute()} has no {' or '.join(_MODEL_FILES)}; give a folder that"
+                " save_pretrained wrote"
+            ) from error
         message = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         if not path.exists():
             message += f"; nor is there a folder {path.absolute()}"
@@ -49,6 +67,11 @@ def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str 
 def is_path(name: str) -> bool:
     """Whether a name cannot be one of the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _config_class(message: str) -> str:
+    found = re.search(r"(\w+Config)\b", message)
+    return found[1] if found else "of unknown class"
 
 
 # --- Tokenizers ---

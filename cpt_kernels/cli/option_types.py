@@ -30,12 +30,16 @@ class OptionTable:
     Attributes:
         options: in the order of ``--help``.
         removed: options of older versions of TRL and transformers -> what to do in their place.
+        foreign: options of other trainers -> the option that does the same here.
+        aliases: other names of options, which are accepted.
         refused: options of ``TrainingArguments`` that a flag cannot express -> what to do in their place.
         launch: options of ``accelerate launch`` -> whether each takes a value.
     """
 
     options: dict[str, Option]
     removed: dict[str, str]
+    foreign: dict[str, str]
+    aliases: dict[str, str]
     refused: dict[str, str]
     launch: dict[str, bool]
 

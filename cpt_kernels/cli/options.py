@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..config import IGNORED_OPTIONS, REMOVED_OPTIONS, ContrastiveConfig
+from ..config import ALIASES, FOREIGN_OPTIONS, IGNORED_OPTIONS, REMOVED_OPTIONS, ContrastiveConfig
 from ..errors import UserError
 from ..losses import LOSSES, LossOptions, loss_names
 from ..losses.options import default_of, option
@@ -37,7 +37,7 @@ class ScriptArguments:
     datasets: list[dict] | None = option(
         None, "Several datasets, each a mapping of path, name, split, columns, fraction, ..."
     )
-    test_split_size: float | None = option(None, "Share or number of the rows of datasets to evaluate on.")
+    test_split_size: float | None = option(None, "Share (below 1) or number of the rows to split off for evaluation.")
     eval_dataset_name: str | None = option(None, "Evaluation data: a file, a folder, or a hub name.")
     columns: list[str] | None = option(None, "Columns to read: name, or 'name in the data=name here'.")
     check: bool = option(
@@ -153,7 +153,7 @@ def build_table() -> OptionTable:
         for group, names in groups().items()
         for name in names
     }
-    return OptionTable(options, REMOVED_OPTIONS, _REFUSED, launch_options(defaults))
+    return OptionTable(options, REMOVED_OPTIONS, FOREIGN_OPTIONS, ALIASES, _REFUSED, launch_options(defaults))
 
 
 def groups() -> dict[str, tuple[str, ...]]:
@@ -265,15 +265,33 @@ def _check_together(values: dict[str, Any]) -> None:
     # Data
     if values["datasets"] and (one := sorted(given & {"dataset_name", "dataset_config", "columns"})):
         raise UserError(f"{one[0]} is for one dataset: leave it out, or give it in an entry of datasets")
-    if values["test_split_size"] and (values["eval_dataset_name"] or not values["datasets"]):
-        raise UserError("test_split_size needs datasets, and excludes eval_dataset_name: leave it out")
+    _check_split(values)
     if values["dataset_streaming"] and values["max_steps"] <= 0:
         raise UserError("dataset_streaming=true needs max_steps: the length of a stream is not known")
+
+    # Numbers that ContrastiveConfig does not have
+    for name in ("lora_r", "lora_alpha"):
+        if values[name] <= 0:
+            raise UserError(f"{name}={values[name]}: must be positive")
+    if not 0 <= values["lora_dropout"] < 1:
+        raise UserError(f"lora_dropout={values['lora_dropout']}: must lie in [0, 1)")
 
     # Loss; an unknown one is left to ContrastiveConfig
     losses = loss_names(values["loss_type"])
     if set(losses) <= set(LOSSES):
         _check_for_losses(losses, given)
+
+
+def _check_split(values: dict[str, Any]) -> None:
+    size = values["test_split_size"]
+    if size is None:
+        return
+    if size <= 0 or (size >= 1 and size != int(size)):
+        raise UserError(f"test_split_size={size}: give a share of the rows below 1, or a whole number of rows")
+    if values["eval_dataset_name"]:
+        raise UserError("test_split_size and eval_dataset_name both choose the evaluation data: leave one of them out")
+    if values["dataset_streaming"]:
+        raise UserError("test_split_size needs the number of rows, and a stream has none: split the data beforehand")
 
 
 def _check_for_losses(losses: list[str], given: set[str]) -> None:

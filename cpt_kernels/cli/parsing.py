@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "training_config.yaml"  # the options of a run in its output_dir, as a file for --config
 _ALIASES = {"streaming": "dataset_streaming"}  # TRL's name in a file with `datasets`
-_LONGEST_LIST = 12  # choices that an error message lists
 
 
 # --- Parsers of all commands ---
@@ -39,6 +38,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": Help, "allow_abbrev": False, **kwargs})
+
+        # Python's own pattern lacks exponents, so that -1e-3 would be an option.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-(inf|nan)$")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise UserError(unknown_argument(rest[0], self.option_names(), self.prog))
+        return parsed
+
+    def option_names(self) -> list[str]:
+        """Returns the options without dashes, each in its first spelling."""
+        return [a.option_strings[0].lstrip("-") for a in self._actions if a.option_strings]
 
     def error(self, message: str):
         # argparse names every spelling of an option: "argument --max_length/--max-length: expected one argument".
@@ -60,6 +72,15 @@ class Help(argparse.RawDescriptionHelpFormatter):
         if action.nargs == "+":
             return f"{action.metavar or default_metavar} ..."
         return super()._format_args(action, default_metavar)
+
+
+def unknown_argument(text: str, known: Iterable[str], prog: str) -> str:
+    """Returns the message for an argument that a command does not have."""
+    if not text.startswith("-"):
+        return f"unexpected argument {text!r}; see {prog} --help"
+    name = text.split("=")[0]
+    hint = _suggest(name.lstrip("-").replace("-", "_"), known, "--")
+    return f"unknown option {name}{hint or f'; see {prog} --help'}"
 
 
 def add_endpoint_options(group: argparse._ArgumentGroup) -> None:
@@ -223,7 +244,7 @@ def _expected(kinds: dict[str, Any]) -> str:
     parts = [words[kind] for kind in words if kind in kinds]
     choices = kinds.get("str")
     if choices:
-        parts.append(f"one of {', '.join(choices)}" if len(choices) <= _LONGEST_LIST else "a known value")
+        parts.append(f"one of {', '.join(choices)}")
     elif "str" in kinds:
         parts.append("text")
     return " or ".join(parts)
@@ -238,6 +259,8 @@ def _check_name(name: str, where: str, dashes: str = "") -> None:
     table = option_table()
     if name in table.removed:
         raise UserError(f"{where}{dashes}{name} was removed: {table.removed[name]}")
+    if name in table.foreign:
+        raise UserError(f"{where}{dashes}{name} has another name here: {table.foreign[name]}")
     if name in table.refused:
         raise UserError(f"{where}{dashes}{name} cannot be set here: {table.refused[name]}")
     if name not in table.options:
@@ -316,7 +339,8 @@ def _file_name(argv: Sequence[str]) -> str | None:
 def _convert_file(file: dict[str, Any], name: str | None) -> dict[str, Any]:
     """Converts the options in a file; its other entries are for the environment and the launcher."""
     where = f"{name}: "
-    values = {_ALIASES.get(option, option): value for option, value in file.items() if option != "env"}
+    aliases = _ALIASES | option_table().aliases
+    values = {aliases.get(option, option): value for option, value in file.items() if option != "env"}
     values = {option: value for option, value in values.items() if option not in option_table().launch}
     for option in values:
         _check_name(str(option), where)
@@ -366,6 +390,7 @@ def _add_flag(group: Any, name: str, option: Option) -> None:
     words = {"bool": "BOOL", "int": "INT", "float": "NUMBER", "list": item_word, "dict": "JSON", "str": "TEXT"}
     extra: dict[str, Any] = {"metavar": next(word for kind, word in words.items() if kind in kinds)}
     spellings = [f"--{name}", f"--{name.replace('_', '-')}"]
+    spellings += [f"--{alias}" for alias, option_name in option_table().aliases.items() if option_name == name]
     if "list" in kinds:
         extra["nargs"] = "+"
     elif "bool" in kinds:

@@ -14,22 +14,19 @@ import datasets
 import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ContrastiveConfig
-from ..data.mixture import load_mixture
+from ..data.mixture import load_mixture, split_rows
 from ..data.sources import load_data, parse_columns
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
-from ..training.metrics import METRIC_NAMES
+from ..training.checks import check_machine, check_metric
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from .console import print_results
 from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
 from .parsing import CONFIG_FILE
-
-_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")  # what transformers adds to the metrics
 
 
 def train(options: Options) -> ContrastiveTrainer:
@@ -81,9 +78,10 @@ def make_trainer(
         UserError: one of them cannot be loaded, or cannot be trained with.
     """
     args = options.training
-    train_data, eval_data = _load_data(options.script, args)
+    # The tokenizers first: a wrong model name is then said before the data is read.
     tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)
+    train_data, eval_data = _load_data(options.script, args)
     model, ref_model = load_policy(options.model, args), load_reference(options.model, args)
     args.model_init_kwargs = None  # already applied; the trainer refuses them for a loaded model
     return cls(
@@ -119,15 +117,16 @@ def quieten(args: ContrastiveConfig) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Checks the output folder, trackers and metrics, which needs neither data nor model.
+    """Checks the output folder, trackers, optimizer, attention and metric, which needs neither data nor model.
 
     Raises:
         UserError: one of them cannot be used.
     """
     args = options.training
     _check_output_folder(Path(args.output_dir), options.model)
-    _check_trackers(args.report_to)
-    _check_metric_name(args.metric_for_best_model)
+    check_machine(args)
+    if args.eval_strategy != "no":
+        check_metric(args.metric_for_best_model, has_rejected=args.build_loss().needs_rejected)
 
 
 def _check_output_folder(output: Path, model: ModelArguments) -> None:
@@ -141,22 +140,6 @@ def _check_output_folder(output: Path, model: ModelArguments) -> None:
             pass
     except OSError as error:
         raise UserError(f"output_dir={output} cannot be written to ({error.strerror})") from error
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker that is not installed; transformers would after the data is prepared."""
-    installed = get_available_reporting_integrations()
-    for name in names:
-        # transformers never lists flyte as installed, and azure_ml only without mlflow.
-        if name in INTEGRATION_TO_CALLBACK and name not in (*installed, "azure_ml", "flyte"):
-            raise UserError(f"report_to={name}: this tracker is not installed; install its package or leave it out")
-
-
-def _check_metric_name(name: str | None) -> None:
-    """Raises UserError for a metric that no evaluation has; transformers would after the first evaluation."""
-    known = ("loss", *METRIC_NAMES, *_SPEEDS)
-    if name is not None and name.removeprefix("eval_") not in known:
-        raise UserError(f"metric_for_best_model={name}: there is no such metric; choose one of {', '.join(known)}")
 
 
 def _find_checkpoint(args: ContrastiveConfig) -> str | None:
@@ -193,11 +176,13 @@ def _load_data(script: ScriptArguments, args: ContrastiveConfig):
         train_data = load_data(
             script.dataset_name, config=script.dataset_config, split=script.dataset_train_split, **options
         )
+        if script.test_split_size is not None:
+            train_data, test_data = split_rows(train_data, script.test_split_size, args.seed)
     if script.eval_dataset_name is not None:
         # A file has one split only, so dataset_test_split does not apply.
         split = None if Path(script.eval_dataset_name).is_file() else script.dataset_test_split
         return train_data, load_data(script.eval_dataset_name, split=split, **options)
-    if script.datasets is not None:
+    if script.datasets is not None or test_data is not None:
         return train_data, test_data
     asked = args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end
     if not asked and script.dataset_test_split == ScriptArguments.dataset_test_split:

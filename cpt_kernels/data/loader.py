@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -19,7 +20,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from ..errors import UserError
 from .batches import BatchSampler, pack_in_order, pack_rows
 from .collate import PackedCollator
-from .curriculum import PLACE, Curriculum, Draws, read_keys
+from .curriculum import PLACE, Curriculum, Draws, check_levels, find_levels, read_keys
 from .digest import StreamDigest
 from .preparation import PreparationReport
 from .rows import read_columns
@@ -34,11 +35,17 @@ def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]
     The dataset has no transform, see :func:`visible_rows`.
 
     Raises:
-        UserError: the dataset has no such column.
+        UserError: the dataset has no such column, or no row of a level.
     """
     if curriculum is None or not isinstance(dataset, (Dataset, IterableDataset)):
         return ()
     curriculum.check_columns(read_columns(dataset))
+    if isinstance(dataset, Dataset) and isinstance(curriculum.levels, tuple):
+        # Dropped rows may empty a level later; a level that no row names is known before anything is tokenized.
+        columns = (dataset[name] for name in curriculum.columns)
+        found = Counter(f"{chosen}>{rejected}" for chosen, rejected in zip(*columns))
+        sizes = [found.pop(name, 0) for name in curriculum.levels]
+        check_levels(find_levels(curriculum, []), sizes, found)
     return curriculum.columns
 
 
@@ -119,11 +126,10 @@ def make_loader(
     assert not isinstance(draws, StreamDraws)
     sequences = None
     if layout.padded and draws is None:
-        _, lengths, sequences = _sequence_lengths(dataset)
-        lengths = lengths if layout.max_length is None else np.minimum(lengths, layout.max_length)
-        tokens = np.maximum.reduceat(lengths, np.cumsum(sequences) - sequences) if len(sequences) else sequences
+        tokens, sequences = _longest_sequences(dataset, layout)
     else:
         tokens = count_tokens(dataset)
+    _check_budget(dataset, tokens if sequences is None else tokens * sequences, args.max_tokens_per_batch)
     sampler = BatchSampler(
         tokens,
         batch_size=batch_size,
@@ -141,6 +147,50 @@ def make_loader(
         _plan_run(sampler, args)
     rows = dataset if draws is None else DrawnRows(dataset, draws)
     return EpochLoader(rows, batch_sampler=sampler, collate_fn=collator, **workers)
+
+
+def check_budget(dataset: Dataset | IterableDataset, layout: PackedCollator, max_tokens: Any, name: str) -> None:
+    """Checks that every row of a prepared dataset fits into a micro-batch; a stream is checked while it is read.
+
+    Raises:
+        UserError: a row is longer. The message names the dataset, and the row's number in its source.
+    """
+    if not isinstance(max_tokens, int) or not isinstance(dataset, Dataset):
+        return
+    if layout.padded:
+        longest, sequences = _longest_sequences(dataset, layout)
+        sizes = longest * sequences
+    else:
+        sizes = row_tokens(dataset, layout)
+    _check_budget(dataset, sizes, max_tokens, f" of the {name} data")
+
+
+def _check_budget(dataset: Dataset, sizes: NDArray[np.int64], max_tokens: int | None, of: str = "") -> None:
+    if max_tokens is None or sizes.max(initial=0) <= max_tokens:
+        return
+    longest = int(sizes.argmax())
+    row = dataset[longest]["row"] if "row" in dataset.column_names else longest
+    raise UserError(
+        f"row {row}{of} takes {sizes[longest]} tokens, more than max_tokens_per_batch={max_tokens}: raise it to at"
+        f" least {sizes[longest]}, or lower max_length"
+    )
+
+
+def longest_sequence(dataset: Dataset, max_length: int | None) -> tuple[int, int]:
+    """Returns the tokens of the longest prompt + completion after truncation, and the number of its row."""
+    _, lengths, counts = _sequence_lengths(dataset)
+    if not len(lengths):
+        return 0, 0
+    place = int(np.repeat(np.arange(len(counts)), counts)[int(lengths.argmax())])
+    longest = int(lengths.max())
+    return longest if max_length is None else min(longest, max_length), dataset[place].get("row", place)
+
+
+def _longest_sequences(dataset: Dataset, layout: PackedCollator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns (rows,) tokens of each row's longest sequence, and (rows,) the number of its sequences."""
+    _, lengths, sequences = _sequence_lengths(dataset)
+    lengths = lengths if layout.max_length is None else np.minimum(lengths, layout.max_length)
+    return np.maximum.reduceat(lengths, np.cumsum(sequences) - sequences) if len(sequences) else sequences, sequences
 
 
 def _stream_batches(

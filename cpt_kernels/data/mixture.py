@@ -49,7 +49,20 @@ def load_mixture(
     whole = concatenate_datasets(loaded)
     if test_size is None:
         return whole, None
-    halves = whole.train_test_split(test_size, seed=seed)
+    return split_rows(whole, test_size, seed)
+
+
+def split_rows(dataset: Dataset, test_size: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits off a test set of ``test_size`` rows, or a share of the rows below 1, drawn with ``seed``.
+
+    Raises:
+        UserError: one of the two parts would have no rows.
+    """
+    rows = len(dataset)
+    test = math.ceil(test_size * rows) if test_size < 1 else int(test_size)
+    if not 0 < test < rows:
+        raise UserError(f"test_split_size={test_size:g} of {rows} rows leaves none to train on or to evaluate on")
+    halves = dataset.train_test_split(test, seed=seed)
     return halves["train"], halves["test"]
 
 

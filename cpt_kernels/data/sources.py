@@ -201,7 +201,10 @@ def choose_columns(
     """
     present = dataset.column_names or list(next(iter(dataset)))
     if missing := [column for column in columns if column not in present]:
-        raise UserError(f"columns names {missing}, but {name} has the columns {present}")
+        raise UserError(
+            f"columns names {missing}, but {name} has the columns {present}: keep some by --columns NAME, or rename by"
+            " --columns 'name in the data=name here'"
+        )
     dataset = dataset.select_columns(list(columns))
     if isinstance(columns, Mapping):
         dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})

@@ -53,6 +53,16 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
         help="only write the files of the README's quickstart to DIR: 51 responses and a small random model",
     )
     options = parser.parse_args(argv)
+    for seed in options.seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seeds {seed}: must be at least 0 and below 2**32")
+    if options.quickstart is not None:
+        for name in ("responses.jsonl", "model"):
+            if (options.quickstart / name).exists():
+                raise UserError(
+                    f"--quickstart {options.quickstart}: {name} is there already and would be overwritten; remove it,"
+                    " or choose another folder"
+                )
 
     import datasets
     import torch

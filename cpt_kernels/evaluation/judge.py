@@ -25,7 +25,7 @@ from jinja2.meta import find_undeclared_variables
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, describe_failure
 from ..generation.endpoint import Endpoint, EndpointOptions
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling
 from ..generation.response_file import ResponseFile, prompt_of
@@ -99,8 +99,11 @@ def load_judge(name: str) -> Judge:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module exists, but one of its own imports is missing
+            # the module exists, but one of its own imports is missing
+            raise UserError(f"judge={name}: {module} cannot be imported: {describe_failure(error)}") from error
         raise UserError(f"judge={name}: the module {error.name} does not exist") from error
+    except Exception as error:
+        raise UserError(f"judge={name}: {module} cannot be imported: {describe_failure(error)}") from error
     for part in function.split("."):
         if not hasattr(found, part):
             raise UserError(f"judge={name}: the module {module} has no {function}")
@@ -117,15 +120,24 @@ def ask_function(judge: Judge, comparisons: Comparisons, both_orders: bool = Fal
         both_orders: call the judge a second time with the outputs swapped.
 
     Raises:
-        UserError: the judge returned neither a preference in [0, 1] nor "output_1", "output_2" or "tie".
+        UserError: the judge raised an exception, or returned neither a preference in [0, 1] nor "output_1", "output_2"
+            or "tie".
     """
     orders = np.empty((len(comparisons), 1 + both_orders))
     rows = zip(comparisons.prompts, comparisons.outputs, comparisons.baseline_outputs)
     for i, (prompt, output, baseline) in enumerate(tqdm(rows, "Judging", len(comparisons), disable=None)):
-        orders[i, 0] = _as_preference(judge(prompt, output, baseline), i)
+        orders[i, 0] = _ask(judge, prompt, output, baseline, comparison=i)
         if both_orders:
-            orders[i, 1] = 1 - _as_preference(judge(prompt, baseline, output), i)
+            orders[i, 1] = 1 - _ask(judge, prompt, baseline, output, comparison=i)
     return Verdicts(orders)
+
+
+def _ask(judge: Judge, *texts: str, comparison: int) -> float:
+    try:
+        value = judge(*texts)
+    except Exception as error:
+        raise UserError(f"the judge failed at comparison {comparison}: {describe_failure(error)}") from error
+    return _as_preference(value, comparison)
 
 
 def _as_preference(value: Any, comparison: int) -> float:

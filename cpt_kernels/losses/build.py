@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, describe_failure
 from .functions import LOSSES, loss_options
 from .logps import PairLogps
 from .ranges import check_option
 from .transforms import F_DIVERGENCES, desensitize, f_divergence, wpo_weights
+
+# Names of losses in other trainers -> the name here.
+_OTHER_NAMES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "cdpo": "sigmoid", "rso": "hinge", "nll": "sft"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,25 @@ class Loss:
                 " the losses: declare it separable=False"
             )
 
+    def check_output(self) -> None:
+        """Calls the loss on random log-probs of 8 pairs.
+
+        Raises:
+            UserError: the function raises an exception, or returns something else than one number per pair.
+        """
+        logps = _random_logps()
+        try:
+            values = self(logps)
+        except Exception as error:
+            raise UserError(f"loss '{self.name}' failed on a trial with 8 pairs: {describe_failure(error)}") from error
+        if not isinstance(values, Tensor):
+            raise UserError(f"loss '{self.name}' returned {type(values).__name__}: return a tensor, one loss per pair")
+        if values.shape != logps.chosen.shape:
+            raise UserError(
+                f"loss '{self.name}' returned a tensor of shape {tuple(values.shape)} for 8 pairs: return one loss per"
+                " pair, shape (8,), without a mean or sum over pairs"
+            )
+
     def averages_over_tokens(self) -> bool:
         """Whether the losses of pairs may depend on ``tokens_per_pair``; measured for separable losses."""
         if not self.separable:
@@ -141,8 +164,10 @@ def build_loss(
     if weights is not None and not isinstance(weights, (list, tuple)):
         raise UserError(f"loss_weights={weights!r}: must be a list of numbers, one for each loss")
     weights = [1.0] * len(names) if weights is None else list(weights)
-    for unknown in set(names) - set(LOSSES):
-        raise UserError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}")
+    for unknown in sorted(set(names) - set(LOSSES)):
+        close = _OTHER_NAMES.get(unknown.lower()) or next(iter(get_close_matches(unknown.lower(), LOSSES, n=1)), None)
+        hint = f"; did you mean {close}?" if close else ""
+        raise UserError(f"loss_type='{unknown}' is unknown: choose one of {', '.join(LOSSES)}{hint}")
     for weight in weights:
         check_option("loss_weights", weight)
     if not names or len(weights) != len(names):
@@ -255,7 +280,8 @@ def user_loss(
     products in the head, and is checked here, once. ``per_token=True`` logs rewards of log-probs per token.
 
     Raises:
-        UserError: it is not a function, or is declared separable and is not.
+        UserError: it is not a function, fails on a trial, does not return one loss per pair, or is declared separable
+            and is not.
     """
     if not callable(function):
         raise UserError(f"loss={function!r}: must be a function of PairLogps, or the result of build_loss or user_loss")
@@ -270,6 +296,7 @@ def user_loss(
         needs_gap=needs_gap,
         per_token=per_token,
     )
+    loss.check_output()
     if separable:
         loss.check_separable()
     return loss

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..config import REMOVED_OPTIONS, ContrastiveConfig
 from ..data.forms import Form, detect_form
@@ -27,6 +28,8 @@ from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import unsaved_parameters
 from ..model.trials import auxiliary_loss, can_run, checkpointing_error, disable_config_dropout, dropout, is_random
+from ..ops.attention.select import describe_backend
+from .metrics import METRIC_NAMES, PREFERENCE_METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ NEVER_CALLED = {
     "_get_train_sampler": "set train_sampling_strategy=sequential or a curriculum, or override get_train_dataloader",
     "_get_eval_sampler": "override get_eval_dataloader",
 }
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")  # what transformers adds to the metrics
 # Keywords of gradient_checkpointing_kwargs that do not reach torch.
 _OWN_KEYWORDS = ("every_n_layers", "offload")
 
@@ -84,8 +88,8 @@ def checked_config(
     """Returns ``args``, by default a configuration whose ``output_dir`` is named after the model.
 
     Raises:
-        UserError: there is no data, ``args`` is a configuration of another package, or ``metric_for_best_model`` is a
-            metric of no evaluation set.
+        UserError: there is no data, ``args`` is a configuration of another package, or names something that is not
+            installed.
     """
     if train_dataset is None and eval_dataset is None:
         raise UserError("there is no data: give train_dataset or eval_dataset")
@@ -95,20 +99,60 @@ def checked_config(
     if not isinstance(args, ContrastiveConfig):
         kind = type(args)
         raise UserError(f"args is a {kind.__name__} of {kind.__module__}: import its class from cpt_kernels instead")
-    _check_best_metric(args, eval_dataset)
+    check_machine(args)
     return args
 
 
-def _check_best_metric(args: ContrastiveConfig, eval_dataset: Any) -> None:
-    metric = args.metric_for_best_model
-    if metric is None or args.eval_strategy == "no" or not isinstance(eval_dataset, dict):
+def check_machine(args: ContrastiveConfig) -> None:
+    """Checks that this machine has the trackers, the optimizer and the attention that a run names.
+
+    Raises:
+        UserError: one of them is not installed, or the attention does not run on this device.
+    """
+    installed = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UserError(f"report_to={name}: {name} is not supported; choose one of {known}, all, none")
+        # transformers never lists flyte as installed, and azure_ml only without mlflow.
+        if name not in (*installed, "azure_ml", "flyte"):
+            raise UserError(f"report_to={name}: this tracker is not installed; install its package or leave it out")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        if "pass a model" not in str(error):  # GaLore, APOLLO and LOMO are made for a model, which is not there yet
+            raise UserError(
+                f"optim={getattr(args.optim, 'value', args.optim)}: {str(error).splitlines()[0]}"
+            ) from error
+    describe_backend(args.attention_backend, args.device.type)
+
+
+def check_metric(
+    metric: str | None, eval_dataset: Any = None, adds_own: bool = False, has_rejected: bool = True
+) -> None:
+    """Checks ``metric_for_best_model``, which transformers looks up after the first evaluation only.
+
+    Args:
+        eval_dataset: a dictionary for several evaluation sets, whose metrics have the names of their sets.
+        adds_own: the user computes metrics, whose names are not known.
+        has_rejected: the loss reads rejected sides; without them their metrics are not logged.
+
+    Raises:
+        UserError: the metric is of no evaluation set, or of a name that no evaluation logs.
+    """
+    if metric is None:
         return
-    name = metric.removeprefix("eval_")
-    if not name.startswith(tuple(f"{key}_" for key in eval_dataset)):
-        raise UserError(
-            f"metric_for_best_model={metric} names no evaluation set, and there are several: set"
-            f" {next(iter(eval_dataset))}_{name}"
-        )
+    name, sets = metric.removeprefix("eval_"), [*eval_dataset] if isinstance(eval_dataset, dict) else []
+    if sets:
+        if (found := next((each for each in sets if name.startswith(f"{each}_")), None)) is None:
+            raise UserError(
+                f"metric_for_best_model={metric} names no evaluation set, and there are several: set {sets[0]}_{name}"
+            )
+        name = name.removeprefix(f"{found}_")
+    names = METRIC_NAMES if has_rejected else [each for each in METRIC_NAMES if each not in PREFERENCE_METRICS]
+    known = ("loss", *names, "num_tokens", *_SPEEDS)
+    if name not in known and not adds_own:
+        raise UserError(f"metric_for_best_model={metric}: there is no such metric; choose one of {', '.join(known)}")
 
 
 def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
@@ -219,6 +263,60 @@ def _checkpointing_options(base: PreTrainedModel, args: ContrastiveConfig) -> di
         if getattr(module, "gradient_checkpointing", False):
             return dict(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))
     return None
+
+
+def position_limit(model: nn.Module) -> tuple[int | None, bool]:
+    """Returns the positions that a model was made for, and whether it has no more: a table of learned positions.
+
+    The first is None for a model whose config does not say.
+    """
+    base = base_model(model)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None, False
+    sizes = [(name, module.num_embeddings) for name, module in base.named_modules() if isinstance(module, nn.Embedding)]
+    sizes += [(name, len(buffer)) for name, buffer in base.named_buffers() if name.endswith("embed_positions")]
+    # GPT-2 calls its table wpe; OPT's has two entries more than positions.
+    tables = [size for name, size in sizes if "wpe" in name or "position" in name]
+    return limit, any(limit <= size <= limit + 2 for size in tables)
+
+
+def check_max_length(model: nn.Module, max_length: int | None) -> None:
+    """Checks an explicit ``max_length`` against the positions of the model; the default is checked on the data.
+
+    Raises:
+        UserError: the model has a table of fewer positions.
+    """
+    limit, is_table = position_limit(model)
+    default = ContrastiveConfig.__dataclass_fields__["max_length"].default
+    if limit is None or max_length in (None, default) or max_length <= limit:
+        return
+    has = f"{type(base_model(model)).__name__} has {limit} positions (max_position_embeddings)"
+    if is_table:
+        raise UserError(f"max_length={max_length}: {has}: set max_length={limit} or less")
+    logger.warning(f"max_length={max_length}: {has}, and was not trained on longer sequences")
+
+
+def check_positions(model: nn.Module, longest: int, row: int, name: str) -> None:
+    """Checks the longest sequence of a dataset against the positions of the model.
+
+    Args:
+        longest: its tokens, after truncation.
+        row: the number of its row in the source.
+        name: of the dataset, for the message.
+
+    Raises:
+        UserError: the model has a table of fewer positions.
+    """
+    limit, is_table = position_limit(model)
+    if limit is None or longest <= limit:
+        return
+    kind = type(base_model(model)).__name__
+    text = f"row {row} of the {name} data has {longest} tokens, and {kind} has {limit} positions"
+    text += " (max_position_embeddings)"
+    if is_table:
+        raise UserError(f"{text}: set max_length={limit} or less")
+    logger.warning(f"{text}, and was not trained on longer sequences; max_length={limit} would cut them")
 
 
 def is_noisy(model: nn.Module, args: ContrastiveConfig) -> bool:

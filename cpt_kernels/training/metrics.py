@@ -30,6 +30,7 @@ _MEAN_OVER = {
 _COUNTS = ("pairs", "preferences", "chosen_tokens", "rejected_tokens", "all_tokens", "aux_pairs")
 _NAMES = (*_MEAN_OVER, *_COUNTS)
 METRIC_NAMES = tuple(_MEAN_OVER)
+PREFERENCE_METRICS = tuple(name for name, count in _MEAN_OVER.items() if count in ("preferences", "rejected_tokens"))
 
 
 def pair_rewards(pair_logps: PairLogps, beta: float, per_token: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ import pytest
 
 from cpt_kernels import cli
 from cpt_kernels.cli.cache import main
+from cpt_kernels.errors import UserError
 from cpt_kernels.reference.cache import ReferenceCache
 from cpt_kernels.reference.shards import Rows
 from tests.helpers import ROOT
@@ -172,13 +173,19 @@ def test_prune(tmp_path, capsys):
         other.add(*make_row(0))
 
     def prune(*flags: str) -> None:
-        main(["prune", "--ref_cache_dir", str(tmp_path), *flags])
+        main(["prune", "--ref_cache_dir", str(tmp_path), "--yes", *flags])
 
     prune()
     assert left.exists(), "a recent file may belong to a running writer"
     os.utime(left, times=(0, 0))
     prune("--older_than", "5", "--dry_run")
     assert left.exists() and old.exists() and "2 files" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing was deleted: answer y, or give --yes"):  # there is no terminal to ask
+        main(["prune", "--ref_cache_dir", str(tmp_path), "--older_than", "5"])
+    for name, value in (("--max_gb", "-1"), ("--max_gb", "nan"), ("--older_than", "-1"), ("--older_than", "inf")):
+        with pytest.raises(UserError, match=f"^{name} {value}: must not be negative"):
+            prune(name, value)
+    assert left.exists() and old.exists() and str(old) in capsys.readouterr().out
     prune("--older_than", "5")
     assert not left.exists() and not old.exists()
     assert found(ReferenceCache(tmp_path, FINGERPRINT), range(20)) == list(range(10, 20))
