@@ -63,6 +63,7 @@ def _write_data(home: Path, pairs: list[dict[str, str]]) -> None:
     long = {"prompt": "the sky " * 40, "chosen": " is blue", "rejected": " is grey"}
     write_rows(home / "long.jsonl", [*pairs[:2], pairs[2] | {"chosen": ""}, long])
     (home / "torn.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho\n')
+    write_rows(home / "other.jsonl", [{"number": 1, "label": "x"}])
     (home / "nothing.jsonl").touch()
     (home / "notes.txt").write_text("hello\n")
     responses = [
@@ -235,7 +236,7 @@ _WRONG_DATA = {
     "--dataset_name {home}/torn.jsonl": "line 2",
     "--dataset_name {home}/notes.txt": "notes.txt is not a",
     "--dataset_name no/such-data": "'no/such-data' is not a local file or folder, and the hub did not return a dataset",
-    "--dataset_name {home}/responses.jsonl": "has the columns",
+    "--dataset_name {home}/other.jsonl": "columns",
     "--dataset_train_split test": "only the split 'train', not 'test'",
     "--columns question=prompt": "columns names ['question'], but",
     "--columns prompt chosen rejectedd": "rename by --columns",
