@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--completions", type=int, default=2, help="completions per prompt; all their pairs are trained"
     )
-    parser.add_argument("--lengths", default="mixed", help=HELP)
+    parser.add_argument("--lengths", help=f"{HELP}; default mixed, with --quick tiny")
     add_model_options(parser)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--loss", choices=["sigmoid", "hinge", "ipo", "sft"], default="sigmoid")
@@ -113,8 +113,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.peers = [name for name in peers_asked.split(",") if name]
     if unknown := set(options.peers) - set(CONTESTANTS):
         parser.error(f"unknown peers {sorted(unknown)}: choose from {peers}")
+    options.lengths = options.lengths or ("tiny" if options.quick else "mixed")
     if options.quick:
-        vars(options).update(dataclasses.asdict(_TOY) | {"steps": 4, "pairs": 4, "lengths": "tiny", "rounds": None})
+        vars(options).update(dataclasses.asdict(_TOY) | {"steps": 4, "pairs": 4, "rounds": None})
     options.rounds = options.rounds or max(1, options.steps - 2)
     if options.rounds > options.steps:
         parser.error(f"--rounds {options.rounds} is more than --steps {options.steps}")

@@ -31,6 +31,8 @@ SETTINGS = (
     *("load_in_4bit", "load_in_8bit", "bf16", "fp16", "use_cpu"),
 )
 
+# Options of a training configuration that may hold a folder.
+_MODELS = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name")
 # The options of `cpt eval pairs` itself, which a mistyped option may have meant.
 _OWN_OPTIONS = (
     *("models", "data", "split", "columns", "reference", "config", "by", "ratio_edges", "length_edges"),
@@ -198,4 +200,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of 'option: value', found {type(values).__name__}")
+    # Files that were written in another folder, or moved with the models beside them, may hold relative paths.
+    for name in _MODELS:
+        value = values.get(name)
+        if isinstance(value, str) and (path.parent / value).is_dir():
+            values[name] = str((path.parent / value).absolute())
     return values

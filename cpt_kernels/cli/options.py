@@ -11,6 +11,7 @@ import re
 import types
 from dataclasses import dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -136,6 +137,11 @@ _HELP = {
 }
 # Options of TrainingArguments that a flag or a file cannot express -> what to do in their place.
 _REFUSED = {"parallelism_config": "configure sharding in the file of --accelerate_config"}
+# Options that name a local file or folder, or something on the hub.
+PATH_OPTIONS = (
+    *("model_name_or_path", "ref_model_name_or_path", "tokenizer_name", "dataset_name", "eval_dataset_name"),
+    *("output_dir", "ref_cache_dir"),
+)
 _NOT_SAVED = ("hub_token", "resume_from_checkpoint", "check")  # a secret, and options of one invocation
 
 
@@ -220,12 +226,22 @@ class Options:
     values: dict[str, Any]
 
     def to_yaml(self) -> str:
-        """Returns all options as the content of a file for ``--config``."""
+        """Returns all options as the content of a file for ``--config``, from whatever folder it is read."""
         parts = []
         for title, names in groups().items():
-            values = {name: self.values[name] for name in names if name not in _NOT_SAVED}
+            values = {name: _absolute(name, self.values[name]) for name in names if name not in _NOT_SAVED}
             parts.append(f"# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
         return "\n".join(parts)
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Returns the absolute path for a local file or folder that an option names, and any other value as it is."""
+    if name == "datasets" and value:
+        return [{**part, "path": _absolute("dataset_name", part.get("path"))} for part in value]
+    if name not in PATH_OPTIONS or not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() else value
 
 
 def complete(given: dict[str, Any]) -> Options:

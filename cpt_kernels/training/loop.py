@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    EvalPrediction,
+    PredictionOutput,
+    get_last_checkpoint,
+)
 
 from ..config import ContrastiveConfig
 from ..data.collate import PackedBatch, PackedCollator
@@ -69,6 +75,8 @@ class PackedLoop(Trainer):
 
     loss_is_scaled_for_ga = False  # transformers divides by the step's micro-batches, as it does for TRL
     current_gradient_accumulation_steps = 1  # until transformers sets it in every step
+    _trained_pairs = 0  # of this rank in this call of train()
+    _evaluated_batches = 0  # of this rank in the last evaluation
     num_tokens = 0  # of this rank since count_tokens was called last
     eval_tokens_per_pair: float | None = None  # of the evaluation, for a loss that averages over tokens
     stream_digest: StreamDigest | None = None  # of the rows read from a stream in this call of train()
@@ -160,6 +168,7 @@ class PackedLoop(Trainer):
         if self.place_metrics is not None:
             self.place_metrics.add(inputs)
         self.num_tokens += inputs["num_sequence_tokens"]
+        self._trained_pairs += inputs["num_pairs"]
         if self._first_step is None:
             self._first_step = self.state.global_step
             self._speed = Speedometer(self.state.num_input_tokens_seen)
@@ -193,7 +202,7 @@ class PackedLoop(Trainer):
         self._reset_counts()  # drop the counts of the attempt that ran out of memory
 
     def _reset_counts(self) -> None:
-        self.num_tokens, self._first_step = 0, None
+        self.num_tokens, self._trained_pairs, self._first_step = 0, 0, None
         self.metrics["train"].reset()
         if self.place_metrics is not None:
             self.place_metrics.reset()
@@ -219,7 +228,8 @@ class PackedLoop(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds TRL's metrics to the logs of training; this is where a step waits for the GPU.
 
-        The closing log, which has ``train_loss``, gets the metrics of the steps after the last log, if there are any.
+        The closing log, which has ``train_loss``, gets the metrics of the steps after the last log, if there are any,
+        and in ``train_samples_per_second`` the pairs that were trained on.
         ``tokens_per_second`` is of the steps since the last log. ``peak_memory_gib`` is of this process so far: on its
         accelerator, or on a CPU its resident memory.
         """
@@ -233,9 +243,26 @@ class PackedLoop(Trainer):
                 logs |= self.place_metrics.compute()
         elif self.args.include_num_input_tokens_seen != "no":  # transformers adds the last count to these logs
             self.count_tokens()
+        if "train_runtime" in logs:
+            # transformers derives these numbers from per_device_train_batch_size and per_device_eval_batch_size.
+            pairs = self.accelerator.reduce(torch.tensor(self._trained_pairs, device=self.args.device), "sum")
+            logs["train_samples_per_second"] = round(pairs.item() / max(logs["train_runtime"], 1e-9), 3)
+        self._correct_steps(logs)
         super().log(logs, start_time)
 
+    def _correct_steps(self, metrics: dict[str, float]) -> None:
+        """Sets the steps per second of an evaluation to the micro-batches that this rank ran."""
+        for name in [name for name in metrics if name.endswith("_steps_per_second") and not name.startswith("train_")]:
+            runtime = metrics[f"{name.removesuffix('_steps_per_second')}_runtime"]
+            metrics[name] = round(self._evaluated_batches / max(runtime, 1e-9), 3)
+
     # --- Evaluation ---
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predicts as transformers' ``predict``; ``test_dataset`` may have any form that the constructor takes."""
+        output = super().predict(*args, **kwargs)
+        self._correct_steps(output.metrics)
+        return output
 
     def prediction_step(
         self, model: nn.Module, inputs: PackedBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -276,13 +303,14 @@ class PackedLoop(Trainer):
         self.callback_handler.eval_dataloader = dataloader  # for callbacks
         self.metrics["eval"].reset()
         batches, self.eval_tokens_per_pair = self._evaluation_batches(dataloader)
-        rewards, pairs = [], 0
+        rewards, pairs, self._evaluated_batches = [], 0, 0
         losses = torch.zeros((), device=self.args.device)  # sum over this rank's pairs
         for inputs in batches:
             loss, batch_rewards, _ = self.prediction_step(model, inputs, bool(prediction_loss_only))
             if inputs["num_pairs"]:
                 losses += loss.detach() * inputs["num_pairs"]
             pairs += inputs["num_pairs"]
+            self._evaluated_batches += 1
             if not prediction_loss_only:
                 # As objects, because ranks have different numbers of pairs.
                 rewards.append(np.concatenate(gather_object([batch_rewards.cpu().numpy()])))

@@ -6,14 +6,20 @@ and wrong data before anything is tokenized.
 
 from __future__ import annotations
 
+import errno
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
 from cpt_kernels import cli
 from cpt_kernels.cli import run as run_module
+from cpt_kernels.cli.parsing import parse
 from cpt_kernels.data import preparation
+from cpt_kernels.errors import UserError
 from tests.helpers.command import bpe_tokenizer, word_pairs, write_model, write_rows
 
 
@@ -400,3 +406,71 @@ def _files(folder: Path) -> dict[Path, bytes]:
     return {
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".lock")
     }
+
+
+# --- What is not wrong ---
+
+
+def test_values_and_names_that_are_understood(capsys):
+    base = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--use_cpu"]
+    assert parse([*base, "--learning_rate", "1e-3", "--eval_delay", "0"]).training.learning_rate == 1e-3
+    with pytest.raises(UserError, match=r"^learning_rate=-0.001: must not be negative$"):
+        parse([*base, "--learning_rate", "-1e-3"])
+    for alias in ("--val_size", "--val_set_size", "--test_split_size"):
+        assert parse([*base, alias, "0.1"]).script.test_split_size == 0.1
+    for command in (["--version"], ["train", "--version"]):
+        assert cli.main(command) == 0 and capsys.readouterr().out.startswith("cpt-kernels ")
+    assert cli.train_main(["--version"]) == 0 and capsys.readouterr().out.startswith("cpt-kernels ")
+
+
+def test_rows_are_split_off_from_a_dataset(home, tmp_path, capsys):
+    argv = fill(f"{_TRAIN} --eval_strategy steps --eval_steps 1 --val_size 0.25", home, tmp_path)
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "9 of 9 rows kept" in printed and "3 of 3 rows kept" in printed
+    # The saved configuration names folders absolutely, so that it is read in any folder.
+    saved = yaml.safe_load((tmp_path / "out" / "training_config.yaml").read_text())
+    assert saved["dataset_name"] == str(home / "train.jsonl") and saved["test_split_size"] == 0.25
+
+
+def test_eval_finds_the_reference_from_any_folder(home, tmp_path, monkeypatch, capsys):
+    """The paths of a run that was started with relative paths are absolute; relative ones are tried beside the file."""
+    monkeypatch.chdir(home)
+    argv = "train --model_name_or_path model --dataset_name train.jsonl --use_cpu --disable_tqdm --report_to none"
+    assert cli.main([*argv.split(), "--max_steps", "1", "--output_dir", str(tmp_path / "run")]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    command = ["eval", "pairs", "--models", str(tmp_path / "run"), "--data", str(home / "train.jsonl")]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert f"rewards against {home / 'model'}" in capsys.readouterr().out
+    config = tmp_path / "run" / "training_config.yaml"
+    values = yaml.safe_load(config.read_text()) | {"model_name_or_path": "../base"}
+    config.write_text(yaml.safe_dump(values))
+    (home / "model").rename(tmp_path / "base")
+    try:
+        assert cli.main(command) == 0
+    finally:
+        (tmp_path / "base").rename(home / "model")
+    assert "rewards against" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), 2),
+        (OSError(errno.EROFS, "Read-only file system", "curves.png"), 2),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 1),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"), 1),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "pairs", "cache", "generate", "eval", "demo"])
+def test_a_full_disk_is_no_traceback(monkeypatch, capsys, command, error, code):
+    def fails(*_):
+        raise error
+
+    module = import_module(cli.COMMANDS[command][0], "cpt_kernels.cli")
+    monkeypatch.setattr(module, "main", fails)
+    found, line = attempt([command], capsys)
+    assert found == code and any(word in line for word in ("No space left", "Read-only", "failed writing"))
