@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cpt_kernels.errors import UserError
 from cpt_kernels.evaluation.judge import NO_VERDICT, JudgePrompt, Verdicts, ask_endpoint, ask_function, load_judge
 from cpt_kernels.evaluation.outputs import Comparisons
 from cpt_kernels.generation.endpoint import EndpointOptions
@@ -84,7 +85,7 @@ def test_load_judge(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             load_judge(name)
-    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+    with pytest.raises(UserError, match=r"needs cannot be imported: ModuleNotFoundError: .*surely_not_installed"):
         load_judge("needs:prefer")
 
 
