@@ -34,8 +34,8 @@ from cpt_kernels.ops.attention.select import capabilities
 from . import attentions
 from .attentions import Case, Groups, attended, copies_of, dense_mask, inputs_of, spread, tokens_of
 from .rounds import REFERENCE, Found, Products, Timed, compete, serve
+from .shapes import SHAPES, Shape
 from .timing import add_output_options, finish, milliseconds, summarize, table
-from .work import SHAPES, Shape
 
 _PEERS = "separate,flex,dense"
 _WAYS = {"forward and backward": 14, "forward": 4}  # operations per head, head dimension and attended pair

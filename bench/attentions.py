@@ -18,8 +18,7 @@ from torch import Tensor
 
 from cpt_kernels.data.packing import GroupLengths, pack, scatter_rounds
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
-
-from .work import attended_pairs
+from cpt_kernels.planning.work import attended_pairs
 
 Groups = Sequence[tuple[int, Sequence[int]]]  # (prompt, completions) in tokens
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -289,8 +289,8 @@ def train(lengths: str, steps: str) -> dict[str, float]:
     from transformers import TrainerCallback
 
     from .lengths import preference_rows
+    from .shapes import Shape
     from .trainers import build_model, our_trainer
-    from .work import Shape
 
     shape = Shape() if lengths != "tiny" else Shape(hidden=32, layers=2, heads=2, kv_heads=1, vocab=500)
     lookups, stepping = Clock(), Clock()

@@ -45,9 +45,9 @@ from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.reference.cache import ReferenceCache
 from cpt_kernels.reference.scorer import Reference
 
+from .shapes import Shape
 from .timing import add_output_options, finish
 from .trainers import build_model
-from .work import Shape
 
 RANKS = 2
 TOKENS_PER_BATCH = 256

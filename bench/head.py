@@ -39,8 +39,8 @@ import torch
 
 from .heads import TRAINED, Problem, contestants, disagreement, norms
 from .rounds import REFERENCE, Found, Products, Timed, compete, serve
+from .shapes import SHAPES
 from .timing import MIB, add_output_options, finish, milliseconds, summarize, table
-from .work import SHAPES
 
 _MODES = "trained,general,frozen,score"
 _PEERS = "eager,compiled,trl,torch-ce,liger-dpo,liger-ce,cce,quack"

@@ -197,5 +197,5 @@ def train_bpe(texts: Iterable[str], vocab: int, words: str | None = None, roles:
 
 
 def pair_of(row: dict[str, list[int]]) -> tuple[list[int], list[int], list[int]]:
-    """Returns (prompt, chosen, rejected) of a row, the form that :mod:`bench.work` takes."""
+    """Returns (prompt, chosen, rejected) of a row, the form that :mod:`cpt_kernels.planning.work` takes."""
     return row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]

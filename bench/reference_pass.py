@@ -37,11 +37,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from cpt_kernels.planning.work import Work, packed, padded
+
 from .lengths import FIRST_TOKEN, pair_of
+from .shapes import Shape
 from .step import ALLOCATOR
 from .timing import Channel, Worker, add_output_options, finish, table
 from .trainers import arguments, build_model, tokenizer
-from .work import Shape, Work, packed, padded
 
 Groups = list[tuple[list[int], list[list[int]]]]  # token ids of each prompt and of its distinct responses
 

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .plot import TITLES
+from .shapes import Shape
 from .step import CONTESTANTS, add_model_options, matmul_rates, predict, run, shape_of
 from .timing import add_output_options, finish, summarize, table
-from .work import Shape
 
 _PEERS = "ours-unshared,trl-tuned"
 _QUICK_PEERS = "trl-completion-rows"

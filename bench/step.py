@@ -14,9 +14,9 @@ and quartiles are over rounds. Gradient checkpointing is off for all unless aske
     ours-padded         as ours-unshared, but right-padded to the longest sequence of the step
 
 On CUDA all run under bf16 autocast, with flash attention if it is installed. ``predicted`` is the ratio of operations,
-counted from the lengths (bench/work.py). ``of it`` is measured / predicted: 100 % if all contestants run their
-operations at the same rate. ``of floor`` is the time of the step's operations at the rate of large matrix products,
-measured in the same run, divided by the step's time.
+counted from the lengths by cpt_kernels.planning.work. ``of it`` is measured / predicted: 100 % if all contestants run
+their operations at the same rate. ``of floor`` is the time of the step's operations at the rate of large matrix
+products, measured in the same run, divided by the step's time.
 
 Peak memory is VmHWM of the process during the timed steps. "beyond" is the peak minus the resident memory after imports
 and model construction, and minus AdamW's two moments. It consists of gradients, activations, logits, and memory that
@@ -36,9 +36,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_kernels.planning.work import Pair, Work, packed, padded
+
 from .lengths import HELP, checked, pair_of, rows_of
+from .shapes import SHAPES, Shape
 from .timing import Worker, add_output_options, close_all, finish, interleave, summarize, table
-from .work import SHAPES, Pair, Shape, Work, packed, padded
 
 # By default, glibc returns every large block to the system, and each step faults its pages in again. These settings
 # keep the blocks.

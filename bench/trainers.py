@@ -29,8 +29,8 @@ from cpt_kernels.data.collate import PackedBatch, PackedCollator
 from cpt_kernels.data.packing import scatter_rounds
 
 from .lengths import rows_of
+from .shapes import Shape
 from .timing import MIB, Channel, peak_mib, reset_peak, resident_mib
-from .work import Shape
 
 _FOLDER = "BENCH_FOLDER"  # environment variable that names rank 0's folder to the other ranks
 

@@ -31,6 +31,7 @@ FOLDERS = {
     "reference": {"model", "ops", "data"},
     "training": {"reference", "model", "ops", "data", "config", "losses"},
     "trainer": {"training", "reference", "model", "ops", "data", "config", "losses"},
+    "planning": {"reference", "model", "ops", "data", "config", "losses"},
     "generation": {"data"},
     "evaluation": {"reference", "generation", "pairs", "model", "data", "config"},
 }

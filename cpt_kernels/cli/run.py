@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -27,6 +27,8 @@ from .console import print_results
 from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
 from .parsing import CONFIG_FILE
+
+TrainerClass = TypeVar("TrainerClass", bound=ContrastiveTrainer)
 
 
 def train(options: Options) -> ContrastiveTrainer:
@@ -70,9 +72,16 @@ def train(options: Options) -> ContrastiveTrainer:
 
 
 def make_trainer(
-    options: Options, cls: type[ContrastiveTrainer] = ContrastiveTrainer, callbacks: Sequence[Any] = ()
-) -> ContrastiveTrainer:
+    options: Options,
+    cls: type[TrainerClass] = ContrastiveTrainer,
+    callbacks: Sequence[Any] = (),
+    policy: Callable[[ModelArguments, ContrastiveConfig], Any] = load_policy,
+    reference: Callable[[ModelArguments, ContrastiveConfig], Any] = load_reference,
+) -> TrainerClass:
     """Loads data, models and tokenizer, and makes a trainer of them.
+
+    Args:
+        policy, reference: load the models.
 
     Raises:
         UserError: one of them cannot be loaded, or cannot be trained with.
@@ -82,7 +91,7 @@ def make_trainer(
     tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)
     train_data, eval_data = _load_data(options.script, args)
-    model, ref_model = load_policy(options.model, args), load_reference(options.model, args)
+    model, ref_model = policy(options.model, args), reference(options.model, args)
     args.model_init_kwargs = None  # already applied; the trainer refuses them for a loaded model
     return cls(
         model,

@@ -110,6 +110,7 @@ class PackedModel:
         self.invocations = invocations(self.model)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = _head_options(base, self.head_memory_mb)
+        self.padded = self.packing == "false" or (self.packing == "auto" and bool(unpackable_layers(base)))
         if self.is_proven:
             with undisturbed(self.model), gathered(self.model), in_training_mode(self.quantized):
                 self._prove(base)

@@ -17,8 +17,9 @@ import torch
 
 from bench import attention, attentions, head, heads, readme, step, timing
 from bench.lengths import checked, draw_groups, preference_rows
+from bench.shapes import SHAPES, Shape
 from bench.trainers import build_model
-from bench.work import SHAPES, Shape, packed, padded
+from cpt_kernels.planning.work import packed, padded
 from tests.helpers import ROOT
 
 

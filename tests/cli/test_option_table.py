@@ -53,6 +53,7 @@ def home(tmp_path_factory) -> Path:
         (["generate", "--help"], "usage: cpt generate"),
         (["eval", "pairs", "--help"], "usage: cpt eval pairs"),
         (["demo", "--help"], "usage: cpt demo"),
+        (["plan", "--help"], "usage: cpt plan [MODEL DATA]"),
     ],
 )
 def test_help_and_mistakes_take_less_than_a_second_without_torch(home, argv, printed):

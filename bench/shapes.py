@@ -1,0 +1,76 @@
+"""Shapes of the models that the benchmarks train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen2-shaped model."""
+
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate: int = 1024
+    vocab: int = 32000
+    tied: bool = True  # head and embeddings share one weight
+
+    @property
+    def head_size(self) -> int:
+        """The dimension of an attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def layer_parameters(self) -> int:
+        """The number of parameters in the matrices of all layers."""
+        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters in all matrices, embeddings and head included."""
+        return self.layer_parameters + (1 if self.tied else 2) * self.hidden * self.vocab
+
+    def fitted(self, limit: float) -> Shape:
+        """Returns the shape with as many of its layers as ``limit`` parameters allow.
+
+        Raises:
+            ValueError: Not even one layer fits.
+        """
+        a_layer = self.layer_parameters / self.layers
+        rest = self.parameters - self.layer_parameters
+        if rest + a_layer > limit:
+            raise ValueError(
+                f"one layer and the embeddings have {(rest + a_layer) / 1e6:.0f} million parameters, but the"
+                f" memory suffices for {limit / 1e6:.0f} million per contestant: use a smaller --shape or fewer --peers"
+            )
+        return replace(self, layers=min(self.layers, int((limit - rest) / a_layer)))
+
+    def config(self) -> dict[str, Any]:
+        """Returns the keyword arguments of ``transformers.Qwen2Config``."""
+        return {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": self.tied,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": None,
+        }
+
+
+# Sizes of published models. Two cores train "small" in seconds.
+SHAPES = {
+    "small": Shape(),
+    "qwen-0.5b": Shape(896, 24, 14, 2, 4864, 151936),
+    "llama-1b": Shape(2048, 16, 32, 8, 8192, 128256),
+    "qwen-3b": Shape(2048, 36, 16, 2, 11008, 151936),
+    "llama-8b": Shape(4096, 32, 32, 8, 14336, 128256, tied=False),
+}

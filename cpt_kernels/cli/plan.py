@@ -1,0 +1,63 @@
+"""``cpt plan``: what a run of ``cpt-train`` will do, without its weights and before anything is trained.
+
+  cpt plan MODEL DATA [any option of cpt-train] [--json FILE]
+  cpt plan --config run.yaml
+
+Rows, pairs, steps and tokens are counted through the data preparation and the loader of training, so they are exact.
+They assume packed rows unless packing=false, or the architecture is known to need padded ones: only weights prove that
+a model runs packed rows.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import write_text
+from . import launch
+from .option_table import option_table
+from .parsing import Parser, parse, read_file
+
+
+def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
+    """Parses the options, counts the run and prints the plan.
+
+    Raises:
+        UserError: data, model or options that cannot be trained with.
+    """
+    own, options_argv = _plan_parser(prog).parse_known_args(_with_names(argv))
+    table = option_table()
+    flags, rest = launch.split(options_argv, table.launch)
+    flags |= launch.of_file(read_file(rest), table.launch)
+    if flags:
+        raise UserError(f"{min(flags)}: a plan is of one process; leave the options of the launcher out")
+    with tempfile.TemporaryDirectory(prefix="cpt-plan-") as folder:  # a trainer creates its output folder
+        options = parse([*rest, "--output_dir", folder], prog)
+        from .planned import show_plan  # imports torch and transformers
+
+        plan = show_plan(options)
+    if own.json is not None:
+        write_text(Path(own.json), json.dumps(plan, indent=1) + "\n")
+
+
+def _with_names(argv: Sequence[str]) -> list[str]:
+    """Gives the arguments MODEL and DATA in front of all options the names of these options."""
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if count > 2:
+        raise UserError(f"unexpected argument {argv[2]!r}: expected MODEL and DATA, then options")
+    names = ("--model_name_or_path", "--dataset_name")
+    return [*(part for pair in zip(names, argv[:count]) for part in pair), *argv[count:]]
+
+
+def _plan_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [MODEL DATA] [--config run.yaml] [--option value ...] [--json FILE]",
+        description=__doc__,
+        epilog="All options of cpt-train are allowed; cpt-train --help lists them.",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON, too")
+    return parser

@@ -1,0 +1,103 @@
+"""Makes the plan of a run: a trainer whose model has shapes but no weights, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..config import ContrastiveConfig
+from ..errors import UserError
+from ..model.loading import wrap_in_adapter
+from ..planning.counts import Counts, count_run
+from ..trainer import ContrastiveTrainer
+from .console import print_results
+from .decoded import decoded_pair
+from .models import from_pretrained
+from .options import ModelArguments, Options
+from .run import check_options, make_trainer, quieten
+
+
+class PlannedTrainer(ContrastiveTrainer):
+    """A trainer of a model without weights: it prepares data and makes loaders, and can do nothing else."""
+
+    def __init__(self, model: nn.Module, ref_model: None, args: ContrastiveConfig, peft_config: Any, **arguments: Any):
+        if peft_config is not None:  # here, because the constructor takes the fingerprint of the weights below it
+            model = wrap_in_adapter(model, peft_config, args)
+        super().__init__(model, ref_model, args, **arguments)
+
+    def _make_reference(self, *_: Any) -> Any:
+        return None
+
+    def _move_model_to_device(self, *_: Any) -> None:
+        pass  # there is nothing to move
+
+
+def show_plan(options: Options) -> dict[str, Any]:
+    """Prints the plan of a run, with a decoded pair, and returns it as plain data for JSON.
+
+    Raises:
+        UserError: data, model or options that cannot be trained with.
+    """
+    args = options.training
+    if options.script.dataset_streaming:
+        raise UserError("dataset_streaming=true: the rows of a stream are not known before training; leave it out")
+    check_options(options)
+    quieten(args)
+    args.report_to, args.push_to_hub = [], False
+    trainer = make_trainer(options, PlannedTrainer, policy=_shapes_of, reference=lambda *_: None)
+    counts = count_run(trainer.get_train_dataloader(), trainer.train_dataset, trainer.collator, args)
+    plan = {
+        "data": {name: _row_counts(report) for name, report in trainer.reports.items()},
+        "run": _run(trainer, counts),
+    }
+    row = trainer.train_dataset[counts.largest_rows[0]]
+    drops = [line for report in trainer.reports.values() for line in report.summary()]
+    print_results([*decoded_pair(row, trainer.processing_class, trainer.collator), _plan_table(plan["run"])], drops)
+    return plan
+
+
+def _shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
+    """Returns the model of a config on the device "meta", which holds no weights."""
+    trust = args.trust_remote_code
+    name, revision = model.model_name_or_path, model.model_revision
+    config = from_pretrained(
+        AutoConfig.from_pretrained, name, "model_name_or_path", trust_remote_code=trust, revision=revision
+    )
+    dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+
+
+def _row_counts(report: Any) -> dict[str, Any]:
+    names = ("rows_in", "kept", "pairs", "pairs_dropped", "truncated", "promptless")
+    dropped = {reason: drop.count for reason, drop in report.dropped.items()}
+    return {name: getattr(report, name) for name in names} | {"dropped": dropped}
+
+
+def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
+    return {
+        "layout": "padded" if trainer.packed.padded else "packed",
+        **{key: value for key, value in asdict(counts).items() if key != "largest_rows"},
+    }
+
+
+def _plan_table(run: dict[str, Any]) -> Table:
+    """Returns the counts of a run as a table."""
+    work, unshared, peer, reference = (run[name] for name in ("work", "unshared", "peer", "reference"))
+    table = Table("", "", title=f"the run, in {run['layout']} rows", title_justify="left", show_header=False)
+    table.add_row("optimizer steps", f"{run['steps']:,}")
+    table.add_row("micro-batches", f"{run['micro_batches']:,}, {run['pairs'] / run['micro_batches']:.1f} pairs each")
+    if run["fill"] < 1:
+        table.add_row("fill of max_tokens_per_batch", f"{run['fill']:.1%}")
+    table.add_row("tokens", f"{work['tokens']:,}, {work['tokens'] / run['steps']:,.0f} a step")
+    table.add_row("tokens without shared prompts", f"{unshared['tokens']:,}")
+    table.add_row(f"tokens padded, {run['peer_pairs']} pairs a batch", f"{peer['tokens']:,}")
+    table.add_row("scored tokens", f"{work['head_rows']:,}")
+    table.add_row("largest micro-batch", f"{run['largest']['tokens']:,} tokens")
+    table.add_row("reference pass, at most", f"{reference['tokens']:,} tokens, a forward each")
+    return table

@@ -1,0 +1,148 @@
+"""Counts the steps, tokens and operations of a run from the lengths of its rows, through the loader of training."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, cast
+
+from datasets import Dataset
+
+from ..data.batches import BatchSampler
+from ..data.collate import PackedCollator
+from ..data.loader import EpochLoader
+from ..data.packing import GroupLengths
+from ..reference.missing import iter_sequences
+from .work import Work, packed_groups, padded_sequences
+
+_Prompt = tuple[int, dict[int, int]]  # tokens of a prompt; hash of each different completion -> its tokens
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a run does on one process.
+
+    Attributes:
+        steps, micro_batches: of the whole run.
+        pairs: pairs of all steps; a pair counts once for every epoch.
+        work: of all steps, without recomputation.
+        unshared: the same with a copy of the prompt for each completion.
+        peer: the same in batches of as many pairs, each side padded to the longest of the batch, as TRL runs them.
+        peer_pairs: pairs of such a batch.
+        largest: of the micro-batch with the most tokens.
+        largest_rows: its rows, as indices into the prepared dataset.
+        fill: tokens of the first epoch as a share of the token budget; 1 without a budget.
+        reference: work of scoring every different completion once, without a backward.
+    """
+
+    steps: int
+    micro_batches: int
+    pairs: int
+    work: Work
+    unshared: Work
+    peer: Work
+    peer_pairs: int
+    largest: Work
+    largest_rows: list[int]
+    fill: float
+    reference: Work
+
+
+class RowLengths:
+    """Token counts of the rows of a prepared dataset after truncation, with hashes that tell equal tokens."""
+
+    def __init__(self, dataset: Dataset, collator: PackedCollator) -> None:
+        self.collator = collator
+        self.prompts: list[dict[int, _Prompt]] = [{} for _ in range(len(dataset))]
+        lengths: list[dict[int, tuple[int, int]]] = [{} for _ in range(len(dataset))]  # by position in the row
+        for chunk in iter_sequences(dataset, collator.max_length, collator.truncation_mode):
+            for row, position, prompt, completion in chunk:
+                of_row = self.prompts[row].setdefault(hash(prompt.tobytes()), (len(prompt), {}))
+                of_row[1][hash(completion.tobytes())] = len(completion)
+                lengths[row][position] = (len(prompt), len(completion))
+        columns = dataset.select_columns(["chosen", "rejected"])[:]
+        # (prompt, completion) of the sides of each pair, one side for supervised rows.
+        self.pairs = [
+            [tuple(of_row[i] for i in pair) for pair in zip(*([chosen, rejected] if rejected else [chosen]))]
+            for of_row, chosen, rejected in zip(lengths, columns["chosen"], columns["rejected"])
+        ]
+
+    def groups(self, rows: Iterable[int], share: bool = True) -> list[GroupLengths]:
+        """Returns the prompt groups of a micro-batch, in which equal prompts and completions are merged."""
+        merged: dict[int, _Prompt] = {}
+        for row in rows:
+            for key, (prompt, completions) in self.prompts[row].items():
+                merged.setdefault(key, (prompt, {}))[1].update(completions)
+        found = [(prompt, [*completions.values()]) for prompt, completions in merged.values()]
+        found = found or [(1, [1])]  # a rank without rows runs one pad token behind another
+        shares = self.collator.shares
+        return [GroupLengths(prompt, c, share and shares(prompt + max(c))) for prompt, c in found]
+
+    def work(self, rows: Sequence[int], share: bool = True) -> Work:
+        """Returns the work of a micro-batch."""
+        groups = self.groups(rows, share)
+        if not self.collator.padded:
+            return packed_groups(groups)
+        sequences = sum(len(group.completions) for group in groups)
+        longest = max(group.prompt + max(group.completions) for group in groups)
+        return padded_sequences(sequences, longest, sum(sum(group.completions) for group in groups), head_gemms=3)
+
+
+def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, args: Any) -> Counts:
+    """Counts a run from its training loader.
+
+    Args:
+        collator: the run's packed collator.
+        args: the run's ``ContrastiveConfig``.
+    """
+    sampler = cast("BatchSampler", loader.batch_sampler)
+    rows = RowLengths(dataset, collator)
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.num_train_epochs * math.ceil(len(sampler) / args.gradient_accumulation_steps))
+    fill = sampler.fill
+    batches = [batch for step in step_batches(sampler, args.gradient_accumulation_steps, steps) for batch in step]
+    works = [rows.work(batch) for batch in batches]
+    largest = max(range(len(works)), key=lambda number: works[number].tokens)
+    # A peer runs the same pairs in the same order, as many in a batch as ours on average.
+    pairs = [pair for batch in batches for row in batch for pair in rows.pairs[row]]
+    per_batch = max(1, round(len(pairs) / len(batches)))
+    peers = [_padded(pairs[i : i + per_batch]) for i in range(0, len(pairs), per_batch)]
+    return Counts(
+        steps=steps,
+        micro_batches=len(batches),
+        pairs=len(pairs),
+        work=reduce(add, works),
+        unshared=reduce(add, (rows.work(batch, share=False) for batch in batches)),
+        peer=reduce(add, peers),
+        peer_pairs=per_batch,
+        largest=works[largest],
+        largest_rows=batches[largest],
+        fill=fill,
+        reference=packed_groups(rows.groups(range(len(dataset)))),
+    )
+
+
+def step_batches(sampler: BatchSampler, micro_batches: int, steps: int) -> Iterator[list[list[int]]]:
+    """Yields the micro-batches of every step of a run, as lists of rows.
+
+    Args:
+        micro_batches: of a step; the last step of an epoch may have fewer.
+    """
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        for start in range(0, len(batches), micro_batches):
+            if steps == 0:
+                return
+            yield batches[start : start + micro_batches]
+            steps -= 1
+
+
+def _padded(pairs: Sequence[tuple[tuple[int, int], ...]]) -> Work:
+    sides = [side for pair in pairs for side in pair]
+    return padded_sequences(len(sides), max(map(sum, sides)), sum(completion for _, completion in sides))

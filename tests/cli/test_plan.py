@@ -1,0 +1,107 @@
+"""Tests of ``cpt plan``: its counts are those of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpt_kernels import ContrastiveTrainer, cli
+from tests.helpers.command import bpe_tokenizer, run, word_pairs, write_model, write_options, write_rows
+
+MANY = {"max_tokens_per_batch": 96, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A config with a tokenizer but no weights; 24 pairs, of which 8 share four prompts, and three unusable rows."""
+    home = tmp_path_factory.mktemp("plan")
+    pairs = word_pairs(24)
+    for i in range(8):
+        pairs[i]["prompt"] = pairs[i % 4]["prompt"]
+        pairs[i]["chosen"] = pairs[i % 4]["chosen"]
+    tokenizer = bpe_tokenizer(text for row in pairs for text in row.values())
+    write_model(home / "start", tokenizer)
+    unusable = [pairs[0] | {"rejected": pairs[0]["chosen"]}, pairs[1] | {"chosen": ""}, pairs[2] | {"rejected": ""}]
+    gaps = [row | {"gap": i % 3} for i, row in enumerate([*pairs, *unusable])]
+    write_rows(home / "train.jsonl", gaps)
+    return home
+
+
+def planned(home: Path, tmp_path: Path, options: dict) -> dict:
+    """Returns the plan of a run with these options."""
+    write_options(tmp_path / "plan.yaml", use_cpu=True, disable_tqdm=True, **options)
+    argv = [home / "start", home / "train.jsonl", "--config", tmp_path / "plan.yaml", "--json", tmp_path / "plan.json"]
+    assert cli.main(["plan", *map(str, argv)]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        MANY,
+        MANY | {"share_prompts": "false"},
+        MANY | {"packing": "false"},
+        MANY | {"max_length": 10, "truncation_mode": "keep_end"},
+        MANY | {"curriculum": {"column": "gap", "levels": 3}},
+        {"loss_type": "sft", "max_steps": 5, "per_device_train_batch_size": 7},
+        {"use_peft": True, "per_device_train_batch_size": 5, "dataloader_drop_last": True},
+    ],
+    ids=lambda options: "-".join(options) or "default",
+)
+def test_steps_and_tokens_are_those_of_the_run(home, tmp_path, monkeypatch, capsys, options):
+    plan = planned(home, tmp_path, options)
+    printed = capsys.readouterr().out
+    assert "chosen (scored)" in printed and "optimizer steps" in printed
+
+    batches = []
+    step = ContrastiveTrainer.training_step
+
+    def recorded(trainer, model, inputs, *args):
+        batches.append((inputs["input_ids"].numel(), len(inputs["targets"]), inputs["num_pairs"]))
+        return step(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(ContrastiveTrainer, "training_step", recorded)
+    monkeypatch.setenv("CPT_CACHE", str(tmp_path / "reference"))
+    flags = ["--model_name_or_path", home / "start", "--dataset_name", home / "train.jsonl"]
+    if "use_peft" in options:  # an adapter needs weights below it
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(home / "start"))
+        model.save_pretrained(tmp_path / "start")
+        flags += ["--model_name_or_path", tmp_path / "start", "--tokenizer_name", home / "start"]
+    else:
+        flags += ["--from_scratch"]
+    assert run("--config", tmp_path / "plan.yaml", *flags, "--output_dir", tmp_path / "out") == 0
+    state = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    tokens, rows, pairs = map(sum, zip(*batches))
+    found = plan["run"]
+    assert found["steps"] == state["step"] and found["micro_batches"] == len(batches)
+    assert (found["work"]["tokens"], found["work"]["head_rows"]) == (tokens, rows)
+    assert found["pairs"] == pairs and found["largest"]["tokens"] == max(batches)[0]
+    assert found["work"]["tokens"] <= found["unshared"]["tokens"] <= found["peer"]["tokens"] or "packing" in options
+    data = plan["data"]["train"]
+    assert data["rows_in"] == 27 and data["kept"] + sum(data["dropped"].values()) == 27 and data["dropped"]
+
+
+def test_the_reference_pass_scores_every_different_completion_once(home, tmp_path, monkeypatch):
+    plan = planned(home, tmp_path, {})
+    assert plan["run"]["reference"]["head_rows"] < plan["run"]["work"]["head_rows"] / 3  # of three epochs
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "model_name_or_path is missing"),
+        (["{home}/start"], "dataset_name is missing"),
+        (["a", "b", "c"], "unexpected argument 'c'"),
+        (["{home}/start", "{home}/train.jsonl", "--num_processes", "2"], "num_processes: a plan is of one process"),
+        (["{home}/start", "{home}/train.jsonl", "--dataset_streaming", "--max_steps", "3"], "rows of a stream"),
+        (["{home}/start", "{home}/train.jsonl", "--max_tokens_per_batch", "4"], "more than max_tokens_per_batch=4"),
+    ],
+)
+def test_mistakes(home, capsys, argv, message):
+    assert cli.main(["plan", *(word.format(home=home) for word in argv)]) == 2
+    assert message in capsys.readouterr().err
