@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ContrastiveConfig
 from ..data.mixture import load_mixture, split_rows
-from ..data.sources import load_data, parse_columns
+from ..data.sources import is_one_file, load_data, parse_columns
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
 from ..training.checks import check_machine, check_metric
@@ -189,7 +189,7 @@ def _load_data(script: ScriptArguments, args: ContrastiveConfig):
             train_data, test_data = split_rows(train_data, script.test_split_size, args.seed)
     if script.eval_dataset_name is not None:
         # A file has one split only, so dataset_test_split does not apply.
-        split = None if Path(script.eval_dataset_name).is_file() else script.dataset_test_split
+        split = None if is_one_file(script.eval_dataset_name) else script.dataset_test_split
         return train_data, load_data(script.eval_dataset_name, split=split, **options)
     if script.datasets is not None or test_data is not None:
         return train_data, test_data

@@ -16,6 +16,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import pyarrow as pa
@@ -162,6 +163,29 @@ def _feature(kind: _Kind) -> Any:
     return _FEATURES.get(kind) or Value(kind)
 
 
+# --- Files ---
+
+_COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+
+
+def file_type(name: str | Path) -> str:
+    """Returns the suffix of a file or URL in lower case, without that of its compression: ".jsonl" of "A.JSONL.gz"."""
+    path = PurePath(str(name).partition("?")[0].lower())
+    return PurePath(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
+
+
+def _is_zstd(name: str) -> bool:
+    return str(name).partition("?")[0].lower().endswith(".zst")
+
+
+def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+    """Returns the content of a zstd file. `datasets` decompresses other files; for zstd it needs another package."""
+    if not _is_zstd(name):
+        return file
+    stream: Any = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+    return io.BufferedReader(stream)
+
+
 # --- Builders ---
 
 
@@ -175,7 +199,14 @@ class _Files(ArrowBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
         dl_manager.download_config.extract_on_the_fly = True
-        extracted = dl_manager.extract(dl_manager.download(self.config.data_files))
+        downloaded = dl_manager.download(self.config.data_files)
+        extracted = {
+            split: [
+                path if _is_zstd(name) else dl_manager.extract(path)
+                for path, name in zip(paths, self.config.data_files[split], strict=True)
+            ]
+            for split, paths in downloaded.items()
+        }
         splits = []
         for split, archives in extracted.items():
             named = zip(archives, self.config.data_files[split], strict=True)
@@ -188,7 +219,7 @@ class _Files(ArrowBasedBuilder):
             raise UserError(f"{everything[0][1]}: no rows")
         return splits
 
-    def _parse(self, file: IO[bytes]) -> Iterator[FileRow]:
+    def _parse(self, file: IO[bytes], name: str) -> Iterator[FileRow]:
         """Yields the rows of a file."""
         raise NotImplementedError
 
@@ -213,21 +244,21 @@ class _Files(ArrowBasedBuilder):
         try:
             # For a stream, `datasets` replaces the `open` of this module by one that reads remote files.
             with open(path, "rb") as file:
-                for number, row in enumerate(self._parse(file)):
+                for number, row in enumerate(self._parse(_decompressed(file, name), name)):
                     if self.info.features and (unknown := row.keys() - self.info.features.keys()):
                         raise UserError(
                             f"row {number} has the column `{min(unknown)}`, which the stream's first {_HEAD} rows lack:"
                             " add it to the first row with the value null, or read the data without streaming"
                         )
                     yield row
-        except UserError as error:
+        except (UserError, pa.ArrowException) as error:
             raise UserError(f"{name}: {error}") from error
 
 
 class JsonFiles(_Files):
     """Rows of JSON files, one object per line or a list of objects."""
 
-    def _parse(self, file: IO[bytes]) -> Iterator[FileRow]:
+    def _parse(self, file: IO[bytes], name: str) -> Iterator[FileRow]:
         return read_json(file)
 
     def _find_features(self, files: Sequence[tuple[str, str]], streaming: bool) -> Features:
@@ -252,8 +283,8 @@ class CsvFiles(_Files):
 
     BUILDER_CONFIG_CLASS = CsvConfig
 
-    def _parse(self, file: IO[bytes]) -> Iterator[FileRow]:
-        return read_csv(file, self.config.sep)
+    def _parse(self, file: IO[bytes], name: str) -> Iterator[FileRow]:
+        return read_csv(file, "\t" if file_type(name) == ".tsv" else self.config.sep)
 
     def _find_features(self, files: Sequence[tuple[str, str]], streaming: bool) -> Features:
         first = [next(self._rows(path, name), {}) for path, name in files]

@@ -11,12 +11,17 @@ from datasets import BuilderConfig, Dataset, IterableDataset, load_dataset_build
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
+from httpx import HTTPError
 
 from ..errors import UserError, user_error
-from .readers import VERSION, CsvFiles, JsonFiles
+from .readers import VERSION, CsvFiles, JsonFiles, file_type
 
-# File suffix -> loader of the `datasets` library.
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# Type of a file -> loader of the `datasets` library.
+_LOADERS = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    ".parquet": "parquet",
+}
 _READERS = {Json: JsonFiles, Csv: CsvFiles}  # loader of `datasets` -> ours
 
 
@@ -31,8 +36,9 @@ def load_data(
     """Loads one split of a dataset.
 
     Args:
-        name_or_path: a .json (a list of objects, or one object per line), .jsonl, .parquet or .csv file; a folder of
-            such files, or one that `save_to_disk` wrote; or the name of a dataset on the hub.
+        name_or_path: a .json (a list of objects, or one object per line), .jsonl, .ndjson, .parquet, .csv or .tsv file,
+            compressed (.gz, .zst, .xz, .bz2) or not; the URL of such a file, of any protocol of fsspec (https, s3, hf,
+            ...); a folder of such files, or one that `save_to_disk` wrote; or the name of a dataset on the hub.
         config: configuration of a hub dataset.
         split: name of the split. A file has only `train`. None: `train` if it exists, else the only split.
         streaming: return an `IterableDataset` that reads rows as they are needed.
@@ -43,9 +49,11 @@ def load_data(
             such split or column. In a stream only the first row is checked; later errors come from `datasets`.
     """
     path = Path(name_or_path).expanduser()
-    if not path.exists() and _looks_like_path(str(name_or_path)):
+    if not path.exists() and not _is_url(name_or_path) and _looks_like_path(str(name_or_path)):
         raise UserError(f"{name_or_path} does not exist (looked for {path.absolute()})")
-    if path.is_file():
+    if _is_url(name_or_path):
+        dataset = _load_file(str(name_or_path), config, split, streaming)
+    elif path.is_file():
         dataset = _load_file(path, config, split, streaming)
     elif path.is_dir():
         dataset = _load_folder(path, config, split, streaming)
@@ -55,32 +63,46 @@ def load_data(
     return dataset if columns is None else choose_columns(dataset, columns, name_or_path)
 
 
+def is_one_file(name: str | Path) -> bool:
+    """Returns whether a name of data is a file or a URL, which has one split only."""
+    return _is_url(name) or Path(name).expanduser().is_file()
+
+
+def _is_url(name: str | Path) -> bool:
+    return "://" in str(name)
+
+
 def _looks_like_path(name: str) -> bool:
     return (
-        Path(name).suffix in _LOADERS
-        or name.startswith((".", "/", "~"))
-        or ("/" in name and Path(name).parent.exists())
+        file_type(name) in _LOADERS or name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.exists())
     )
 
 
-def _load_file(path: Path, config: str | None, split: str | None, streaming: bool):
-    if path.suffix not in _LOADERS:
+def _load_file(path: Path | str, config: str | None, split: str | None, streaming: bool):
+    """Loads a file, or a URL if ``path`` is text."""
+    if file_type(path) not in _LOADERS:
         raise UserError(f"{path} is not a {', '.join(_LOADERS)} file")
     if config is not None:
         raise UserError(f"config={config!r} chooses a configuration of a hub dataset, but {path} is a file")
     if split is not None and split.split("[")[0] != "train":
         raise UserError(f"{path} is one file and has only the split 'train', not {split!r}")
-    return _read_files([path], _LOADERS[path.suffix], streaming, data_files=str(path), split=split)
+    files = [path] if isinstance(path, Path) else []
+    return _read_files(files, _LOADERS[file_type(path)], streaming, data_files=str(path), split=split)
 
 
 def _load_folder(path: Path, config: str | None, split: str | None, streaming: bool):
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _load_saved(path, split, streaming)
-    files = sorted(file for file in path.rglob("*") if file.suffix in _LOADERS and file.name != "dataset_info.json")
+    files = sorted(file for file in path.rglob("*") if file_type(file) in _LOADERS and file.name != "dataset_info.json")
     if not files:
         raise UserError(f"the folder {path} holds no {', '.join(_LOADERS)} file and is not from `save_to_disk`")
+    if upper := [file.name for file in files if file_type(file) not in file.suffixes]:
+        raise UserError(
+            f"the folder {path} holds {upper[0]}, and `datasets` tells files of a folder by suffixes in lower case:"
+            " rename it, or name the file instead of the folder"
+        )
     # A folder with a README is a copy of a hub dataset, and its README says which files to read.
-    loaders = {_LOADERS[file.suffix] for file in files}
+    loaders = {_LOADERS[file_type(file)] for file in files}
     if len(loaders) > 1 and not (path / "README.md").exists():
         raise UserError(f"the folder {path} mixes {' and '.join(sorted(loaders))} files: name one file instead")
     return _read_files(files, str(path), streaming, name=config, split=split)
@@ -112,7 +134,8 @@ def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
     if empty := [str(file) for file in files if file.stat().st_size == 0]:
         raise UserError(f"{empty[0]} is an empty file")
     name = arguments.get("data_files", loader)
-    with user_error(f"{name} cannot be read"):
+    # Of a URL, the hub's client raises errors of httpx.
+    with user_error(f"{name} cannot be read", (ValueError, OSError, ImportError, HTTPError)):
         dataset = load_files(loader, streaming=streaming, **arguments)
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
             # Reading the first row of a stream reports a malformed start here.
