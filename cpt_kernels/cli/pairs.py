@@ -12,7 +12,8 @@ with text or chat messages. Responses to prompts with equal text are paired.
 
 Output rows are prompt, chosen, rejected, chosen_model, rejected_model, and gap: the difference of ranks, win rates or
 ratings, always above 0. With --grouped they are prompt, completions (best first), scores, models, and pairs: a list of
-[chosen, rejected] positions among the completions. cpt-train reads both.
+[chosen, rejected] positions among the completions. cpt-train reads both. With --sft, each chosen response is also
+written once, as prompt, completion and model, for supervised training (NAME.sft.jsonl).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import replacing
@@ -29,6 +30,12 @@ from ..pairs.order import Which, parse_order, parse_which
 from .console import print_results
 from .models import load_named_tokenizer
 from .parsing import Help, Parser
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..pairs.build import PairTable
+    from ..pairs.files import Responses
 
 # Columns of a leaderboard that may hold the models. AlpacaEval's has no name, which pandas calls "Unnamed: 0".
 _MODEL_COLUMNS = ("model_name", "model", "generator", "name", "Unnamed: 0")
@@ -45,8 +52,8 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     files = _check_options(args)
     # Imported after the options are checked, so that --help and mistakes are quick.
     from ..pairs.build import build_pairs, held_out
-    from ..pairs.files import group_batches, is_conversational, load_responses, pair_batches, write_batches
-    from ..pairs.report import make_report, write_report
+    from ..pairs.files import is_conversational, load_responses
+    from ..pairs.report import make_report
 
     # Read the responses.
     which = parse_which(args.pairs or "all") if args.base is None else Which("base", base=args.base)
@@ -83,21 +90,42 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         "form": "messages" if chat else "text",
     }
     report = make_report(responses, pairs, for_validation, "tokens" if args.tokenizer else "characters", about)
-    parts = [~for_validation]
-    if args.validation:
-        parts.append(for_validation)
-    batches = group_batches if args.grouped else pair_batches
-    with replacing(*files) as temporary:
-        for written, path, part in zip(temporary, files, parts):
-            total = pairs.count_prompts(part) if args.grouped else int(part.sum())
-            write_batches(written, path.suffix, batches(responses, pairs, part, chat), total, f"Writing {path.name}")
-        kinds = [path.suffix[1:] for path in files[len(parts) + 1 :]]
-        write_report(report, temporary[len(parts)], dict(zip(kinds, temporary[len(parts) + 1 :])))
+    _write_files(args, files, responses, pairs, for_validation, chat, report)
     _print_report(report, files)
 
 
+def _write_files(
+    args: argparse.Namespace,
+    files: Sequence[Path],
+    responses: Responses,
+    pairs: PairTable,
+    for_validation: NDArray,  # (P,)
+    chat: bool,
+    report: dict[str, Any],
+) -> None:
+    """Writes all files, or none if one cannot be written."""
+    from ..pairs.files import group_batches, pair_batches, sft_batches, sft_rows, write_batches
+    from ..pairs.report import write_report
+
+    parts = [~for_validation, *([for_validation] if args.validation else [])]
+    batches = group_batches if args.grouped else pair_batches
+    with replacing(*files) as temporary:
+        for written, path, part in zip(temporary, files, parts):
+            total, title = pairs.count_prompts(part) if args.grouped else int(part.sum()), f"Writing {path.name}"
+            write_batches(written, path.suffix, batches(responses, pairs, part, chat), total, title)
+        if args.sft:
+            rows, path = sft_rows(responses, pairs, parts[0]), files[-1]
+            batch = sft_batches(responses, rows, chat)
+            write_batches(temporary[-1], path.suffix, batch, len(rows), f"Writing {path.name}")
+        pictures = {path.suffix[1:]: temporary[i] for i, path in enumerate(files) if path.suffix in (".png", ".svg")}
+        write_report(report, temporary[len(parts)], pictures)
+
+
 def _check_options(args: argparse.Namespace) -> list[Path]:
-    """Checks the options, and returns the files to write: pairs, pairs for validation (if any), report, pictures."""
+    """Checks the options, and returns the files to write.
+
+    They are the pairs, the pairs for validation (if any), the report, its pictures, and the rows for SFT (if any).
+    """
     files = _output_files(args)
     if sum(option is not None for option in (args.order, args.ratings, args.win_rates)) != 1:
         raise UserError(
@@ -124,6 +152,7 @@ def _output_files(args: argparse.Namespace) -> list[Path]:
     validation = output.with_suffix(f".validation{output.suffix}")
     parts = [output, validation] if args.validation else [output]
     files = [*parts, *(output.with_suffix(f".report{suffix}") for suffix in (".json", ".png", ".svg"))]
+    files += [output.with_suffix(f".sft{output.suffix}")] if args.sft else []
     read = [Path(name).expanduser().resolve() for name in (*args.responses, args.win_rates) if name is not None]
     for path in files:
         if path.is_dir():
@@ -214,6 +243,9 @@ def _pairs_parser(prog: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--grouped", action="store_true", help="write one row per prompt, with each of its responses once"
+    )
+    group.add_argument(
+        "--sft", action="store_true", help="also write each chosen response once, to NAME.sft.jsonl or .parquet"
     )
     group.add_argument(
         "--conversational", action="store_true", help="write messages for a chat template, even if the data is text"

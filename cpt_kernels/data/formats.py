@@ -148,6 +148,16 @@ def parse_prompt(
     return Example(prompt, [], [], tools=_read_tools(row, roles), template_kwargs=_read_template_kwargs(row))
 
 
+def whole_prompt(row: Mapping[str, Any], roles: Roles) -> Text | None:
+    """Returns the prompt of a row, with what `roles` adds to it, or None if it is null.
+
+    Raises:
+        RowError: the prompt cannot be used.
+    """
+    prompt = _read_prompt(row, roles)
+    return None if prompt is None else _in_format(prompt, [], "auto", row, roles)[0]
+
+
 def check_ranked_pairs(mode: str) -> None:
     """Raises a UserError that names the option unless `ranked_pairs` accepts the mode."""
     if mode not in get_args(RankedPairs):

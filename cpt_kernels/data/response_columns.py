@@ -4,6 +4,5 @@ RESPONSE_COLUMNS = ("prompt", "model", "response")
 ALPACA_COLUMNS = ("instruction", "generator", "output")  # AlpacaEval's names, in the same order
 
 # All names that each column may have, the preferred one first.
-PROMPT_NAMES = ("prompt", "instruction")
 MODEL_NAMES = ("model", "generator", "model_name")
 RESPONSE_NAMES = ("response", "output", "completion")

@@ -165,6 +165,27 @@ def group_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: b
         )
 
 
+def sft_rows(responses: Responses, pairs: PairTable, part: NDArray) -> NDArray[np.int64]:
+    """Returns the chosen responses of the pairs where ``part`` (P,) is true, each text of a prompt once."""
+    chosen = np.unique(pairs.chosen[part])
+    keys = np.stack([responses.prompt_keys[chosen], responses.response_keys[chosen]], axis=1)
+    _, first = np.unique(keys, axis=0, return_index=True)
+    return chosen[np.sort(first)]
+
+
+def sft_batches(responses: Responses, rows: NDArray[np.int64], chat: bool) -> Iterator[pa.Table]:
+    """Yields rows of a dataset for supervised training, one for each of the numbered responses."""
+    for start in range(0, len(rows), _BATCH):
+        some = rows[start : start + _BATCH]
+        yield pa.table(
+            {
+                "prompt": _texts(responses, "prompt", some, chat),
+                "completion": _texts(responses, "response", some, chat),
+                "model": pa.array(responses.models[some], pa.string()),
+            }
+        )
+
+
 def _ranges(boundaries: NDArray[np.int64], numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], pa.Array]:
     """Returns the concatenated contents of the numbered ranges, and where each range begins in them."""
     lengths = boundaries[numbers + 1] - boundaries[numbers]

@@ -7,8 +7,9 @@
     nested   prompt, completions                   a list of {model, response, ...}, as in UltraFeedback
     lists    prompt, generations, generation_models, ratings      parallel lists, as distilabel writes them
 
-Prompts and responses are text or chat messages. Text and a single turn with this text are the same prompt or response,
-see ``one_turn_as_text``.
+The prompt may be in the form of any trainer, see ``data.forms.find_prompt``: `input` adds to `instruction`, and a row
+with `system` or `history` has a conversation as its prompt. Prompts and responses are text or chat messages. Text and a
+single turn with this text are the same prompt or response, see ``one_turn_as_text``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import Dataset, Features, Json, Value
 
-from ..data.formats import MALFORMED, RowError, one_turn_as_text, read_number, without_nulls
-from ..data.response_columns import MODEL_NAMES, PROMPT_NAMES, RESPONSE_NAMES
+from ..data.formats import one_turn_as_text, read_number, whole_prompt, without_nulls
+from ..data.forms import Roles, find_prompt
+from ..data.messages import MALFORMED, RowError, read_text_or_messages
+from ..data.response_columns import MODEL_NAMES, RESPONSE_NAMES
 from ..data.rows import ExactJson, NullPlaces, drop_nulls, find_null_places, visible_rows
 from ..errors import UserError
 from .build import DropReason, prompt_key
@@ -65,7 +68,7 @@ class Reading:
     with `rating` as a key.
     """
 
-    prompt: str
+    prompt: Roles  # the columns that make the prompt
     sides: tuple[Side, ...]
     is_list: bool = False
     is_nested: bool = False
@@ -73,7 +76,10 @@ class Reading:
     def columns(self) -> set[str]:
         """Returns the columns that are read."""
         sides = [side._replace(rating=None) for side in self.sides] if self.is_nested else self.sides
-        return {self.prompt, *(name for side in sides for name in (side.response, side.model, side.rating) if name)}
+        return {
+            *self.prompt.values(),
+            *(name for side in sides for name in (side.response, side.model, side.rating) if name),
+        }
 
 
 # Column -> the keys of the objects in its lists, for lists of text no key; None if the column holds no lists.
@@ -92,8 +98,8 @@ def find_readings(columns: ColumnKeys, models: Sequence[str] = (), rating: str |
         UserError: there is no prompt, no response or no such rating; the message names the columns found.
     """
     there = ", ".join(f"`{name}`" for name in columns)
-    prompt = _first(PROMPT_NAMES, columns)
-    if prompt is None:
+    prompt = find_prompt([name for name in columns if name not in models])
+    if "prompt" not in prompt:
         raise UserError(f"there is no column `prompt` or `instruction`, but {there}: rename one with --columns")
     readings = []
     if (column := _first(_LISTS, columns)) and (keys := columns[column]) is not None:
@@ -106,7 +112,7 @@ def find_readings(columns: ColumnKeys, models: Sequence[str] = (), rating: str |
     response, model = _first(RESPONSE_NAMES, columns), _first(MODEL_NAMES, columns)
     if response and (model or rating):
         readings.append(Reading(prompt, (Side(response, model, rating=rating),)))
-    own = [name for name in models if name in columns and name != prompt]
+    own = [name for name in models if name in columns]
     if not readings and own:
         readings.append(Reading(prompt, tuple(Side(name, name=name) for name in own)))
     if not readings:
@@ -137,7 +143,7 @@ class ReadResponses:
     readings: tuple[Reading, ...]
     nulls: Mapping[str, NullPlaces]  # where Arrow may have inserted nulls
     tokenizer: PreTrainedTokenizerBase | None = None
-    version: int = 3
+    version: int = 4
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         names = set().union(*(reading.columns() for reading in self.readings))
@@ -161,11 +167,12 @@ class ReadResponses:
         nothing |= {"rating": math.nan, "row": index, "drop": DropReason.KEPT, "detail": ""}
         records = []
         try:
-            prompt = _read_text(reading.prompt, row[reading.prompt], "user")
+            given = whole_prompt(row, reading.prompt)
+            prompt = _read_text(reading.prompt["prompt"], given, "user")
             for where, value, model, rating in _items(row, reading):
                 record = {**nothing, "model": None if model is None else str(model)}
                 try:
-                    response = _read_text(where, _without_prompt(value, row[reading.prompt]), "assistant")
+                    response = _read_text(where, _without_prompt(value, given), "assistant")
                     record |= dict(zip(("prompt", "prompt_shape", "response", "response_shape"), (*prompt, *response)))
                 except RowError as error:
                     record |= {"drop": DropReason.MALFORMED_ROW, "detail": error.detail}
@@ -314,6 +321,8 @@ def _items(row: dict[str, Any], reading: Reading) -> Iterator[_Item]:
 
 def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
     """Returns the text to store and its shape. Null is empty text."""
+    if isinstance(value, (list, dict)):
+        value = read_text_or_messages(name, value)
     if value is None or isinstance(value, str):
         return value or "", TEXT
     turns = []

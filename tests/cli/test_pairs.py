@@ -409,3 +409,31 @@ def test_prompts_that_an_earlier_run_held_out(source, tmp_path):
     with pytest.raises(ValueError, match=r"pairs.validation.jsonl is left from an earlier run"):
         build(source, "--order", ORDER, "--output", output)
     assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["pairs.jsonl", "pairs.parquet"])
+def test_chosen_responses_for_sft(source, tmp_path, output):
+    """Each chosen response is written once, and none of a prompt that is held out."""
+    path = tmp_path / output
+    options = ("--order", ORDER, "--validation", "0.25", "--sft", "--output")
+    pairs, sft = build(source, *options, path), read(path.with_suffix(f".sft{path.suffix}"))
+    assert {(row["prompt"], row["chosen"]) for row in pairs} == {(row["prompt"], row["completion"]) for row in sft}
+    assert len(sft) < len(pairs) and len({(row["prompt"], row["completion"]) for row in sft}) == len(sft)
+    assert set(sft[0]) == {"prompt", "completion", "model"}
+    build(source, *options[:2], "--sft", "--conversational", "--grouped", "--output", path)
+    assert read(path.with_suffix(f".sft{path.suffix}"))[0]["completion"][0]["role"] == "assistant"
+
+
+def test_prompts_in_parts(tmp_path):
+    """`input` adds to `instruction`, so two rows with one instruction and different inputs are two prompts."""
+    rows = [
+        {"instruction": "add", "input": numbers, "model": model, "output": f"{numbers} {model}"}
+        for numbers in ("1 2", "3 4")
+        for model in ("a", "b")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = build(tmp_path / "rows.jsonl", "--order", "a > b", "--output", tmp_path / "pairs.jsonl")
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in made] == [
+        ("add\n1 2", "1 2 a", "1 2 b"),
+        ("add\n3 4", "3 4 a", "3 4 b"),
+    ]

@@ -15,6 +15,7 @@ from cpt_kernels.data.sources import load_data
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # offline, `datasets` opens no URL
 
 
 ROWS = [{"prompt": f"p{i}", "chosen": "2024-01-02", "rejected": "NA"} for i in range(3)]

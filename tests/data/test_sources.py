@@ -94,7 +94,7 @@ def test_missing_paths(folder):
     for path in (folder / "a.jsonl", folder / "b", "a.jsonl", "./a", "~/no such folder"):
         with pytest.raises(ValueError, match=r"does not exist \(looked for /"):
             load_data(path)
-    with pytest.raises(ValueError, match=r"a\.txt is not a \.json, \.jsonl, \.parquet, \.csv file"):
+    with pytest.raises(ValueError, match=r"a\.txt is not a \.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet file"):
         load_data(write(folder / "a.txt", "text"))
 
 
