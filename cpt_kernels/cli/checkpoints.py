@@ -77,11 +77,26 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
         if not path.is_dir() and (not _HUB_NAME.fullmatch(model) or ("/" in model and path.parent.is_dir())):
             raise UserError(f"models={model}: there is no such folder")
     # The given file, or for each model the first file that exists.
-    files = [config] if config else []
-    for folder in (Path(model).expanduser() for model in models if config is None):
-        files += [file for file in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if file.is_file()][:1]
-    configs = {file: _read_yaml(file) for file in files}
+    files = [config] if config else list(filter(None, map(find_config, models)))
+    configs = {file: read_config(file) for file in files}
     return dict(sorted(configs.items(), key=lambda item: not _has_reference(item[1])))
+
+
+def find_config(model: str) -> Path | None:
+    """Returns the training configuration in a model's folder, or for a checkpoint in the folder above, if any."""
+    folder = Path(model).expanduser()
+    return next((file for file in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if file.is_file()), None)
+
+
+def trained_format(model: str) -> tuple[str | None, Path | None]:
+    """Returns the `prompt_format` that a model was trained with, "chat" or "text", and the file that says so.
+
+    Raises:
+        UserError: the file is not a training configuration.
+    """
+    file = find_config(model)
+    saved = None if file is None else read_config(file).get("prompt_format")
+    return (saved, file) if saved in ("chat", "text") else (None, None)
 
 
 def choose_reference(given: str | None, configs: Configs, models: Sequence[str]) -> str | None:
@@ -193,7 +208,12 @@ def _as_flag(value: Any) -> str:
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a training configuration.
+
+    Raises:
+        UserError: the file cannot be read, or is not YAML of options.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -26,6 +26,7 @@ from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, Exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from ..generation.response_file import ResponseFile
+from .checkpoints import trained_format
 from .models import load_named_model, load_named_tokenizer
 from .parsing import Help, Parser, add_endpoint_options, json_object, or_none
 
@@ -83,7 +84,7 @@ class _Generation:
 
     def __init__(self, args: argparse.Namespace, requests: Sequence[Request]) -> None:
         self.args, self.requests = args, requests
-        self.sampling = _sampling(args)
+        self.sampling, trained, file = _sampling(args), None, None
         self.origin: dict[str, Any] = {}
         if args.backend == "openai":
             options = {name: getattr(args, name) for name in ENDPOINT_DEFAULTS}
@@ -96,8 +97,11 @@ class _Generation:
             self.tokenizer = load_named_tokenizer(
                 getattr(args, name), name, revision=revision, trust_remote_code=args.trust_remote_code
             )
-            if args.prompt_format == "auto" and self.tokenizer.chat_template is None:
-                self.sampling = replace(self.sampling, chat=False)
+            trained, file = trained_format(args.model_name_or_path)
+            if args.prompt_format == "auto":
+                has_template = self.tokenizer.chat_template is not None
+                chat = self.sampling.chat and has_template if trained is None else trained == "chat"
+                self.sampling = replace(self.sampling, chat=chat)
             self.origin |= {"revision": args.model_revision, "weights": _digest(args.model_name_or_path)}
         # Options that have an effect only on conversations.
         texts = sum(isinstance(request.prompt.content, str) for request in requests)
@@ -108,12 +112,26 @@ class _Generation:
                 "chat_template_kwargs has no effect on prompts that are continued as text: give --prompt_format chat"
             )
         if texts:
-            form = "become a user turn of the chat template" if self.sampling.chat else "are continued as text"
-            print(f"text prompts {form}")
+            print(self._say_format(trained, file))
+        if trained == "text" and texts < len(requests):
+            print(f"prompts are conversations, but the model was trained on text ({file}): give the prompts as text")
         self.answers = self.tokens = self.skipped = self.empty = 0
         self.failures: Counter[str] = Counter()
         self.example: Failure | None = None
         self.seconds = 0.0
+
+    def _say_format(self, trained: str | None, file: Path | None) -> str:
+        """Returns a line that says what becomes of text prompts, why, and how to change it."""
+        forms = {True: "become a user turn of the chat template", False: "are continued as text"}
+        chat, other = self.sampling.chat, "text" if self.sampling.chat else "chat"
+        if trained is not None and (trained == "chat") == chat:
+            return f"text prompts {forms[chat]}, as in training ({file}); --prompt_format {other} changes that"
+        if trained is not None:
+            return f"text prompts {forms[chat]}, but training was on {trained} ({file}): leave --prompt_format out"
+        is_local = self.args.backend != "openai"
+        if is_local and not chat and self.tokenizer.chat_template is not None:
+            return f"text prompts {forms[chat]}, without the model's chat template: --prompt_format chat would use it"
+        return f"text prompts {forms[chat]}" + f"; --prompt_format {other} changes that" * (is_local and chat)
 
     def answer(self, file: ResponseFile) -> None:
         """Requests the responses that the file lacks. If it lacks none, no model is loaded."""
@@ -321,8 +339,8 @@ def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
         "--prompt_format",
         choices=("auto", "chat", "text"),
         default="auto",
-        help="chat: a text prompt becomes a user turn of the chat template; text: it is continued as text; auto: chat"
-        " if there is a template, but text with --add_column, as in training [auto]",
+        help="chat: a text prompt becomes a user turn of the chat template; text: it is continued as text; auto: as the"
+        " training_config.yaml of the model says, else chat if there is a template, but text with --add_column [auto]",
     )
     add("--system_prompt", metavar="TEXT", help="system prompt of conversations without one")
     add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON", help="arguments of the chat template")

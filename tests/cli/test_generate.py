@@ -244,6 +244,16 @@ def test_prompt_formats(home, tmp_path, capsys):
     assert tokens("column", **column) == 1, "training reads the column without a chat template"
     assert tokens("kwargs", chat_template_kwargs='{"enable_thinking": false}') > tokens("plain", prompt_format="chat")
 
+    # The run's configuration says how prompts were rendered in training.
+    capsys.readouterr()
+    for saved, count in (("text", 1), ("chat", tokens("chat"))):
+        (folder / "training_config.yaml").write_text(f"prompt_format: {saved}\n")
+        assert tokens(f"as {saved}") == count
+        assert f"as in training ({folder / 'training_config.yaml'})" in capsys.readouterr().out
+    assert tokens("chat column", add_column="y_ref", dataset_output=tmp_path / "more.jsonl") == count
+    assert tokens("against it", prompt_format="text") == 1
+    assert "are continued as text, but training was on chat" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_column_for_slic(home, tmp_path, capsys, suffix):

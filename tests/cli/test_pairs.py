@@ -343,7 +343,7 @@ def test_mistakes_are_one_line_errors(source, tmp_path, capsys, options, message
     [
         ([], ("--order", ORDER), "is an empty file"),
         (
-            [{"question": "p", "model": "gpt4", "response": "x"}],
+            [{"text": "p", "model": "gpt4", "response": "x"}],
             ("--order", ORDER),
             "no column `prompt` or `instruction`",
         ),
@@ -420,8 +420,8 @@ def test_chosen_responses_for_sft(source, tmp_path, output):
     assert {(row["prompt"], row["chosen"]) for row in pairs} == {(row["prompt"], row["completion"]) for row in sft}
     assert len(sft) < len(pairs) and len({(row["prompt"], row["completion"]) for row in sft}) == len(sft)
     assert set(sft[0]) == {"prompt", "completion", "model"}
-    build(source, *options[:2], "--sft", "--conversational", "--grouped", "--output", path)
-    assert read(path.with_suffix(f".sft{path.suffix}"))[0]["completion"][0]["role"] == "assistant"
+    build(source, *options[:2], "--sft", "--conversational", "--grouped", "--output", tmp_path / f"chat_{output}")
+    assert read(tmp_path / f"chat_pairs.sft{path.suffix}")[0]["completion"][0]["role"] == "assistant"
 
 
 def test_prompts_in_parts(tmp_path):
