@@ -29,7 +29,7 @@ class ScriptArguments:
     """The data."""
 
     dataset_name: str | None = option(
-        None, "Training data: a .json, .jsonl, .parquet or .csv file, a folder, or a hub name."
+        None, "Training data: a .json, .jsonl, .parquet, .csv or .tsv file, a URL, a folder, or a hub name."
     )
     dataset_config: str | None = option(None, "Configuration of a hub dataset.")
     dataset_train_split: str = option("train", "Split to train on.")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from ..errors import UserError
+from ..errors import UserError, user_error
+from .formats import parse_row
+from .forms import FORM_COLUMNS, Form, Roles, in_backticks, match_roles
+from .messages import RowError
+from .rows import read_columns
 from .sources import choose_columns, load_data, load_files
 
+_TRIED_ROWS = 100  # rows among which the first usable one is sought
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 
 
@@ -44,9 +51,11 @@ def load_mixture(
     if streaming and test_size is not None:
         raise UserError("test_split_size needs the number of rows, and a stream has none: split the data beforehand")
     loaded = [_load_part(part, f"datasets[{number}]", streaming) for number, part in enumerate(parts)]
+    _check_alike(loaded, [f"datasets[{number}] ({part['path']})" for number, part in enumerate(parts)])
     if parts[0].get("fraction") is not None:
         loaded = _shares(loaded, [part["fraction"] for part in parts])
-    whole = concatenate_datasets(loaded)
+    with user_error("datasets cannot be joined, because a column has other types in one than in another"):
+        whole = concatenate_datasets(loaded)
     if test_size is None:
         return whole, None
     return split_rows(whole, test_size, seed)
@@ -93,6 +102,41 @@ def _load_part(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset 
         return dataset if columns is None else choose_columns(dataset, columns, path)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _check_alike(loaded: Sequence[Dataset | IterableDataset], names: Sequence[str]) -> None:
+    """Raises UserError if two datasets have responses in different columns, or one has text and another messages."""
+    first: tuple[str, Form, Roles, str | None] | None = None
+    for name, dataset in zip(names, loaded):
+        if (found := match_roles(read_columns(dataset))) is None:
+            continue
+        form, roles = found
+        kind = _kind_of_rows(dataset, form, roles)
+        first = first or (name, form, roles, kind)
+        theirs = first[2]
+        if kind and first[3] and kind != first[3]:
+            raise UserError(
+                f"{name} has {kind}, and {first[0]} has {first[3]}: rewrite the text as messages, such as"
+                ' [{"role": "user", "content": ...}], or train on one of the two'
+            )
+        if form is not first[1] or {*FORM_COLUMNS[form]} & {role for role in roles if roles[role] != theirs.get(role)}:
+            renamed = {column: theirs[role] for role, column in roles.items() if role in theirs}
+            mend = ", ".join(f"{old}: {new}" for old, new in renamed.items())
+            mend = f"give {name.split()[0]} columns: {{{mend}}}" if form is first[1] else "train on one of the two"
+            raise UserError(
+                f"{name} has {form.value} rows with {in_backticks(roles.values())}, and {first[0]} has"
+                f" {first[1].value} rows with {in_backticks(theirs.values())}: {mend}"
+            )
+
+
+def _kind_of_rows(dataset: Dataset | IterableDataset, form: Form, roles: Roles) -> str | None:
+    """Returns "text" or "conversations", by the first row that can be read; None if there is none."""
+    if form in (Form.GROUP, Form.TOKENS):
+        return None
+    for row in islice(dataset, _TRIED_ROWS):
+        with suppress(RowError):  # counted when the data is prepared
+            return "conversations" if parse_row(row, form, roles=roles).is_chat else "text"
+    return None
 
 
 def _shares(loaded: Sequence[Dataset], fractions: Sequence[float]) -> list[Dataset]:

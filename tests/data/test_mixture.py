@@ -8,6 +8,8 @@ from datasets import load_dataset
 from cpt_kernels.data.mixture import load_mixture
 from tests.helpers.command import write_rows
 
+ANSWER = [{"role": "assistant", "content": "y"}]
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -94,3 +96,26 @@ def test_bad_parts(second, options, message):
 def test_no_parts():
     with pytest.raises(ValueError, match="datasets is empty"):
         load_mixture([])
+
+
+def test_parts_of_different_forms_name_the_part_and_the_mend(folder):
+    a = {"path": str(folder / "a.jsonl")}
+    for name, row in (
+        ("chat", {"prompt": [{"role": "user", "content": "x"}], "chosen": ANSWER, "rejected": ANSWER}),
+        ("argilla", {"instruction": "x", "chosen_response": "y", "rejected_response": "z"}),
+        ("sft", {"prompt": "x", "completion": "y"}),
+    ):
+        write_rows(folder / f"{name}.jsonl", [row])
+    for name, message in (
+        (
+            "chat",
+            r"datasets\[1\] \(.*chat.jsonl\) has conversations, and datasets\[0\] \(.*has text: rewrite the text as",
+        ),
+        ("argilla", r"columns: \{instruction: prompt, chosen_response: chosen, rejected_response: rejected\}"),
+        ("sft", r"datasets\[1\] .* has prompt and completion rows .*, and datasets\[0\] .* train on one of the two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_mixture([a, {"path": str(folder / f"{name}.jsonl")}])
+    columns = {"instruction": "prompt", "chosen_response": "chosen", "rejected_response": "rejected"}
+    whole, _ = load_mixture([a, {"path": str(folder / "argilla.jsonl"), "columns": columns}])
+    assert prompts(whole)[-1] == "x"
