@@ -1,4 +1,4 @@
-"""Atomic writing: readers see a file whole or not at all, and a file that was written survives a power cut."""
+"""Atomic writing: readers see a file or folder whole or not at all, and what was written survives a power cut."""
 
 from __future__ import annotations
 
@@ -98,9 +98,40 @@ def create_text(path: Path, text: str) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync_files(folder: Path) -> dict[str, int]:
+    """Writes all files below a folder to disk.
+
+    Returns:
+        The size of each file in bytes, by its path in the folder with slashes.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sync(path) for path in files}
+
+
+def replace_folder(written: Path, folder: Path) -> None:
+    """Gives a folder the place of another on the same disk, which is deleted if it exists.
+
+    The files in ``written`` must be on disk already (:func:`sync_files`).
+    """
+    if os.name != "nt":
+        for path in (written, *(path for path in written.rglob("*") if path.is_dir())):
+            _sync(path)
+    if folder.exists():
+        old = written.with_name(f".{uuid.uuid4().hex}.tmp")
+        os.replace(folder, old)
+        os.replace(written, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(written, folder)
+    if os.name != "nt":
+        _sync(folder.parent)
+
+
+def _sync(path: Path) -> int:
+    """Writes a file or folder to disk; returns its size in bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)

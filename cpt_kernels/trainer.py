@@ -64,9 +64,13 @@ from .training.checks import (
     is_noisy,
     is_overridden,
     may_share_prompts,
+    mend_generation_config,
 )
 from .training.loop import PackedLoop, log_on_main
 from .training.model_card import write_model_card
+from .training.run_folder import check_free, earlier_run, is_finished
+
+_NOT_RESUMED = "train() replaces its files unless it resumes; choose another output_dir to keep them"
 
 Data: TypeAlias = Dataset | IterableDataset
 
@@ -128,6 +132,10 @@ class ContrastiveTrainer(PackedLoop):
                 is_overridden(self, method) for method in (ContrastiveTrainer.evaluate, PackedLoop.evaluation_loop)
             )
             check_metric(args.metric_for_best_model, eval_dataset, adds_own, self.loss.needs_rejected)
+        if train_dataset is not None:
+            check_free(args.output_dir)
+            if args.resume_from_checkpoint is None and is_finished(args.output_dir):
+                log_on_main([f"output_dir={args.output_dir} holds {earlier_run(args.output_dir)}: {_NOT_RESUMED}"])
         set_seed(args.seed)  # before the weights of a new adapter are drawn
 
         # Loss, tokenizer, policy and reference model.
@@ -141,6 +149,7 @@ class ContrastiveTrainer(PackedLoop):
         new_adapter = peft_config is not None and ref_model is None and self.loss.needs_reference
         given = fingerprint_without_adapters(model) if new_adapter else None
         model = prepare_model(model, args, peft_config)
+        mend_generation_config(model)
         if args.disable_dropout:
             disable_dropout(model, ref_model)
         if new_adapter and fingerprint_without_adapters(model) != given:

@@ -65,8 +65,8 @@ def _execute(command: str, argv: Sequence[str], prog: str) -> int:
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         import_module(module, __package__).main(argv, prog)
-    except KeyboardInterrupt:
-        return _fail(prog, "stopped", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(prog, str(stop) or "stopped", 130)
     except UserError as error:
         return _fail(prog, str(error))
     except OSError as error:

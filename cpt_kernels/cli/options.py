@@ -44,6 +44,9 @@ class ScriptArguments:
     check: bool = option(
         False, "Train nothing: check model, data, first step, saving and loading, and exit with 1 if one of them fails."
     )
+    overwrite_output_dir: bool = option(
+        False, "Begin a new run in an output_dir that holds an earlier one, and replace its files."
+    )
     ignore_bias_buffers: bool = option(False, "Exclude boolean buffers of the model from DDP's synchronization.")
 
 
@@ -142,7 +145,7 @@ PATH_OPTIONS = (
     *("model_name_or_path", "ref_model_name_or_path", "tokenizer_name", "dataset_name", "eval_dataset_name"),
     *("output_dir", "ref_cache_dir"),
 )
-_NOT_SAVED = ("hub_token", "resume_from_checkpoint", "check")  # a secret, and options of one invocation
+_NOT_SAVED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir", "check")  # a secret; of one invocation
 
 
 # --- The table of options ---
@@ -159,7 +162,8 @@ def build_table() -> OptionTable:
         for group, names in groups().items()
         for name in names
     }
-    return OptionTable(options, REMOVED_OPTIONS, FOREIGN_OPTIONS, ALIASES, _REFUSED, launch_options(defaults))
+    removed = {name: mend for name, mend in REMOVED_OPTIONS.items() if name not in options}
+    return OptionTable(options, removed, FOREIGN_OPTIONS, ALIASES, _REFUSED, launch_options(defaults))
 
 
 def groups() -> dict[str, tuple[str, ...]]:

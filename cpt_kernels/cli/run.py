@@ -14,7 +14,6 @@ import datasets
 import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ContrastiveConfig
 from ..data.mixture import load_mixture, split_rows
@@ -23,6 +22,7 @@ from ..errors import UserError
 from ..trainer import ContrastiveTrainer
 from ..training.checks import check_machine, check_metric
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
+from ..training.run_folder import checkpoints_in, earlier_run, held, weights_in
 from .console import print_results
 from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
@@ -38,13 +38,20 @@ def train(options: Options) -> ContrastiveTrainer:
         UserError: data, model, tokenizer or options that cannot be trained with, or an output folder that cannot be
             written to. Nearly all of these are found before a long computation starts.
     """
+    quieten(options.training)
+    check_options(options)
+    with held(options.training.output_dir):
+        return _train(options)
+
+
+def _train(options: Options) -> ContrastiveTrainer:
     args = options.training
     output = Path(args.output_dir)
-    quieten(args)
 
-    # Checks that need neither data nor model.
-    check_options(options)
+    # The output folder, which is checked before data and model are loaded.
     checkpoint = _find_checkpoint(args)
+    overwrites = options.script.overwrite_output_dir
+    _check_earlier_run(output, checkpoint is not None, overwrites)
 
     # Data, model and trainer.
     report = RunReport(output, f"{output.name}: {args.build_loss().name}")
@@ -65,6 +72,9 @@ def train(options: Options) -> ContrastiveTrainer:
     if trainer.eval_dataset is not None and not _is_evaluated(trainer, report):
         trainer.evaluate()
         report.on_train_end(args, trainer.state, trainer.control)  # writes the records of this evaluation, too
+    if overwrites and trainer.is_world_process_zero():  # the model of the earlier run may have other files
+        for file in weights_in(output):
+            file.unlink()
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         _print_summary(trainer, report)
@@ -151,15 +161,26 @@ def _check_output_folder(output: Path, model: ModelArguments) -> None:
         raise UserError(f"output_dir={output} cannot be written to ({error.strerror})") from error
 
 
-def _find_checkpoint(args: ContrastiveConfig) -> str | None:
+def _check_earlier_run(output: Path, resumes: bool, overwrites: bool) -> None:
+    """Raises UserError if a new run would replace an earlier one in its folder without being told to."""
+    if resumes and overwrites:
+        raise UserError("overwrite_output_dir begins anew, and resume_from_checkpoint continues a run: leave one out")
+    if not resumes and not overwrites and (earlier := earlier_run(output)) is not None:
+        raise UserError(
+            f"output_dir={output} holds {earlier}: set resume_from_checkpoint=last to continue it,"
+            " overwrite_output_dir=true to replace it, or choose another folder"
+        )
+
+
+def _find_checkpoint(args: ContrastiveConfig) -> str | bool | None:
+    """Returns ``True`` for the last checkpoint in ``output_dir``, or the folder of another one, or ``None``."""
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         return None
     if wanted.lower() in ("true", "last"):
-        last = get_last_checkpoint(args.output_dir)
-        if last is None:
+        if not checkpoints_in(args.output_dir):
             raise UserError(f"resume_from_checkpoint={wanted}: there is no checkpoint in {args.output_dir}")
-        return last
+        return True
     if not Path(wanted).is_dir():
         raise UserError(f"resume_from_checkpoint={wanted}: there is no such folder")
     return wanted

@@ -97,10 +97,9 @@ class MovingReference(TrainerCallback):
             for ours, theirs in zip(self.packed.model.parameters(), self.policy.model.parameters()):
                 ours.mul_(1 - alpha).add_(theirs, alpha=alpha)
 
-    def on_save(self, args, state, control, **_) -> None:
-        """Adds the reference to the checkpoint."""
-        if state.is_world_process_zero and not args.save_only_model:
-            save_model(self.packed.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE))
+    def save(self, checkpoint: Path) -> None:
+        """Adds the reference to a checkpoint; the main process calls it."""
+        save_model(self.packed.model, str(checkpoint / self.FILE))
 
     def load(self, checkpoint: str) -> None:
         """Loads the reference of a checkpoint.
@@ -111,7 +110,7 @@ class MovingReference(TrainerCallback):
         file = Path(checkpoint) / self.FILE
         if not file.is_file():
             raise UserError(
-                f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model, or that run died"
-                " while saving; resume from an earlier checkpoint"
+                f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model; resume from a"
+                " checkpoint of one that was"
             )
         load_model(self.packed.model, file, device=str(self.accelerator.device))

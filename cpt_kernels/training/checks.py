@@ -43,6 +43,9 @@ NEVER_CALLED = {
     "_get_eval_sampler": "override get_eval_dataloader",
 }
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")  # what transformers adds to the metrics
+# Options of a generation_config that have no effect without sampling, and with one beam.
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_BEAMS = ("early_stopping", "length_penalty")
 # Keywords of gradient_checkpointing_kwargs that do not reach torch.
 _OWN_KEYWORDS = ("every_n_layers", "offload")
 
@@ -217,6 +220,44 @@ def check_trainable(packed: PackedModel) -> None:
             "True) and pass that, or merge it into its model and train a new one"
         )
     raise UserError("all parameters of the model have requires_grad=False: set it to True for those to train")
+
+
+def mend_generation_config(model: nn.Module) -> None:
+    """Resets options of ``generation_config`` that have no effect and with which transformers would not save the model.
+
+    Those are options of sampling with ``do_sample=False``, as Llama 2 and Vicuna have them, and options of beam search
+    with one beam.
+
+    Raises:
+        UserError: another option of it is invalid.
+    """
+    base = base_model(model)
+    config = getattr(base, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError:  # the options without effect are reset below, and then it is validated again
+        default = type(config)()
+    unused = () if config.do_sample else _OF_SAMPLING
+    unused += _OF_BEAMS if config.num_beams in (None, 1) else ()
+    changed = [name for name in unused if getattr(config, name, None) != getattr(default, name, None)]
+    old = [f"{name}={getattr(config, name)}" for name in changed]
+    for name in changed:
+        setattr(config, name, getattr(default, name, None))
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(
+            f"the generation_config of {type(base).__name__} is invalid, so the model could not be saved: {error};"
+            " correct it in the model's generation_config.json"
+        ) from error
+    logger.warning(
+        f"the generation_config of {type(base).__name__} has {', '.join(old)}, which have no effect with"
+        f" do_sample={config.do_sample} and num_beams={config.num_beams}, and with which transformers would not save"
+        " the model: they are left out"
+    )
 
 
 def check_checkpointing(model: nn.Module, args: ContrastiveConfig) -> None:

@@ -39,7 +39,7 @@ from ..reference.moving import MovingReference
 from ..reference.scorer import Reference
 from ..version import __version__
 
-_RECORD = "run.json"  # in a checkpoint
+RECORD = "run.json"  # in a checkpoint; in output_dir, of the run that has written there last
 
 # Fields of a model's config that decide the shapes of its weights.
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
@@ -173,14 +173,33 @@ class Run:
         return {name: {key: v for key, v in config.items() if "dropout" in key} for name, config in configs.items()}
 
 
-def write_record(folder: Path, run: Run, read: RowsRead | None) -> None:
-    """Writes the record of a run into its checkpoint.
+def write_record(folder: Path, run: Run, read: RowsRead | None, more: Mapping[str, Any]) -> None:
+    """Writes the record of a run into a folder.
 
     Args:
         read: the rows of a stream that the run has read so far.
+        more: further entries, which are not compared.
     """
-    more = {"save_only_model": run.args.save_only_model, "stream": None if read is None else read._asdict()}
-    write_text(folder / _RECORD, json.dumps({**run.record(), **more}, indent=1) + "\n")
+    stream = None if read is None else read._asdict()
+    record = {**run.record(), "save_only_model": run.args.save_only_model, "stream": stream, **more}
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Returns the record of a run in a folder; None if there is none.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    file = folder / RECORD
+    return _read_json(file) if file.is_file() else None
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): restore it, or resume from another checkpoint") from error
 
 
 def _plain(value: Any) -> Any:
@@ -201,21 +220,21 @@ def check_resume(run: Run, folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     _check_model(folder, run.model)
-    saved = json.loads(file.read_text(encoding="utf-8")) if (file := folder / _RECORD).is_file() else None
+    saved = read_record(folder)
     _check_state(folder, run, saved or {})
     _check_moving_reference(folder, run.reference)
     if saved is None:
         return [
-            f"{folder} does not record its run ({_RECORD}), so it is unknown whether data, reference, loss and options"
+            f"{folder} does not record its run ({RECORD}), so it is unknown whether data, reference, loss and options"
             " are the same"
         ]
-    return _compare_records(folder, saved, run.record(), run.args.ignore_data_skip)
+    return compare_records(folder, saved, run.record(), run.args.ignore_data_skip)
 
 
 def rows_to_expect(run: Run, folder: str | Path) -> RowsRead | None:
     """Returns the first rows of the stream that a checkpoint's run has read, if it recorded them."""
-    file = Path(folder, _RECORD)
-    read = json.loads(file.read_text(encoding="utf-8"))["stream"] if file.is_file() else None
+    saved = read_record(Path(folder))
+    read = None if saved is None else saved["stream"]
     return None if not read or not read["number"] or run.args.ignore_data_skip else RowsRead(**read)
 
 
@@ -229,7 +248,7 @@ def _check_model(folder: Path, model: nn.Module) -> None:
                     f"{folder} is not a checkpoint of this adapter: it has no {ADAPTER_CONFIG} of '{name}'; name"
                     " another folder"
                 )
-            saved = json.loads(Path(places[name], ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            saved = _read_json(Path(places[name], ADAPTER_CONFIG))
             if changed := _differences(_deciding_entries(saved), _deciding_entries(config.to_dict())):
                 raise UserError(
                     f"{folder} is a checkpoint of another adapter '{name}': {', '.join(changed)}; give it the same"
@@ -239,7 +258,7 @@ def _check_model(folder: Path, model: nn.Module) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a checkpoint of this model: it has no {file.name}; name another folder")
-    saved = PretrainedConfig.from_dict(json.loads(file.read_text(encoding="utf-8"))).get_text_config()
+    saved = PretrainedConfig.from_dict(_read_json(file)).get_text_config()
     config = base_model(model).config.get_text_config()
     for name in _SHAPE:
         ours, theirs = getattr(config, name, None), getattr(saved, name, None)
@@ -298,7 +317,7 @@ def _check_moving_reference(folder: Path, reference: Reference | MovingReference
         )
 
 
-def _compare_records(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], skips_data: bool) -> list[str]:
+def compare_records(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], skips_data: bool) -> list[str]:
     """Returns lines about the differences between two records; raises UserError for those that are refused."""
     lines = []
     for part, values in ours.items():

@@ -1,0 +1,137 @@
+"""The output folder of a run: one run at a time writes to it, and an earlier run in it is found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# The hub uploads no file whose name starts with an underscore.
+_LOCK = "_run.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of a file system without them
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "adapters.json")
+
+
+# --- The lock ---
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Holds a folder for this run. All ranks call it, and the main process takes the lock.
+
+    The operating system frees the lock when its process ends, however it ends. One process may hold a folder several
+    times. A file system without locks is said in a warning.
+
+    Raises:
+        UserError: on all ranks, if another live process holds the folder, or if it cannot be written to.
+    """
+    lock, refusal = None, None
+    if PartialState().is_main_process:
+        try:
+            lock = _take(Path(folder))
+        except UserError as error:
+            refusal = str(error)
+    try:
+        if (refusal := gather_object([refusal])[0]) is not None:
+            raise UserError(refusal)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def check_free(folder: str | Path) -> None:
+    """Raises UserError, on all ranks, if another live process holds the folder. Creates no file."""
+    if gather_object([Path(folder, _LOCK).exists()])[0]:
+        with held(folder):
+            pass
+
+
+def _take(folder: Path) -> FileLock | None:
+    file = folder.resolve() / _LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, thread_local=False, is_singleton=True)  # one for the process, which counts its holders
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output_dir={folder} is in use by another run{_holder(file)}: wait until it ends, or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise UserError(f"output_dir={folder} cannot be written to ({error.strerror})") from error
+        logger.warning(
+            f"output_dir={folder} is on a file system without locks ({error}), so a second run that writes to it at the"
+            " same time would not be noticed"
+        )
+        return None
+    try:
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    except OSError as error:
+        lock.release()
+        raise UserError(f"output_dir={folder} cannot be written to ({error.strerror})") from error
+    return lock
+
+
+def _holder(file: Path) -> str:
+    try:
+        name = file.read_text(encoding="utf-8").strip()
+    except OSError:  # Windows denies reading a locked file
+        name = ""
+    return f", {name}" if name else ""
+
+
+# --- An earlier run ---
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Returns the checkpoints in a folder, the one with the most steps first."""
+    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = (path for path in found if path.name.rpartition("-")[2].isdecimal() and path.is_dir())
+    return sorted(numbered, key=step_of, reverse=True)
+
+
+def weights_in(folder: str | Path) -> list[Path]:
+    """Returns the files in a folder that hold the weights of a model or adapter."""
+    return sorted(file for pattern in _WEIGHTS for file in Path(folder).glob(pattern))
+
+
+def earlier_run(folder: str | Path) -> str | None:
+    """Returns a few words about the run whose model or checkpoints a folder holds; None without any."""
+    checkpoints, weights = checkpoints_in(folder), weights_in(folder)
+    if not checkpoints and not weights:
+        return None
+    names = [path.name for path in (*checkpoints[:1], *weights[:1])]
+    return f"{'a finished' if is_finished(folder) else 'an earlier'} run ({', '.join(names)})"
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a folder holds a trained model, or a checkpoint of the last step of its run."""
+    if weights_in(folder):
+        return True
+    for checkpoint in checkpoints_in(folder)[:1]:
+        try:
+            state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            return state["global_step"] >= state["max_steps"]
+        except (OSError, ValueError, KeyError):  # a damaged checkpoint, which resuming reports
+            return False
+    return False
