@@ -481,6 +481,8 @@ class PackedLoop(Trainer):
         self.stream_digest = None if isinstance(self.train_dataset, Dataset) else StreamDigest()
         if not given:
             return None
+        if given is not True and not Path(given).is_dir():
+            raise UserError(f"resume_from_checkpoint={given}: there is no such folder")
         run, steps = self._run(), self._total_steps()
         checkpoint = self._choose_checkpoint(run, steps) if given is True else str(given)
         log_on_main(check_usable(Path(checkpoint), run, steps))
