@@ -192,10 +192,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         UserError: the record is damaged.
     """
     file = folder / RECORD
-    return _read_json(file) if file.is_file() else None
+    return _parse_json(file) if file.is_file() else None
 
 
-def _read_json(file: Path) -> Any:
+def _parse_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -248,7 +248,7 @@ def _check_model(folder: Path, model: nn.Module) -> None:
                     f"{folder} is not a checkpoint of this adapter: it has no {ADAPTER_CONFIG} of '{name}'; name"
                     " another folder"
                 )
-            saved = _read_json(Path(places[name], ADAPTER_CONFIG))
+            saved = _parse_json(Path(places[name], ADAPTER_CONFIG))
             if changed := _differences(_deciding_entries(saved), _deciding_entries(config.to_dict())):
                 raise UserError(
                     f"{folder} is a checkpoint of another adapter '{name}': {', '.join(changed)}; give it the same"
@@ -258,7 +258,7 @@ def _check_model(folder: Path, model: nn.Module) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a checkpoint of this model: it has no {file.name}; name another folder")
-    saved = PretrainedConfig.from_dict(_read_json(file)).get_text_config()
+    saved = PretrainedConfig.from_dict(_parse_json(file)).get_text_config()
     config = base_model(model).config.get_text_config()
     for name in _SHAPE:
         ours, theirs = getattr(config, name, None), getattr(saved, name, None)

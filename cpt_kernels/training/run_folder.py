@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # The hub uploads no file whose name starts with an underscore.
 _LOCK = "_run.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of a file system without them
+_locks: dict[tuple[int, Path], FileLock] = {}  # that this process holds; a forked process has another id
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "adapters.json")
 
 
@@ -34,25 +35,28 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "adapte
 def held(folder: str | Path) -> Iterator[None]:
     """Holds a folder for this run. All ranks call it, and the main process takes the lock.
 
-    The operating system frees the lock when its process ends, however it ends. One process may hold a folder several
-    times. A file system without locks is said in a warning.
+    The operating system frees the lock when its process ends, however it ends. In a process that holds the folder
+    already nothing happens. A file system without locks is said in a warning.
 
     Raises:
         UserError: on all ranks, if another live process holds the folder, or if it cannot be written to.
     """
+    key = os.getpid(), Path(folder).resolve()
     lock, refusal = None, None
-    if PartialState().is_main_process:
+    if PartialState().is_main_process and key not in _locks:
         try:
             lock = _take(Path(folder))
         except UserError as error:
             refusal = str(error)
+    if lock is not None:
+        _locks[key] = lock
     try:
         if (refusal := gather_object([refusal])[0]) is not None:
             raise UserError(refusal)
         yield
     finally:
         if lock is not None:
-            lock.release()
+            _locks.pop(key).release()
 
 
 def check_free(folder: str | Path) -> None:
@@ -66,7 +70,7 @@ def _take(folder: Path) -> FileLock | None:
     file = folder.resolve() / _LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file, thread_local=False, is_singleton=True)  # one for the process, which counts its holders
+        lock = FileLock(file)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
@@ -100,6 +104,7 @@ def _holder(file: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
+    """Returns the steps of a checkpoint by its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
