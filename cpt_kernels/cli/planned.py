@@ -14,6 +14,7 @@ from ..config import ContrastiveConfig
 from ..errors import UserError
 from ..model.loading import wrap_in_adapter
 from ..planning.counts import Counts, count_run
+from ..planning.model_sizes import sizes_of, state_bytes
 from ..trainer import ContrastiveTrainer
 from .console import print_results
 from .decoded import decoded_pair
@@ -49,6 +50,8 @@ def show_plan(options: Options) -> dict[str, Any]:
     check_options(options)
     quieten(args)
     args.report_to, args.push_to_hub = [], False
+    if options.model.load_in_4bit or options.model.load_in_8bit:
+        raise UserError("a plan has no weights to quantize: leave out load_in_4bit and load_in_8bit")
     trainer = make_trainer(options, PlannedTrainer, policy=_shapes_of, reference=lambda *_: None)
     counts = count_run(trainer.get_train_dataloader(), trainer.train_dataset, trainer.collator, args)
     plan = {
@@ -80,8 +83,14 @@ def _row_counts(report: Any) -> dict[str, Any]:
 
 
 def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
+    model, args = trainer.packed.model, trainer.args
+    sizes, ways = sizes_of(model), (args.gradient_checkpointing, hasattr(model, "peft_config"))
+    operations = {name: getattr(counts, name).flops(sizes, *ways)["total"] for name in ("work", "unshared", "peer")}
     return {
         "layout": "padded" if trainer.packed.padded else "packed",
+        "operations": operations,
+        "operations of a padded run / ours": operations["peer"] / operations["work"],
+        "bytes": state_bytes(model, args),
         **{key: value for key, value in asdict(counts).items() if key != "largest_rows"},
     }
 
@@ -97,6 +106,12 @@ def _plan_table(run: dict[str, Any]) -> Table:
     table.add_row("tokens", f"{work['tokens']:,}, {work['tokens'] / run['steps']:,.0f} a step")
     table.add_row("tokens without shared prompts", f"{unshared['tokens']:,}")
     table.add_row(f"tokens padded, {run['peer_pairs']} pairs a batch", f"{peer['tokens']:,}")
+    table.add_row("operations", f"{run['operations']['work']:.3g}")
+    table.add_row("operations padded / ours", f"{run['operations of a padded run / ours']:.2f}")
+    for part, size in run["bytes"].items():
+        table.add_row(
+            f"memory of {part}", "not known for this optimizer" if size is None else f"{size / 2**20:,.1f} MiB"
+        )
     table.add_row("scored tokens", f"{work['head_rows']:,}")
     table.add_row("largest micro-batch", f"{run['largest']['tokens']:,} tokens")
     table.add_row("reference pass, at most", f"{reference['tokens']:,} tokens, a forward each")

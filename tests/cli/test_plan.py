@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from bench.shapes import Shape
 from cpt_kernels import ContrastiveTrainer, cli
+from cpt_kernels.planning.work import Work
 from tests.helpers.command import bpe_tokenizer, run, word_pairs, write_model, write_options, write_rows
 
 MANY = {"max_tokens_per_batch": 96, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
@@ -32,7 +36,8 @@ def home(tmp_path_factory) -> Path:
 def planned(home: Path, tmp_path: Path, options: dict) -> dict:
     """Returns the plan of a run with these options."""
     write_options(tmp_path / "plan.yaml", use_cpu=True, disable_tqdm=True, **options)
-    argv = [home / "start", home / "train.jsonl", "--config", tmp_path / "plan.yaml", "--json", tmp_path / "plan.json"]
+    model = options.get("model_name_or_path", home / "start")
+    argv = [model, home / "train.jsonl", "--config", tmp_path / "plan.yaml", "--json", tmp_path / "plan.json"]
     assert cli.main(["plan", *map(str, argv)]) == 0
     return json.loads((tmp_path / "plan.json").read_text())
 
@@ -67,8 +72,6 @@ def test_steps_and_tokens_are_those_of_the_run(home, tmp_path, monkeypatch, caps
     monkeypatch.setenv("CPT_CACHE", str(tmp_path / "reference"))
     flags = ["--model_name_or_path", home / "start", "--dataset_name", home / "train.jsonl"]
     if "use_peft" in options:  # an adapter needs weights below it
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
         model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(home / "start"))
         model.save_pretrained(tmp_path / "start")
         flags += ["--model_name_or_path", tmp_path / "start", "--tokenizer_name", home / "start"]
@@ -84,6 +87,27 @@ def test_steps_and_tokens_are_those_of_the_run(home, tmp_path, monkeypatch, caps
     assert found["work"]["tokens"] <= found["unshared"]["tokens"] <= found["peer"]["tokens"] or "packing" in options
     data = plan["data"]["train"]
     assert data["rows_in"] == 27 and data["kept"] + sum(data["dropped"].values()) == 27 and data["dropped"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_operations_and_memory_are_those_of_the_model(home, tmp_path, tied):
+    """Against the arithmetic for a model of this shape, and against its tensors and its optimizer's after a step."""
+    write_model(tmp_path / "model", AutoTokenizer.from_pretrained(home / "start"), tie_word_embeddings=tied)
+    plan = planned(home, tmp_path, {"model_name_or_path": str(tmp_path / "model")})["run"]
+    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(tmp_path / "model"))
+    shape = Shape(hidden=32, layers=2, heads=4, kv_heads=4, intermediate=64, vocab=model.config.vocab_size, tied=tied)
+    for name in ("work", "unshared", "peer"):
+        expected = Work(**plan[name]).flops(shape, gradient_checkpointing=True)["total"]
+        assert plan["operations"][name] == expected
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for key, v in state.items() if key.startswith("exp_avg")]
+    size = sum(p.nbytes for p in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    expected = {"weights": size + buffers, "gradients": size, "optimizer": sum(moment.nbytes for moment in moments)}
+    assert plan["bytes"] == expected
 
 
 def test_the_reference_pass_scores_every_different_completion_once(home, tmp_path, monkeypatch):

@@ -1,0 +1,68 @@
+"""Sizes of a model that decide its operations and the memory of its training state; shapes suffice, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..model.packed_model import base_model
+
+# Values that an optimizer keeps for each value that it trains, in the same dtype.
+_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2}
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model that :meth:`.work.Work.flops` reads.
+
+    Attributes:
+        layer_parameters: in the matrices of all layers; of experts, the share that a token is sent to.
+    """
+
+    layer_parameters: int
+    layers: int
+    heads: int
+    head_size: int
+    hidden: int
+    vocab: int
+
+
+def sizes_of(model: nn.Module) -> ModelSizes:
+    """Returns the sizes of a transformers model or a PEFT model around one; parameters of adapters are left out."""
+    base = base_model(model)
+    config = base.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0  # 0 for models without attention
+    embeddings = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    head = base.get_output_embeddings()
+    outside = {id(p) for module in (*embeddings, head) if module is not None for p in module.parameters()}
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), 1)
+    active = getattr(config, "num_experts_per_tok", experts) / experts
+    is_adapted = hasattr(model, "peft_config")
+    matrices = [
+        (name, p.numel())
+        for name, p in base.named_parameters()
+        if p.dim() > 1 and id(p) not in outside and not (is_adapted and p.requires_grad)
+    ]
+    return ModelSizes(
+        layer_parameters=round(sum(size * (active if ".experts." in name else 1) for name, size in matrices)),
+        layers=config.num_hidden_layers,
+        heads=heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1),
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+    )
+
+
+def state_bytes(model: nn.Module, args: Any) -> dict[str, int | None]:
+    """Returns the bytes of weights, gradients and optimizer state of one unsharded process; None if it is not known."""
+    weights = [*model.parameters(), *model.buffers()]
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    moments = _MOMENTS.get(getattr(args.optim, "value", args.optim))
+    return {
+        "weights": sum(tensor.numel() * tensor.element_size() for tensor in weights),
+        "gradients": gradients,
+        "optimizer": None if moments is None else moments * gradients,
+    }
