@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import get_args
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .data.curriculum import Curriculum
 from .data.formats import PromptFormat, RankedPairs
@@ -40,6 +41,9 @@ _NUMBERS = {*_POSITIVE, *_NOT_NEGATIVE, "adam_beta1", "adam_beta2", "max_steps",
 _NUMBERS |= {"logging_steps", "eval_steps", "save_steps", "ref_model_mixup_alpha"}
 _NUMBERS -= {"max_tokens_per_batch"}
 
+# Keywords of torch.utils.checkpoint, and two of transformers.
+_CHECKPOINT_KEYWORDS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
+_CHECKPOINT_KEYWORDS |= {"every_n_layers", "offload"}
 _DDP_BACKENDS = ("ccl", "hccl", "cncl", "mccl")  # of transformers' list; those of torch are added
 
 # Options of TRL and transformers that have no effect here, by reason. They are accepted, so that a configuration made
@@ -272,6 +276,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         self._check_reference(self.check_loss())
         self._check_batches()
         self._check_parallelism()
+        self._check_keywords()
         ignored = self._changed(IGNORED_OPTIONS)
 
         # transformers' own checks and changes.
@@ -384,13 +389,24 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         if self.deepspeed and find_spec("deepspeed") is None:
             raise UserError("deepspeed needs the deepspeed package: pip install deepspeed")
 
+    def _check_keywords(self) -> None:
+        """Raises UserError for keywords that accelerate's or torch's functions would refuse long after the start."""
+        known = {
+            "accelerator_config": {f.name for f in fields(AcceleratorConfig)},
+            "gradient_checkpointing_kwargs": _CHECKPOINT_KEYWORDS,
+        }
+        for name, keywords in known.items():
+            given = getattr(self, name)
+            if isinstance(given, dict) and (unknown := sorted(map(str, given.keys() - keywords))):
+                raise UserError(f"{name} has no keyword {unknown[0]!r}: its keywords are {', '.join(sorted(keywords))}")
+
     def _check_scheduler(self) -> None:
-        """Raises UserError for keywords that the scheduler does not take, by making one for an optimizer of no use."""
-        if not self.lr_scheduler_kwargs:
-            return
+        """Raises UserError for keywords that the scheduler does not take, or lacks, by making one for a trial."""
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        with user_error(f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}", (TypeError,)):
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+        kwargs, kind = self.lr_scheduler_kwargs, getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        given = f"lr_scheduler_kwargs={kwargs}" if kwargs else f"lr_scheduler_type={kind}"
+        with user_error(given, (TypeError, ValueError)):
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
 
     def _check_accelerator_config(self) -> None:
         if self.accelerator_config.split_batches:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
             setattr(args, name, default)
         elif not rest:
             raise UserError(f"--{name} applies only when a dataset is given: give the options of cpt-train, too")
-    if args.command in ("info", "verify", "prune") and not rest and not args.directory.is_dir():
+    if args.command in ("info", "verify", "prune", "merge", "export") and not rest and not args.directory.is_dir():
         raise UserError(f"there is no cache in {args.directory}")
     _COMMANDS[args.command][0](args)
 

@@ -81,6 +81,7 @@ def score_pairs(args: argparse.Namespace) -> None:
         read_configs,
         training_options,
     )
+    from .models import is_path
     from .run import quieten
 
     # The models, their reference, and the options that they were trained with.
@@ -88,6 +89,8 @@ def score_pairs(args: argparse.Namespace) -> None:
     names = list(models.values())
     configs = read_configs(names, args.config)
     reference = choose_reference(args.reference, configs, names)
+    if reference is not None and is_path(reference) and not Path(reference).expanduser().exists():
+        raise UserError(f"reference={reference}: there is no such folder")
     given = {"model": names[0], "data": args.data, "output_dir": args.output_dir, "reference": reference}
     options = training_options(configs, args.training, **given, prog=args.prog)
     quieten(options.training)

@@ -220,7 +220,8 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 def _load_local_model(args: argparse.Namespace, options: Mapping[str, Any]) -> Any:
     import torch
 
-    model = load_named_model(args.model_name_or_path, "model_name_or_path", **options)
+    with user_error(f"--model_kwargs {json.dumps(args.model_kwargs)}", (TypeError,) if args.model_kwargs else ()):
+        model = load_named_model(args.model_name_or_path, "model_name_or_path", **options)
     if "device_map" in options:
         return model
     accelerator = torch.accelerator.current_accelerator(check_available=True)

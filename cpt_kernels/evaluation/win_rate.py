@@ -49,6 +49,8 @@ class Bootstrap:
                 f"confidence={self.confidence} must lie between 0 and 1, and resamples={self.resamples} must be at"
                 " least 1"
             )
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: must not be negative")
 
     def draw(self, n: int) -> Iterator[NDArray[np.float64]]:
         """Yields how often each of n prompts is drawn in each resample, in chunks of shape (B, n)."""

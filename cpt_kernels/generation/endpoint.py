@@ -80,6 +80,8 @@ class Endpoint:
             raise UserError("an endpoint needs the openai package: pip install 'cpt-kernels[openai]'")
         self.options, self.sampling = options, sampling
         base_url = options.base_url or os.environ.get("OPENAI_BASE_URL")
+        if base_url is not None and not base_url.startswith(("http://", "https://")):
+            raise UserError(f"base_url={base_url}: must begin with http:// or https://")
         self._key = os.environ.get(options.api_key_env)
         if not self._key and base_url is None:
             raise UserError(f"the API key is missing: set {options.api_key_env} in the environment, or give a base_url")

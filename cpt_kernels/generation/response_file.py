@@ -68,6 +68,7 @@ class ResponseFile:
     def __enter__(self) -> ResponseFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("ab").close()  # on a read-only disk the lock would report another process
             self._lock.acquire(timeout=0)
             self._file = self.path.open("ab", buffering=0)  # unbuffered, so that a kill loses no added row
         except Timeout as error:

@@ -128,6 +128,10 @@ def check_machine(args: ContrastiveConfig) -> None:
                 f"optim={getattr(args.optim, 'value', args.optim)}: {str(error).splitlines()[0]}"
             ) from error
     describe_backend(args.attention_backend, args.device.type)
+    if args.torch_compile and args.torch_compile_backend not in (backends := torch._dynamo.list_backends(None)):
+        raise UserError(
+            f"torch_compile_backend={args.torch_compile_backend} is unknown: choose one of {', '.join(backends)}"
+        )
 
 
 def check_metric(
@@ -207,6 +211,10 @@ def check_trainable(packed: PackedModel) -> None:
         )
     if hasattr(model, "peft_config") and not packed.has_gradient:
         raise UserError("the model's adapter has nothing to train: no parameter that requires a gradient has one")
+    for config in getattr(model, "peft_config", {}).values():
+        for name in getattr(config, "modules_to_save", None) or ():
+            if not any(f".{found}".endswith(f".{name}") for found, _ in model.named_modules()):
+                raise UserError(f"modules_to_save names {name}, and the model has no such module: leave it out")
     if any(parameter.requires_grad for parameter in model.parameters()):
         if hasattr(model, "peft_config") and (unsaved := unsaved_parameters(model)):
             raise UserError(

@@ -207,6 +207,11 @@ _WRONG_OPTIONS = {
     "--num_processes two": "--num_processes: 'two' is not a whole number above 0",
     "--num_processes 0": "--num_processes: '0' is not a whole number above 0",
     "--num_processes": "--num_processes: expected a value",
+    "--lr_scheduler_type cosine_with_min_lr": "lr_scheduler_type=cosine_with_min_lr: One of min_lr",
+    '--lr_scheduler_kwargs {{"a":1}}': "unexpected keyword argument 'a'",
+    '--gradient_checkpointing_kwargs {{"foo":1}}': "gradient_checkpointing_kwargs has no keyword 'foo'",
+    '--accelerator_config {{"foo":1}}': "accelerator_config has no keyword 'foo': its keywords are",
+    "--torch_compile_backend foo": "torch_compile_backend=foo is unknown: choose one of",
     # options together
     "--lora_r 4": "lora_r has no effect without an adapter: set use_peft=true",
     "--load_in_4bit": "load_in_4bit needs use_peft=true",
@@ -273,6 +278,7 @@ def test_wrong_data_and_models_are_refused_before_tokenizing(home, tmp_path, mon
 
 
 _WRONG_ROWS = {
+    "--use_peft --lora_modules_to_save nothing": "modules_to_save names nothing, and the model has no such module",
     "--dataset_name {home}/long.jsonl --max_tokens_per_batch 32": "row 3 of the train data takes",
     "--eval_dataset_name {home}/long.jsonl --max_tokens_per_batch 32": "row 3 of the eval data takes",
     "--model_name_or_path {home}/gpt2 --dataset_name {home}/long.jsonl": "row 3 of the train data has",
@@ -339,7 +345,10 @@ _WRONG_COMMANDS = {
     f"{_GENERATE} --model_name_or_path {{home}}/t5": "is not a causal language model (T5Config)",
     f"{_GENERATE} --dataset_name {{tmp}}/no.jsonl": "no.jsonl does not exist",
     f"{_GENERATE} --output {{home}}/notes.txt/new.jsonl": "notes.txt",
+    f"{_GENERATE} --output /proc/new.jsonl": "/proc/new.jsonl",
     f"{_GENERATE} --output {{home}}/train.jsonl": "train.jsonl",
+    f'{_GENERATE} --model_kwargs {{{{"foo":1}}}}': "unexpected keyword argument 'foo'",
+    f"{_GENERATE} --backend openai --base_url nonsense": "base_url=nonsense: must begin with http:// or https://",
     # cpt eval
     "eval paris": "choose from",
     f"{_EVAL} --moodels x": "unknown option --moodels; did you mean --models?",
@@ -372,7 +381,10 @@ _WRONG_COMMANDS = {
     f"{_WIN} --judge_model x --judge_template {{tmp}}/no.jinja": "judge_template={tmp}/no.jinja cannot be used",
     "eval export --outputs {home}/responses.jsonl --to {tmp}/x.json": "choose one by --model",
     "eval export --outputs {home}/a.jsonl --to {home}/notes.txt/x.json": "notes.txt",
+    f"{_EVAL} --seed -1": "seed=-1: must not be negative",
+    f"{_EVAL} --reference {{tmp}}/no": "reference={tmp}/no: there is no such folder",
     # cpt cache
+    "cache merge --ref_cache_dir {tmp}/no": "there is no cache in {tmp}/no",
     "cache prun": "choose from",
     "cache info --ref_cache_dir {tmp}/no": "there is no cache in {tmp}/no",
     "cache build --ref_cache_dir {tmp}/no": "give the options of cpt-train",
