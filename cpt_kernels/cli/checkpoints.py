@@ -28,7 +28,7 @@ SETTINGS = (
     *("beta", "max_length", "truncation_mode", "ranked_pairs", "prompt_format", "dataset_num_proc"),
     *("share_prompts", "packing", "max_tokens_per_batch", "head_memory_mb", "attention_backend", "ref_cache_dir"),
     *("tokenizer_name", "dtype", "attn_implementation", "model_init_kwargs", "trust_remote_code"),
-    *("load_in_4bit", "load_in_8bit", "bf16", "fp16", "use_cpu"),
+    *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bf16", "fp16", "use_cpu"),
 )
 
 # Options of a training configuration that may hold a folder.
@@ -39,6 +39,8 @@ _OWN_OPTIONS = (
     *("confidence", "resamples", "seed", "output_dir", "details"),
 )
 
+# Options that name the reference of a run: the first one that is set.
+_REFERENCES = ("ref_model_name_or_path", "adapter_name_or_path", "model_name_or_path")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 Configs = Mapping[Path, Mapping[str, Any]]  # training configuration file -> its options
@@ -114,7 +116,7 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
     against = {path: values for path, values in configs.items() if _has_reference(values)} or configs
     names = {}
     for path, values in against.items():
-        name = values.get("ref_model_name_or_path") or values.get("model_name_or_path")
+        name = next((values[key] for key in _REFERENCES if values.get(key)), None)
         if name is None or (values.get("from_scratch") and not values.get("ref_model_name_or_path")):
             raise UserError(f"{path} names no reference that can be loaded: give --reference MODEL or --reference none")
         names[name] = path

@@ -60,7 +60,7 @@ def main(argv: Sequence[str], prog: str = "cpt merge") -> None:
         adapters=adapters,
         tokenizer=tokenizer,
         base=base,
-        dtype=args.dtype,
+        saved_dtype=args.dtype,
         report=lambda line: print_results([], [line]),
         **kwargs,
     )

@@ -105,14 +105,20 @@ def find_tokenizer(*names: str) -> str | None:
 
 
 def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that ``tokenizer_name`` names, or else the model's own."""
+    """Loads the tokenizer that ``tokenizer_name`` names, else that of the adapter, the model or its base model."""
+    from ..model.pretrained import local_adapters
+
     trust = args.trust_remote_code
     if model.tokenizer_name is not None:
         return load_named_tokenizer(model.tokenizer_name, "tokenizer_name", trust_remote_code=trust)
-    revision = model.model_revision
-    return load_named_tokenizer(
-        model.model_name_or_path, "model_name_or_path", revision=revision, trust_remote_code=trust
-    )
+    name = model.model_name_or_path
+    adapter = model.adapter_name_or_path or name
+    if adapter != name or local_adapters(adapter) is not None:
+        base = _base_name(adapter) if adapter == name else name
+        found = find_tokenizer(*dict.fromkeys([adapter, base]))
+        if found is not None and found != name:
+            return load_named_tokenizer(found, "the adapter's tokenizer", trust_remote_code=trust)
+    return load_named_tokenizer(name, "model_name_or_path", revision=model.model_revision, trust_remote_code=trust)
 
 
 def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase | None:
@@ -132,6 +138,13 @@ def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
+    if model.adapter_name_or_path is not None:
+        from ..model.pretrained import BaseModel
+
+        base = BaseModel(
+            str(Path(name).expanduser()) if Path(name).expanduser().exists() else name, model.model_revision
+        )
+        return load_weights(model.adapter_name_or_path, "adapter_name_or_path", model, args, trainable=True, base=base)
     if not model.from_scratch:
         return load_weights(name, "model_name_or_path", model, args, trainable=True, **kwargs)
     trust = args.trust_remote_code
@@ -141,6 +154,39 @@ def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
     return AutoModelForCausalLM.from_config(
         config, dtype=dtype, trust_remote_code=args.trust_remote_code, attn_implementation=model.attn_implementation
     )
+
+
+def describe_adapter(model: ModelArguments) -> str | None:
+    """Returns a line that says what becomes of an adapter that the options name.
+
+    Raises:
+        UserError: a new adapter is asked for on top of an adapter that is not merged.
+    """
+    from ..model.pretrained import local_adapters
+
+    adapter = model.adapter_name_or_path or model.model_name_or_path
+    if model.adapter_name_or_path is None and local_adapters(adapter) is None:
+        return None
+    if model.use_peft:
+        raise UserError(
+            f"model_name_or_path={adapter} holds an adapter, and use_peft makes a new one. To train the adapter further"
+            f" leave use_peft out; for a new adapter on the merged model, run cpt merge {adapter} --output"
+            f" {adapter.rstrip('/')}-merged, and name that folder"
+        )
+    base = model.model_name_or_path if model.adapter_name_or_path else _base_name(adapter)
+    reference = model.ref_model_name_or_path or "the adapter's values at the start"
+    return (
+        f"{adapter} holds an adapter on {base}: it is trained further, and no new one is made. A loss with a reference"
+        f" compares with {reference}"
+    )
+
+
+def _base_name(adapter: str) -> str:
+    from ..model.pretrained import find_base, local_adapters
+
+    adapters = local_adapters(adapter)
+    assert adapters is not None
+    return find_base(adapter, adapters).name
 
 
 def load_reference(model: ModelArguments, args: ContrastiveConfig) -> nn.Module | None:

@@ -61,7 +61,10 @@ class ModelArguments:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("float32", "Type of the weights.")
     attn_implementation: str | None = option(None, "The model's attention for unpacked rows: sdpa, eager, ...")
     ref_model_name_or_path: str | None = option(None, "Reference model. Default: the model at the start of training.")
-    use_peft: bool = option(False, "Train a LoRA adapter instead of all weights.")
+    adapter_name_or_path: str | None = option(
+        None, "Adapter to train further, on model_name_or_path or else its own base model: a folder, or a hub name."
+    )
+    use_peft: bool = option(False, "Train a new LoRA adapter instead of all weights.")
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "The adapter's output is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = option(0.05, "Dropout in the adapter, if disable_dropout is false.")
@@ -71,8 +74,8 @@ class ModelArguments:
     lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "Task of the adapter.")
     use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(lora_r) (rank-stabilized LoRA).")
     use_dora: bool = option(False, "Weight-decomposed LoRA (DoRA).")
-    load_in_4bit: bool = option(False, "Load the base model in 4 bits (bitsandbytes); needs use_peft.")
-    load_in_8bit: bool = option(False, "Load the base model in 8 bits (bitsandbytes); needs use_peft.")
+    load_in_4bit: bool = option(False, "Load the base model in 4 bits (bitsandbytes); needs an adapter.")
+    load_in_8bit: bool = option(False, "Load the base model in 8 bits (bitsandbytes); needs an adapter.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit data type.")
     use_bnb_nested_quant: bool = option(False, "Also quantize the scales of 4-bit weights.")
     bnb_4bit_quant_storage: str | None = option(None, "Data type that stores 4-bit weights: bfloat16, ...")
@@ -272,8 +275,16 @@ def _check_together(values: dict[str, Any]) -> None:
         raise UserError(f"{four[0]} has no effect without load_in_4bit=true: set it, or leave {four[0]} out")
     if len(quantized) == 2:
         raise UserError("load_in_4bit and load_in_8bit exclude each other: leave one of them out")
-    if quantized and not values["use_peft"]:
-        raise UserError(f"{quantized[0]} needs use_peft=true: quantized weights cannot be trained themselves")
+    if values["adapter_name_or_path"] and (other := sorted(given & {"use_peft", "from_scratch"})):
+        raise UserError(
+            f"adapter_name_or_path trains an existing adapter further, and {other[0]} makes new weights: leave one of"
+            " them out"
+        )
+    has_adapter = values["use_peft"] or values["adapter_name_or_path"]
+    if quantized and not has_adapter and not _is_adapter(values["model_name_or_path"]):
+        raise UserError(
+            f"{quantized[0]} needs use_peft=true or adapter_name_or_path: quantized weights are not trained"
+        )
     if values["from_scratch"] and (loading := sorted(given & {"model_init_kwargs"}) + quantized):
         raise UserError(f"{loading[0]} has no effect with from_scratch=true, which loads no weights: leave it out")
     if values["from_scratch"] and values["use_peft"]:
@@ -312,6 +323,12 @@ def _check_split(values: dict[str, Any]) -> None:
         raise UserError("test_split_size and eval_dataset_name both choose the evaluation data: leave one of them out")
     if values["dataset_streaming"]:
         raise UserError("test_split_size needs the number of rows, and a stream has none: split the data beforehand")
+
+
+def _is_adapter(name: str | None) -> bool:
+    from ..model.pretrained import local_adapters
+
+    return name is not None and local_adapters(name) is not None
 
 
 def _check_for_losses(losses: list[str], given: set[str]) -> None:

@@ -139,6 +139,8 @@ def make_options(given: dict[str, Any]) -> Options:
         UserError: an option that is missing, without effect, or excluded by another.
     """
     given = dict(given)
+    if given.get("adapter_name_or_path") and not given.get("model_name_or_path"):
+        given["model_name_or_path"] = given.pop("adapter_name_or_path")  # its own base model is loaded
     for name, kind in (("model_name_or_path", "a folder or hub name"), ("dataset_name", "a file, folder or hub name")):
         if not given.get(name) and not (name == "dataset_name" and given.get("datasets")):
             raise UserError(f"{name} is missing: give --{name} with {kind}, or set it in the file of --config")

@@ -21,10 +21,11 @@ from ..data.sources import is_one_file, load_data, parse_columns
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
 from ..training.checks import check_machine, check_metric
+from ..training.loop import log_on_main
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from ..training.run_folder import checkpoints_in, earlier_run, held, weights_in
 from .console import print_results
-from .models import load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
+from .models import describe_adapter, load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
 from .parsing import CONFIG_FILE
 
@@ -97,6 +98,8 @@ def make_trainer(
         UserError: one of them cannot be loaded, or cannot be trained with.
     """
     args = options.training
+    if (line := describe_adapter(options.model)) is not None:
+        log_on_main([line])
     # The tokenizers first: a wrong model name is then said before the data is read.
     tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)

@@ -73,7 +73,7 @@ def merge_and_save(
     adapters: SavedAdapters,
     tokenizer: PreTrainedTokenizerBase | None,
     base: BaseModel | None = None,
-    dtype: Dtype = "auto",
+    saved_dtype: Dtype = "auto",
     report: Callable[[str], object] = lambda line: None,
     **kwargs: Any,
 ) -> Merged:
@@ -85,7 +85,7 @@ def merge_and_save(
         adapters: those to merge, from :func:`choose_adapters`.
         tokenizer: is saved with the model.
         base: the base model; default the one that the adapters name.
-        dtype: of the saved weights; auto is the dtype of the base model.
+        saved_dtype: of the saved weights; auto is the dtype of the base model.
         report: is called with a line before each step that takes time.
         kwargs: of ``from_pretrained``, such as ``quantization_config`` and the dtype in which to quantize.
 
@@ -94,14 +94,14 @@ def merge_and_save(
             the folder cannot be written.
     """
     base = base or find_base(name, adapters)
-    saved_dtype = _saved_dtype(base, dtype, kwargs)
+    dtype = _saved_dtype(base, saved_dtype, kwargs)
 
     # Load and merge in fp32. The model with adapters is measured first, because merging changes its weights.
     report(f"loading {name} on {base.name}")
     kwargs.setdefault("dtype", torch.float32)
     loaded = load_pretrained(name, base=base, adapters=adapters, dequantize=True, **kwargs)
     model: Any = loaded.to("cpu", torch.float32)
-    _check_space(model, saved_dtype, folder)
+    _check_space(model, dtype, folder)
     names = active_adapters(model)
     tokens = marked_tokens(model) + token_source(base_model(model))(_TOKENS)
     routing = PinnedRouting()
@@ -120,20 +120,20 @@ def merge_and_save(
         )
 
     # Save, and load what was saved: config and files must give the merged weights.
-    _round(merged, saved_dtype, name)
+    _round(merged, dtype, name)
     with replacing_folder(folder) as temporary:
         report(f"writing {folder}")
         _write_model(merged, temporary, tokenizer)
         trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-        saved: Any = load_whole(AutoModelForCausalLM, str(temporary), dtype=saved_dtype, **trust)
+        saved: Any = load_whole(AutoModelForCausalLM, str(temporary), dtype=dtype, **trust)
         _check_saved(merged, saved, name)
         rounding = (_probe_logits(saved.eval(), tokens, routing) - expected).abs().max().item()
-        if saved_dtype == torch.float32 and not rounding <= bound:
+        if dtype == torch.float32 and not rounding <= bound:
             raise UserError(
                 f"{name} cannot be saved as a whole model: a logit of the saved model differs by {rounding:.2g} from"
                 f" that of the model with adapters, and rounding explains {bound:.2g}"
             )
-    return Merged(base, names, untied, difference, bound, saved_dtype, rounding)
+    return Merged(base, names, untied, difference, bound, dtype, rounding)
 
 
 def choose_adapters(name: str, names: Sequence[str] | None = None, **hub: Any) -> SavedAdapters:

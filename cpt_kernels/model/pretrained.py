@@ -147,6 +147,12 @@ def find_adapters(name: str, **hub: Any) -> SavedAdapters | None:
     return SavedAdapters(found, [*found])
 
 
+def local_adapters(name: str) -> SavedAdapters | None:
+    """Returns the adapters of a local folder; None for a whole model, or a name of the hub."""
+    folder = Path(name).expanduser()
+    return find_adapters(str(folder)) if folder.is_dir() else None
+
+
 def model_folders(name: str) -> list[Path]:
     """Returns the local folders that hold a model, or adapters and then their base model; none for a hub model."""
     if not Path(name).is_dir():

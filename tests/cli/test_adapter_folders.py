@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.cli import main
@@ -134,3 +135,97 @@ def test_a_weight_that_is_missing_ends_every_command(home, tmp_path, capsys):
         assert "lacks weights that would be random: model.layers.1.mlp.up_proj.weight" in error, command
     assert run(*COMMON, "--model_name_or_path", base, "--dataset_name", rows, "--from_scratch", "--use_peft") == 2
     assert "use_peft saves the adapter alone" in one_error(capsys)
+
+
+# --- adapter_name_or_path ---
+
+
+def train_flags(home: Path, tmp_path: Path) -> list:
+    flags = ["--dataset_name", home / "rows.jsonl", "--max_steps", 1, "--per_device_train_batch_size", 12]
+    return [*flags, "--logging_steps", 1, "--ref_cache_dir", tmp_path / "cache", "--learning_rate", 1e-2, *COMMON]
+
+
+def test_an_adapter_is_trained_on_by_name(home, tmp_path, caplog):
+    """On its own base model, on one that is named, and against another reference."""
+    flags, runs = train_flags(home, tmp_path), {}
+    shutil.copytree(home / "base", tmp_path / "moved")
+    for name, given, reference in (
+        ("folder", ["--model_name_or_path", home / "adapter"], None),
+        ("alone", ["--adapter_name_or_path", home / "adapter"], None),
+        ("on base", ["--model_name_or_path", tmp_path / "moved", "--adapter_name_or_path", home / "adapter"], None),
+        ("against base", ["--adapter_name_or_path", home / "adapter"], home / "base"),
+    ):
+        caplog.clear()
+        given += ["--ref_model_name_or_path", reference] if reference else []
+        assert run(*given, *flags, "--output_dir", tmp_path / name) == 0
+        base = tmp_path / "moved" if name == "on base" else home / "base"
+        assert f"{home / 'adapter'} holds an adapter on {base}: it is trained further" in caplog.text
+        assert f"compares with {reference or 'the adapter'}" in caplog.text
+        runs[name] = read_metrics(tmp_path / name)[0]["rewards/margins"]
+        saved = json.loads((tmp_path / name / "policy/adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == str(base) and saved["use_dora"]
+    assert runs.pop("against base") == pytest.approx(logged(home, "rewards/margins"), abs=1e-4)
+    assert all(margin == pytest.approx(0, abs=1e-4) for margin in runs.values())
+    weights = [load_file(tmp_path / name / "policy/adapter_model.safetensors") for name in runs]
+    start = load_file(home / "adapter/policy/adapter_model.safetensors")
+    for name, tensor in weights[0].items():
+        assert all(torch.equal(other[name], tensor) for other in weights)
+    assert any(not torch.equal(weights[0][name], start[name]) for name in start)
+
+
+def test_sft_then_dpo_then_merge(home, tmp_path, capsys):
+    """DPO starts from the adapter of SFT; the reference is that adapter, also as a folder or as the merged model."""
+    flags = train_flags(home, tmp_path)
+    new = ["--model_name_or_path", home / "base", "--use_peft", "--lora_target_modules", "lm_head", "q_proj"]
+    assert run(*new, *flags, "--loss_type", "sft", "--output_dir", tmp_path / "sft") == 0
+    assert main(["merge", str(tmp_path / "sft"), "--output", str(tmp_path / "sft-merged")]) == 0
+    steps = []
+    for reference in ([], ["--ref_model_name_or_path", tmp_path / "sft"], ["--ref_model_name_or_path", home / "base"]):
+        out = tmp_path / f"dpo{len(steps)}"
+        assert run("--adapter_name_or_path", tmp_path / "sft", *flags, *reference, "--output_dir", out) == 0
+        steps.append(read_metrics(out)[0])
+    merged = ["--adapter_name_or_path", tmp_path / "sft", "--ref_model_name_or_path", tmp_path / "sft-merged"]
+    assert run(*merged, *flags, "--output_dir", tmp_path / "dpo3") == 0
+    steps.append(read_metrics(tmp_path / "dpo3")[0])
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        assert steps[1][name] == steps[0][name], name
+        assert steps[3][name] == pytest.approx(steps[0][name], abs=1e-4), name
+    assert abs(steps[2]["rewards/margins"]) > 1e-3 > abs(steps[0]["rewards/margins"])
+    # Evaluation finds the reference of a run that named its adapter and its base model.
+    both = ["--model_name_or_path", home / "base", "--adapter_name_or_path", tmp_path / "sft"]
+    assert run(*both, *flags, "--output_dir", tmp_path / "dpo4") == 0
+    capsys.readouterr()
+    flags = ["--data", home / "rows.jsonl", "--output_dir", tmp_path / "eval", "--use_cpu"]
+    assert main([str(arg) for arg in ("eval", "pairs", "--models", tmp_path / "dpo4", *flags)]) == 0
+    assert json.loads((tmp_path / "eval/pairs.json").read_text())["settings"]["reference"] == str(tmp_path / "sft")
+
+
+def test_the_tokenizer_of_an_adapter(home, tmp_path):
+    """The adapter's own, else that of its base model."""
+    bare = tmp_path / "bare"
+    shutil.copytree(home / "adapter", bare, ignore=shutil.ignore_patterns("token*", "special*", "chat_template*"))
+    assert not list(bare.glob("token*"))
+    assert run("--model_name_or_path", bare, *train_flags(home, tmp_path), "--output_dir", tmp_path / "one") == 0
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(bare)
+    both = ["--model_name_or_path", home / "base", "--adapter_name_or_path", bare]
+    assert run(*both, *train_flags(home, tmp_path), "--output_dir", tmp_path / "two") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "two").chat_template == tokenizer.chat_template
+
+
+def test_options_that_contradict_an_adapter(home, tmp_path, capsys):
+    flags = [*train_flags(home, tmp_path), "--output_dir", tmp_path / "out"]
+    adapter, base = home / "adapter", home / "base"
+    for given, message in (
+        (["--model_name_or_path", adapter, "--use_peft"], f"run cpt merge {adapter} --output {adapter}-merged"),
+        (["--adapter_name_or_path", adapter, "--use_peft"], "use_peft makes"),
+        (["--model_name_or_path", base, "--adapter_name_or_path", adapter, "--use_peft"], "use_peft makes new weights"),
+        (["--model_name_or_path", base, "--adapter_name_or_path", adapter, "--from_scratch"], "from_scratch makes new"),
+        (["--model_name_or_path", base, "--adapter_name_or_path", base], "holds no adapter"),
+        (["--model_name_or_path", adapter, "--adapter_name_or_path", adapter], "is an adapter itself: merge it first"),
+        (["--adapter_name_or_path", tmp_path / "nowhere"], "nowhere: there is no such folder"),
+        (["--model_name_or_path", base, "--load_in_4bit"], "set use_peft=true or adapter_name_or_path"),
+    ):
+        assert run(*given, *flags) == 2, given
+        assert message in one_error(capsys), given

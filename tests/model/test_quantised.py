@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
 
@@ -287,3 +287,36 @@ def test_cpt_train_resumes_bit_by_bit(tmp_path, caplog, bits):
     assert found == expected and len(found) == 6
     expected, found = (load_file(out / "adapter_model.safetensors") for out in (whole, parts))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_merge_onto_the_weights_that_were_trained_on(tmp_path, capsys, bits):
+    """The run's configuration says how to quantize. A second run trains the adapter on, over 4 or 8 bits again."""
+    pairs = word_pairs(24)
+    folder = write_model(tmp_path / "model", bpe_tokenizer(text for row in pairs for text in row.values()))
+    set_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    data = write_rows(tmp_path / "pairs.jsonl", pairs)
+    flags = ["--dataset_name", data, "--ref_cache_dir", tmp_path / "cache", "--dtype", "float32", f"--load_in_{bits}"]
+    flags += ["--use_cpu", "--report_to", "none", "--max_steps", 3, "--learning_rate", "1e-2"]
+    if bits == "4bit":
+        flags += ["--bnb_4bit_quant_type", "fp4", "--use_bnb_nested_quant"]
+    new = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 4]
+    assert (
+        run("--model_name_or_path", folder, *flags, *new, "--output_dir", tmp_path / "sft", "--loss_type", "sft") == 0
+    )
+    assert main(["merge", str(tmp_path / "sft"), "--output", str(tmp_path / "merged")]) == 0
+    assert f"quantized in {bits[0]} bits, as {tmp_path}/sft/training_config.yaml says" in capsys.readouterr().out
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config") and merged.config.tie_word_embeddings
+    kind = KINDS["int8"] if bits == "8bit" else KINDS["fp4, nested"]
+    base = quantized(folder, **kind).dequantize(dtype=torch.float32)
+    whole = PeftModel.from_pretrained(base, tmp_path / "sft")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, whole.eval()(ids).logits, rtol=0, atol=2e-5)
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        assert (
+            PeftModel.from_pretrained(plain, tmp_path / "sft").eval()(ids).logits - merged(ids).logits
+        ).abs().max() > 1e-3
