@@ -55,21 +55,24 @@ def main() -> None:
     # Pairs of the strongest model with each weaker one; some prompts are kept for the evaluation.
     strongest, *weaker = [name.strip() for name in options.order.split(">")]
     chosen = ["--order", options.order, "--base", strongest]
-    run("pairs", options.responses, *chosen, "--validation", 0.1, "--output", pairs)
+    run("pairs", options.responses, *chosen, "--validation", 0.1, "--sft", "--output", pairs)
 
-    # SFT: a new adapter on the chosen responses.
+    # SFT: a new adapter on the chosen responses, each of them once.
     cache = ["--ref_cache_dir", out / "cache"]
-    train = ["--dataset_name", pairs, "--max_length", options.max_length, "--max_steps", options.max_steps]
+    train = ["--max_length", options.max_length, "--max_steps", options.max_steps]
     train += ["--learning_rate", options.learning_rate, "--logging_steps", 10, "--report_to", "none"]
     adapter = ["--use_peft", "--lora_target_modules", "all-linear"]
-    run("train", "--model_name_or_path", options.model, *train, *adapter, "--loss_type", "sft", "--output_dir", sft)
+    of_sft = ["--dataset_name", out / "pairs.sft.jsonl", *train, *adapter, "--loss_type", "sft"]
+    run("train", "--model_name_or_path", options.model, *of_sft, "--output_dir", sft)
 
-    # DPO: the same adapter, on pairs with ever stronger rejected models. The check takes the first step only.
+    # DPO: the same adapter, on pairs with ever stronger rejected models. The plan counts the run without weights.
+    # The check takes the first step without training.
     levels = [f"{strongest}>{name}" for name in reversed(weaker)]
     curriculum = ["--curriculum", json.dumps({"schedule": "linear", "levels": levels})]
-    from_sft = ["--adapter_name_or_path", sft, *train, *cache, *curriculum, "--output_dir", dpo]
-    run("train", *from_sft, "--check")
-    run("train", *from_sft)
+    of_dpo = ["--dataset_name", pairs, *train, *cache, *curriculum]
+    run("plan", "--model_name_or_path", options.model, *of_dpo, *adapter)
+    run("train", "--adapter_name_or_path", sft, *of_dpo, "--output_dir", dpo, "--check")
+    run("train", "--adapter_name_or_path", sft, *of_dpo, "--output_dir", dpo)
     run("merge", dpo, "--output", merged)
 
     # Evaluation on the held-out prompts.

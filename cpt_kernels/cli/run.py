@@ -152,7 +152,7 @@ def check_options(options: Options) -> None:
 
 
 def _check_output_folder(output: Path, model: ModelArguments) -> None:
-    for name in ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name"):
+    for name in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path", "tokenizer_name"):
         source = getattr(model, name)
         if source is not None and output.resolve() == Path(source).resolve():
             raise UserError(f"output_dir={output} is also {name}, which would be overwritten: choose another folder")

@@ -224,8 +224,12 @@ def test_options_that_contradict_an_adapter(home, tmp_path, capsys):
         (["--model_name_or_path", base, "--adapter_name_or_path", adapter, "--from_scratch"], "from_scratch makes new"),
         (["--model_name_or_path", base, "--adapter_name_or_path", base], "holds no adapter"),
         (["--model_name_or_path", adapter, "--adapter_name_or_path", adapter], "is an adapter itself: merge it first"),
+        (
+            ["--model_name_or_path", base, "--adapter_name_or_path", adapter, "--output_dir", adapter],
+            "is also adapter_name_or_path, which would be overwritten",
+        ),
         (["--adapter_name_or_path", tmp_path / "nowhere"], "nowhere: there is no such folder"),
         (["--model_name_or_path", base, "--load_in_4bit"], "needs use_peft=true or adapter_name_or_path"),
     ):
-        assert run(*given, *flags) == 2, given
+        assert run(*flags, *given) == 2, given
         assert message in one_error(capsys), given
