@@ -160,7 +160,7 @@ def unused_columns(
         return unused
     keep = [*dict.fromkeys(name for name in (*roles.values(), *_READ, *others) if name in columns)]
     one, role, kind = suspects[0], "prompt", "a prompt"
-    renamed = [f"{one}=prompt", *(name for name in keep if name != roles.get("prompt"))]
+    renamed = [f"{one}=prompt", *(name for name in keep if name not in (roles.get("prompt"), roles.get("input")))]
     if one in _SIDES:
         role, kind = ("rejected" if re.search("reject|non_|_k$", one) else "chosen"), "a side of a pair"
         other = "rejected chosen".replace(role, "").strip()

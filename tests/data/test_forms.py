@@ -227,6 +227,7 @@ def test_function_calls_of_sharegpt(tokenizer):
         ),
         ({"chosen": "a b", "rejected": "a c", "user_task": "x"}, "--columns user_task=prompt chosen rejected to use"),
         ({"chosen": "a b", "rejected": "a c", "myContext": "x"}, "`myContext` looks like a prompt"),
+        ({**FORMS["llama-factory, ranking"][0], "question": "x"}, "--columns question=prompt chosen rejected to use"),
         (pair(instruction="x", query="y"), "columns `instruction`, `query` look like a prompt"),
         (
             {"instruction": "x", "output": "y", "rejected": "z"},
