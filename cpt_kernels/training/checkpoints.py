@@ -139,7 +139,7 @@ def check_usable(checkpoint: Path, run: Run, max_steps: int) -> list[str]:
     if step >= max_steps:
         raise UserError(
             f"{checkpoint} has {step} steps, and the run ends after {max_steps}: to train on, raise max_steps or"
-            " num_train_epochs"
+            " num_train_epochs; else use the model in that folder"
         )
     return lines
 

@@ -422,13 +422,11 @@ class PackedLoop(Trainer):
             super()._save_checkpoint(model, trial)
             self._finish_checkpoint(checkpoint, best)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if (reason := writing_failure(error)) is None:
+            if (refusal := self._disk_error(checkpoint, error)) is None:
                 raise
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            last = next((path for path in checkpoints_in(folder) if run_of(path) == self._run_id), None)
-            mend = "make room" if last is None else f"make room, and resume from {last}, which is complete"
-            raise UserError(f"{checkpoint} cannot be written ({reason}): {mend}") from error
+            raise refusal from error
         finally:
             self._unfinished = None
         if self.args.push_to_hub:
@@ -436,6 +434,14 @@ class PackedLoop(Trainer):
         if self.args.should_save:
             kept = {checkpoint.name, Path(self.state.best_model_checkpoint or "").name}
             delete_checkpoints(folder, self.args.save_total_limit, kept, self._run_id)
+
+    def _disk_error(self, path: Path, error: Exception) -> UserError | None:
+        """Returns what to raise instead of an exception of a save, if a file could not be written."""
+        if (reason := writing_failure(error)) is None:
+            return None
+        last = next((own for own in checkpoints_in(self.args.output_dir) if run_of(own) == self._run_id), None)
+        mend = "make room" if last is None else f"make room, and resume from {last}, which is complete"
+        return UserError(f"{path} cannot be written ({reason}): {mend}")
 
     def _finish_checkpoint(self, checkpoint: Path, best: str | None) -> None:
         """Adds to an unfinished checkpoint what transformers does not save, and moves it to its own name.
@@ -466,7 +472,13 @@ class PackedLoop(Trainer):
         """Does nothing: :meth:`_save_checkpoint` pushes a checkpoint that is complete."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        try:
+            super()._save(output_dir, state_dict)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            refusal = self._disk_error(Path(output_dir or self.args.output_dir), error)
+            if refusal is None or self._unfinished is not None:  # _save_checkpoint names the checkpoint
+                raise
+            raise refusal from error
         if self.args.should_save:
             save_adapter_names(self.packed.model, output_dir or self.args.output_dir, self.base_sample)
 

@@ -96,6 +96,18 @@ def test_a_disk_that_is_full_while_a_run_saves(tmp_path, size, whole):
     assert losses(resumed) == whole
 
 
+def test_a_disk_that_is_full_at_the_end(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"out cannot be written \(.*\): make room, .* .*checkpoint-{STEPS}"):
+            trainer.save_model()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_full_tmpfs(tmp_path, whole):
     """Every size from none to enough for two checkpoints: the last complete one stays, and the run continues."""
     disk = tmp_path / "out"
