@@ -1,7 +1,7 @@
 """``ContrastiveTrainer``: transformers' Trainer on packed preference pairs, with the constructor of TRL's DPOTrainer.
 
-The constructor shows what a trainer is made of, in order. Steps, evaluations and checkpoints are in
-:mod:`cpt_kernels.training.loop`.
+The constructor shows what a trainer is made of, in order. Steps and evaluations are in
+:mod:`cpt_kernels.training.loop`, checkpoints in :mod:`cpt_kernels.training.saving`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ from .training.checks import (
     may_share_prompts,
     mend_generation_config,
 )
-from .training.loop import PackedLoop, log_on_main
+from .training.loop import PackedLoop
 from .training.model_card import write_model_card
 from .training.run_folder import check_free, earlier_run, is_finished
+from .training.saving import log_on_main
 
 _NOT_RESUMED = "train() replaces its files unless it resumes; choose another output_dir to keep them"
 

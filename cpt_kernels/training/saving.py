@@ -1,0 +1,274 @@
+"""Saving and resuming: the part of the training loop that writes checkpoints and continues from them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import ContrastiveConfig
+from ..data.collate import PackedCollator
+from ..data.curriculum import Curriculum
+from ..data.digest import StreamDigest, digest_rows
+from ..errors import UserError, user_error
+from ..files import replace_folder
+from ..losses import Loss
+from ..model.packed_model import PackedModel
+from ..model.pretrained import reload_weights, save_adapter_names
+from ..reference.moving import MovingReference
+from ..reference.scorer import Reference
+from .checkpoints import (
+    UNFINISHED,
+    check_usable,
+    choose_checkpoint,
+    complete_checkpoint,
+    delete_checkpoints,
+    find_damage,
+    new_run,
+    run_of,
+    writing_failure,
+)
+from .resume import Run, rows_to_expect, write_record
+from .run_folder import checkpoints_in, earlier_run, is_finished
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointLoop(Trainer):
+    """The part of :class:`ContrastiveTrainer` that saves checkpoints and resumes from them."""
+
+    # The constructor of ContrastiveTrainer sets these.
+    args: ContrastiveConfig
+    loss: Loss
+    packed: PackedModel
+    reference: Reference | MovingReference | None = None
+    has_own_loss: bool  # a loss that the user passed in place of args.loss_type
+    collator: PackedCollator
+    base_sample: dict[str, list[float]]  # of the base weights of a model with adapters
+    curriculum: Curriculum | None
+
+    stream_digest: StreamDigest | None = None  # of the rows read from a stream in this call of train()
+    _digested: tuple[Dataset | IterableDataset, str | None] | None = None  # training data and its digest
+    _run_id: str | None = None  # in the records of this run's checkpoints
+    _unfinished: Path | None = None  # the parent of the checkpoint that is being written
+
+    def _begin_run(self, checkpoint: str | None) -> None:
+        """Records this run in ``output_dir``, and deletes a checkpoint that an earlier run did not finish."""
+        folder = Path(self.args.output_dir)
+        if checkpoint is None and not is_finished(folder) and (earlier := earlier_run(folder)) is not None:
+            log_on_main([f"output_dir={folder} holds {earlier}, and this run begins anew; its files will be replaced"])
+        self._run_id = (checkpoint and run_of(Path(checkpoint))) or new_run()
+        if self.is_world_process_zero():
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            with user_error(f"output_dir={folder} cannot be written to", types=(OSError,)):
+                write_record(folder, self._run(), None, {"run": self._run_id})
+
+    def _how_to_resume(self) -> str:
+        found = checkpoints_in(self.args.output_dir)
+        own = next((path for path in found if run_of(path) == self._run_id), None)
+        if own is None:
+            return f"stopped at step {self.state.global_step}, before the first checkpoint"
+        return (
+            f"stopped at step {self.state.global_step}; to continue from {own}, set resume_from_checkpoint=True in"
+            " train(), or --resume_from_checkpoint last for cpt-train"
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Returns where transformers writes ``checkpoint-N``: not in ``output_dir`` before all of it is written."""
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves a checkpoint with the record of its run, and the model card.
+
+        The checkpoint gets its name when it is complete, and only then earlier ones are deleted.
+
+        Raises:
+            UserError: it cannot be written, for example because the disk is full. Earlier checkpoints stay.
+        """
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = folder / UNFINISHED / checkpoint.name
+        best = self.state.best_model_checkpoint
+        self._unfinished = unfinished.parent
+        try:
+            self.create_model_card()
+            self.count_tokens()  # of PackedLoop; the checkpoint's state holds the count
+            super()._save_checkpoint(model, trial)
+            self._finish_checkpoint(checkpoint, best)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (refusal := self._disk_error(checkpoint, error)) is None:
+                raise
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise refusal from error
+        finally:
+            self._unfinished = None
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            kept = {checkpoint.name, Path(self.state.best_model_checkpoint or "").name}
+            delete_checkpoints(folder, self.args.save_total_limit, kept, self._run_id)
+
+    def _disk_error(self, path: Path, error: Exception) -> UserError | None:
+        """Returns what to raise instead of an exception of a save, if a file could not be written."""
+        if (reason := writing_failure(error)) is None:
+            return None
+        last = next((own for own in checkpoints_in(self.args.output_dir) if run_of(own) == self._run_id), None)
+        mend = "make room" if last is None else f"make room, and resume from {last}, which is complete"
+        return UserError(f"{path} cannot be written ({reason}): {mend}")
+
+    def _finish_checkpoint(self, checkpoint: Path, best: str | None) -> None:
+        """Adds to an unfinished checkpoint what transformers does not save, and moves it to its own name.
+
+        Args:
+            best: the best checkpoint before this one.
+        """
+        unfinished = checkpoint.parent / UNFINISHED / checkpoint.name
+        # transformers looks for the best checkpoint beside the unfinished one.
+        if (step := self.state.best_global_step) is not None:
+            place = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            best = str(place) if place == checkpoint or place.is_dir() else best
+        self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        if isinstance(self.reference, MovingReference) and self.args.should_save and not self.args.save_only_model:
+            self.reference.save(unfinished)
+        self.accelerator.wait_for_everyone()  # all ranks have written their parts
+        if self.args.should_save:
+            read = None if self.stream_digest is None else self.stream_digest.rows
+            complete_checkpoint(checkpoint, self._run(), read, self._run_id)
+        self.accelerator.wait_for_everyone()
+        # The disk of a node whose ranks save their random state only.
+        if self.accelerator.is_local_main_process and unfinished.is_dir():
+            replace_folder(unfinished, checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: :meth:`_save_checkpoint` pushes a checkpoint that is complete."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        try:
+            super()._save(output_dir, state_dict)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            refusal = self._disk_error(Path(output_dir or self.args.output_dir), error)
+            if refusal is None or self._unfinished is not None:  # _save_checkpoint names the checkpoint
+                raise
+            raise refusal from error
+        if self.args.should_save:
+            save_adapter_names(self.packed.model, output_dir or self.args.output_dir, self.base_sample)
+
+    def _check_checkpoint(self, given: str | bool | None) -> str | None:
+        """Returns the checkpoint to resume from, checked, and loads its moving reference.
+
+        It runs before transformers loads anything, as DeepSpeed loads weights without ``_load_from_checkpoint``.
+
+        Raises:
+            UserError: there is no checkpoint, or the run cannot continue from it.
+        """
+        self.stream_digest = None if isinstance(self.train_dataset, Dataset) else StreamDigest()
+        if not given:
+            return None
+        if given is not True and not Path(given).is_dir():
+            raise UserError(f"resume_from_checkpoint={given}: there is no such folder")
+        run, steps = self._run(), self._total_steps()
+        checkpoint = self._choose_checkpoint(run, steps) if given is True else str(given)
+        log_on_main(check_usable(Path(checkpoint), run, steps))
+        if self.stream_digest is not None:
+            self.stream_digest.expected = rows_to_expect(run, checkpoint)
+        if isinstance(self.reference, MovingReference):
+            self.reference.load(checkpoint)
+        return checkpoint
+
+    def _choose_checkpoint(self, run: Run, steps: int) -> str:
+        """Returns the last checkpoint in ``output_dir`` that can be resumed, as the main process sees it."""
+        choice, refusal = None, None
+        if self.is_world_process_zero():
+            try:
+                choice = choose_checkpoint(Path(self.args.output_dir), run, steps)
+            except UserError as error:
+                refusal = str(error)
+        choice, refusal = gather_object([(choice, refusal)])[0]
+        if refusal is not None:
+            raise UserError(refusal)
+        log_on_main(choice.lines)
+        return choice.checkpoint
+
+    def _total_steps(self) -> int:
+        """Returns the optimizer steps after which the run ends."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _init_training_state(self, *args: Any) -> Any:
+        """Finds the best checkpoint of a resumed run again, in a folder that was moved; else looks for a new best."""
+        counts = super()._init_training_state(*args)
+        state = self.state
+        if state.best_model_checkpoint is None and state.best_global_step is not None:
+            best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+            else:
+                log_on_main(
+                    [f"the best checkpoint so far, {best}, is missing: the best of the steps to come is chosen"]
+                )
+                state.best_metric = state.best_global_step = None
+        return counts
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads the weights of a checkpoint, all of them; transformers' own would only warn about missing ones."""
+        if self.is_fsdp_enabled:  # its files hold the shards of each rank
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            reload_weights(self.packed.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Loads the weights of the best checkpoint as those of a checkpoint to resume from.
+
+        If the checkpoint is missing or damaged, the weights of the last step stay, which is logged.
+        """
+        best = Path(self.state.best_model_checkpoint)
+        fault = find_damage(best) if best.is_dir() else f"{best} is missing"
+        if fault is not None:
+            log_on_main([f"the best checkpoint cannot be loaded: {fault}. The model of the last step is kept instead"])
+            self.state.best_model_checkpoint = None
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            reload_weights(self.packed.model, self.state.best_model_checkpoint)
+
+    def _run(self) -> Run:
+        """Returns this run as a checkpoint records it. The digest of stored data is computed once for each dataset."""
+        data = self.train_dataset
+        if self._digested is None or self._digested[0] is not data:
+            self._digested = (data, digest_rows(data) if isinstance(data, Dataset) else None)
+        return Run(
+            args=self.args,
+            accelerator=self.accelerator,
+            model=self.packed.model,
+            reference=self.reference,
+            loss_name=self.loss.name,
+            has_own_loss=self.has_own_loss,
+            data=data,
+            data_digest=self._digested[1],
+            layout=self.collator,
+            curriculum=self.curriculum,
+            batch_size=self._train_batch_size,
+        )
+
+
+def log_on_main(lines: Sequence[str]) -> None:
+    """Logs lines as warnings on the main process, which is the level that is shown by default."""
+    if PartialState().is_main_process:
+        for line in lines:
+            logger.warning(line)
