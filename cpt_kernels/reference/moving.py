@@ -102,15 +102,5 @@ class MovingReference(TrainerCallback):
         save_model(self.packed.model, str(checkpoint / self.FILE))
 
     def load(self, checkpoint: str) -> None:
-        """Loads the reference of a checkpoint.
-
-        Raises:
-            UserError: the checkpoint holds no reference.
-        """
-        file = Path(checkpoint) / self.FILE
-        if not file.is_file():
-            raise UserError(
-                f"{checkpoint} holds no {self.FILE}: it was not saved by a run with sync_ref_model; resume from a"
-                " checkpoint of one that was"
-            )
-        load_model(self.packed.model, file, device=str(self.accelerator.device))
+        """Loads the reference of a checkpoint."""
+        load_model(self.packed.model, Path(checkpoint) / self.FILE, device=str(self.accelerator.device))

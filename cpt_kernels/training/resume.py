@@ -310,10 +310,16 @@ def _check_state(folder: Path, run: Run, saved: Mapping[str, Any]) -> None:
 
 
 def _check_moving_reference(folder: Path, reference: Reference | MovingReference | None) -> None:
-    if isinstance(reference, Reference) and (folder / MovingReference.FILE).is_file():
+    stored = (folder / MovingReference.FILE).is_file()
+    if isinstance(reference, Reference) and stored:
         raise UserError(
             f"{folder} was saved with sync_ref_model, so its reference has moved away from the start weights: resume it"
             " with sync_ref_model=true, or begin a new run from its model"
+        )
+    if isinstance(reference, MovingReference) and not stored:
+        raise UserError(
+            f"{folder} holds no {MovingReference.FILE}: it was not saved by a run with sync_ref_model; resume from a"
+            " checkpoint of one that was"
         )
 
 
