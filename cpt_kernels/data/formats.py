@@ -343,7 +343,8 @@ def _in_format(
 
 def are_whole(sides: Sequence[Text]) -> bool:
     """Returns whether the sides are conversations that begin with their prompt."""
-    return all(isinstance(side, list) and side and side[0]["role"] not in ("assistant", "tool") for side in sides)
+    starts = [side[0]["role"] if isinstance(side, list) and side else "assistant" for side in sides]
+    return bool(starts) and not {"assistant", "tool"} & {*starts}
 
 
 def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], ranked: int) -> tuple[Text, list[Text]]:

@@ -52,7 +52,6 @@ _FORMS: tuple[tuple[Form, tuple[str, ...]], ...] = (
     (Form.MESSAGES, ("messages",)),  # OpenAI
     (Form.MESSAGES, ("conversations",)),  # ShareGPT
     (Form.SUPERVISED, ("output",)),  # Alpaca
-    (Form.SUPERVISED, ("response",)),
     (Form.SUPERVISED, ("answer",)),
 )
 
@@ -177,7 +176,13 @@ def unused_columns(
 def _looks_like_prompt(name: str, is_known: bool) -> bool:
     """Returns whether a column looks like a part of the prompt; any word of its name counts if there is no prompt."""
     if is_known:
-        return name in {*PROMPT_NAMES, "conversations", *_BEFORE_PROMPT["system"], *_BEFORE_PROMPT["history"]}
+        return name in {
+            *PROMPT_NAMES,
+            "conversations",
+            "context",
+            *_BEFORE_PROMPT["system"],
+            *_BEFORE_PROMPT["history"],
+        }
     words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
     return bool(words & _PROMPT_WORDS) and not words & _OTHER_WORDS
 

@@ -150,10 +150,7 @@ FORMS = {  # name: (a row as people have it, the same row in our form)
         {"qid": 1, "question": "the sky", "response_j": "is blue", "response_k": "is bright"},
         text(chosen="is blue", rejected="is bright"),
     ),
-    "a file of cpt generate": (
-        {"prompt": "the sky", "model": "m", "response": "is blue"},
-        text(completion="is blue"),
-    ),
+    "questions and answers": ({"question": "the sky", "answer": "is blue"}, text(completion="is blue")),
 }
 
 
@@ -228,6 +225,7 @@ def test_function_calls_of_sharegpt(tokenizer):
         ({"chosen": "a b", "rejected": "a c", "user_task": "x"}, "--columns user_task=prompt chosen rejected to use"),
         ({"chosen": "a b", "rejected": "a c", "myContext": "x"}, "`myContext` looks like a prompt"),
         ({**FORMS["llama-factory, ranking"][0], "question": "x"}, "--columns question=prompt chosen rejected to use"),
+        ({"question": "x", "context": "y", "answer": "z"}, "`context` looks like a prompt"),
         (pair(instruction="x", query="y"), "columns `instruction`, `query` look like a prompt"),
         (
             {"instruction": "x", "output": "y", "rejected": "z"},
