@@ -114,7 +114,7 @@ def test_flags_override_the_options_of_training():
     assert options([], use_cpu=True, dtype="bfloat16").model.dtype == "bfloat16"
     assert options(["--use_cpu", "--load_in_4bit"]).model.load_in_4bit
     for flags in (["--learning_rate", "1"], ["--betta=1"], ["--use_peft"]):
-        with pytest.raises(ValueError, match=f"unknown option {flags[0]}"):
+        with pytest.raises(ValueError, match=f"unknown option {flags[0].partition('=')[0]}"):
             options(flags)
 
 
@@ -139,5 +139,7 @@ def test_one_tokenizer_for_all(tmp_path):
             shared(folders[0], other)
     assert shared(*folders, flags=["--tokenizer_name", folders[2]]).get_vocab() == tokenizer.get_vocab()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"models=.*empty cannot be loaded: .*tokenizer_name"):
+    with pytest.raises(
+        ValueError, match=r"models=.*empty has no config.json or adapter_config.json or tokenizer_config.json"
+    ):
         shared(folders[0], str(tmp_path / "empty"))

@@ -182,14 +182,15 @@ def test_two_adapters(tmp_path):
 
 
 def test_an_adapter_that_is_frozen(tmp_path):
-    """PEFT loads adapters frozen by default, and so does transformers from a folder with an adapter."""
+    """PEFT loads adapters frozen by default. The trainer loads a folder with an adapter to train it on."""
     tiny_model("llama").save_pretrained(tmp_path / "model")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
     adapted = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
-    for model in (adapted, str(tmp_path / "adapter")):
-        with pytest.raises(ValueError, match=r"the model's adapter is frozen.*is_trainable=True"):
-            make_trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match=r"the model's adapter is frozen.*is_trainable=True"):
+        make_trainer(tmp_path, model=adapted)
+    loaded = make_trainer(tmp_path, model=str(tmp_path / "adapter")).model
+    assert all(p.requires_grad == ("lora_" in name) for name, p in loaded.named_parameters())
     with pytest.raises(ValueError, match="all parameters of the model have requires_grad=False"):
         make_trainer(tmp_path, model=tiny_model("llama").requires_grad_(False))
     assert make_trainer(tmp_path, model=adapted, train_dataset=None, eval_dataset=preference_data(4)).evaluate()
