@@ -3,8 +3,9 @@
     python -m bench compile_report [--quick] [--only triton|cuda]
 
 Triton kernels are compiled ahead of time through their own launchers, with the tile sizes and specializations used in
-production, at several vocabulary sizes. CUDA sources are compiled by nvcc. The exit code is 1 if any kernel spills
-registers or has a stack frame.
+production, at several vocabulary sizes. CUDA sources are compiled by nvcc, and their machine code (SASS) is read: it
+must use no local memory, and the loops of ``vocab_score`` must load and store 16 bytes at a time. The exit code is 1 if
+any kernel breaks a rule or spills registers or has a stack frame.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .timing import add_output_options, finish
 CSRC = Path(__file__).parents[1] / "csrc"
 TRITON_ARCHITECTURES = (80, 90, 100)
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 VOCABULARIES = (32000, 128256, 256000)
 
 
@@ -45,24 +47,87 @@ class Usage:
     stack: int
     spills: int
     threads: int | None = None
-    wide: int | None = None  # only for Triton kernels, where the compiler chooses the width
+    wide: int | None = None
+    per_element: float | None = None  # instructions in the loops over a row; see :func:`instructions_per_element`
+    broken: tuple[str, ...] = ()  # what breaks the rules for machine code; see :func:`broken_rules`
 
     @property
     def clean(self) -> bool:
-        """True if nothing spills and there is no stack frame."""
-        return self.stack == 0 and self.spills == 0
+        """True if nothing spills, there is no stack frame and the machine code follows the rules."""
+        return self.stack == 0 and self.spills == 0 and not self.broken
 
 
-def cuobjdump() -> str:
-    """Returns the path of the ``cuobjdump`` that ships with Triton."""
+def nvidia_tool(name: str) -> str:
+    """Returns the path of a CUDA binary tool that ships with Triton."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def disassemble(cubin: Path) -> dict[str, list[str]]:
+    """Returns mangled name -> machine code of each kernel in a cubin: labels (``.L_x_1:``) and instructions."""
+    listing = subprocess.run([nvidia_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
+    kernels: dict[str, list[str]] = {}
+    for line in listing.stdout.splitlines():
+        if match := re.match(r"\.text\.(\w+):", line):
+            code = kernels.setdefault(match[1], [])
+        elif match := re.match(r"(\.L_x_\d+:)|\s+/\*[0-9a-f]{4,}\*/\s+(\S.*?)\s*;", line):
+            code.append(match[1] or match[2])
+    return kernels
+
+
+def count(pattern: str, code: list[str]) -> int:
+    """Returns the number of instructions whose opcode starts with the regular expression ``pattern``."""
+    return sum(re.match(rf"(?:@!?U?P\w+ )?{pattern}", re.sub(r"\s+", " ", line)) is not None for line in code)
+
+
+def innermost_loops(code: list[str]) -> list[list[str]]:
+    """Returns the instructions of each loop that contains no other loop. A loop ends with a branch backwards."""
+    labels = {line[:-1]: i for i, line in enumerate(code) if line.endswith(":")}
+    spans = []
+    for i, line in enumerate(code):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if target and labels[target[1]] < i:
+            spans.append((labels[target[1]], i))
+    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    return [[line for line in code[a : b + 1] if not line.endswith(":")] for a, b in inner]
+
+
+def instructions_per_element(code: list[str], element_bytes: int) -> float:
+    """Returns the instructions per element of the row, summed over the innermost loops that move 16 bytes at a time.
+
+    Branches that only the ends of a row take are part of their loop and counted, so this is an upper bound.
+    """
+    total = 0.0
+    for loop in innermost_loops(code):
+        vectors = count(r"(LDG|LDS|LDGSTS)\.(\w+\.)*128", loop)
+        if vectors:
+            total += len(loop) * element_bytes / (16 * vectors)
+    return total
+
+
+def broken_rules(kernel: str, case: str, code: list[str]) -> tuple[str, ...]:
+    """Returns what a kernel's machine code breaks: it uses local memory, or a loop over a row moves narrow words."""
+    broken = ["it uses local memory"] if count(r"(LDL|STL)\b", code) else []
+    if kernel == "vocab_score":
+        loops = innermost_loops(code)
+        stored = [loop for loop in loops if count(r"STG\b", loop)]
+        copy = "LDGSTS" if "resident" in case else "LDG"
+        if not any(count(rf"{copy}\.(\w+\.)*128", loop) for loop in loops):
+            broken.append("no loop loads 16 bytes of device memory at a time")
+        # One 16-byte store belongs to each vector that the loop reads.
+        reads = [count(r"(LDG|LDS)\.(\w+\.)*128", loop) for loop in stored]
+        writes = [count(r"STG\.(\w+\.)*128", loop) for loop in stored]
+        if not stored or 0 in reads or reads != writes:
+            broken.append(f"loops that store a row read {reads} and write {writes} vectors of 16 bytes")
+    return tuple(broken)
 
 
 def resource_usage(cubin: Path) -> Iterator[tuple[str, dict[str, int]]]:
     """Yields (mangled name, resources) of each kernel in a cubin."""
-    report = subprocess.run([cuobjdump(), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    report = subprocess.run(
+        [nvidia_tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    )
     for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", report.stdout + report.stderr):
         yield name, {key: int(value) for key, value in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}
 
@@ -162,13 +227,13 @@ def triton_cases(torch, quick: bool):
     yield "fp16 sums of gradients", lambda: rescale_triton(torch.empty(4096), torch.empty(()))
 
 
-def cuda_usages(quick: bool) -> Iterator[Usage]:
-    """Compiles every kernel in ``csrc`` with nvcc."""
+def cuda_usages(quick: bool, folder_of_sources: Path = CSRC) -> Iterator[Usage]:
+    """Compiles every kernel in ``csrc`` (or in another folder) with nvcc."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("nvcc is not on the PATH: install it, or leave CUDA sources out with --only triton")
     for architecture in CUDA_ARCHITECTURES[-1:] if quick else CUDA_ARCHITECTURES:
-        for source in sorted(CSRC.glob("*.cu")):
+        for source in sorted(folder_of_sources.glob("*.cu")):
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder, "kernels.cubin")
                 code = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
@@ -177,16 +242,21 @@ def cuda_usages(quick: bool) -> Iterator[Usage]:
                     [nvcc, *flags, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
                 )
                 spills = spilled_bytes(build.stdout + build.stderr)
+                machine_code = disassemble(cubin)
                 for name, used in resource_usage(cubin):
+                    code, case = machine_code[name], template_arguments(name)
                     yield Usage(
                         compiler="nvcc",
                         architecture=architecture,
                         kernel=source.stem,
-                        case=template_arguments(name),
+                        case=case,
                         registers=used["REG"],
                         shared=used["SHARED"],
                         stack=used["STACK"],
                         spills=used["LOCAL"] + spills[name],
+                        wide=count(r"(LDG|STG|LDGSTS)\.(\w+\.)*128", code),
+                        per_element=round(instructions_per_element(code, ELEMENT_BYTES[case[:4]]), 1) if case else None,
+                        broken=broken_rules(source.stem, case, code),
                     )
 
 
@@ -207,6 +277,7 @@ def template_arguments(mangled: str) -> str:
 
 def usage_table(usages: list[Usage]) -> str:
     names = ("compiler", "architecture", "kernel", "case", "threads", "registers", "shared", "stack", "spills", "wide")
+    names += ("per_element",)
     rows = [names, *(["" if getattr(u, name) is None else getattr(u, name) for name in names] for u in usages)]
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
@@ -233,9 +304,11 @@ def main(arguments: list[str] | None = None) -> int:
         usages += cuda_usages(options.quick)
     dirty = [usage for usage in usages if not usage.clean]
     print(usage_table(usages))
-    print(f"\n{len(usages)} kernels, {len(dirty)} with spilled registers or a stack frame")
+    print(
+        f"\n{len(usages)} kernels, {len(dirty)} that spill registers, have a stack frame or break a rule for machine code"
+    )
     for usage in dirty:
-        print(f"SPILLS: {usage}", file=sys.stderr)
+        print(f"NOT CLEAN: {usage}", file=sys.stderr)
     finish("compile_report", {}, {"ok": not dirty, "kernels": [asdict(usage) for usage in usages]}, options)
     return 1 if dirty or not usages else 0
 

@@ -91,6 +91,8 @@ struct Cluster {
     __device__ static int rank() { return cg::this_cluster().block_rank(); }
     __device__ static int size() { return cg::this_cluster().num_blocks(); }
     __device__ static void sync() { cg::this_cluster().sync(); }
+    __device__ static void arrive() { cg::this_cluster().barrier_arrive(); }
+    __device__ static void wait() { cg::this_cluster().barrier_wait(); }
     template <typename V>
     __device__ static V read(V* shared, int of_rank) {
         return *cg::this_cluster().map_shared_rank(shared, of_rank);
@@ -101,6 +103,8 @@ struct Cluster {
     __device__ static int rank() { return 0; }
     __device__ static int size() { return 1; }
     __device__ static void sync() { __syncthreads(); }
+    __device__ static void arrive() {}
+    __device__ static void wait() {}
     template <typename V>
     __device__ static V read(V* shared, int) {
         return *shared;
@@ -114,7 +118,8 @@ struct SharedStatistics {
     Online<kStatistics> block;
 };
 
-// Merges the statistics of a whole row. Every thread gets m and s; lane 0 of each warp also gets w, q and total.
+// Merges the statistics of a whole row. Every thread gets m and s; lane 0 of each warp also gets w, q and total. With
+// kSplit, every thread has arrived at the cluster's barrier afterwards and must wait for it before it leaves.
 template <bool kSplit, bool kStatistics>
 __device__ Online<kStatistics> merge_row(Online<kStatistics> mine, SharedStatistics<kStatistics>* shared) {
     const int lane = threadIdx.x % kWarp;
@@ -127,6 +132,7 @@ __device__ Online<kStatistics> merge_row(Online<kStatistics> mine, SharedStatist
         if (threadIdx.x == 0) shared->block = mine;
         Cluster::sync();  // the blocks' statistics are there
         mine = lane < Cluster::size() ? Cluster::read(&shared->block, lane) : Online<kStatistics>();
+        Cluster::arrive();  // this thread reads no other block's memory any more
         mine.merge_warp();
     }
     mine.m = __shfl_sync(kAllLanes, mine.m, 0);

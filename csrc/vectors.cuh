@@ -64,7 +64,8 @@ struct Row {
     }
     __device__ void store(int vector, int columns, const Vector<T>& x) const {
         if (whole(vector, columns)) {
-            *reinterpret_cast<uint4*>(at(vector)) = x.bits;
+            // A plain assignment compiles to four 4-byte stores if the bits were packed in registers.
+            __stwb(reinterpret_cast<uint4*>(at(vector)), x.bits);
             return;
         }
 #pragma unroll

@@ -193,7 +193,9 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
             }
         }
     }
-    if (kResident) Cluster::sync();  // no block may leave while others read its statistics
+    // No block may leave while others read its statistics. Each thread arrived after its last such read, so nothing here
+    // waits for the stores of the score.
+    if (kResident) Cluster::wait();
 }
 
 struct Plan {

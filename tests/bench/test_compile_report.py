@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bench.compile_report import Usage, template_arguments, usage_table
+from bench.compile_report import CSRC, Usage, cuda_usages, template_arguments, usage_table
 from tests.helpers import ROOT
 
 
@@ -44,6 +44,25 @@ def test_cuda():
     found = report("--only", "cuda")
     check(found, {("vocab_score", "sm_90a"), ("pair_loss", "sm_90a")})
     assert len(found["kernels"]) == 13
+    scores = [usage for usage in found["kernels"] if usage["kernel"] == "vocab_score"]
+    assert all(usage["per_element"] > 0 and not usage["broken"] for usage in scores)
+
+
+def test_narrow_stores_fail(tmp_path):
+    """With a plain assignment, the resident kernels store a vector by four instructions; the report says so."""
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    for path in CSRC.iterdir():
+        text = path.read_text()
+        if path.name == "vectors.cuh":
+            right = "__stwb(reinterpret_cast<uint4*>(at(vector)), x.bits);"
+            assert text.count(right) == 1
+            text = text.replace(right, "*reinterpret_cast<uint4*>(at(vector)) = x.bits;")
+        if path.name != "pair_loss.cu":
+            (tmp_path / path.name).write_text(text)
+    resident = [usage for usage in cuda_usages(quick=True, folder_of_sources=tmp_path) if "resident" in usage.case]
+    assert len(resident) == 6
+    assert all(not usage.clean and "16 bytes" in usage.broken[0] for usage in resident)
 
 
 def test_spills_fail():

@@ -48,7 +48,17 @@ SCORE_BUGS = {
         CLUSTER,
     ),
     "no cluster barrier before a block leaves": (
-        ("vocab_score.cu", "if (kResident) Cluster::sync();  // no block", "// no block"),
+        ("vocab_score.cu", "if (kResident) Cluster::wait();", ""),
+        CLUSTER,
+    ),
+    "arrival before the last read of another block": (
+        (
+            "online_softmax.cuh",
+            "mine = lane < Cluster::size() ? Cluster::read(&shared->block, lane) : Online<kStatistics>();\n"
+            "        Cluster::arrive();",
+            "Cluster::arrive();\n"
+            "        mine = lane < Cluster::size() ? Cluster::read(&shared->block, lane) : Online<kStatistics>();\n",
+        ),
         CLUSTER,
     ),
     "asynchronous copies not waited for": (("vocab_score.cu", "__pipeline_wait_prior(0);", ""), CLUSTER),

@@ -19,14 +19,18 @@ Block::Block(const Launch& launch, unsigned index)
 #ifdef EMULATION_THREADS
 
 thread_local Thread* current;
-void Barrier::wait() {
+int Barrier::arrive() {
     std::unique_lock lock(state_->mutex);
+    const int generation = state_->generation;
     if (++state_->arrived == expected_) {
         state_->arrived = 0, ++state_->generation;
         state_->changed.notify_all();
-    } else {
-        state_->changed.wait(lock, [&, before = state_->generation] { return state_->generation != before; });
     }
+    return generation;
+}
+void Barrier::finish(int generation) {
+    std::unique_lock lock(state_->mutex);
+    state_->changed.wait(lock, [&] { return state_->generation != generation; });
 }
 
 static void run_together(std::vector<Thread>& threads, const std::function<void()>& kernel) {
@@ -72,12 +76,22 @@ void start() {
 
 }  // namespace
 
-// The last thread to arrive yields as well: the scheduler decides which one continues.
-void Barrier::wait() {
-    waiting_.push_back(running);
-    if (int(waiting_.size()) == expected_) {
+int Barrier::arrive() {
+    const int generation = generation_;
+    if (++arrived_ == expected_) {
+        arrived_ = 0, ++generation_;
         runnable.insert(waiting_.begin(), waiting_.end());
         waiting_.clear();
+    }
+    return generation;
+}
+
+// A thread that need not wait yields as well: the scheduler decides which one continues.
+void Barrier::finish(int generation) {
+    if (generation == generation_) {
+        waiting_.push_back(running);
+    } else {
+        runnable.insert(running);
     }
     to_scheduler();
 }

@@ -55,7 +55,9 @@ extern Device device;
 class Barrier {
   public:
     explicit Barrier(int expected) : expected_(expected) {}
-    void wait();
+    void wait() { finish(arrive()); }
+    int arrive();                  // returns the generation that finish() waits for
+    void finish(int generation);
 
   private:
     int expected_;
@@ -69,6 +71,7 @@ class Barrier {
     };
     std::unique_ptr<State> state_ = std::make_unique<State>();
 #else
+    int arrived_ = 0, generation_ = 0;
     std::vector<size_t> waiting_;
 #endif
 };
@@ -106,6 +109,7 @@ struct Thread {
     Block* block;
     unsigned index;
     unsigned shuffles = 0;
+    int cluster_generation = 0;  // of the cluster's barrier when this thread arrived
     struct Copy {
         void* to;
         const void* from;
@@ -159,6 +163,11 @@ static const emulation::Builtin<emulation::block_index> blockIdx{};
 static const emulation::Builtin<emulation::block_size> blockDim{};
 static const emulation::Builtin<emulation::grid_size> gridDim{};
 
+inline void __stwb(uint4* to, uint4 bits) {
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(uint4)) throw std::logic_error("misaligned store");
+    *to = bits;
+}
+
 inline void __syncthreads() { emulation::current->block->barrier.wait(); }
 
 template <typename T>
@@ -187,6 +196,12 @@ struct cluster_group {
     int block_rank() const { return emulation::current->block - emulation::current->block->cluster_first; }
     int num_blocks() const { return emulation::current->block->launch->cluster; }
     void sync() const { emulation::current->block->cluster_barrier->wait(); }
+    void barrier_arrive() const {
+        emulation::current->cluster_generation = emulation::current->block->cluster_barrier->arrive();
+    }
+    void barrier_wait() const {
+        emulation::current->block->cluster_barrier->finish(emulation::current->cluster_generation);
+    }
     template <typename T>
     T* map_shared_rank(T* mine, int rank) const {
         const auto* self = emulation::current->block;
