@@ -304,9 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         usages += cuda_usages(options.quick)
     dirty = [usage for usage in usages if not usage.clean]
     print(usage_table(usages))
-    print(
-        f"\n{len(usages)} kernels, {len(dirty)} that spill registers, have a stack frame or break a rule for machine code"
-    )
+    print(f"\n{len(usages)} kernels, {len(dirty)} with spilled registers, a stack frame or a broken rule")
     for usage in dirty:
         print(f"NOT CLEAN: {usage}", file=sys.stderr)
     finish("compile_report", {}, {"ok": not dirty, "kernels": [asdict(usage) for usage in usages]}, options)

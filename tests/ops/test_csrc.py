@@ -85,7 +85,7 @@ def test_planted_bugs_are_found_in_vocab_score(bug, monkeypatch):
             with emulated(monkeypatch, patches, descending=descending, **device):
                 try:
                     check(SCORE_CASE, "cuda")
-                except AssertionError:
+                except (AssertionError, RuntimeError):
                     found += 1
     assert (found > 0) == (bug is not None)
 

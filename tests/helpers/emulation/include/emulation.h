@@ -109,7 +109,8 @@ struct Thread {
     Block* block;
     unsigned index;
     unsigned shuffles = 0;
-    int cluster_generation = 0;  // of the cluster's barrier when this thread arrived
+    bool arrived = false;        // at the cluster's barrier, and has not waited yet
+    int cluster_generation = 0;  // of the cluster's barrier at the arrival
     struct Copy {
         void* to;
         const void* from;
@@ -163,6 +164,7 @@ static const emulation::Builtin<emulation::block_index> blockIdx{};
 static const emulation::Builtin<emulation::block_size> blockDim{};
 static const emulation::Builtin<emulation::grid_size> gridDim{};
 
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline void __stwb(uint4* to, uint4 bits) {
     if (reinterpret_cast<uintptr_t>(to) % sizeof(uint4)) throw std::logic_error("misaligned store");
     *to = bits;
@@ -197,13 +199,17 @@ struct cluster_group {
     int num_blocks() const { return emulation::current->block->launch->cluster; }
     void sync() const { emulation::current->block->cluster_barrier->wait(); }
     void barrier_arrive() const {
+        emulation::current->arrived = true;
         emulation::current->cluster_generation = emulation::current->block->cluster_barrier->arrive();
     }
     void barrier_wait() const {
+        if (!emulation::current->arrived) throw std::logic_error("waits for a barrier without an arrival");
+        emulation::current->arrived = false;
         emulation::current->block->cluster_barrier->finish(emulation::current->cluster_generation);
     }
     template <typename T>
     T* map_shared_rank(T* mine, int rank) const {
+        if (emulation::current->arrived) throw std::logic_error("reads a block that may have left");
         const auto* self = emulation::current->block;
         const auto offset = reinterpret_cast<unsigned char*>(mine) - self->shared.get();
         return reinterpret_cast<T*>(self->cluster_first[rank].shared.get() + offset);
