@@ -94,16 +94,15 @@ def innermost_loops(code: list[str]) -> list[list[str]]:
 
 
 def instructions_per_element(code: list[str], element_bytes: int) -> float:
-    """Returns the instructions per element of the row, summed over the innermost loops that move 16 bytes at a time.
+    """Returns the instructions per element of a row, summed over the loops that read the most vectors per iteration.
 
-    Branches that only the ends of a row take are part of their loop and counted, so this is an upper bound.
+    These are the loops over whole vectors; other loops treat the ends of the row. Code that an iteration usually jumps
+    over counts too (the target's element), and the loop that only copies a row to shared memory does not.
     """
-    total = 0.0
-    for loop in innermost_loops(code):
-        vectors = count(r"(LDG|LDS|LDGSTS)\.(\w+\.)*128", loop)
-        if vectors:
-            total += len(loop) * element_bytes / (16 * vectors)
-    return total
+    loops = innermost_loops(code)
+    vectors = [count(r"(LDG|LDS)\.(\w+\.)*128", loop) for loop in loops]
+    hot = [(len(loop), n) for loop, n in zip(loops, vectors, strict=True) if n and n == max(vectors)]
+    return sum(length * element_bytes / (16 * n) for length, n in hot)
 
 
 def broken_rules(kernel: str, case: str, code: list[str]) -> tuple[str, ...]:

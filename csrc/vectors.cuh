@@ -28,6 +28,23 @@ union alignas(16) Vector {
     T values[kWidth];
 };
 
+// Converts a vector. A bf16 number is the upper half of an fp32 number, so a shift or a mask converts it.
+template <typename T>
+__device__ inline void to_floats(const Vector<T>& x, float* out) {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kWidth; ++i) out[i] = to_float(x.values[i]);
+}
+#ifdef __CUDA_ARCH__
+__device__ inline void to_floats(const Vector<__nv_bfloat16>& x, float* out) {
+    const unsigned words[4] = {x.bits.x, x.bits.y, x.bits.z, x.bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+#endif
+
 __device__ inline bool inside(int column, int columns) { return column >= 0 && column < columns; }
 
 // A row as aligned 16-byte vectors: column c is element `c + shift` of the vectors that start at `base`. `base` lies up
@@ -50,10 +67,15 @@ struct Row {
         return first_column(vector) >= 0 && first_column(vector) + kWidth <= columns;
     }
     __device__ T* at(int vector) const { return base + static_cast<int64_t>(vector) * kWidth; }
-    __device__ Vector<T> load(int vector, int columns) const {
+    __device__ uint4 load_whole(int vector) const { return *reinterpret_cast<const uint4*>(at(vector)); }
+    // A plain assignment compiles to four 4-byte stores where the bits were packed in registers.
+    __device__ void store_whole(int vector, const Vector<T>& x) const {
+        __stwb(reinterpret_cast<uint4*>(at(vector)), x.bits);
+    }
+    __device__ __forceinline__ Vector<T> load(int vector, int columns) const {
         Vector<T> x;
         if (whole(vector, columns)) {
-            x.bits = *reinterpret_cast<const uint4*>(at(vector));
+            x.bits = load_whole(vector);
             return x;
         }
         x.bits = uint4{0, 0, 0, 0};
@@ -62,10 +84,9 @@ struct Row {
             if (inside(first_column(vector) + i, columns)) x.values[i] = at(vector)[i];
         return x;
     }
-    __device__ void store(int vector, int columns, const Vector<T>& x) const {
+    __device__ __forceinline__ void store(int vector, int columns, const Vector<T>& x) const {
         if (whole(vector, columns)) {
-            // A plain assignment compiles to four 4-byte stores if the bits were packed in registers.
-            __stwb(reinterpret_cast<uint4*>(at(vector)), x.bits);
+            store_whole(vector, x);
             return;
         }
 #pragma unroll

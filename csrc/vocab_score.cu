@@ -1,7 +1,8 @@
 // A tile of logits -> log-probs of its targets, statistics and, in place, the vocab score (onehot - softmax).
 //
-// Memory bounds the kernel, so the goal is one read and one write of the tile in device memory. Asynchronous copies
-// bring a row into shared memory once; it is reduced there, and its score is written from there. A row too long for one
+// The tile is read once and written once in device memory, and the loops over a row have few instructions: issuing them
+// limits the kernel as much as memory does (bench/NOTES.md has the counts). Asynchronous copies bring a row into shared
+// memory once; it is reduced there, and its score is written from there. A row too long for one
 // block (128k bf16 logits are 256 KB) is split over a thread-block cluster (sm_90), whose blocks exchange statistics
 // through distributed shared memory. If the row fits in neither, or no score is wanted, it streams from global memory;
 // the second read, for the score, then comes mostly from L2.
@@ -37,14 +38,17 @@ struct Params {
     bool score;
 };
 
+// __fmul_rn rounds these two products by themselves. In one fused operation with the subtraction of the maximum, the
+// largest logit would differ from the maximum, and a log-prob near 0 would carry the rounding of the logit.
 // 1 / softcap comes from the host, because a division takes some ten instructions.
-__device__ inline float cap(float z, const Params& p) { return tanhf(z * p.inverse_softcap) * p.softcap; }
+__device__ inline float cap(float z, const Params& p) { return __fmul_rn(tanhf(z * p.inverse_softcap), p.softcap); }
+__device__ inline float scaled(float z, const Params& p) { return __fmul_rn(z, p.logit_scale); }
 __device__ inline float square(float x) { return x * x; }
 
 // Converts a vector to fp32 logits with bias, scale and cap applied. Columns outside the vocabulary become -inf.
 template <typename T>
-__device__ inline void unpack(const Params& p, const Row<T>& row, int vector, const Vector<T>& x,
-                              float (&z)[Vector<T>::kWidth]) {
+__device__ __forceinline__ void unpack(const Params& p, const Row<T>& row, int vector, const Vector<T>& x,
+                                       float (&z)[Vector<T>::kWidth]) {
     constexpr int kWidth = Vector<T>::kWidth;
     const int first = row.first_column(vector);
 #pragma unroll
@@ -55,7 +59,7 @@ __device__ inline void unpack(const Params& p, const Row<T>& row, int vector, co
             if (inside(first + i, p.vocab_size)) z[i] += p.bias[first + i];
     }
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) z[i] *= p.logit_scale;
+    for (int i = 0; i < kWidth; ++i) z[i] = scaled(z[i], p);
     if (p.softcap > 0) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) z[i] = cap(z[i], p);
@@ -65,6 +69,17 @@ __device__ inline void unpack(const Params& p, const Row<T>& row, int vector, co
         for (int i = 0; i < kWidth; ++i)
             if (!inside(first + i, p.vocab_size)) z[i] = -INFINITY;
     }
+}
+
+// Calls `batch(v)` for kBatch whole vectors v, v + step, ... at a time, then `single(v)` for each other vector of a
+// thread. A thread owns the vectors first, first + step, ... below end. Vectors from whole_begin up to whole_end are whole.
+// whole_begin is 0 or 1, so at most one vector, the thread's first, lies before the whole ones.
+template <int kBatch, typename Batch, typename Single>
+__device__ __forceinline__ void for_each_vector(int first, int step, int end, int whole_begin, int whole_end,
+                                                Batch batch, Single single) {
+    int v = first < whole_begin ? first + step : first;
+    for (; v + (kBatch - 1) * step < whole_end; v += kBatch * step) batch(v);
+    for (int rest = first < whole_begin ? first : v; rest < end; rest = rest < whole_begin ? v : rest + step) single(rest);
 }
 
 // One row per cluster (kResident) or per block. kResident: dynamic shared memory holds the block's share of the row.
@@ -93,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
     if (known) {
         target_logit = to_float(logits[target]);
         if (p.bias) target_logit += p.bias[target];
-        target_logit *= p.logit_scale;
+        target_logit = scaled(target_logit, p);
         if (p.softcap > 0) target_logit = cap(target_logit, p);
     }
 
@@ -111,30 +126,47 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
         __pipeline_wait_prior(0);
     }
 
-    // Stage 2: statistics of this thread's vectors. kBatch loads are issued before the first is used, to hide latency.
+    // Without bias and cap, vectors inside the vocabulary take a short path: no test of a column, and kBatch loads are
+    // issued before the first is used, to hide latency. All other vectors are handled one at a time.
+    const bool plain = !p.bias && !(p.softcap > 0);
+    const int whole_begin = row.shift > 0 ? 1 : 0;
+    const int whole_end = plain ? min(end, (row.shift + p.vocab_size) / kWidth) : 0;
+
+    // Stage 2: statistics of this thread's vectors.
     Online<kStatistics> mine;
-    for (int v0 = first; v0 < end; v0 += kBatch * step) {
+    const auto reduce_whole = [&](int v0) {
         Vector<T> x[kBatch];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            const int v = v0 + b * step;
-            if (v < end) x[b] = kResident ? resident[v - begin] : row.load(v, p.columns);
-        }
+        for (int b = 0; b < kBatch; ++b)
+            x[b].bits = kResident ? resident[v0 + b * step - begin].bits : row.load_whole(v0 + b * step);
+        float z[kBatch * kWidth];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            const int v = v0 + b * step;
-            if (v >= end) break;
-            float z[kWidth];
-            unpack(p, row, v, x[b], z);
-            mine.add(z);
-            if (kStatistics) {
-                const bool whole = row.whole(v, p.vocab_size);
+        for (int b = 0; b < kBatch; ++b) to_floats(x[b], z + b * kWidth);
 #pragma unroll
-                for (int i = 0; i < kWidth; ++i)
-                    if (whole || inside(row.first_column(v) + i, p.vocab_size)) mine.total += z[i];
-            }
+        for (int i = 0; i < kBatch * kWidth; ++i) z[i] = scaled(z[i], p);
+        mine.add(z);
+        if (kStatistics) {
+#pragma unroll
+            for (int i = 0; i < kBatch * kWidth; ++i) mine.total += z[i];
         }
-    }
+    };
+    const auto reduce = [&](int v) {
+        float z[kWidth];
+        Vector<T> x;
+        if (kResident) {
+            x = resident[v - begin];
+        } else {
+            x = row.load(v, p.columns);
+        }
+        unpack(p, row, v, x, z);
+        mine.add(z);
+        if (kStatistics) {
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i)
+                if (inside(row.first_column(v) + i, p.vocab_size)) mine.total += z[i];
+        }
+    };
+    for_each_vector<kBatch>(first, step, end, whole_begin, whole_end, reduce_whole, reduce);
 
     // Stage 3: merge the statistics of the row; one thread writes the results.
     const Online<kStatistics> all = merge_row<kResident>(mine, shared);
@@ -156,42 +188,63 @@ __global__ void __launch_bounds__(kMaxThreads) vocab_score_kernel(const Params p
         const float normaliser = known ? 1 / all.s : NAN;
         const int target_vector = known ? static_cast<int>((target + row.shift) / kWidth) : -1;
         const int target_element = known ? static_cast<int>((target + row.shift) % kWidth) : -1;
-        for (int v0 = first; v0 < end; v0 += kBatch * step) {
+        const float slope = -normaliser * p.logit_scale;
+        // A selection adds 1 to the target's element. An addition under `if (i == target_element)` compiles to an array in
+        // local memory that target_element indexes.
+        const auto score_whole = [&](int v0) {
             Vector<T> x[kBatch];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
-                const int v = v0 + b * step;
-                if (v < end) x[b] = kResident ? resident[v - begin] : row.load(v, p.columns);
-            }
+            for (int b = 0; b < kBatch; ++b)
+                x[b].bits = kResident ? resident[v0 + b * step - begin].bits : row.load_whole(v0 + b * step);
 #pragma unroll
             for (int b = 0; b < kBatch; ++b) {
                 const int v = v0 + b * step;
-                if (v >= end) break;
-                float z[kWidth], gradient[kWidth];
-                unpack(p, row, v, x[b], z);
+                float z[kWidth];
+                to_floats(x[b], z);
 #pragma unroll
-                for (int i = 0; i < kWidth; ++i) gradient[i] = -exponential(z[i] - all.m) * normaliser;
+                for (int i = 0; i < kWidth; ++i) z[i] = exponential(scaled(z[i], p) - all.m) * slope;
                 if (v == target_vector) {
 #pragma unroll
                     for (int i = 0; i < kWidth; ++i)
-                        if (i == target_element) gradient[i] += 1;
+                        z[i] += i == target_element ? p.logit_scale : 0;
                 }
 #pragma unroll
-                for (int i = 0; i < kWidth; ++i) gradient[i] *= p.logit_scale;
-                if (p.softcap > 0) {
-#pragma unroll
-                    for (int i = 0; i < kWidth; ++i) gradient[i] *= 1 - square(z[i] * p.inverse_softcap);
-                }
-                if (!row.whole(v, p.vocab_size)) {
-#pragma unroll
-                    for (int i = 0; i < kWidth; ++i)
-                        if (!inside(row.first_column(v) + i, p.vocab_size)) gradient[i] = 0;
-                }
-#pragma unroll
-                for (int i = 0; i < kWidth; i += 2) store_pair(&x[b].values[i], gradient[i], gradient[i + 1]);
-                row.store(v, p.columns, x[b]);
+                for (int i = 0; i < kWidth; i += 2) store_pair(&x[b].values[i], z[i], z[i + 1]);
+                row.store_whole(v, x[b]);
             }
-        }
+        };
+        const auto score = [&](int v) {
+            Vector<T> x;
+            if (kResident) {
+                x = resident[v - begin];
+            } else {
+                x = row.load(v, p.columns);
+            }
+            float z[kWidth], gradient[kWidth];
+            unpack(p, row, v, x, z);
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) gradient[i] = -exponential(z[i] - all.m) * normaliser;
+            if (v == target_vector) {
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i)
+                    gradient[i] += i == target_element ? 1 : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) gradient[i] *= p.logit_scale;
+            if (p.softcap > 0) {
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i) gradient[i] *= 1 - square(z[i] * p.inverse_softcap);
+            }
+            if (!row.whole(v, p.vocab_size)) {
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i)
+                    if (!inside(row.first_column(v) + i, p.vocab_size)) gradient[i] = 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kWidth; i += 2) store_pair(&x.values[i], gradient[i], gradient[i + 1]);
+            row.store(v, p.columns, x);
+        };
+        for_each_vector<kBatch>(first, step, end, whole_begin, whole_end, score_whole, score);
     }
     // No block may leave while others read its statistics. Each thread arrived after its last such read, so nothing here
     // waits for the stores of the score.
