@@ -327,7 +327,7 @@ def test_help_imports_no_data_library():
         (("--order", ORDER, "--columns", "response"), "'response' is not OLD=NEW"),
         (("--order", ORDER, "--columns", "model=prompt"), "has a column `prompt` already"),
         (("--order", ORDER, "--columns", "modle=model"), "columns names `modle`, which no source has; "),
-        (("--order", ORDER, "--ordr", "x"), "unrecognized arguments: --ordr x"),
+        (("--order", ORDER, "--ordr", "x"), "unknown option --ordr; did you mean --order?"),
         (("--win_rates", "no.csv"), "no.csv does not exist"),
     ],
 )

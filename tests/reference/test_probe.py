@@ -159,7 +159,7 @@ def test_info_and_prune_know_the_probe(tmp_path, capsys):
     cli.main(["cache", "info", "--ref_cache_dir", str(tmp_path / "ref")])
     text = capsys.readouterr().out
     assert text.count(f"beside {about['variant_of'][:8]}") == 2 and text.count("without a probe") == 1
-    cli.main(["cache", "prune", "--older_than", "0", "--ref_cache_dir", str(tmp_path / "ref")])
+    cli.main(["cache", "prune", "--older_than", "0", "--yes", "--ref_cache_dir", str(tmp_path / "ref")])
     assert not list((tmp_path / "ref").iterdir())
 
 
