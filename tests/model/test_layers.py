@@ -38,9 +38,8 @@ def test_compiled_layers_take_the_same_steps_with_few_graphs(plain, tmp_path):
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True}
     compiled = train(tmp_path, **options)
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
-    # Attention splits a layer into a few graphs. There is one set with gradients, one without (for the reference), and
-    # sets for the first length of each, among them the reference's probe, before dynamo takes lengths as dynamic.
-    # More graphs would mean that single layers or lengths were compiled.
+    # Attention splits a layer into a few graphs, four in a set. There are sets with and without gradients (for the
+    # reference), for the first length and for any length. More would mean that single layers or lengths were compiled.
     assert 0 < counters["stats"]["unique_graphs"] <= 16
 
 
