@@ -38,9 +38,9 @@ def test_compiled_layers_take_the_same_steps_with_few_graphs(plain, tmp_path):
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True}
     compiled = train(tmp_path, **options)
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
-    # Attention splits a layer into a few graphs, four in a set. There are sets with and without gradients (for the
-    # reference), for the first length and for any length. More would mean that single layers or lengths were compiled.
-    assert 0 < counters["stats"]["unique_graphs"] <= 16
+    # Attention splits a layer into a few graphs. There is one set with gradients and one without (for the reference).
+    # More graphs would mean that single layers or lengths were compiled.
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
 
 
 def test_offloaded_activations_take_the_same_steps(plain, tmp_path):
