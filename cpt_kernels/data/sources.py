@@ -11,7 +11,7 @@ from datasets import BuilderConfig, Dataset, IterableDataset, load_dataset_build
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
-from httpx import HTTPError
+from huggingface_hub.errors import HTTPError  # of httpx or, from version 2, of httpx2
 
 from ..errors import UserError, user_error
 from .readers import VERSION, CsvFiles, JsonFiles, file_type
@@ -134,7 +134,7 @@ def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
     if empty := [str(file) for file in files if file.stat().st_size == 0]:
         raise UserError(f"{empty[0]} is an empty file")
     name = arguments.get("data_files", loader)
-    # Of a URL, the hub's client raises errors of httpx.
+    # Of a URL, the hub's client raises its HTTP client's errors.
     with user_error(f"{name} cannot be read", (ValueError, OSError, ImportError, HTTPError)):
         dataset = load_files(loader, streaming=streaming, **arguments)
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
