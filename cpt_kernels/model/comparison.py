@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..data.collate import PackedBatch, PackedCollator, Tokens
 from .conditions import PinnedRouting, gathered, undisturbed
+from .heads import logits_logps
 from .hooks import in_training_mode
-from .packed_model import PackedModel, base_model, logits_logps
+from .packed_model import PackedModel, base_model
 from .proof import Probe, Truth, rounding_of
 
 

@@ -82,7 +82,7 @@ def test_the_page_has_the_outcomes():
 
 def test_an_adapter_that_forgets_its_bias(monkeypatch, tmp_path):
     """The proof finds a head without its bias, which is zero until it is trained; the sweep finds it afterwards."""
-    operands, train = packed_model._head_operands, ContrastiveTrainer.train
+    operands, train = packed_model.head_operands, ContrastiveTrainer.train
 
     def without_bias(head, rows):
         rows, weight, _ = operands(head, rows)
@@ -91,11 +91,11 @@ def test_an_adapter_that_forgets_its_bias(monkeypatch, tmp_path):
     name = "lora lora_bias / head"
     assert outcome(CASES[name], tmp_path / "right") == "packed"
     with monkeypatch.context() as patch:
-        patch.setattr(packed_model, "_head_operands", without_bias)
+        patch.setattr(packed_model, "head_operands", without_bias)
         assert outcome(CASES[name], tmp_path / "proof") == "padded rows, own logits"
 
     def train_with_fault(trainer):
-        monkeypatch.setattr(packed_model, "_head_operands", without_bias)
+        monkeypatch.setattr(packed_model, "head_operands", without_bias)
         return train(trainer)
 
     monkeypatch.setattr(ContrastiveTrainer, "train", train_with_fault)

@@ -195,7 +195,7 @@ def test_an_adapter_is_proven_as_if_trained(monkeypatch, is_perturbed):
     adapter = LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True)
     model = get_peft_model(tiny_model("phi"), adapter)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    operands = packed_model._head_operands
+    operands = packed_model.head_operands
 
     def forgetful(head, rows):
         rows, weight, bias = operands(head, rows)
@@ -203,7 +203,7 @@ def test_an_adapter_is_proven_as_if_trained(monkeypatch, is_perturbed):
         # The gradient stays, so that only the value of a bias that is not zero shows the fault.
         return rows, weight, base + (bias - bias.detach())
 
-    monkeypatch.setattr(packed_model, "_head_operands", forgetful)
+    monkeypatch.setattr(packed_model, "head_operands", forgetful)
     if not is_perturbed:
         monkeypatch.setattr(packed_model, "perturbed", lambda model: contextlib.nullcontext())
     assert PackedModel(model).padded == is_perturbed
