@@ -11,7 +11,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import get_args
+from types import MappingProxyType
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -249,6 +250,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     # transformers parses JSON text only for the dictionaries that this list names.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "curriculum", "model_init_kwargs"]  # noqa: RUF012
 
+    names = MappingProxyType({})  # of the model and the data, which a trainer knows
+
     def __new__(cls, *_, **options):
         # Here, because the generated __init__ would refuse a removed option by a TypeError without advice.
         for name in REMOVED_OPTIONS.keys() & options.keys():
@@ -378,6 +381,10 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
                 "dataloader_drop_last has no effect with max_tokens_per_batch, which spreads the last rows evenly:"
                 " leave it out"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options, and the names of model and data: this is what trackers record."""
+        return {**super().to_dict(), **self.names}
 
     def _check_parallelism(self) -> None:
         sizes = [getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")]

@@ -102,7 +102,7 @@ class ContrastiveTrainer(PackedLoop):
         UserError: data, models or options that cannot be used; the message says which and how to mend it.
     """
 
-    dataset_name: str | None = None  # of the training data, for the model card
+    dataset_name: str | Sequence[str] | None = None  # of the training data, for the model card and trackers
 
     def __init__(
         self,
@@ -184,6 +184,7 @@ class ContrastiveTrainer(PackedLoop):
         base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
 
         # Metrics and reference.
+        args.names = self._names()
         log_on_main([describe_backend(args.attention_backend, args.device.type)])
         self._start_metrics(args.ld_alpha if loss is None else None)
         if self.loss.needs_reference:
@@ -419,7 +420,15 @@ class ContrastiveTrainer(PackedLoop):
             )
         put_sums(inputs, *self.compute_ref_log_probs(model, inputs))
 
-    # --- Model card and evaluation ---
+    # --- Names, model card and evaluation ---
+
+    def _names(self) -> dict[str, str | list[str] | None]:
+        """Returns the names of model and data. Without ``dataset_name``, data may know theirs."""
+        data = self.dataset_name or getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
+        return {
+            "model_name_or_path": base_model(self.packed.model).config._name_or_path or None,
+            "dataset_name": data if data is None or isinstance(data, str) else list(data),
+        }
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] = ()
@@ -430,7 +439,7 @@ class ContrastiveTrainer(PackedLoop):
             write_model_card(
                 Path(self.args.output_dir) / "README.md",
                 name=model_name or self.args.hub_model_id or Path(self.args.output_dir).name,
-                base=base.config._name_or_path or None,
+                base=self._names()["model_name_or_path"],
                 dataset=dataset_name or self.dataset_name,
                 tags=dict.fromkeys([*base.model_tags, *([tags] if isinstance(tags, str) else tags)]),
                 args=self.args,

@@ -60,7 +60,7 @@ def _train(options: Options) -> ContrastiveTrainer:
     if options.script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
-    trainer.dataset_name = options.script.dataset_name
+    trainer.dataset_name = options.script.dataset_name or [part["path"] for part in options.script.datasets]
     use_progress_lines(trainer)
     if trainer.is_world_process_zero():
         # What the data decided is saved, so that other commands render prompts alike.

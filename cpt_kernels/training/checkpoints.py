@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..data.digest import RowsRead
 from ..errors import UserError
@@ -152,15 +153,17 @@ def new_run() -> str:
     return uuid.uuid4().hex
 
 
-def writing_failure(error: Exception) -> str | None:
+def writing_failure(error: BaseException) -> str | None:
     """Returns why a file could not be written, if that is what an exception of a save means; else None."""
+    if isinstance(error, CheckpointException):  # of FSDP's files: an exception for each rank that failed
+        return next((reason for cause, _ in error.failures.values() if (reason := writing_failure(cause))), None)
     if isinstance(error, OSError):
         return error.strerror
     text = str(error).strip()
     # torch and safetensors raise errors of their own.
-    if isinstance(error, SafetensorError) or "inline_container" in text or "PytorchStreamWriter" in text:
-        return text.splitlines()[0]
-    return None
+    if "inline_container" in text or "PytorchStreamWriter" in text:
+        return "torch could not write a whole file"
+    return text.splitlines()[0] if isinstance(error, SafetensorError) else None
 
 
 def complete_checkpoint(checkpoint: Path, run: Run, read: RowsRead | None, run_id: str | None) -> None:

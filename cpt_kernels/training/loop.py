@@ -123,6 +123,7 @@ class PackedLoop(CheckpointLoop):
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         self._reset_counts()  # an earlier call may have ended between two logs
+        self.args.names = self._names()  # users may have set dataset_name
         checkpoint = self._check_checkpoint(resume_from_checkpoint)
         self._begin_run(checkpoint)
         # With this filter on, transformers reads the loss of every micro-batch, and each read waits for the GPU.

@@ -62,7 +62,7 @@ def write_model_card(
     *,
     name: str,
     base: str | None,
-    dataset: str | None,
+    dataset: str | Sequence[str] | None,
     tags: Iterable[str],
     args: Any,
     chat: bool,
@@ -74,23 +74,25 @@ def write_model_card(
         file: path to write to.
         name: name of the model.
         base: hub name or folder of the model that training started from; of a folder the card has the last part.
-        dataset: hub name or file of the training data; of a file the card has the last part.
+        dataset: hub names or files of the training data; of a file the card has the last part.
         tags: of the model on the hub.
         args: the run's ``ContrastiveConfig``.
         chat: whether the tokenizer has a chat template.
         log_history: all logs of the trainer; the card shows the last evaluation.
     """
     base_text = "A model" if not base else _named(base, "https://huggingface.co/")
-    dataset_text = f" on {_named(dataset, 'https://huggingface.co/datasets/')}" if dataset else ""
-    base, dataset = (None if value is None or Path(value).exists() else value for value in (base, dataset))
+    sources = [dataset] if isinstance(dataset, str) else list(dataset or ())
+    named = [_named(source, "https://huggingface.co/datasets/") for source in dict.fromkeys(sources)]
+    dataset_text = f" on {' and '.join(named)}" if named else ""
+    on_hub = [source for source in dict.fromkeys(sources) if not _is_local(source)]
     evaluations = [record for record in log_history if "eval_loss" in record]
     metrics = evaluations[-1] if evaluations else {}
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
     values = {option: getattr(args, option) for option in _OPTIONS} | {"loss_type": " + ".join(args.loss_type)}
     card = ModelCard.from_template(
         ModelCardData(
-            base_model=base,
-            datasets=None if dataset is None else [dataset],
+            base_model=None if base is None or _is_local(base) else base,
+            datasets=on_hub or None,
             library_name="transformers",
             model_name=name,
             pipeline_tag="text-generation",
@@ -108,6 +110,11 @@ def write_model_card(
     card.save(file)
 
 
+def _is_local(source: str) -> bool:
+    """Whether a name is that of a file or an address, not of a repository on the hub."""
+    return Path(source).exists() or "://" in source
+
+
 def _named(source: str, hub: str) -> str:
-    """Returns a hub name as a link, and of a local path its last part."""
-    return f"`{Path(source).resolve().name}`" if Path(source).exists() else f"[{source}]({hub}{source})"
+    """Returns a hub name as a link, and the last part of a local path or an address."""
+    return f"`{Path(source).resolve().name}`" if _is_local(source) else f"[{source}]({hub}{source})"

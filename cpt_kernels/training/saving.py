@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,7 +22,7 @@ from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
 from ..data.curriculum import Curriculum
 from ..data.digest import StreamDigest, digest_rows
-from ..errors import UserError, user_error
+from ..errors import UserError
 from ..files import replace_folder
 from ..losses import Loss
 from ..model.packed_model import PackedModel
@@ -68,10 +69,11 @@ class CheckpointLoop(Trainer):
         folder = Path(self.args.output_dir)
         if checkpoint is None and not is_finished(folder) and (earlier := earlier_run(folder)) is not None:
             log_on_main([f"output_dir={folder} holds {earlier}, and this run begins anew; its files will be replaced"])
-        self._run_id = (checkpoint and run_of(Path(checkpoint))) or new_run()
+        self._run_id = gather_object([(checkpoint and run_of(Path(checkpoint))) or new_run()])[0]
         if self.is_world_process_zero():
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-            with user_error(f"output_dir={folder} cannot be written to", types=(OSError,)):
+        with self._on_all_ranks(folder):
+            if self.is_world_process_zero():
                 write_record(folder, self._run(), None, {"run": self._run_id})
 
     def _how_to_resume(self) -> str:
@@ -102,16 +104,16 @@ class CheckpointLoop(Trainer):
         best = self.state.best_model_checkpoint
         self._unfinished = unfinished.parent
         try:
-            self.create_model_card()
+            with self._on_all_ranks(checkpoint):
+                self.create_model_card()
             self.count_tokens()  # of PackedLoop; the checkpoint's state holds the count
-            super()._save_checkpoint(model, trial)
+            with self._on_all_ranks(checkpoint):
+                super()._save_checkpoint(model, trial)
             self._finish_checkpoint(checkpoint, best)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if (refusal := self._disk_error(checkpoint, error)) is None:
-                raise
+        except UserError:
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise refusal from error
+            raise
         finally:
             self._unfinished = None
         if self.args.push_to_hub:
@@ -120,13 +122,35 @@ class CheckpointLoop(Trainer):
             kept = {checkpoint.name, Path(self.state.best_model_checkpoint or "").name}
             delete_checkpoints(folder, self.args.save_total_limit, kept, self._run_id)
 
-    def _disk_error(self, path: Path, error: Exception) -> UserError | None:
-        """Returns what to raise instead of an exception of a save, if a file could not be written."""
-        if (reason := writing_failure(error)) is None:
-            return None
+    @contextmanager
+    def _on_all_ranks(self, path: Path) -> Iterator[None]:
+        """Runs a part of a save; if it fails on one rank it fails on all, so that no rank waits for another.
+
+        Args:
+            path: what is saved, for the message.
+
+        Raises:
+            UserError: a file could not be written on some rank, for example because its disk is full.
+            RuntimeError: the part failed for another reason on another rank. The rank itself raises its own exception.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # the latter is FSDP's, of all ranks, and no Exception
+            failure = error
+        reason = None if failure is None or isinstance(failure, UserError) else writing_failure(failure)
+        text = None if failure is None else reason or f"{type(failure).__name__}: {failure}"
+        found = [(rank, *each) for rank, each in enumerate(gather_object([(text, reason)])) if each[0] is not None]
+        if failure is not None and reason is None:
+            raise failure
+        if not found:
+            return
+        rank, text, reason = found[0]
+        if reason is None:
+            raise RuntimeError(f"rank {rank} could not save {path}: {text}")
         last = next((own for own in checkpoints_in(self.args.output_dir) if run_of(own) == self._run_id), None)
         mend = "make room" if last is None else f"make room, and resume from {last}, which is complete"
-        return UserError(f"{path} cannot be written ({reason}): {mend}")
+        raise UserError(f"{path} cannot be written ({reason}): {mend}") from failure
 
     def _finish_checkpoint(self, checkpoint: Path, best: str | None) -> None:
         """Adds to an unfinished checkpoint what transformers does not save, and moves it to its own name.
@@ -140,15 +164,16 @@ class CheckpointLoop(Trainer):
             place = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")
             best = str(place) if place == checkpoint or place.is_dir() else best
         self.state.best_model_checkpoint = best
-        if self.args.should_save:
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-        if isinstance(self.reference, MovingReference) and self.args.should_save and not self.args.save_only_model:
-            self.reference.save(unfinished)
-        self.accelerator.wait_for_everyone()  # all ranks have written their parts
-        if self.args.should_save:
-            read = None if self.stream_digest is None else self.stream_digest.rows
-            complete_checkpoint(checkpoint, self._run(), read, self._run_id)
-        self.accelerator.wait_for_everyone()
+        with self._on_all_ranks(checkpoint):
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                if isinstance(self.reference, MovingReference) and not self.args.save_only_model:
+                    self.reference.save(unfinished)
+        # All ranks have written their parts.
+        with self._on_all_ranks(checkpoint):
+            if self.args.should_save:
+                read = None if self.stream_digest is None else self.stream_digest.rows
+                complete_checkpoint(checkpoint, self._run(), read, self._run_id)
         # The disk of a node whose ranks save their random state only.
         if self.accelerator.is_local_main_process and unfinished.is_dir():
             replace_folder(unfinished, checkpoint)
@@ -157,15 +182,12 @@ class CheckpointLoop(Trainer):
         """Does nothing: :meth:`_save_checkpoint` pushes a checkpoint that is complete."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        try:
+        folder = Path(output_dir or self.args.output_dir)
+        unfinished = self._unfinished is not None
+        with self._on_all_ranks(Path(self.args.output_dir, folder.name) if unfinished else folder):
             super()._save(output_dir, state_dict)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            refusal = self._disk_error(Path(output_dir or self.args.output_dir), error)
-            if refusal is None or self._unfinished is not None:  # _save_checkpoint names the checkpoint
-                raise
-            raise refusal from error
-        if self.args.should_save:
-            save_adapter_names(self.packed.model, output_dir or self.args.output_dir, self.base_sample)
+            if self.args.should_save:
+                save_adapter_names(self.packed.model, str(folder), self.base_sample)
 
     def _check_checkpoint(self, given: str | bool | None) -> str | None:
         """Returns the checkpoint to resume from, checked, and loads its moving reference.

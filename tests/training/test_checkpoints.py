@@ -15,6 +15,7 @@ import torch
 from cpt_kernels.errors import UserError
 from cpt_kernels.training.checkpoints import UNFINISHED, find_damage, run_of
 from cpt_kernels.training.run_folder import checkpoints_in
+from tests.helpers.failed_save import CASES as FAILING_CASES
 from tests.helpers.killed_save import CASES, KILLED, SAVED, STEPS, make_trainer
 from tests.helpers.ranks import torchrun
 from tests.helpers.toy import losses, preference_data
@@ -129,6 +130,31 @@ def test_a_full_tmpfs(tmp_path, whole):
         assert resumed.state.global_step == STEPS and losses(resumed)[SAVED:] != []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("failed")
+    torchrun("failed_save", 2, str(folder), environment={"ACCELERATE_USE_CPU": "true"})
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", FAILING_CASES)
+def test_a_save_that_fails_on_one_rank_ends_on_all(failed, case):
+    """No rank waits for another, and all say the same."""
+    folder, by_rank = failed
+    out = folder / case / "out"
+    (kind, message), other = by_rank[0][case], by_rank[1][case]
+    if case == "no disk error":
+        assert other == ["RuntimeError", "out of memory"]
+        assert (kind, message) == (
+            "RuntimeError",
+            f"rank 1 could not save {out}/checkpoint-{KILLED}: {': '.join(other)}",
+        )
+    else:
+        assert kind == "UserError" and f"make room, and resume from {out}/checkpoint-{SAVED}, which is" in message
+        assert other == [kind, message]
+    assert names(folder / case) == [f"checkpoint-{SAVED}"] and find_damage(out / f"checkpoint-{SAVED}") is None
 
 
 def test_an_error_that_is_not_of_the_disk_stays(tmp_path):
