@@ -10,7 +10,7 @@ VERSIONED := tests/ops tests/model/test_packed_model.py tests/model/test_sweep.p
 	tests/cli/test_parsing.py tests/trl
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-models test-all test-newest test-oldest test-zero test-quantised lint format clean
+.PHONY: demo test test-models test-all test-newest test-oldest test-zero test-quantised test-trackers lint format clean
 
 demo: $(READY)
 	$(BIN)/cpt demo
@@ -26,7 +26,7 @@ test-models: $(READY)
 # With the tests that take minutes of training, under the newest and the oldest versions. Run it before an issue is closed.
 test-all: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m ''
-	$(MAKE) test-zero test-quantised test-oldest
+	$(MAKE) test-zero test-quantised test-trackers test-oldest
 
 # A selection of tests under the versions of constraints.txt, and of constraints-oldest.txt in an environment of its own.
 test-newest: $(READY)
@@ -49,6 +49,14 @@ test-quantised: $(READY)
 	PYTHONPATH=$(VENV)/bitsandbytes OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
 		tests/model/test_quantised.py tests/trl/test_options.py
 
+# Trackers keep the numbers of the log. They need older versions of other packages, which lie in an environment of their
+# own, before those of $(VENV).
+test-trackers: $(READY)
+	test -x .venv-trackers/bin/python || $(BIN)/python -m venv .venv-trackers
+	cd .venv-trackers/lib/python3.*/site-packages && ls -d $(abspath $(VENV))/lib/python3.*/site-packages > packages.pth
+	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check tensorboard wandb trackio mlflow
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-trackers/bin/python -m pytest -m slow tests/training/test_trackers.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +76,4 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info cpt_kernels/_C*.so
+	rm -rf .venv .venv-oldest .venv-trackers build dist *.egg-info cpt_kernels/_C*.so
