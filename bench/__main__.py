@@ -17,7 +17,7 @@ SUBJECTS = {
     "fingerprint": "time to compute the fingerprint of a reference",
     "crash": "kill builds of the reference cache at random; check that no value is lost or wrong",
     "reference_pass": "time to score the reference on all pairs of a response file, compared with TRL",
-    "gpu_check": "all tests, comparisons and benchmarks that need a GPU, in eight minutes",
+    "gpu_check": "all tests, sanitizers, comparisons and benchmarks that need a GPU, in nine minutes",
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
     "win_rate": "length-controlled win rates, compared with those that AlpacaEval publishes, from a copy of its files",
     "plot": "plot recorded results",

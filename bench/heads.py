@@ -12,7 +12,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 
@@ -149,18 +149,21 @@ class Contestant:
         return None
 
 
-def contestants(backend: str = "auto") -> dict[str, Contestant]:
+def contestants(
+    backend: str = "auto", statistics: bool = False, memory_mb: float | None = None
+) -> dict[str, Contestant]:
     """Returns all contestants by name: our modes with ``backend``, then the peers.
 
-    The suffix ``-frozen`` means that only hidden rows are differentiated, ``-score`` that nothing is.
+    The suffix ``-frozen`` means that only hidden rows are differentiated, ``-score`` that nothing is. ``memory_mb`` is
+    the budget of our tiles. With ``statistics``, all of our modes but ``score`` compute what training logs.
     """
-    options = HeadOptions(backend=backend)
+    options = HeadOptions(backend=backend, statistics=statistics, memory_mb=memory_mb)
     ours = partial(Contestant, settings=f"backend {backend}", peer=False)
     found = {
         "trained": ours(partial(_preference, options, False)),
         "general": ours(partial(_preference, options, True)),
         "frozen": ours(partial(_preference, options, False), FROZEN),
-        "score": ours(partial(_scoring, options), SCORE, kind="nll"),
+        "score": ours(partial(_scoring, replace(options, statistics=False)), SCORE, kind="nll"),
     }
     # Peers: which of them also run frozen or without gradients is decided by name below.
     liger, chunked = "liger_kernel", "chunks of {} rows on a CPU, 4096 on CUDA".format

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .gpu.meter import cold_seconds, wall_seconds
+from .gpu.meter import DeviceTimer, wall_seconds
 from .timing import MIB, Channel, Worker, close_all, interleave, peak_mib, reset_peak, resident_mib
 
 REFERENCE = "reference"  # the contestant that computes the expected results and times the matrix products
@@ -28,6 +28,7 @@ class Timed(ABC):
 
     def __init__(self, device: str):
         self.device = device
+        self.timer = DeviceTimer()
 
     @abstractmethod
     def run(self) -> Any:
@@ -57,7 +58,7 @@ class Timed(ABC):
         """Returns the seconds of each run of one round."""
         seconds = []
         for _ in range(self.repeats):
-            seconds.append(timed(self.run, self.device))
+            seconds.append(timed(self.run, self.device, self.timer))
             self.clear()
         return seconds
 
@@ -89,7 +90,8 @@ class Products:
 
     def round(self) -> list[list[float]]:
         """Returns the seconds of every product, for each run of one round."""
-        return [[timed(self._run(product), self.device) for product in self.products] for _ in range(self.repeats)]
+        timer = DeviceTimer()
+        return [[timed(self._run(one), self.device, timer) for one in self.products] for _ in range(self.repeats)]
 
     @staticmethod
     def _run(product: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Callable[[], Any]:
@@ -102,9 +104,9 @@ def repeats(seconds: float) -> int:
     return max(1, min(100, int(_ROUND / seconds)))
 
 
-def timed(run: Callable[[], Any], device: str) -> float:
-    """Returns the seconds of one run, on CUDA with a cold L2 cache."""
-    return cold_seconds(run) if device == "cuda" else wall_seconds(run)
+def timed(run: Callable[[], Any], device: str, timer: DeviceTimer) -> float:
+    """Returns the seconds of one run, on CUDA with a cold L2 cache and without the host's time."""
+    return timer.seconds(run) if device == "cuda" else wall_seconds(run)
 
 
 def serve(device: str, build: Callable[..., Timed | Products]) -> None:

@@ -47,10 +47,11 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(shape: Shape, seed: int = 0, attention: str | None = None) -> Qwen2ForCausalLM:
-    """Builds a model with random weights, the same in every process."""
+def build_model(shape: Shape, seed: int = 0, attention: str | None = None, device: str = "cpu") -> Qwen2ForCausalLM:
+    """Builds a model with random weights, the same in every process. On a GPU it takes seconds for billions of them."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**shape.config(), attn_implementation=attention))
+    with torch.device(device):
+        return Qwen2ForCausalLM(Qwen2Config(**shape.config(), attn_implementation=attention))
 
 
 def best_attention(device: str) -> str:
@@ -59,14 +60,14 @@ def best_attention(device: str) -> str:
 
 
 def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Returns the options that both trainers' configurations get."""
+    """Returns the options that both trainers' configurations get. Without ``gradient_checkpointing``: their default."""
     cuda = spec["device"] == "cuda"
-    return {
+    checkpointing = spec.get("gradient_checkpointing")
+    return ({} if checkpointing is None else {"gradient_checkpointing": checkpointing}) | {
         "output_dir": folder,
         "max_steps": spec["steps"],
         "per_device_train_batch_size": spec["pairs"],
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": spec["gradient_checkpointing"],
         "train_sampling_strategy": "sequential",
         "learning_rate": spec["learning_rate"],
         "loss_type": spec["loss"],
@@ -120,7 +121,8 @@ def our_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, fol
     """Builds our ``ContrastiveTrainer``."""
     from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
 
-    args = ContrastiveConfig(**arguments(spec, folder), ref_cache_dir=f"{folder}/cache", **spec.get("options", {}))
+    options = arguments(spec, folder) | {"ref_cache_dir": f"{folder}/cache"} | spec.get("options", {})
+    args = ContrastiveConfig(**options)
     trainer = ContrastiveTrainer(
         model,
         args=args,

@@ -17,6 +17,8 @@ from ..timing import MIB, summarize
 Row = dict[str, Any]  # "what", "result" and measurements; "failed" holds a traceback, "skipped" a reason
 
 _LEAST, _MOST = 5, 30  # limits of the rounds of a measurement
+_LONGEST_SPIN = 0.1  # seconds
+_SUSTAINED = 1.0  # seconds of matrix products without a pause
 
 
 @dataclass
@@ -38,9 +40,9 @@ class Context:
     ) -> Iterator[Row]:
         """Yields one row: the result of ``work``, its traceback if it failed, or that there was no time for it.
 
-        A ``peer`` that is not installed or runs out of memory is not a failure.
+        A ``peer`` that is not installed or runs out of memory is not a failure. A tiny run has time for every row.
         """
-        if self.left < (0 if self.tiny else seconds):
+        if not self.tiny and self.left < seconds:
             yield {"what": what, "skipped": f"no time left ({max(self.left, 0):.0f} s)"}
             return
         try:
@@ -67,8 +69,8 @@ def free_memory() -> None:
 def measure(run: Callable[[], Any], context: Context, seconds: float = 3.0) -> Row:
     """Returns the median milliseconds of ``run`` with a cold L2 cache, and its peak of additional memory.
 
-    Two runs warm up (compilation, autotuning); then as many runs as ``seconds`` allow are timed. Before each, a buffer
-    larger than the cache is written, outside of the timed part.
+    Two runs warm up (compilation, autotuning); then as many runs as ``seconds`` allow are timed. ``host_ms`` is the
+    time that the host takes to issue one run.
     """
     if context.device == "cpu":
         times = [1e3 * wall_seconds(run) for _ in range(3)][1:]
@@ -80,19 +82,54 @@ def measure(run: Callable[[], Any], context: Context, seconds: float = 3.0) -> R
     once = wall_seconds(run)
     peak = torch.cuda.max_memory_allocated() - before
     rounds = max(_LEAST, min(_MOST, int(min(seconds, context.left / 2) / (once + 1e-3))))
-    times = [1e3 * cold_seconds(run) for _ in range(rounds)]
-    return {"ms": statistics.median(times), "rounds": rounds, "peak_mib": round(peak / MIB, 1), **_spread(times)}
+    timer = DeviceTimer()
+    times = [1e3 * timer.seconds(run) for _ in range(rounds)]
+    found = {"ms": statistics.median(times), "rounds": rounds, "peak_mib": round(peak / MIB, 1), **_spread(times)}
+    return found | {"host_ms": 1e3 * timer.host_seconds}
 
 
-def cold_seconds(run: Callable[[], Any]) -> float:
-    """Returns the seconds of one ``run`` on the GPU with a cold L2 cache."""
-    _cache_buffer().zero_()
+@dataclass
+class DeviceTimer:
+    """Times runs on the GPU, with a cold L2 cache and without the time that the host takes to issue them.
+
+    A kernel spins in front of the start event until the host has issued the whole run. Otherwise the device would wait
+    between both events for the host, which takes longer to issue a small kernel than the device to run it.
+    """
+
+    spin: float = 2e-4  # seconds
+    host_seconds: float = 0.0  # of the last run
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Returns the seconds of one ``run``. It is repeated with a longer spin if the host took longer than the spin.
+
+        A run in which the host waits for the device never fits; it is timed behind the longest spin.
+        """
+        while True:
+            _cache_buffer().zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int(self.spin * _cycles_per_second()))
+            started = time.perf_counter()
+            start.record()
+            run()
+            end.record()
+            self.host_seconds = time.perf_counter() - started
+            end.synchronize()
+            if self.host_seconds < self.spin or self.spin >= _LONGEST_SPIN:
+                return start.elapsed_time(end) / 1e3
+            self.spin = min(2 * self.host_seconds, _LONGEST_SPIN)
+
+
+@functools.cache
+def _cycles_per_second() -> float:
+    """Returns the rate at which the spinning kernel counts."""
+    cycles = 10_000_000
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)  # the first launch loads the kernel
     start.record()
-    run()
+    torch.cuda._sleep(cycles)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return cycles / (start.elapsed_time(end) / 1e3)
 
 
 def wall_seconds(run: Callable[[], Any]) -> float:
@@ -139,9 +176,8 @@ def kernel_microseconds(run: Callable[[], Any], repeat: int = 50) -> float:
     return statistics.median(times) * 1e3 / repeat
 
 
-def machine_rates(context: Context) -> Iterator[Row]:
-    """Measures copy bandwidth (bytes read + written) and the rate of a large bf16 matrix product, for comparison."""
-    dtype = torch.float32 if context.tiny else torch.bfloat16
+def copy_rate(context: Context) -> Iterator[Row]:
+    """Measures the copy bandwidth, as bytes read and written per second."""
 
     def copy() -> Row:
         source = torch.ones(MIB if context.tiny else 1024 * MIB, dtype=torch.int8, device=context.device)
@@ -150,15 +186,32 @@ def machine_rates(context: Context) -> Iterator[Row]:
         context.rates["copy_gb_s"] = 2 * source.numel() / found["ms"] / 1e6
         return {"result": f"{context.rates['copy_gb_s']:.0f} GB/s", **context.rates, **found}
 
-    def product() -> Row:
-        size = 128 if context.tiny else 8192
-        a, b = (torch.randn(size, size, dtype=dtype, device=context.device) for _ in range(2))
-        found = measure(lambda: a @ b, context, 0.5)
-        context.rates["matmul_tflop_s"] = 2 * size**3 / found["ms"] / 1e9
-        return {"result": f"{context.rates['matmul_tflop_s']:.0f} TFLOP/s", **context.rates, **found}
-
     yield from context.attempt("copy bandwidth", copy)
-    yield from context.attempt(f"{str(dtype)[6:]} matrix product", product)
+
+
+def product_rate(context: Context, rows: int, hidden: int, vocab: int) -> Iterator[Row]:
+    """Measures the rate of the head's product, (rows, hidden) x (hidden, vocab), repeated for a second without a pause.
+
+    Under this load the device reaches the clock that it can hold, which a single product does not show.
+    """
+
+    def product() -> Row:
+        dtype = torch.float32 if context.tiny else torch.bfloat16
+        a, b = (torch.randn(n, hidden, dtype=dtype, device=context.device) for n in (rows, vocab))
+        out = torch.empty(rows, vocab, dtype=dtype, device=context.device)
+        once = wall_seconds(lambda: torch.mm(a, b.t(), out=out))
+        once = wall_seconds(lambda: torch.mm(a, b.t(), out=out))
+        count = 2 if context.tiny else max(5, int(_SUSTAINED / once))
+
+        def repeated() -> None:
+            for _ in range(count):
+                torch.mm(a, b.t(), out=out)
+
+        rate = 2 * rows * hidden * vocab * count / wall_seconds(repeated) / 1e12
+        context.rates["matmul_tflop_s"] = rate
+        return {"result": f"{rate:.4g} TFLOP/s, {count} products without a pause", "matmul_tflop_s": rate}
+
+    yield from context.attempt(f"product of {rows} x {hidden} and {hidden} x {vocab}", product)
 
 
 def describe(found: Mapping[str, Any], *notes: str) -> str:

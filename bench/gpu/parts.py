@@ -1,15 +1,20 @@
-"""Parts of ``gpu_check`` that are not benchmarks: the machine, the tests, and a few training steps."""
+"""Parts of ``gpu_check`` that are not benchmarks: the machine, the extension, tests, sanitizers, and a few steps."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -19,19 +24,6 @@ from cpt_kernels.ops.backends import has_extension
 
 from ..timing import MIB, ROOT, versions
 from .meter import Context, Row
-
-# Test files that use the GPU, kernels first.
-TESTS = (
-    "ops/test_vocab_score.py",
-    "ops/test_pair_loss.py",
-    "ops/attention/test_varlen.py",
-    "ops/test_linear_preference.py",
-    "ops/head/test_backends.py",
-    "ops/attention/test_attention.py",
-    "ops/test_csrc.py",
-    "model/test_packed_model.py",
-    "training/test_waiting.py",
-)
 
 
 def run_limited(command: Sequence[str], seconds: float, **environment: str) -> tuple[int | None, str]:
@@ -99,33 +91,119 @@ def _words(abilities: Abilities) -> str:
     return "; ".join([" ".join(can), ", ".join(dtypes), heads, f"on {abilities.device or 'any device'}"])
 
 
+# --- The extension ---
+
+
+def extension(context: Context) -> Iterator[Row]:
+    """Compiles the CUDA kernels for this Python if they are not there and nvcc is."""
+    if has_extension():
+        yield {"what": "extension", "result": "built before"}
+    elif context.device == "cuda" and find_nvcc() is None:
+        yield {"what": "extension", "skipped": "nvcc is not found, so the CUDA kernels are not checked"}
+    elif context.device == "cuda":
+        yield from context.attempt("extension", partial(_build, context), seconds=20.0)
+    else:
+        yield {"what": "extension", "result": "not built; on a GPU it is compiled here"}
+
+
+def find_nvcc() -> str | None:
+    """Returns the nvcc that ``setup.py`` takes, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def _build(context: Context) -> Row:
+    started = time.perf_counter()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code, output = run_limited(command, context.left, CPT_BUILD_CUDA="1")
+    seconds = time.perf_counter() - started
+    if code != 0:
+        return {"failed": f"{output[-6000:]}\nexit code {code} after {seconds:.0f} s"}
+    return {"result": f"compiled in {seconds:.0f} s", "seconds": seconds}
+
+
 # --- The tests ---
 
 
 def tests(context: Context) -> Iterator[Row]:
-    """Runs pytest on every file of kernel tests, each in its own process."""
-    there = [name for name in TESTS if (ROOT / "tests" / name).exists()]
-    for i, name in enumerate(["ops/attention/test_attention.py"] if context.tiny else there):
-        share = 1.0 if i == len(there) - 1 else 0.6  # limits a slow file, so that time is left for the others
-        yield from context.attempt(f"tests/{name}", partial(_pytest, context, name, share), seconds=8.0)
+    """Runs the tests with the marker ``gpu`` in one pool of processes. A dry run only collects them."""
+    files = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if re.search(r"mark\.(gpu|device)|device_params", path.read_text()) and path.parent.name != "bench"
+    ]
+    yield from context.attempt(f"pytest -m gpu, {len(files)} files", partial(_pytest, context, files), seconds=20.0)
 
 
-def _pytest(context: Context, name: str, share: float) -> Row:
-    """Runs one test file in a share of the time left. The result is pytest's last line."""
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
-    if context.tiny:
-        options += ["-k", "completions_do_not_see"]
-    elif importlib.util.find_spec("xdist") is not None and (os.cpu_count() or 1) >= 4:
-        options += ["-n", str(min(6, os.cpu_count() // 2))]
-    limit = context.left * share
-    command = [sys.executable, "-m", "pytest", f"tests/{name}", *options]
-    code, output = run_limited(command, limit, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2")
+def _pytest(context: Context, files: list[str]) -> Row:
+    """Runs the tests of these files that need a GPU. The result is pytest's last line."""
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    options += ["-m", "gpu or device", "--collect-only"] if context.tiny else ["-m", "gpu"]
+    if not context.tiny and importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+    limit = 0.95 * context.left
+    command = [sys.executable, "-m", "pytest", *files, *options]
+    code, output = run_limited(command, limit, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     if code is None:
         return {"failed": f"{output[-6000:]}\nkilled after {limit:.0f} s"}
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
     if code != 0:
         return {"failed": f"{output[-12000:]}\nexit code {code}: {last}"}
     return {"result": last, "output": output[-2000:]}
+
+
+# --- Compute Sanitizer ---
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+
+
+def sanitizers(context: Context) -> Iterator[Row]:
+    """Runs the CUDA kernels on tiny shapes under each tool of Compute Sanitizer, all at the same time.
+
+    Memcheck also gets a planted read behind the end of a tile, which it must find. A dry run runs the same program
+    without the sanitizer.
+    """
+    if context.tiny:
+        yield from context.attempt("no tool", partial(_sanitized, context, None, False))
+        return
+    if (program := find_sanitizer()) is None:
+        yield {"what": ", ".join(TOOLS), "skipped": "compute-sanitizer is not found"}
+        return
+    if not has_extension():
+        yield {"what": ", ".join(TOOLS), "skipped": "the CUDA kernels are not built"}
+        return
+    runs = {tool: (tool, False) for tool in TOOLS} | {"memcheck, planted error": ("memcheck", True)}
+    with ThreadPoolExecutor(len(runs)) as pool:
+        pending = {
+            what: pool.submit(_sanitized, context, [program, "--tool", tool, "--error-exitcode", "1"], planted)
+            for what, (tool, planted) in runs.items()
+        }
+        for what, future in pending.items():
+            yield from context.attempt(what, future.result, seconds=0.0)
+
+
+def find_sanitizer() -> str | None:
+    """Returns the path of Compute Sanitizer, which lies beside nvcc, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    beside = [os.path.join(home, "bin"), os.path.join(home, "compute-sanitizer")]
+    if nvcc := find_nvcc():
+        beside.append(str(Path(nvcc).resolve().parent))
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(beside))
+
+
+def _sanitized(context: Context, tool: list[str] | None, planted: bool) -> Row:
+    """Runs :mod:`bench.gpu.sanitized`, and reads from the tool's summary if it found an error."""
+    command = [*(tool or []), sys.executable, "-m", "bench.gpu.sanitized", context.device, *(["planted"] * planted)]
+    # The allocator's cache would hide reads behind the end of a tensor.
+    code, output = run_limited(command, 0.95 * context.left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if planted:
+        found = re.search("Invalid __global__ read.*", output)
+        return {"result": found[0]} if found else {"failed": f"{output[-8000:]}\nthe planted error was not found"}
+    # A tool that does not support the device has no summary.
+    summary = re.search(r"SUMMARY: (0 (?:errors|hazards)\b.*)", output) if tool else re.search(".* calls .*", output)
+    if code != 0 or summary is None:
+        return {"failed": f"{output[-8000:]}\nexit code {code}, {'no clean summary' if tool else 'no output'}"}
+    return {"result": summary[summary.lastindex or 0]}
 
 
 # --- Training ---

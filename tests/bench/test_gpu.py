@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from bench import attentions, heads
 from bench.gpu import attention as gpu_attention
 from bench.gpu import check as gpu_check
 from bench.gpu import head as gpu_head
-from bench.gpu.check import Outcome, apart, check, parse, report
-from bench.gpu.meter import Context, measure
+from bench.gpu import meter, parts, steps
+from bench.gpu.check import Outcome, Part, apart, check, parse, report, totals
+from bench.gpu.meter import Context, DeviceTimer, measure
 from bench.gpu.parts import run_limited
+from tests import conftest
 from tests.helpers import ROOT
 
 
@@ -26,16 +30,20 @@ def tiny() -> Context:
 
 def test_dry_run(tmp_path, capsys):
     out = tmp_path / "found.json"
-    code = gpu_check.main(["--dry-run", "--minutes", "2", "--json", str(out)])
+    code = gpu_check.main(["--dry-run", "--json", str(out)])
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(out.read_text())["gpu_check"]
     failed = [row for part in found["parts"].values() for row in part["rows"] if "failed" in row]
     assert code == 0 and not failed, failed
     summary = json.loads(lines[-1])
-    assert summary["ok"] and summary["failed"] == [] and "ms" in summary["measured"]["head: trained, eager"]
+    assert summary["ok"] and summary["failed"] == [] and "ms" in summary["measured"]["head: trained, eager, 1 GB"]
     assert list(found["parts"]) == list(gpu_check.PARTS) and found["versions"]["torch"] == torch.__version__
     what = {row["what"] for part in found["parts"].values() for row in part["rows"]}
-    assert {"sdpa: q != k", "head: frozen, eager", "vocab_score eager", "sdpa: P=C=2048"} <= what
+    assert {"sdpa: q != k", "head: frozen, eager, 8 GB", "vocab_score eager, log-probs", "sdpa: P=C=2048"} <= what
+    for contestant in ("default", "TRL, padded, SDPA", "no checkpointing"):
+        assert {f"llama-1b: {contestant}", f"llama-8b, LoRA: {contestant}"} <= set(summary["measured"])
+    (collected,) = (row["result"] for row in found["parts"]["tests"]["rows"])
+    assert int(re.search(r"(\d+)(/\d+)? tests collected", collected)[1]) > 150
     assert any(line.startswith("training") and "largest relative difference" in line for line in lines)
 
 
@@ -47,7 +55,7 @@ def test_without_a_gpu_the_check_says_so(capsys):
 
 def test_unknown_parts(capsys):
     with pytest.raises(SystemExit):
-        parse(["--parts", "head speed,nonsense"])
+        parse(["--parts", "head,nonsense"])
     assert "['nonsense']" in capsys.readouterr().err
 
 
@@ -94,13 +102,25 @@ def test_a_fast_but_wrong_head_is_found(monkeypatch):
 
     monkeypatch.setattr(heads, "linear_preference_loss", wrong)
     found = failures(gpu_head.rows(tiny()))
-    assert set(found) == {f"head: {mode}, eager" for mode in ("frozen", "trained", "general")}
+    assert set(found) == {
+        f"head: {mode}, eager, {tile}" for mode in ("frozen", "trained", "general") for tile in ("1 GB", "8 GB")
+    }
 
 
 def test_an_unavailable_peer_is_one_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(heads.importlib.util, "find_spec", lambda name: None)
     rows = {row["what"]: row["result"] for row in gpu_head.rows(tiny())}
     assert rows["head: trl"] == "trl is not installed" and rows["head: cce"] == "cuda only"
+
+
+def test_a_step_with_other_metrics_is_found():
+    one = {"loss": 0.69, "logps/chosen": -50.0, "logps/rejected": -60.0}
+    ours = [one] * (steps.WARM + steps.TIMED + 1)
+    assert steps.differences(ours, ours) is None
+    for other in ({"logps/chosen": -51.0}, {"loss": float("nan")}):
+        found = steps.differences(ours, [one, one | other, *ours[2:]])
+        assert found.startswith(f"step 2: {next(iter(other))} is ")
+    assert steps.differences(ours, ours[1:]) == f"{len(ours) - 1} steps were logged, expected {len(ours)}"
 
 
 def test_the_flop_bound_of_sharing():
@@ -142,15 +162,156 @@ def test_a_row_without_time_left_is_skipped_and_reported():
     context = Context("cuda", False, time.monotonic() + 3)
     (row,) = context.attempt("long", lambda: pytest.fail("ran"), seconds=10)
     assert row["skipped"] == "no time left (3 s)"
-    text = report({"part": Outcome([row, {"what": "bad", "failed": "Traceback ...\nValueError: why\n"}], 1.0)})
-    assert "long  skipped: no time left (3 s)" in text and "bad   FAILED: ValueError: why" in text
-    assert "2 rows, 1 failed, 1 skipped" in text
+    good = {"what": "good", "result": "1 ms", "profile": ["0.5 ms 50% mm"]}
+    outcomes = {"part": Outcome([row, {"what": "bad", "failed": "Traceback ...\nValueError: why\n"}, good], 1.0)}
+    expected = ["part  long  skipped: no time left (3 s)", "part  bad   FAILED: ValueError: why"]
+    assert report(outcomes).splitlines() == [*expected, "part  good  1 ms", "    0.5 ms 50% mm"]
+    text = totals(outcomes)  # says again what failed and what was skipped
+    assert all(" ".join(line.split()) in " ".join(text.split()) for line in expected) and "good" not in text
+    assert "3 rows, 1 failed, 1 skipped; part 1 s" in text
 
 
 def test_measure_on_a_cpu():
     calls = []
     found = measure(lambda: calls.append(1), tiny())
     assert len(calls) == 3 and found["rounds"] == 2 and found["low_ms"] <= found["ms"] <= found["high_ms"]
+
+
+class FakeCuda:
+    """Records the order of launches. The host takes ``host`` seconds to issue a run."""
+
+    def __init__(self, monkeypatch, host: float):
+        self.calls, self.now, self.host = [], 0.0, host
+        monkeypatch.setattr(meter, "_cache_buffer", lambda: SimpleNamespace(zero_=lambda: self.calls.append("evict")))
+        monkeypatch.setattr(meter, "_cycles_per_second", lambda: 1e9)
+        monkeypatch.setattr(meter.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.calls.append(f"spin {cycles / 1e6:.1f} ms"))
+        event = SimpleNamespace(record=lambda: self.calls.append("event"), synchronize=lambda: None)
+        event.elapsed_time = lambda end: 3.0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+
+    def run(self) -> None:
+        self.now += self.host
+        self.calls.append("run")
+
+
+def test_the_device_spins_until_the_host_has_issued_the_run(monkeypatch):
+    cuda, timer = FakeCuda(monkeypatch, host=0.004), DeviceTimer()
+    assert timer.seconds(cuda.run) == 0.003 and timer.host_seconds == pytest.approx(0.004)
+    once = ["event", "run", "event"]
+    assert cuda.calls == ["evict", "spin 0.2 ms", *once, "evict", "spin 8.0 ms", *once]
+    cuda.calls.clear()
+    assert timer.seconds(cuda.run) == 0.003 and cuda.calls == ["evict", "spin 8.0 ms", *once]
+    cuda = FakeCuda(monkeypatch, host=9.0)  # the host waits for the device inside of the run
+    assert DeviceTimer().seconds(cuda.run) == 0.003 and cuda.calls.count("run") == 2
+
+
+# --- Parts ---
+
+
+def test_a_broken_part_is_a_failed_row_and_the_exit_code_is_1(monkeypatch, capsys, tmp_path):
+    """The handler in ``guarded`` catches any exception of a part. It must never hide one."""
+
+    def broken(context):
+        yield {"what": "first", "result": "1 ms"}
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(gpu_check, "PARTS", {name: Part("parts", name, 10) for name in ("broken", "sound")})
+    monkeypatch.setattr(parts, "broken", broken, raising=False)
+    monkeypatch.setattr(parts, "sound", lambda context: iter([{"what": "it", "result": "2 ms"}]), raising=False)
+    out = tmp_path / "found.json"
+    assert gpu_check.main(["--dry-run", "--parts", "broken,sound", "--json", str(out)]) == 1
+    found = json.loads(out.read_text())["gpu_check"]
+    assert found["failed"] == ["broken"] and found["ok"] is False
+    first, failed = found["parts"]["broken"]["rows"]
+    assert first["result"] == "1 ms" and "RuntimeError: the device is lost" in failed["failed"]
+    assert found["parts"]["sound"]["rows"] == [{"what": "it", "result": "2 ms"}]
+    assert "FAILED: RuntimeError: the device is lost" in capsys.readouterr().out
+    assert gpu_check.main(["--dry-run", "--parts", "sound"]) == 0
+
+
+def test_markers_select_the_tests_that_need_a_gpu(monkeypatch):
+    def collected(cuda: bool) -> list[set[str]]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        items = [FakeItem({"gpu"}), FakeItem({"device"}), FakeItem(set())]
+        conftest.pytest_collection_modifyitems(items)
+        return [item.names for item in items]
+
+    class FakeItem:
+        def __init__(self, names):
+            self.names = names
+
+        def get_closest_marker(self, name):
+            return name if name in self.names else None
+
+        def add_marker(self, marker):
+            self.names.add(marker if isinstance(marker, str) else marker.name)
+
+    assert collected(True) == [{"gpu"}, {"device", "gpu"}, set()]
+    assert collected(False) == [{"gpu", "skip"}, {"device"}, set()]
+
+
+def test_gpu_tests_run_in_one_pool(monkeypatch):
+    commands = []
+
+    def run(command, seconds, **environment):
+        commands.append(command)
+        return 1, "1 failed in 2 s"
+
+    monkeypatch.setattr(parts, "run_limited", run)
+    (row,) = parts.tests(Context("cuda", False, time.monotonic() + 60))
+    assert "exit code 1: 1 failed" in row["failed"]
+    (command,) = commands
+    assert command[command.index("-m", 3) + 1] == "gpu" and "-n" in command and "--collect-only" not in command
+    files = {"tests/ops/test_vocab_score.py", "tests/ops/head/test_backends.py", "tests/training/test_waiting.py"}
+    assert files <= set(command) and not any(name.endswith("test_csrc.py") for name in command)
+
+
+SANITIZER = """#!/bin/sh
+case "$*" in
+    *planted*) {planted};;
+    *{broken}*) echo '========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)'; exit 1;;
+    *racecheck*) echo '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)';;
+    *synccheck*) {synccheck};;
+    *) echo '========= ERROR SUMMARY: 0 errors';;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "failed"),
+    [
+        ({}, set()),
+        ({"broken": "racecheck"}, {"racecheck"}),
+        ({"planted": "echo '========= ERROR SUMMARY: 0 errors'"}, {"memcheck, planted error"}),
+        ({"synccheck": "echo 'Device not supported'"}, {"synccheck"}),
+    ],
+    ids=["clean", "hazards", "blind", "unsupported"],
+)
+def test_sanitizers(options, failed, monkeypatch, tmp_path):
+    found = "echo '========= Invalid __global__ read of size 16 bytes'; exit 1"
+    script = {"planted": found, "broken": "nothing", "synccheck": "echo '========= ERROR SUMMARY: 0 errors'"} | options
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER.format(**script))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(parts, "has_extension", lambda: True)
+    rows = list(parts.sanitizers(Context("cuda", False, time.monotonic() + 60)))
+    assert [row["what"] for row in rows] == [*parts.TOOLS, "memcheck, planted error"]
+    assert set(failures(rows)) == failed, rows
+    monkeypatch.setattr(parts, "has_extension", lambda: False)
+    (row,) = parts.sanitizers(Context("cuda", False, time.monotonic() + 60))
+    assert row["skipped"] == "the CUDA kernels are not built"
+
+
+def test_an_extension_that_is_not_built(monkeypatch):
+    context = Context("cuda", False, time.monotonic() + 60)
+    monkeypatch.setattr(parts, "has_extension", lambda: False)
+    monkeypatch.setattr(parts, "find_nvcc", lambda: None)
+    assert "nvcc is not found" in next(parts.extension(context))["skipped"]
+    monkeypatch.setattr(parts, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(parts, "run_limited", lambda command, seconds, **_: (1, "error: no such thing"))
+    assert "no such thing\nexit code 1" in next(parts.extension(context))["failed"]
 
 
 # --- Workers ---
@@ -185,6 +346,15 @@ def test_a_worker_that_dies_is_recorded(tmp_path):
     assert "ModuleNotFoundError" in only["failed"]
 
 
+def test_rows_are_written_as_they_come_and_a_torn_one_is_left_out(tmp_path):
+    rows = tmp_path / "found.json.rows"
+    text = "row(what='a', result='1 ms')\nopen(sys.argv[1], 'a').write('{\"what\": \"b')"
+    for _ in range(2):
+        found = apart("part", 20.0, script(text), rows)
+        assert found == [{"what": "a", "result": "1 ms"}]
+    assert rows.read_text().splitlines() == [json.dumps(found[0]), '{"what": "b'] * 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_real_worker_without_a_gpu_records_the_failure():
     rows = apart("environment", 60.0)
@@ -196,15 +366,15 @@ def test_the_real_worker_without_a_gpu_records_the_failure():
 def test_parts_share_the_time(monkeypatch):
     limits = {}
 
-    def part(name, seconds):
+    def part(name, seconds, rows_file):
         limits[name] = seconds
         return []
 
     monkeypatch.setattr(gpu_check, "apart", part)
-    outcomes = check(parse(["--minutes", "8"]))
-    assert list(outcomes) == list(gpu_check.PARTS)
-    assert limits["environment"] == pytest.approx(20, abs=0.1)
-    assert limits["training"] == pytest.approx(480, abs=0.5), "the last part gets the unused time"
+    outcomes = check(parse(["--minutes", "9"]))
+    assert list(outcomes) == list(gpu_check.PARTS) and sum(part.seconds for part in gpu_check.PARTS.values()) == 540
+    assert limits["environment"] == pytest.approx(15, abs=0.1)
+    assert limits["training"] == pytest.approx(540, abs=0.5), "the last part gets the unused time"
 
 
 def test_output_of_a_limited_command():

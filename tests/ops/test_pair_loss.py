@@ -14,6 +14,7 @@ from cpt_kernels.losses import LOSSES, Loss, PairLogps, build_loss, loss_options
 from cpt_kernels.ops import backends
 from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossInput, PairLossOutput, has_kernel, kernel_loss, pair_loss
 from cpt_kernels.ops.pair_loss.reference import pair_loss_reference
+from tests.helpers.devices import device_params
 from tests.helpers.emulation import emulated
 from tests.numerics import assert_close
 
@@ -112,7 +113,7 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 @pytest.mark.parametrize(("loss", "options"), LOSS_OPTIONS)
 @pytest.mark.parametrize("batch", list(BATCHES)[:2])
 @pytest.mark.usefixtures("_poisoned")
@@ -121,7 +122,7 @@ def test_losses(name, loss, options, batch, monkeypatch):
         check(make(batch, device=device), loss, options, lambda **kw: pair_loss(**kw, backend=backend))
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("batch", list(BATCHES)[2:-1])
 @pytest.mark.usefixtures("_poisoned")
@@ -131,7 +132,7 @@ def test_batches(name, wide, batch, monkeypatch):
         check(make(batch, wide, device), loss, options, lambda **kw: pair_loss(**kw, backend=backend))
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 @pytest.mark.usefixtures("_poisoned")
 def test_a_thousand_completions(name, monkeypatch):
     with implementation(name, monkeypatch) as (backend, device):
@@ -165,7 +166,7 @@ def test_weights_are_the_gradient(loss, options):
     torch.testing.assert_close(out.weights.repeat_interleave(offsets.diff()), tokens.grad)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 def test_margins_and_missing_numbers(name, monkeypatch):
     """At the kink of a hinge the weight is 0, and NaN spreads as in eager PyTorch."""
     with implementation(name, monkeypatch) as (backend, device):
@@ -186,7 +187,7 @@ def test_margins_and_missing_numbers(name, monkeypatch):
                 torch.testing.assert_close(got, expected, equal_nan=True, msg=f"{loss} {field}: {got} {expected}")
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", device_params(KERNELS))
 def test_indices_out_of_range(name, monkeypatch):
     """The operator does not check on the host: such a pair gives NaN, others are unchanged, nothing else is read."""
     with implementation(name, monkeypatch) as (backend, device):
@@ -212,6 +213,7 @@ def test_same_in_any_order_of_threads(monkeypatch):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.device
 def test_one_launch_or_two(monkeypatch):
     """One launch of Triton or two: the results differ by the order of fp64 sums alone."""
     triton = importlib.import_module("cpt_kernels.ops.pair_loss.triton")
@@ -235,6 +237,7 @@ def test_a_loss_of_ones_own():
         pair_loss(**arguments, loss=centred, beta=0.1)
 
 
+@pytest.mark.device
 def test_a_bound_loss_is_the_loss_of_that_name():
     arguments = make("pairs share completions", device="cuda" if GPU else "cpu")
     for backend in ("auto", "triton"):
@@ -304,7 +307,7 @@ def test_planted_bugs_are_found_in_triton(bug, tmp_path):
         check(arguments, "slic", {"slic_delta": 1e4}, run)  # a margin so wide that every pair is within it
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("name", device_params(["triton", "cuda"]))
 @pytest.mark.parametrize("loss", ["slic", "sft"])
 def test_operator(name, loss, monkeypatch):
     arguments = make("pairs share completions", device="cuda" if GPU and name == "triton" else "cpu")
@@ -316,6 +319,7 @@ def test_operator(name, loss, monkeypatch):
         torch.library.opcheck(torch.ops.cpt_kernels.pair_loss.default, tuple(arguments.values()), keywords)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_compiles_into_one_graph(backend):
     arguments = make("pairs share completions", device="cuda" if GPU else "cpu")

@@ -17,6 +17,7 @@ import torch
 from cpt_kernels.ops import backends
 from cpt_kernels.ops.vocab_score import TileOptions, VocabScore, vocab_score
 from cpt_kernels.ops.vocab_score.reference import vocab_score_reference
+from tests.helpers.devices import device_params
 from tests.helpers.emulation import emulated
 from tests.numerics import assert_close
 
@@ -156,7 +157,7 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rows}x{case.columns}-{str(case.dtype)[6:]}")
 @pytest.mark.usefixtures("_poisoned")
 def test_outputs_and_score(name, case, monkeypatch):
@@ -164,7 +165,7 @@ def test_outputs_and_score(name, case, monkeypatch):
         check(case, backend, device)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter
@@ -194,7 +195,7 @@ def test_not_finite(name, softcap, dtype, monkeypatch):
     torch.testing.assert_close(tile, eager_tile, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["eager", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("name", device_params(["eager", *IMPLEMENTATIONS]))
 @pytest.mark.parametrize("offset", [3e4, -3e4, 1e6])
 def test_a_number_that_all_logits_have_in_common_costs_no_digits(name, offset, monkeypatch):
     with implementation(name, monkeypatch) as (backend, device):
@@ -207,7 +208,7 @@ def test_a_number_that_all_logits_have_in_common_costs_no_digits(name, offset, m
     torch.testing.assert_close(tile.double(), exact_tile, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 def test_targets_outside_the_vocabulary(name, monkeypatch):
     """Kernels return NaN for such a row and read nothing outside the tile. The operator has no check on the host."""
     with implementation(name, monkeypatch) as (backend, device):
@@ -222,7 +223,7 @@ def test_targets_outside_the_vocabulary(name, monkeypatch):
     assert out[1].isfinite().all() and not out[4][~known].any()
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", device_params(IMPLEMENTATIONS))
 def test_no_rows(name, monkeypatch):
     with implementation(name, monkeypatch) as (backend, device):
         tile, targets = torch.empty(0, 7, device=device), torch.empty(0, dtype=torch.int64, device=device)
@@ -230,7 +231,7 @@ def test_no_rows(name, monkeypatch):
     assert all(value.shape == (0,) for value in out)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda-cluster", "cuda-block"])
+@pytest.mark.parametrize("name", device_params(["triton", "cuda-cluster", "cuda-block"]))
 def test_rows_far_apart(name, monkeypatch):
     """Offsets beyond 2^31 elements. Memory between the rows is never touched, so the system never allocates it."""
     with implementation(name, monkeypatch) as (backend, device):
@@ -324,7 +325,7 @@ def test_a_product_that_rounds_is_not_fused_with_the_subtraction_behind_it(scale
 
 
 @pytest.mark.parametrize("mutating", [False, True])
-@pytest.mark.parametrize("name", ["eager", "triton", "cuda-block"])
+@pytest.mark.parametrize("name", device_params(["eager", "triton", "cuda-block"]))
 @pytest.mark.parametrize("statistics", [False, True])
 def test_operators(mutating, name, statistics, monkeypatch):
     operator = torch.ops.cpt_kernels.vocab_score_ if mutating else torch.ops.cpt_kernels.vocab_score
@@ -391,6 +392,7 @@ def test_operators_import_without_triton_or_transformers():
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_compiles_into_one_graph(backend):
     def function(tile, targets):

@@ -48,6 +48,7 @@ def run(dtype: torch.dtype, backend: str, loss: str, trained: bool, **options) -
     return found | {"dX": hidden.grad} | ({"dW": weight.grad} if trained else {})
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("backend", ["triton"] if GPU and not has_extension() else ["triton", "cuda"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
