@@ -97,11 +97,15 @@ def adapter(spec: dict[str, Any]):
 
 def trl_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, folder: str) -> Trainer:
     """Builds TRL's ``DPOTrainer``."""
+    import trl.trainer.dpo_trainer
     import trl.trainer.utils
     from trl import DPOConfig, DPOTrainer
 
     if spec.get("completion_rows_only"):
         trl.trainer.utils._use_triton = lambda device: True  # only the fused head reads this switch
+
+    if "weights_id" in spec:  # hashing 8 billion weights, on one core, takes longer than all steps
+        trl.trainer.dpo_trainer.hash_module = lambda model: spec["weights_id"]
 
     class TokenizedDPOTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):

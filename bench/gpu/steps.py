@@ -1,18 +1,23 @@
-"""Parts of ``gpu_check`` that time training steps of published shapes, ours and TRL's, in one process.
+"""Parts of ``gpu_check`` that time training steps of published shapes, ours and TRL's.
 
 A step has 8 pairs with lengths like UltraFeedback's. All contestants start from the same weights and train on the same
 rows in the same order; the metrics of their first steps are compared with those of our default. Each has one more step
 under PyTorch's profiler.
+
+Each contestant has its own process, because Liger replaces classes and functions of transformers. All processes start
+at once, import what they need, and wait for their turn. A dry run trains all contestants in one process, without Liger.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib.util
+import json
 import statistics
+import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,10 +29,10 @@ from cpt_kernels.planning.work import packed, padded
 
 from ..lengths import pair_of, preference_rows
 from ..shapes import SHAPES, Shape
-from ..timing import MIB
+from ..timing import MIB, Channel, Worker, close_all
 from .meter import Context, Row, free_memory, product_rate
 
-PAIRS, WARM, TIMED = 8, 3, 4  # pairs per step; steps before the timed ones, and timed steps
+PAIRS, WARM, TIMED = 8, 3, 3  # pairs per step; steps before the timed ones, and timed steps
 COMPARED = {"loss": 0.02, "logps/chosen": 0.01, "logps/rejected": 0.01}  # metric -> largest relative difference
 _TABLE = 8  # rows of a profiler table
 _TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=500)
@@ -72,25 +77,23 @@ LORA = {name: dataclasses.replace(entry, base=torch.bfloat16) for name, entry in
 LORA["fp32 base"] = Entry()
 
 
-def full(context: Context) -> Iterator[Row]:
-    """Trains all weights of a model of llama-1b's shape."""
-    yield from _steps(context, "llama-1b", FULL, lora_rank=0)
-
-
-def lora(context: Context) -> Iterator[Row]:
-    """Trains adapters on all linear layers of a model of llama-8b's shape."""
-    yield from _steps(context, "llama-8b", LORA, lora_rank=16)
-
-
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """What the contestants have in common."""
+    """The shape of the model, what of it is trained, and the contestants."""
 
     shape: Shape
-    lora_rank: int
-    rows: list[dict[str, list[int]]]
-    pairs: int  # per step
-    finished: dict[str, StepMeter] = dataclasses.field(default_factory=dict)  # contestant -> its steps
+    lora_rank: int  # 0: all weights are trained
+    entries: dict[str, Entry]
+    lengths: str = "ultrafeedback"
+    pairs: int = PAIRS  # per step
+
+    def tiny(self) -> Race:
+        """Returns the race that a CPU runs in seconds."""
+        return dataclasses.replace(self, shape=_TOY, lengths="tiny", pairs=4)
+
+    def rows(self) -> list[dict[str, list[int]]]:
+        """Returns the pairs of all steps."""
+        return preference_rows(self.lengths, (WARM + TIMED + 1) * self.pairs, self.shape.vocab)
 
     def spec(self, entry: Entry, device: str) -> dict[str, Any]:
         """Returns the settings that :mod:`bench.trainers` takes."""
@@ -105,73 +108,104 @@ class Race:
             "options": entry.options,
             "gradient_checkpointing": entry.checkpointing,
             "liger_layers": entry.liger,
+            "weights_id": uuid.uuid4().hex,
         }
 
     def tflop(self, entry: Entry) -> float:
         """Returns the operations of the timed steps in 10^12, without those of recomputed activations."""
-        first, total = WARM * self.pairs, 0.0
-        for start in range(first, first + TIMED * self.pairs, self.pairs):
-            batch = [pair_of(row) for row in self.rows[start : start + self.pairs]]
+        pairs, total = list(map(pair_of, self.rows())), 0.0
+        for start in range(WARM * self.pairs, (WARM + TIMED) * self.pairs, self.pairs):
+            batch = pairs[start : start + self.pairs]
             trl = entry.side == "trl"
             work = padded(batch, True) if trl else packed(batch, "share_prompts" not in entry.options)
             total += work.flops(self.shape, adapters=self.lora_rank > 0)["total"]
         return total / 1e12
 
 
-def _steps(context: Context, name: str, entries: dict[str, Entry], lora_rank: int) -> Iterator[Row]:
+RACES = {
+    "llama-1b": Race(SHAPES["llama-1b"], 0, FULL),
+    "llama-8b, LoRA": Race(SHAPES["llama-8b"], 16, LORA),
+}
+
+
+def full(context: Context) -> Iterator[Row]:
+    """Trains all weights of a model of llama-1b's shape."""
+    yield from _steps(context, "llama-1b")
+
+
+def lora(context: Context) -> Iterator[Row]:
+    """Trains adapters on all linear layers of a model of llama-8b's shape."""
+    yield from _steps(context, "llama-8b, LoRA")
+
+
+def _steps(context: Context, title: str) -> Iterator[Row]:
     """Measures the rate of the head's product, then every contestant."""
-    shape, lengths, pairs = (_TOY, "tiny", 4) if context.tiny else (SHAPES[name], "ultrafeedback", PAIRS)
-    yield from product_rate(context, 64 if context.tiny else 8192, shape.hidden, shape.vocab)
-    free_memory()
-    race = Race(shape, lora_rank, preference_rows(lengths, (WARM + TIMED + 1) * pairs, shape.vocab), pairs)
-    for contestant, entry in entries.items():
-        what = f"{name}{', LoRA' if lora_rank else ''}: {contestant}"
-        if reason := entry.absent(context.device):
-            yield {"what": what, "result": reason}
-            continue
-        work = partial(_train, context, race, contestant, entry)
-        yield from context.attempt(what, work, seconds=8.0, peer=entry.side == "trl" or entry.may_not_fit)
-        gc.collect()  # trainers refer to themselves
+    race = RACES[title].tiny() if context.tiny else RACES[title]
+    absent = {name: entry.absent(context.device) for name, entry in race.entries.items()}
+    workers: dict[str, Worker] = {}
+    try:
+        if not context.tiny:
+            for name in (name for name, reason in absent.items() if reason is None):
+                workers[name] = Worker(name, "bench.gpu.steps", {"race": title, "name": name})
+        yield from product_rate(context, 64 if context.tiny else 8192, race.shape.hidden, race.shape.vocab)
         free_memory()
+        finished: dict[str, Row] = {}
+        for name, entry in race.entries.items():
+            if reason := absent[name]:
+                yield {"what": f"{title}: {name}", "result": reason}
+                continue
+            work = partial(_turn, context, race, name, workers.get(name), finished)
+            yield from context.attempt(f"{title}: {name}", work, seconds=8.0, peer=_excused(entry))
+            if name in workers:
+                workers.pop(name).close()  # frees the device's memory
+    finally:
+        close_all(list(workers.values()))
 
 
-def _train(context: Context, race: Race, name: str, entry: Entry) -> Row:
-    """Trains one contestant and compares its steps with those of our default."""
+def _excused(entry: Entry) -> bool:
+    """Returns True if it is no failure that the contestant runs out of memory."""
+    return entry.side == "trl" or entry.may_not_fit
+
+
+def _turn(context: Context, race: Race, name: str, worker: Worker | None, finished: dict[str, Row]) -> Row:
+    """Trains one contestant, in its worker if it has one, and compares it with our default, which runs first."""
+    row = worker.ask("run") if worker else train(race, race.entries[name], context.device)
+    if "ms" not in row:  # it failed, or ran out of memory
+        return row
+    finished[name] = row
+    tflop_s = race.tflop(race.entries[name]) / TIMED / row["ms"] * 1e3
+    notes = [f"{row['ms']:.1f} ms a step"]
+    if "peak_mib" in row:
+        notes.append(f"{row['peak_mib'] / 1024:.1f} GiB, device busy {row['busy']:.0%}")
+    found = {"tflop_s": tflop_s}
+    if "matmul_tflop_s" in context.rates:
+        found["floor_share"] = tflop_s / context.rates["matmul_tflop_s"]
+        notes.append(f"{found['floor_share']:.0%} of the rate of products")
+    if "default" not in finished:
+        notes.append("not compared, because our default did not finish")
+    else:
+        notes.append(f"{row['ms'] / finished['default']['ms']:.2f}x our default")
+        if wrong := differences(finished["default"]["metrics"], row["metrics"]):
+            found["failed"] = wrong
+    return {**row, **found, "result": ", ".join(notes)}
+
+
+def train(race: Race, entry: Entry, device: str) -> Row:
+    """Trains one contestant. Returns its times, memory, metrics and profile."""
     from datasets import Dataset
 
     from ..trainers import build_model, our_trainer, trl_trainer
 
-    cuda = context.device == "cuda"
-    model = build_model(race.shape, attention="sdpa", device=context.device).to(entry.base)
-    meter = StepMeter(cuda)
+    model = build_model(race.shape, attention="sdpa", device=device).to(entry.base)
+    meter = StepMeter(device == "cuda")
     build = trl_trainer if entry.side == "trl" else our_trainer
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(race.spec(entry, context.device), model, Dataset.from_list(race.rows), [meter], folder)
-        trainer.train()
-    # Time, memory, and the share of the rate of large products.
-    seconds = meter.seconds[WARM : WARM + TIMED]
-    ms = 1e3 * statistics.mean(seconds)
-    found: Row = {"ms": ms, "steps_ms": [1e3 * s for s in meter.seconds], "tflop_s": race.tflop(entry) / sum(seconds)}
-    notes = [f"{ms:.1f} ms a step"]
-    if cuda:
-        found["peak_mib"] = round(torch.cuda.max_memory_allocated() / MIB, 1)
-        notes.append(f"{found['peak_mib'] / 1024:.1f} GiB")
-    if "matmul_tflop_s" in context.rates:
-        found["floor_share"] = found["tflop_s"] / context.rates["matmul_tflop_s"]
-        notes.append(f"{found['floor_share']:.0%} of the rate of products")
-    if meter.busy is not None:
-        notes.append(f"device busy {meter.busy:.0%}")
-    found |= {"profile": meter.table, "busy": meter.busy, "metrics": meter.metrics}
-    # Comparison with our default, which runs first.
-    race.finished[name] = meter
-    default = race.finished.get("default")
-    if default is None:
-        notes.append("not compared, because our default failed")
-    else:
-        notes.append(f"{sum(seconds) / sum(default.seconds[WARM : WARM + TIMED]):.2f}x our default")
-        if wrong := differences(default.metrics, meter.metrics):
-            found["failed"] = wrong
-    return {"result": ", ".join(notes), **found}
+        build(race.spec(entry, device), model, Dataset.from_list(race.rows()), [meter], folder).train()
+    found: Row = {"ms": 1e3 * statistics.mean(meter.seconds[WARM : WARM + TIMED])}
+    found |= {"steps_ms": [1e3 * seconds for seconds in meter.seconds], "metrics": meter.metrics}
+    if device == "cuda":
+        found |= {"peak_mib": round(torch.cuda.max_memory_allocated() / MIB, 1), "busy": meter.busy}
+    return found | {"profile": meter.table}
 
 
 def differences(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> str | None:
@@ -201,8 +235,8 @@ class StepMeter(TrainerCallback):
         self.metrics: list[dict[str, float]] = []
         self.table: list[str] = []
         self.busy: float | None = None  # share of the profiled step in which the device ran kernels
-        activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-        self.profiler = torch.profiler.profile(activities=activities)
+        activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+        self.profiler = torch.profiler.profile(activities=[activity])
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self._start()
@@ -229,11 +263,11 @@ class StepMeter(TrainerCallback):
     def _finish(self) -> None:
         """Reads the profile: the kernels with the most time, and on a CPU the operators."""
         self.profiler.stop()
-        averages = self.profiler.key_averages()
+        found = self.profiler.key_averages()
+        if self.cuda:
+            found = [one for one in found if _is_kernel(one)]
         column = "self_device_time_total" if self.cuda else "self_cpu_time_total"
-        own = [
-            (getattr(one, column) / 1e3, one.count, one.key) for one in averages if not (self.cuda and _on_host(one))
-        ]
+        own = [(getattr(one, column) / 1e3, one.count, one.key) for one in found]
         total = sum(ms for ms, *_ in own)
         self.table = [
             f"{ms:8.2f} ms {ms / total:4.0%} {count:5d}x {key[:70]}"
@@ -243,6 +277,23 @@ class StepMeter(TrainerCallback):
             self.busy = total / 1e3 / self.seconds[-1]
 
 
-def _on_host(average: Any) -> bool:
-    """Returns True for an operator: its device time is that of its kernels, which have rows of their own."""
-    return average.device_type == torch.autograd.DeviceType.CPU
+def _is_kernel(average: Any) -> bool:
+    """Returns False for operators and annotated regions, whose device time is that of their kernels."""
+    return average.device_type != torch.autograd.DeviceType.CPU and not average.is_user_annotation
+
+
+def main(spec: dict[str, Any]) -> None:
+    """Runs one contestant's process: it imports, waits for its turn, trains, and answers with its row."""
+    channel, race = Channel(), RACES[spec["race"]]
+    entry, device = race.entries[spec["name"]], spec.get("device", "cuda")
+    race = race.tiny() if device == "cpu" else race
+    __import__("trl" if entry.side == "trl" else "cpt_kernels.trainer")
+    channel.reply(ready=True)
+    if channel.receive() == "run":
+        context = Context(device, False, float("inf"))
+        (row,) = context.attempt(spec["name"], partial(train, race, entry, device), peer=_excused(entry))
+        channel.reply(**row)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[sys.argv.index("--worker") + 1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -121,6 +122,28 @@ def test_a_step_with_other_metrics_is_found():
         found = steps.differences(ours, [one, one | other, *ours[2:]])
         assert found.startswith(f"step 2: {next(iter(other))} is ")
     assert steps.differences(ours, ours[1:]) == f"{len(ours) - 1} steps were logged, expected {len(ours)}"
+
+
+def test_a_contestant_in_its_own_process(monkeypatch):
+    """The processes start before the first turn. One that fails is a failed row, and the next one has its turn."""
+    real, seen = steps.Worker, []
+
+    def worker(name, module, spec):
+        seen.append(name)
+        return real(name, module, spec | {"device": "cpu", **({"race": "none"} if name == "default" else {})})
+
+    def product(*_):
+        seen.append("product")
+        return iter([])
+
+    entries = {name: steps.FULL[name] for name in ("default", "no checkpointing")}
+    monkeypatch.setitem(steps.RACES, "llama-1b", dataclasses.replace(steps.RACES["llama-1b"], entries=entries))
+    monkeypatch.setattr(steps, "Worker", worker)
+    monkeypatch.setattr(steps, "product_rate", product)
+    first, second = steps.full(Context("cuda", False, time.monotonic() + 300))
+    assert seen == ["default", "no checkpointing", "product"]
+    assert "contestant 'default' ended" in first["failed"] and "KeyError" in first["failed"]
+    assert second["ms"] > 0 and "not compared" in second["result"] and "failed" not in second
 
 
 def test_the_flop_bound_of_sharing():
