@@ -16,13 +16,14 @@ from cpt_kernels.ops.pair_loss import KERNEL_LOSSES, PairLossInput, PairLossOutp
 from cpt_kernels.ops.pair_loss.reference import pair_loss_reference
 from tests.helpers.devices import device_params
 from tests.helpers.emulation import emulated
+from tests.helpers.ptx import executed
 from tests.numerics import assert_close
 
 # numpy warns under the interpreter, of means over empty completions that are in no pair.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 GPU = torch.cuda.is_available()
-KERNELS = ["triton", "cuda", "cuda-descending"]
+KERNELS = ["triton", "cuda", "cuda-descending", "ptx"]
 if GPU and backends.has_extension():
     KERNELS.append("cuda-gpu")
 IMPLEMENTATIONS = [*KERNELS, "eager"]
@@ -54,6 +55,9 @@ def implementation(name: str, monkeypatch):
     """(backend, device) under which ``pair_loss`` runs implementation ``name``."""
     if name in ("cuda", "cuda-descending"):
         with emulated(monkeypatch, descending=name.endswith("descending"), multiprocessors=3):
+            yield "cuda", "cpu"
+    elif name == "ptx":
+        with executed(monkeypatch, multiprocessors=3):
             yield "cuda", "cpu"
     else:
         yield name.split("-")[0], "cuda" if GPU else "cpu"

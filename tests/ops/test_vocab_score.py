@@ -19,6 +19,7 @@ from cpt_kernels.ops.vocab_score import TileOptions, VocabScore, vocab_score
 from cpt_kernels.ops.vocab_score.reference import vocab_score_reference
 from tests.helpers.devices import device_params
 from tests.helpers.emulation import emulated
+from tests.helpers.ptx import executed
 from tests.numerics import assert_close
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,6 +33,9 @@ IMPLEMENTATIONS = {
     "cuda-cluster-descending": {"shared_kib": 6, "descending": True},
     "cuda-block": {"major": 8},
     "cuda-stream-descending": {"major": 8, "shared_kib": 4, "descending": True},
+    # The code that nvcc makes, interpreted. Long rows stream.
+    "ptx-cluster": {"architecture": "sm_90a", "shared_kib": 6},
+    "ptx-block": {"architecture": "sm_80", "shared_kib": 16},
 }
 if GPU and backends.has_extension():
     IMPLEMENTATIONS["cuda-gpu"] = {}
@@ -40,7 +44,10 @@ if GPU and backends.has_extension():
 @contextlib.contextmanager
 def implementation(name: str, monkeypatch, patches=()):
     """(backend, device) under which ``vocab_score`` runs implementation ``name``."""
-    if name.startswith("cuda") and name != "cuda-gpu":
+    if name.startswith("ptx"):
+        with executed(monkeypatch, **IMPLEMENTATIONS[name]):
+            yield "cuda", "cpu"
+    elif name.startswith("cuda") and name != "cuda-gpu":
         with emulated(monkeypatch, patches, **IMPLEMENTATIONS[name]):
             yield "cuda", "cpu"
     else:
@@ -75,7 +82,7 @@ CASES = [
     Case(FP32, 5, 1024, score=False),
     Case(FP32, 1, 1024, vocab_size=1, statistics=False, softcap=30.0),  # the one log-prob is 0, with no rounding
     Case(FP32, 67, 2, vocab_size=1, statistics=False, logit_scale=0.7),
-    Case(BF16, 5, 1021, spread=30.0, logit_scale=1.5),  # peaked: log-probs down to hundreds of nats
+    Case(BF16, 67, 1021, spread=30.0, logit_scale=1.5),  # peaked: log-probs down to hundreds of nats
     Case(BF16, 3, 50257, vocab_size=50255, statistics=False, stride=50272),
     Case(FP16, 3, 50257, stride=50264, softcap=30.0),
     Case(FP32, 3, 50257, bias=True, statistics=False, logit_scale=0.5),

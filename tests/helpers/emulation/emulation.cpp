@@ -7,6 +7,7 @@
 namespace emulation {
 
 Device device;
+Interceptor interceptor = nullptr;
 
 Block::Block(const Launch& launch, unsigned index)
     : launch(&launch), index(index), barrier(launch.block.x), shared(new unsigned char[launch.shared_bytes]),
@@ -158,5 +159,6 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
 extern "C" void configure(int descending, int major, int shared_per_multiprocessor, int multiprocessors) {
     emulation::device = {descending != 0, major, shared_per_multiprocessor, multiprocessors};
 }
+extern "C" void intercept_launches(emulation::Interceptor interceptor) { emulation::interceptor = interceptor; }
 extern "C" int last_cluster() { return emulation::last.cluster; }
 extern "C" int last_shared_bytes() { return emulation::last.shared_bytes; }

@@ -129,6 +129,11 @@ extern Thread* current;
 
 void run(const Launch& launch, const std::function<void()>& kernel);  // rethrows the exception of a thread
 
+// Where it is set, it gets each launch in place of the emulated kernel: the kernel's address, blocks, threads of a block,
+// bytes of dynamic shared memory, blocks of a cluster, whether blocks run together, and the bytes of the one argument.
+using Interceptor = void (*)(const void* kernel, int, int, int, int, int, const void* argument, size_t bytes);
+extern Interceptor interceptor;
+
 template <typename T>
 T shuffle(T value, int from) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -305,8 +310,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
     return *blocks = 1, cudaSuccess;
 }
 
-template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+template <typename Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), Params params) {
     emulation::Launch launch{config->gridDim, config->blockDim, int(config->dynamicSmemBytes), 1, false};
     for (unsigned i = 0; i < config->numAttrs; ++i) {
         if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) launch.cluster = config->attrs[i].val.clusterDim.x;
@@ -315,6 +320,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (launch.block.x == 0 || launch.block.x > 1024 || launch.grid.x == 0 || launch.grid.x % launch.cluster ||
         (launch.cooperative && launch.grid.x > unsigned(emulation::device.multiprocessors)))
         return cudaErrorInvalidConfiguration;
-    emulation::run(launch, [=] { kernel(arguments...); });
+    if (emulation::interceptor) {
+        emulation::interceptor(reinterpret_cast<const void*>(kernel), launch.grid.x, launch.block.x, launch.shared_bytes,
+                               launch.cluster, launch.cooperative, &params, sizeof(params));
+    } else {
+        emulation::run(launch, [=] { kernel(params); });
+    }
     return cudaSuccess;
 }

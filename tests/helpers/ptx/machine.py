@@ -1,0 +1,209 @@
+"""Executes a PTX kernel: all threads of a launch at once, each instruction by numpy over the threads that are at it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .instructions import bind
+from .memory import SHARED, SHARED_STRIDE, Memory, Range
+from .order import Launch, Order
+from .program import Program, PtxError
+
+WARP = 32
+MAX_STEPS = 2_000_000
+
+
+class Machine:
+    """Registers and memory of one launch, and where its threads are.
+
+    Threads run by the rule "lowest instruction first": the threads at the lowest instruction of all run together until
+    they branch, wait, or come to the instruction at which other threads are. So threads that a branch has parted meet
+    again where their paths join. An instruction that needs other threads (a barrier, a shuffle) parks its threads until
+    all of them are there.
+
+    Attributes:
+        at: indices of the threads that the current instruction runs for.
+    """
+
+    def __init__(self, program: Program, launch: Launch, ranges: list[Range], arguments: bytes):
+        if launch.threads > program.max_threads or launch.threads % WARP:
+            raise PtxError(f"{program.name} cannot run with {launch.threads} threads a block")
+        self.program, self.launch, self.order = program, launch, Order(launch)
+        self.count = launch.blocks * launch.threads
+        self.block = np.arange(self.count) // launch.threads
+        self.registers: dict[str, np.ndarray] = {}
+
+        # The kernel's memory, that of its blocks, its arguments, and the word that a grid-wide barrier uses.
+        self.arguments, self.word = np.frombuffer(arguments, np.uint8), np.zeros(2, np.uint64)
+        own = [
+            Range("the arguments", self.arguments.ctypes.data, len(arguments), "param"),
+            Range("the grid's barrier", self.word.ctypes.data, 16, writable=True),
+        ]
+        for b in range(launch.blocks if launch.shared_bytes else 0):
+            start = SHARED + b * SHARED_STRIDE
+            own.append(Range(f"block {b}'s shared memory", start, launch.shared_bytes, "shared", False, True))
+        self.memory = Memory([*ranges, *own], self.order)
+        self.special = self.special_registers()
+
+        # Asynchronous copies: [threads, their commit groups, targets, sources, ranges of the sources].
+        self.copies: list[list[np.ndarray]] = []
+        self.commit_group = np.zeros(self.count, np.int64)
+
+        # The next instruction of each thread, and whether the thread waits there or has left.
+        self.next = np.zeros(self.count, np.int64)
+        self.parked, self.exited = np.zeros(self.count, bool), np.zeros(self.count, bool)
+        self.at, self.everyone = np.arange(self.count), True
+        self.code = [self.located(i, bind, self, instruction) for i, instruction in enumerate(program.instructions)]
+
+    def special_registers(self) -> dict[str, np.ndarray]:
+        launch, word, thread = self.launch, self.word.ctypes.data * self.launch.cooperative, np.arange(self.count)
+        values = {
+            **{"%tid.x": thread % launch.threads, "%ntid.x": launch.threads, "%laneid": thread % WARP},
+            **{"%ctaid.x": self.block, "%nctaid.x": launch.blocks},
+            **{f"%{name}.{axis}": 0 for name in ("tid", "ctaid") for axis in "yz"},
+            **{f"%{name}.{axis}": 1 for name in ("ntid", "nctaid") for axis in "yz"},
+            **{"%cluster_ctarank": self.block % launch.cluster, "%cluster_nctarank": launch.cluster},
+            **{"%envreg1": word >> 32, "%envreg2": word & 0xFFFFFFFF},
+        }
+        return {name: np.broadcast_to(np.uint32(value), self.count) for name, value in values.items()}
+
+    def located(self, position: int, function, *arguments):
+        """Calls a function; an error gets the place in the program."""
+        try:
+            return function(*arguments)
+        except PtxError as error:
+            raise PtxError(f"{self.program.name}, {self.program.instructions[position]}: {error}") from None
+
+    # ---- Control flow ----
+
+    def run(self) -> None:
+        """Runs all threads to their end, and writes the results to the host's memory.
+
+        Raises:
+            PtxError: an access breaks a rule of :class:`Memory`, threads wait for ever, or a block leaves too early.
+        """
+        steps = 0
+        with np.errstate(all="ignore"):
+            while not self.exited.all():
+                ready = self.next[~(self.parked | self.exited)]
+                if not ready.size:
+                    self.deadlock()
+                start = int(ready.min())
+                steps += self.run_from(start, int(min(ready[ready > start], default=len(self.code))))
+                if steps > MAX_STEPS:
+                    raise PtxError(f"{self.program.name}: not done after {steps} instructions")
+        self.order.check_lifetimes()
+        self.memory.copy_back()
+
+    def run_from(self, start: int, stop: int) -> int:
+        """Runs the threads at instruction ``start`` until they part, wait or reach ``stop``; returns the steps."""
+        threads = np.flatnonzero((self.next == start) & ~self.exited)
+        self.parked[threads] = False
+        for position in range(start, stop):
+            guard = self.program.instructions[position].guard
+            self.select(threads)
+            if guard:
+                self.select(threads[self.get(guard.lstrip("!")) != guard.startswith("!")])
+                if not self.at.size:
+                    continue
+            following = self.located(position, self.code[position], position)
+            if following is not None:
+                self.next[threads] = position + 1
+                self.next[self.at] = following
+                return position + 1 - start
+        self.next[threads] = stop
+        return stop - start
+
+    def select(self, threads: np.ndarray) -> None:
+        self.at, self.everyone = threads, threads.size == self.count
+
+    def park(self, position: int, complete: np.ndarray) -> np.ndarray:
+        """Parks the threads that are not ``complete``; returns the next instruction of each thread."""
+        self.parked[self.at[~complete]] = True
+        return np.where(complete, position + 1, position)
+
+    def all_here(self, size: int) -> np.ndarray:
+        """Returns of which threads all ``size`` consecutive fellows (a warp, a block) are at this instruction."""
+        return np.bincount(self.at // size, minlength=self.count // size)[self.at // size] == size
+
+    def leave(self) -> int:
+        self.exited[self.at] = True
+        return len(self.code)
+
+    def trap(self) -> None:
+        raise PtxError(f"{self.launch.describe(self.at[0])} traps")
+
+    def deadlock(self) -> None:
+        waiting = np.flatnonzero(self.parked)
+        places = {str(self.program.instructions[i]) for i in self.next[waiting]}
+        raise PtxError(f"deadlock: {waiting.size} of {self.count} threads wait at {places} for threads that never come")
+
+    def synchronise_blocks(self, position: int) -> np.ndarray:
+        complete = self.all_here(self.launch.threads)
+        self.order.synchronise_blocks(self.at[complete])
+        return self.park(position, complete)
+
+    def arrive_at_cluster(self, release: bool) -> None:
+        self.parked[self.order.arrive(self.at, release)] = False  # threads that wait for this phase look again
+
+    def wait_for_cluster(self, position: int) -> np.ndarray:
+        return self.park(position, self.order.wait(self.at))
+
+    # ---- Registers ----
+
+    def get(self, name: str) -> np.ndarray:
+        """Returns the bits of a register in the threads at this instruction."""
+        if name not in self.registers:
+            raise PtxError(f"{name} is read before it is written")
+        return self.registers[name] if self.everyone else self.registers[name][self.at]
+
+    def put(self, name: str, value: np.ndarray) -> None:
+        """Writes a register. An integer of another width than the register is cut, or extended by its sign."""
+        bits = self.program.register_type(name)
+        if bits is None:
+            raise PtxError(f"{name} is not declared")
+        if value.dtype.itemsize != bits.itemsize:
+            value = value.astype(bits.str.replace("u", "i") if value.dtype.kind == "i" else bits)
+        if name not in self.registers:
+            self.registers[name] = np.zeros(self.count, bits)
+        self.registers[name][slice(None) if self.everyone else self.at] = value.view(bits)
+
+    # ---- Memory ----
+
+    def load(self, address: np.ndarray, size: int, space: str, atomic: bool = False) -> np.ndarray:
+        """Returns the bytes at each thread's address, (threads, size) uint8."""
+        self.note_remote(address)
+        return self.memory.load(address, size, space, self.at, atomic)
+
+    def store(self, address: np.ndarray, values: np.ndarray, space: str, atomic: bool = False) -> None:
+        self.note_remote(address)
+        self.memory.store(address, values.view(np.uint8), space, self.at, atomic)
+
+    def note_remote(self, address: np.ndarray) -> None:
+        """Remembers accesses to the shared memory of other blocks, which must not leave before."""
+        owner = (address.astype(np.int64) - SHARED) // SHARED_STRIDE
+        remote = (address >= SHARED) & (owner != self.block[self.at])
+        if remote.any():
+            self.order.remote.append((owner[remote], self.at[remote], self.order.epoch[self.at[remote]]))
+
+    def start_copies(self, target: np.ndarray, source: np.ndarray, size: int) -> None:
+        """Starts asynchronous copies to shared memory. Until they arrive, their targets hold nothing."""
+        origin, ranges = self.memory.locate(source, size, "global", self.at)
+        index, target_ranges = self.memory.locate(target, size, "shared", self.at)
+        self.memory.check_write(index, target_ranges, self.at)
+        self.memory.initialised[index] = False
+        self.copies.append([self.at, self.commit_group[self.at], index, origin, ranges])
+
+    def commit_copies(self) -> None:
+        self.commit_group[self.at] += 1
+
+    def finish_copies(self, pending: int) -> None:
+        """Lets all copies of these threads arrive but those of the last ``pending`` commit groups."""
+        waiting = np.zeros(self.count, bool)
+        waiting[self.at] = True
+        for copies in self.copies:
+            arrive = waiting[copies[0]] & (copies[1] < self.commit_group[copies[0]] - pending)
+            threads, _, target, source, ranges = (x[arrive] for x in copies)
+            self.memory.check_read(source, ranges, threads)
+            self.memory.write(target, self.memory.bytes[source], threads)
+            copies[:] = (x[~arrive] for x in copies)

@@ -1,0 +1,121 @@
+"""Which accesses of a launch are ordered, by barriers and atomic variables, whatever the schedule of the threads.
+
+Each thread has an epoch, and a vector clock over its peers, the threads that it can wait for: those of its cluster, or
+of the whole grid of a cooperative launch. An access of thread t in epoch e happens before the next instruction of its
+peer u if ``seen[u, t] > e``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .program import PtxError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Sizes of a launch."""
+
+    blocks: int
+    threads: int  # of a block, a multiple of 32
+    shared_bytes: int
+    cluster: int = 1  # blocks of a cluster
+    cooperative: bool = False  # blocks may wait for each other
+
+    def describe(self, thread: int) -> str:
+        return f"thread {thread % self.threads} of block {thread // self.threads}"
+
+
+class Order:
+    """Epochs and clocks of all threads, and the state of the clusters' barriers."""
+
+    def __init__(self, launch: Launch):
+        self.launch = launch
+        self.peers = launch.threads * (launch.blocks if launch.cooperative else launch.cluster)
+        count = launch.threads * launch.blocks
+        self.epoch = np.zeros(count, np.int64)
+        self.seen = np.zeros((count // self.peers, self.peers, self.peers), np.int32)
+        self.published: dict[int, np.ndarray] = {}  # address of an atomic variable -> clock of what was released there
+        # Arrivals and waits of each thread at its cluster's barrier, and the joint clocks of the threads that have
+        # arrived in the current phase and in the last complete one.
+        self.arrivals, self.waits = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self.arriving = np.zeros((count // self.peers, self.peers), np.int32)
+        self.arrived = self.arriving.copy()
+        self.remote: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (block, thread that accesses it, its epoch)
+
+    def stamps(self, threads: np.ndarray) -> np.ndarray:
+        """Returns what memory remembers of an access by ``threads``: (thread + 1) << 32 | epoch."""
+        return (threads + 1) << 32 | self.epoch[threads]
+
+    def after(self, stamps: np.ndarray, by: np.ndarray) -> np.ndarray:
+        """Returns whether the accesses happened before the next instruction of ``by``. Stamp 0 stands for no access."""
+        thread, group = np.maximum((stamps >> 32) - 1, 0), by // self.peers
+        seen = self.seen[group, by % self.peers, thread % self.peers] > (stamps & 0xFFFFFFFF)
+        return (stamps == 0) | (thread == by) | (seen & (thread // self.peers == group))
+
+    def release(self, threads: np.ndarray) -> np.ndarray:
+        """Ends an epoch of ``threads``, which are peers; returns the joint clock of all that happened before."""
+        group, peers = threads[0] // self.peers, threads % self.peers
+        self.epoch[threads] += 1
+        self.seen[group, peers, peers] = self.epoch[threads]
+        return self.seen[group, peers].max(0)
+
+    def acquire(self, threads: np.ndarray, clock: np.ndarray) -> None:
+        """Orders all that ``clock`` knows of before the next instruction of ``threads``, which are peers."""
+        group, peers = threads[0] // self.peers, threads % self.peers
+        self.seen[group, peers] = np.maximum(self.seen[group, peers], clock)
+
+    def synchronise_blocks(self, threads: np.ndarray) -> None:
+        """A barrier of one or more whole blocks."""
+        for block in threads.reshape(-1, self.launch.threads):
+            self.acquire(block, self.release(block))
+
+    def atomic(self, threads: np.ndarray, addresses: np.ndarray, release: bool) -> None:
+        """An atomic access releases what its thread did before, or acquires what others released there."""
+        if not self.launch.cooperative:
+            raise PtxError("atomic accesses between blocks that may not run at the same time")
+        for address in np.unique(addresses):
+            here = threads[addresses == address]
+            if release:
+                clock = self.release(here)
+                self.published[address] = np.maximum(self.published.get(address, clock), clock)
+            elif address in self.published:
+                self.acquire(here, self.published[address])
+
+    def arrive(self, threads: np.ndarray, release: bool) -> np.ndarray:
+        """Counts arrivals at the clusters' barriers; returns all threads of the clusters whose phase they complete."""
+        if (self.arrivals[threads] != self.waits[threads]).any():
+            raise PtxError("a thread arrives twice at its cluster's barrier")
+        self.arrivals[threads] += 1
+        size, complete = self.launch.cluster * self.launch.threads, []
+        for cluster in np.unique(threads // size):
+            if release:
+                clock = self.release(threads[threads // size == cluster])
+                self.arriving[cluster] = np.maximum(self.arriving[cluster], clock)
+            members = np.arange(cluster * size, (cluster + 1) * size)
+            if np.ptp(self.arrivals[members]) == 0:
+                self.arrived[cluster] = self.arriving[cluster]
+                complete.append(members)
+        return np.concatenate(complete) if complete else threads[:0]
+
+    def wait(self, threads: np.ndarray) -> np.ndarray:
+        """Returns which threads need not wait for their cluster's barrier any more, because its phase is complete."""
+        if (self.arrivals[threads] == self.waits[threads]).any():
+            raise PtxError("a thread waits for its cluster's barrier without an arrival")
+        size = self.launch.cluster * self.launch.threads
+        complete = self.arrivals.reshape(-1, size).min(1)[threads // size] >= self.arrivals[threads]
+        for cluster in np.unique(threads[complete] // size):
+            self.acquire(threads[complete & (threads // size == cluster)], self.arrived[cluster])
+        self.waits[threads[complete]] += 1
+        return complete
+
+    def check_lifetimes(self) -> None:
+        """Raises PtxError if a block may have left while a thread of another block accesses its shared memory."""
+        for blocks, threads, epochs in self.remote:
+            for block, thread, epoch in zip(blocks, threads, epochs):
+                first, peer = block * self.launch.threads % self.peers, thread % self.peers
+                if (self.seen[thread // self.peers, first : first + self.launch.threads, peer] <= epoch).all():
+                    where = f"block {block} may have left before {self.launch.describe(thread)}"
+                    raise PtxError(f"{where} accesses its shared memory")

@@ -1,0 +1,108 @@
+"""PTX text as data: a kernel's parameters, registers, labels and instructions."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# PTX type -> numpy type. A bf16 number is kept as its bits.
+TYPES = {
+    "pred": np.bool_,
+    **{f"{kind}{8 * size}": f"u{size}" for kind in "bu" for size in (1, 2, 4, 8)},
+    **{f"s{8 * size}": f"i{size}" for size in (1, 2, 4, 8)},
+    **{"f16": "f2", "bf16": "u2", "f32": "f4", "f64": "f8"},
+}
+TYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
+
+
+class PtxError(RuntimeError):
+    """The program does what no correct program does, or uses an instruction that the interpreter does not know."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    guard: str  # the predicate register that enables it, with "!" if negated; "" for none
+    opcode: tuple[str, ...]  # "ld.global.v4.u32" in its parts
+    operands: tuple[str, ...]
+    text: str
+    line: int  # in the PTX file
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.text}"
+
+
+@dataclass
+class Program:
+    """One kernel of a PTX file.
+
+    Attributes:
+        parameters: name -> offset in the bytes of the kernel's arguments.
+        shared: names of the dynamic shared memory; all stand for its first byte.
+        registers: name -> numpy type of its bits. ``%r<9>`` declares the prefix ``%r``.
+        labels: name -> index of the instruction that follows it.
+    """
+
+    name: str
+    max_threads: int = 1024
+    parameters: dict[str, int] = field(default_factory=dict)
+    parameter_bytes: int = 0
+    shared: set[str] = field(default_factory=set)
+    registers: dict[str, np.dtype] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    instructions: list[Instruction] = field(default_factory=list)
+
+    def register_type(self, name: str) -> np.dtype | None:
+        """Returns the numpy type of a register's bits, or None if there is no such register."""
+        return self.registers.get(name, self.registers.get(name.rstrip("0123456789")))
+
+
+def parse(text: str, suffix: str) -> Program:
+    """Reads the kernel whose mangled name ends with ``suffix`` from a PTX file."""
+    entry = re.search(rf"\.entry\s+(\w*{re.escape(suffix)})\((.*?)\)(.*?)\n\{{\n(.*?)\n\}}", text, re.DOTALL)
+    if entry is None:
+        raise PtxError(f"there is no kernel *{suffix}")
+    program = Program(entry[1])
+    program.shared = set(re.findall(r"\.extern\s+\.shared[^;]*?(\w+)\[\]", text))
+    if match := re.search(r"\.(?:max|req)ntid\s+(\d+)", entry[3]):
+        program.max_threads = int(match[1])
+    # Parameters lie one after another, each at a multiple of its alignment.
+    for align, kind, name, count in re.findall(
+        r"\.param\s+(?:\.align (\d+) )?[^,]*?\.(\w+) (\w+)(?:\[(\d+)\])?", entry[2]
+    ):
+        size = TYPES[kind].itemsize
+        start = -(-program.parameter_bytes // int(align or size)) * int(align or size)
+        program.parameters[name] = start
+        program.parameter_bytes = start + size * int(count or 1)
+
+    newlines = [match.start() for match in re.finditer("\n", text)]
+    body = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), entry[4])
+    for statement in re.finditer(r"[^;]+;", body):
+        position = entry.start(4) + statement.end()
+        read_statement(program, statement[0][:-1].strip(), bisect(newlines, position - 1) + 1)
+    return program
+
+
+def read_statement(program: Program, text: str, line: int) -> None:
+    """Adds a statement (without its semicolon) to the program: labels, a declaration or an instruction."""
+    # Braces around statements are scopes. nvcc gives each name one type everywhere, so scopes need not be kept apart.
+    while match := re.match(r"[{}]\s*|([$\w]+):\s*", text):
+        if match[1]:
+            program.labels[match[1]] = len(program.instructions)
+        text = text[match.end() :]
+    if match := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):
+        kind = TYPES[match[1]]
+        bits = kind if kind == np.bool_ else np.dtype(f"u{kind.itemsize}")
+        for name in re.findall(r"%?[a-zA-Z_]\w*", match[2]):
+            if program.registers.setdefault(name, bits) != bits:
+                raise PtxError(f"line {line}: register {name} is declared with two widths")
+    elif match := re.match(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL):
+        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
+        opcode = tuple(match[2].split("."))
+        program.instructions.append(
+            Instruction(match[1] or "", opcode, tuple(operands), re.sub(r"\s+", " ", text), line)
+        )
+    elif not text.startswith(".pragma"):
+        raise PtxError(f"line {line}: unknown statement: {text}")

@@ -1,0 +1,175 @@
+"""The interpreter of PTX: planted faults in the compiled kernels are found, and its arithmetic rounds as PTX says.
+
+The kernels' results are tested beside those of all implementations, in test_vocab_score.py and test_pair_loss.py.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from cpt_kernels.ops.pair_loss import pair_loss
+from tests.helpers.ptx import PtxError, executed
+from tests.helpers.ptx import arithmetic as a
+from tests.ops import test_pair_loss, test_vocab_score
+from tests.ops.test_vocab_score import BF16, FP32, Case
+
+BLOCKS = Case(FP32, 2, 20001, offset=3)  # each row is split over a cluster of 8 blocks of 2 warps
+ONE_WARP = Case(BF16, 2, 256, stride=264)  # 32 whole vectors a row
+SPREAD = Case(FP32, 67, 1021)
+
+# Fault: (what the PTX has, in a regular expression, what it gets, the error, the case).
+SCORE_FAULTS = {
+    "asynchronous copies not waited for": (r"cp\.async\.wait_group 0;", "", "nothing has been written to", BLOCKS),
+    "no barrier before warps are merged": (r"bar\.sync\s+0;", "", "no barrier lies between|nothing has been", BLOCKS),
+    "no cluster barrier before blocks are merged": (
+        r"barrier\.cluster\.arrive;\s*barrier\.cluster\.wait;",
+        "",
+        "no barrier lies between|nothing has been",
+        BLOCKS,
+    ),
+    "a block does not wait for the cluster's barrier": (
+        r"(barrier\.cluster\.arrive;\s*)barrier\.cluster\.wait;",
+        r"\1",
+        "no barrier lies between",
+        BLOCKS,
+    ),
+    "a block leaves while others read it": (r"barrier\.cluster\.wait;(\s*ret;)", r"\1", "may have left", BLOCKS),
+    "arrival before the last read of another block": (
+        r"(barrier\.cluster\.arrive;\s*barrier\.cluster\.wait;)(.*?)barrier\.cluster\.arrive;",
+        r"\1 barrier.cluster.arrive;\2",
+        "may have left",
+        BLOCKS,
+    ),
+    "a store past the row's end": (
+        r"(st\.global\S*\.v4\.u32\s+\[%rd\d+)",
+        r"\1+16",
+        r"out of bounds, at byte 512 of row \d of the logits \(512 bytes\)",
+        ONE_WARP,
+    ),
+    "a vector store at a misaligned address": (r"(st\.global\S*\.v4\.u32\s+\[%rd\d+)", r"\1+8", "misaligned", ONE_WARP),
+    "another log2 e": ("0f3FB8AA3B", "0f3FB8AA80", "error", SPREAD),
+    "a multiply-add that is not fused": (
+        r"mul\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+);",
+        r"mul.f32 \1, \2, \2;",
+        "error",
+        SPREAD,
+    ),
+    "a shuffle by another distance": (
+        r"(shfl\.sync\.bfly\.b32[^;]*, )%r\d+, (%r\d+, %r\d+;)",
+        r"\g<1>1, \2",
+        "error",
+        SPREAD,
+    ),
+    "a lane leaves before a shuffle": (
+        r"(\s)(shfl\.sync\.bfly)",
+        r"\1setp.eq.u32 %p1, %laneid, 3; @%p1 ret; \2",
+        "deadlock",
+        ONE_WARP,
+    ),
+    "an instruction that the interpreter does not know": (
+        r"ex2\.approx\.ftz\.f32",
+        "tanh.approx.f32",
+        r"line \d+: .*does not know the instruction tanh\.approx\.f32",
+        ONE_WARP,
+    ),
+    "a modifier that the interpreter does not know": (r"fma\.rn\.f32", "fma.rz.f32", r"fma\.rz\.f32", ONE_WARP),
+}
+
+
+@pytest.mark.parametrize("fault", SCORE_FAULTS)
+def test_planted_faults_are_found_in_vocab_score(fault, monkeypatch):
+    pattern, replacement, message, case = SCORE_FAULTS[fault]
+    kind = AssertionError if message == "error" else PtxError
+    with executed(monkeypatch, fault=(pattern, replacement), shared_kib=16), pytest.raises(kind, match=message):
+        test_vocab_score.check(case, "cuda")
+
+
+PAIR_FAULTS = {
+    "no barrier before partial sums are read": (
+        r"bar\.sync\s+0;(.*)bar\.sync\s+0;",
+        r"\1bar.sync 0;",
+        "no barrier lies between|nothing has been",
+    ),
+    "no barrier after partial sums were read": (
+        r"(bar\.sync\s+0;.*)bar\.sync\s+0;",
+        r"\1",
+        "read, and no barrier lies",
+    ),
+    "no barrier of the block after the grid's": (
+        r"(barrier\.sync\s+0;.*)barrier\.sync\s+0;",
+        r"\1",
+        "no barrier lies between|nothing has been",
+    ),
+    "threads leave before a barrier": (
+        r"(setp\.ne\.s32\s+(%p\d+), %r1, 0;\s*)bar\.sync",
+        r"\1@\2 ret; bar.sync",
+        "deadlock",
+    ),
+    "a load past the end": (
+        r"(ld\.global\.s32\s+%rd\d+, \[%rd\d+)\+4\]",
+        r"\1+8]",
+        "out of bounds, .* of cu_completions",
+    ),
+    "a loss of other constants": ("0dBFE62E42FEFA39EF", "0dBFE6200000000000", "error"),
+}
+
+
+@pytest.mark.parametrize("fault", PAIR_FAULTS)
+def test_planted_faults_are_found_in_pair_loss(fault, monkeypatch):
+    pattern, replacement, message = PAIR_FAULTS[fault]
+    kind = AssertionError if message == "error" else PtxError
+    arguments = test_pair_loss.make("pairs share completions", wide=False)
+    with executed(monkeypatch, fault=(pattern, replacement), multiprocessors=2), pytest.raises(kind, match=message):
+        test_pair_loss.check(arguments, "sigmoid", {}, lambda **kw: pair_loss(**kw, backend="cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", test_vocab_score.CASES, ids=str)
+def test_vocab_score_for_blackwell(case, monkeypatch):
+    """nvcc compiles other code for sm_100a; the package ships that for sm_90, which the driver compiles further."""
+    with executed(monkeypatch, "sm_100a", shared_kib=16) as launches:
+        test_vocab_score.check(case, "cuda")
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_multiply_add_is_rounded_once(dtype):
+    """Against exact fractions; the sum cancels most digits of the product in a half of the cases."""
+    random = np.random.default_rng(0)
+    x, y = (random.standard_normal(2000).astype(dtype) for _ in range(2))
+    z = np.where(random.random(2000) < 0.5, -x * y, random.standard_normal(2000).astype(dtype))
+    exact = [Fraction(float(p)) * Fraction(float(q)) + Fraction(float(r)) for p, q, r in zip(x, y, z)]
+    expected = np.array([dtype(float(e)) for e in exact])
+    assert (a.fma(x, y, z) == expected).all()
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(a.fma(dtype([np.inf, 1]), dtype([0, np.nan]), dtype([1, 1]))).all()
+
+
+def test_approximations_err_as_much_as_ptx_allows():
+    x = np.linspace(-20, 20, 100_001, dtype=np.float32)
+    error = np.abs(a.ex2(x) / np.exp2(np.float64(x)) - 1).max()
+    assert 0.9 < error / 2.0**-22 < 1.3 and a.ex2(np.float32([0, -200]).astype(np.float32)).tolist() == [1, 0]
+    y = x[x != 0]
+    assert np.abs(a.rcp(y) * np.float64(y) - 1).max() <= 2.0**-23
+    t = torch.from_numpy(x)
+    assert (a.cuda_tanh(t).double() - t.double().tanh()).abs().max() < 2.0**-22
+
+
+def test_conversions_and_shifts():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    x[:4] = torch.tensor([float("inf"), -float("inf"), 3.39e38, 1e-41])
+    bits = a.to_bf16(x.numpy())
+    assert np.array_equal(bits, x.bfloat16().view(torch.int16).numpy().view(np.uint16))
+    assert np.array_equal(a.from_bf16(bits), x.bfloat16().float().numpy())
+    assert a.to_bf16(np.float32([np.nan])) == 0x7FFF
+    one = np.uint32([1])
+    assert a.shift_left(one, np.uint32(32)) == 0 and a.shift_left(one, np.uint32(31)) == 1 << 31
+    assert a.shift_right(np.int32([-8]), np.uint32(40)) == -1 and a.shift_right(one, np.uint32(32)) == 0
+    assert a.divide(np.int32([-7]), np.int32([2])) == -3
+    eight = np.uint32(8)
+    assert a.insert_bits(np.uint32([0xABCD]), np.uint32([0x11111111]), eight, eight) == 0x1111CD11
+    assert a.extract_bits(np.uint32([0x12345678]), eight, eight) == 0x56
