@@ -41,9 +41,10 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def _contestants(context: Context) -> dict[str, Contestant]:
-    """Returns ours, then the peers, with those that compile last. A tiny run leaves those out.
+    """Returns ours, then the peers: those that compile after the others, and variants last.
 
     The backend that ``auto`` takes runs in every mode and at both sizes of a tile, the others only in mode ``trained``.
+    A tiny run leaves out those that compile.
     """
     found = {}
     first, *others = [backend for backend in backends_of(context) if context.device == "cpu" or backend != "eager"]
@@ -53,7 +54,7 @@ def _contestants(context: Context) -> dict[str, Contestant]:
     for backend in others:
         found[f"trained, {backend}, 1 GB"] = contestants(backend, statistics=True, memory_mb=TILES["1 GB"])["trained"]
     peers = {name: one for name, one in contestants().items() if one.peer and not (context.tiny and one.compiles)}
-    return found | dict(sorted(peers.items(), key=lambda item: item[1].compiles))
+    return found | dict(sorted(peers.items(), key=lambda item: (item[1].gradients != TRAINED, item[1].compiles)))
 
 
 def _time(context: Context, problem: Problem, contestant: Contestant, expected: dict[str, float]) -> Row:
@@ -71,7 +72,7 @@ def _time(context: Context, problem: Problem, contestant: Contestant, expected: 
     value, grads = run()
     results = {"loss": float(value), **norms(*(grads or (None,)))}
     del grads
-    found = measure(run, context, 1.5)
+    found = measure(run, context, 1.0)
     note = ""
     if "matmul_tflop_s" in context.rates:
         flops = 2 * problem.hidden.numel() * problem.weight.shape[0] * products

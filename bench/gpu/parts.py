@@ -70,9 +70,10 @@ def environment(context: Context) -> Iterator[Row]:
 
     def kernels() -> Row:
         triton = importlib.util.find_spec("triton") is not None
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none"  # Triton compiles C
         return {
             "result": f"extension {'built' if has_extension() else 'not built'},"
-            f" triton {'installed' if triton else 'not installed'}"
+            f" triton {'installed' if triton else 'not installed'}, C compiler {compiler}"
         }
 
     yield from context.attempt("packages", packages)

@@ -7,7 +7,9 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 import time
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +17,9 @@ import torch
 
 from bench import attentions, heads
 from bench.gpu import attention as gpu_attention
+from bench.gpu import carry, meter, parts, steps
 from bench.gpu import check as gpu_check
 from bench.gpu import head as gpu_head
-from bench.gpu import meter, parts, steps
 from bench.gpu.check import Outcome, Part, apart, check, parse, report, totals
 from bench.gpu.meter import Context, DeviceTimer, measure
 from bench.gpu.parts import run_limited
@@ -335,6 +337,62 @@ def test_an_extension_that_is_not_built(monkeypatch):
     monkeypatch.setattr(parts, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(parts, "run_limited", lambda command, seconds, **_: (1, "error: no such thing"))
     assert "no such thing\nexit code 1" in next(parts.extension(context))["failed"]
+
+
+# --- What is carried to a machine without package index ---
+
+
+@pytest.fixture
+def carried(monkeypatch, tmp_path):
+    """Stands in for pip and nvcc: a package of 3 MiB, and an extension of 1 MiB."""
+    calls = []
+
+    def install(site, version):
+        calls.append(version)
+        site.mkdir()
+        (site / "package.py").write_bytes(bytes(3 << 20))
+
+    def build(python, suffix):
+        path = tmp_path / f"_C{suffix}"
+        path.write_bytes(bytes(1 << 20))
+        return path
+
+    monkeypatch.setattr(carry, "install", install)
+    monkeypatch.setattr(carry, "build", build)
+    monkeypatch.setattr(carry, "find_nvcc", lambda: "nvcc")
+    return calls
+
+
+def test_what_to_carry(carried, monkeypatch, tmp_path, capsys):
+    site, python = tmp_path / "site", ["--python", sys.executable]
+    assert carry.main([*python, "--site", str(site)]) == 0
+    out = capsys.readouterr().out
+    suffix, version = sysconfig.get_config_var("EXT_SUFFIX"), f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert f"{site}, {tmp_path / f'_C{suffix}'} (4.0 MiB)" in out and f"PYTHONPATH={site} python -m bench" in out
+    assert carried == [version]
+    site = tmp_path / "other"
+    assert carry.main([*python, "--site", str(site), "--limit", "3.5"]) == 1
+    assert "4.0 MiB are more than --limit 3.5" in capsys.readouterr().out
+    monkeypatch.setattr(carry, "find_nvcc", lambda: None)
+    assert carry.main([*python, "--site", str(tmp_path / "third")]) == 0
+    out = capsys.readouterr().out
+    assert "nvcc is not found; gpu_check compiles them there" in out and "(3.0 MiB)" in out
+
+
+def test_a_python_that_is_not_here(carried, tmp_path, capsys):
+    python = ["--python", str(tmp_path / "python3.12"), "--site", str(tmp_path / "site")]
+    assert carry.main(python) == 2 and not carried
+    assert "does not run here" in capsys.readouterr().out
+    assert carry.main([*python, "--python-version", "3.12"]) == 0 and carried == ["3.12"]
+    assert "that Python is not installed here" in capsys.readouterr().out
+    assert carry.main(["--python", sys.executable, "--python-version", "2.7"]) == 2
+    assert "change --python" in capsys.readouterr().out
+
+
+def test_carried_packages_have_the_versions_of_the_constraints():
+    wanted = carry.requirements()
+    assert len(wanted) == len(carry.PACKAGES) and all("==" in one for one in wanted)
+    assert f"trl=={metadata.version('trl')}" in wanted
 
 
 # --- Workers ---
