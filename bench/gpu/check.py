@@ -54,14 +54,14 @@ PARTS = {
     "environment": Part("parts", "environment", 15),
     "extension": Part("parts", "extension", 30),
     "tests": Part("parts", "tests", 75),
-    "sanitizers": Part("parts", "sanitizers", 40),
+    "sanitizers": Part("parts", "sanitizers", 60),
     "kernels": Part("kernels", "rows", 20),
-    "head": Part("head", "rows", 90),
+    "head": Part("head", "rows", 85),
     "attention": Part("attention", "comparisons", 35),
     "attention speed": Part("attention", "benchmarks", 35),
-    "steps": Part("steps", "full", 90),
-    "LoRA steps": Part("steps", "lora", 85),
-    "training": Part("parts", "training", 25),
+    "steps": Part("steps", "full", 85),
+    "LoRA steps": Part("steps", "lora", 80),
+    "training": Part("parts", "training", 20),
 }
 
 

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from cpt_kernels.data.collate import PackedCollator
@@ -88,6 +89,26 @@ def test_packed_is_as_exact_as_alone(name, dtype, head, activations):
         rows = _rows(name, loss, seed)
         results.append(run_packed(packed, rows, LOSSES[loss], general=head == GENERAL, routing=routing))
     assert_as_exact(results, eager, reference, torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", [FROZEN, TRAINED, GENERAL])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_packed_on_a_gpu_is_as_exact_as_alone_on_a_cpu(name, head):
+    """In bf16, with the attention and the kernels that are chosen on the GPU."""
+    loss, results = _loss_of(name), []
+    (reference, _), (eager, _) = (alone(name, BF16, dtype, loss) for dtype in (torch.float64, BF16))
+    model = tiny_model(name, BF16).cuda()
+    if head == FROZEN:
+        freeze_head(model)
+    packed = PackedModel(model)
+    for seed in range(BATCHES):
+        model.zero_grad()
+        rows = _rows(name, loss, seed)
+        batch = send_to_device(make_batch(rows, packed), model.device)
+        found = run_packed(packed, rows, LOSSES[loss], batch=batch, general=head == GENERAL)
+        results.append(Result(**send_to_device(vars(found), "cpu")))
+    assert_as_exact(results, eager, reference, torch.finfo(BF16).eps)
 
 
 @pytest.mark.parametrize("head", [FROZEN, TRAINED, GENERAL])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import pytest
 import torch
@@ -70,3 +71,17 @@ def test_head_on_kernels(backend, loss, options, dtype, trained, monkeypatch):
         found = run(dtype, backend, loss, trained, **options)
     for name, reference in exact.items():
         assert_close(found[name], eager[name], reference, f"{loss} {name}", eps=torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_products_at_sizes_of_tensor_cores(trained, monkeypatch):
+    """The sizes above are odd; these let cuBLAS take the products that it takes in training, summed in fp32."""
+    monkeypatch.setattr(sys.modules[__name__], "HIDDEN", 512)
+    monkeypatch.setattr(sys.modules[__name__], "VOCAB", 4096)
+    exact, eager, found = (
+        run(dtype, backend, "sigmoid", trained)
+        for dtype, backend in ((torch.float64, "eager"), (torch.bfloat16, "eager"), (torch.bfloat16, "auto"))
+    )
+    for name, reference in exact.items():
+        assert_close(found[name], eager[name], reference, name, eps=torch.finfo(torch.bfloat16).eps)
