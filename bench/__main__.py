@@ -19,6 +19,7 @@ SUBJECTS = {
     "reference_pass": "time to score the reference on all pairs of a response file, compared with TRL",
     "gpu_check": "all tests, sanitizers, comparisons and benchmarks that need a GPU, in nine minutes",
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
+    "bytes": "bytes that the layers move beside matrix products, eager, compiled and with Liger; needs no GPU",
     "win_rate": "length-controlled win rates, compared with those that AlpacaEval publishes, from a copy of its files",
     "plot": "plot recorded results",
     "readme": "write the figures of README.md and docs/benchmarks.md from recorded results",
