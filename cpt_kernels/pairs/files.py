@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,10 +47,20 @@ class Responses:
         """Returns (n,) the values of a numeric column."""
         return self.table[column].to_numpy()
 
-    def where(self, row: int) -> str:
+    def where(self, index: int) -> str:
         """Returns the source and the row of a response, for messages."""
-        name, _ = max(((name, start) for name, start in self.sources.items() if start <= row), key=lambda s: s[1])
-        return f"{name} row {self.table['row'][row].as_py()}"
+        return f"{list(self.sources)[self._source(index)]} row {self.table['row'][index].as_py()}"
+
+    def name(self, index: int) -> str:
+        """Returns the model and the row of a response, with its file if several have responses of the model."""
+        model, source = self.models[index], self._source(index)
+        shared = (self._source(np.flatnonzero(self.models == model)) != source).any()
+        file = f" of {Path(list(self.sources)[source]).name}" if shared else ""
+        return f"{model}: row {self.table['row'][index].as_py()}{file}"
+
+    def _source(self, index: Any) -> Any:
+        """Returns the number of the source of each response."""
+        return np.searchsorted(list(self.sources.values()), index, side="right") - 1
 
 
 def load_responses(

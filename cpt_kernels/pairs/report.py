@@ -90,7 +90,7 @@ def _count_responses(responses: Responses, pairs: PairTable) -> dict[str, Any]:
         if reason == DropReason.KEPT or not counts[reason]:
             continue
         rows = np.flatnonzero(pairs.drops == reason)[:_EXAMPLES].tolist()
-        dropped[reason.label] = {"count": int(counts[reason]), "first": [responses.where(row) for row in rows]}
+        dropped[reason.label] = {"count": int(counts[reason]), "first": [responses.name(row) for row in rows]}
         if detail := responses.table["detail"][rows[0]].as_py():
             dropped[reason.label]["detail"] = detail
     return {"in": len(responses), "kept": int(counts[DropReason.KEPT]), "dropped": dropped}

@@ -137,7 +137,7 @@ def test_ultrafeedback(tmp_path):
     assert report_of(tmp_path / "pairs.jsonl")["pairs"]["tied"] == 1
     rows = build(source, "--ratings", "annotations", "--output", tmp_path / "pairs.jsonl")
     assert [(r["chosen"], r["rejected"], r["gap"]) for r in rows] == [("yy", "xx", 3.0)]
-    assert report_of(tmp_path / "pairs.jsonl")["responses"]["dropped"]["no rating"]["first"] == [f"{source} row 0"]
+    assert report_of(tmp_path / "pairs.jsonl")["responses"]["dropped"]["no rating"]["first"] == ["z: row 0"]
     rows = build(source, "--order", "x > z", "--output", tmp_path / "pairs.jsonl")
     assert [(r["chosen"], r["rejected"], r["gap"]) for r in rows] == [("xx", "zz", 1.0)]
 

@@ -68,6 +68,18 @@ def test_the_source_of_a_response(tmp_path):
     assert responses.where(23) == f"{names[1]} row 11"
 
 
+def test_the_name_of_a_response(tmp_path):
+    models = {"a.jsonl": ["weak", "both"], "b.jsonl": ["both", None]}
+    files = [
+        write_rows(tmp_path / name, [{"prompt": "p", "model": m, "response": "x"} for m in models[name]])
+        for name in models
+    ]
+    responses = load_responses(list(map(str, files)))
+    assert [responses.name(i) for i in range(4)] == [
+        *("weak: row 0", "both: row 1 of a.jsonl", "both: row 0 of b.jsonl", "unknown: row 1"),
+    ]
+
+
 def test_unusable_responses_are_marked_with_a_reason(tmp_path):
     rows = [
         {"prompt": "p", "model": "a", "response": "fits"},

@@ -47,7 +47,7 @@ def test_figures(report):
         "empty response": 1,
         "no other response": 1,
     }
-    assert responses["dropped"]["empty response"]["first"][0].endswith("rows.jsonl row 7")
+    assert responses["dropped"]["empty response"]["first"] == ["b: row 7"]
     entries = {(entry["chosen"], entry["rejected"]): entry for entry in report["by_models"]}
     assert list(entries) == [("a", "b"), ("a", "c"), ("b", "c")]
     first = entries["a", "b"]
