@@ -22,7 +22,6 @@ from .data.curriculum import Curriculum, Draws
 from .data.forms import Form, detect_form
 from .data.loader import (
     check_budget,
-    kept_columns,
     longest_sequence,
     make_draws,
     make_loader,
@@ -49,13 +48,13 @@ from .reference.scorer import Reference, put_sums
 from .training.checks import (
     aux_loss_coef,
     check_checkpointing,
+    check_columns,
     check_data,
     check_engine,
     check_max_length,
     check_metric,
     check_overrides,
     check_positions,
-    check_ranked_pairs_apply,
     check_reference_model,
     check_removed_arguments,
     check_trainable,
@@ -65,6 +64,7 @@ from .training.checks import (
     is_overridden,
     may_share_prompts,
     mend_generation_config,
+    reading_options,
 )
 from .training.loop import PackedLoop
 from .training.model_card import write_model_card
@@ -143,6 +143,8 @@ class ContrastiveTrainer(PackedLoop):
         self._tokenizer = tokenizer_of(model, args) if processing_class is None else checked_tokenizer(processing_class)
         if ref_tokenizer is not None:
             check_same_tokenizer(self._tokenizer, ref_tokenizer)
+        if isinstance(model, str) and not is_overridden(self, ContrastiveTrainer._prepare_dataset):
+            check_columns(args, self.loss, self._tokenizer, train_dataset, eval_dataset)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         check_reference_model(model, ref_model)
         check_max_length(model, args.max_length)
@@ -218,22 +220,8 @@ class ContrastiveTrainer(PackedLoop):
         # The other processes find the result in the cache of datasets.
         with args.main_process_first(desc=f"tokenizing the {name} data"):
             dataset = visible_rows(dataset)
-            keep = kept_columns(self.curriculum, dataset) if name == "train" else ()
-            if name == "train":
-                check_ranked_pairs_apply(dataset, args.ranked_pairs)
-            dataset, report = prepare(
-                dataset,
-                processing_class,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                target_column=args.target_column,
-                gap_column=args.gap_column,
-                ranked_pairs=args.ranked_pairs or "all",
-                prompt_format=args.prompt_format,
-                keep_columns=keep,
-                num_proc=args.dataset_num_proc,
-                name=name,
-            )
+            options = reading_options(args, dataset, is_training=name == "train")
+            dataset, report = prepare(dataset, processing_class, **options, num_proc=args.dataset_num_proc, name=name)
         self.reports[name] = report
         log_on_main(report.notes)
         vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]

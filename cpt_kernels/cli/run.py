@@ -20,7 +20,7 @@ from ..data.mixture import load_mixture, split_rows
 from ..data.sources import is_one_file, load_data, parse_columns
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
-from ..training.checks import check_machine, check_metric
+from ..training.checks import check_columns, check_machine, check_metric
 from ..training.loop import log_on_main
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from ..training.run_folder import checkpoints_in, earlier_run, held, weights_in
@@ -104,6 +104,7 @@ def make_trainer(
     tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)
     train_data, eval_data = _load_data(options.script, args)
+    check_columns(args, args.build_loss(), tokenizer, train_data, eval_data)
     model, ref_model = policy(options.model, args), reference(options.model, args)
     args.model_init_kwargs = None  # already applied; the trainer refuses them for a loaded model
     return cls(

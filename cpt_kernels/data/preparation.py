@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from ..errors import UserError
-from .first_row import read_first_row
+from .first_row import FirstRow, read_first_row
 from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, PromptFormat, RankedPairs, check_ranked_pairs
-from .forms import REFERENCE_SUMS, Form, find_roles, read_by, unused_columns
-from .rows import ExactJson, find_null_places, read_columns, visible_rows
+from .forms import REFERENCE_SUMS, Form, Roles, find_roles, read_by, unused_columns
+from .rows import ExactJson, NullPlaces, find_null_places, read_columns, visible_rows
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
 
@@ -229,6 +229,62 @@ class _StreamFilter:
         return {name: [values[i] for i in kept] for name, values in columns.items()}
 
 
+class Examined(NamedTuple):
+    """How the rows of a dataset are read.
+
+    Attributes:
+        dataset: its visible rows.
+        columns: all of them.
+        keep: the columns that stay as they are.
+        nulls: where Arrow may have inserted nulls.
+        unused: the columns that nothing reads.
+    """
+
+    dataset: Dataset | IterableDataset
+    columns: list[str]
+    form: Form
+    roles: Roles
+    keep: tuple[str, ...]
+    nulls: Mapping[str, NullPlaces]
+    first: FirstRow
+    unused: list[str]
+
+
+def examine(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+    target_column: str | None = None,
+    gap_column: str | None = None,
+    ranked_pairs: RankedPairs = "all",
+    prompt_format: PromptFormat = "auto",
+    keep_columns: Sequence[str] = (),
+    name: str = "train",
+) -> Examined:
+    """Checks options, columns and the first usable row of a dataset; :func:`prepare` explains the arguments.
+
+    Raises:
+        UserError: the columns, an option or the tokenizer cannot be used.
+    """
+    _check_type(dataset, name)
+    dataset = visible_rows(dataset)
+    columns = read_columns(dataset)
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise UserError(f"the {name} data has no rows")
+    check_truncation(max_length, truncation_mode)
+    check_ranked_pairs(ranked_pairs)
+    check_tokenizer(tokenizer)
+    form, roles = find_roles(columns)
+    keep = _kept_columns(columns, form, target_column, gap_column, keep_columns)
+    named = [*filter(None, [target_column, gap_column]), *keep]
+    nulls = find_null_places(dataset.features, {*read_by(form, roles), *named} if form not in _TOKENIZED else ())
+    first = read_first_row(dataset, form, roles, prompt_format, tokenizer, nulls)
+    unused = unused_columns(columns, form, roles, named, first.is_whole)
+    return Examined(dataset, columns, form, roles, keep, nulls, first, unused)
+
+
 def prepare(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -274,32 +330,30 @@ def prepare(
     Raises:
         UserError: the form, an option or the tokenizer cannot be used, or no row is left (the message counts reasons).
     """
-    # Check all options before any row is tokenized.
-    _check_type(dataset, name)
-    dataset = visible_rows(dataset)
-    given = read_columns(dataset)
-    if not given or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise UserError(f"the {name} data has no rows")
-    check_truncation(max_length, truncation_mode)
-    check_ranked_pairs(ranked_pairs)
-    check_tokenizer(tokenizer)
-    form, roles = find_roles(given)
-    keep = _kept_columns(given, form, target_column, gap_column, keep_columns)
-    named = [*filter(None, [target_column, gap_column]), *keep]
-    nulls = find_null_places(dataset.features, {*read_by(form, roles), *named} if form not in _TOKENIZED else ())
-    first = read_first_row(dataset, form, roles, prompt_format, tokenizer, nulls)
-    unused = unused_columns(given, form, roles, named, first.is_whole)
+    read = examine(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        target_column=target_column,
+        gap_column=gap_column,
+        ranked_pairs=ranked_pairs,
+        prompt_format=prompt_format,
+        keep_columns=keep_columns,
+        name=name,
+    )
+    dataset, form, keep, first = read.dataset, read.form, read.keep, read.first
 
     # Tokenize and filter.
     stored = dataset.features if isinstance(dataset, Dataset) else {}
     exact = tuple(column for column in keep if isinstance(stored.get(column), ExactJson))
     tokenization = Tokenization(
-        *(tokenizer, form, target_column, ranked_pairs, keep, gap_column, nulls, exact),
-        roles=dict(roles),
+        *(tokenizer, form, target_column, ranked_pairs, keep, gap_column, read.nulls, exact),
+        roles=dict(read.roles),
         prompt_format=first.prompt_format,
     )
-    tokenize = partial(_tokenize, dataset, tokenization, given, batch_size)
-    report = PreparationReport(name, max_length, notes=first.notes(name, unused), first_is_chat=first.is_chat)
+    tokenize = partial(_tokenize, dataset, tokenization, read.columns, batch_size)
+    report = PreparationReport(name, max_length, notes=first.notes(name, read.unused), first_is_chat=first.is_chat)
     filtration = Filter(max_length, truncation_mode)
     columns = (*GROUP_FEATURES, *keep)
     if isinstance(dataset, IterableDataset):

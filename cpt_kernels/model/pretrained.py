@@ -8,6 +8,7 @@ adapters, and a weight that is missing, left over or of another shape is an erro
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -180,7 +181,7 @@ def find_base(name: str, adapters: SavedAdapters, **hub: Any) -> BaseModel:
     """Returns the base model that the configurations of adapters name.
 
     Raises:
-        UserError: they name none, or several; or PEFT is not installed.
+        UserError: they name none, several, or a folder that does not exist; or PEFT is not installed.
     """
     bases = {BaseModel(c.base_model_name_or_path, c.revision) for c in _read_configs(name, adapters, hub).values()}
     if len({base.name for base in bases}) > 1 or not all(base.name for base in bases):
@@ -189,7 +190,13 @@ def find_base(name: str, adapters: SavedAdapters, **hub: Any) -> BaseModel:
             f"{name} names {named} as base model: write the one base model as base_model_name_or_path into its"
             f" {ADAPTER_CONFIG}"
         )
-    return bases.pop()
+    base = bases.pop()
+    if base.name.startswith((os.sep, ".")) and not Path(base.name).is_dir():
+        raise UserError(
+            f"{name} names {base.name} as base model, and there is no such folder: write where it is as"
+            f" base_model_name_or_path into its {ADAPTER_CONFIG}"
+        )
+    return base
 
 
 def _read_configs(name: str, adapters: SavedAdapters, hub: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..config import REMOVED_OPTIONS, ContrastiveConfig
+from ..data.curriculum import Curriculum
 from ..data.forms import Form, detect_form
-from ..data.rows import read_columns
+from ..data.loader import kept_columns
+from ..data.preparation import examine
+from ..data.rows import read_columns, visible_rows
 from ..errors import UserError
 from ..losses import Loss
 from ..model.loading import zero_stage
@@ -46,6 +49,9 @@ _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")  # what transfor
 # Options of a generation_config that have no effect without sampling, and with one beam.
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _OF_BEAMS = ("early_stopping", "length_penalty")
+_NO_PAIRS = (
+    "loss '{loss}' needs pairs, and the {name} data has none: give rows with chosen and rejected, or set loss_type=sft"
+)
 # Keywords of gradient_checkpointing_kwargs that do not reach torch.
 _OWN_KEYWORDS = ("every_n_layers", "offload")
 
@@ -428,6 +434,39 @@ def aux_loss_coef(model: nn.Module, option: float | None) -> float:
 # --- Data ---
 
 
+def reading_options(args: ContrastiveConfig, dataset: Any, is_training: bool) -> dict[str, Any]:
+    """Returns the options by which the rows of a dataset without transform are read, for ``data.preparation``.
+
+    Raises:
+        UserError: an option of training does not apply to the columns of the dataset.
+    """
+    curriculum = None
+    if is_training:
+        check_ranked_pairs_apply(dataset, args.ranked_pairs)
+        curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
+    names = ("max_length", "truncation_mode", "target_column", "gap_column", "prompt_format")
+    options = {name: getattr(args, name) for name in names}
+    return {**options, "ranked_pairs": args.ranked_pairs or "all", "keep_columns": kept_columns(curriculum, dataset)}
+
+
+def check_columns(
+    args: ContrastiveConfig, loss: Loss, tokenizer: PreTrainedTokenizerBase, train_dataset: Any, eval_dataset: Any
+) -> None:
+    """Checks the columns and the first usable row of stored data, which needs no model. Streams are left out.
+
+    Raises:
+        UserError: the columns cannot be trained on with these options; nearly all such mistakes are found here.
+    """
+    evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **evaluation}.items():
+        if isinstance(dataset, Dataset):
+            dataset = visible_rows(dataset)
+            options = reading_options(args, dataset, is_training=name == "train")
+            form = examine(dataset, tokenizer, **options, name=name).form
+            if loss.needs_rejected and form in (Form.SUPERVISED, Form.MESSAGES):
+                raise UserError(_NO_PAIRS.format(loss=loss.name, name=name))
+
+
 def check_ranked_pairs_apply(dataset: Dataset | IterableDataset, ranked_pairs: str | None) -> None:
     """Raises UserError if ``ranked_pairs`` is set and the rows have no ranking, or pairs of their own."""
     first = None if ranked_pairs is None else next(iter(dataset), None)
@@ -453,10 +492,7 @@ def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
         name: of the dataset, for the message.
     """
     if loss.needs_rejected and not pairs:
-        raise UserError(
-            f"loss '{loss.name}' needs pairs, and the {name} data has none: give rows with chosen and rejected, or set"
-            " loss_type=sft"
-        )
+        raise UserError(_NO_PAIRS.format(loss=loss.name, name=name))
     if loss.needs_gap and not all(dataset["scores"]):
         row = next(row["row"] for row in dataset if not row["scores"])
         raise UserError(

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
-from cpt_kernels import cli
+from cpt_kernels import ContrastiveConfig, ContrastiveTrainer, cli
 from cpt_kernels.cli import run as run_module
 from cpt_kernels.cli.parsing import parse
 from cpt_kernels.data import preparation
@@ -42,6 +44,7 @@ def home(tmp_path_factory) -> Path:
     _damage(home, tokenizer)
     _write_data(home, pairs)
     (home / "empty").mkdir()
+    _write_adapters(home, model)
     return home
 
 
@@ -49,6 +52,21 @@ def _config(folder: Path):
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder)
+
+
+def _write_adapters(home: Path, model) -> None:
+    """Writes an adapter, one with damaged weights, one without weights, and one of a model that is not there."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.base_model.model.config._name_or_path = adapted.peft_config["default"].base_model_name_or_path = str(
+        home / "model"
+    )
+    for name in ("lora", "torn_lora", "half_lora", "other_lora"):
+        adapted.save_pretrained(home / name)
+    weights = home / "torn_lora" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:99])
+    (home / "half_lora" / "adapter_model.safetensors").unlink()
+    config = home / "other_lora" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(home / "model"), str(home / "gone")))
 
 
 def _damage(home: Path, tokenizer) -> None:
@@ -70,6 +88,7 @@ def _write_data(home: Path, pairs: list[dict[str, str]]) -> None:
     write_rows(home / "long.jsonl", [*pairs[:2], pairs[2] | {"chosen": ""}, long])
     (home / "torn.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho\n')
     write_rows(home / "other.jsonl", [{"number": 1, "label": "x"}])
+    write_rows(home / "orca.jsonl", [{"question": "a", "context": "b", "chosen": "c", "rejected": "d"}])
     (home / "nothing.jsonl").touch()
     (home / "notes.txt").write_text("hello\n")
     responses = [
@@ -247,16 +266,12 @@ _WRONG_DATA = {
     "--dataset_name {home}/torn.jsonl": "line 2",
     "--dataset_name {home}/notes.txt": "notes.txt is not a",
     "--dataset_name no/such-data": "'no/such-data' is not a local file or folder, and the hub did not return a dataset",
-    "--dataset_name {home}/other.jsonl": "columns",
     "--dataset_train_split test": "only the split 'train', not 'test'",
     "--columns question=prompt": "columns names ['question'], but",
     "--columns prompt chosen rejectedd": "rename by --columns",
     "--eval_dataset_name {tmp}/no.jsonl": "{tmp}/no.jsonl does not exist",
     "--eval_strategy steps": "to evaluate, set dataset_test_split or eval_dataset_name",
     "--test_split_size 12": "test_split_size=12 of 12 rows leaves none",
-    '--curriculum {{"levels":2}}': "curriculum reads the column gap",
-    '--dataset_name {home}/models.jsonl --curriculum {{"levels":["a>b","a>c"]}}': "level a>c has no rows; the data has",
-    "--loss_type slic --target_column sampled": "target_column names ['sampled']",
     "--model_name_or_path {home}/torn": "cannot be loaded",
     "--model_name_or_path {home}/shape": "holds weights of another shape",
     "--model_name_or_path {home}/config": "cannot be loaded",
@@ -275,6 +290,41 @@ def test_wrong_data_and_models_are_refused_before_tokenizing(home, tmp_path, mon
     monkeypatch.setattr(preparation.Tokenization, "__call__", lambda *_: pytest.fail("rows are tokenized"))
     code, line = attempt(fill(f"{_TRAIN} {words}", home, tmp_path), capsys)
     assert code == 2 and _WRONG_DATA[words].format(home=home, tmp=tmp_path) in line
+
+
+_WRONG_COLUMNS = {
+    "--dataset_name {home}/other.jsonl": "expected one of: ",
+    "--dataset_name {home}/orca.jsonl": "looks like a prompt and would not be used",
+    "--columns prompt chosen=completion": "loss 'sigmoid' needs pairs, and the train data has none",
+    "--eval_dataset_name {home}/orca.jsonl": "looks like a prompt and would not be used",
+    '--curriculum {{"levels":2}}': "curriculum reads the column gap",
+    '--dataset_name {home}/models.jsonl --curriculum {{"levels":["a>b","a>c"]}}': "level a>c has no rows; the data has",
+    "--loss_type slic --target_column sampled": "target_column names ['sampled']",
+    "--loss_type odpo --gap_column size": "gap_column names ['size']",
+    "--ranked_pairs all": "ranked_pairs=all has no effect",
+    "--prompt_format chat": "prompt_format=chat needs a chat template",
+}
+
+
+@pytest.mark.parametrize("words", _WRONG_COLUMNS)
+def test_wrong_columns_are_refused_before_the_model_is_loaded(home, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr(
+        run_module.make_trainer, "__defaults__", (*run_module.make_trainer.__defaults__[:2], *[_loads] * 2)
+    )
+    code, line = attempt(fill(f"{_TRAIN} {words}", home, tmp_path), capsys)
+    assert code == 2 and _WRONG_COLUMNS[words] in line
+
+
+def _loads(*_) -> None:
+    pytest.fail("a model is loaded")
+
+
+def test_wrong_columns_are_refused_before_the_trainer_loads_a_model(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("cpt_kernels.trainer.load_models", _loads)
+    args = ContrastiveConfig(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    rows = Dataset.from_list([{"question": "a", "context": "b", "chosen": "c", "rejected": "d"}])
+    with pytest.raises(UserError, match="looks like a prompt and would not be used"):
+        ContrastiveTrainer(str(home / "model"), args=args, train_dataset=rows)
 
 
 _WRONG_ROWS = {
@@ -299,6 +349,8 @@ _PAIRS = "pairs {home}/responses.jsonl --output {tmp}/pairs.jsonl"
 _GENERATE = "generate --model_name_or_path {home}/model --dataset_name {home}/train.jsonl --output {tmp}/new.jsonl"
 _EVAL = "eval pairs --models {home}/model --data {home}/train.jsonl --reference none --output_dir {tmp}/eval"
 _WIN = "eval win-rate --outputs {home}/a.jsonl --baseline {home}/b.jsonl --output_dir {tmp}/eval"
+
+_MERGE = "merge {home}/lora --output {tmp}/merged"
 
 _WRONG_COMMANDS = {
     "trian": "unknown command trian; did you mean train?",
@@ -395,6 +447,30 @@ _WRONG_COMMANDS = {
     "cache verify --ref_cache_dir {home}/empty --sample 0": "is not a number of completions",
     "cache verify --ref_cache_dir {home}/empty --tolerance -1": "is not a tolerance",
     "cache export --ref_cache_dir {home}/empty --to {tmp}/x.parquet": "--reference must name one",
+    # cpt merge
+    "merge": "--output",
+    "merge {home}/lora": "--output",
+    f"{_MERGE} --outputs x": "unknown option --outputs; did you mean --output?",
+    "merge {tmp}/no --output {tmp}/merged": "{tmp}/no: there is no such folder",
+    "merge no/such-adapter --output {tmp}/merged": "no/such-adapter",
+    "merge {home}/model --output {tmp}/merged": "{home}/model holds no adapter (adapter_config.json): name the folder",
+    "merge {home}/empty --output {tmp}/merged": "{home}/empty holds no adapter",
+    "merge {home}/notes.txt --output {tmp}/merged": "notes.txt",
+    "merge {home}/torn_lora --output {tmp}/merged": "torn_lora",
+    "merge {home}/half_lora --output {tmp}/merged": "half_lora",
+    "merge {home}/other_lora --output {tmp}/merged": "{home}/gone as base model, and there is no such folder",
+    "merge {home}/lora --output {home}/model": "--output {home}/model exists already",
+    "merge {home}/lora --output {home}/notes.txt": "--output {home}/notes.txt exists already",
+    "merge {home}/lora --output {home}/notes.txt/x": "--output {home}/notes.txt/x cannot be written to",
+    "merge {home}/lora --output /proc/merged": "--output /proc/merged cannot be written to",
+    f"{_MERGE} --dtype fp8": "invalid choice: 'fp8'",
+    f"{_MERGE} --adapters other": "holds no adapter other",
+    f"{_MERGE} --base {{tmp}}/no": "{tmp}/no",
+    f"{_MERGE} --base {{home}}/torn": "torn",
+    f"{_MERGE} --base {{home}}/gpt2": "Target modules {{'q_proj'}} not found in the base model",
+    f"{_MERGE} --base {{home}}/shape": "shape",
+    f"{_MERGE} --load_in_4bit --load_in_8bit": "exclude each other",
+    f"{_MERGE} --bnb_4bit_quant_type nf4": "has no effect without --load_in_4bit",
     # cpt demo
     "demo --arm sft": "unknown option --arm; did you mean --arms?",
     "demo --arms best": "invalid choice: 'best'",
