@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -237,13 +238,16 @@ def _lora(model: ModelArguments) -> Any:
         raise UserError("use_peft needs the peft package: pip install peft")
     from peft import LoraConfig
 
-    modules = model.lora_target_modules
+    modules: Any = model.lora_target_modules
+    # PEFT reads text as a pattern for the whole path of a module, so the name of a module stays in a list.
+    if modules is not None and len(modules) == 1 and not re.fullmatch(r"[\w.]+", modules[0]):
+        modules = modules[0]  # a pattern, or all-linear
     return LoraConfig(
         task_type=model.lora_task_type,
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=modules[0] if modules is not None and len(modules) == 1 else modules,  # all-linear, or a pattern
+        target_modules=modules,
         target_parameters=model.lora_target_parameters,
         modules_to_save=model.lora_modules_to_save,
         use_rslora=model.use_rslora,

@@ -181,6 +181,21 @@ class CheckpointLoop(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: :meth:`_save_checkpoint` pushes a checkpoint that is complete."""
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the whole model, or its adapter, as transformers' ``save_model``.
+
+        FSDP with sharded state dicts, its default in version 2, would write nothing there outside of checkpoints.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        kind = None if plugin is None else plugin.state_dict_type
+        if kind is None or _internal_call or "FULL" in str(kind):
+            return super().save_model(output_dir, _internal_call)
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(kind)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         unfinished = self._unfinished is not None

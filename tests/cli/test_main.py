@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cpt_kernels import cli
 from cpt_kernels.cli import train as run_module
+from cpt_kernels.cli.options import ModelArguments
+from cpt_kernels.cli.run import _lora
 from cpt_kernels.errors import UnavailableError, UserError, user_error
 from tests.helpers import ROOT
 from tests.helpers.command import (
@@ -387,3 +389,11 @@ def test_nasty_rows(tmp_path, capsys):
     kept = int(printed.split("train data: ")[1].split(" of ")[0])
     fills = printed.split("prompt fills max_length: ")[1].split(" ")[0] if "prompt fills" in printed else 0
     assert kept + int(fills) + identical + empty == len(rows) and kept > 20
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["q_proj"], {"q_proj"}), (["attn.q_proj"], {"attn.q_proj"}), (["all-linear"], "all-linear"), ([".*q"], ".*q")],
+)
+def test_one_module_of_an_adapter_is_a_name_or_a_pattern(given, expected):
+    assert _lora(ModelArguments("m", use_peft=True, lora_target_modules=given)).target_modules == expected

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 
 from cpt_kernels.errors import UserError
 from cpt_kernels.training.checkpoints import UNFINISHED, find_damage, run_of
@@ -166,6 +167,16 @@ def test_an_error_that_is_not_of_the_disk_stays(tmp_path):
     trainer._save_rng_state = fail
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         trainer.train()
+
+
+def test_sharded_weights_are_saved_whole(tmp_path, monkeypatch):
+    """FSDP's state dicts are sharded by default, of which transformers would save nothing but checkpoints."""
+    trainer = make_trainer(tmp_path)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    trainer.save_model()
+    assert (tmp_path / "out/model.safetensors").is_file() and "SHARDED" in str(plugin.state_dict_type)
 
 
 # --- Damage ---
