@@ -206,7 +206,7 @@ def test_an_adapter_without_a_usable_base_model(tmp_path):
     for name, message in (
         (None, "names None as base model: write the one base model as base_model_name_or_path"),
         (str(folder), "is an adapter itself: merge it"),
-        (str(tmp_path / "nowhere"), "the base model of .*adapter, .*nowhere"),
+        (str(tmp_path / "nowhere"), "adapter names .*nowhere as base model, and there is no such folder"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
         with pytest.raises(ValueError, match=message):
