@@ -10,6 +10,7 @@ SUBJECTS = {
     "step": "time and memory of a training step, compared with TRL; checks that the losses agree",
     "scaling": "time of a step as pairs, tokens, vocabulary, prompt share, completions or ranks grow",
     "head": "time, memory and share of the roofline of the head, compared with eager, TRL, Liger and others",
+    "head_bytes": "bytes and peak of memory of the gradient of the head's weight, by arithmetic",
     "attention": "shared-prompt attention, compared with separate sequences, FlexAttention and a dense mask",
     "tokenize": "time to tokenize pairs of real lengths, compared with TRL",
     "packing": "pad tokens, fill and balance between ranks of packed micro-batches",

@@ -172,7 +172,8 @@ class _LinearPreference(torch.autograd.Function):
     """Trained head, separable loss: the forward finishes the gradients, and the backward scales them.
 
     If one tile holds all rows it is kept, and the backward computes the products for the gradient of the weight. That
-    saves an accumulator and its scaling.
+    saves an accumulator and its scaling. Of several tiles the last is kept: the backward adds its product to the
+    accumulator and scales the sum while it is in cache.
     """
 
     @staticmethod
@@ -195,10 +196,10 @@ class _LinearPreference(torch.autograd.Function):
             raise RuntimeError(REFUSAL)
         g, *sums, score, rows = ctx.saved_tensors
         made, last = GradientSums(*sums), _is_last_backward()
-        if score is None:
-            grads = finished_gradients(grad_loss, g, made, ctx.dtypes, last)
-        else:
+        if score is not None and len(score) == len(g):
             grads = scored_gradients(grad_loss * g, made.score_weight, score, rows, ctx.wanted, ctx.dtypes, last)
+        else:
+            grads = finished_gradients(grad_loss, g, made, ctx.dtypes, last, score, rows)
         return grads.hidden, grads.weight, None, grads.bias, *(None,) * 4
 
 

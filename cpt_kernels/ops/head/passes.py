@@ -2,6 +2,7 @@
 
 A tile is computed by one matrix product, scored in place, used by the products of the gradients, and overwritten by the
 next tile. If one tile holds all rows it can be kept for the backward instead, which then knows the weights of its rows.
+Of several tiles the last can be left to the backward, which adds it to the sums while it scales them.
 Results that are not wanted are ``None``.
 
 Notation: ``x`` and ``w`` are hidden rows (N, H) and weight (V, H) in the dtype of the products; ``G`` is the vocab
@@ -10,8 +11,10 @@ score (N, V); ``g`` (N,) is the derivative of the loss by each row's log-prob.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +27,10 @@ from ..vocab_score import VocabScore, score_tile
 from .tiles import HeadOptions, Pairs, Tile, logits_tiles, pair_block_tiles, tile_buffer, tile_logits
 from .units import in_unit, new_unit, unit_for
 
+logger = logging.getLogger(__name__)
+
 _BLOCK_ROWS = 4096
+_CACHED_BYTES = 2**25  # of a block of sums that stays in cache: an A100 has 40 MB of L2, an H200 50
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -121,8 +127,8 @@ class ScoredPairs(NamedTuple):
 
     output: PreferenceOutput
     g: Tensor  # (N,)
-    sums: GradientSums  # without weight and bias if the tile was kept
-    score: Tensor | None  # (N, V) G, the kept tile
+    sums: GradientSums  # without weight and bias if the kept tile holds all rows
+    score: Tensor | None  # (R, V) G, the kept tile: of all rows, or of the last ones
 
 
 class WeighedTile(NamedTuple):
@@ -144,8 +150,8 @@ def score_rows(operands: Operands, wanted: Wanted, options: HeadOptions, keep: b
     """
     x, w, backend = _prepare(operands, options)
     targets = operands.targets
-    buffer = tile_buffer(x, w, options)
     kept = keep and wanted.head
+    buffer = tile_buffer(x, w, options, _rows_beyond(operands, x, wanted) if kept else 0)
     wants_score_weight = wanted.hidden and (keep or not wanted.head)
     # One tile holds everything: its results are returned without a copy, and the tile may be kept.
     if len(buffer) == len(x):
@@ -182,17 +188,13 @@ def scored_gradients(
             # A product that is itself fp16 must not leave its range in the unit, so it takes none below 1.
             unit = unit_for(x, g).clamp(min=1 if narrow else 0)
             g = g / unit
+        gx = scale(x, g[:, None], score.dtype) if wanted.weight else x
         if wanted.weight and narrow:
-            grad_weight = score.t() @ scale(x, g[:, None], score.dtype)
+            grad_weight = _in_dtype(score.t() @ gx, unit, dtypes.weight)
         elif wanted.weight:  # the gradient is wider than the product, or a CPU would accumulate in half precision
-            grad_weight = hidden.new_zeros(score.shape[1], hidden.shape[1], dtype=torch.float32)
-            _add_product(grad_weight, score, scale(x, g[:, None], score.dtype))
+            grad_weight = _finish_weight(None, score, gx, unit, dtypes.weight)
         if wanted.bias:
-            grad_bias = _bias_product(score, g, unit)
-        grad_weight, grad_bias = (
-            None if total is None else _in_dtype(total, unit, dtype)
-            for total, dtype in ((grad_weight, dtypes.weight), (grad_bias, dtypes.bias))
-        )
+            grad_bias = _in_dtype(_bias_product(score, g, unit), unit, dtypes.bias)
     grad_hidden = None if score_weight is None else scale(score_weight, grad[:, None], dtypes.hidden, in_place)
     return Gradients(grad_hidden, grad_weight, grad_bias)
 
@@ -210,7 +212,7 @@ def row_gradients(grad: Tensor, operands: Operands, wanted: Wanted, options: Hea
 def _sum_gradients(grad: Tensor, operands: Operands, wanted: Wanted, options: HeadOptions) -> GradientSums:
     """A function of its own, so that the tile is freed before the gradients are rounded to their dtype."""
     x, w, backend = _prepare(operands, options)
-    sums = empty_sums(x, operands, wanted)
+    sums = _new_sums(x, operands, wanted)
     tile_options = options.of_tile(operands.bias, score=True)
     for rows, logits in logits_tiles(x, w, tile_buffer(x, w, options)):
         score_tile(logits, operands.targets[rows], tile_options, backend)
@@ -226,11 +228,12 @@ def score_pair_blocks(
 ) -> ScoredPairs:
     """Computes a separable loss with its gradients: a tile holds whole pair blocks, so they are finished in one go.
 
-    If ``keep`` is set and one tile holds all rows, the tile is returned in place of the sums for weight and bias.
+    With ``keep``, one tile that holds all rows is returned in place of the sums for weight and bias. Of several tiles
+    the last is returned, and is missing in the sum for the weight.
     """
     x, w, backend = _prepare(operands, options)
     targets = operands.targets
-    buffer = tile_buffer(x, w, options)
+    buffer = tile_buffer(x, w, options, _rows_beyond(operands, x, wanted, last=True) if keep else 0)
     scoring = options.of_tile(operands.bias, score=True)
 
     # One tile holds everything: it is kept for the backward.
@@ -248,7 +251,7 @@ def score_pair_blocks(
     completion_logps = tokens.logps.new_empty(len(pairs.completion_lengths))
     losses = tokens.logps.new_empty(len(pairs.chosen))
     g = torch.empty_like(tokens.logps)
-    sums = empty_sums(x, operands, wanted)
+    sums, left = _new_sums(x, operands, wanted), None
     for tile in pair_block_tiles(pairs, len(buffer)):
         # Log-probs of the tile. Its logits become the vocab score at once if they all fit the buffer; else only the
         # log-probs are kept.
@@ -260,13 +263,14 @@ def score_pair_blocks(
         found = _weigh_tile(tile, tokens.part(tile.rows), pairs, loss, options.backend)
         completion_logps[tile.completions], losses[tile.pairs], g[tile.rows] = found
         # Gradients. For a block larger than the buffer the logits are computed again, now that g is known.
-        if whole:
-            _add_gradients(sums, rows, logits, x[rows], w, g[rows], options)
-            continue
-        for rows, logits in logits_tiles(x, w, buffer, tile.rows):
-            score_tile(logits, targets[rows], scoring, backend)
-            _add_gradients(sums, rows, logits, x[rows], w, g[rows], options)
-    return ScoredPairs(PreferenceOutput(losses.sum(), losses, completion_logps, tokens), g, sums, None)
+        scored = [(rows, logits)] if whole else logits_tiles(x, w, buffer, tile.rows)
+        for rows, logits in scored:
+            if not whole:
+                score_tile(logits, targets[rows], scoring, backend)
+            leave = keep and wanted.weight and rows.stop == len(x)
+            _add_gradients(sums, rows, logits, x[rows], w, g[rows], options, leave=leave)
+            left = logits if leave else None
+    return ScoredPairs(PreferenceOutput(losses.sum(), losses, completion_logps, tokens), g, sums, left)
 
 
 def finished_gradients(
@@ -275,13 +279,21 @@ def finished_gradients(
     sums: GradientSums,
     dtypes: Dtypes,
     in_place: bool = False,
+    score: Tensor | None = None,  # (R, V) G of the last tile, if the sum for the weight lacks it
+    hidden: Tensor | None = None,  # (N, H), with ``score``
 ) -> Gradients:
-    """Scales finished sums by the gradient that arrives at the loss; ``in_place`` overwrites them if dtypes allow."""
+    """Scales the sums by the gradient that arrives at the loss; ``in_place`` overwrites them if dtypes allow."""
     score_weight, weight, bias, unit = sums
     factor = grad_loss if unit is None else grad_loss * unit
+    if weight is not None and score is not None and hidden is not None:
+        last_g = g[-len(score) :] if unit is None else g[-len(score) :] / unit
+        gx = scale(hidden[-len(score) :].to(score.dtype), last_g[:, None], score.dtype)
+        weight = _finish_weight(weight, score, gx, factor, dtypes.weight, in_place)
+    elif weight is not None:
+        weight = scale(weight, factor, dtypes.weight, in_place)
     return Gradients(
         None if score_weight is None else scale(score_weight, (grad_loss * g)[:, None], dtypes.hidden, in_place),
-        None if weight is None else scale(weight, factor, dtypes.weight, in_place),
+        weight,
         None if bias is None or dtypes.bias is None else scale(bias, factor, dtypes.bias, in_place),
     )
 
@@ -334,20 +346,22 @@ def _weigh_closed_form(
 
 
 def _add_gradients(
-    sums: GradientSums,  # written (score_weight) and added to (weight, bias)
+    sums: GradientSums,  # added to; the first tile writes that of the weight, and each its rows of score_weight
     rows: slice,
     score: Tensor,  # (R, V) G of these rows
     x: Tensor,  # (R, H)
     w: Tensor,  # (V, H)
     g: Tensor,  # (R,)
     options: HeadOptions,
+    *,
+    leave: bool = False,  # leaves the product for the weight to the backward
 ) -> None:
     if sums.score_weight is not None:
         _score_weight(score, w[: options.vocab_size], sums.score_weight[rows])
     if sums.unit is not None:
         g = in_unit(sums.unit, (sums.weight, sums.bias), x, g, options.backend)
-    if sums.weight is not None:
-        _add_product(sums.weight, score, scale(x, g[:, None], x.dtype))
+    if sums.weight is not None and not leave:
+        _weight_product(sums.weight, score, scale(x, g[:, None], x.dtype), add=rows.start > 0)
     if sums.bias is not None:
         sums.bias.add_(_bias_product(score, g, sums.unit))
 
@@ -373,26 +387,78 @@ def _bias_product(score: Tensor, g: Tensor, unit: Tensor | None) -> Tensor:
     """Computes ``G^T g``, (V,); in a unit as fp32, because a sum of many weights would leave the range of fp16."""
     if unit is None:
         return (score.t() @ g[:, None].to(score.dtype))[:, 0]
-    total = g.new_zeros(score.shape[1], 1)
-    _add_product(total, score, g[:, None].to(score.dtype))
+    total = g.new_empty(score.shape[1], 1)
+    _weight_product(total, score, g[:, None].to(score.dtype))
     return total[:, 0]
 
 
-def _add_product(
-    grad_weight: Tensor,  # (V, H) fp32, added to
+def _weight_product(
+    out: Tensor,  # (V, H) fp32, or fp64 for fp64
     score: Tensor,  # (R, V)
     gx: Tensor,  # (R, H)
+    add: bool = False,
 ) -> None:
-    if score.dtype == grad_weight.dtype:
-        grad_weight.addmm_(score.t(), gx)
-    elif score.is_cuda:
-        torch.addmm(grad_weight, score.t(), gx, out_dtype=grad_weight.dtype, out=grad_weight)
+    """Writes ``G^T (g X)`` to ``out``, or adds it, in the dtype of ``out`` although the operands may be narrower."""
+    if score.dtype == out.dtype:
+        out.addmm_(score.t(), gx) if add else torch.mm(score.t(), gx, out=out)
+    elif _widens(score):
+        wide: dict[str, Any] = {"out_dtype": out.dtype, "out": out}
+        torch.addmm(out, score.t(), gx, **wide) if add else torch.mm(score.t(), gx, **wide)
     else:
-        # A CPU has no half-precision product that accumulates in fp32 over several calls, so both operands are copied
-        # to fp32, block by block.
-        gx = gx.to(grad_weight.dtype)
-        for columns, into in zip(score.t().split(_BLOCK_ROWS), grad_weight.split(_BLOCK_ROWS)):
-            into.addmm_(columns.to(grad_weight.dtype), gx)
+        # The operands are copied to fp32, block by block.
+        gx = gx.to(out.dtype)
+        for columns, into in zip(score.t().split(_BLOCK_ROWS), out.split(_BLOCK_ROWS)):
+            _weight_product(into, columns.t().to(out.dtype), gx, add)
+
+
+def _widens(score: Tensor) -> bool:
+    """Whether the device has products of half-precision operands with a result in fp32; a CPU has none."""
+    return score.is_cuda and _device_widens(score.device, score.dtype)
+
+
+@functools.cache
+def _device_widens(device: torch.device, dtype: torch.dtype) -> bool:
+    operand, out = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, operand, operand, out_dtype=out.dtype, out=out)
+    except RuntimeError as error:
+        logger.warning("gradients of the head's weight are computed in fp32, slowly: %s", str(error).splitlines()[0])
+        return False
+    return True
+
+
+def _finish_weight(
+    total: Tensor | None,  # (V, H) fp32, the sum over other tiles; overwritten if `in_place`
+    score: Tensor,  # (R, V) G of the tile that is left
+    gx: Tensor,  # (R, H)
+    factor: Tensor | None,  # ()
+    dtype: torch.dtype,
+    in_place: bool = False,
+) -> Tensor:
+    """Returns ``(total + G^T (g X)) * factor``, (V, H), added up in fp32 and rounded once to ``dtype``.
+
+    The product goes in blocks of rows whose sums stay in a GPU's L2 cache until they are scaled. So memory is read once
+    (4 bytes per element) and written once (in ``dtype``). A product of all rows, and then the scaling, would read and
+    write the sums twice.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    if in_place and total is not None and dtype == wide:
+        out = total
+    else:
+        out = gx.new_empty(score.shape[1], gx.shape[1], dtype=dtype)
+    if total is None and factor is None and dtype == wide:
+        _weight_product(out, score, gx)
+        return out
+    rows = max(1, min(_BLOCK_ROWS, _CACHED_BYTES // (gx.shape[1] * wide.itemsize)))
+    buffer = None if dtype == wide else gx.new_empty(min(rows, len(out)), gx.shape[1], dtype=wide)
+    for start in range(0, len(out), rows):
+        into = out[start : start + rows]
+        block = into if buffer is None else buffer[: len(into)]
+        if total is not None and out is not total:
+            block.copy_(total[start : start + rows])
+        _weight_product(block, score[:, start : start + rows], gx, add=total is not None)
+        torch.mul(block, 1 if factor is None else factor, out=into)
+    return out
 
 
 def scale(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
@@ -425,19 +491,43 @@ def _prepare(operands: Operands, options: HeadOptions) -> tuple[Tensor, Tensor, 
     return x, w, backends.resolve(options.backend, x, vocab_score.BACKENDS, pair_loss.BACKENDS)
 
 
+def _rows_beyond(operands: Operands, x: Tensor, wanted: Wanted, last: bool = False) -> int:
+    """Returns by how many rows one tile may exceed the budget and take no more memory than several tiles.
+
+    With R rows in a tile and N in all, the bytes at the peak are
+
+        one tile       N V product + V H leaf           a tile beside the gradient, in the backward
+        several tiles  R V product + V H sum            a tile beside the sum for the weight
+                       R V product + V H (sum + leaf)   with ``last``, the tile that is left to the backward, if the
+                                                        gradient is narrower than the sum and so not made in its place
+    """
+    if not wanted.weight:
+        return 0
+    leaf, total = operands.weight.dtype.itemsize, _sum_dtype(operands.weight).itemsize
+    saved = total - (0 if last and leaf < total else leaf)
+    return x.shape[1] * saved // x.element_size()
+
+
 def empty_sums(x: Tensor, operands: Operands, wanted: Wanted) -> GradientSums:
-    """Allocates ``G W`` without initialising it, and zeros for weight and bias: fp32, or fp64 for fp64."""
-
-    def zeros(leaf: Tensor) -> Tensor:
-        return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
-
+    """Allocates the sums: fp32, or fp64 for fp64. The tiles write ``G W``, and the first one the sum for the weight."""
     _, weight, _, bias = operands
     return GradientSums(
         torch.empty_like(x) if wanted.hidden else None,
-        zeros(weight) if wanted.weight else None,
-        zeros(bias) if wanted.bias and bias is not None else None,
+        torch.empty_like(weight, dtype=_sum_dtype(weight)) if wanted.weight else None,
+        torch.zeros_like(bias, dtype=_sum_dtype(bias)) if wanted.bias and bias is not None else None,
         new_unit(x) if wanted.head else None,
     )
+
+
+def _new_sums(x: Tensor, operands: Operands, wanted: Wanted) -> GradientSums:
+    sums = empty_sums(x, operands, wanted)
+    if len(x) == 0 and sums.weight is not None:  # there is no first tile
+        sums.weight.zero_()
+    return sums
+
+
+def _sum_dtype(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)
 
 
 def _store(out: VocabScore, rows: slice, part: VocabScore) -> None:

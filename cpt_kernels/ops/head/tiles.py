@@ -34,7 +34,8 @@ class HeadOptions:
     Attributes:
         logit_scale, softcap, vocab_size: see :func:`cpt_kernels.vocab_score`.
         statistics: also return entropy, mean logit, top-1 and log sum p^2 of every token.
-        memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator, and 512 rows on a CPU.
+        memory_mb: budget of the tile of logits, in MiB; default 1024 on an accelerator, and 512 rows on a CPU. One tile
+            of all rows may exceed it where that takes less memory than several tiles and the sum of their gradients.
         compute_dtype: dtype of the matrix products; default autocast's dtype where it is on, else that of the operands.
         backend: of ``vocab_score`` and ``pair_loss``, see ``ops.backends``. An operator whose table lacks the name
             takes its ``auto`` choice, if the other operator has it.
@@ -254,9 +255,14 @@ def row_stride(columns: int, device: torch.device) -> int:
     return -(-columns // 16) * 16
 
 
-def tile_buffer(x: Tensor, w: Tensor, options: HeadOptions) -> Tensor:
-    """Allocates the largest tile, (R, V), once per call: on a CPU each new buffer would be faulted in page by page."""
-    rows, columns = max(1, min(options.tile_rows(x, w), x.shape[0])), w.shape[0]
+def tile_buffer(x: Tensor, w: Tensor, options: HeadOptions, beyond: int = 0) -> Tensor:
+    """Allocates the largest tile, (R, V), once per call: on a CPU each new buffer would be faulted in page by page.
+
+    It holds all rows if they exceed the budget by at most ``beyond`` rows.
+    """
+    rows, columns = options.tile_rows(x, w), w.shape[0]
+    rows = x.shape[0] if x.shape[0] <= rows + beyond else rows
+    rows = max(1, min(rows, x.shape[0]))
     return x.new_empty(rows, row_stride(columns, x.device))[:, :columns]
 
 

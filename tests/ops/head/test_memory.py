@@ -15,7 +15,10 @@ MODES = (FROZEN, FUSED, GENERAL)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_memory(mode, dtype, monkeypatch):
-    """A tile, (N, H) twice (G W and the gradient), dW in fp32; 5 % more. The returned dW takes the tile's place."""
+    """A tile, (N, H) twice (G W and the gradient), dW in fp32; 5 % more.
+
+    The tile that is left to the backward is there beside a dW of bf16; recomputed ones make room for it.
+    """
     columns, width, rows = 16384, 128, 128
     # The blocks that a CPU works on are small beside a tile of real size; these values make them so here.
     monkeypatch.setattr("cpt_kernels.ops.vocab_score.reference._BLOCK_ELEMENTS", 1 << 14)
@@ -37,8 +40,10 @@ def test_memory(mode, dtype, monkeypatch):
     tokens = sum(head.lengths)
     assert leaves["hidden"].grad is not None and (leaves["weight"].grad is None) == (mode == FROZEN)
     allowed = dtype.itemsize * (rows * columns + 2 * tokens * width) + (0 if mode == FROZEN else 4 * columns * width)
+    if mode == FUSED and dtype == BF16:
+        allowed += 2 * columns * width
     assert 0.8 * allowed < peak[0] <= 1.05 * allowed
-    assert dtype.itemsize * tokens * columns > 4 * allowed  # all logits would not fit
+    assert dtype.itemsize * tokens * columns > 3 * allowed  # all logits would not fit
 
 
 @pytest.mark.parametrize("kept", [False, True])
