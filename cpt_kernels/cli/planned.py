@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..config import ContrastiveConfig
 from ..errors import UserError
 from ..model.loading import wrap_in_adapter
+from ..planning.calibration import TooLargeError, calibrate, predict_seconds, ratios
 from ..planning.counts import Counts, count_run
 from ..planning.model_sizes import sizes_of, state_bytes
 from ..trainer import ContrastiveTrainer
@@ -57,10 +58,12 @@ def show_plan(options: Options) -> dict[str, Any]:
     plan = {
         "data": {name: _row_counts(report) for name, report in trainer.reports.items()},
         "run": _run(trainer, counts),
+        "time": _time(trainer, counts),
     }
-    row = trainer.train_dataset[counts.largest_rows[0]]
+    row = trainer.train_dataset[counts.batches[0][0]]
     drops = [line for report in trainer.reports.values() for line in report.summary()]
-    print_results([*decoded_pair(row, trainer.processing_class, trainer.collator), _plan_table(plan["run"])], drops)
+    tables = [_plan_table(plan["run"]), *_time_tables(plan["time"])]
+    print_results([*decoded_pair(row, trainer.processing_class, trainer.collator), *tables], drops)
     return plan
 
 
@@ -91,7 +94,22 @@ def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
         "operations": operations,
         "operations of a padded run / ours": operations["peer"] / operations["work"],
         "bytes": state_bytes(model, args),
-        **{key: value for key, value in asdict(counts).items() if key != "largest_rows"},
+        **counts.asdict(),
+    }
+
+
+def _time(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
+    """Returns the predicted seconds, or the reason why there are none."""
+    try:
+        found = calibrate(trainer, counts)
+    except TooLargeError as error:
+        return {"unknown": str(error)}
+    seconds = predict_seconds(trainer, counts, found)
+    return {
+        "device": str(trainer.args.device),
+        "seconds": seconds,
+        "TRL / ours": ratios(seconds),
+        "calibration": {"layers": found.layers, "rounds": found.rounds, "share of rows": found.share},
     }
 
 
@@ -116,3 +134,16 @@ def _plan_table(run: dict[str, Any]) -> Table:
     table.add_row("largest micro-batch", f"{run['largest']['tokens']:,} tokens")
     table.add_row("reference pass, at most", f"{reference['tokens']:,} tokens, a forward each")
     return table
+
+
+def _time_tables(found: dict[str, Any]) -> list[Any]:
+    """Returns the predicted seconds as a table with a note, or a line that says why there are none."""
+    if "unknown" in found:
+        return [f"seconds are not predicted: {found['unknown']}"]
+    title = f"predicted time on {found['device']}, TRL by an imitation of its padded step"
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for part, seconds in found["seconds"].items():
+        table.add_row(part, f"{timedelta(seconds=round(seconds))} h, {seconds:,.4g} s")
+    for runs, ratio in found["TRL / ours"].items():
+        table.add_row(f"TRL / ours, {runs}", f"{ratio:.2f}")
+    return [table]

@@ -17,6 +17,7 @@ from ..data.collate import PackedCollator
 from ..data.loader import EpochLoader
 from ..data.packing import GroupLengths
 from ..reference.missing import iter_sequences
+from .peer import Sides, reads_all_rows
 from .work import Work, packed_groups, padded_sequences
 
 _Prompt = tuple[int, dict[int, int]]  # tokens of a prompt; hash of each different completion -> its tokens
@@ -34,9 +35,12 @@ class Counts:
         peer: the same in batches of as many pairs, each side padded to the longest of the batch, as TRL runs them.
         peer_pairs: pairs of such a batch.
         largest: of the micro-batch with the most tokens.
-        largest_rows: its rows, as indices into the prepared dataset.
         fill: tokens of the first epoch as a share of the token budget; 1 without a budget.
         reference: work of scoring every different completion once, without a backward.
+        batches: rows of every micro-batch, as indices into the prepared dataset.
+        peer_batches: (prompt, completion) tokens of both sides of every pair in every batch of ``peer``.
+        lengths: of the prepared dataset.
+        peer_reads_all_rows: whether the peer's head reads the rows of prompts and pads, too.
     """
 
     steps: int
@@ -47,9 +51,27 @@ class Counts:
     peer: Work
     peer_pairs: int
     largest: Work
-    largest_rows: list[int]
     fill: float
     reference: Work
+    batches: list[list[int]]
+    peer_batches: list[list[Sides]]
+    lengths: RowLengths
+    peer_reads_all_rows: bool
+
+    def asdict(self) -> dict[str, Any]:
+        """Returns the counts of the whole run as plain data."""
+        whole = ("steps", "micro_batches", "pairs", "peer_pairs", "fill")
+        works = ("work", "unshared", "peer", "largest", "reference")
+        return {name: getattr(self, name) for name in whole} | {name: getattr(self, name).asdict() for name in works}
+
+    @property
+    def dataset_pairs(self) -> int:
+        """Pairs of the prepared dataset."""
+        return sum(map(len, self.lengths.pairs))
+
+    def peer_work(self, pairs: Sequence[Sides]) -> Work:
+        """Returns the work of a batch that is padded as the peer pads it."""
+        return _padded(pairs, self.peer_reads_all_rows)
 
 
 class RowLengths:
@@ -111,19 +133,23 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     # A peer runs the same pairs in the same order, as many in a batch as ours on average.
     pairs = [pair for batch in batches for row in batch for pair in rows.pairs[row]]
     per_batch = max(1, round(len(pairs) / len(batches)))
-    peers = [_padded(pairs[i : i + per_batch]) for i in range(0, len(pairs), per_batch)]
+    peer_batches = [pairs[i : i + per_batch] for i in range(0, len(pairs), per_batch)]
+    reads_all = reads_all_rows(args.device)
     return Counts(
         steps=steps,
         micro_batches=len(batches),
         pairs=len(pairs),
         work=reduce(add, works),
         unshared=reduce(add, (rows.work(batch, share=False) for batch in batches)),
-        peer=reduce(add, peers),
+        peer=reduce(add, (_padded(batch, reads_all) for batch in peer_batches)),
         peer_pairs=per_batch,
         largest=works[largest],
-        largest_rows=batches[largest],
         fill=fill,
         reference=packed_groups(rows.groups(range(len(dataset)))),
+        batches=batches,
+        peer_batches=peer_batches,
+        lengths=rows,
+        peer_reads_all_rows=reads_all,
     )
 
 
@@ -143,6 +169,7 @@ def step_batches(sampler: BatchSampler, micro_batches: int, steps: int) -> Itera
             steps -= 1
 
 
-def _padded(pairs: Sequence[tuple[tuple[int, int], ...]]) -> Work:
+def _padded(pairs: Sequence[Sides], reads_all_rows: bool) -> Work:
     sides = [side for pair in pairs for side in pair]
-    return padded_sequences(len(sides), max(map(sum, sides)), sum(completion for _, completion in sides))
+    completions = sum(completion for _, completion in sides)
+    return padded_sequences(len(sides), max(map(sum, sides)), completions, not reads_all_rows)

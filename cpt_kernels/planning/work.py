@@ -57,6 +57,13 @@ class Work:
         head = 2 * self.head_rows * shape.hidden * shape.vocab * (self.head_gemms - adapters)
         return {"layers": layers, "attention": attention, "head": head, "total": layers + attention + head}
 
+    def forward_flops(self, shape: ModelShape) -> dict[str, float]:
+        """Returns floating-point operations of a forward alone by part, and their ``total``."""
+        layers = 2 * shape.layer_parameters * self.tokens
+        attention = 4 * shape.layers * shape.heads * shape.head_size * self.attended
+        head = 2 * self.head_rows * shape.hidden * shape.vocab
+        return {"layers": layers, "attention": attention, "head": head, "total": layers + attention + head}
+
     def __add__(self, other: Work) -> Work:
         return Work(
             self.tokens + other.tokens,

@@ -41,6 +41,11 @@ _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_ROUNDING = 0.1
 
 
+def scoring_budget(max_tokens: int | None, device: torch.device) -> int:
+    """Returns the tokens of a micro-batch of a scoring pass: ``max_tokens_per_batch``, or a default by device."""
+    return max_tokens or _TOKENS_PER_BATCH.get(device.type, _DEFAULT_TOKENS_PER_BATCH)
+
+
 class Reference:
     """The reference of one run, and its cached log-probs.
 
@@ -266,7 +271,7 @@ class Reference:
         self, dataset: Dataset, missing: Missing, collator: PackedCollator, max_tokens: int | None, description: str
     ) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        budget = max_tokens or _TOKENS_PER_BATCH.get(self.accelerator.device.type, _DEFAULT_TOKENS_PER_BATCH)
+        budget = scoring_budget(max_tokens, self.accelerator.device)
         collator = replace(collator, padded=self._model().padded)
         batches = scoring_batches(missing, collator, budget, world)
         progress = tqdm(

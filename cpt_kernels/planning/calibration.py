@@ -1,0 +1,329 @@
+"""Measures in ten seconds how long the micro-batches of a run take on this machine, without the weights of its model.
+
+Time depends on shapes, not on values. So some layers of the model, or all, get random weights and run the run's own
+micro-batches, the median and the largest by tokens: packed as in training, packed without a backward as in the
+reference pass, and padded as in TRL. Rounds of all these repeat until the time is over, and medians count.
+
+A micro-batch of F operations takes a + b F seconds. Where only n of L layers run, all of them would take
+t(L) = t(n) + (L - n) (t(n) - t(1)) / (n - 1).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..reference.scorer import scoring_budget
+from .counts import Counts
+from .model_sizes import ModelSizes, sizes_of, state_bytes
+from .peer import Sides, peer_tile_bytes
+from .sample import Sample, truncated
+from .work import Work
+
+Clock = Callable[[], float]
+
+_ROUNDS = 4  # that must fit into the time; the first one warms up
+_MOST_ROUNDS = 15
+_PILOT_TOKENS = 512
+_SHARE_OF_MEMORY = 0.8  # of the free memory, that a calibration may take
+
+
+class Rate(NamedTuple):
+    """Seconds of a micro-batch: ``fixed + per_flop * operations``."""
+
+    fixed: float
+    per_flop: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]]) -> Rate:
+        """Returns the line through the smallest and the largest of some (operations, seconds).
+
+        It goes through the origin if the two are close, or if noise makes a part of it negative.
+        """
+        (x0, y0), (x1, y1) = min(points), max(points)
+        slope = (y1 - y0) / (x1 - x0) if x1 > 1.2 * x0 else 0.0
+        if slope <= 0 or y0 < slope * x0:
+            return cls(0.0, sum(y for _, y in points) / sum(x for x, _ in points))
+        return cls(y0 - slope * x0, slope)
+
+    def seconds(self, micro_batches: int, flops: float) -> float:
+        """Returns the seconds of some micro-batches with ``flops`` operations in total."""
+        return self.fixed * micro_batches + self.per_flop * flops
+
+
+class TooLargeError(UserError):
+    """The memory of this machine does not suffice to run one layer of the model."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Decides the operations of a micro-batch: the sizes of the model, and which gradients there are."""
+
+    sizes: ModelSizes
+    checkpointing: bool
+    adapters: bool
+    fewest: int  # layers that can run: 1, or all of a model without a list of layers
+
+    @classmethod
+    def of(cls, model: nn.Module, args: Any) -> Shape:
+        sizes = sizes_of(model)
+        fewest = sizes.layers if truncated(model, 1)[1] is None else 1
+        return cls(sizes, args.gradient_checkpointing, hasattr(model, "peft_config"), fewest)
+
+    def flops(self, work: Work, backward: bool, layers: int | None = None) -> float:
+        """Returns the operations of a micro-batch with all layers, or with some."""
+        if backward:
+            parts = work.flops(self.sizes, self.checkpointing, self.adapters)
+        else:
+            parts = work.forward_flops(self.sizes)
+        share = 1.0 if layers is None else layers / self.sizes.layers
+        return share * (parts["layers"] + parts["attention"]) + parts["head"]
+
+
+@dataclass
+class Task:
+    """A micro-batch that is timed: rows of the dataset, or the lengths of padded sequences."""
+
+    kind: str  # "train", "reference", "peer" or "peer_reference"
+    work: Work
+    rows: Sequence[int] = ()
+    sides: Sides = ()
+    seconds: dict[int, list[float]] = field(default_factory=dict)  # by number of layers
+
+    @property
+    def backward(self) -> bool:
+        return self.kind in ("train", "peer")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration measured.
+
+    Attributes:
+        rates: by kind of micro-batch: "train", "reference", "peer", "peer_reference".
+        optimizer: seconds of an optimizer step of the whole model.
+        layers: how many of the model's layers ran.
+        rounds: how often each micro-batch was timed.
+        share: of the rows of each micro-batch that ran.
+    """
+
+    rates: dict[str, Rate]
+    optimizer: float
+    layers: int
+    rounds: int
+    share: float
+
+
+def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter, budget: float = 10.0) -> Calibration:
+    """Times micro-batches of a run on this machine.
+
+    Args:
+        trainer: a ``ContrastiveTrainer`` whose model has shapes but no weights.
+        counts: what the run does.
+        clock: returns seconds.
+        budget: of the calibration in seconds. Two rounds run, however long they take.
+
+    Raises:
+        TooLargeError: the memory of this machine does not suffice.
+    """
+    started, model = clock(), trainer.packed.model
+    shape = Shape.of(model, trainer.args)
+    try:
+        # The speed of this machine, from one layer and few rows.
+        pilot = _tasks(trainer, counts, min(1.0, _PILOT_TOKENS / counts.largest.tokens))
+        _check_memory(trainer, shape, pilot)
+        sample, fewest = Sample(trainer, shape.fewest), [shape.fewest]
+        _round(sample, pilot, fewest, clock)
+        before = clock()
+        _round(sample, pilot, fewest, clock)
+        seconds = clock() - before
+        speed = sum(shape.flops(task.work, task.backward, shape.fewest) for task in pilot) / seconds
+
+        # The rounds, with as many rows and layers as the time and the memory allow.
+        left = budget - (clock() - started)
+        share, layers, tasks = _affordable(trainer, counts, shape, speed * left / _ROUNDS)
+        if layers != fewest:
+            sample = Sample(trainer, layers[-1])
+        _round(sample, tasks, layers, clock)  # warms up
+        for task in tasks:
+            task.seconds.clear()
+        steps: list[float] = []
+        while not steps or (len(steps) < _MOST_ROUNDS and clock() - started < budget):
+            steps.append(_round(sample, tasks, layers, clock))
+    except torch.OutOfMemoryError as error:
+        raise TooLargeError(f"timing this run needs more memory than {trainer.args.device} has") from error
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for task in tasks:
+        points.setdefault(task.kind, []).append((shape.flops(task.work, task.backward), _of_all_layers(task, shape)))
+    grown = trained_parameters(model) / trained_parameters(sample.model)
+    return Calibration(
+        rates={kind: Rate.through(found) for kind, found in points.items()},
+        optimizer=statistics.median(steps) * grown,
+        layers=layers[-1],
+        rounds=len(steps),
+        share=share,
+    )
+
+
+def _round(sample: Sample, tasks: Sequence[Task], layers: Sequence[int], clock: Clock) -> float:
+    """Times every task with every number of layers, and returns the seconds of an optimizer step after the last."""
+    device = sample.device
+
+    def timed(run: Callable[..., None], *arguments: Any) -> float:
+        getattr(torch, device.type).synchronize()
+        started = clock()
+        run(*arguments)
+        getattr(torch, device.type).synchronize()
+        return clock() - started
+
+    run = {"train": sample.train, "reference": sample.score}
+    run |= {"peer": sample.train_peer, "peer_reference": sample.score_peer}
+    accumulates = sample.trainer.args.gradient_accumulation_steps > 1
+    for count in layers:
+        with sample.only(count):
+            for task in tasks:
+                if task.backward and not accumulates:  # the first backward of a step allocates gradients
+                    sample.forget_gradients()
+                task.seconds.setdefault(count, []).append(timed(run[task.kind], task.rows or task.sides))
+    return timed(sample.step)
+
+
+# --- What is timed ---
+
+
+def _tasks(trainer: Any, counts: Counts, share: float) -> list[Task]:
+    """Returns the micro-batches to time, each with a share of its rows, but one at least."""
+
+    def cut(items: Sequence[Any]) -> Sequence[Any]:
+        return items[: max(1, round(share * len(items)))]
+
+    def median_and_largest(batches: Sequence[Any], work: Callable[[Any], Work]) -> list[Any]:
+        ordered = sorted(batches, key=lambda batch: work(batch).tokens)
+        return [cut(ordered[len(ordered) // 2]), cut(ordered[-1])]
+
+    lengths, tasks = counts.lengths, []
+    for pairs in median_and_largest(counts.peer_batches, counts.peer_work):
+        sides = [side for pair in pairs for side in pair]
+        tasks.append(Task("peer", counts.peer_work(pairs), sides=sides))
+        tasks.append(Task("peer_reference", tasks[-1].work, sides=sides))
+    # The reference pass has micro-batches of its own size.
+    rows, budget = [], share * scoring_budget(trainer.args.max_tokens_per_batch, trainer.args.device)
+    for row in dict.fromkeys(row for batch in counts.batches for row in batch):
+        if rows and lengths.work([*rows, row]).tokens > budget:
+            break
+        rows.append(row)
+    tasks.append(Task("reference", lengths.work(rows), rows))
+    tasks += [Task("train", lengths.work(rows), rows) for rows in median_and_largest(counts.batches, lengths.work)]
+    return tasks if trainer.loss.needs_reference else [task for task in tasks if "reference" not in task.kind]
+
+
+def _affordable(trainer: Any, counts: Counts, shape: Shape, flops: float) -> tuple[float, list[int], list[Task]]:
+    """Returns the largest share of the rows, and the numbers of layers, that the operations and the memory allow."""
+    for share in (2.0**-i for i in range(8)):
+        tasks = _tasks(trainer, counts, share)
+        for layers in _layer_counts(shape.sizes.layers, shape.fewest):
+            once = sum(shape.flops(task.work, task.backward, n) for task in tasks for n in layers)
+            if once <= flops and needed_bytes(trainer, shape, layers[-1], tasks) <= free_bytes(trainer.args.device):
+                return share, layers, tasks
+    return share, [shape.fewest], tasks
+
+
+def _layer_counts(depth: int, fewest: int) -> Iterator[list[int]]:
+    """Yields numbers of layers to run, most first: all, or two numbers whose difference tells the time of a layer."""
+    yield [depth]
+    while fewest < (depth := depth // 2):
+        yield [fewest, depth]
+    yield [fewest]
+
+
+def _of_all_layers(task: Task, shape: Shape) -> float:
+    """Returns the median seconds of a micro-batch with all layers of the model."""
+    medians = {layers: statistics.median(seconds) for layers, seconds in task.seconds.items()}
+    most, fewest, depth = max(medians), min(medians), shape.sizes.layers
+    if most == fewest:  # the layers that did not run take as long for each operation as what did
+        return medians[most] * shape.flops(task.work, task.backward) / shape.flops(task.work, task.backward, most)
+    return medians[most] + (depth - most) * (medians[most] - medians[fewest]) / (most - fewest)
+
+
+# --- Memory ---
+
+
+def needed_bytes(trainer: Any, shape: Shape, layers: int, tasks: Sequence[Task]) -> float:
+    """Returns a rough upper bound of the bytes that the micro-batches take with so many layers."""
+    model, args = trainer.packed.model, trainer.args
+    state = state_bytes(truncated(model, layers)[0], args)
+    held = state["weights"] + (state["optimizer"] or 2 * state["gradients"]) + state["gradients"]
+    # The inputs of all products of a token: about three values for each row of the layers' matrices.
+    values = 3 * shape.sizes.layer_parameters / shape.sizes.layers / shape.sizes.hidden
+    kept = values + layers * shape.sizes.hidden if shape.checkpointing else layers * values
+    tokens = max(task.work.tokens for task in tasks)
+    return held + 4 * tokens * kept + peer_tile_bytes(tokens, shape.sizes.vocab, args.device)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Returns the bytes that a calibration may take on a device."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return _SHARE_OF_MEMORY * free
+
+
+def _check_memory(trainer: Any, shape: Shape, tasks: Sequence[Task]) -> None:
+    needed = needed_bytes(trainer, shape, shape.fewest, tasks)
+    if needed > (free := free_bytes(trainer.args.device)):
+        raise TooLargeError(
+            f"one layer and the head of this model take about {needed / 2**30:.1f} GiB in training, and"
+            f" {free / 2**30:.1f} GiB can be used on {trainer.args.device}"
+        )
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Returns the number of trained values."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# --- Prediction ---
+
+
+def predict_seconds(trainer: Any, counts: Counts, calibration: Calibration) -> dict[str, float]:
+    """Returns the seconds of the parts of a run and of TRL's run at the same settings on the same pairs.
+
+    TRL either runs its reference in every step, or once over the dataset before training.
+    """
+    shape, rates = Shape.of(trainer.packed.model, trainer.args), calibration.rates
+    steps = counts.steps * calibration.optimizer
+    batches = len(counts.peer_batches)
+    seconds = {
+        "training": rates["train"].seconds(counts.micro_batches, shape.flops(counts.work, True)) + steps,
+        "TRL, training": rates["peer"].seconds(batches, shape.flops(counts.peer, True)) + steps,
+    }
+    if "reference" in rates:
+        live = rates["peer_reference"].seconds(batches, shape.flops(counts.peer, False))
+        seconds |= {
+            "reference pass": rates["reference"].seconds(0, shape.flops(counts.reference, False)),
+            "TRL, reference in every step": live,
+            "TRL, reference before training": live * counts.dataset_pairs / counts.pairs,
+        }
+    return seconds
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """Returns TRL's seconds as multiples of ours: of the first run, and of later ones, which find the reference cached.
+
+    TRL keeps no log-probs beyond a dataset's own cache, so it runs its reference in every run.
+    """
+    ours, trl, reference = (seconds.get(part, 0.0) for part in ("training", "TRL, training", "reference pass"))
+    if "reference pass" not in seconds:
+        return {"no reference": trl / ours}
+    return {
+        f"{run}, {when}": (trl + seconds[f"TRL, {when}"]) / ours_whole
+        for when in ("reference in every step", "reference before training")
+        for run, ours_whole in (("first run", ours + reference), ("reference cached", ours))
+    }

@@ -1,0 +1,143 @@
+"""Some layers of a model that has shapes but no weights, with random values, which run micro-batches of its run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from ..model.hooks import attention_over, length_dependent_rotaries, set_attention
+from ..model.packed_model import base_model
+from .peer import Sides, run_peer
+
+
+class Sample:
+    """The last layers of a run's model, or all, with random values. Time depends on shapes, not on values.
+
+    Args:
+        trainer: a ``ContrastiveTrainer`` of a model on the device "meta"; it is not changed.
+        layers: how many of the last layers; ignored for a model without a list of layers.
+    """
+
+    def __init__(self, trainer: Any, layers: int) -> None:
+        args = trainer.args
+        self.device, self.dataset = args.device, trainer.train_dataset
+        self.model, self.stack = truncated(trainer.packed.model, layers)
+        self.model.to_empty(device=self.device)
+        base = base_model(self.model)
+        base.tie_weights()
+        _set_random_values(self.model)
+        if args.gradient_checkpointing:
+            _enable_checkpointing(self.model, dict(args.gradient_checkpointing_kwargs or {}))
+        # A trainer of this model has the loss, the precision and the optimizer of the run.
+        packed = copy.copy(trainer.packed)
+        packed.model, packed.rotaries = self.model, length_dependent_rotaries(base)
+        if not packed.padded:
+            set_attention(base, attention_over(base.config._attn_implementation))
+        self.packed, self.trainer = packed, copy.copy(trainer)
+        self.trainer.packed, self.trainer.model, self.trainer.optimizer = packed, self.model, None
+        self.wrapped = trainer.accelerator.prepare_model(self.model)
+        self.optimizer = self.trainer.create_optimizer(self.model)
+        self.collator = replace(trainer.collator, reference=_no_information if trainer.loss.needs_reference else None)
+
+    def train(self, rows: Sequence[int]) -> None:
+        """Runs forward and backward of a packed micro-batch."""
+        batch = self.collator(self.dataset.__getitems__(list(rows)))
+        self.trainer.training_step(self.wrapped, batch, self.trainer._counts([batch], self.device))
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[int]) -> None:
+        """Runs the reference's forward of a packed micro-batch."""
+        batch = send_to_device(self.collator(self.dataset.__getitems__(list(rows))), self.device)
+        with self._as_reference(), self.trainer.accelerator.autocast():
+            self.packed(batch).tokens.logps.float().cpu()
+
+    def train_peer(self, sides: Sides) -> None:
+        """Runs forward and backward of a padded micro-batch."""
+        self.model.train()
+        self.trainer.accelerator.backward(run_peer(self.model, self.wrapped, sides, self.device))
+
+    @torch.no_grad()
+    def score_peer(self, sides: Sides) -> None:
+        """Runs the reference's forward of a padded micro-batch."""
+        with self._as_reference():
+            run_peer(self.model, self.wrapped, sides, self.device).item()
+
+    def step(self) -> None:
+        """Takes an optimizer step with the gradients that are there."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.trainer.args.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, self.trainer.args.max_grad_norm)
+        self.optimizer.step()
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    @contextlib.contextmanager
+    def only(self, layers: int) -> Iterator[None]:
+        """Context in which only so many of the last layers run."""
+        whole = dict(self.stack._modules) if self.stack is not None else {}
+        if self.stack is not None:
+            last = list(whole.values())[len(whole) - layers :]
+            self.stack._modules = {str(i): layer for i, layer in enumerate(last)}
+        try:
+            yield
+        finally:
+            if self.stack is not None:
+                self.stack._modules = whole
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Context of a model without dropout, checkpointing and adapters."""
+        self.model.eval()
+        is_adapted = hasattr(self.model, "disable_adapter")
+        with self.model.disable_adapter() if is_adapted else contextlib.nullcontext():
+            yield
+        self.model.train()
+
+
+def truncated(model: nn.Module, layers: int) -> tuple[nn.Module, nn.ModuleList | None]:
+    """Returns a copy of a model that keeps only its last layers, and their list.
+
+    The list is None, and the copy is whole, for a model without a list of as many modules as its config has layers.
+    The last layers are kept, because the first ones of some mixtures of experts differ from all others.
+    """
+    copied = copy.deepcopy(model)
+    base = base_model(copied)
+    depth = base.config.get_text_config().num_hidden_layers
+    stack = next((m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+    if stack is not None:
+        del stack[: depth - layers]
+    return copied, stack
+
+
+@torch.no_grad()
+def _set_random_values(model: nn.Module) -> None:
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_floating_point():
+            tensor.zero_()
+        elif tensor.dim() > 1:
+            tensor.uniform_(-0.02, 0.02)
+        else:  # scales of norms, frequencies
+            tensor.fill_(1.0)
+
+
+def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Enables activation checkpointing as transformers' Trainer does when training starts."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
+
+
+def _no_information(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
+    """Returns a reference log-prob of -1 for every token, as a look-up that finds all."""
+    return np.full(sum(len(completion) for _, completion in sequences), -1.0, np.float32)
