@@ -17,6 +17,7 @@ SUBJECTS = {
     "cache": "filling, opening and look-ups of the reference cache, compared with SQLite, LMDB and Arrow",
     "fingerprint": "time to compute the fingerprint of a reference",
     "crash": "kill builds of the reference cache at random; check that no value is lost or wrong",
+    "plan": "steps, tokens and seconds that cpt plan predicts, compared with those of runs, ours and TRL's",
     "reference_pass": "time to score the reference on all pairs of a response file, compared with TRL",
     "gpu_check": "all tests, sanitizers, comparisons and benchmarks that need a GPU, in nine minutes",
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",

@@ -109,7 +109,7 @@ def _time(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
         "device": str(trainer.args.device),
         "seconds": seconds,
         "TRL / ours": ratios(seconds),
-        "calibration": {"layers": found.layers, "rounds": found.rounds, "share of rows": found.share},
+        "calibration": {"layers": found.layers, "rounds": found.rounds, "share of rows": found.shares},
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,9 +30,10 @@ from .work import Work
 
 Clock = Callable[[], float]
 
-_ROUNDS = 4  # that must fit into the time; the first one warms up
+_ROUNDS = 3  # that must fit into the time; the first one warms up
 _MOST_ROUNDS = 15
 _PILOT_TOKENS = 512
+_OURS, _PEER = ("train", "reference"), ("peer", "peer_reference")
 _SHARE_OF_MEMORY = 0.8  # of the free memory, that a calibration may take
 
 
@@ -96,6 +97,7 @@ class Task:
     work: Work
     rows: Sequence[int] = ()
     sides: Sides = ()
+    layers: Sequence[int] = ()  # how many run, fewest first
     seconds: dict[int, list[float]] = field(default_factory=dict)  # by number of layers
 
     @property
@@ -110,16 +112,16 @@ class Calibration:
     Attributes:
         rates: by kind of micro-batch: "train", "reference", "peer", "peer_reference".
         optimizer: seconds of an optimizer step of the whole model.
-        layers: how many of the model's layers ran.
+        layers: how many of the model's layers ran, by kind.
+        shares: of the rows of each micro-batch that ran, by kind.
         rounds: how often each micro-batch was timed.
-        share: of the rows of each micro-batch that ran.
     """
 
     rates: dict[str, Rate]
     optimizer: float
-    layers: int
+    layers: dict[str, int]
+    shares: dict[str, float]
     rounds: int
-    share: float
 
 
 def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter, budget: float = 10.0) -> Calibration:
@@ -136,72 +138,88 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
     """
     started, model = clock(), trainer.packed.model
     shape = Shape.of(model, trainer.args)
+    fewest = [shape.fewest]
     try:
         # The speed of this machine, from one layer and few rows.
-        pilot = _tasks(trainer, counts, min(1.0, _PILOT_TOKENS / counts.largest.tokens))
-        _check_memory(trainer, shape, pilot)
-        sample, fewest = Sample(trainer, shape.fewest), [shape.fewest]
-        _round(sample, pilot, fewest, clock)
-        before = clock()
-        _round(sample, pilot, fewest, clock)
-        seconds = clock() - before
-        speed = sum(shape.flops(task.work, task.backward, shape.fewest) for task in pilot) / seconds
+        share = min(1.0, _PILOT_TOKENS / counts.largest.tokens)
+        pilots = [_tasks(trainer, counts, share, fewest, kinds) for kinds in (_OURS, _PEER)]
+        _check_memory(trainer, shape, pilots[0] + pilots[1])
+        sample = Sample(trainer, shape.fewest)
+        for _ in range(2):
+            seconds = [_timed(clock, sample.device, _round, sample, tasks, clock) for tasks in pilots]
+        flops = [sum(shape.flops(task.work, task.backward, *fewest) for task in tasks) for tasks in pilots]
 
-        # The rounds, with as many rows and layers as the time and the memory allow.
-        left = budget - (clock() - started)
-        share, layers, tasks = _affordable(trainer, counts, shape, speed * left / _ROUNDS)
-        if layers != fewest:
-            sample = Sample(trainer, layers[-1])
-        _round(sample, tasks, layers, clock)  # warms up
+        # As many rows and layers as the time and the memory allow, half of the time for either trainer.
+        left = (budget - (clock() - started)) / 2 / _ROUNDS
+        chosen = [
+            _affordable(trainer, counts, shape, kinds, left * work / spent)
+            for kinds, work, spent in zip((_PEER, _OURS), flops[::-1], seconds[::-1])
+        ]
+        tasks = [task for found in chosen for task in found.tasks]
+        if (layers := max(found.layers[-1] for found in chosen)) > shape.fewest:
+            sample = Sample(trainer, layers)
+
+        # Rounds: one to warm up, then those that count.
+        _round(sample, tasks, clock)
         for task in tasks:
             task.seconds.clear()
         steps: list[float] = []
         while not steps or (len(steps) < _MOST_ROUNDS and clock() - started < budget):
-            steps.append(_round(sample, tasks, layers, clock))
+            steps.append(_round(sample, tasks, clock))
     except torch.OutOfMemoryError as error:
         raise TooLargeError(f"timing this run needs more memory than {trainer.args.device} has") from error
 
     points: dict[str, list[tuple[float, float]]] = {}
     for task in tasks:
         points.setdefault(task.kind, []).append((shape.flops(task.work, task.backward), _of_all_layers(task, shape)))
-    grown = trained_parameters(model) / trained_parameters(sample.model)
+    with sample.only(tasks[-1].layers[-1]):
+        grown = trained_parameters(model) / trained_parameters(sample.model)
     return Calibration(
         rates={kind: Rate.through(found) for kind, found in points.items()},
         optimizer=statistics.median(steps) * grown,
-        layers=layers[-1],
+        layers={task.kind: task.layers[-1] for task in tasks},
+        shares={task.kind: found.share for found in chosen for task in found.tasks},
         rounds=len(steps),
-        share=share,
     )
 
 
-def _round(sample: Sample, tasks: Sequence[Task], layers: Sequence[int], clock: Clock) -> float:
-    """Times every task with every number of layers, and returns the seconds of an optimizer step after the last."""
-    device = sample.device
-
-    def timed(run: Callable[..., None], *arguments: Any) -> float:
-        getattr(torch, device.type).synchronize()
-        started = clock()
-        run(*arguments)
-        getattr(torch, device.type).synchronize()
-        return clock() - started
-
-    run = {"train": sample.train, "reference": sample.score}
+def _round(sample: Sample, tasks: Sequence[Task], clock: Clock) -> float:
+    """Times every task with each of its numbers of layers, and returns the seconds of an optimizer step at the end."""
+    run: dict[str, Callable[[Any], None]] = {"train": sample.train, "reference": sample.score}
     run |= {"peer": sample.train_peer, "peer_reference": sample.score_peer}
     accumulates = sample.trainer.args.gradient_accumulation_steps > 1
-    for count in layers:
-        with sample.only(count):
-            for task in tasks:
-                if task.backward and not accumulates:  # the first backward of a step allocates gradients
-                    sample.forget_gradients()
-                task.seconds.setdefault(count, []).append(timed(run[task.kind], task.rows or task.sides))
-    return timed(sample.step)
+    for task in tasks:
+        for layers in task.layers:
+            if task.backward and not accumulates:  # the first backward of a step allocates gradients
+                sample.forget_gradients()
+            with sample.only(layers):
+                seconds = _timed(clock, sample.device, run[task.kind], task.rows or task.sides)
+            task.seconds.setdefault(layers, []).append(seconds)
+    return _timed(clock, sample.device, sample.step)
+
+
+def _timed(clock: Clock, device: torch.device, run: Callable[..., Any], *arguments: Any) -> float:
+    synchronize = getattr(torch, device.type).synchronize
+    synchronize()
+    started = clock()
+    run(*arguments)
+    synchronize()
+    return clock() - started
 
 
 # --- What is timed ---
 
 
-def _tasks(trainer: Any, counts: Counts, share: float) -> list[Task]:
-    """Returns the micro-batches to time, each with a share of its rows, but one at least."""
+class Choice(NamedTuple):
+    """The micro-batches of one trainer that are timed."""
+
+    share: float  # of the rows of each micro-batch
+    layers: Sequence[int]
+    tasks: list[Task]
+
+
+def _tasks(trainer: Any, counts: Counts, share: float, layers: Sequence[int], kinds: Collection[str]) -> list[Task]:
+    """Returns the micro-batches to time, each with a share of its rows, but one at least; "train" comes last."""
 
     def cut(items: Sequence[Any]) -> Sequence[Any]:
         return items[: max(1, round(share * len(items)))]
@@ -213,28 +231,29 @@ def _tasks(trainer: Any, counts: Counts, share: float) -> list[Task]:
     lengths, tasks = counts.lengths, []
     for pairs in median_and_largest(counts.peer_batches, counts.peer_work):
         sides = [side for pair in pairs for side in pair]
-        tasks.append(Task("peer", counts.peer_work(pairs), sides=sides))
-        tasks.append(Task("peer_reference", tasks[-1].work, sides=sides))
+        tasks += [Task(kind, counts.peer_work(pairs), (), sides, layers) for kind in ("peer", "peer_reference")]
     # The reference pass has micro-batches of its own size.
     rows, budget = [], share * scoring_budget(trainer.args.max_tokens_per_batch, trainer.args.device)
     for row in dict.fromkeys(row for batch in counts.batches for row in batch):
         if rows and lengths.work([*rows, row]).tokens > budget:
             break
         rows.append(row)
-    tasks.append(Task("reference", lengths.work(rows), rows))
-    tasks += [Task("train", lengths.work(rows), rows) for rows in median_and_largest(counts.batches, lengths.work)]
-    return tasks if trainer.loss.needs_reference else [task for task in tasks if "reference" not in task.kind]
+    tasks.append(Task("reference", lengths.work(rows), rows, (), layers))
+    for rows in median_and_largest(counts.batches, lengths.work):
+        tasks.append(Task("train", lengths.work(rows), rows, (), layers))
+    needed = trainer.loss.needs_reference
+    return [task for task in tasks if task.kind in kinds and (needed or task.backward)]
 
 
-def _affordable(trainer: Any, counts: Counts, shape: Shape, flops: float) -> tuple[float, list[int], list[Task]]:
-    """Returns the largest share of the rows, and the numbers of layers, that the operations and the memory allow."""
+def _affordable(trainer: Any, counts: Counts, shape: Shape, kinds: Collection[str], flops: float) -> Choice:
+    """Returns the largest share of the rows, then the most layers, that the operations and the memory allow."""
     for share in (2.0**-i for i in range(8)):
-        tasks = _tasks(trainer, counts, share)
         for layers in _layer_counts(shape.sizes.layers, shape.fewest):
+            tasks = _tasks(trainer, counts, share, layers, kinds)
             once = sum(shape.flops(task.work, task.backward, n) for task in tasks for n in layers)
             if once <= flops and needed_bytes(trainer, shape, layers[-1], tasks) <= free_bytes(trainer.args.device):
-                return share, layers, tasks
-    return share, [shape.fewest], tasks
+                return Choice(share, layers, tasks)
+    return Choice(share, layers, tasks)
 
 
 def _layer_counts(depth: int, fewest: int) -> Iterator[list[int]]:
