@@ -1,11 +1,14 @@
 """``cpt plan``: what a run of ``cpt-train`` will do, without its weights and before anything is trained.
 
-  cpt plan MODEL DATA [any option of cpt-train] [--json FILE]
+  cpt plan MODEL DATA [any option of cpt-train] [--json FILE] [--picture FILE]
   cpt plan --config run.yaml
 
 Rows, pairs, steps and tokens are counted through the data preparation and the loader of training, so they are exact.
 They assume packed rows unless packing=false, or the architecture is known to need padded ones: only weights prove that
 a model runs packed rows.
+
+Seconds are predicted from ten seconds of the run's own micro-batches on this machine, with random weights. TRL's are of
+an imitation of its padded step, so that TRL need not be installed.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
         UserError: data, model or options that cannot be trained with.
     """
     own, options_argv = _plan_parser(prog).parse_known_args(_with_names(argv))
+    picture = None if own.picture is None else Path(own.picture)
+    if picture is not None and picture.suffix not in (".png", ".svg"):
+        raise UserError(f"--picture {picture}: its name must end in .png or .svg")
     table = option_table()
     flags, rest = launch.split(options_argv, table.launch)
     flags |= launch.of_file(read_file(rest), table.launch)
@@ -38,7 +44,7 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
         options = parse([*rest, "--output_dir", folder], prog)
         from .planned import show_plan  # imports torch and transformers
 
-        plan = show_plan(options)
+        plan = show_plan(options, picture)
     if own.json is not None:
         write_text(Path(own.json), json.dumps(plan, indent=1) + "\n")
 
@@ -55,9 +61,10 @@ def _with_names(argv: Sequence[str]) -> list[str]:
 def _plan_parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
-        usage=f"{prog} [MODEL DATA] [--config run.yaml] [--option value ...] [--json FILE]",
+        usage=f"{prog} [MODEL DATA] [--config run.yaml] [--option value ...] [--json FILE] [--picture FILE]",
         description=__doc__,
         epilog="All options of cpt-train are allowed; cpt-train --help lists them.",
     )
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON, too")
+    parser.add_argument("--picture", metavar="FILE", help="draw lengths, micro-batches, memory, seconds: PNG, SVG")
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .console import print_results
 from .decoded import decoded_pair
 from .models import from_pretrained
 from .options import ModelArguments, Options
+from .plan_picture import draw_plan
 from .run import check_options, make_trainer, quieten
 
 
@@ -39,8 +41,11 @@ class PlannedTrainer(ContrastiveTrainer):
         pass  # there is nothing to move
 
 
-def show_plan(options: Options) -> dict[str, Any]:
+def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
     """Prints the plan of a run, with a decoded pair, and returns it as plain data for JSON.
+
+    Args:
+        picture: the file to draw the plan to.
 
     Raises:
         UserError: data, model or options that cannot be trained with.
@@ -64,6 +69,8 @@ def show_plan(options: Options) -> dict[str, Any]:
     drops = [line for report in trainer.reports.values() for line in report.summary()]
     tables = [_plan_table(plan["run"]), *_time_tables(plan["time"])]
     print_results([*decoded_pair(row, trainer.processing_class, trainer.collator), *tables], drops)
+    if picture is not None:
+        draw_plan(plan, counts, args.max_tokens_per_batch, picture)
     return plan
 
 
@@ -143,7 +150,13 @@ def _time_tables(found: dict[str, Any]) -> list[Any]:
     title = f"predicted time on {found['device']}, TRL by an imitation of its padded step"
     table = Table("", "", title=title, title_justify="left", show_header=False)
     for part, seconds in found["seconds"].items():
-        table.add_row(part, f"{timedelta(seconds=round(seconds))} h, {seconds:,.4g} s")
+        table.add_row(part, _duration(seconds))
     for runs, ratio in found["TRL / ours"].items():
         table.add_row(f"TRL / ours, {runs}", f"{ratio:.2f}")
     return [table]
+
+
+def _duration(seconds: float) -> str:
+    """Returns seconds to three digits, with days, hours and minutes beside a minute or more."""
+    text = f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+    return text if seconds < 60 else f"{text} ({timedelta(seconds=round(seconds))})"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -146,7 +146,7 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         _check_memory(trainer, shape, pilots[0] + pilots[1])
         sample = Sample(trainer, shape.fewest)
         for _ in range(2):
-            seconds = [_timed(clock, sample.device, _round, sample, tasks, clock) for tasks in pilots]
+            seconds = [_timed(clock, sample.device, _time_round, sample, tasks, clock) for tasks in pilots]
         flops = [sum(shape.flops(task.work, task.backward, *fewest) for task in tasks) for tasks in pilots]
 
         # As many rows and layers as the time and the memory allow, half of the time for either trainer.
@@ -160,12 +160,12 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
             sample = Sample(trainer, layers)
 
         # Rounds: one to warm up, then those that count.
-        _round(sample, tasks, clock)
+        _time_round(sample, tasks, clock)
         for task in tasks:
             task.seconds.clear()
         steps: list[float] = []
         while not steps or (len(steps) < _MOST_ROUNDS and clock() - started < budget):
-            steps.append(_round(sample, tasks, clock))
+            steps.append(_time_round(sample, tasks, clock))
     except torch.OutOfMemoryError as error:
         raise TooLargeError(f"timing this run needs more memory than {trainer.args.device} has") from error
 
@@ -183,7 +183,7 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
     )
 
 
-def _round(sample: Sample, tasks: Sequence[Task], clock: Clock) -> float:
+def _time_round(sample: Sample, tasks: Sequence[Task], clock: Clock) -> float:
     """Times every task with each of its numbers of layers, and returns the seconds of an optimizer step at the end."""
     run: dict[str, Callable[[Any], None]] = {"train": sample.train, "reference": sample.score}
     run |= {"peer": sample.train_peer, "peer_reference": sample.score_peer}
@@ -210,7 +210,7 @@ def _timed(clock: Clock, device: torch.device, run: Callable[..., Any], *argumen
 # --- What is timed ---
 
 
-class Choice(NamedTuple):
+class Timed(NamedTuple):
     """The micro-batches of one trainer that are timed."""
 
     share: float  # of the rows of each micro-batch
@@ -245,23 +245,18 @@ def _tasks(trainer: Any, counts: Counts, share: float, layers: Sequence[int], ki
     return [task for task in tasks if task.kind in kinds and (needed or task.backward)]
 
 
-def _affordable(trainer: Any, counts: Counts, shape: Shape, kinds: Collection[str], flops: float) -> Choice:
+def _affordable(trainer: Any, counts: Counts, shape: Shape, kinds: Collection[str], flops: float) -> Timed:
     """Returns the largest share of the rows, then the most layers, that the operations and the memory allow."""
-    for share in (2.0**-i for i in range(8)):
-        for layers in _layer_counts(shape.sizes.layers, shape.fewest):
-            tasks = _tasks(trainer, counts, share, layers, kinds)
-            once = sum(shape.flops(task.work, task.backward, n) for task in tasks for n in layers)
-            if once <= flops and needed_bytes(trainer, shape, layers[-1], tasks) <= free_bytes(trainer.args.device):
-                return Choice(share, layers, tasks)
-    return Choice(share, layers, tasks)
-
-
-def _layer_counts(depth: int, fewest: int) -> Iterator[list[int]]:
-    """Yields numbers of layers to run, most first: all, or two numbers whose difference tells the time of a layer."""
-    yield [depth]
-    while fewest < (depth := depth // 2):
-        yield [fewest, depth]
-    yield [fewest]
+    free, depth, fewest = free_bytes(trainer.args.device), shape.sizes.layers, shape.fewest
+    # All layers, or two numbers of them, whose difference tells the time of a layer. Last, fewest layers and rows.
+    layer_counts = [[depth], *([fewest, depth >> i] for i in range(1, depth.bit_length()) if depth >> i > fewest)]
+    choices = [(2.0**-i, layers) for i in range(8) for layers in layer_counts]
+    for share, layers in [*choices, (choices[-1][0], [fewest])]:
+        tasks = _tasks(trainer, counts, share, layers, kinds)
+        once = sum(shape.flops(task.work, task.backward, n) for task in tasks for n in layers)
+        if once <= flops and needed_bytes(trainer, shape, layers[-1], tasks) <= free:
+            break
+    return Timed(share, layers, tasks)
 
 
 def _of_all_layers(task: Task, shape: Shape) -> float:
