@@ -292,6 +292,7 @@ def main(spec: dict[str, Any]) -> None:
     if channel.receive() == "run":
         context = Context(device, False, float("inf"))
         (row,) = context.attempt(spec["name"], partial(train, race, entry, device), peer=_excused(entry))
+        del row["what"]  # the parent names the row
         channel.reply(**row)
 
 

@@ -144,6 +144,7 @@ def test_a_contestant_in_its_own_process(monkeypatch):
     monkeypatch.setattr(steps, "product_rate", product)
     first, second = steps.full(Context("cuda", False, time.monotonic() + 300))
     assert seen == ["default", "no checkpointing", "product"]
+    assert [row["what"] for row in (first, second)] == ["llama-1b: default", "llama-1b: no checkpointing"]
     assert "contestant 'default' ended" in first["failed"] and "KeyError" in first["failed"]
     assert second["ms"] > 0 and "not compared" in second["result"] and "failed" not in second
 
@@ -243,8 +244,13 @@ def test_a_broken_part_is_a_failed_row_and_the_exit_code_is_1(monkeypatch, capsy
 
     monkeypatch.setattr(gpu_check, "PARTS", {name: Part("parts", name, 10) for name in ("broken", "sound")})
     monkeypatch.setattr(parts, "broken", broken, raising=False)
-    monkeypatch.setattr(parts, "sound", lambda context: iter([{"what": "it", "result": "2 ms"}]), raising=False)
-    out = tmp_path / "found.json"
+    out, written = tmp_path / "found.json", []
+
+    def sound(context):
+        written.append(out.exists() and "first" in out.read_text())  # by the part before
+        yield {"what": "it", "result": "2 ms"}
+
+    monkeypatch.setattr(parts, "sound", sound, raising=False)
     assert gpu_check.main(["--dry-run", "--parts", "broken,sound", "--json", str(out)]) == 1
     found = json.loads(out.read_text())["gpu_check"]
     assert found["failed"] == ["broken"] and found["ok"] is False
@@ -252,7 +258,7 @@ def test_a_broken_part_is_a_failed_row_and_the_exit_code_is_1(monkeypatch, capsy
     assert first["result"] == "1 ms" and "RuntimeError: the device is lost" in failed["failed"]
     assert found["parts"]["sound"]["rows"] == [{"what": "it", "result": "2 ms"}]
     assert "FAILED: RuntimeError: the device is lost" in capsys.readouterr().out
-    assert gpu_check.main(["--dry-run", "--parts", "sound"]) == 0
+    assert gpu_check.main(["--dry-run", "--parts", "sound"]) == 0 and written == [True, True]
 
 
 def test_markers_select_the_tests_that_need_a_gpu(monkeypatch):
