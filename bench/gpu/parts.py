@@ -138,15 +138,18 @@ def tests(context: Context) -> Iterator[Row]:
 
 def _pytest(context: Context, files: list[str]) -> Row:
     """Runs the tests of these files that need a GPU. The result is pytest's last line."""
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
-    options += ["-m", "gpu or device", "--collect-only"] if context.tiny else ["-m", "gpu"]
+    options = ["--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    options += ["-m", "gpu or device", "-q", "--collect-only"] if context.tiny else ["-m", "gpu"]
     if not context.tiny and importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+        options += ["-v"]  # names every test as it ends, for a run that is killed
     limit = 0.95 * context.left
     command = [sys.executable, "-m", "pytest", *files, *options]
     code, output = run_limited(command, limit, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     if code is None:
-        return {"failed": f"{output[-6000:]}\nkilled after {limit:.0f} s"}
+        counts = ", ".join(f"{output.count(f' {word} ')} {word}" for word in ("PASSED", "FAILED", "SKIPPED"))
+        names = "\n".join(re.findall(r".* FAILED .*", output))
+        return {"failed": f"{output[-3000:]}\n{names}\nkilled after {limit:.0f} s: {counts}"}
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
     if code != 0:
         return {"failed": f"{output[-12000:]}\nexit code {code}: {last}"}

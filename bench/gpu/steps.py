@@ -4,8 +4,9 @@ A step has 8 pairs with lengths like UltraFeedback's. All contestants start from
 rows in the same order; the metrics of their first steps are compared with those of our default. Each has one more step
 under PyTorch's profiler.
 
-Each contestant has its own process, because Liger replaces classes and functions of transformers. All processes start
-at once, import what they need, and wait for their turn. A dry run trains all contestants in one process, without Liger.
+Each contestant has its own process, because Liger replaces classes and functions of transformers. The next processes
+start ahead, import what they need, and wait for their turn. A dry run trains all contestants in one process, without
+Liger.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .meter import Context, Row, free_memory, product_rate
 PAIRS, WARM, TIMED = 8, 3, 3  # pairs per step; steps before the timed ones, and timed steps
 COMPARED = {"loss": 0.02, "logps/chosen": 0.01, "logps/rejected": 0.01}  # metric -> largest relative difference
 _TABLE = 8  # rows of a profiler table
+_AHEAD = 4  # processes at a time
 _TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=500)
 
 
@@ -142,11 +144,16 @@ def _steps(context: Context, title: str) -> Iterator[Row]:
     """Measures the rate of the head's product, then every contestant."""
     race = RACES[title].tiny() if context.tiny else RACES[title]
     absent = {name: entry.absent(context.device) for name, entry in race.entries.items()}
+    waiting = [] if context.tiny else [name for name, reason in absent.items() if reason is None]
     workers: dict[str, Worker] = {}
+
+    def start() -> None:
+        while waiting and len(workers) < _AHEAD:
+            name = waiting.pop(0)
+            workers[name] = Worker(name, "bench.gpu.steps", {"race": title, "name": name})
+
     try:
-        if not context.tiny:
-            for name in (name for name, reason in absent.items() if reason is None):
-                workers[name] = Worker(name, "bench.gpu.steps", {"race": title, "name": name})
+        start()
         yield from product_rate(context, 64 if context.tiny else 8192, race.shape.hidden, race.shape.vocab)
         free_memory()
         finished: dict[str, Row] = {}
@@ -158,6 +165,7 @@ def _steps(context: Context, title: str) -> Iterator[Row]:
             yield from context.attempt(f"{title}: {name}", work, seconds=8.0, peer=_excused(entry))
             if name in workers:
                 workers.pop(name).close()  # frees the device's memory
+            start()
     finally:
         close_all(list(workers.values()))
 

@@ -127,7 +127,7 @@ def test_a_step_with_other_metrics_is_found():
 
 
 def test_a_contestant_in_its_own_process(monkeypatch):
-    """The processes start before the first turn. One that fails is a failed row, and the next one has its turn."""
+    """Processes start before their turn. One that fails is a failed row, and the next one has its turn."""
     real, seen = steps.Worker, []
 
     def worker(name, module, spec):
@@ -142,8 +142,9 @@ def test_a_contestant_in_its_own_process(monkeypatch):
     monkeypatch.setitem(steps.RACES, "llama-1b", dataclasses.replace(steps.RACES["llama-1b"], entries=entries))
     monkeypatch.setattr(steps, "Worker", worker)
     monkeypatch.setattr(steps, "product_rate", product)
+    monkeypatch.setattr(steps, "_AHEAD", 1)
     first, second = steps.full(Context("cuda", False, time.monotonic() + 300))
-    assert seen == ["default", "no checkpointing", "product"]
+    assert seen == ["default", "product", "no checkpointing"]
     assert [row["what"] for row in (first, second)] == ["llama-1b: default", "llama-1b: no checkpointing"]
     assert "contestant 'default' ended" in first["failed"] and "KeyError" in first["failed"]
     assert second["ms"] > 0 and "not compared" in second["result"] and "failed" not in second
@@ -294,6 +295,10 @@ def test_gpu_tests_run_in_one_pool(monkeypatch):
     assert "exit code 1: 1 failed" in row["failed"]
     (command,) = commands
     assert command[command.index("-m", 3) + 1] == "gpu" and "-n" in command and "--collect-only" not in command
+    output = "[gw0] [ 1%] PASSED a.py::b \n[gw1] [ 2%] FAILED a.py::c \n"
+    monkeypatch.setattr(parts, "run_limited", lambda *_, **__: (None, output))
+    (row,) = parts.tests(Context("cuda", False, time.monotonic() + 60))
+    assert "killed after 57 s: 1 PASSED, 1 FAILED, 0 SKIPPED" in row["failed"] and "FAILED a.py::c" in row["failed"]
     files = {"tests/ops/test_vocab_score.py", "tests/ops/head/test_backends.py", "tests/training/test_waiting.py"}
     assert files <= set(command) and not any(name.endswith("test_csrc.py") for name in command)
 
