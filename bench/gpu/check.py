@@ -51,16 +51,16 @@ class Part:
 
 # In the order in which they run. The extension takes its time only if it must be compiled.
 PARTS = {
-    "environment": Part("parts", "environment", 15),
-    "extension": Part("parts", "extension", 30),
-    "tests": Part("parts", "tests", 75),
-    "sanitizers": Part("parts", "sanitizers", 60),
-    "kernels": Part("kernels", "rows", 20),
-    "head": Part("head", "rows", 85),
-    "attention": Part("attention", "comparisons", 35),
-    "attention speed": Part("attention", "benchmarks", 35),
-    "steps": Part("steps", "full", 85),
-    "LoRA steps": Part("steps", "lora", 80),
+    "environment": Part("parts", "environment", 12),
+    "extension": Part("parts", "extension", 20),
+    "tests": Part("parts", "tests", 70),
+    "sanitizers": Part("parts", "sanitizers", 50),
+    "kernels": Part("kernels", "rows", 18),
+    "head": Part("head", "rows", 75),
+    "attention": Part("attention", "comparisons", 30),
+    "attention speed": Part("attention", "benchmarks", 25),
+    "steps": Part("steps", "full", 110),
+    "LoRA steps": Part("steps", "lora", 110),
     "training": Part("parts", "training", 20),
 }
 

@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -177,7 +178,7 @@ def _excused(entry: Entry) -> bool:
 
 def _turn(context: Context, race: Race, name: str, worker: Worker | None, finished: dict[str, Row]) -> Row:
     """Trains one contestant, in its worker if it has one, and compares it with our default, which runs first."""
-    row = worker.ask("run") if worker else train(race, race.entries[name], context.device)
+    row = _ask(worker, context.left) if worker else train(race, race.entries[name], context.device)
     if "ms" not in row:  # it failed, or ran out of memory
         return row
     finished[name] = row
@@ -196,6 +197,24 @@ def _turn(context: Context, race: Race, name: str, worker: Worker | None, finish
         if wrong := differences(finished["default"]["metrics"], row["metrics"]):
             found["failed"] = wrong
     return {**row, **found, "result": ", ".join(notes)}
+
+
+def _ask(worker: Worker, seconds: float) -> Row:
+    """Lets a worker train. It is killed after ``seconds``, so that the rows behind it are reported as skipped.
+
+    Raises:
+        RuntimeError: The worker was killed, or ended.
+    """
+    limit, started = threading.Timer(seconds, worker.process.kill), time.monotonic()
+    limit.start()
+    try:
+        return worker.ask("run")
+    except RuntimeError as error:
+        if time.monotonic() - started < seconds:
+            raise
+        raise RuntimeError(f"{error}\nkilled after {seconds:.0f} s") from None
+    finally:
+        limit.cancel()
 
 
 def train(race: Race, entry: Entry, device: str) -> Row:
