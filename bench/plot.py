@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_kernels.plots import legend_above
+
 TITLES = {
     "pairs": "pairs per step",
     "tokens": "tokens of the prompt and of each completion",
@@ -65,11 +67,11 @@ def draw_step(result: dict[str, Any], folder: Path) -> list[Path]:
     colors = [_color(name, i) for i, name in enumerate(names)]
     for axis, values, label in zip(axes, (seconds, memory), ("seconds per step", "peak memory, GiB")):
         bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+        axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=8)  # beside the mark of a bar's end
         axis.set_xlabel(label)
-        axis.set_xlim(0, 1.15 * max(values))
+        _fit(axis, values, 1.2)
     axes[0].plot(expected, names, "k|", markersize=14, label=_PREDICTED)
-    axes[0].legend(fontsize=8, frameon=False)
+    legend_above(axes[0], 4)
     return _save(figure, result, folder / "step")
 
 
@@ -104,7 +106,8 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> list[Path]:
         panel.axis("off")
     panels[0, 0].set_ylabel("seconds per step")
     panels[0, 0].plot([], [], "k:", label=_PREDICTED)
-    panels[0, 0].legend(fontsize=8, frameon=False)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower left", ncols=len(labels))
     return _save(figure, result, folder / "scaling")
 
 
@@ -124,9 +127,9 @@ def draw_cache(result: dict[str, Any], folder: Path) -> list[Path]:
         bars = axis.barh(texts, values, color=colors)
         axis.bar_label(bars, [f"{v:,.0f}" if v else "reads the files of the first" for v in values], padding=3)
         axis.set_xlabel(label)
-        axis.set_xlim(0, 1.25 * max(values))
-        axis.locator_params("x", nbins=4)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
+        if _fit(axis, values, 1.25):
+            axis.locator_params("x", nbins=4)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
     return _save(figure, result, folder / "cache")
 
 
@@ -141,7 +144,7 @@ def draw_packing(result: dict[str, Any], folder: Path) -> list[Path]:
         values = [100 * r[key] for r in result["results"]][::-1]
         axis.bar_label(axis.barh(names, values, color=_OURS), [f"{value:.1f}" for value in values], padding=3)
         axis.set_xlabel(label)
-        axis.set_xlim(0, 1.15 * max(values))
+        axis.set_xlim(0, 1.15 * (max(values) or 1))
     return _save(figure, result, folder / "packing")
 
 
@@ -163,8 +166,8 @@ def draw_tokenize(result: dict[str, Any], folder: Path) -> list[Path]:
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
     axis.set_yticks(range(len(found)), [f"{one['form']}, {one['pairs']}" for one in found])
     axis.set_xlabel("pairs per second")
-    axis.margins(x=0.15)
-    axis.legend(fontsize=8, frameon=False)
+    _fit(axis, [pairs / one[side] for one in found for side in sides], 1.15)
+    legend_above(axis, 7)
     return _save(figure, result, folder / "tokenize")
 
 
@@ -198,8 +201,10 @@ def draw_head(result: dict[str, Any], folder: Path) -> list[Path]:
                 f"completion tokens, vocabulary {int(vocab):,}, hidden size {result['options']['hidden']:,}"
             )
             axis.set_ylim(bottom=0)
-        time.legend(fontsize=8, frameon=False)
-        memory.legend(one_matrix, ["one matrix of logits"], fontsize=8, frameon=False)
+        legend_above(time, 5)
+        memory.legend(
+            one_matrix, ["one matrix of logits"], fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1)
+        )
     return _save(figure, result, folder / "head")
 
 
@@ -225,7 +230,7 @@ def draw_attention(result: dict[str, Any], folder: Path) -> list[Path]:
             panel.set_xlim(0, 1.2 * max(milliseconds + expected))
             panel.set_xlabel(f"ms, {way}")
         panels[0, column].set_title(f"prompt {prompt}, completions {completions}", fontsize=9)
-    panels[0, 0].legend(fontsize=8, frameon=False, loc="upper right", borderpad=0, handletextpad=0.2)
+    panels[1, 0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     return _save(figure, result, folder / "attention")
 
 
@@ -238,6 +243,21 @@ DRAWINGS = {
     "packing": draw_packing,
     "tokenize": draw_tokenize,
 }
+
+
+def _fit(axis, values: Sequence[float], room: float) -> bool:
+    """Fits an axis to bars from 0 with room for their labels; a scale of logarithms keeps the shorter ones visible.
+
+    Returns:
+        Whether the axis begins at 0.
+    """
+    shortest = min((value for value in values if value > 0), default=1)
+    if max(values) <= 100 * shortest:
+        axis.set_xlim(0, room * max(values))
+        return True
+    axis.set_xscale("log")
+    axis.set_xlim(shortest / 2, max(values) ** room / shortest ** (room - 1))
+    return False
 
 
 def _is_peer(name: str) -> bool:
@@ -271,7 +291,7 @@ def _save(figure, result: dict[str, Any], stem: Path) -> list[Path]:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(_title(result), fontsize=9)
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     with plt.rc_context({"svg.hashsalt": stem.name}):  # makes the file reproducible byte by byte
         for path in paths:

@@ -16,6 +16,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..evaluation.win_rate import WinRate
+from ..plots import color_of, cut_off_outlier, legend_above, new_figure
 from ..training.report import train_records
 from .arms import ARM_OPTIONS, ARMS, HARD
 from .experiment import ARM_BATCH, BATCH, DECODINGS, FULL, SeedResult, Size
@@ -70,10 +71,8 @@ def _rate(rate: WinRate) -> str:
 
 def draw_arm_win_rates(findings: Findings) -> Figure:
     """Draws win rates with their intervals, for both decodings."""
-    from matplotlib.figure import Figure  # imported here because it takes half a second
-
     summaries = list(findings.summaries.values())
-    figure = Figure(figsize=(9, 0.42 * len(summaries) + 1), layout="constrained")
+    figure = new_figure(9, 0.42 * len(summaries) + 1)
     axis = figure.subplots()
     for shift, (decoding, marker) in zip((-0.12, 0.12), zip(DECODINGS, "os")):
         shown = [(at, each.rates[decoding]) for at, each in enumerate(summaries) if decoding in each.rates]
@@ -94,28 +93,30 @@ def draw_arm_win_rates(findings: Findings) -> Figure:
     )
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    axis.legend()
+    legend_above(axis, 9)
     return figure
 
 
 def draw_arm_curves(result: SeedResult) -> Figure | None:
     """Draws margins, accuracies and the share of hard pairs of a seed's DPO arms; ``None`` without such an arm."""
-    from matplotlib.figure import Figure
-
     # SLiC has no reference, so its rewards are not comparable with those of DPO.
     arms = {name: arm for name, arm in result.arms.items() if ARMS[name].options["loss_type"] == "sigmoid"}
     if not arms:
         return None
-    figure = Figure(figsize=(4 * len(_CURVES), 3.4), layout="constrained")
-    for axis, (title, metric) in zip(figure.subplots(1, len(_CURVES)), _CURVES.items()):
-        for number, (name, arm) in enumerate(arms.items()):
-            records = [record for record in train_records(arm.training.records) if metric in record]
-            if records:
-                points = ([record["step"] for record in records], [record[metric] for record in records])
-                axis.plot(*points, label=ARMS[name].title, color=f"C{number}")
-        axis.set(title=title, xlabel="step")
+    records = {name: train_records(arm.training.records) for name, arm in arms.items()}
+    shown = {t: m for t, m in _CURVES.items() if any(m in record for each in records.values() for record in each)}
+    if not shown:
+        return None
+    figure = new_figure(4 * len(shown), 3.4)
+    for axis, (title, metric) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items()):
+        for number, (name, each) in enumerate(records.items()):
+            points = [(record["step"], record[metric]) for record in each if metric in record]
+            if points:
+                axis.plot(*zip(*points), label=ARMS[name].title, color=color_of(number))
+        axis.set(xlabel="step", ylabel=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small") if axis.has_data() else axis.set_visible(False)
+        legend_above(axis, 4)
+        cut_off_outlier(axis, "y", [[record.get(metric)] for each in records.values() for record in each])
     return figure
 
 

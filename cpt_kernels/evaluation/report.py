@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ..plots import color_of, cut_off_outlier, distinct, head_figure, legend_above, new_figure, save_figure, shorten
 from .judge import NO_VERDICT
 from .pair_metrics import ALL
 from .win_rate import LengthPrior
@@ -100,8 +101,8 @@ def draw_pairs(summary: Sequence[SummaryRow], folder: Path, title: str) -> list[
     values = {by: list(dict.fromkeys(row["value"] for row in rows)) for by, rows in groupings.items()}
     # Inches: the height of a row of panels grows with its number of values and models.
     heights = [0.6 + 0.28 * len(names) * max(1, 0.6 * len(models)) for names in values.values()]
-    figure = _figure(11, 1 + sum(heights))
-    figure.suptitle(title, fontsize="medium")
+    figure = new_figure(11, 1 + sum(heights))
+    short = distinct([*models, *(name for names in values.values() for name in names)])
     ratios = {"height_ratios": heights}
     axes = figure.subplots(len(groupings), 2, squeeze=False, sharex="col", gridspec_kw=ratios)
     metrics = (("rewards/accuracies", 100, "reward accuracy, %", 50), ("rewards/margins", 1, "reward margin", 0))
@@ -110,16 +111,22 @@ def draw_pairs(summary: Sequence[SummaryRow], folder: Path, title: str) -> list[
             for number, model in enumerate(models):
                 mine = [row for row in rows if row["model"] == model]
                 places = [values[by].index(row["value"]) for row in mine]
-                _draw_points(axis, [row[metric] for row in mine], places, factor, number, len(models), model)
+                _draw_points(axis, [row[metric] for row in mine], places, factor, number, len(models), short[model])
             axis.axvline(even, color="grey", linewidth=0.8, linestyle=":")
             counts = {row["value"]: row["pairs"] for row in rows}
-            names = [f"{name}  ({counts[name]:,})" for name in values[by]]
+            names = [f"{short[name]}  ({counts[name]:,})" for name in values[by]]
             _label(axis, names if axis is of_grouping[0] else [""] * len(names))
             if by == list(groupings)[-1]:
                 axis.set_xlabel(label)
         of_grouping[0].set_title(f"by {by} (pairs)" if by != ALL else "", loc="left", fontsize="medium")
-    axes[0][0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
-    return _save(figure, folder, "pairs")
+    for axis, (metric, factor, label, _) in zip(axes[-1], metrics):
+        of_models = {model: [] for model in models}
+        for row in (row for rows in groupings.values() for row in rows):
+            of_models[row["model"]] += [each and each * factor for each in row[metric].values()]
+        if (extreme := cut_off_outlier(axis, "x", list(of_models.values()))) is not None:
+            axis.set_xlabel(f"{label} (cut off: up to {extreme:,.4g})")
+    head_figure(figure, title, axes[0][0])
+    return save_figure(figure, *(folder / f"pairs.{format}" for format in _FORMATS))
 
 
 # --- Judged outputs ---
@@ -202,17 +209,20 @@ def length_lines(summaries: Sequence[SummaryRow], prior: LengthPrior) -> list[st
 
 def draw_judged(summaries: Sequence[SummaryRow], folder: Path) -> list[Path]:
     """Draws both win rates of every model with their intervals, and returns the files."""
-    figure = _figure(8, 1.4 + 0.5 * len(summaries))
+    figure = new_figure(8, 1.4 + 0.5 * len(summaries))
     axis = figure.subplots()
     for number, (name, label) in enumerate((("win_rate", "win rate"), ("length_controlled", "length-controlled"))):
         there = [(place, row[name]) for place, row in enumerate(summaries) if row[name] is not None]
+        if not there:
+            continue
         estimates = [{"mean": rate["rate"], "low": rate["low"], "high": rate["high"]} for _, rate in there]
         _draw_points(axis, estimates, [place for place, _ in there], 100, number, 2, label)
     axis.axvline(50, color="grey", linewidth=0.8, linestyle=":")
-    _label(axis, [f"{row['model']}  ({row['prompts']:,})" for row in summaries])
-    axis.set_xlabel(f"% preferred over {summaries[0]['baseline']} (prompts)")
-    axis.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    return _save(figure, folder, "win_rate")
+    short = distinct(row["model"] for row in summaries)
+    _label(axis, [f"{short[row['model']]}  ({row['prompts']:,})" for row in summaries])
+    figure.supxlabel(f"% preferred over {shorten(summaries[0]['baseline'])} (prompts)", fontsize="medium")
+    legend_above(axis, 8)
+    return save_figure(figure, *(folder / f"win_rate.{format}" for format in _FORMATS))
 
 
 # --- Shared by both ---
@@ -234,12 +244,6 @@ def _with_ends(estimate: dict[str, Any], factor: float, format: str, mean: str =
     return f"{value:{format}} [{low:{format}}, {high:{format}}]"
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _draw_points(
     axis: Any, estimates: Sequence[SummaryRow], places: Sequence[int], factor: float, number: int, of: int, label: str
 ) -> None:
@@ -250,22 +254,10 @@ def _draw_points(
         [[each[name] for each in estimates] for name in ("mean", "low", "high")], float
     )
     ends = [abs(means - low), abs(means - high)]
-    axis.errorbar(means, heights, xerr=ends, fmt="o", markersize=4, capsize=2, color=f"C{number}", label=label)
+    axis.errorbar(means, heights, xerr=ends, fmt="o", markersize=4, capsize=2, color=color_of(number), label=label)
 
 
 def _label(axis: Any, names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
-
-
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a dollar sign in a name would start a formula
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.{format}" for format in _FORMATS]
-    for file in files:
-        figure.savefig(file, dpi=120)
-    return files

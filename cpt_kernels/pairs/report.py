@@ -14,6 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..plots import distinct, new_figure, save_figure
 from .build import DropReason, PairTable, factorize
 from .files import Responses
 
@@ -192,14 +193,12 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 def write_report(report: dict[str, Any], json_file: Path, pictures: Mapping[str, Path]) -> None:
     """Writes the report as JSON, and a picture of the length ratios into one file per matplotlib format."""
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     everything = [entry for entry in report["by_models"] if entry["pairs"]]
     entries = everything[:_MOST_BARS][::-1]  # the first at the top
-    figure = Figure(figsize=(8, 1.5 + 0.4 * len(entries)), layout="constrained")
+    figure = new_figure(8, 1.5 + 0.4 * len(entries))
     axis = figure.add_subplot()
     for row, entry in enumerate(entries):
         low, first, median, third, high = entry["length_ratio_quantiles"].values()
@@ -208,18 +207,22 @@ def write_report(report: dict[str, Any], json_file: Path, pictures: Mapping[str,
         axis.plot([median, median], [row - 0.3, row + 0.3], color="black", linewidth=2)
         axis.annotate(f"{median:.2g}", (high, row), (4, 0), textcoords="offset points", va="center", fontsize="small")
     axis.axvline(1, color="grey", linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(entries)), [f"{entry['chosen']} > {entry['rejected']}" for entry in entries])
+    names = distinct((name for entry in entries for name in (entry["chosen"], entry["rejected"])), 24)
+    axis.set_yticks(range(len(entries)), [f"{names[e['chosen']]} > {names[e['rejected']]}" for e in entries])
     axis.set_xscale("log")
     axis.margins(x=0.1)
-    for set_formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        set_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}" if f"{ratio:e}"[0] in "125" else ""))
+    # 1, 2 and 5 of every decade have a number; with more than two decades only the decades.
+    low, high = axis.get_xlim()
+    shown = "125" if high / low < 200 else "1"
+    numbers = FuncFormatter(lambda ratio, _: f"{ratio:g}" if f"{ratio:e}"[0] in shown else "")
+    axis.xaxis.set_major_formatter(numbers)
+    axis.xaxis.set_minor_formatter(numbers if shown == "125" else NullFormatter())
     more = len(everything) - len(entries)
-    axis.set_xlabel(
+    figure.supxlabel(
         "length of chosen / length of rejected: 5, 25, 50, 75 and 95 % of the pairs; beside it the median"
-        + (f"\n{more} more pairs of models are not shown" if more else "")
+        + (f"\n{more} more pairs of models are not shown" if more else ""),
+        fontsize="medium",
     )
     axis.spines[["top", "right"]].set_visible(False)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # names of models may contain dollars
     for kind, picture in pictures.items():
-        figure.savefig(picture, format=kind, dpi=120)
+        save_figure(figure, picture, format=kind)

@@ -15,6 +15,8 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from ..plots import color_of, cut_off_outlier, distinct, legend_above, new_figure, save_figure, shorten
+
 LogRecord = dict[str, Any]  # one log: "step" and metrics by name; names of evaluations start with "eval_"
 
 # Panel title -> metrics drawn in it. Token accuracy is drawn only for data without pairs, which has no reward accuracy.
@@ -184,8 +186,6 @@ def draw_curves(records: Sequence[LogRecord], folder: str | Path, title: str = "
     Returns:
         The files written, in ``folder``: curves.png and curves.svg, or none if there is nothing to draw.
     """
-    from matplotlib.figure import Figure  # imported here because it takes half a second
-
     # Keep the panels of which at least one metric was logged.
     train, held_out = _shown(train_records(records)), _shown(eval_records(records))
     known = {key for record in (*train, *held_out) for key in record}
@@ -197,27 +197,33 @@ def draw_curves(records: Sequence[LogRecord], folder: str | Path, title: str = "
     if not panels:
         return []
     # Draw two panels per row, a solid line for training and a dashed line with markers for evaluations.
-    figure = Figure(figsize=(5 * min(len(panels), 2), 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flat
-    for (name, metrics), axis in zip(panels.items(), axes):
+    columns, rows = min(len(panels), 2), math.ceil(len(panels) / 2)
+    figure = new_figure(5 * columns, 3.2 * rows)
+    figure.suptitle(shorten(title, 60 * columns), fontsize="medium")
+    grid = figure.add_gridspec(rows, columns)
+    for place, (name, metrics) in enumerate(panels.items()):
+        is_wide = place == len(panels) - 1 and place % columns == 0  # the last panel of an odd number
+        axis = figure.add_subplot(grid[place // columns, slice(None) if is_wide else place % columns])
+        short = distinct(metric.split("/", 1)[-1] for metric in metrics)
+        series = []
         for number, metric in enumerate(metrics):
-            label = metric.split("/", 1)[-1] if len(metrics) > 1 else "train"
-            axis.plot(*_curve(train, metric), color=f"C{number}", label=label, linewidth=1.2)
+            label = short[metric.split("/", 1)[-1]] if len(metrics) > 1 else "train"
             held_label = f"{label}, held out" if len(metrics) > 1 else "held out"
-            if (points := _curve(held_out, metric))[0]:
-                axis.plot(*points, color=f"C{number}", label=held_label, marker="o", linestyle="--")
-        axis.set(title=name, xlabel="step")
+            for records, text, style in (
+                (train, label, {"linewidth": 1.2}),
+                (held_out, held_label, {"marker": "o", "linestyle": "--"}),
+            ):
+                if (points := _curve(records, metric))[0]:
+                    marker = {"marker": "."} if len(points[0]) == 1 else {}
+                    axis.plot(*points, color=color_of(number), label=text, **(marker | style))
+                    series += points[1]
+        axis.set(xlabel="step", ylabel=name)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    for axis in list(axes):  # the last cell of the grid is empty if the number of panels is odd
-        axis.set_visible(False)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "curves.png", folder / "curves.svg"]
-    for file in files:
-        figure.savefig(file, dpi=120)
-    return files
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        legend_above(axis, 10 if is_wide and columns > 1 else 5)
+        if (extreme := cut_off_outlier(axis, "y", [[value] for value in series])) is not None:
+            axis.set_ylabel(f"{name}\n(cut off: up to {_number(extreme)})")
+    return save_figure(figure, Path(folder, "curves.png"), Path(folder, "curves.svg"))
 
 
 def _curve(records: Iterable[LogRecord], metric: str) -> tuple[list[int], list[float]]:
