@@ -206,7 +206,9 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
 
     # Head
     head_memory_mb: float | None = option(
-        None, "Memory of a tile of logits, in MiB. Default: 1024 on a GPU, 512 rows on a CPU."
+        None,
+        "Memory of a tile of logits, in MiB. Default: 1024 on a GPU, 512 rows on a CPU. One tile of all rows may exceed"
+        " it where it takes less memory in all than several.",
     )
     head_mode: str = option(
         "auto", "auto, or general: token log-probs stay differentiable, for one more matrix product per tile."
@@ -215,7 +217,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     # Attention
     attention_backend: str = option(
         "auto",
-        "Attention of packed rows: auto, flash_attn or varlen (one CUDA call per layer), sdpa or eager; or one"
+        "Attention of packed rows: auto, flash_attn, varlen or cudnn (one CUDA call per layer), sdpa or eager; or one"
         " generation of flash_attn: flash_attn_2, flash_attn_3 or flash_attn_4.",
     )
 

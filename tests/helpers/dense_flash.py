@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 backwards: list[bool] = []  # for each backward that ran: whether it was to be deterministic
+at_the_ends = True  # where causal masks are aligned; a test may plant the start
 
 
 @torch.autocast("cpu", enabled=False)
@@ -50,10 +51,11 @@ def capped_scores(q, k, scale, causal, left, right, softcap) -> tuple[Tensor, Te
     if softcap:
         capped = torch.tanh(scores / softcap)
         scores, slope = capped * softcap, 1 - capped**2
-    i = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0]  # the key that a query is aligned with
-    j = torch.arange(k.shape[0])
+    i = torch.arange(q.shape[0], device=q.device)[:, None]
+    i = i + (k.shape[0] - q.shape[0] if at_the_ends else 0)  # the key that a query is aligned with
+    j = torch.arange(k.shape[0], device=q.device)
     right = 0 if causal else right
-    hidden = torch.zeros(len(i), len(j), dtype=torch.bool)
+    hidden = torch.zeros(len(i), len(j), dtype=torch.bool, device=q.device)
     if left is not None and left >= 0:
         hidden |= j < i - left
     if right is not None and right >= 0:
@@ -313,6 +315,35 @@ def torch_operators() -> SimpleNamespace:
         return backward(
             grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, scale, is_causal, window_size_left,
             window_size_right, None,
+        )  # fmt: skip
+
+    return SimpleNamespace(**locals())
+
+
+def cudnn_operators() -> SimpleNamespace:
+    """PyTorch's operators for cuDNN, with the arguments of torch 2.10 to 2.13."""
+
+    def _cudnn_attention_forward(
+        query, key, value, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k, compute_log_sumexp, dropout_p=0.0,
+        is_causal=False, return_debug_mask=False, *, scale=None,
+    ):  # fmt: skip
+        assert attn_bias is None and dropout_p == 0 and compute_log_sumexp and not return_debug_mask
+        assert all(x.is_contiguous() for x in (query, key, value)) and query.shape[1] == key.shape[1]
+        out, lse = forward(
+            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, scale, is_causal, None, None, None
+        )  # fmt: skip
+        return out, lse.t()[..., None].contiguous(), cum_seq_q, cum_seq_k, max_q, max_k, None, None, None
+
+    def _cudnn_attention_backward(
+        grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k,
+        max_q, max_k, dropout_p, is_causal, *, scale=None,
+    ):  # fmt: skip
+        assert attn_bias is None and dropout_p == 0 and philox_seed.numel() == philox_offset.numel() == 1
+        assert logsumexp.shape == (*query.shape[:2], 1) and logsumexp.is_contiguous()
+        backwards.append(False)
+        return backward(
+            grad_out, query, key, value, out, logsumexp[..., 0].t(), cum_seq_q, cum_seq_k, scale, is_causal, None,
+            None, None,
         )  # fmt: skip
 
     return SimpleNamespace(**locals())

@@ -3,7 +3,8 @@
 Keys and values are gathered so that each segment holds everything its queries see. Then any bottom-right causal
 attention over segments of different lengths computes the result. ``select`` chooses which one, from two tables:
 
-``varlen``     one call of a variable-length kernel for all segments, PyTorch's own or one of ``flash`` (CUDA)
+``varlen``     one call of a variable-length kernel for all segments, PyTorch's own, cuDNN's or one of ``flash`` (CUDA)
+``trial``      the check of a kernel on the device, before it is chosen
 ``segments``   segment by segment, by ``scaled_dot_product_attention`` or eager PyTorch (any device)
 """
 
@@ -92,8 +93,8 @@ def shared_prompt_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: one more logit per head that takes part in the softmax and adds nothing to the output.
         dropout: probability, on the attention weights.
-        backend: ``auto``, ``flash_attn``, ``varlen`` (PyTorch's kernel), ``sdpa`` or ``eager``; or one generation, as
-            ``flash_attn_2``. ``ops.attention.select.capabilities()`` says what each can do.
+        backend: ``auto``, ``flash_attn``, ``varlen`` (PyTorch's kernel), ``cudnn``, ``sdpa`` or ``eager``; or one
+            generation, as ``flash_attn_2``. ``ops.attention.select.capabilities()`` says what each can do.
         deterministic: variable-length kernels sum the queries' gradients in a fixed order, which takes time.
 
     Raises:
@@ -107,7 +108,8 @@ def shared_prompt_attention(
     if layout.shared:
         key = gather_rows(key, layout.kv_index, layout.kv_rounds)
         value = gather_rows(value, layout.kv_index, layout.kv_rounds)
-    kernel = choose_attention(backend, Need.of(query, key, value, window, softcap, sinks, dropout))
+    need = Need.of(query, key, value, window, softcap, sinks, dropout, deterministic=deterministic)
+    kernel = choose_attention(backend, need)
     longest_query, longest_key = (max(lengths) for lengths in zip(*layout.segment_lengths))
     call = Call(
         layout.cu_seqlens_q,

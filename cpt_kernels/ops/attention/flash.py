@@ -31,6 +31,7 @@ class FlashKernel:
         inner: the forward and the backward that it calls, for sinks; ``None`` for one that the package lacks.
         no_window: its value for a window without limit: -1, or ``None`` in generation 4.
         limits: abilities that do not show in signatures.
+        is_trusted: see :class:`varlen.Kernel`.
         abilities: ``limits`` and what the signatures show.
     """
 
@@ -40,6 +41,7 @@ class FlashKernel:
     inner: tuple[Callable | None, ...]
     no_window: int | None
     limits: Abilities
+    is_trusted: bool = True
     abilities: Abilities = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,7 +165,9 @@ FLASH = {
 }
 
 
-def flash_kernel(name: str, module: Any, version: str = "", limits: Abilities | None = None) -> FlashKernel:
+def flash_kernel(
+    name: str, module: Any, version: str = "", limits: Abilities | None = None, is_trusted: bool = True
+) -> FlashKernel:
     """Returns the kernel of a generation ("flash_attn_2", ...), from the module that holds its functions.
 
     Raises:
@@ -174,4 +178,4 @@ def flash_kernel(name: str, module: Any, version: str = "", limits: Abilities | 
         raise ImportError(f"{name} has no flash_attn_varlen_func")
     inner = tuple(getattr(module, function, None) for function in (generation.forward, generation.backward))
     limits = limits or generation.limits
-    return FlashKernel(name, version, module.flash_attn_varlen_func, inner, generation.no_window, limits)
+    return FlashKernel(name, version, module.flash_attn_varlen_func, inner, generation.no_window, limits, is_trusted)

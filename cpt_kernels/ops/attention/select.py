@@ -17,14 +17,17 @@ import torch
 from ...errors import UnavailableError, UserError
 from .flash import FLASH, flash_kernel
 from .segments import SEGMENTWISE, SegmentKernel
-from .varlen import Abilities, Kernel, Need, TorchKernel
+from .trial import trial_failure
+from .varlen import Abilities, CudnnKernel, Kernel, Need, TorchKernel
 
 logger = logging.getLogger(__name__)
 
 
 def _load_flash(name: str) -> Kernel:
     generation = FLASH[name]
-    return flash_kernel(name, importlib.import_module(generation.module), _installed_version(generation.distribution))
+    module, version = importlib.import_module(generation.module), _installed_version(generation.distribution)
+    # Generation 2 has been aligned at the ends since 2.1. The others are young, and differ from build to build.
+    return flash_kernel(name, module, version, is_trusted=name == "flash_attn_2")
 
 
 def _load_torch_kernel() -> Kernel:
@@ -33,10 +36,21 @@ def _load_torch_kernel() -> Kernel:
     return TorchKernel()
 
 
+def _load_cudnn() -> Kernel:
+    if torch.version.hip is not None or not torch.backends.cudnn.is_available():
+        raise LookupError("this PyTorch has no cuDNN")
+    if not all(hasattr(torch.ops.aten, f"_cudnn_attention_{way}") for way in ("forward", "backward")):
+        raise LookupError("this PyTorch has no cuDNN attention over segments")
+    return CudnnKernel()
+
+
 # Variable-length kernels in the order in which `auto` tries them: name -> a function that returns the kernel. It raises
 # if the kernel is not there: LookupError with the reason, or what the import of its package raises.
 KERNELS: dict[str, Callable[[], Kernel]] = {
-    **{name: functools.partial(_load_flash, name) for name in FLASH},
+    "flash_attn_3": functools.partial(_load_flash, "flash_attn_3"),
+    "flash_attn_4": functools.partial(_load_flash, "flash_attn_4"),
+    "cudnn": _load_cudnn,
+    "flash_attn_2": functools.partial(_load_flash, "flash_attn_2"),
     "varlen": _load_torch_kernel,
 }
 
@@ -98,8 +112,9 @@ def kernels_of(backend: str) -> dict[str, Kernel | str]:
 def choose_attention(backend: str, need: Need) -> Kernel | SegmentKernel:
     """Returns the attention that runs a call.
 
-    ``auto`` on CUDA takes the first kernel that can do the call. The first time, a warning names the kernels that
-    could not, or says that attention runs segment by segment.
+    ``auto`` on CUDA takes the first kernel that can do the call. A kernel that is not trusted must first compute it
+    right on a few segments (``trial``). The first time, a warning names the kernels that could not, or says that
+    attention runs segment by segment.
 
     Raises:
         UserError: unknown backend.
@@ -117,7 +132,10 @@ def choose_attention(backend: str, need: Need) -> Kernel | SegmentKernel:
     for name, kernel in candidates.items():
         if isinstance(kernel, str):
             continue
-        if not (missing := kernel.abilities.lacks(need)):
+        missing = kernel.abilities.lacks(need)
+        if not missing and not kernel.is_trusted and (failure := trial_failure(kernel, need)):
+            missing = [f"results like the reference's: {failure}"]
+        if not missing:
             if lacking and backend == "auto":
                 _announce(f"attention runs on {name} {kernel.version}: {_sentence(lacking)}")
             return kernel

@@ -55,6 +55,7 @@ class Need:
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
+    deterministic: bool = True
 
     @classmethod
     def of(
@@ -66,6 +67,8 @@ class Need:
         softcap: float | None,
         sinks: Tensor | None,
         dropout: float,
+        *,
+        deterministic: bool = True,
     ) -> Need:
         """Returns the needs of a call with these arguments, which are those of ``shared_prompt_attention``."""
         return cls(
@@ -78,10 +81,18 @@ class Need:
             softcap=softcap is not None,
             sinks=sinks is not None,
             dropout=dropout > 0,
+            deterministic=deterministic,
         )
 
 
-_WORDS = {"gqa": "grouped heads", "window": "windows", "softcap": "soft-cap", "sinks": "sinks", "dropout": "dropout"}
+_WORDS = {
+    "gqa": "grouped heads",
+    "window": "windows",
+    "softcap": "soft-cap",
+    "sinks": "sinks",
+    "dropout": "dropout",
+    "deterministic": "deterministic gradients",
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class Abilities:
     softcap: bool = True
     sinks: bool = True
     dropout: bool = True
+    deterministic: bool = True
     dropout_alone: bool = False  # dropout works only without soft-cap and sinks
     head_size: int | None = None  # the largest; smaller keys or values are padded to the size of the others
     dtypes: tuple[torch.dtype, ...] | None = None
@@ -129,6 +141,11 @@ class Kernel(Protocol):
 
     @property
     def abilities(self) -> Abilities: ...
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether its masks are known to be aligned at the ends; if not, ``trial`` runs it before it is chosen."""
+        ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Returns differentiable attention without sinks."""
@@ -238,6 +255,7 @@ class TorchKernel:
     )
     name: str = "varlen"
     version: str = torch.__version__
+    is_trusted: bool = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         return _FlashAttention.apply(q, k, v, None, self, call)
@@ -254,7 +272,8 @@ class TorchKernel:
             "unused": torch.empty(0, device=q.device),
         }
         arguments = {**self._arguments(call), **no_dropout}
-        with _deterministic() if call.deterministic else contextlib.nullcontext():
+        is_set = torch.are_deterministic_algorithms_enabled()
+        with _deterministic() if call.deterministic and not is_set else contextlib.nullcontext():
             return self.operators._flash_attention_backward(grad, q, k, v, out, lse, **arguments)
 
     def _arguments(self, call: Call) -> dict[str, Any]:
@@ -274,7 +293,11 @@ class TorchKernel:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Asks the process for deterministic algorithms, without which PyTorch's flash backward sums dq with atomics."""
+    """Asks the process for deterministic algorithms, without which PyTorch's flash backward sums dq with atomics.
+
+    The operator has no argument for it. The setting lasts for one call: during a whole backward it would make cuBLAS
+    raise, unless CUBLAS_WORKSPACE_CONFIG is set. Where the process is deterministic anyway nothing changes.
+    """
     settings: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     settings.fill_uninitialized_memory = False  # it would fill every new tensor, one write more each
@@ -284,3 +307,66 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         settings.fill_uninitialized_memory = fill
+
+
+# --- cuDNN ---
+
+
+@dataclass(frozen=True)
+class CudnnKernel:
+    """cuDNN's attention over segments, through PyTorch's operators.
+
+    PyTorch asks cuDNN for a causal mask and does not name its alignment, and for no deterministic backward.
+    """
+
+    operators: Any = torch.ops.aten
+    abilities: Abilities = Abilities(
+        gqa=False,
+        window=False,
+        softcap=False,
+        sinks=False,
+        dropout=False,
+        deterministic=False,
+        head_size=128,
+        dtypes=HALF,
+        device="cuda",
+        architectures=(8, 9, 10, 11, 12),
+    )
+    name: str = "cudnn"
+    version: str = torch.__version__
+    is_trusted: bool = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        return _FlashAttention.apply(q, k, v, None, self, call)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        arguments = {**self._arguments(q, k, v, call), "compute_log_sumexp": True, "return_debug_mask": False}
+        out, lse, *_ = self.operators._cudnn_attention_forward(**arguments)
+        return out, lse[..., 0].t()  # of (T, Hq, 1)
+
+    def backward(self, grad, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)  # the seed and the offset are not read
+        return self.operators._cudnn_attention_backward(
+            **self._arguments(q, k, v, call),
+            grad_out=grad,
+            out=out,
+            logsumexp=lse.t()[..., None].contiguous(),
+            philox_seed=no_dropout,
+            philox_offset=no_dropout,
+        )
+
+    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> dict[str, Any]:
+        return {
+            # cuDNN takes rows whose heads lie one after another.
+            "query": q.contiguous(),
+            "key": k.contiguous(),
+            "value": v.contiguous(),
+            "attn_bias": None,
+            "cum_seq_q": call.cu_seqlens_q,
+            "cum_seq_k": call.cu_seqlens_k,
+            "max_q": call.max_q,
+            "max_k": call.max_k,
+            "dropout_p": 0.0,
+            "is_causal": True,
+            "scale": call.scale,
+        }

@@ -12,7 +12,8 @@ import torch
 from cpt_kernels.ops.attention import select as attention_backends
 from cpt_kernels.ops.attention.flash import flash_kernel
 from cpt_kernels.ops.attention.select import capabilities, choose_attention, describe_backend, kernels
-from cpt_kernels.ops.attention.varlen import Abilities, Need, TorchKernel
+from cpt_kernels.ops.attention.trial import trial_failure
+from cpt_kernels.ops.attention.varlen import Abilities, CudnnKernel, Need, TorchKernel
 from cpt_kernels.trainer import ContrastiveTrainer
 from tests.helpers import dense_flash
 from tests.helpers.architectures import tiny_model
@@ -30,6 +31,7 @@ def install(monkeypatch):
         monkeypatch.setattr(attention_backends, "kernels", lambda: found)
         choose_attention.cache_clear()
         attention_backends._announce.cache_clear()
+        dense_flash.backwards.clear()
 
     yield put
     choose_attention.cache_clear()
@@ -39,7 +41,8 @@ def install(monkeypatch):
 
 
 def test_the_operators_of_this_torch_take_what_is_passed():
-    for name, stand_in in vars(dense_flash.torch_operators()).items():
+    stand_ins = vars(dense_flash.torch_operators()) | vars(dense_flash.cudnn_operators())
+    for name, stand_in in stand_ins.items():
         schema = getattr(torch.ops.aten, name).default._schema
         has = {a.name: a.kwarg_only for a in schema.arguments}
         parameters = inspect.signature(stand_in).parameters.values()
@@ -87,6 +90,7 @@ def test_inner_functions_that_are_custom_operators():
 # --- Which one runs ---
 
 H200 = Need("cuda", (9, 0), BF16, 128)
+ATOMICS = dataclasses.replace(H200, deterministic=False)
 B200 = dataclasses.replace(H200, architecture=(10, 0))
 
 
@@ -97,10 +101,12 @@ def on_cuda(name: str, **changes):
         "flash_attn_3": dense_flash.flash_attn_3,
         "flash_attn_4": dense_flash.flash_attn_4,
     }
+    if name == "cudnn":
+        return CudnnKernel(version="2.13")
     return TorchKernel(version="2.13") if name == "varlen" else flash_kernel(name, module[name](), "1.0")
 
 
-ALL = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen")
+ALL = ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "varlen")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,10 @@ ALL = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen")
         (ALL, Need("cpu", (0, 0), FP64, 128, sinks=True), "eager"),
         (("varlen",), dataclasses.replace(H200, softcap=True), "eager"),
         (("varlen",), dataclasses.replace(H200, sinks=True), "varlen"),
+        (("cudnn", "flash_attn_2", "varlen"), H200, "flash_attn_2"),
+        (("cudnn", "flash_attn_2", "varlen"), ATOMICS, "cudnn"),
+        (("cudnn", "varlen"), dataclasses.replace(ATOMICS, gqa=True), "varlen"),
+        (("cudnn", "varlen"), dataclasses.replace(ATOMICS, window=True), "varlen"),
         ((), H200, "sdpa"),
     ],
 )
@@ -202,6 +212,120 @@ def test_packages_that_are_absent_or_broken(monkeypatch):
 
 def test_the_capability_table_names_all():
     assert list(capabilities()) == [*ALL, "sdpa", "eager"]
+
+
+# --- A trial on the device ---
+
+CUDNN = dataclasses.replace(CudnnKernel().abilities, architectures=None, device="cpu")
+STAND_INS = {
+    "flash_attn_3": lambda: flash_kernel("flash_attn_3", dense_flash.flash_attn_3(), "3.0", HERE, is_trusted=False),
+    "flash_attn_4": lambda: flash_kernel("flash_attn_4", dense_flash.flash_attn_4(), "4.0", HERE, is_trusted=False),
+    "cudnn": lambda: CudnnKernel(dense_flash.cudnn_operators(), CUDNN),
+}
+ON_CPU = Need("cpu", (0, 0), BF16, 64)
+NEEDS = {
+    "plain": dataclasses.replace(ON_CPU, deterministic=False),
+    "grouped": dataclasses.replace(ON_CPU, gqa=True, dtype=torch.float16),
+    "window": dataclasses.replace(ON_CPU, window=True, head_size=36),
+    "sinks": dataclasses.replace(ON_CPU, sinks=True, window=True, gqa=True),
+    "softcap": dataclasses.replace(ON_CPU, softcap=True, dtype=FP64),
+}
+
+
+@pytest.mark.parametrize("need", NEEDS)
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_right_kernel_passes_its_trial(name, need):
+    kernel = STAND_INS[name]()
+    if kernel.abilities.lacks(NEEDS[need]):
+        assert name == "cudnn" and need != "plain"
+        return
+    assert trial_failure(kernel, NEEDS[need]) is None
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_kernel_that_is_aligned_at_the_start_is_refused(name, install, monkeypatch):
+    monkeypatch.setattr(dense_flash, "at_the_ends", False)
+    trusted = flash_kernel("flash_attn_2", dense_flash.flash_attn_2_8(), "2.8", HERE)
+    install(**{name: STAND_INS[name](), "flash_attn_2": trusted})
+    with pytest.raises(ValueError, match=rf"{name} .* lacks results like the reference's: the output differs by"):
+        choose_attention(name, NEEDS["plain"])
+    assert choose_attention("flash_attn", NEEDS["plain"]) is trusted  # the next one
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_right_kernel_is_used(name, install):
+    install(**{name: STAND_INS[name]()})
+    assert choose_attention(name, NEEDS["plain"]).name == name
+    choose_attention(name, NEEDS["plain"])
+    assert len(dense_flash.backwards) == 1, "the trial of a choice runs once"
+
+
+def _wrong_gradient(kernel, monkeypatch):
+    backward = dense_flash.backward
+    monkeypatch.setattr(dense_flash, "backward", lambda *x: (*backward(*x)[:2], backward(*x)[2] * 0.5))
+    return "the gradient of value differs by"
+
+
+def _no_backward(kernel, monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("no backward for head size 64\non this GPU")
+
+    monkeypatch.setattr(dense_flash, "backward", fail)
+    return "a trial fails (NotImplementedError: no backward for head size 64"
+
+
+def _window_of_one_more(kernel, monkeypatch):
+    scores = dense_flash.capped_scores
+    monkeypatch.setattr(
+        dense_flash,
+        "capped_scores",
+        lambda q, k, scale, causal, left, right, softcap: scores(q, k, scale, causal, (left or 0) + 1, right, softcap),
+    )
+    return "the output differs by"
+
+
+@pytest.mark.parametrize("fault", [_wrong_gradient, _no_backward, _window_of_one_more])
+@pytest.mark.parametrize("name", ["flash_attn_3", "flash_attn_4"])
+def test_a_fault_is_found_on_the_device(name, fault, monkeypatch):
+    kernel = STAND_INS[name]()
+    expected = fault(kernel, monkeypatch)
+    failure = trial_failure(kernel, NEEDS["window"])
+    assert failure is not None and failure.startswith(expected) and "\n" not in failure
+
+
+def test_out_of_memory_is_no_verdict_on_a_kernel(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dense_flash, "backward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        trial_failure(STAND_INS["flash_attn_3"](), NEEDS["plain"])
+
+
+def test_the_modes_of_the_caller_do_not_reach_the_trial():
+    """It may be the first call under no_grad, in a checkpointed layer, or under autocast."""
+    kernel, packed = STAND_INS["flash_attn_3"](), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(packed.append, lambda x: x)
+    with torch.inference_mode(), torch.autocast("cpu", BF16), hooks:
+        assert trial_failure(kernel, NEEDS["softcap"]) is None
+    assert packed == []
+
+
+def test_installed_packages_of_3_and_4_are_not_trusted(monkeypatch):
+    modules = {
+        "flash_attn_interface": dense_flash.flash_attn_3(),
+        "flash_attn.cute.interface": dense_flash.flash_attn_4(),
+        "flash_attn.flash_attn_interface": dense_flash.flash_attn_2_8(),
+    }
+    monkeypatch.setattr(attention_backends.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    found = kernels.__wrapped__()
+    assert {name: k.is_trusted for name, k in found.items() if not isinstance(k, str)} == {
+        "flash_attn_3": False,
+        "flash_attn_4": False,
+        "cudnn": False,
+        "flash_attn_2": True,
+    }
 
 
 # --- The trainer's option ---

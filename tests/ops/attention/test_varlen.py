@@ -110,6 +110,21 @@ def test_determinism_may_be_given_up_and_leaves_no_trace(install, name):
     assert torch.get_deterministic_debug_mode() == 0 and torch.utils.deterministic.fill_uninitialized_memory
 
 
+def test_a_process_that_is_deterministic_is_left_alone(install, monkeypatch):
+    install(varlen=STAND_INS["varlen"]())
+    case, layout = CASES["gpt-oss"], make_layout(True)
+    inputs = make_inputs(case, int(layout.cu_seqlens_q[-1]), FP64, 0)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "set_deterministic_debug_mode", lambda _: 1 / 0)
+            run(attention_of(case, layout, "varlen"), inputs, case, FP64)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert dense_flash.backwards == [True]
+
+
 def test_a_failing_backward_leaves_the_process_as_it_was(install):
     operators = dense_flash.torch_operators()
     operators._flash_attention_backward = lambda *_, **__: 1 / 0
@@ -288,7 +303,7 @@ def test_on_cuda(name, case, dtype, share):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ["grouped", "window", "gpt-oss"])
-@pytest.mark.parametrize("name", _cuda_kernels())
+@pytest.mark.parametrize("name", [name for name in _cuda_kernels() if kernels()[name].abilities.deterministic])
 def test_two_runs_give_the_same_bits_on_cuda(name, case):
     case, layout = CUDA_CASES[case], cuda_layout(True)
     inputs = cuda_inputs(case, layout, BF16, 0)
