@@ -23,6 +23,7 @@ SUBJECTS = {
     "compile_report": "registers, shared memory and spills of every kernel; needs no GPU",
     "bytes": "bytes that the layers move beside matrix products, eager, compiled and with Liger; needs no GPU",
     "win_rate": "length-controlled win rates, compared with those that AlpacaEval publishes, from a copy of its files",
+    "plan_memory": "memory that cpt plan predicts, compared with that of training on a CPU",
     "plot": "plot recorded results",
     "readme": "write the figures of README.md and docs/benchmarks.md from recorded results",
 }

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..config import ContrastiveConfig
 from ..errors import UserError
 from ..model.loading import wrap_in_adapter
+from ..planning.budget import expected_memory, find_budget, free_memory
 from ..planning.calibration import TooLargeError, calibrate, predict_seconds, ratios
 from ..planning.counts import Counts, count_run
 from ..planning.model_sizes import sizes_of, state_bytes
@@ -101,6 +102,7 @@ def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
         "operations": operations,
         "operations of a padded run / ours": operations["peer"] / operations["work"],
         "bytes": state_bytes(model, args),
+        "memory": _memory(trainer, counts),
         **counts.asdict(),
     }
 
@@ -117,6 +119,20 @@ def _time(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
         "seconds": seconds,
         "TRL / ours": ratios(seconds),
         "calibration": {"layers": found.layers, "rounds": found.rounds, "share of rows": found.shares},
+    }
+
+
+def _memory(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
+    """Returns the expected memory of the largest micro-batch, and the largest budget that fits this device."""
+    found = expected_memory(trainer, counts.largest_rows)
+    free = free_memory(trainer.args.device)
+    known = found["with checkpointing"] is not None
+    return {
+        **found,
+        "free": free,
+        "device": trainer.args.device.type,
+        "largest max_tokens_per_batch": find_budget(trainer, free, has_weights=False) if known else None,
+        "tokens of all rows": counts.reference.tokens,
     }
 
 
@@ -137,6 +153,8 @@ def _plan_table(run: dict[str, Any]) -> Table:
         table.add_row(
             f"memory of {part}", "not known for this optimizer" if size is None else f"{size / 2**20:,.1f} MiB"
         )
+    for line in _memory_lines(run["memory"]):
+        table.add_row(*line)
     table.add_row("scored tokens", f"{work['head_rows']:,}")
     table.add_row("largest micro-batch", f"{run['largest']['tokens']:,} tokens")
     table.add_row("reference pass, at most", f"{reference['tokens']:,} tokens, a forward each")
@@ -160,3 +178,25 @@ def _duration(seconds: float) -> str:
     """Returns seconds to three digits, with days, hours and minutes beside a minute or more."""
     text = f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
     return text if seconds < 60 else f"{text} ({timedelta(seconds=round(seconds))})"
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    sides = [memory["with checkpointing"], memory["without checkpointing"]]
+    if None in sides:
+        return [("memory of activations", "not known, because the forward of this model depends on values")]
+    if not memory["checkpointing"]:
+        sides.reverse()
+    other = "without" if memory["checkpointing"] else "with"
+
+    def line(part: str) -> str:
+        ours, theirs = ("not known" if side[part] is None else f"{side[part] / 2**20:,.1f} MiB" for side in sides)
+        return f"{ours}; {theirs} {other} gradient checkpointing"
+
+    budget, free = memory["largest max_tokens_per_batch"], memory["free"] / 2**30
+    fits = "none: one row does not fit" if budget is None else f"{budget:,}"
+    return [
+        ("memory of activations", line("activations")),
+        ("memory of the head", line("head")),
+        ("memory at the peak", line("peak")),
+        ("largest max_tokens_per_batch", f"{fits} ({free:,.1f} GiB are free on this {memory['device']})"),
+    ]

@@ -124,11 +124,7 @@ def make_loader(
 
     # A map-style dataset: all batches are planned from the lengths of its rows.
     assert not isinstance(draws, StreamDraws)
-    sequences = None
-    if layout.padded and draws is None:
-        tokens, sequences = _longest_sequences(dataset, layout)
-    else:
-        tokens = count_tokens(dataset)
+    tokens, sequences = (count_tokens(dataset), None) if draws is not None else micro_batch_tokens(dataset, layout)
     _check_budget(dataset, tokens if sequences is None else tokens * sequences, args.max_tokens_per_batch)
     sampler = BatchSampler(
         tokens,
@@ -157,12 +153,8 @@ def check_budget(dataset: Dataset | IterableDataset, layout: PackedCollator, max
     """
     if not isinstance(max_tokens, int) or not isinstance(dataset, Dataset):
         return
-    if layout.padded:
-        longest, sequences = _longest_sequences(dataset, layout)
-        sizes = longest * sequences
-    else:
-        sizes = row_tokens(dataset, layout)
-    _check_budget(dataset, sizes, max_tokens, f" of the {name} data")
+    tokens, sequences = micro_batch_tokens(dataset, layout)
+    _check_budget(dataset, tokens if sequences is None else tokens * sequences, max_tokens, f" of the {name} data")
 
 
 def _check_budget(dataset: Dataset, sizes: NDArray[np.int64], max_tokens: int | None, of: str = "") -> None:
@@ -186,8 +178,14 @@ def longest_sequence(dataset: Dataset, max_length: int | None) -> tuple[int, int
     return longest if max_length is None else min(longest, max_length), dataset[place].get("row", place)
 
 
-def _longest_sequences(dataset: Dataset, layout: PackedCollator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns (rows,) tokens of each row's longest sequence, and (rows,) the number of its sequences."""
+def micro_batch_tokens(dataset: Dataset, layout: PackedCollator) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """Returns (rows,) tokens that each row takes in a packed row, and None.
+
+    For padded rows the tokens are those of each row's longest sequence, and the second result is (rows,) the number of
+    its sequences.
+    """
+    if not layout.padded:
+        return row_tokens(dataset, layout), None
     _, lengths, sequences = _sequence_lengths(dataset)
     lengths = lengths if layout.max_length is None else np.minimum(lengths, layout.max_length)
     return np.maximum.reduceat(lengths, np.cumsum(sequences) - sequences) if len(sequences) else sequences, sequences

@@ -65,6 +65,11 @@ class Counts:
         return {name: getattr(self, name) for name in whole} | {name: getattr(self, name).asdict() for name in works}
 
     @property
+    def largest_rows(self) -> list[int]:
+        """Rows of the micro-batch with the most tokens, as indices into the prepared dataset."""
+        return max(self.batches, key=lambda rows: self.lengths.work(rows).tokens)
+
+    @property
     def dataset_pairs(self) -> int:
         """Pairs of the prepared dataset."""
         return sum(map(len, self.lengths.pairs))
