@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import UnavailableError, UserError
 
@@ -62,7 +63,7 @@ def resolve(
     table: Mapping[str, Backend],
     other: Mapping[str, Backend] | None = None,
 ) -> str:
-    """Returns the name in ``table`` of the backend that runs an operator on ``tensor``.
+    """Returns the name in ``table`` of the backend that runs an operator on ``tensor``; eager if it has no values.
 
     Args:
         backend: what the caller asked for: ``auto``, or a name in ``table`` or ``other``.
@@ -74,6 +75,8 @@ def resolve(
         UnavailableError: the backend is not available here, or not for this device.
     """
     other = other or {}
+    if isinstance(tensor, FakeTensor):
+        return "eager"
     if backend == "auto" or (backend not in table and backend in other):
         name, reasons = automatic(tensor, table)
         # Where no kernel takes the dtype (fp64), there is no choice to announce.
