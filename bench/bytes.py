@@ -41,9 +41,9 @@ LENGTHS = ((16, 24, 24), (32, 48, 48))  # tokens of prompt, chosen and rejected 
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 # Options by layers. Liger replaces functions of transformers' modules, so it comes last, once all trainers are built.
 LAYERS: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "compiled": {"torch_compile": True, "torch_compile_backend": BACKEND},
-    "liger": {"use_liger_kernel": True},
+    "eager": {"layers": "eager"},
+    "compiled": {"layers": "compiled", "torch_compile_backend": BACKEND},
+    "liger": {"layers": "liger"},
 }
 
 
@@ -125,7 +125,7 @@ def build(case: Case, options: dict[str, Any]) -> ContrastiveTrainer:
     rows = [{name: draw(3, VOCAB, n).tolist() for name, n in zip(names, lengths)} for lengths in LENGTHS]
     common: dict[str, Any] = {"loss_type": "cpo", "max_length": None, "use_cpu": True, "bf16": True}
     common |= {"report_to": "none", "disable_tqdm": True, "gradient_checkpointing": case.checkpointing}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(model_layers, "_check_liger"):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(model_layers, "_liger_problem", return_value=None):
         return ContrastiveTrainer(
             model,
             args=ContrastiveConfig(folder, **common, **options),

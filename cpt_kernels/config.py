@@ -45,6 +45,12 @@ _NUMBERS -= {"max_tokens_per_batch"}
 # Keywords of torch.utils.checkpoint, and two of transformers.
 _CHECKPOINT_KEYWORDS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 _CHECKPOINT_KEYWORDS |= {"every_n_layers", "offload"}
+_LAYERS = ("auto", "eager", "compiled", "liger")
+# Options of transformers that ask for layers -> which.
+_LAYERS_BY_OPTION = {
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "compiled"),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "liger"),
+}
 _DDP_BACKENDS = ("ccl", "hccl", "cncl", "mccl")  # of transformers' list; those of torch are added
 
 # Options of TRL and transformers that have no effect here, by reason. They are accepted, so that a configuration made
@@ -237,6 +243,11 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         None, "Keyword arguments of from_pretrained, for models given by name."
     )
     trust_remote_code: bool = option(False, "Allow code from a model's repository.")
+    layers: str = option(
+        "auto",
+        "Layers below the head: eager; compiled, by torch.compile; liger, by Liger's kernels; auto is compiled on a"
+        " GPU, liger where that cannot be, and eager on a CPU.",
+    )
     activation_offloading: bool = option(False, "Keep activations for the backward in the host's memory.")
     disable_dropout: bool = option(True, "Disable dropout, and the noise of routers, in policy and reference.")
     router_aux_loss_coef: float | None = option(
@@ -328,6 +339,10 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         _check_choice("packing", self.packing, ("auto", "true", "false"))
         _check_choice("head_mode", self.head_mode, ("auto", "general"))
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_choice("layers", self.layers, _LAYERS)
+        for name, layers in _LAYERS_BY_OPTION.items():
+            if self.layers not in ("auto", layers) and getattr(self, name):
+                raise UserError(f"layers={self.layers} contradicts {name}={getattr(self, name)}: leave one of them out")
         self._check_numbers()
         for mapping in self.optim_args.replace(" ", "").split(",") if self.optim_args else ():
             if mapping.count("=") != 1:

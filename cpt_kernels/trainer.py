@@ -34,7 +34,7 @@ from .data.rows import read_columns, visible_rows
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .errors import UserError, user_error
 from .losses import Loss, user_loss
-from .model.layers import prepare_layers
+from .model.layers import prepared_layers
 from .model.loading import load_models, prepare_model, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model
 from .model.pretrained import sample_base
@@ -177,9 +177,9 @@ class ContrastiveTrainer(PackedLoop):
 
         # Data, and transformers' Trainer around model and data.
         datasets = self._prepare_datasets(train_dataset, eval_dataset, args)
-        prepare_layers(model, args)
         options: dict[str, Any] = dict(compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers)
-        with user_error():  # such as an unknown tracker, or a hub that refuses the repository
+        # transformers raises errors for an unknown tracker, or a hub that refuses the repository.
+        with prepared_layers(model, args) as chosen_layers, user_error():
             super().__init__(model, args, data_collator, *datasets, processing_class=self._tokenizer, **options)
         check_engine(args, self.accelerator)
         self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga says, before transformers 5.19
@@ -187,7 +187,7 @@ class ContrastiveTrainer(PackedLoop):
 
         # Metrics and reference.
         args.names = self._names()
-        log_on_main([describe_backend(args.attention_backend, args.device.type)])
+        log_on_main([describe_backend(args.attention_backend, args.device.type), chosen_layers])
         self._start_metrics(args.ld_alpha if loss is None else None)
         if self.loss.needs_reference:
             self.reference = self._make_reference(ref_model, new_adapter)

@@ -107,7 +107,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Training": (
         *("output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
-        *("weight_decay", "max_grad_norm", "gradient_checkpointing", "activation_offloading"),
+        *("weight_decay", "max_grad_norm", "layers", "gradient_checkpointing", "activation_offloading"),
         *("bf16", "fp16", "use_cpu", "seed"),
         *("logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps"),
         *("save_total_limit", "resume_from_checkpoint", "report_to", "disable_tqdm"),

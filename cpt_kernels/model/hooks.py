@@ -24,7 +24,6 @@ from ..errors import UserError
 from ..ops.attention import AttentionLayout, shared_prompt_attention
 
 _PREFIX = "shared_prompt_over_"
-_attend = torch.compiler.disable(shared_prompt_attention)  # its graph would be valid for the lengths of one batch only
 # transformers checks that force a GPU sync; disabled during packed forwards. Not every version has both.
 _SYNCING_CHECKS = [
     (owner, name)
@@ -102,6 +101,7 @@ def attention_over(implementation: str) -> str:
     if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return name
 
+    @torch.compiler.disable  # its graph would be valid for the lengths of one batch only
     def attention(
         module: nn.Module,
         query: Tensor,  # (B, Hq, T, D)
@@ -132,7 +132,7 @@ def attention_over(implementation: str) -> str:
                 f"{type(module).__name__} passes {', '.join(unknown) or 'is_causal=False'} to its attention, which a"
                 " packed row does not support"
             )
-        out = _attend(
+        out = shared_prompt_attention(
             *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
             layout,
             scale=kwargs.get("scaling"),

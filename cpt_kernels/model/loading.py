@@ -142,7 +142,7 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
             " model that is loaded again: set init_lora_weights=pissa"
         )
     # ZeRO-3 gathers parameters into buffers of one dtype, so an fp32 adapter beside bf16 weights would fail.
-    cast = zero_stage(args) != 3 or _is_quantised(model)
+    cast = zero_stage(args) != 3 or is_quantised(model)
     # Such as target modules that the model does not have. PEFT refuses some kinds of layers by TypeError and others.
     with user_error("peft_config", (Exception,)), warnings.catch_warnings():
         # PEFT 0.21 reads a name that transformers 5.24 deprecates, which is nothing that the user could change.
@@ -187,7 +187,7 @@ def cast_adapter(model: nn.Module) -> None:
     Parameters that start from the model's own values keep their dtype: bf16 would round those values, and later the
     small updates to them.
     """
-    if _is_quantised(model):
+    if is_quantised(model):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not any(part in name for part in _FROM_MODEL):
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -198,5 +198,6 @@ def zero_stage(state: ContrastiveConfig | AcceleratorState) -> int | None:
     return None if state.deepspeed_plugin is None else state.deepspeed_plugin.zero_stage
 
 
-def _is_quantised(model: nn.Module) -> bool:
+def is_quantised(model: nn.Module) -> bool:
+    """Whether bitsandbytes has quantized a model's weights."""
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
