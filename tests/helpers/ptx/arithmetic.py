@@ -2,13 +2,12 @@
 
 fp32 and fp64 results are rounded to nearest. A fused multiply-add is rounded twice, so it may differ from hardware's in
 the last bit, in one case of some 2^29 (fp32). Approximate functions err as much as PTX allows: by a relative error of
-2^-22 (``ex2``), or by one unit in the last place (``rcp``).
+2^-22 (``ex2``), or by one (``rcp``) or two (``div.full``) units in the last place.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 
 def fma(a, b, c):
@@ -35,35 +34,40 @@ def split(x):
 
 
 def flush(x):
-    """Replaces subnormal fp32 numbers by 0 of their sign."""
+    """Replaces subnormal fp32 numbers by 0 of their sign (``.ftz``)."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
-def approximate(function, relative_error: float):
-    """An approximate fp32 function that flushes subnormal numbers (``.ftz``).
+def flushed(function):
+    return lambda *operands: flush(function(*map(flush, operands)))
 
-    The error is pseudo-random, as large as PTX allows, and the same for the same operand. For 0 there is none: PTX
-    lists ``ex2`` of 0 as 1.
+
+def approximate(function, relative_error: float):
+    """An approximate fp32 function of one or more operands.
+
+    The error is pseudo-random, as large as PTX allows, and the same for the same first operand. There is none where the
+    result is an fp32 number, as for ex2(0) and rcp(1): PTX lists it for ex2(0), the kernels rely on it for the others.
     """
 
-    def compute(x):
-        x = flush(x)
+    def compute(x, *others):
         noise = (x.view(np.uint32) * np.uint32(2654435761) >> np.uint32(8)) / np.float64(1 << 23) - 1
-        exact = function(np.float64(x))
-        return flush(np.where(x == 0, exact, exact * (1 + relative_error * noise)).astype(np.float32))
+        exact = function(np.float64(x), *others)
+        rounded = exact.astype(np.float32)
+        return np.where(rounded == exact, rounded, (exact * (1 + relative_error * noise)).astype(np.float32))
 
     return compute
 
 
 ex2 = approximate(np.exp2, 2.0**-22)
 rcp = approximate(np.reciprocal, 2.0**-24)  # with the rounding to fp32: one unit in the last place
+div_full = approximate(np.divide, 1.5 * 2.0**-23)  # with the rounding to fp32: two units
 
 
 def reciprocal_of_high_word(x):
     """``rcp.approx.ftz.f64``: reads the upper 32 bits of x, and writes those of the result."""
     mask = np.uint64(0xFFFFFFFF00000000)
-    with_sign = np.where(np.abs(x) < np.finfo(np.float64).tiny, np.copysign(0.0, x), x)
-    return ((1 / (with_sign.view(np.uint64) & mask).view(np.float64)).view(np.uint64) & mask).view(np.float64)
+    x = np.where(np.abs(x) < np.finfo(np.float64).tiny, np.copysign(0.0, x), x)
+    return ((1 / (x.view(np.uint64) & mask).view(np.float64)).view(np.uint64) & mask).view(np.float64)
 
 
 def to_bf16(x):
@@ -77,64 +81,27 @@ def to_f16(x):
     return x.astype(np.float16).view(np.uint16)
 
 
-def pack_halves(upper, lower):
-    return upper.astype(np.uint32) << np.uint32(16) | lower
-
-
 def unordered(x, y):
     return np.isnan(x) | np.isnan(y)
 
 
-def from_bf16(bits):
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def shift_left(x, amount):
-    width = 8 * x.dtype.itemsize
-    return np.where(amount < width, x << np.minimum(amount, width - 1).astype(x.dtype), x.dtype.type(0))
-
-
-def shift_right(x, amount):
-    """A shift by the width or more leaves copies of the sign."""
-    width = 8 * x.dtype.itemsize
-    if x.dtype.kind == "i":
-        return x >> np.minimum(amount, width - 1).astype(x.dtype)
-    return np.where(amount < width, x >> np.minimum(amount, width - 1).astype(x.dtype), x.dtype.type(0))
-
-
-def divide(a, b):
+def divide(x, y):
     """Quotient of integers, rounded toward 0."""
-    if np.any(b == 0):
+    if (y == 0).any():
         raise ZeroDivisionError("division of integers by 0")
-    return (np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))).astype(a.dtype) if a.dtype.kind == "i" else a // b
+    return (x - np.fmod(x, y)) // y
+
+
+def lowest_bits(length, dtype):
+    return (np.ones(length.shape, dtype) << length.astype(dtype)) - dtype.type(1)
 
 
 def insert_bits(source, target, position, length):
     """``bfi``: the lowest ``length`` bits of source replace those of target at ``position``."""
-    one, width = target.dtype.type(1), 8 * target.dtype.itemsize
-    length = np.minimum(length, width - np.minimum(position, width))
-    mask = shift_left(shift_left(one + 0 * target, length) - one, position)
-    mask = np.where(length >= width, ~(0 * target), mask)
-    return (target & ~mask) | (shift_left(source, position) & mask)
+    mask = lowest_bits(length, target.dtype) << position.astype(target.dtype)
+    return (target & ~mask) | (source << position.astype(target.dtype) & mask)
 
 
 def extract_bits(x, position, length):
     """``bfe`` of an unsigned number."""
-    one = x.dtype.type(1)
-    mask = np.where(length < 8 * x.dtype.itemsize, shift_left(one + 0 * x, length) - one, ~(0 * x))
-    return shift_right(x, position) & mask
-
-
-def cuda_tanh(x: torch.Tensor) -> torch.Tensor:
-    """fp32 ``tanh`` as nvcc compiles it; PyTorch's for other types."""
-    if x.dtype != torch.float32:
-        return torch.tanh(x)
-    x = x.numpy()
-    two_thirds = rcp(ex2(np.abs(x) * np.float32(2.885390043)) + np.float32(1))
-    large = np.copysign(np.where(np.abs(x) >= np.float32(9.010913849), 1, 1 - 2 * np.float64(two_thirds)), x)
-    square = x * x
-    small = np.full_like(x, 0.015739683)
-    for coefficient in (-0.0523039624, 0.133152977, -0.333327687):
-        small = fma(small, square, np.float32(coefficient))
-    small = fma(small * square, x, x)
-    return torch.from_numpy(np.where(np.abs(x) >= np.float32(0.6), large.astype(np.float32), small))
+    return x >> position.astype(x.dtype) & lowest_bits(length, x.dtype)

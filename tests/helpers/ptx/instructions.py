@@ -44,6 +44,8 @@ define("mul mul.rn", FLOAT, np.multiply)
 define("mul.lo", INTEGER, np.multiply)
 define("mul.wide", "s32", lambda x, y: np.int64(x) * np.int64(y), result="s64")
 define("mul.wide", "u32", lambda x, y: np.uint64(x) * np.uint64(y), result="u64")
+define("mad.wide", "s32", lambda x, y, z: np.int64(x) * np.int64(y) + z, "* * s64", "s64")
+define("mad.wide", "u32", lambda x, y, z: np.uint64(x) * np.uint64(y) + z, "* * u64", "u64")
 define("mad.lo", INTEGER, lambda x, y, z: x * y + z, "* * *")
 define("fma.rn", FLOAT, a.fma, "* * *")
 define("div", INTEGER, a.divide)
@@ -54,15 +56,19 @@ define("copysign", FLOAT, lambda sign, magnitude: np.copysign(magnitude, sign))
 define("abs", FLOAT, np.abs, "*")
 define("neg", f"s32 s64 {FLOAT}", np.negative, "*")
 define("rcp.rn", FLOAT, np.reciprocal, "*")
-define("rcp.approx.ftz", "f32", a.rcp, "*")
+define("rcp.approx.ftz", "f32", a.flushed(a.rcp), "*")
 define("rcp.approx.ftz", "f64", a.reciprocal_of_high_word, "*")
-define("ex2.approx.ftz", "f32", a.ex2, "*")
+define("ex2.approx", "f32", a.ex2, "*")
+define("ex2.approx.ftz", "f32", a.flushed(a.ex2), "*")
+define("div.full", "f32", a.div_full)
+define("fma.rn.ftz", "f32", a.flushed(a.fma), "* * *")
+define("abs.ftz", "f32", a.flushed(np.abs), "*")
 define("and", f"{BITS} pred", np.bitwise_and)
 define("or", f"{BITS} pred", np.bitwise_or)
 define("xor", f"{BITS} pred", np.bitwise_xor)
 define("not", f"{BITS} pred", np.invert, "*")
-define("shl", BITS, a.shift_left, "* u32")
-define("shr", f"{INTEGER} {BITS}", a.shift_right, "* u32")
+define("shl", BITS, lambda x, n: x << n.astype(x.dtype), "* u32")  # by the width or more: zeros, or copies of the sign
+define("shr", f"{INTEGER} {BITS}", lambda x, n: x >> n.astype(x.dtype), "* u32")
 define("bfi", "b32 b64", a.insert_bits, "* * u32 u32")
 define("bfe", "u32", a.extract_bits, "* u32 u32")
 define("mov", f"{BITS} u16 u32 u64 {FLOAT} pred", lambda x: x, "*")
@@ -76,6 +82,7 @@ for name in ("eq", "ne", "lt", "le", "gt", "ge"):
     define(f"setp.{name}", FLOAT, lambda x, y, f=compare: f(x, y) & ~a.unordered(x, y), result="pred")
     define(f"setp.{name}u", FLOAT, lambda x, y, f=compare: f(x, y) | a.unordered(x, y), result="pred")
 define("setp.nan", FLOAT, a.unordered, result="pred")
+define("setp.num", FLOAT, lambda x, y: ~a.unordered(x, y), result="pred")
 
 # Conversions, cvt.to.from. The first operand of a packed one becomes the upper half.
 for to in INTEGER.split():
@@ -85,9 +92,11 @@ for to in FLOAT.split():
 define("cvt.f32", "f16", lambda x: x.astype("f4"), "*", "f32")
 define("cvt.f64", "f32", lambda x: x.astype("f8"), "*", "f64")
 define("cvt.rn.f32", "f64", lambda x: x.astype("f4"), "*", "f32")
-define("cvt.f32", "bf16", a.from_bf16, "*", "f32")
-define("cvt.rn.bf16x2", "f32", lambda x, y: a.pack_halves(a.to_bf16(x), a.to_bf16(y)), result="b32")
-define("cvt.rn.f16x2", "f32", lambda x, y: a.pack_halves(a.to_f16(x), a.to_f16(y)), result="b32")
+define("cvt.f32", "bf16", lambda x: (np.uint32(x) << np.uint32(16)).view("f4"), "*", "f32")
+define("cvt.rn.bf16", "f32", a.to_bf16, "*", "bf16")
+define("cvt.rn.f16", "f32", lambda x: x.astype("f2"), "*", "f16")
+define("cvt.rn.bf16x2", "f32", lambda x, y: np.uint32(a.to_bf16(x)) << np.uint32(16) | a.to_bf16(y), result="b32")
+define("cvt.rn.f16x2", "f32", lambda x, y: np.uint32(a.to_f16(x)) << np.uint32(16) | a.to_f16(y), result="b32")
 
 
 def bind(machine: Machine, instruction: Instruction) -> Run:
@@ -106,9 +115,6 @@ def bind(machine: Machine, instruction: Instruction) -> Run:
 
 def unknown(instruction: Instruction) -> PtxError:
     return PtxError(f"the interpreter does not know the instruction {'.'.join(instruction.opcode)}")
-
-
-# ---- Operands ----
 
 
 def source(machine: Machine, operand: str, kind: str) -> Callable[[], np.ndarray]:
@@ -139,9 +145,7 @@ def constant(machine: Machine, operand: str, dtype: np.dtype):
     if operand in machine.program.parameters:
         return dtype.type(machine.arguments.ctypes.data + machine.program.parameters[operand])
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", operand) and dtype.kind in "uib":
-        if dtype.kind == "b":
-            return np.bool_(int(operand, 0) != 0)
-        return np.array(int(operand, 0) & ((1 << 8 * dtype.itemsize) - 1), f"u{dtype.itemsize}").view(dtype)[()]
+        return np.array(int(operand, 0) & (1 << 64) - 1, np.uint64).astype(dtype)[()]
     raise PtxError(f"the interpreter does not know the operand {operand}")
 
 
@@ -166,14 +170,6 @@ def shared_window(machine: Machine) -> np.ndarray:
     return np.uint64(SHARED + machine.block[machine.at] * SHARED_STRIDE)
 
 
-def names_in(operand: str) -> list[str]:
-    """Returns the elements of ``{%r1, %r2}``, or the one operand."""
-    return [name.strip() for name in operand.strip("{}").split(",")]
-
-
-# ---- Arithmetic ----
-
-
 def bind_elementwise(machine: Machine, operands, function, kinds: list[str], kind: str) -> Run:
     out, *inputs = operands
     if len(inputs) != len(kinds):
@@ -192,7 +188,7 @@ def bind_pack(machine: Machine, instruction: Instruction) -> Run:
     """``mov.b64 {%r1, %r2}, %rd1`` and its inverse: the first element holds the lowest bits."""
     out, value = instruction.operands
     kind = instruction.opcode[1]
-    parts = names_in(out if "{" in out else value)
+    parts = re.findall(r"[^\s{},]+", out if "{" in out else value)
     part = f"b{int(kind[1:]) // len(parts)}"
     if "{" not in out:
         readers = [source(machine, name, part) for name in parts]
@@ -205,9 +201,6 @@ def bind_pack(machine: Machine, instruction: Instruction) -> Run:
             machine.put(name, bits[:, i])
 
     return unpack
-
-
-# ---- Memory ----
 
 
 def bind_cvta_shared(machine: Machine, instruction: Instruction) -> Run:
@@ -226,63 +219,57 @@ def bind_mapa(machine: Machine, instruction: Instruction) -> Run:
     return bind_elementwise(machine, instruction.operands, map_address, ["u64", "u32"], "u64")
 
 
-def access(instruction: Instruction) -> tuple[str, list[str], str]:
-    """Returns the space, the registers and the type of a load or store."""
-    load = instruction.opcode[0] == "ld"
-    space = next((part for part in instruction.opcode if part in ("global", "shared", "param")), "generic")
-    names = names_in(instruction.operands[0 if load else 1])
-    count = next((int(part[1]) for part in instruction.opcode if part in ("v2", "v4")), 1)
-    if len(names) != count:
+def bind_access(machine: Machine, instruction: Instruction) -> Run:
+    """A load or a store of one, two or four elements by each thread."""
+    opcode, memory = instruction.opcode, machine.memory
+    kind, load = opcode[-1], opcode[0] == "ld"
+    registers, where = instruction.operands if load else reversed(instruction.operands)
+    names = re.findall(r"[^\s{},]+", registers)
+    space = next((part for part in opcode if part in ("global", "shared", "param")), "generic")
+    find, size = address(machine, where, space), TYPES[kind].itemsize * len(names)
+    readers = [] if load else [source(machine, name, kind) for name in names]
+    if f"v{len(names)}" not in opcode and len(names) > 1:
         raise unknown(instruction)
-    return space, names, instruction.opcode[-1]
+
+    def run(position: int) -> None:
+        accesses = memory.locate(find(), size, space, machine.at)
+        if load:
+            values = memory.load(accesses).view(TYPES[kind])
+            for i, name in enumerate(names):
+                machine.put(name, values[:, i])
+        else:
+            memory.check_write(accesses)
+            memory.store(accesses, np.stack([read() for read in readers], 1).view(np.uint8))
+
+    return run
 
 
-def bind_ld(machine: Machine, instruction: Instruction) -> Run:
-    space, names, kind = access(instruction)
-    where, atomic = address(machine, instruction.operands[1], space), "acquire" in instruction.opcode
+def bind_atomic(machine: Machine, instruction: Instruction) -> Run:
+    """An atomic sum that releases, or a load that acquires, of one 4-byte word at GPU scope."""
+    out, where, *value = instruction.operands
+    find, readers = address(machine, where, "generic"), [source(machine, x, "u32") for x in value]
 
-    def load(position: int) -> None:
-        at = where()
-        if atomic:
-            machine.order.atomic(machine.at, at, release=False)
-        values = machine.load(at, TYPES[kind].itemsize * len(names), space, atomic).view(TYPES[kind])
-        for i, name in enumerate(names):
-            machine.put(name, values[:, i])
+    def run(position: int) -> None:
+        at = find()
+        if (at != at[0]).any():
+            raise PtxError("the interpreter does not know an atomic access to several addresses at once")
+        machine.order.atomic(machine.at, int(at[0]), release=bool(readers))
+        word = machine.memory.locate(at[:1], 4, "generic", machine.at[:1])
+        old = np.repeat(machine.memory.load(word, atomic=True).view(np.uint32), len(at))
+        for read in readers:  # one thread after another
+            sums = old + np.cumsum(read(), dtype=np.uint32)
+            machine.memory.store(word, sums[-1:].view(np.uint8))
+            old[1:] = sums[:-1]
+        machine.put(out, old)
 
-    return load
-
-
-def bind_st(machine: Machine, instruction: Instruction) -> Run:
-    space, names, kind = access(instruction)
-    where = address(machine, instruction.operands[0], space)
-    readers = [source(machine, name, kind) for name in names]
-
-    return lambda position: machine.store(where(), np.stack([read() for read in readers], 1), space)
-
-
-def bind_atom(machine: Machine, instruction: Instruction) -> Run:
-    """A release at GPU scope: what the thread did before is ordered before what a thread does that acquires it."""
-    out, where, value = instruction.operands
-    find, read = address(machine, where, "generic"), source(machine, value, "u32")
-
-    def add(position: int) -> None:
-        at, operand, everyone = find(), read(), machine.at
-        machine.order.atomic(everyone, at, release=True)
-        for i in range(len(everyone)):  # one thread after another
-            machine.select(everyone[i : i + 1])
-            old = machine.load(at[i : i + 1], 4, "generic", atomic=True).view(np.uint32)
-            machine.store(at[i : i + 1], old + operand[i], "generic", atomic=True)
-            machine.put(out, old[:, 0])
-        machine.select(everyone)
-
-    return add
+    return run
 
 
 def bind_cp_async(machine: Machine, instruction: Instruction) -> Run:
     """Asynchronous copies to shared memory: they arrive when the thread waits for their commit group."""
     operands, kind = instruction.operands, instruction.opcode[2]
     if kind == "commit_group":
-        return lambda position: machine.commit_copies()
+        return lambda position: np.add.at(machine.commit_group, machine.at, 1)
     if kind == "wait_group":
         return lambda position: machine.finish_copies(int(operands[0]))
     if operands[3:] not in ((), operands[2:3]):  # a copy that fills up with zeros
@@ -291,59 +278,94 @@ def bind_cp_async(machine: Machine, instruction: Instruction) -> Run:
     return lambda position: machine.start_copies(target(), origin(), int(operands[2]))
 
 
-# ---- Control flow, and threads together ----
+def bind_trap(machine: Machine, instruction: Instruction) -> Run:
+    return lambda position: machine.memory.require(np.zeros(1, bool), machine.at, lambda i: "traps")
 
 
 def bind_barrier(machine: Machine, instruction: Instruction) -> Run:
-    """The barrier of all threads of a block, and the two halves of a cluster's barrier."""
+    """Barriers of a warp and of a block, and the two halves of a cluster's barrier."""
     if "arrive" in instruction.opcode:
         return lambda position: machine.arrive_at_cluster(release="relaxed" not in instruction.opcode)
     if "wait" in instruction.opcode:
         return machine.wait_for_cluster
-    if instruction.operands != ("0",):
+    warp = "warp" in instruction.opcode
+    if instruction.operands != ("-1" if warp else "0",):
         raise unknown(instruction)
-    return machine.synchronise_blocks
+    return lambda position: machine.synchronise(position, 32 if warp else machine.launch.threads)
 
 
-def bind_shfl(machine: Machine, instruction: Instruction) -> Run:
-    """Shuffles of whole warps."""
-    out, *inputs = instruction.operands
-    value, lane, clamp, members = (source(machine, x, "u32") for x in inputs)
+def in_warps(machine: Machine, function: Callable[[], None]) -> Run:
+    """Returns a function that runs ``function`` for threads whose whole warp is here; the others wait."""
 
-    def shuffle(position: int) -> np.ndarray:
-        if np.any(clamp() != 31) or np.any(members() != 0xFFFFFFFF):
-            raise PtxError("the interpreter does not know a shuffle of a part of a warp")
-        everyone = machine.at
-        complete = machine.all_here(32)
+    def run(position: int) -> np.ndarray:
+        everyone, complete = machine.at, machine.all_here(32)
         machine.select(everyone[complete])
         if machine.at.size:
-            values, lanes = value().reshape(-1, 32), lane().reshape(-1, 32)
-            origin = np.arange(32) ^ lanes if "bfly" in instruction.opcode else lanes
-            result, *valid = out.split("|")
-            machine.put(result, np.take_along_axis(values, origin % 32, 1).ravel())
-            for predicate in valid:
-                machine.put(predicate, np.ones(machine.at.shape, bool))
+            function()
         machine.select(everyone)
         return machine.park(position, complete)
 
-    return shuffle
+    return run
+
+
+def bind_shfl(machine: Machine, instruction: Instruction) -> Run:
+    out, *inputs = instruction.operands
+    value, lane, clamp, members = (source(machine, x, "u32") for x in inputs)
+
+    def shuffle() -> None:
+        if np.any(clamp() != 31) or np.any(members() != 0xFFFFFFFF):
+            raise PtxError("the interpreter does not know a shuffle of a part of a warp")
+        values, lanes = value().reshape(-1, 32), lane().reshape(-1, 32)
+        origin = np.arange(32) ^ lanes if "bfly" in instruction.opcode else lanes
+        result, *valid = out.split("|")
+        machine.put(result, np.take_along_axis(values, origin % 32, 1).ravel())
+        for predicate in valid:
+            machine.put(predicate, np.ones(machine.at.shape, bool))
+
+    return in_warps(machine, shuffle)
+
+
+def bind_matrix(machine: Machine, instruction: Instruction) -> Run:
+    """Loads or stores matrices of 8 rows of 16 bytes of shared memory.
+
+    Lanes 8k to 8k + 7 of a warp hold the addresses of the rows of matrix k, and each lane 4 bytes of each matrix.
+    """
+    load, memory = instruction.opcode[0] == "ldmatrix", machine.memory
+    registers, where = instruction.operands if load else reversed(instruction.operands)
+    names, find = re.findall(r"%\w+", registers), address(machine, where, "shared")
+    readers = [] if load else [source(machine, name, "b32") for name in names]
+
+    def move() -> None:
+        row = machine.at % 32 < 8 * len(names)
+        accesses = memory.locate(find()[row], 16, "shared", machine.at[row])
+        if load:
+            matrices = memory.load(accesses).view(np.uint16).reshape(-1, 8, 8)
+            matrices = matrices.swapaxes(1, 2).copy() if "trans" in instruction.opcode else matrices
+            words = matrices.view(np.uint32).reshape(-1, len(names), 32)
+            for k, name in enumerate(names):
+                machine.put(name, words[:, k].ravel())
+        else:
+            words = np.stack([read().reshape(-1, 32) for read in readers], 1)
+            memory.check_write(accesses)
+            memory.store(accesses, words.reshape(-1, 4).view(np.uint8))
+
+    return in_warps(machine, move)
 
 
 # The other instructions: regular expression of the opcode -> function of the machine and the instruction.
 _VECTOR = r"(\.v[24])?\.[bufs](8|16|32|64)"
 FAMILIES = {
-    rf"ld(\.global|\.shared|\.param)?(\.nc|\.c[agsv]|\.lu)?{_VECTOR}": bind_ld,
-    r"ld\.acquire\.gpu(\.global)?\.u32": bind_ld,
-    rf"st(\.global|\.shared)?(\.wb|\.c[gs]|\.wt)?{_VECTOR}": bind_st,
-    r"atom\.add\.release\.gpu\.u32": bind_atom,
-    r"cvta\.shared\.u64": lambda m, it: bind_elementwise(
-        m, it.operands, lambda x: x + shared_window(m), ["u64"], "u64"
-    ),
+    rf"ld(\.global|\.shared|\.param)?(\.nc|\.c[agsv]|\.lu)?{_VECTOR}": bind_access,
+    rf"st(\.global|\.shared)?(\.wb|\.c[gs]|\.wt)?{_VECTOR}": bind_access,
+    r"atom\.add\.release\.gpu\.u32|ld\.acquire\.gpu\.u32": bind_atomic,
+    r"cvta\.shared\.u64": bind_cvta_shared,
     r"mapa\.u64": bind_mapa,
     r"cp\.async\.(commit_group|wait_group|c[ag]\.shared\.global)": bind_cp_async,
     r"bra(\.uni)?": lambda m, it: lambda position: m.program.labels[it.operands[0]],
     r"ret": lambda m, it: lambda position: m.leave(),
-    r"trap": lambda m, it: lambda position: m.trap(),
-    r"bar\.sync|barrier\.sync|barrier\.cluster\.(arrive(\.release|\.relaxed)?|wait(\.acquire)?)": bind_barrier,
+    r"trap": bind_trap,
+    r"bar(\.warp)?\.sync|barrier\.sync|barrier\.cluster\.(arrive(\.release|\.relaxed)?|wait(\.acquire)?)": bind_barrier,
     r"shfl\.sync\.(bfly|idx)\.b32": bind_shfl,
+    r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16": bind_matrix,
+    r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.shared\.b16": bind_matrix,
 }

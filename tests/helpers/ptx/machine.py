@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .instructions import bind
-from .memory import SHARED, SHARED_STRIDE, Memory, Range
+from .memory import SHARED, SHARED_STRIDE, Accesses, Memory, Range
 from .order import Launch, Order
 from .program import Program, PtxError
 
@@ -45,8 +45,8 @@ class Machine:
         self.memory = Memory([*ranges, *own], self.order)
         self.special = self.special_registers()
 
-        # Asynchronous copies: [threads, their commit groups, targets, sources, ranges of the sources].
-        self.copies: list[list[np.ndarray]] = []
+        # Asynchronous copies on their way: (targets, sources, commit group of each thread).
+        self.copies: list[tuple[Accesses, Accesses, np.ndarray]] = []
         self.commit_group = np.zeros(self.count, np.int64)
 
         # The next instruction of each thread, and whether the thread waits there or has left.
@@ -85,11 +85,13 @@ class Machine:
         steps = 0
         with np.errstate(all="ignore"):
             while not self.exited.all():
+                staying = self.next[~self.exited]
                 ready = self.next[~(self.parked | self.exited)]
                 if not ready.size:
-                    self.deadlock()
+                    places = {str(self.program.instructions[i]) for i in self.next[self.parked]}
+                    raise PtxError(f"deadlock: {self.parked.sum()} of {self.count} threads wait for others at {places}")
                 start = int(ready.min())
-                steps += self.run_from(start, int(min(ready[ready > start], default=len(self.code))))
+                steps += self.run_from(start, int(min(staying[staying > start], default=len(self.code))))
                 if steps > MAX_STEPS:
                     raise PtxError(f"{self.program.name}: not done after {steps} instructions")
         self.order.check_lifetimes()
@@ -130,17 +132,11 @@ class Machine:
         self.exited[self.at] = True
         return len(self.code)
 
-    def trap(self) -> None:
-        raise PtxError(f"{self.launch.describe(self.at[0])} traps")
-
-    def deadlock(self) -> None:
-        waiting = np.flatnonzero(self.parked)
-        places = {str(self.program.instructions[i]) for i in self.next[waiting]}
-        raise PtxError(f"deadlock: {waiting.size} of {self.count} threads wait at {places} for threads that never come")
-
-    def synchronise_blocks(self, position: int) -> np.ndarray:
-        complete = self.all_here(self.launch.threads)
-        self.order.synchronise_blocks(self.at[complete])
+    def synchronise(self, position: int, size: int) -> np.ndarray:
+        """A barrier of ``size`` consecutive threads."""
+        complete = self.all_here(size)
+        for group in self.at[complete].reshape(-1, size):
+            self.order.acquire(group, self.order.release(group))
         return self.park(position, complete)
 
     def arrive_at_cluster(self, release: bool) -> None:
@@ -158,8 +154,10 @@ class Machine:
         return self.registers[name] if self.everyone else self.registers[name][self.at]
 
     def put(self, name: str, value: np.ndarray) -> None:
-        """Writes a register. An integer of another width than the register is cut, or extended by its sign."""
+        """Writes a register; ``_`` stands for none. An integer of another width is cut, or extended by its sign."""
         bits = self.program.register_type(name)
+        if name == "_":
+            return
         if bits is None:
             raise PtxError(f"{name} is not declared")
         if value.dtype.itemsize != bits.itemsize:
@@ -168,42 +166,24 @@ class Machine:
             self.registers[name] = np.zeros(self.count, bits)
         self.registers[name][slice(None) if self.everyone else self.at] = value.view(bits)
 
-    # ---- Memory ----
-
-    def load(self, address: np.ndarray, size: int, space: str, atomic: bool = False) -> np.ndarray:
-        """Returns the bytes at each thread's address, (threads, size) uint8."""
-        self.note_remote(address)
-        return self.memory.load(address, size, space, self.at, atomic)
-
-    def store(self, address: np.ndarray, values: np.ndarray, space: str, atomic: bool = False) -> None:
-        self.note_remote(address)
-        self.memory.store(address, values.view(np.uint8), space, self.at, atomic)
-
-    def note_remote(self, address: np.ndarray) -> None:
-        """Remembers accesses to the shared memory of other blocks, which must not leave before."""
-        owner = (address.astype(np.int64) - SHARED) // SHARED_STRIDE
-        remote = (address >= SHARED) & (owner != self.block[self.at])
-        if remote.any():
-            self.order.remote.append((owner[remote], self.at[remote], self.order.epoch[self.at[remote]]))
+    # ---- Asynchronous copies to shared memory ----
 
     def start_copies(self, target: np.ndarray, source: np.ndarray, size: int) -> None:
-        """Starts asynchronous copies to shared memory. Until they arrive, their targets hold nothing."""
-        origin, ranges = self.memory.locate(source, size, "global", self.at)
-        index, target_ranges = self.memory.locate(target, size, "shared", self.at)
-        self.memory.check_write(index, target_ranges, self.at)
-        self.memory.initialised[index] = False
-        self.copies.append([self.at, self.commit_group[self.at], index, origin, ranges])
-
-    def commit_copies(self) -> None:
-        self.commit_group[self.at] += 1
+        """Starts copies. Until they arrive, their targets hold nothing."""
+        targets = self.memory.locate(target, size, "shared", self.at)
+        self.memory.check_write(targets)
+        self.memory.initialised[targets.bytes] = False
+        sources = self.memory.locate(source, size, "global", self.at)
+        self.copies.append((targets, sources, self.commit_group[self.at]))
 
     def finish_copies(self, pending: int) -> None:
         """Lets all copies of these threads arrive but those of the last ``pending`` commit groups."""
-        waiting = np.zeros(self.count, bool)
-        waiting[self.at] = True
-        for copies in self.copies:
-            arrive = waiting[copies[0]] & (copies[1] < self.commit_group[copies[0]] - pending)
-            threads, _, target, source, ranges = (x[arrive] for x in copies)
-            self.memory.check_read(source, ranges, threads)
-            self.memory.write(target, self.memory.bytes[source], threads)
-            copies[:] = (x[~arrive] for x in copies)
+        waiting, copies = np.isin(np.arange(self.count), self.at), self.copies
+        self.copies = []
+        for targets, sources, group in copies:
+            arrives = waiting[targets.threads] & (group < self.commit_group[targets.threads] - pending)
+            now, later = (
+                [Accesses(*(x[some] for x in both)) for both in (targets, sources)] for some in (arrives, ~arrives)
+            )
+            self.memory.store(now[0], self.memory.load(now[1]))
+            self.copies.append((*later, group[~arrives]))

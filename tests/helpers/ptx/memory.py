@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,15 @@ class Range(NamedTuple):
     space: str = "global"
     readable: bool = True  # holds values at the start
     writable: bool = False
+    racy_reads: bool = False  # reads need not come before other threads' writes
+
+
+class Accesses(NamedTuple):
+    """What some threads access at once: of each thread its bytes, as indices into memory, and the range around them."""
+
+    bytes: np.ndarray  # (threads, size)
+    ranges: np.ndarray  # (threads,)
+    threads: np.ndarray  # (threads,)
 
 
 class Memory:
@@ -41,88 +51,81 @@ class Memory:
         if (self.starts[:-1] + self.sizes[:-1].astype(np.uint64) > self.starts[1:]).any():
             raise PtxError(f"ranges of memory overlap: {self.ranges}")
         self.spaces = np.array([r.space for r in self.ranges])
-        self.writable = np.array([r.writable for r in self.ranges])
-        total = int(self.first[-1])
-        self.bytes = np.zeros(total, np.uint8)
-        self.initialised = np.zeros(total, bool)
-        self.written, self.read = np.zeros(total, np.int64), np.zeros(total, np.int64)  # stamps; 0 for no access
+        self.writable, self.racy = np.array([(r.writable, r.racy_reads) for r in self.ranges]).T
+        self.owner = np.where(self.spaces == "shared", (self.starts.astype(np.int64) - SHARED) // SHARED_STRIDE, -1)
+        self.bytes = np.zeros(self.first[-1], np.uint8)
+        self.initialised = np.repeat([r.readable for r in self.ranges], self.sizes)
+        self.written, self.read = np.zeros((2, self.first[-1]), np.int64)  # stamps; 0 for no access
         for r, first in zip(self.ranges, self.first):
             if r.readable:
                 self.bytes[first : first + r.size] = np.frombuffer(ctypes.string_at(r.start, r.size), np.uint8)
-            self.initialised[first : first + r.size] = r.readable
 
-    def fail(self, thread: int, problem: str) -> None:
-        raise PtxError(f"{self.order.launch.describe(thread)} {problem}")
+    def require(self, good: np.ndarray, threads: np.ndarray, problem: Callable[[int], str]) -> None:
+        """Raises PtxError for the first access, i, that is not good; ``problem(i)`` says what its thread does."""
+        if not good.all():
+            i = int(good.argmin())
+            raise PtxError(f"{self.order.launch.describe(threads[i])} {problem(i)}")
 
-    def locate(self, address: np.ndarray, size: int, space: str, threads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the index of each accessed byte, (threads, size), and the range of each access.
+    def locate(self, address: np.ndarray, size: int, space: str, threads: np.ndarray) -> Accesses:
+        """Finds ``size`` bytes at each thread's address.
 
         Raises PtxError for an access that is misaligned, outside of all ranges, or in another space than ``space``.
         """
-        if (wrong := address % np.uint64(size) != 0).any():
-            i = wrong.argmax()
-            self.fail(threads[i], f"accesses {size} bytes at the misaligned address {address[i]:#x}")
         which = np.searchsorted(self.starts, address, side="right") - 1
         offset = (address - self.starts[which]).astype(np.int64)
+        near = lambda i: f"at byte {offset[i]} of {self.ranges[which[i]].name} ({self.sizes[which[i]]} bytes)"  # noqa: E731
+        aligned = address % np.uint64(size) == 0
+        self.require(aligned, threads, lambda i: f"accesses {size} bytes at the misaligned address {address[i]:#x}")
         inside = (which >= 0) & (offset + size <= self.sizes[which])
-        if not inside.all():
-            i = (~inside).argmax()
-            near = self.ranges[max(which[i], 0)]
-            where = f"at byte {int(address[i]) - near.start} of {near.name} ({near.size} bytes)"
-            self.fail(threads[i], f"accesses {size} bytes out of bounds, {where}")
-        if space != "generic" and (wrong := self.spaces[which] != space).any():
-            i = wrong.argmax()
-            self.fail(threads[i], f"accesses {self.ranges[which[i]].name} as .{space}")
-        return (self.first[which] + offset)[:, None] + np.arange(size), which
+        self.require(inside, threads, lambda i: f"accesses {size} bytes out of bounds, {near(i)}")
+        there = (self.spaces[which] == space) | (space == "generic")
+        self.require(there, threads, lambda i: f"accesses memory that is not .{space}, {near(i)}")
+        # Other blocks must not leave before their shared memory is accessed.
+        owner = self.owner[which]
+        remote = (owner >= 0) & (owner != threads // self.order.launch.threads)
+        self.order.remote += zip(owner[remote], threads[remote], self.order.epoch[threads[remote]])
+        return Accesses((self.first[which] + offset)[:, None] + np.arange(size), which, threads)
 
-    def load(self, address, size: int, space: str, threads: np.ndarray, atomic: bool) -> np.ndarray:
-        """Returns the bytes at each thread's address, (threads, size) uint8."""
-        index, which = self.locate(address, size, space, threads)
-        self.check_read(index, which, threads, atomic)
+    def load(self, accesses: Accesses, atomic: bool = False) -> np.ndarray:
+        """Returns the bytes, (threads, size) uint8."""
+        index, which, threads = accesses
+        unwritten = lambda i: f"reads bytes of {self.ranges[which[i]].name} that nothing has been written to"  # noqa: E731
+        self.require(self.initialised[index].all(1), threads, unwritten)
+        if not atomic and self.writable[which].any():
+            self.check_order(self.written[index], "reads", "wrote", accesses)
+            self.read[index] = self.order.stamps(threads)[:, None]
         return self.bytes[index]
 
-    def check_read(self, index, which, threads, atomic: bool = False) -> None:
-        if not (initialised := self.initialised[index].all(1)).all():
-            i = (~initialised).argmax()
-            self.fail(threads[i], f"reads bytes of {self.ranges[which[i]].name} that nothing has been written to")
-        if not atomic and self.writable[which].any():
-            self.check_order(self.written[index], "reads", "wrote", which, threads)
-            self.read[index] = self.order.stamps(threads)[:, None]
+    def check_write(self, accesses: Accesses) -> None:
+        index, which, threads = accesses
+        self.require(
+            self.writable[which], threads, lambda i: f"writes to {self.ranges[which[i]].name}: it is read-only"
+        )
+        self.check_order(self.written[index], "writes", "wrote", accesses)
+        self.check_order(np.where(self.racy[which, None], 0, self.read[index]), "writes", "read", accesses)
 
-    def store(self, address, values: np.ndarray, space: str, threads: np.ndarray, atomic: bool) -> None:
-        """Writes ``values``, (threads, size) uint8."""
-        index, which = self.locate(address, values.shape[1], space, threads)
-        if atomic:
-            self.bytes[index] = values
-        else:
-            self.check_write(index, which, threads)
-            self.write(index, values, threads)
-
-    def check_write(self, index, which, threads) -> None:
-        if not (writable := self.writable[which]).all():
-            i = (~writable).argmax()
-            self.fail(threads[i], f"writes to {self.ranges[which[i]].name}, which is read-only")
-        self.check_order(self.written[index], "writes", "wrote", which, threads)
-        self.check_order(self.read[index], "writes", "read", which, threads)
-
-    def write(self, index, values, threads) -> None:
+    def store(self, accesses: Accesses, values: np.ndarray) -> None:
+        """Writes ``values``, (threads, size) uint8, after :meth:`check_write` or for atomic accesses."""
+        index, _, threads = accesses
         stamps = self.order.stamps(threads)[:, None]
         self.bytes[index], self.initialised[index], self.written[index] = values, True, stamps
-        if (lost := (self.written[index] != stamps).any(1)).any():
-            self.fail(threads[lost.argmax()], "and another thread write to the same byte at once")
+        kept = (self.bytes[index] == values).all(1)
+        self.require(kept, threads, lambda i: "and another thread write different values to a byte at once")
 
-    def check_order(self, earlier: np.ndarray, does: str, did: str, which, threads) -> None:
+    def check_order(self, earlier: np.ndarray, does: str, did: str, accesses: Accesses) -> None:
         """Raises PtxError if an access does not come after the ``earlier`` ones, (threads, size) stamps."""
-        if not (after := self.order.after(earlier, threads[:, None])).all():
-            i, byte = np.argwhere(~after)[0]
-            other = self.order.launch.describe((earlier[i, byte] >> 32) - 1)
-            name = self.ranges[which[i]].name
-            self.fail(threads[i], f"{does} {name} where {other} {did}, and no barrier lies between")
+        after = self.order.after(earlier, accesses.threads[:, None])
+
+        def race(i: int) -> str:
+            other = self.order.launch.describe((earlier[i, after[i].argmin()] >> 32) - 1)
+            return f"{does} {self.ranges[accesses.ranges[i]].name} where {other} {did}, and no barrier lies between"
+
+        self.require(after.all(1), accesses.threads, race)
 
     def copy_back(self) -> None:
         """Writes what the kernel wrote to global memory to the host's memory."""
         for r, first in zip(self.ranges, self.first):
             if r.space == "global" and r.writable:
-                ok = self.initialised[first : first + r.size]
+                there = self.initialised[first : first + r.size]
                 host = np.frombuffer((ctypes.c_ubyte * r.size).from_address(r.start), np.uint8)
-                host[ok] = self.bytes[first : first + r.size][ok]
+                host[there] = self.bytes[first : first + r.size][there]

@@ -43,7 +43,7 @@ class Order:
         self.arrivals, self.waits = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self.arriving = np.zeros((count // self.peers, self.peers), np.int32)
         self.arrived = self.arriving.copy()
-        self.remote: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (block, thread that accesses it, its epoch)
+        self.remote: list[tuple[int, int, int]] = []  # (block, thread of another one that accesses it, its epoch)
 
     def stamps(self, threads: np.ndarray) -> np.ndarray:
         """Returns what memory remembers of an access by ``threads``: (thread + 1) << 32 | epoch."""
@@ -67,22 +67,15 @@ class Order:
         group, peers = threads[0] // self.peers, threads % self.peers
         self.seen[group, peers] = np.maximum(self.seen[group, peers], clock)
 
-    def synchronise_blocks(self, threads: np.ndarray) -> None:
-        """A barrier of one or more whole blocks."""
-        for block in threads.reshape(-1, self.launch.threads):
-            self.acquire(block, self.release(block))
-
-    def atomic(self, threads: np.ndarray, addresses: np.ndarray, release: bool) -> None:
-        """An atomic access releases what its thread did before, or acquires what others released there."""
+    def atomic(self, threads: np.ndarray, address: int, release: bool) -> None:
+        """An atomic access releases what its thread did before, or acquires what others released at this address."""
         if not self.launch.cooperative:
             raise PtxError("atomic accesses between blocks that may not run at the same time")
-        for address in np.unique(addresses):
-            here = threads[addresses == address]
-            if release:
-                clock = self.release(here)
-                self.published[address] = np.maximum(self.published.get(address, clock), clock)
-            elif address in self.published:
-                self.acquire(here, self.published[address])
+        published = self.published.setdefault(address, np.zeros(self.peers, np.int32))
+        if release:
+            np.maximum(published, self.release(threads), out=published)
+        else:
+            self.acquire(threads, published)
 
     def arrive(self, threads: np.ndarray, release: bool) -> np.ndarray:
         """Counts arrivals at the clusters' barriers; returns all threads of the clusters whose phase they complete."""
@@ -113,9 +106,9 @@ class Order:
 
     def check_lifetimes(self) -> None:
         """Raises PtxError if a block may have left while a thread of another block accesses its shared memory."""
-        for blocks, threads, epochs in self.remote:
-            for block, thread, epoch in zip(blocks, threads, epochs):
-                first, peer = block * self.launch.threads % self.peers, thread % self.peers
-                if (self.seen[thread // self.peers, first : first + self.launch.threads, peer] <= epoch).all():
-                    where = f"block {block} may have left before {self.launch.describe(thread)}"
-                    raise PtxError(f"{where} accesses its shared memory")
+        for block, thread, epoch in self.remote:
+            first = block * self.launch.threads % self.peers
+            seen = self.seen[thread // self.peers, first : first + self.launch.threads, thread % self.peers]
+            if (seen <= epoch).all():
+                who = self.launch.describe(thread)
+                raise PtxError(f"block {block} may have left before {who} accesses its shared memory")

@@ -70,7 +70,7 @@ def parse(text: str, suffix: str) -> Program:
         program.max_threads = int(match[1])
     # Parameters lie one after another, each at a multiple of its alignment.
     for align, kind, name, count in re.findall(
-        r"\.param\s+(?:\.align (\d+) )?[^,]*?\.(\w+) (\w+)(?:\[(\d+)\])?", entry[2]
+        r"\.param (?:\.align (\d+) )?\.(\w+) (?:\.ptr .*?\.align \d+ )?(\w+)(?:\[(\d+)\])?", entry[2]
     ):
         size = TYPES[kind].itemsize
         start = -(-program.parameter_bytes // int(align or size)) * int(align or size)
@@ -78,7 +78,7 @@ def parse(text: str, suffix: str) -> Program:
         program.parameter_bytes = start + size * int(count or 1)
 
     newlines = [match.start() for match in re.finditer("\n", text)]
-    body = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), entry[4])
+    body = re.sub(r"//[^\n]*|\n\s*\.loc[^\n]*", lambda comment: " " * len(comment[0]), entry[4])
     for statement in re.finditer(r"[^;]+;", body):
         position = entry.start(4) + statement.end()
         read_statement(program, statement[0][:-1].strip(), bisect(newlines, position - 1) + 1)
@@ -99,7 +99,7 @@ def read_statement(program: Program, text: str, line: int) -> None:
             if program.registers.setdefault(name, bits) != bits:
                 raise PtxError(f"line {line}: register {name} is declared with two widths")
     elif match := re.match(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL):
-        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
+        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", re.sub(r" *([][+]) *", r"\1", match[3]))
         opcode = tuple(match[2].split("."))
         program.instructions.append(
             Instruction(match[1] or "", opcode, tuple(operands), re.sub(r"\s+", " ", text), line)
