@@ -198,6 +198,11 @@ def packed_forward() -> Iterator[None]:
         _in_packed_forward.reset(token)
 
 
+def in_packed_forward() -> bool:
+    """Whether the model runs on a packed row. False while activation checkpointing recomputes its layers."""
+    return _in_packed_forward.get()
+
+
 @contextlib.contextmanager
 def recorded_windows() -> Iterator[Windows]:
     """Records the windows of all masks and attention calls of a packed forward."""
@@ -209,14 +214,19 @@ def recorded_windows() -> Iterator[Windows]:
         _windows.reset(token)
 
 
-def unpackable_layers(model: PreTrainedModel) -> set[str]:
+def unpackable_layers(model: PreTrainedModel, state_layers: Sequence[nn.Module] = ()) -> set[str]:
     """Returns the kinds of layers, as the config names them, that a packed row does not support.
 
     A short probe does not show attention in chunks, which are longer, and hardly a state if weights are small.
+
+    Args:
+        state_layers: layers that carry a state and support packed rows.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    stateful = {"stateful layers"} if getattr(model, "_is_stateful", False) else set()
-    return kinds - {"full_attention", "sliding_attention"} | stateful
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    supported = {getattr(layer, "layer_idx", None) for layer in state_layers}
+    unsupported = {kind for layer, kind in enumerate(kinds) if layer not in supported}
+    stateful = {"stateful layers"} if getattr(model, "_is_stateful", False) and not state_layers else set()
+    return unsupported - {"full_attention", "sliding_attention", "mlp", "moe"} | stateful
 
 
 def lacks_window(model: PreTrainedModel, windows: Windows) -> bool:

@@ -50,6 +50,7 @@ from .hooks import (
     unpackable_layers,
 )
 from .proof import Probe, Truth, find_truth, projected_gradients
+from .states import StateLayout, prepare_state_layers
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ class PackedModel:
         self.invocations = invocations(self.model)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = head_options(base, self.head_memory_mb)
-        self.padded = self.packing == "false" or (self.packing == "auto" and bool(unpackable_layers(base)))
+        self.state_layers = prepare_state_layers(base)
+        unpackable = bool(unpackable_layers(base, self.state_layers))
+        self.padded = self.packing == "false" or (self.packing == "auto" and unpackable)
         if self.is_proven:
             with undisturbed(self.model), gathered(self.model), in_training_mode(self.quantized):
                 self._prove(base)
@@ -250,7 +253,7 @@ class PackedModel:
             return f"{way} its logits would not be those of a linear head with a scale and a soft-cap"
         if not self.padded and not base._can_set_attn_implementation():
             return f"{way} its attention cannot be replaced (it does not use transformers' AttentionInterface)"
-        if not self.padded and (kinds := unpackable_layers(base)):
+        if not self.padded and (kinds := unpackable_layers(base, self.state_layers)):
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
@@ -329,6 +332,8 @@ class PackedModel:
                 stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments))
                 inputs["position_ids"] = batch["position_ids"]
                 inputs |= {"layout": AttentionLayout.of(batch), "attention_backend": self.attention_backend}
+                if self.state_layers:
+                    inputs["state_layout"] = StateLayout(segments, base.device)
             outputs = (self.model if wrapped is None else wrapped)(**inputs)
         if self.options is None:
             result = self._score_logits(outputs.logits, batch, loss, statistics, tokens_per_pair)

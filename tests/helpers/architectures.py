@@ -87,6 +87,23 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         },
     ),
 }
+# Layers that carry a state: a short convolution, Mamba 2, a gated delta net.
+STATES: dict[str, Callable[[], PretrainedConfig]] = {
+    "lfm2": _config("Lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "bamba": _config(
+        "Bamba",
+        **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4, "mamba_expand": 2},
+        attn_layer_indices=[1],
+    ),
+    "qwen3_next": _config(
+        "Qwen3Next",
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        layer_types=["linear_attention", "full_attention"],
+        mlp_only_layers=[0, 1],
+        head_dim=8,
+    ),
+}
+CONFIGS |= STATES
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
 # The RoPE of these models depends on the length of a sequence beyond 16 positions.
 LENGTH_DEPENDENT = ["phi3-longrope", "llama-dynamic", "gemma3-dynamic"]

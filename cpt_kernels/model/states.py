@@ -1,0 +1,277 @@
+"""Runs layers that carry a state on packed rows: a prompt once, and its final state forked to every completion.
+
+The state of a layer is the last inputs of its causal convolution, the memory of its recurrence, or both. Functions in
+transformers' modules compute them. They are wrapped here, and run as before outside packed rows. The projections around
+them run on the packed row as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.packing import scatter_rounds
+from ..errors import UserError
+from ..ops.gather import Rounds, gather_rows
+from .hooks import in_packed_forward
+
+
+class Recurrence(NamedTuple):
+    """Arguments of a function of transformers that runs a recurrence over (B, L, ...) tensors."""
+
+    sequences: tuple[str, ...]  # tensors with one entry per token
+    initial_state: str | None  # None: the function takes no state
+    final_state: str  # asks for the state behind the last token
+    time: int = 1  # dimension of the tokens
+
+
+_DELTA = Recurrence(("query", "key", "value", "g", "beta"), "initial_state", "output_final_state")
+# Name in a module of transformers -> its arguments. A token of zeros leaves a state of zeros as it is in each of them.
+_RECURRENCES = {
+    "torch_chunk_gated_delta_rule": _DELTA,
+    "chunk_kimi_delta_attention": _DELTA,
+    "mamba2_chunk_scan": Recurrence(("hidden_states", "dt", "B", "C"), "initial_states", "return_final_states"),
+    "mamba_selective_scan": Recurrence(("hidden_states", "dt", "B", "C", "z"), None, "return_last_state", time=2),
+}
+_CONVOLUTION = "causal_conv1d_fn"
+# Kernels that run a whole layer and know no packed row. A result of None makes the layer take its own steps.
+_WHOLE_LAYERS = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
+_WRAPPED = {*_RECURRENCES, _CONVOLUTION, *_WHOLE_LAYERS}
+
+
+class _Gather(NamedTuple):
+    """Where the tokens of a (B, L) batch lie in a packed row of T tokens; T stands for a token of zeros."""
+
+    index: Tensor  # (B * L,) int64
+    rounds: Rounds  # of the index without T
+    shape: tuple[int, int]
+    has_zeros: bool
+
+    @classmethod
+    def of(cls, places: NDArray[np.int64], rows: int, device: torch.device) -> _Gather:
+        flat = places.reshape(-1)
+        held = np.flatnonzero(flat < rows)
+        rounds = [
+            (torch.from_numpy(to).to(device), torch.from_numpy(held[source]).to(device))
+            for to, source in scatter_rounds(flat[held], rows)
+        ]
+        index = torch.from_numpy(flat).to(device)
+        return cls(index, rounds, (places.shape[0], places.shape[1]), len(held) < len(flat))
+
+    def __call__(self, rows: Tensor) -> Tensor:  # (T, ...) -> (B, L, ...)
+        if self.has_zeros:
+            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+        return gather_rows(rows, self.index, self.rounds).view(*self.shape, *rows.shape[1:])
+
+
+@dataclass
+class StateLayout:
+    """The sequences of a packed row of T tokens, for layers that carry a state.
+
+    A trunk starts without a state: the prompt of several completions, or a sequence that shares nothing. A branch is a
+    completion that starts with the state behind its trunk.
+
+    Args:
+        segment_lengths: (queries, keys) of the attention's segments, see ``data.collate.PackedBatch``.
+    """
+
+    segment_lengths: Sequence[tuple[int, int]]
+    device: torch.device
+    trunks: list[tuple[int, int]] = field(init=False)  # (start, stop) of each in the packed row
+    branches: list[tuple[int, int, int]] = field(init=False)  # (start, stop, trunk)
+
+    def __post_init__(self) -> None:
+        starts = np.cumsum([0, *(queries for queries, _ in self.segment_lengths)]).tolist()
+        self.trunks, self.branches = [], []
+        for start, stop, (queries, keys) in zip(starts, starts[1:], self.segment_lengths):
+            if queries == keys:  # the first segment of a group
+                self.trunks.append((start, stop))
+                continue
+            first, end = self.trunks[-1]
+            prompt = first + keys - queries
+            if end > prompt:  # the prompt is the trunk, and the first completion is a branch like the others
+                self.trunks[-1] = (first, prompt)
+                self.branches.append((prompt, end, len(self.trunks) - 1))
+            self.branches.append((start, stop, len(self.trunks) - 1))
+        self.tokens = starts[-1]
+
+    @functools.cached_property
+    def trunk_tokens(self) -> _Gather:
+        """Tokens of the trunks, with zeros before them."""
+        return self._gather([range(*trunk) for trunk in self.trunks], pads_first=True)
+
+    @functools.cached_property
+    def branch_tokens(self) -> _Gather:
+        """Tokens of the branches, with zeros behind them."""
+        return self._gather([range(start, stop) for start, stop, _ in self.branches])
+
+    @functools.cached_property
+    def sequence_tokens(self) -> _Gather:
+        """Tokens of the trunks, and of the branches behind their trunks, with zeros behind them."""
+        trunks = [range(*trunk) for trunk in self.trunks]
+        return self._gather([*trunks, *((*trunks[trunk], *range(start, stop)) for start, stop, trunk in self.branches)])
+
+    @functools.cached_property
+    def branch_trunks(self) -> _Gather:
+        """The trunk of every branch, a (1, S) batch."""
+        return _Gather.of(np.array([[trunk for *_, trunk in self.branches]]), len(self.trunks), self.device)
+
+    @functools.cached_property
+    def forked_places(self) -> _Gather:
+        """Place of every token among the outputs of trunks and branches, (G * L + S * M), a (1, T) batch."""
+        return self._places([self.trunk_tokens, self.branch_tokens] if self.branches else [self.trunk_tokens])
+
+    @functools.cached_property
+    def sequence_places(self) -> _Gather:
+        """Place of every token among the outputs of the whole sequences; of a trunk's token, in the trunk."""
+        return self._places([self.sequence_tokens])
+
+    def convolved(self, width: int) -> tuple[_Gather, _Gather]:
+        """Returns the row a convolution runs on, (1, T'), and the place of every token in it, (1, T).
+
+        Each trunk follows ``width - 1`` zeros there, and each branch the tokens before it.
+        """
+        if width not in self._rows_of_width:
+            before = [self.tokens] * (width - 1)
+            tails = [(*before, *range(*trunk))[len(range(*trunk)) :] for trunk in self.trunks]
+            pieces = [(*before, *range(*trunk)) for trunk in self.trunks]
+            pieces += [(*tails[trunk], *range(start, stop)) for start, stop, trunk in self.branches]
+            row = np.concatenate(pieces)
+            own = np.concatenate([np.arange(len(piece)) >= width - 1 for piece in pieces])
+            places = np.empty(self.tokens, np.int64)
+            places[row[own]] = np.flatnonzero(own)
+            self._rows_of_width[width] = (
+                _Gather.of(row[None], self.tokens, self.device),
+                _Gather.of(places[None], len(row), self.device),
+            )
+        return self._rows_of_width[width]
+
+    _rows_of_width: dict[int, tuple[_Gather, _Gather]] = field(default_factory=dict, init=False)
+
+    def _gather(self, pieces: Sequence[Sequence[int]], pads_first: bool = False) -> _Gather:
+        longest = max(map(len, pieces))
+        places = np.full((len(pieces), longest), self.tokens)
+        for row, piece in zip(places, pieces):
+            row[longest - len(piece) if pads_first else 0 :][: len(piece)] = piece
+        return _Gather.of(places, self.tokens, self.device)
+
+    def _places(self, gathers: Sequence[_Gather]) -> _Gather:
+        row = torch.cat([gather.index for gather in gathers]).cpu().numpy()
+        places = np.empty(self.tokens + 1, np.int64)
+        places[row[::-1]] = np.arange(len(row))[::-1]  # the first of several places stays
+        return _Gather.of(places[None, :-1], len(row), self.device)
+
+
+# The layout of the packed row that the layer at hand runs on.
+_layout: ContextVar[StateLayout | None] = ContextVar("state_layout", default=None)
+
+
+def state_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the layers of a model whose convolutions and recurrences can run on packed rows."""
+    return [module for module in model.modules() if _functions_of(type(module)) & {*_RECURRENCES, _CONVOLUTION}]
+
+
+def prepare_state_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Makes a model's state-carrying layers run packed rows when they get a ``state_layout``, and returns them."""
+    layers = state_layers(model)
+    for layer in layers:
+        module = sys.modules[inspect.unwrap(type(layer).forward).__module__]
+        for name in _functions_of(type(layer)):
+            function = getattr(module, name)
+            if not hasattr(function, "outside_packed_rows"):
+                setattr(module, name, _wrapped(name, function))
+        if _enter not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_enter, with_kwargs=True)
+            layer.register_forward_hook(_leave, always_call=True)
+    return layers
+
+
+@functools.cache
+def _functions_of(layer: type[nn.Module]) -> frozenset[str]:
+    """Names of the functions in ``_WRAPPED`` that a layer's forward calls."""
+    return frozenset(inspect.unwrap(layer.forward).__code__.co_names) & _WRAPPED
+
+
+@torch.compiler.disable
+def _enter(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    layout = kwargs.get("state_layout")
+    if layout is None and in_packed_forward():
+        raise UserError(f"{type(layer).__name__} is not given the layout of the packed row")
+    _layout.set(layout)
+
+
+@torch.compiler.disable
+def _leave(layer: nn.Module, args: Any, output: Any) -> None:
+    _layout.set(None)
+
+
+def _wrapped(name: str, own: Callable) -> Callable:
+    """Returns a function of transformers that also runs packed rows."""
+
+    @torch.compiler.disable
+    @functools.wraps(own)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        layout = _layout.get()
+        if layout is None:
+            return own(*args, **kwargs)
+        if name in _WHOLE_LAYERS:
+            return None
+        if name == _CONVOLUTION:
+            return _convolve(layout, own, args, kwargs)
+        return _recur(layout, _RECURRENCES[name], own, args, kwargs)
+
+    function.outside_packed_rows = own
+    return function
+
+
+def _convolve(layout: StateLayout, own: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Runs a causal convolution of width w, whose arguments are ``hidden_states`` (1, C, T), ``weight`` (C, w), ..."""
+    hidden_states, *others = args
+    weight = others[0] if others else kwargs["weight"]
+    to_row, places = layout.convolved(weight.shape[-1])
+    convolved = own(to_row(hidden_states[0].T).transpose(1, 2).contiguous(), *others, **kwargs)
+    return places(convolved[0].T).transpose(1, 2)
+
+
+def _recur(
+    layout: StateLayout, recurrence: Recurrence, own: Callable, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Runs a recurrence over the trunks, and then over the branches from the states behind their trunks."""
+    names = list(inspect.signature(own).parameters)
+    given = dict(zip(names, args)) | kwargs
+
+    def run(tokens: _Gather, **states: Any) -> tuple[Tensor, Tensor | None]:
+        batch = dict(given)
+        for name in recurrence.sequences:
+            if batch.get(name) is not None:
+                rows = batch[name].movedim(recurrence.time, 1)[0]
+                batch[name] = tokens(rows).movedim(1, recurrence.time)
+        batch |= states
+        positional = [batch.pop(name) for name in names[: len(args)]]  # a kernel's names may differ from transformers'
+        result = own(*positional, **batch)
+        outputs, state = result if isinstance(result, tuple) else (result, None)
+        return outputs.movedim(recurrence.time, 1).flatten(0, 1), state
+
+    if recurrence.initial_state is None:
+        outputs, _ = run(layout.sequence_tokens)
+        places = layout.sequence_places
+    else:
+        outputs, states = run(layout.trunk_tokens, **{recurrence.final_state: bool(layout.branches)})
+        if layout.branches:
+            start = layout.branch_trunks(states)[0]
+            ends, _ = run(layout.branch_tokens, **{recurrence.initial_state: start, recurrence.final_state: False})
+            outputs = torch.cat([outputs, ends])
+        places = layout.forked_places
+    result = places(outputs).movedim(1, recurrence.time)
+    return (result, None) if recurrence is _DELTA else result
