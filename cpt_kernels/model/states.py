@@ -34,9 +34,10 @@ class Recurrence(NamedTuple):
     initial_state: str | None  # None: the function takes no state
     final_state: str  # asks for the state behind the last token
     time: int = 1  # dimension of the tokens
+    returns_pair: bool = False  # (outputs, state or None) in any case; else the state only if it is asked for
 
 
-_DELTA = Recurrence(("query", "key", "value", "g", "beta"), "initial_state", "output_final_state")
+_DELTA = Recurrence(("query", "key", "value", "g", "beta"), "initial_state", "output_final_state", returns_pair=True)
 # Name in a module of transformers -> its arguments. A token of zeros leaves a state of zeros as it is in each of them.
 _RECURRENCES = {
     "torch_chunk_gated_delta_rule": _DELTA,
@@ -274,4 +275,4 @@ def _recur(
             outputs = torch.cat([outputs, ends])
         places = layout.forked_places
     result = places(outputs).movedim(1, recurrence.time)
-    return (result, None) if recurrence is _DELTA else result
+    return (result, None) if recurrence.returns_pair else result

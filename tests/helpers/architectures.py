@@ -97,7 +97,12 @@ STATES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "qwen3_next": _config(
         "Qwen3Next",
-        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        **{
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
         layer_types=["linear_attention", "full_attention"],
         mlp_only_layers=[0, 1],
         head_dim=8,

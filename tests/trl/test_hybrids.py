@@ -1,4 +1,4 @@
-"""Hybrid and recurrent models, which run in padded rows, take TRL's steps."""
+"""Hybrid models, whose states are forked in packed rows, take TRL's steps."""
 
 from __future__ import annotations
 
