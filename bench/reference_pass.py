@@ -83,7 +83,7 @@ def pairs_of(groups: Groups) -> list[dict[str, list[int]]]:
 def forward_flops(work: Work, shape: Shape) -> float:
     """Returns the floating-point operations of a forward."""
     layers = 2 * shape.layer_parameters * work.tokens
-    attention = 4 * shape.layers * shape.heads * shape.head_size * work.attended
+    attention = 4 * shape.attention_layers * shape.heads * shape.head_size * work.attended
     return layers + attention + 2 * work.head_rows * shape.hidden * shape.vocab
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2-shaped model."""
+    """A Qwen2-shaped model, or a hybrid as Qwen3-Next without experts: three of four layers are gated delta nets."""
 
     hidden: int = 256
     layers: int = 6
@@ -17,6 +20,7 @@ class Shape:
     intermediate: int = 1024
     vocab: int = 32000
     tied: bool = True  # head and embeddings share one weight
+    hybrid: bool = False
 
     @property
     def head_size(self) -> int:
@@ -24,10 +28,19 @@ class Shape:
         return self.hidden // self.heads
 
     @property
+    def attention_layers(self) -> int:
+        """The number of layers with attention."""
+        return self.layers // 4 if self.hybrid else self.layers
+
+    @property
     def layer_parameters(self) -> int:
         """The number of parameters in the matrices of all layers."""
-        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        # Qwen3-Next's queries have gates. A delta net has four projections of its heads, two numbers per head, and the
+        # output's projection.
+        attention = self.hidden * self.head_size * ((3 if self.hybrid else 2) * self.heads + 2 * self.kv_heads)
+        delta_net = self.hidden * self.heads * (5 * self.head_size + 2)
+        mixers = self.attention_layers * attention + (self.layers - self.attention_layers) * delta_net
+        return mixers + self.layers * 3 * self.hidden * self.intermediate
 
     @property
     def parameters(self) -> int:
@@ -49,9 +62,11 @@ class Shape:
             )
         return replace(self, layers=min(self.layers, int((limit - rest) / a_layer)))
 
-    def config(self) -> dict[str, Any]:
-        """Returns the keyword arguments of ``transformers.Qwen2Config``."""
-        return {
+    def config(self) -> PreTrainedConfig:
+        """Returns the configuration of the model."""
+        from transformers import Qwen2Config, Qwen3NextConfig
+
+        common: dict[str, Any] = {
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -64,6 +79,18 @@ class Shape:
             "eos_token_id": 1,
             "bos_token_id": None,
         }
+        if not self.hybrid:
+            return Qwen2Config(**common)
+        return Qwen3NextConfig(
+            **common,
+            head_dim=self.head_size,
+            layer_types=["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(self.layers)],
+            mlp_only_layers=list(range(self.layers)),
+            linear_num_key_heads=self.heads,
+            linear_num_value_heads=self.heads,
+            linear_key_head_dim=self.head_size,
+            linear_value_head_dim=self.head_size,
+        )
 
 
 # Sizes of published models. Two cores train "small" in seconds.

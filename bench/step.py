@@ -2,9 +2,10 @@
 
     python -m bench step --peers trl,trl-tuned,ours-unshared,ours-padded
 
-Every contestant trains the same Qwen2-shaped model on the same random tokens, in the same order, with the same seed and
-optimizer. Reference log-probs are computed before the timed steps. A round is one step; rounds are interleaved. Medians
-and quartiles are over rounds. Gradient checkpointing is off for all unless asked for (TRL and ours default to on).
+Every contestant trains the same model, Qwen2-shaped or a hybrid, on the same random tokens, in the same order, with the
+same seed and optimizer. Reference log-probs are computed before the timed steps. A round is one step; rounds are
+interleaved. Medians and quartiles are over rounds. Gradient checkpointing is off for all unless asked for (TRL and ours
+default to on).
 
     trl                 TRL as installed
     trl-tuned           TRL with its head limited to completion rows (off by default on a CPU), and a tuned allocator
@@ -135,9 +136,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--shape", choices=SHAPES, default="small", help="shape of the model, with as many layers as fit"
     )
     for field in dataclasses.fields(Shape):
-        if field.name != "tied":
+        if field.type == "int":
             name = field.name.replace("_", "-")
             parser.add_argument(f"--{name}", type=int, help=f"overrides the shape's {name}")
+    parser.add_argument(
+        "--model", choices=["dense", "hybrid"], default="dense", help="Qwen2-shaped, or gated delta nets as Qwen3-Next"
+    )
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters on all linear layers; 0: all weights")
     parser.add_argument("--liger-layers", action="store_true", help="Liger's layer kernels for all contestants")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -150,6 +154,7 @@ def shape_of(options: argparse.Namespace, contestants: int) -> Shape:
     """
     changes = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Shape)}
     shape = dataclasses.replace(SHAPES[options.shape], **{k: v for k, v in changes.items() if v is not None})
+    shape = dataclasses.replace(shape, hybrid=options.model == "hybrid")
     if options.layers is not None:
         return shape
     # Half of the memory is for parameters, the other half for activations and logits of a step.
@@ -329,7 +334,7 @@ def report(names, options, shape, measured, predicted, agreement) -> str:
     trained = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     checkpointing = "on" if options.gradient_checkpointing else "off"
     lines = [
-        f"Qwen2-shaped {dataclasses.asdict(shape)}, {trained}, {options.lengths} lengths, {options.pairs} pairs per"
+        f"{options.model} {dataclasses.asdict(shape)}, {trained}, {options.lengths} lengths, {options.pairs} pairs per"
         f" step of {options.completions} completions per prompt, {options.loss}, {precision} on {options.device},"
         f" gradient checkpointing {checkpointing}",
         f"{options.steps} steps, the last {options.rounds} timed, one per round, rounds interleaved; x ours: ratio to"

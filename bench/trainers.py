@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
 from cpt_kernels.data.collate import PackedBatch, PackedCollator
@@ -47,11 +47,11 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(shape: Shape, seed: int = 0, attention: str | None = None, device: str = "cpu") -> Qwen2ForCausalLM:
+def build_model(shape: Shape, seed: int = 0, attention: str | None = None, device: str = "cpu") -> PreTrainedModel:
     """Builds a model with random weights, the same in every process. On a GPU it takes seconds for billions of them."""
     torch.manual_seed(seed)
     with torch.device(device):
-        return Qwen2ForCausalLM(Qwen2Config(**shape.config(), attn_implementation=attention))
+        return AutoModelForCausalLM.from_config(shape.config(), attn_implementation=attention)
 
 
 def best_attention(device: str) -> str:

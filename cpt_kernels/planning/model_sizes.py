@@ -11,6 +11,8 @@ from ..model.packed_model import base_model
 
 # Values that an optimizer keeps for each value that it trains, in the same dtype.
 _MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2}
+# Kinds of layers without attention, or with one whose operations grow with the length.
+_LINEAR = {"linear_attention", "conv", "mlp", "moe"}
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,12 @@ class ModelSizes:
 
     Attributes:
         layer_parameters: in the matrices of all layers; of experts, the share that a token is sent to.
+        attention_layers: layers whose operations grow with the square of the length.
     """
 
     layer_parameters: int
     layers: int
+    attention_layers: int
     heads: int
     head_size: int
     hidden: int
@@ -40,6 +44,7 @@ def sizes_of(model: nn.Module) -> ModelSizes:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((count for name in names if (count := getattr(config, name, None))), 1)
     active = getattr(config, "num_experts_per_tok", experts) / experts
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     is_adapted = hasattr(model, "peft_config")
     matrices = [
         (name, p.numel())
@@ -49,6 +54,7 @@ def sizes_of(model: nn.Module) -> ModelSizes:
     return ModelSizes(
         layer_parameters=round(sum(size * (active if ".experts." in name else 1) for name, size in matrices)),
         layers=config.num_hidden_layers,
+        attention_layers=sum(kind not in _LINEAR for kind in kinds),
         heads=heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1),
         hidden=config.hidden_size,

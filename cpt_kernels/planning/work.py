@@ -1,7 +1,7 @@
 """Counts the operations of a training step from lengths and the model's shape, to predict ratios of times.
 
-Floating-point operations of forward and backward, for p parameters in the layers' matrices, T tokens run, L layers, Hq
-heads of dimension D, A attended (query, key) pairs, R head rows and a head weight of H x V:
+Floating-point operations of forward and backward, for p parameters in the layers' matrices, T tokens run, L layers with
+attention, Hq heads of dimension D, A attended (query, key) pairs, R head rows and a head weight of H x V:
 
     layers      6 p T          4 p T if only adapters are trained; gradient checkpointing adds 2 p T
     attention   14 L Hq D A    2 matrix products forward, 5 backward; gradient checkpointing adds 4 L Hq D A
@@ -27,7 +27,7 @@ class ModelShape(Protocol):
     @property
     def layer_parameters(self) -> int: ...  # in the matrices of all layers
     @property
-    def layers(self) -> int: ...
+    def attention_layers(self) -> int: ...
     @property
     def heads(self) -> int: ...
     @property
@@ -53,14 +53,14 @@ class Work:
         """Returns floating-point operations by part and their ``total``. With ``adapters``, only those are trained."""
         again = 1 if gradient_checkpointing else 0
         layers = ((4 if adapters else 6) + 2 * again) * shape.layer_parameters * self.tokens
-        attention = (14 + 4 * again) * shape.layers * shape.heads * shape.head_size * self.attended
+        attention = (14 + 4 * again) * shape.attention_layers * shape.heads * shape.head_size * self.attended
         head = 2 * self.head_rows * shape.hidden * shape.vocab * (self.head_gemms - adapters)
         return {"layers": layers, "attention": attention, "head": head, "total": layers + attention + head}
 
     def forward_flops(self, shape: ModelShape) -> dict[str, float]:
         """Returns floating-point operations of a forward alone by part, and their ``total``."""
         layers = 2 * shape.layer_parameters * self.tokens
-        attention = 4 * shape.layers * shape.heads * shape.head_size * self.attended
+        attention = 4 * shape.attention_layers * shape.heads * shape.head_size * self.attended
         head = 2 * self.head_rows * shape.hidden * shape.vocab
         return {"layers": layers, "attention": attention, "head": head, "total": layers + attention + head}
 
