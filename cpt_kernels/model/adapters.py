@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UserError
 
@@ -41,6 +42,24 @@ def is_plain_lora(layer: Any, adapter: str) -> bool:
         return False
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)  # PEFT uses an Identity for no dropout
     return adapter not in layer.lora_variant and dropout == 0
+
+
+def spare_input_copies(model: nn.Module) -> None:
+    """Spares plain LoRA layers the copy of their input in fp32, the adapter's dtype, that autocast would cast back.
+
+    PEFT makes the copy. Without it every product has the same operands, so outputs and gradients are bitwise the same.
+    """
+    for layer in model.modules():
+        adapters = getattr(layer, "lora_A", None)
+        if adapters and all(is_plain_lora(layer, name) for name in adapters):
+            layer._cast_input_dtype = _cast_unless_autocast
+
+
+def _cast_unless_autocast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Casts in place of PEFT's method, but not what autocast would cast back."""
+    if x is None or (torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == x.dtype):
+        return x
+    return x.to(dtype)
 
 
 def _configs(model: Any) -> list[Any]:

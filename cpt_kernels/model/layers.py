@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import ContrastiveConfig
 from ..errors import UserError
+from .adapters import spare_input_copies
 from .loading import is_quantised, zero_stage
 from .packed_model import base_model
 
@@ -29,7 +30,7 @@ _COMPILE_OPTIONS = ("torch_compile", "torch_compile_backend", "torch_compile_mod
 
 @contextlib.contextmanager
 def prepared_layers(model: nn.Module, args: ContrastiveConfig) -> Iterator[str]:
-    """Applies ``layers``, ``torch_compile`` and ``use_liger_kernel``; gives a line for the log.
+    """Applies ``layers``, ``torch_compile`` and ``use_liger_kernel``, also to LoRA; gives a line for the log.
 
     transformers' Trainer must be constructed inside: it would apply ``torch_compile`` to the whole model. It applies
     Liger's kernels itself, in ``train``.
@@ -38,6 +39,7 @@ def prepared_layers(model: nn.Module, args: ContrastiveConfig) -> Iterator[str]:
         UserError: the model has no decoder layers to compile; Liger's kernels cannot run here, or its head is asked
             for.
     """
+    spare_input_copies(model)
     kinds, reason = _choose(model, args)
     if "liger" in kinds:
         if problem := _liger_problem(args):

@@ -10,13 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 
+from bench.traffic import Traffic
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.model import layers
+from cpt_kernels.model.adapters import spare_input_copies
 from cpt_kernels.model.layers import offloaded_activations, prepared_layers
 from tests.helpers import ROOT
-from tests.helpers.architectures import tiny_model
+from tests.helpers.architectures import recompute_activations, tiny_model
 from tests.helpers.toy import config, losses, preference_data, word_tokenizer
 
 
@@ -187,3 +190,42 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights():
             parameter.mul_(1.5)
         ids = torch.tensor([[3, 4, 5]])
         assert not torch.allclose(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_lora_without_copies_of_its_inputs_has_bitwise_the_same_gradients(dtype, recompute):
+    ids = torch.arange(3, 40)[None]
+    found, copies = [], []
+    for spare in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model("llama", dtype), LoraConfig(r=4, target_modules="all-linear")).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zeros would hide the gradients of lora_A
+                torch.nn.init.normal_(parameter, std=0.1)
+        if recompute:
+            recompute_activations(model)
+            model.enable_input_require_grads()
+        if spare:
+            spare_input_copies(model)
+        with Traffic() as traffic:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(ids).logits.float().logsumexp(-1).sum()
+            loss.backward()
+        copies.append(traffic.by_operator["_to_copy"])
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) > 20 and all(map(torch.equal, *found))
+    assert copies[1] < copies[0] * (0.5 if dtype == torch.bfloat16 else 0.9)
+
+
+def test_lora_without_autocast_still_casts_its_inputs():
+    model = get_peft_model(tiny_model("llama", torch.bfloat16), LoraConfig(r=4, target_modules=["q_proj"]))
+    spare_input_copies(model)
+    assert model(torch.tensor([[3, 4]])).logits.dtype == torch.bfloat16
+
+
+def test_dropout_and_dora_keep_their_copies():
+    for options in ({"lora_dropout": 0.1}, {"use_dora": True}):
+        model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], **options))
+        spare_input_copies(model)
+        assert not any("_cast_input_dtype" in vars(module) for module in model.modules())
