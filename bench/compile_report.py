@@ -3,9 +3,11 @@
     python -m bench compile_report [--quick] [--only triton|cuda]
 
 Triton kernels are compiled ahead of time through their own launchers, with the tile sizes and specializations used in
-production, at several vocabulary sizes. CUDA sources are compiled by nvcc, and their machine code (SASS) is read: it
-must use no local memory, and the loops of ``vocab_score`` must load and store 16 bytes at a time. The exit code is 1 if
-any kernel breaks a rule or spills registers or has a stack frame.
+production, at several vocabulary sizes. CUDA sources are compiled by nvcc for the GPUs that the extension has machine
+code for, and, from the PTX that it carries, for those that came later. Machine code (SASS) is read. It must use no
+local memory. The loops of ``vocab_score`` over whole vectors must load and store 16 bytes at a time and have few
+instructions per element, and its registers must allow the blocks per multiprocessor that its launch plans. The exit
+code is 1 if any kernel breaks a rule or spills registers or has a stack frame.
 """
 
 from __future__ import annotations
@@ -25,8 +27,18 @@ from .timing import add_output_options, finish
 
 CSRC = Path(__file__).parents[1] / "csrc"
 TRITON_ARCHITECTURES = (80, 90, 100)
-CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
+# GPU -> what its machine code is compiled from, as setup.py builds it. Drivers compile compute_90's PTX for Blackwell.
+CUDA_ARCHITECTURES = {
+    "sm_90a": "compute_90a",
+    "sm_80": "compute_80",
+    "sm_100a": "compute_90",
+    "sm_120a": "compute_90",
+}
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# The most instructions per element in the loops of vocab_score over whole vectors; the last two have bias and cap in
+# one loop, so a launch runs a part of them.
+BUDGETS = {"": 14, "statistics": 18, "bias and cap": 60, "statistics, bias and cap": 64}
+_REGISTERS = 65536  # of a multiprocessor
 VOCABULARIES = (32000, 128256, 256000)
 
 
@@ -48,6 +60,7 @@ class Usage:
     spills: int
     threads: int | None = None
     wide: int | None = None
+    blocks: int | None = None  # of the most threads, on a multiprocessor, as far as registers go
     per_element: float | None = None  # instructions in the loops over a row; see :func:`instructions_per_element`
     broken: tuple[str, ...] = ()  # what breaks the rules for machine code; see :func:`broken_rules`
 
@@ -93,32 +106,47 @@ def innermost_loops(code: list[str]) -> list[list[str]]:
     return [[line for line in code[a : b + 1] if not line.endswith(":")] for a, b in inner]
 
 
-def instructions_per_element(code: list[str], element_bytes: int) -> float:
-    """Returns the instructions per element of a row, summed over the loops that read the most vectors per iteration.
+_WIDE_LOAD = r"(LDG|LDS)\.(?!\S*CONSTANT)(\w+\.)*128"  # of the row; a bias is loaded as a constant
 
-    These are the loops over whole vectors; other loops treat the ends of the row. Code that an iteration usually jumps
-    over counts too (the target's element), and the loop that only copies a row to shared memory does not.
+
+def hot_loops(code: list[str]) -> list[tuple[list[str], int]]:
+    """Returns the loops over whole vectors, and how many vectors an iteration reads.
+
+    These are the loops that read the most vectors per iteration; others treat the ends of the row.
     """
-    loops = innermost_loops(code)
-    vectors = [count(r"(LDG|LDS)\.(\w+\.)*128", loop) for loop in loops]
-    hot = [(len(loop), n) for loop, n in zip(loops, vectors, strict=True) if n and n == max(vectors)]
-    return sum(length * element_bytes / (16 * n) for length, n in hot)
+    loops = [(loop, count(_WIDE_LOAD, loop)) for loop in innermost_loops(code)]
+    most = max((vectors for _, vectors in loops), default=0)
+    return [(loop, vectors) for loop, vectors in loops if vectors and vectors == most]
 
 
-def broken_rules(kernel: str, case: str, code: list[str]) -> tuple[str, ...]:
-    """Returns what a kernel's machine code breaks: it uses local memory, or a loop over a row moves narrow words."""
-    broken = ["it uses local memory"] if count(r"(LDL|STL)\b", code) else []
-    if kernel == "vocab_score":
-        loops = innermost_loops(code)
-        stored = [loop for loop in loops if count(r"STG\b", loop)]
-        copy = "LDGSTS" if "resident" in case else "LDG"
-        if not any(count(rf"{copy}\.(\w+\.)*128", loop) for loop in loops):
-            broken.append("no loop loads 16 bytes of device memory at a time")
-        # One 16-byte store belongs to each vector that the loop reads.
-        reads = [count(r"(LDG|LDS)\.(\w+\.)*128", loop) for loop in stored]
-        writes = [count(r"STG\.(\w+\.)*128", loop) for loop in stored]
-        if not stored or 0 in reads or reads != writes:
-            broken.append(f"loops that store a row read {reads} and write {writes} vectors of 16 bytes")
+def instructions_per_element(code: list[str], element_bytes: int) -> float:
+    """Returns the instructions per element of a row, summed over the loops over whole vectors.
+
+    Code that an iteration jumps over counts too (bias or cap, where only the other is there). The loop that only copies
+    a row to shared memory does not.
+    """
+    return sum(len(loop) * element_bytes / (16 * vectors) for loop, vectors in hot_loops(code))
+
+
+def broken_rules(case: str, code: list[str], per_element: float, blocks: int, planned: int) -> tuple[str, ...]:
+    """Returns what the machine code of a ``vocab_score`` kernel breaks."""
+    broken = []
+    # 16 bytes at a time: the copy to shared memory, and a store for each vector that a loop reads.
+    copies = [loop for loop in innermost_loops(code) if count(r"LDGSTS\.(\w+\.)*128", loop) >= 4]
+    if "resident" in case and not copies:
+        broken.append("no loop copies 16 bytes to shared memory at a time")
+    stored = [loop for loop in innermost_loops(code) if count(r"STG\b", loop)]
+    reads, writes = ([count(kind, loop) for loop in stored] for kind in (_WIDE_LOAD, r"STG\.(\w+\.)*128"))
+    if not stored or 0 in reads or reads != writes:
+        broken.append(f"loops that store a row read {reads} and write {writes} vectors of 16 bytes")
+    if any(count(r"(LDG|STG)\.(?!\S*(128|CONSTANT))", loop) for loop, _ in hot_loops(code)):
+        broken.append("a loop over whole vectors loads or stores less than 16 bytes at a time")
+    # Instructions and registers.
+    budget = BUDGETS[", ".join(part for part in case.split(", ")[2:])]
+    if per_element > budget:
+        broken.append(f"{per_element} instructions per element are more than {budget}")
+    if blocks < planned:
+        broken.append(f"registers allow {blocks} blocks per multiprocessor, and the launch plans {planned}")
     return tuple(broken)
 
 
@@ -231,11 +259,15 @@ def cuda_usages(quick: bool, folder_of_sources: Path = CSRC) -> Iterator[Usage]:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("nvcc is not on the PATH: install it, or leave CUDA sources out with --only triton")
-    for architecture in CUDA_ARCHITECTURES[-1:] if quick else CUDA_ARCHITECTURES:
+    launch = (folder_of_sources / "vocab_score.cu").read_text()
+    threads, planned = (
+        int(re.search(rf"constexpr int {name} = (\d+)", launch)[1]) for name in ("kMaxThreads", "kBlocks")
+    )
+    for architecture in list(CUDA_ARCHITECTURES)[: 1 if quick else None]:
         for source in sorted(folder_of_sources.glob("*.cu")):
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder, "kernels.cubin")
-                code = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+                code = f"arch={CUDA_ARCHITECTURES[architecture]},code={architecture}"
                 flags = ["-std=c++17", "-O3", "-cubin", f"-gencode={code}", "-Xptxas", "-v"]
                 build = subprocess.run(
                     [nvcc, *flags, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
@@ -244,6 +276,11 @@ def cuda_usages(quick: bool, folder_of_sources: Path = CSRC) -> Iterator[Usage]:
                 machine_code = disassemble(cubin)
                 for name, used in resource_usage(cubin):
                     code, case = machine_code[name], template_arguments(name)
+                    broken = ("it uses local memory",) if count(r"(LDL|STL)\b", code) else ()
+                    blocks = _REGISTERS // (threads * -(-used["REG"] // 8) * 8)
+                    per_element = round(instructions_per_element(code, ELEMENT_BYTES[case[:4]]), 1) if case else None
+                    if case:
+                        broken += broken_rules(case, code, per_element, blocks, planned)
                     yield Usage(
                         compiler="nvcc",
                         architecture=architecture,
@@ -253,9 +290,11 @@ def cuda_usages(quick: bool, folder_of_sources: Path = CSRC) -> Iterator[Usage]:
                         shared=used["SHARED"],
                         stack=used["STACK"],
                         spills=used["LOCAL"] + spills[name],
+                        threads=threads,
                         wide=count(r"(LDG|STG|LDGSTS)\.(\w+\.)*128", code),
-                        per_element=round(instructions_per_element(code, ELEMENT_BYTES[case[:4]]), 1) if case else None,
-                        broken=broken_rules(source.stem, case, code),
+                        blocks=blocks,
+                        per_element=per_element,
+                        broken=broken,
                     )
 
 
@@ -267,16 +306,17 @@ def spilled_bytes(ptxas: str) -> dict[str, int]:
 
 def template_arguments(mangled: str) -> str:
     """Decodes dtype and template flags from a mangled kernel name; '' if the name has none."""
-    match = re.search(r"_kernelI(f|6__half|13__nv_bfloat16)Lb([01])ELb([01])E", mangled)
+    match = re.search(r"_kernelI(f|6__half|13__nv_bfloat16)Lb([01])ELb([01])ELb([01])E", mangled)
     if not match:
         return ""
     dtype = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}[match[1]]
-    return f"{dtype}, {'resident' if match[2] == '1' else 'streaming'}{', statistics' if match[3] == '1' else ''}"
+    flags = (("streaming", "resident"), ("", "statistics"), ("", "bias and cap"))
+    return ", ".join(filter(None, [dtype, *(names[int(match[i + 2])] for i, names in enumerate(flags))]))
 
 
 def usage_table(usages: list[Usage]) -> str:
     names = ("compiler", "architecture", "kernel", "case", "threads", "registers", "shared", "stack", "spills", "wide")
-    names += ("per_element",)
+    names += ("blocks", "per_element")
     rows = [names, *(["" if getattr(u, name) is None else getattr(u, name) for name in names] for u in usages)]
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(

@@ -21,12 +21,58 @@ __device__ inline void store_pair(__nv_bfloat16* out, float a, float b) {
     *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(a, b);
 }
 
+// Pack<T> is what one maximum takes: two 16-bit numbers, or one fp32 number. The maximum of a NaN and a number is the
+// number.
+template <typename T>
+struct PackOf {
+    using type = T;
+};
+template <>
+struct PackOf<__half> {
+    using type = __half2;
+};
+template <>
+struct PackOf<__nv_bfloat16> {
+    using type = __nv_bfloat162;
+};
+template <typename T>
+using Pack = typename PackOf<T>::type;
+
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline __half2 larger(__half2 a, __half2 b) { return __hmax2(a, b); }
+__device__ inline __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ inline float largest_in(float x) { return x; }
+template <typename P>
+__device__ inline float largest_in(P x) {
+    return fmaxf(to_float(x.x), to_float(x.y));
+}
+
 template <typename T>
 union alignas(16) Vector {
     static constexpr int kWidth = 16 / sizeof(T);
     uint4 bits;
     T values[kWidth];
+    // A plain assignment compiles to four 4-byte stores where the bits were packed in registers.
+    __device__ void store_to(T* address) const { __stwb(reinterpret_cast<uint4*>(address), bits); }
 };
+
+template <int kCount>
+__device__ inline float largest_of(const float (&x)[kCount]) {
+    float result = x[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) result = fmaxf(result, x[i]);
+    return result;
+}
+
+// The largest number in some vectors.
+template <typename T, int kVectors>
+__device__ inline float largest_of(const Vector<T> (&x)[kVectors]) {
+    const auto* packs = reinterpret_cast<const Pack<T>*>(x);
+    Pack<T> result = packs[0];
+#pragma unroll
+    for (int i = 1; i < kVectors * 16 / sizeof(Pack<T>); ++i) result = larger(result, packs[i]);
+    return largest_in(result);
+}
 
 // Converts a vector. A bf16 number is the upper half of an fp32 number, so a shift or a mask converts it.
 template <typename T>
@@ -67,15 +113,10 @@ struct Row {
         return first_column(vector) >= 0 && first_column(vector) + kWidth <= columns;
     }
     __device__ T* at(int vector) const { return base + static_cast<int64_t>(vector) * kWidth; }
-    __device__ uint4 load_whole(int vector) const { return *reinterpret_cast<const uint4*>(at(vector)); }
-    // A plain assignment compiles to four 4-byte stores where the bits were packed in registers.
-    __device__ void store_whole(int vector, const Vector<T>& x) const {
-        __stwb(reinterpret_cast<uint4*>(at(vector)), x.bits);
-    }
     __device__ __forceinline__ Vector<T> load(int vector, int columns) const {
         Vector<T> x;
         if (whole(vector, columns)) {
-            x.bits = load_whole(vector);
+            x.bits = *reinterpret_cast<const uint4*>(at(vector));
             return x;
         }
         x.bits = uint4{0, 0, 0, 0};
@@ -86,7 +127,7 @@ struct Row {
     }
     __device__ __forceinline__ void store(int vector, int columns, const Vector<T>& x) const {
         if (whole(vector, columns)) {
-            store_whole(vector, x);
+            x.store_to(at(vector));
             return;
         }
 #pragma unroll

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,31 +44,49 @@ def test_cuda():
         pytest.skip("no nvcc")
     found = report("--only", "cuda")
     check(found, {("vocab_score", "sm_90a"), ("pair_loss", "sm_90a")})
-    assert len(found["kernels"]) == 13
     scores = [usage for usage in found["kernels"] if usage["kernel"] == "vocab_score"]
-    assert len(scores) == 12 and not any(usage["broken"] for usage in scores)
+    assert len(scores) == 24 and not any(usage["broken"] for usage in scores)
+    assert all(usage["blocks"] >= 3 for usage in scores)
     counts = {usage["case"]: usage["per_element"] for usage in scores}
-    assert 8 < counts["bf16, resident"] <= 18 and 8 < counts["bf16, resident, statistics"] <= 22
+    assert 8 < counts["bf16, resident"] <= 14 and 8 < counts["bf16, resident, statistics"] <= 18
 
 
-def test_narrow_stores_fail(tmp_path):
-    """With a plain assignment, the resident kernels store a vector by four instructions; the report says so."""
+FAULTS = {
+    "four 4-byte stores": (
+        "vectors.cuh",
+        "__stwb(reinterpret_cast<uint4*>(address), bits);",
+        "*reinterpret_cast<uint4*>(address) = bits;",
+        "16 bytes",
+    ),
+    "a test of each column": ("vocab_score.cu", "if (n == 1 && !inside(", "if (!inside(", "instructions per element"),
+    "twice the blocks planned": ("vocab_score.cu", "kBlocks = 3;", "kBlocks = 6;", "local memory"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_fail(fault, tmp_path):
+    """The old store, the old loop, and a launch bound that makes registers spill: the report names each."""
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc")
+    file, right, wrong, message = FAULTS[fault]
     for path in CSRC.iterdir():
         text = path.read_text()
-        if path.name == "vectors.cuh":
-            right = "__stwb(reinterpret_cast<uint4*>(at(vector)), x.bits);"
+        if path.name == file:
             assert text.count(right) == 1
-            text = text.replace(right, "*reinterpret_cast<uint4*>(at(vector)) = x.bits;")
-        if path.name != "pair_loss.cu":
+            text = text.replace(right, wrong)
+        if path.name == "vocab_score.cu":  # a third of the kernels: one dtype
+            text = re.sub(r"\(adjusted \? launch<(__half|float),.*;", ";", text)
+        if path.name not in ("pair_loss.cu", "releases.cu"):
             (tmp_path / path.name).write_text(text)
-    resident = [usage for usage in cuda_usages(quick=True, folder_of_sources=tmp_path) if "resident" in usage.case]
-    assert len(resident) == 6
-    assert all(not usage.clean and "16 bytes" in usage.broken[0] for usage in resident)
+    usages = [usage for usage in cuda_usages(quick=True, folder_of_sources=tmp_path) if "bf16, resident" in usage.case]
+    assert len(usages) == 4
+    assert any(message in " ".join(usage.broken) and not usage.clean for usage in usages)
 
 
 def test_spills_fail():
     usage = Usage("nvcc", "sm_90a", "kernel", "", 255, 0, stack=8, spills=0)
     assert not usage.clean and "255" in usage_table([usage])
-    assert template_arguments("_ZN18vocab_score_kernelI6__halfLb1ELb0EEEvNS_6ParamsE") == "fp16, resident"
+    assert (
+        template_arguments("_ZN18vocab_score_kernelI6__halfLb1ELb0ELb1EEEvNS_6ParamsE")
+        == "fp16, resident, bias and cap"
+    )

@@ -29,8 +29,8 @@ SCORE_BUGS = {
     "tail column not summed": (
         (
             "vocab_score.cu",
-            "if (!inside(first + i, p.vocab_size)) z[i]",
-            "if (!inside(first + i, p.vocab_size - 1)) z[i]",
+            "if (!inside(row.first_column(v) + i, p.vocab_size)) y[i] = -INFINITY;",
+            "if (!inside(row.first_column(v) + i, p.vocab_size - 1)) y[i] = -INFINITY;",
         ),
         CLUSTER,
     ),
@@ -38,7 +38,7 @@ SCORE_BUGS = {
         ("vectors.cuh", "columns)) x.values[i] = at(vector)[i];", "columns) && vector) x.values[i] = at(vector)[i];"),
         STREAM,
     ),
-    "sum not rescaled": (("online_softmax.cuh", "s *= factor;", ""), CLUSTER),
+    "sum not rescaled": (("online_softmax.cuh", "s.scale(factor);", ""), CLUSTER),
     "no barrier before warps are merged": (
         ("online_softmax.cuh", "__syncthreads();  // the warps' statistics are there", ""),
         STREAM,
@@ -65,10 +65,18 @@ SCORE_BUGS = {
     "target read after the score is written": (
         (
             "vocab_score.cu",
-            "p.logps[row_index] = target_logit - all.m - logf(all.s);",
+            "p.logps[row_index] = (target_y - all.m) * p.factor - log_sum;",
             "p.logps[row_index] = to_float(logits[target]) - lse;",
         ),
         STREAM,
+    ),
+    "target's element written by another thread than its vector": (
+        ("vocab_score.cu", "owner == threadIdx.x", "owner == threadIdx.x - 1"),
+        CLUSTER,
+    ),
+    "tail of whole vectors not scored": (
+        ("vocab_score.cu", "v < min(rest + kChunk, end); v += kWarp", "v < min(rest + kWarp, end); v += kWarp"),
+        CLUSTER,
     ),
 }
 SCORE_CASE = Case(BF16, 2, 9001, offset=3)  # several warps, several blocks

@@ -3,7 +3,7 @@
 A program reads its row in blocks of shape (LANES, WIDTH). WIDTH columns are one 16-byte access. Each of the LANES keeps
 its own statistics, so the loop over the blocks exchanges nothing between threads and rescales once per 16 bytes; the
 lanes are combined once, after the loop. Writing the score reads the row a second time: from L2 if the rows in flight
-fit there, else from device memory. For such long rows the CUDA kernel is faster.
+fit there, else from device memory. The CUDA kernel keeps such a long row in the shared memory of a cluster of blocks.
 """
 
 from __future__ import annotations

@@ -170,6 +170,12 @@ static const emulation::Builtin<emulation::block_size> blockDim{};
 static const emulation::Builtin<emulation::grid_size> gridDim{};
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+template <typename T>
+T __ldg(const T* address) {
+    return *address;
+}
 inline void __stwb(uint4* to, uint4 bits) {
     if (reinterpret_cast<uintptr_t>(to) % sizeof(uint4)) throw std::logic_error("misaligned store");
     *to = bits;
@@ -238,6 +244,9 @@ struct __half2 {
     __half x, y;
 };
 inline float __half2float(__half x) { return x.value; }
+inline __half2 __hmax2(__half2 a, __half2 b) {
+    return {{_Float16(std::fmax(__half2float(a.x), __half2float(b.x)))}, {_Float16(std::fmax(__half2float(a.y), __half2float(b.y)))}};
+}
 inline __half2 __floats2half2_rn(float a, float b) { return {{_Float16(a)}, {_Float16(b)}}; }
 
 struct __nv_bfloat16 {
@@ -259,6 +268,10 @@ inline __nv_bfloat16 to_bfloat16(float value) {  // to nearest, ties to even
     return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {to_bfloat16(a), to_bfloat16(b)}; }
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return __floats2bfloat162_rn(std::fmax(__bfloat162float(a.x), __bfloat162float(b.x)),
+                                 std::fmax(__bfloat162float(a.y), __bfloat162float(b.y)));
+}
 
 // ---- Runtime --------------------------------------------------------------------------------------------------------
 
