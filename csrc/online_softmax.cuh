@@ -61,10 +61,11 @@ struct Sum {
 template <bool kStatistics>
 struct Online {
     float m = -FLT_MAX;
-    Sum s;            // of 2^t
-    Sum q;            // of 2^2t
-    float w = 0;      // sum t 2^t
-    float total = 0;  // sum y
+    Sum s;             // of 2^t
+    Sum q;             // of 2^2t
+    float w = 0;       // sum t 2^t
+    float total = 0;   // sum y
+    float unused = 0;  // fills 32 bytes: copies take 16 bytes at a time, and read nothing that was not written
 
     __device__ void rescale(float new_m, float unit) {
         const float t = fmaxf((m - new_m) * unit, -1e4f);  // 2^-10000 is 0 as well, and s * t stays finite

@@ -51,16 +51,21 @@ SCORE_FAULTS = {
         BLOCKS,
     ),
     "a store past the row's end": (
-        r"(st\.global\S*\.v4\.u32\s+\[%rd\d+)",
+        r"(st\.global\S*\.v4\.u32\s+\[%rd\d+)(?=\])",
         r"\1+16",
         r"out of bounds, at byte 512 of row \d of the logits \(512 bytes\)",
         ONE_WARP,
     ),
-    "a vector store at a misaligned address": (r"(st\.global\S*\.v4\.u32\s+\[%rd\d+)", r"\1+8", "misaligned", ONE_WARP),
-    "another log2 e": ("0f3FB8AA3B", "0f3FB8AA80", "error", SPREAD),
-    "a multiply-add that is not fused": (
-        r"mul\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+);",
-        r"mul.f32 \1, \2, \2;",
+    "a vector store at a misaligned address": (
+        r"(st\.global\S*\.v4\.u32\s+\[%rd\d+)(?=\])",
+        r"\1+8",
+        "misaligned",
+        ONE_WARP,
+    ),
+    "another ln 2": ("0f3F317218", "0f3F317280", "error", SPREAD),
+    "a multiply-add without its addend": (
+        r"fma\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+), %f\d+;",
+        r"mul.f32 \1, \2, \3;",
         "error",
         SPREAD,
     ),
@@ -199,3 +204,7 @@ def test_conversions_and_bits():
     assert run("max.f32", np.float32([np.nan]), np.float32([-1])) == -1
     nan = np.float32([np.nan])
     assert not run("setp.ne.f32", nan, nan) and run("setp.neu.f32", nan, nan) and run("setp.nan.f32", nan, nan)
+    pairs = np.uint32([0x3F80_BF80]), np.uint32([0x7FC0_C000])  # (1, -1) and (NaN, -2)
+    assert run("max.bf16x2", *pairs) == 0x3F80_BF80
+    third = np.float32([1, 1, -1]), np.float32([2.0**-25, -(2.0**-25), -(2.0**-24) - 2.0**-30])
+    assert run("add.rz.f32", *third).tolist() == [1, 1 - 2.0**-24, -1]

@@ -26,7 +26,7 @@ from .arithmetic import ex2, fma, rcp
 from .machine import Machine
 from .memory import Range
 from .order import Launch
-from .program import PtxError, parse
+from .program import END, PtxError, parse
 
 __all__ = ["PtxError", "compiled", "executed"]
 
@@ -141,7 +141,7 @@ class Extension:
         """Returns the PTX with the planted fault in the kernel that runs."""
         if self.fault is None:
             return text
-        kernel = re.search(rf"\.entry \w*{re.escape(suffix)}\(.*?\n\}}\n", text, re.DOTALL)
+        kernel = re.search(rf"\.entry \w*{re.escape(suffix)}\(.*?{END}\n", text, re.DOTALL)
         changed, count = re.subn(*self.fault, kernel[0], flags=re.DOTALL)
         assert count, f"nothing in the PTX matches {self.fault[0]}"
         return text.replace(kernel[0], changed)

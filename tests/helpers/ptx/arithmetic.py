@@ -81,6 +81,31 @@ def to_f16(x):
     return x.astype(np.float16).view(np.uint16)
 
 
+def from_bf16(bits):
+    return (np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+def from_f16(bits):
+    return bits.view(np.float16).astype(np.float32)
+
+
+def by_halves(from_bits, to_bits):
+    """The larger one of two packed 16-bit numbers, for both halves; of a NaN and a number the number."""
+
+    def larger(x, y):
+        halves = np.fmax(*(from_bits(np.ascontiguousarray(z).view(np.uint16)) for z in (x, y)))
+        return to_bits(halves).view(np.uint32)
+
+    return larger
+
+
+def add_toward_zero(x, y):
+    """The sum of fp32 numbers, rounded toward 0. It is exact in fp64 unless it has more than 53 digits."""
+    total = np.float64(x) + np.float64(y)
+    rounded = total.astype(np.float32)
+    return np.where(np.abs(rounded) > np.abs(total), np.nextafter(rounded, np.float32(0)), rounded)
+
+
 def unordered(x, y):
     return np.isnan(x) | np.isnan(y)
 

@@ -40,6 +40,7 @@ define("add", f"{INTEGER} {FLOAT}", np.add)
 define("sub", f"{INTEGER} {FLOAT}", np.subtract)
 define("add.rn", FLOAT, np.add)
 define("sub.rn", FLOAT, np.subtract)
+define("add.rz", "f32", a.add_toward_zero)
 define("mul mul.rn", FLOAT, np.multiply)
 define("mul.lo", INTEGER, np.multiply)
 define("mul.wide", "s32", lambda x, y: np.int64(x) * np.int64(y), result="s64")
@@ -50,8 +51,11 @@ define("mad.lo", INTEGER, lambda x, y, z: x * y + z, "* * *")
 define("fma.rn", FLOAT, a.fma, "* * *")
 define("div", INTEGER, a.divide)
 define("div.rn", FLOAT, np.divide)
+define("rem", "u32", np.remainder)
 define("min", f"{INTEGER} {FLOAT}", np.fmin)  # of a number and a NaN the number
 define("max", f"{INTEGER} {FLOAT}", np.fmax)
+define("max", "bf16x2", a.by_halves(a.from_bf16, a.to_bf16), "b32 b32", "b32")
+define("max", "f16x2", a.by_halves(a.from_f16, a.to_f16), "b32 b32", "b32")
 define("copysign", FLOAT, lambda sign, magnitude: np.copysign(magnitude, sign))
 define("abs", FLOAT, np.abs, "*")
 define("neg", f"s32 s64 {FLOAT}", np.negative, "*")
@@ -92,7 +96,7 @@ for to in FLOAT.split():
 define("cvt.f32", "f16", lambda x: x.astype("f4"), "*", "f32")
 define("cvt.f64", "f32", lambda x: x.astype("f8"), "*", "f64")
 define("cvt.rn.f32", "f64", lambda x: x.astype("f4"), "*", "f32")
-define("cvt.f32", "bf16", lambda x: (np.uint32(x) << np.uint32(16)).view("f4"), "*", "f32")
+define("cvt.f32", "bf16", a.from_bf16, "*", "f32")
 define("cvt.rn.bf16", "f32", a.to_bf16, "*", "bf16")
 define("cvt.rn.f16", "f32", lambda x: x.astype("f2"), "*", "f16")
 define("cvt.rn.bf16x2", "f32", lambda x, y: np.uint32(a.to_bf16(x)) << np.uint32(16) | a.to_bf16(y), result="b32")
@@ -155,11 +159,12 @@ def address(machine: Machine, operand: str, space: str) -> Callable[[], np.ndarr
     if match is None:
         raise PtxError(f"the interpreter does not know the address {operand}")
     bits = machine.program.register_type(match[1])
-    base = source(machine, match[1], "u64" if bits is None or bits.itemsize == 8 else "u32")
-    offset = np.int64(int(match[2] or 0)).astype(np.uint64)
+    width = "u64" if bits is None or bits.itemsize == 8 else "u32"
+    base = source(machine, match[1], width)
+    offset = np.int64(int(match[2] or 0)).astype(TYPES[width])
 
     def read():
-        generic = base().astype(np.uint64) + offset
+        generic = (base() + offset).astype(np.uint64)  # the sum of a 32-bit address wraps around
         return generic + shared_window(machine) if space == "shared" else generic
 
     return read

@@ -18,6 +18,9 @@ TYPES = {
 TYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
 
 
+END = r"\n\}(?!\s*// end inline asm)"  # of a kernel; inline assembly may end with a brace, too
+
+
 class PtxError(RuntimeError):
     """The program does what no correct program does, or uses an instruction that the interpreter does not know."""
 
@@ -61,7 +64,7 @@ class Program:
 
 def parse(text: str, suffix: str) -> Program:
     """Reads the kernel whose mangled name ends with ``suffix`` from a PTX file."""
-    entry = re.search(rf"\.entry\s+(\w*{re.escape(suffix)})\((.*?)\)(.*?)\n\{{\n(.*?)\n\}}", text, re.DOTALL)
+    entry = re.search(rf"\.entry\s+(\w*{re.escape(suffix)})\((.*?)\)(.*?)\n\{{\n(.*?){END}", text, re.DOTALL)
     if entry is None:
         raise PtxError(f"there is no kernel *{suffix}")
     program = Program(entry[1])
