@@ -75,7 +75,7 @@ FULL = {
     "Liger layers": Entry(liger=True),
     "TRL, padded, SDPA": _TRL(),
 }
-# The package itself keeps a frozen base in bf16, so the contestants get it in bf16.
+# The frozen base is in bf16, in which autocast computes with it. The last contestant has it in fp32.
 LORA = {name: dataclasses.replace(entry, base=torch.bfloat16) for name, entry in FULL.items()}
 LORA["fp32 base"] = Entry()
 
