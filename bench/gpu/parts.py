@@ -214,10 +214,11 @@ def _sanitized(context: Context, tool: list[str] | None, planted: bool) -> Row:
 
 
 def training(context: Context) -> Iterator[Row]:
-    """Trains a tiny Llama in bf16 for three steps with ``auto`` and with eager attention, and compares the losses."""
+    """Trains a tiny Llama in bf16 for three steps with default and with eager attention and layers; compares losses."""
     logged: dict[str, list[dict[str, float]]] = {}
-    for backend in ("auto", "eager"):
-        yield from context.attempt(f"3 steps, attention {backend}", partial(_train, context, backend, logged), 10.0)
+    for choice in ("auto", "eager"):
+        what = f"3 steps, attention and layers {choice}"
+        yield from context.attempt(what, partial(_train, context, choice, logged), 10.0)
     if len(logged) == 2:
         pairs = [(a[key], b[key]) for a, b in zip(*logged.values()) for key in _COMPARED]
         difference = max(abs(a - b) / abs(b) for a, b in pairs)
@@ -228,8 +229,8 @@ def training(context: Context) -> Iterator[Row]:
 _COMPARED = ("loss", "logps/chosen", "logps/rejected")
 
 
-def _train(context: Context, backend: str, logged: dict[str, list[dict[str, float]]]) -> Row:
-    """Trains three steps with one attention backend. Adds its metrics to ``logged``."""
+def _train(context: Context, choice: str, logged: dict[str, list[dict[str, float]]]) -> Row:
+    """Trains three steps with one choice of attention and layers. Adds its metrics to ``logged``."""
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -266,7 +267,8 @@ def _train(context: Context, backend: str, logged: dict[str, list[dict[str, floa
             logging_steps=1,
             bf16=cuda,
             use_cpu=not cuda,
-            attention_backend=backend,
+            attention_backend=choice,
+            layers=choice,
             ref_cache_dir=f"{folder}/reference",
             train_sampling_strategy="sequential",
             report_to="none",
@@ -277,7 +279,7 @@ def _train(context: Context, backend: str, logged: dict[str, list[dict[str, floa
         trainer = ContrastiveTrainer(model, args=args, train_dataset=rows, processing_class=vocabulary)
         trainer.train()
     # The row fails if a loss or a gradient norm is implausible.
-    logged[backend] = steps = [
+    logged[choice] = steps = [
         {key: entry[key] for key in (*_COMPARED, "grad_norm")} for entry in trainer.state.log_history if "loss" in entry
     ]
     row = {"result": "losses " + ", ".join(f"{step['loss']:.4f}" for step in steps), "steps": steps}

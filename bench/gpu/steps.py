@@ -62,12 +62,13 @@ class Entry:
 
 
 _TRL, _NO_FIT = partial(Entry, "trl"), partial(Entry, checkpointing=False, may_not_fit=True)
-UNSHARED = {"share_prompts": "false"}
+UNSHARED, EAGER = {"share_prompts": "false"}, {"layers": "eager"}
 # The most important comparisons come first, because the last ones may have no time left.
 FULL = {
     "default": Entry(),
     "TRL, padded, SDPA, Liger": _TRL(liger=True),
     "unshared, Liger (stand-in for padding-free)": Entry(options=UNSHARED, liger=True),
+    "eager layers": Entry(options=EAGER),
     "no checkpointing": _NO_FIT(),
     "TRL, padded, SDPA, Liger, no checkpointing": _TRL(liger=True, checkpointing=False, may_not_fit=True),
     "unshared, Liger, no checkpointing": _NO_FIT(options=UNSHARED, liger=True),
@@ -78,6 +79,8 @@ FULL = {
 # The frozen base is in bf16, in which autocast computes with it. The last contestant has it in fp32.
 LORA = {name: dataclasses.replace(entry, base=torch.bfloat16) for name, entry in FULL.items()}
 LORA["fp32 base"] = Entry()
+# The default compiles layers on a GPU. A dry run traces them, without the minutes of code generation.
+TRACED = {"traced layers": Entry(options={"layers": "compiled", "torch_compile_backend": "aot_eager"})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Race:
 
     def tiny(self) -> Race:
         """Returns the race that a CPU runs in seconds."""
-        return dataclasses.replace(self, shape=_TOY, lengths="tiny", pairs=4)
+        entries = self.entries | ({} if self.lora_rank else TRACED)
+        return dataclasses.replace(self, shape=_TOY, entries=entries, lengths="tiny", pairs=4)
 
     def rows(self) -> list[dict[str, list[int]]]:
         """Returns the pairs of all steps."""

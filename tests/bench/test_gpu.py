@@ -46,6 +46,7 @@ def test_dry_run(tmp_path, capsys):
     assert {"sdpa: q != k", "head: frozen, eager, 8 GB", "vocab_score eager, log-probs", "sdpa: P=C=2048"} <= what
     for contestant in ("default", "TRL, padded, SDPA", "no checkpointing"):
         assert {f"llama-1b: {contestant}", f"llama-8b, LoRA: {contestant}"} <= set(summary["measured"])
+    assert "llama-1b: traced layers" in summary["measured"]
     (collected,) = (row["result"] for row in found["parts"]["tests"]["rows"])
     assert int(re.search(r"(\d+)(/\d+)? tests collected", collected)[1]) > 150
     assert any(line.startswith("training") and "largest relative difference" in line for line in lines)
