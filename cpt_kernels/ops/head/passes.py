@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...losses import Loss
 from .. import backends, pair_loss, vocab_score
@@ -413,7 +414,7 @@ def _weight_product(
 
 def _widens(score: Tensor) -> bool:
     """Whether the device has products of half-precision operands with a result in fp32; a CPU has none."""
-    return score.is_cuda and _device_widens(score.device, score.dtype)
+    return score.is_cuda and (isinstance(score, FakeTensor) or _device_widens(score.device, score.dtype))
 
 
 @functools.cache

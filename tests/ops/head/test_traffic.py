@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.head_bytes import gradient_bytes, peak_bytes
 from cpt_kernels.ops.head import passes
@@ -210,3 +211,11 @@ def test_a_device_without_such_products_copies_the_operands_and_says_so(monkeypa
     assert not passes._device_widens(torch.device("cpu"), BF16)
     assert "computed in fp32, slowly: not implemented for 'gfx90a'" in caplog.messages[0]
     passes._device_widens.cache_clear()
+
+
+def test_a_tensor_without_values_is_not_tried(monkeypatch):
+    """As ``cpt plan`` runs the head; a verdict on a fake device would be kept for the real one."""
+    monkeypatch.setattr(passes, "_device_widens", lambda *_: 1 / 0)
+    with FakeTensorMode():
+        assert passes._widens(torch.empty(2, 2, dtype=BF16, device="cuda"))
+        assert not passes._widens(torch.empty(2, 2, dtype=BF16))
