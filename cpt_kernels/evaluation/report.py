@@ -38,9 +38,9 @@ def pair_tables(summary: Sequence[SummaryRow], confidence: float) -> list[Table]
     """Returns a table of every metric over all pairs with a column for each model, and a table for each grouping."""
     whole = [row for row in summary if row["by"] == ALL]
     table = _table(f"{whole[0]['pairs']:,} pairs of {whole[0]['prompts']:,} prompts, mean [{confidence:.0%} interval]")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in whole:
-        table.add_column(escape(row["model"]), justify="right", overflow="fold")
+        table.add_column(escape(row["model"]), justify="right", no_wrap=True)
     for metric, (title, factor, format) in _METRICS.items():
         table.add_row(title, *(_with_ends(row[metric], factor, format) for row in whole))
     # The groups leave out models that equal the reference, whose accuracy is 1/2 everywhere.
@@ -59,9 +59,9 @@ def _group_table(by: str, rows: Sequence[SummaryRow]) -> Table:
     table = _table(f"By {escape(by)}")
     several = len({row["model"] for row in rows}) > 1
     for heading in (escape(by), "model"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for heading in ("pairs", "accuracy, %", "margin", "log-prob, chosen", "rejected"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for row in rows:
         if several and last not in (None, row["value"]):
@@ -135,10 +135,10 @@ def draw_pairs(summary: Sequence[SummaryRow], folder: Path, title: str) -> list[
 def win_rate_table(summaries: Sequence[SummaryRow], confidence: float) -> Table:
     """Returns a table with a line for each model."""
     table = _table(f"Against {escape(summaries[0]['baseline'])}, mean [{confidence:.0%} interval]")
-    table.add_column("model", overflow="fold")
+    table.add_column("model", no_wrap=True)
     headings = ("win rate, %", "length-controlled, %", "wins / ties / losses")
     for heading in (*headings, "prompts", "mean characters", "baseline's", "longer"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in summaries:
         controlled = row["length_controlled"]
         table.add_row(

@@ -152,7 +152,7 @@ def report_table(report: dict[str, Any]) -> Table:
         title=f"Pairs (lengths in {report['unit']})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for name in ("chosen", "rejected"):
-        table.add_column(f"{name}\nmodel", overflow="fold", min_width=12)
+        table.add_column(f"{name}\nmodel", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     shown = report["by_models"][:_MOST_ROWS]

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.digest import RowsRead
 from ..errors import UserError
 from ..files import replace_folder, sync_files
-from .resume import Run, check_resume, compare_records, read_record, write_record
+from .resume import Run, check_resume, compare_records, read_object, read_record, write_record
 from .run_folder import checkpoints_in, step_of
 
 UNFINISHED = "_unfinished"  # in output_dir; the hub uploads no name that starts with an underscore
@@ -136,7 +137,7 @@ def check_usable(checkpoint: Path, run: Run, max_steps: int) -> list[str]:
     lines = check_resume(run, checkpoint)
     if (damage := find_damage(checkpoint)) is not None:
         raise UserError(f"{damage}: restore the file, or resume from another checkpoint")
-    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    step = read_object(checkpoint / TRAINER_STATE_NAME, "global_step", "log_history")["global_step"]
     if step >= max_steps:
         raise UserError(
             f"{checkpoint} has {step} steps, and the run ends after {max_steps}: to train on, raise max_steps or"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
@@ -235,12 +236,12 @@ def _curve(records: Iterable[LogRecord], metric: str) -> tuple[list[int], list[f
 def metrics_table(records: Sequence[LogRecord], title: str = "") -> Table:
     """Returns a table of the first and the last value of every metric, in training and on held-out data."""
     train, held_out = _shown(train_records(records)), _shown(eval_records(records))
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("", no_wrap=True)
     columns = []
     for kind, logs in (("training", train), ("held out", held_out)):
         for record in dict.fromkeys([0, len(logs) - 1]) if logs else ():  # one column if the first is the last
-            table.add_column(f"{kind}\nstep {logs[record]['step']}", justify="right")
+            table.add_column(f"{kind}\nstep {logs[record]['step']}", justify="right", no_wrap=True)
             columns.append(logs[record])
     for metric in _TABLE:
         if any(metric in column for column in columns):

@@ -192,14 +192,24 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         UserError: the record is damaged.
     """
     file = folder / RECORD
-    return _parse_json(file) if file.is_file() else None
+    return read_object(file) if file.is_file() else None
 
 
-def _parse_json(file: Path) -> Any:
+def read_object(file: Path, *needed: str) -> dict[str, Any]:
+    """Returns the JSON object in a file of a checkpoint.
+
+    Raises:
+        UserError: the file holds something else, or the object lacks a key of ``needed``.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{type(found).__name__} instead of an object")
+        if lost := [key for key in needed if key not in found]:
+            raise ValueError(f"it has no {lost[0]}")
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}): restore it, or resume from another checkpoint") from error
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -248,7 +258,7 @@ def _check_model(folder: Path, model: nn.Module) -> None:
                     f"{folder} is not a checkpoint of this adapter: it has no {ADAPTER_CONFIG} of '{name}'; name"
                     " another folder"
                 )
-            saved = _parse_json(Path(places[name], ADAPTER_CONFIG))
+            saved = read_object(Path(places[name], ADAPTER_CONFIG))
             if changed := _differences(_deciding_entries(saved), _deciding_entries(config.to_dict())):
                 raise UserError(
                     f"{folder} is a checkpoint of another adapter '{name}': {', '.join(changed)}; give it the same"
@@ -258,7 +268,7 @@ def _check_model(folder: Path, model: nn.Module) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a checkpoint of this model: it has no {file.name}; name another folder")
-    saved = PretrainedConfig.from_dict(_parse_json(file)).get_text_config()
+    saved = PretrainedConfig.from_dict(read_object(file)).get_text_config()
     config = base_model(model).config.get_text_config()
     for name in _SHAPE:
         ours, theirs = getattr(config, name, None), getattr(saved, name, None)

@@ -137,6 +137,6 @@ def is_finished(folder: str | Path) -> bool:
         try:
             state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             return state["global_step"] >= state["max_steps"]
-        except (OSError, ValueError, KeyError):  # a damaged checkpoint, which resuming reports
+        except (OSError, ValueError, KeyError, TypeError):  # a damaged checkpoint, which resuming reports
             return False
     return False

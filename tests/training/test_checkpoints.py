@@ -195,6 +195,11 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def blank(file: Path) -> None:
+    """Writes an object without entries into a file, and keeps its size."""
+    file.write_bytes(b"{}".ljust(file.stat().st_size))
+
+
 DAMAGE = {
     "weights": ("model.safetensors", cut, "is damaged: it has"),
     "optimizer": ("optimizer.pt", cut, "is damaged: it has"),
@@ -203,6 +208,12 @@ DAMAGE = {
     "state": ("trainer_state.json", cut, "is damaged"),
     "record": ("run.json", cut, "is damaged"),
     "config": ("config.json", cut, "is damaged"),
+    "record, no object": ("run.json", lambda file: file.write_text("[]"), "run.json is damaged"),
+    "record, nothing": ("run.json", lambda file: file.write_text(""), "run.json is damaged"),
+    "state, same size": ("trainer_state.json", blank, "trainer_state.json is damaged"),
+    "config, same size": ("config.json", blank, "another model: its model_type is"),
+    "weights, same size": ("model.safetensors", blank, "model.safetensors is damaged"),
+    "random state, same size": ("rng_state.pth", blank, "rng_state.pth is damaged"),
     "no weights": ("model.safetensors", Path.unlink, "lacks model.safetensors"),
     "no optimizer": ("optimizer.pt", Path.unlink, "lacks optimizer.pt"),
     "no random state": ("rng_state.pth", Path.unlink, "lacks rng_state.pth"),
