@@ -148,6 +148,9 @@ def check_options(options: Options) -> None:
     """
     args = options.training
     _check_output_folder(Path(args.output_dir), options.model)
+    cache = Path(args.ref_cache_dir or ".")
+    if (file := next((folder for folder in (cache, *cache.parents) if folder.is_file()), None)) is not None:
+        raise UserError(f"ref_cache_dir={cache}: {file} is a file; choose a folder")
     check_machine(args)
     if args.eval_strategy != "no":
         check_metric(args.metric_for_best_model, has_rejected=args.build_loss().needs_rejected)

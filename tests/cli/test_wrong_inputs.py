@@ -247,6 +247,7 @@ _WRONG_OPTIONS = {
     "--output_dir {home}/model": "is also model_name_or_path, which would be overwritten",
     "--output_dir {home}/notes.txt/out": "cannot be written to (Not a directory)",
     "--output_dir /proc/cpt": "output_dir=/proc/cpt cannot be written to",
+    "--ref_cache_dir {home}/notes.txt/cache": "ref_cache_dir={home}/notes.txt/cache: {home}/notes.txt is a file",
     "--resume_from_checkpoint last": "there is no checkpoint in",
     "--resume_from_checkpoint {tmp}/no": "resume_from_checkpoint={tmp}/no: there is no such folder",
 }
