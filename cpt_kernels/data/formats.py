@@ -367,6 +367,12 @@ def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], rank
             return prompt, [side[len(start) :] for side in sides]
     elif isinstance(prompt, list):
         raise RowError(MALFORMED, f"`prompt` is a list of messages, but `{names[0]}` is text")
+    elif prompt and is_chat and not are_whole(sides):
+        raise RowError(
+            MALFORMED,
+            f"`prompt` is text, but `{names[0]}` is a list of messages, and no turn comes before the completion: give"
+            " the prompt as a message of the user, or the sides as text",
+        )
     cut = None if is_chat else transcript_prompt(cast("list[str]", sides[:ranked]))
     cut = _shared_length(bare[:ranked]) if cut is None else cut
     if is_chat and cut == 0:

@@ -6,6 +6,7 @@ Pure Python: this module knows names of columns only. :mod:`.formats` reads the 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
 
@@ -91,10 +92,8 @@ def find_roles(columns: Iterable[str]) -> tuple[Form, Roles]:
     found = match_roles(columns)
     if found is None:
         expected = "; ".join(in_backticks(_our_columns(form)) for form in Form)
-        raise UserError(
-            f"the dataset has the columns {in_backticks(sorted(columns))}; expected one of: {expected}; rename columns"
-            " with --columns, for instance --columns question=prompt better=chosen worse=rejected"
-        )
+        there = in_backticks(sorted(columns))
+        raise UserError(f"the dataset has the columns {there}; expected one of: {expected}; {_mend(columns)}")
     form, roles = found
     if form in (Form.SUPERVISED, Form.MESSAGES) and (tags := columns & {*_UNPAIRED}):
         raise UserError(
@@ -103,6 +102,18 @@ def find_roles(columns: Iterable[str]) -> tuple[Form, Roles]:
             f" `rejected`), or remove {in_backticks(tags)}"
         )
     return form, roles
+
+
+def _mend(columns: Collection[str]) -> str:
+    """Returns how columns without a known form may get one."""
+    (first, *others) = sorted(columns)
+    if not others and (mark := next((mark for mark in ";\t|" if mark in first), None)):
+        return f"separate the columns by commas, not by {mark!r}, or by tabs in a .tsv file"
+    plain = {name.strip().lower(): name for name in columns}
+    if match_roles(plain) is not None:
+        names = " ".join(shlex.quote(f"{name}={new}") for new, name in sorted(plain.items()))
+        return f"rename columns with --columns {names}"
+    return "rename columns with --columns, for instance --columns question=prompt better=chosen worse=rejected"
 
 
 def match_roles(columns: Collection[str]) -> tuple[Form, Roles] | None:
@@ -166,6 +177,7 @@ def unused_columns(
         side = roles[FORM_COLUMNS[form][0]]
         renamed = [f"{side}={other}", f"{one}={role}", *(name for name in keep if name != side)]
     own = f" (the prompt is `{roles['prompt']}`)" if "prompt" in roles and kind == "a prompt" else ""
+    renamed, keep = [shlex.quote(name) for name in renamed], [shlex.quote(name) for name in keep]
     raise UserError(
         f"the column{'s' * (len(suspects) > 1)} {in_backticks(suspects)} look{'s' * (len(suspects) == 1)} like {kind}"
         f" and would not be used{own}: give --columns {' '.join(renamed)} to use `{one}`, or --columns"

@@ -104,7 +104,7 @@ class Tokenization:
     exact: tuple[str, ...] = ()
     roles: Roles = field(default_factory=dict)
     prompt_format: PromptFormat = "auto"
-    version: int = 6
+    version: int = 7
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         read = read_by(self.form, self.roles).union([self.target_column, self.gap_column, "scores"], self.keep)

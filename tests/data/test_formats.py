@@ -260,7 +260,7 @@ def test_detect_form_prefers_preferences():
         (pair(chosen=assistant("a")), "`chosen`, `rejected` mix text and messages"),
         (chat(prompt=""), None),
         ({**chat(), "prompt": []}, "`prompt` holds no message"),
-        ({**chat(), "prompt": "the sky?"}, "no turn comes before the completion"),
+        ({**chat(), "prompt": "the sky?"}, "`prompt` is text, but `chosen` is a list of messages, and no turn"),
         ({"chosen": user("a"), "rejected": user("b")}, "no turn comes before the completion in `chosen`, `rejected`"),
         ({**chat(), "prompt": user([{"type": "image"}])}, "`prompt` holds a part that is not text"),
         (chat(tools="{not JSON"), "`tools` is text that is not JSON"),

@@ -9,6 +9,7 @@ from datasets import Dataset
 from cpt_kernels.data.forms import Form, find_roles
 from cpt_kernels.data.preparation import prepare
 from cpt_kernels.data.sources import load_data
+from cpt_kernels.errors import UserError
 from tests.helpers.rows import EOS, MORE, assistant, chat, make_tokenizer, pair, prepared, reasons, user
 
 TOKENS = ("prompt_ids", "completion_ids", "chosen", "rejected", "targets", "scores", "row")
@@ -324,3 +325,18 @@ def test_a_template_that_prints_the_date_is_named(tokenizer):
 def test_preferences_come_first():
     assert find_roles(["prompt", "messages", "chosen", "rejected", "score"])[0] is Form.PREFERENCE
     assert find_roles(["instruction", "response", "conversations"])[0] is Form.MESSAGES
+
+
+@pytest.mark.parametrize(
+    ("columns", "mend"),
+    [
+        (["Prompt", "Chosen", "rejected "], r"--columns Chosen=chosen Prompt=prompt 'rejected =rejected'$"),
+        (["prompt;chosen;rejected"], "separate the columns by commas, not by ';'"),
+        (["prompt\tchosen\trejected"], r"separate the columns by commas, not by '\\t', or by tabs in a .tsv file"),
+        (["a", "b"], "for instance --columns question=prompt"),
+        (["prompt ", "chosen", "rejected"], "give --columns 'prompt =prompt' chosen rejected to use"),
+    ],
+)
+def test_the_mend_of_unknown_columns_can_be_copied(columns, mend):
+    with pytest.raises(UserError, match=mend):
+        prepare(Dataset.from_list([dict.fromkeys(columns, "a b")]), make_tokenizer())

@@ -113,7 +113,7 @@ def test_many_models(tmp_path, monkeypatch):
     assert len(report["by_models"]) > 12 and report["pairs"]["tied"] > 0
     counts = [entry["pairs"] for entry in report["by_models"]]
     assert counts == sorted(counts, reverse=True) and sum(counts) == len(pairs)
-    console = Console(width=100, file=StringIO())
+    console = Console(width=160, file=StringIO())
     console.print(report_table(report))
     assert f"... and {len(counts) - 4} more" in " ".join(console.file.getvalue().split())
     write_report(report, tmp_path / "report.json", {"svg": tmp_path / "report.svg"})
