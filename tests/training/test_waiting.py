@@ -154,9 +154,10 @@ def test_a_step_of_trl_asks_more_than_ten_times(tmp_path):
     assert len(asked) > 2 * 10
 
 
+# Compiling the layers takes most of a minute, so one case does it.
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", OPTIONS)
-def test_no_step_synchronises_with_a_gpu(tmp_path, options):
+@pytest.mark.parametrize(("layers", "options"), [("compiled", "plain"), *(("eager", name) for name in OPTIONS)])
+def test_no_step_synchronises_with_a_gpu(tmp_path, layers, options):
     """CUDA reports no wait in whole steps, from the third step on, when all kernels are compiled."""
 
     class Count(TrainerCallback):
@@ -165,7 +166,7 @@ def test_no_step_synchronises_with_a_gpu(tmp_path, options):
             torch.cuda.set_sync_debug_mode("warn" if counts else "default")
 
     trainer = make_trainer(
-        tmp_path, max_steps=6, callbacks=[Count()], logging_steps=100, use_cpu=False, **OPTIONS[options]
+        tmp_path, max_steps=6, callbacks=[Count()], logging_steps=100, use_cpu=False, layers=layers, **OPTIONS[options]
     )
     try:
         with warnings.catch_warnings(record=True) as caught:
