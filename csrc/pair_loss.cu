@@ -5,7 +5,7 @@
 // pairs. A warp finds them by scanning all pairs in order, so the order of the sum is fixed, there are no atomics, and
 // no list of pairs per completion is needed.
 //
-// Sums and losses are fp64. There are few values, so fp64 costs nothing, and neither sums over 100k tokens nor closed
+// Sums and losses are fp64. There are few values, so fp64 costs little, and neither sums over 100k tokens nor closed
 // forms need care for rounding.
 
 #include <algorithm>

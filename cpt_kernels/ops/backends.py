@@ -3,7 +3,7 @@
 An operator has a table, ``BACKENDS``: name -> :class:`Backend`, an implementation and what it needs. A new backend is
 one more entry. A backend that is asked for by name runs, or raises an error that names the mend; there is no fall-back.
 ``auto`` takes the first backend that runs: in the order of the table on a CPU, from its end on a GPU. So a table lists
-eager PyTorch first, and its last entry is the fastest on a GPU. The choice is logged once.
+eager PyTorch first, and last the one with the fewest instructions and bytes on a GPU. The choice is logged once.
 """
 
 from __future__ import annotations

@@ -252,6 +252,30 @@ def test_rows_far_apart(name, monkeypatch):
     torch.testing.assert_close(list(out), list(expected))
 
 
+def test_small_fp16_scores_give_the_gradient_of_a_weight():
+    """Almost equal probabilities of 2^17 columns lie below fp16's normal range, and the sum over rows meets the rule.
+
+    Eager PyTorch scales the loss, by 2^16, so its gradients of logits are normal numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, width, scale = 64, 1 << 17, 8, 2.0**16
+    hidden = torch.randn(rows, width, generator=generator).half()
+    weight = (0.05 * torch.randn(columns, width, generator=generator)).half()
+    targets = torch.randint(columns, (rows,), generator=generator)
+    logits = (hidden.float() @ weight.float().T).half()
+
+    exact = -(hidden.double() @ weight.double().T).softmax(1)
+    exact[range(rows), targets] += 1
+    eager = -logits.float().softmax(1)
+    eager[range(rows), targets] += 1
+    tile = logits.clone()
+    vocab_score(tile, targets, score=True)
+    assert (tile.abs() < 6e-5).float().mean() > 0.99
+    expected = exact.T @ hidden.double() / rows * scale
+    ours = (tile.float().T @ hidden.float() * (scale / rows)).half()
+    assert_close(ours, ((eager * scale / rows).half().float().T @ hidden.float()).half(), expected, "weight's gradient")
+
+
 def test_same_in_any_order_of_threads(monkeypatch):
     """Results do not depend on the order of blocks and threads: equal bit for bit."""
     case, found = CASES[3], []

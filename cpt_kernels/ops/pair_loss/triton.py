@@ -5,7 +5,7 @@ program sums and scores a batch of a few short completions, with a barrier withi
 batches the same kernel is launched twice, to sum and then to score. Either way the order of every sum is fixed, and
 there are no atomics: each program finds the pairs of its completions by comparing indices.
 
-Sums and losses are fp64. There are few values, so fp64 costs nothing, and neither sums over 100k tokens nor closed
+Sums and losses are fp64. There are few values, so fp64 costs little, and neither sums over 100k tokens nor closed
 forms need care for rounding.
 """
 
@@ -18,8 +18,8 @@ from .. import backends
 from .closed_form import KernelLoss
 from .reference import PairLossInput, PairLossOutput
 
-# One program does everything up to these sizes. The worst case, one completion of all tokens, takes some tens of
-# microseconds.
+# One program does everything up to these sizes. The worst case is one completion of all tokens, a row of the tile
+# at a time (not measured).
 _SINGLE_PROGRAM_TOKENS = 32768
 _SINGLE_PROGRAM_COMPLETIONS = 64
 
