@@ -6,6 +6,7 @@ A process of its own, because Triton decides between its compiler and its interp
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 
 import numpy as np
@@ -26,8 +27,14 @@ from . import CudaTorch
 from .machine import Machine
 from .memory import Range
 from .order import Launch
-from .program import TYPES, parse
+from .program import TYPES, PtxError, parse
 
+# Planted faults of vocab_score: (what the PTX has, in a regular expression, what it gets, the error).
+FAULTS = [
+    (r"bar\.sync\s+0;", "", "no barrier lies between|nothing has been written to"),
+    (r"(st\.global\.v4\S+ \[ %rd\d+ \+) 0", r"\1 8", "misaligned"),
+    (r"(st\.global\.v4\S+ \[ %rd\d+ \+) 0", r"\1 16", "out of bounds|no barrier lies between"),
+]
 KINDS = {"i32": "s32", "i64": "s64", "fp32": "f32", "fp64": "f64"}
 
 
@@ -47,10 +54,14 @@ class Device:
         return 0
 
 
-def launch(kernel: JITFunction, grid: tuple[int], arguments: tuple, options: dict) -> None:
-    """Compiles a kernel for its arguments, as a launch does, and executes the PTX."""
+def launch(kernel: JITFunction, grid: tuple[int], arguments: tuple, options: dict, fault: tuple | None) -> None:
+    """Compiles a kernel for its arguments, as a launch does, and executes the PTX, perhaps with a planted fault."""
     compiled = kernel.warmup(*arguments, grid=grid, **options)
-    program = parse(compiled.asm["ptx"], compiled.metadata.name)
+    text = compiled.asm["ptx"]
+    if fault is not None:
+        text, count = re.subn(*fault, text)
+        assert count, f"nothing in the PTX matches {fault[0]}"
+    program = parse(text, compiled.metadata.name)
     ranges, values = [], []
     for name, value in zip(kernel.arg_names, arguments):
         kind = compiled.src.signature[name]
@@ -93,11 +104,11 @@ def weigh(*, loss, tokens_per_pair=1.0, **arguments):
 
 def main() -> None:
     driver.set_active(Device(int(sys.argv[1])))
-    launches = []
+    launches, fault = [], None
 
     def get(kernel: JITFunction, grid: tuple[int]):
         launches.append(kernel)
-        return lambda *arguments, **options: launch(kernel, grid, arguments, options)
+        return lambda *arguments, **options: launch(kernel, grid, arguments, options, fault)
 
     JITFunction.__getitem__ = get
     patch = pytest.MonkeyPatch()
@@ -110,6 +121,11 @@ def main() -> None:
         for loss, options in test_pair_loss.LOSS_OPTIONS if "all" in sys.argv else test_pair_loss.LOSS_OPTIONS[1:2]:
             test_pair_loss.check(test_pair_loss.make(batch), loss, options, weigh)
     print(f"{len(launches)} launches")
+    for pattern, replacement, message in FAULTS:
+        fault = (pattern, replacement)
+        with pytest.raises(PtxError, match=message):
+            test_vocab_score.check(test_vocab_score.CASES[3], "triton", run=score)
+    print(f"{len(FAULTS)} faults found")
 
 
 if __name__ == "__main__":
