@@ -87,6 +87,7 @@ SCORE_FAULTS = {
         r"line \d+: .*does not know the instruction tanh\.approx\.f32",
         ONE_WARP,
     ),
+    "no return": (r"\bret;", "", "past the last instruction", ONE_WARP),
     "a modifier that the interpreter does not know": (r"fma\.rn\.f32", "fma.rz.f32", r"fma\.rz\.f32", ONE_WARP),
 }
 

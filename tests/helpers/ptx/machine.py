@@ -91,6 +91,8 @@ class Machine:
                     places = {str(self.program.instructions[i]) for i in self.next[self.parked]}
                     raise PtxError(f"deadlock: {self.parked.sum()} of {self.count} threads wait for others at {places}")
                 start = int(ready.min())
+                if start == len(self.code):
+                    raise PtxError(f"{self.program.name}: threads run past the last instruction")
                 steps += self.run_from(start, int(min(staying[staying > start], default=len(self.code))))
                 if steps > MAX_STEPS:
                     raise PtxError(f"{self.program.name}: not done after {steps} instructions")
@@ -155,9 +157,9 @@ class Machine:
 
     def put(self, name: str, value: np.ndarray) -> None:
         """Writes a register; ``_`` stands for none. An integer of another width is cut, or extended by its sign."""
-        bits = self.program.register_type(name)
         if name == "_":
             return
+        bits = self.program.register_type(name)
         if bits is None:
             raise PtxError(f"{name} is not declared")
         if value.dtype.itemsize != bits.itemsize:
