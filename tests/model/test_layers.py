@@ -23,12 +23,12 @@ from tests.helpers.architectures import recompute_activations, tiny_model
 from tests.helpers.toy import config, losses, preference_data, word_tokenizer
 
 
-def train(folder, **options) -> ContrastiveTrainer:
+def train(folder, checkpoint: str | None = None, **options) -> ContrastiveTrainer:
     args = config(folder, **{"max_steps": 6, "max_tokens_per_batch": 120, **options})
     trainer = ContrastiveTrainer(
         tiny_model("llama"), args=args, train_dataset=preference_data(24), processing_class=word_tokenizer()
     )
-    trainer.train()
+    trainer.train(checkpoint)
     return trainer
 
 
@@ -47,6 +47,15 @@ def test_compiled_layers_take_the_same_steps_with_few_graphs(plain, tmp_path):
     # without, for the reference. More graphs would mean that single layers or lengths were compiled.
     assert 4 <= counters["stats"]["unique_graphs"] <= 12
     assert compiled.args.torch_compile and compiled.args.torch_compile_backend == "aot_eager"
+
+
+def test_a_resumed_run_of_compiled_layers_ends_as_one_without_a_break(tmp_path):
+    options = {"layers": "compiled", "torch_compile_backend": "aot_eager", "save_strategy": "steps", "save_steps": 3}
+    whole = train(tmp_path, **options)
+    resumed = train(tmp_path, checkpoint=f"{whole.args.output_dir}/checkpoint-3", **options)
+    assert losses(resumed) == losses(whole)
+    for found, expected in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()):
+        assert torch.equal(found, expected)
 
 
 def test_offloaded_activations_take_the_same_steps(plain, tmp_path):
