@@ -206,8 +206,10 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         "Run all completions of a micro-batch in one packed row (true), each in a padded row of its own (false), or"
         " packed if a proof on a few tokens shows that the model runs packed rows exactly (auto).",
     )
-    max_tokens_per_batch: int | None = option(
-        None, "Pack whole rows into micro-batches of at most so many tokens; replaces per_device_train_batch_size."
+    max_tokens_per_batch: int | str | None = option(
+        None,
+        "Pack whole rows into micro-batches of at most so many tokens; replaces per_device_train_batch_size. auto: the"
+        " rows of a step stay, and fill as few micro-batches as fit into memory.",
     )
 
     # Head
@@ -263,6 +265,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     # transformers parses JSON text only for the dictionaries that this list names.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "curriculum", "model_init_kwargs"]  # noqa: RUF012
 
+    finds_budget = False  # whether max_tokens_per_batch was auto; it is None then
     names = MappingProxyType({})  # of the model and the data, which a trainer knows
 
     def __new__(cls, *_, **options):
@@ -286,6 +289,9 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         self.loss_type = loss_names(self.loss_type)
         for name in ("share_prompts", "packing"):  # YAML reads true and false as booleans
             setattr(self, name, str(getattr(self, name)).lower())
+
+        if isinstance(self.max_tokens_per_batch, str):  # a flag or YAML may have a number as text
+            self._read_budget(self.max_tokens_per_batch)
 
         # Checks of what was given, before transformers changes values.
         self._check_values()
@@ -384,9 +390,16 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         if not self.sync_ref_model and (given := self._changed(["ref_model_mixup_alpha", "ref_model_sync_steps"])):
             raise UserError(f"{given[0]} has no effect without sync_ref_model=true")
 
+    def _read_budget(self, text: str) -> None:
+        """Sets ``finds_budget`` for "auto", so that ``max_tokens_per_batch`` is a number or None from here on."""
+        if text != "auto" and not text.lstrip("-").isdigit():
+            raise UserError(f"max_tokens_per_batch={text}: must be a number of tokens, or auto")
+        self.finds_budget = text == "auto"
+        self.max_tokens_per_batch = None if self.finds_budget else int(text)
+
     def _check_batches(self) -> None:
         """Raises UserError for options of batches of rows where batches are filled by tokens."""
-        if self.max_tokens_per_batch is None:
+        if self.max_tokens_per_batch is None and not self.finds_budget:
             return
         if self.auto_find_batch_size:
             raise UserError(

@@ -70,6 +70,7 @@ from .training.loop import PackedLoop
 from .training.model_card import write_model_card
 from .training.run_folder import check_free, earlier_run, is_finished
 from .training.saving import log_on_main
+from .training.token_budget import check_can_choose
 
 _NOT_RESUMED = "train() replaces its files unless it resumes; choose another output_dir to keep them"
 
@@ -182,6 +183,8 @@ class ContrastiveTrainer(PackedLoop):
         with prepared_layers(model, args) as chosen_layers, user_error():
             super().__init__(model, args, data_collator, *datasets, processing_class=self._tokenizer, **options)
         check_engine(args, self.accelerator)
+        if args.finds_budget and train_dataset is not None:
+            check_can_choose(self)
         self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga says, before transformers 5.19
         base_model(model).add_model_tags(["cpt-kernels", *args.loss_type])
 
@@ -313,8 +316,8 @@ class ContrastiveTrainer(PackedLoop):
             collator = with_reference(collator, self.reference.lookup)
         draws = self.draws if training else None
         size = self._train_batch_size if training else self.args.per_device_eval_batch_size
-        digest = self.stream_digest if training else None
-        return make_loader(dataset, collator, self.args, self.collator, training, draws, batch_size=size, digest=digest)
+        only = {"digest": self.stream_digest, "budget": self.budget} if training else {}
+        return make_loader(dataset, collator, self.args, self.collator, training, draws, batch_size=size, **only)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:

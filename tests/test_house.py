@@ -29,8 +29,8 @@ FOLDERS = {
     "config": {"data", "losses", "ops"},  # ops: the names of attention backends
     "model": {"ops", "data", "config", "losses"},
     "reference": {"model", "ops", "data"},
-    "training": {"reference", "model", "ops", "data", "config", "losses"},
-    "trainer": {"training", "reference", "model", "ops", "data", "config", "losses"},
+    "training": {"planning", "reference", "model", "ops", "data", "config", "losses"},
+    "trainer": {"training", "planning", "reference", "model", "ops", "data", "config", "losses"},
     "planning": {"reference", "model", "ops", "data", "config", "losses"},
     "generation": {"data"},
     "evaluation": {"reference", "generation", "pairs", "model", "data", "config"},

@@ -43,6 +43,8 @@ class BatchSampler:
         draws: the curriculum's rows of each epoch in order, instead of all rows shuffled.
         sequences: (rows,) number of completions of each row if they run in padded rows; ``tokens`` are then those of
             the row's longest sequence, and rows of similar length share a micro-batch.
+        step_rows: rows of a step on all ranks. With ``max_tokens``, these rows fill as few micro-batches as possible;
+            ``micro_batches`` becomes the number that every step needs.
 
     Raises:
         UserError: a row is longer than the budget.
@@ -59,6 +61,7 @@ class BatchSampler:
     drop_last: bool = False
     draws: Draws | None = None
     sequences: NDArray[np.int64] | None = None
+    step_rows: int | None = None
     epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -70,11 +73,19 @@ class BatchSampler:
                 f"row {row} takes {sizes[row]} tokens, more than max_tokens_per_batch={self.max_tokens}:"
                 f" raise it to at least {sizes[row]}, or lower max_length"
             )
-        self._batches = len(self._plan(0))
+        if self.step_rows is None:
+            self._batches = len(self._plan(0))
+        else:
+            self.plan_epochs(1)
 
     def plan_epochs(self, epochs: int) -> None:
         """Gives all epochs the number of micro-batches of the longest one, because a trainer asks for it only once."""
-        if self.max_tokens and (self.shuffle or self.draws):
+        if self.step_rows is not None:
+            plans = [self._steps(self._rows(epoch)) for epoch in range(epochs)]
+            most = max(len(step) for steps in plans for step in steps)
+            self.micro_batches = -(-most // self.world_size)
+            self._batches = max(map(len, plans)) * self._multiple
+        elif self.max_tokens and (self.shuffle or self.draws):
             self._batches = max(len(self._plan(epoch)) for epoch in range(epochs))
 
     def __len__(self) -> int:
@@ -112,14 +123,31 @@ class BatchSampler:
         """The number of micro-batches is a multiple of this: a step's with a budget, else one per rank."""
         return self.world_size * (self.micro_batches if self.max_tokens else 1)
 
+    def _rows(self, epoch: int, random: np.random.Generator | None = None) -> NDArray[np.int64]:
+        """Returns the rows of an epoch in order; ``random`` is the epoch's generator, from its start."""
+        if self.draws is not None:
+            return self.draws.epoch(epoch)
+        rows = np.arange(len(self.tokens))
+        if self.shuffle:
+            (random or np.random.default_rng([self.seed, epoch])).shuffle(rows)
+        return rows
+
+    def _steps(self, rows: NDArray[np.int64]) -> list[list[list[int]]]:
+        """Packs the rows of each step into as few micro-batches of all ranks as possible."""
+        assert self.step_rows is not None and self.max_tokens is not None
+        steps = [rows[start : start + self.step_rows].tolist() for start in range(0, len(rows), self.step_rows)]
+        if self.sequences is not None:
+            return [pack_padded(step, self.tokens, self.sequences, self.max_tokens) for step in steps]
+        return [_best_fit(step, self.tokens, self.max_tokens) for step in steps]
+
     def _plan(self, epoch: int) -> list[list[int]]:
         random = np.random.default_rng([self.seed, epoch])
-        if self.draws is not None:
-            rows = self.draws.epoch(epoch)
-        else:
-            rows = np.arange(len(self.tokens))
-            if self.shuffle:
-                random.shuffle(rows)
+        rows = self._rows(epoch, random)
+        if self.step_rows is not None and self.max_tokens is not None:
+            steps = [step + [[]] * (self._multiple - len(step)) for step in self._steps(rows)]
+            if self.sequences is None:
+                steps = [_even(step, self.tokens, self.max_tokens) for step in steps]
+            return [batch for step in steps for batch in step]
         if self.max_tokens and self.sequences is not None:
             return pack_padded(rows, self.tokens, self.sequences, self.max_tokens, self._multiple, random)
         if self.max_tokens and self.draws is not None:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -27,6 +27,13 @@ from .rows import read_columns
 from .stream_curriculum import StreamDraws
 
 _STREAM_WINDOW = 512  # rows of a stream that are packed together if there is a token budget
+
+
+class StepBudget(NamedTuple):
+    """How the rows of a step fill its micro-batches, see :class:`BatchSampler`."""
+
+    tokens: int  # most of a micro-batch
+    step_rows: int  # of a step on all ranks
 
 
 def kept_columns(curriculum: Curriculum | None, dataset: Any) -> tuple[str, ...]:
@@ -86,6 +93,7 @@ def make_loader(
     *,
     batch_size: int,
     digest: StreamDigest | None = None,
+    budget: StepBudget | None = None,
 ) -> DataLoader:
     """Returns a DataLoader of this rank's micro-batches of a prepared dataset.
 
@@ -99,6 +107,7 @@ def make_loader(
         draws: of a curriculum, see :func:`make_draws`.
         batch_size: rows of a micro-batch, if ``args`` set no token budget.
         digest: digests the rows that are read from a stream.
+        budget: fills micro-batches by tokens, with the rows of a step as they are, in place of ``batch_size``.
 
     Raises:
         UserError: the dataset is not prepared, a row is longer than the budget of a micro-batch, or several processes
@@ -125,14 +134,16 @@ def make_loader(
     # A map-style dataset: all batches are planned from the lengths of its rows.
     assert not isinstance(draws, StreamDraws)
     tokens, sequences = (count_tokens(dataset), None) if draws is not None else micro_batch_tokens(dataset, layout)
-    _check_budget(dataset, tokens if sequences is None else tokens * sequences, args.max_tokens_per_batch)
+    max_tokens = args.max_tokens_per_batch if budget is None else budget.tokens
+    _check_budget(dataset, tokens if sequences is None else tokens * sequences, max_tokens)
     sampler = BatchSampler(
         tokens,
         batch_size=batch_size,
         world_size=args.world_size,
         rank=args.process_index,
         micro_batches=args.gradient_accumulation_steps if training else 1,
-        max_tokens=args.max_tokens_per_batch,
+        max_tokens=max_tokens,
+        step_rows=None if budget is None else budget.step_rows,
         shuffle=training and args.train_sampling_strategy != "sequential",
         seed=order_seed(args),
         drop_last=training and args.dataloader_drop_last,
@@ -245,7 +256,8 @@ def _plan_run(sampler: BatchSampler, args: Any) -> None:
 
 
 def _steps_per_epoch(sampler: BatchSampler, args: Any) -> int:
-    return math.ceil(len(sampler) / args.gradient_accumulation_steps)
+    by_rows = sampler.step_rows is not None
+    return math.ceil(len(sampler) / (sampler.micro_batches if by_rows else args.gradient_accumulation_steps))
 
 
 def report_draws(loader: EpochLoader, draws: Draws, args: Any) -> list[str]:

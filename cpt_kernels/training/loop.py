@@ -34,6 +34,7 @@ from .metrics import Metrics, PlaceMetrics
 from .run_folder import held
 from .saving import CheckpointLoop, log_on_main
 from .speed import Speedometer, peak_memory
+from .token_budget import chosen_budget
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +126,15 @@ class PackedLoop(CheckpointLoop):
         self._reset_counts()  # an earlier call may have ended between two logs
         self.args.names = self._names()  # users may have set dataset_name
         checkpoint = self._check_checkpoint(resume_from_checkpoint)
-        self._begin_run(checkpoint)
         # With this filter on, transformers reads the loss of every micro-batch, and each read waits for the GPU.
         # training_step does the same on the device.
         self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
-            with self.reference.training() if self.reference is not None else contextlib.nullcontext():
+            with (
+                self.reference.training() if self.reference is not None else contextlib.nullcontext(),
+                chosen_budget(self, checkpoint),
+            ):
+                self._begin_run(checkpoint)
                 output = super().train(checkpoint, *args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses

@@ -27,7 +27,7 @@ from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
 from ..data.curriculum import Curriculum
 from ..data.digest import RowsRead
-from ..data.loader import order_seed
+from ..data.loader import StepBudget, order_seed
 from ..errors import UserError
 from ..files import write_text
 from ..losses.options import LossOptions
@@ -84,6 +84,7 @@ class Run:
         data: the prepared training data.
         data_digest: of stored data, see :func:`.data.digest.digest_rows`.
         batch_size: rows of a micro-batch.
+        budget: that ``max_tokens_per_batch=auto`` chose for this run.
     """
 
     args: ContrastiveConfig
@@ -97,6 +98,7 @@ class Run:
     layout: PackedCollator
     curriculum: Curriculum | None
     batch_size: int
+    budget: StepBudget | None = None
 
     def record(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the run, as plain JSON data: part -> values by name."""
@@ -148,7 +150,7 @@ class Run:
         by_tokens = args.max_tokens_per_batch is not None
         whole = args.dataloader_drop_last and not by_tokens
         return {
-            "rows a step": None if by_tokens else micro_batches * self.batch_size,
+            "rows a step": None if by_tokens else self._step_rows(),
             "micro-batches a step": micro_batches if by_tokens else None,
             "max_tokens_per_batch": args.max_tokens_per_batch,
             # The layout decides how many tokens a row takes.
@@ -158,6 +160,11 @@ class Run:
             "train_sampling_strategy": args.train_sampling_strategy,
             "curriculum": None if self.curriculum is None else dataclasses.asdict(self.curriculum),
         }
+
+    def _step_rows(self) -> int:
+        if self.budget is not None:
+            return self.budget.step_rows
+        return self.args.world_size * self.args.gradient_accumulation_steps * self.batch_size
 
     def _cut(self) -> dict[str, Any]:
         return {"max_length": self.args.max_length, "truncation_mode": self.args.truncation_mode}
@@ -181,7 +188,8 @@ def write_record(folder: Path, run: Run, read: RowsRead | None, more: Mapping[st
         more: further entries, which are not compared.
     """
     stream = None if read is None else read._asdict()
-    record = {**run.record(), "save_only_model": run.args.save_only_model, "stream": stream, **more}
+    budget = None if run.budget is None else run.budget.tokens
+    record = {**run.record(), "save_only_model": run.args.save_only_model, "stream": stream, "budget": budget, **more}
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 

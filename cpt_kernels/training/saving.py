@@ -22,6 +22,7 @@ from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
 from ..data.curriculum import Curriculum
 from ..data.digest import StreamDigest, digest_rows
+from ..data.loader import StepBudget
 from ..errors import UserError
 from ..files import replace_folder
 from ..losses import Loss
@@ -61,6 +62,7 @@ class CheckpointLoop(Trainer):
 
     stream_digest: StreamDigest | None = None  # of the rows read from a stream in this call of train()
     _digested: tuple[Dataset | IterableDataset, str | None] | None = None  # training data and its digest
+    budget: StepBudget | None = None  # while a run trains that max_tokens_per_batch=auto has chosen it for
     _run_id: str | None = None  # in the records of this run's checkpoints
     _unfinished: Path | None = None  # the parent of the checkpoint that is being written
 
@@ -301,6 +303,7 @@ class CheckpointLoop(Trainer):
             layout=self.collator,
             curriculum=self.curriculum,
             batch_size=self._train_batch_size,
+            budget=self.budget,
         )
 
 
