@@ -65,7 +65,7 @@ def chosen_budget(trainer: Any, checkpoint: str | None) -> Iterator[None]:
     saved = None if checkpoint is None else (read_record(Path(checkpoint)) or {}).get("budget")
     try:
         if saved is None:
-            _choose(trainer, step_rows, given * trainer._train_batch_size)
+            _choose_tokens(trainer, step_rows, given * trainer._train_batch_size)
         else:
             _use(trainer, StepBudget(saved, step_rows))
         micro_batches = args.gradient_accumulation_steps
@@ -89,7 +89,7 @@ def _use(trainer: Any, budget: StepBudget) -> Any:
     return loader
 
 
-def _choose(trainer: Any, step_rows: int, rank_rows: int) -> None:
+def _choose_tokens(trainer: Any, step_rows: int, rank_rows: int) -> None:
     """Chooses the budget that the estimate permits, and lowers it until a probe of its largest micro-batch runs.
 
     Raises:
