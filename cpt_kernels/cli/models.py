@@ -135,7 +135,7 @@ def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTra
 def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
     """Loads the model or adapter to train, or initializes a model from its config where ``from_scratch`` is set."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoConfig, set_seed
 
     name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
     if model.adapter_name_or_path is not None:
@@ -151,8 +151,26 @@ def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
     config = from_pretrained(AutoConfig.from_pretrained, name, "model_name_or_path", trust_remote_code=trust, **kwargs)
     set_seed(args.seed)
     dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, trust_remote_code=args.trust_remote_code, attn_implementation=model.attn_implementation
+    return model_of(
+        config,
+        name,
+        "model_name_or_path",
+        dtype=dtype,
+        trust_remote_code=trust,
+        attn_implementation=model.attn_implementation,
+    )
+
+
+def model_of(config: Any, name: str, option: str, **kwargs: Any) -> nn.Module:
+    """Makes a causal language model of a config that the value ``name`` of ``option`` led to, with random weights.
+
+    Raises:
+        UserError: there is no such model of this config. The message names the option.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return from_pretrained(
+        lambda _, **kwargs: AutoModelForCausalLM.from_config(config, **kwargs), name, option, **kwargs
     )
 
 

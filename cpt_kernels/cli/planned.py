@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..config import ContrastiveConfig
 from ..errors import UserError
 from ..model.loading import wrap_in_adapter
+from ..model.pretrained import ADAPTER_CONFIG, SavedAdapters, find_adapters, find_base, local_adapters
 from ..planning.budget import expected_memory, find_budget, free_memory
 from ..planning.calibration import TooLargeError, calibrate, predict_seconds, ratios
 from ..planning.counts import Counts, count_run
@@ -21,7 +22,7 @@ from ..planning.model_sizes import sizes_of, state_bytes
 from ..trainer import ContrastiveTrainer
 from .console import print_results
 from .decoded import decoded_pair
-from .models import from_pretrained
+from .models import from_pretrained, model_of
 from .options import ModelArguments, Options
 from .plan_picture import draw_plan
 from .run import check_options, make_trainer, quieten
@@ -76,15 +77,40 @@ def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
 
 
 def _shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
-    """Returns the model of a config on the device "meta", which holds no weights."""
+    """Returns the model of a config, with an adapter to train further, on the device "meta", which holds no weights."""
     trust = args.trust_remote_code
-    name, revision = model.model_name_or_path, model.model_revision
+    name, revision, option = model.model_name_or_path, model.model_revision, "model_name_or_path"
+    folder = model.adapter_name_or_path or name
+    given = model.adapter_name_or_path is not None
+    adapters = from_pretrained(find_adapters, folder, "adapter_name_or_path") if given else local_adapters(folder)
+    if given and adapters is None:
+        raise UserError(f"adapter_name_or_path={folder} holds no adapter ({ADAPTER_CONFIG}): name the folder of one")
+    if adapters is not None and not given:
+        (name, revision), option = find_base(folder, adapters), f"the base model of {folder}"
     config = from_pretrained(
-        AutoConfig.from_pretrained, name, "model_name_or_path", trust_remote_code=trust, revision=revision
+        AutoConfig.from_pretrained, name, option, trust_remote_code=trust, revision=revision or "main"
     )
     dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        shapes = model_of(config, name, option, dtype=dtype, trust_remote_code=trust)
+        return shapes if adapters is None else _with_adapters(shapes, adapters)
+
+
+def _with_adapters(base: nn.Module, adapters: SavedAdapters) -> nn.Module:
+    """Returns the base model with adapters of which the active ones are trained, without their weights."""
+    from peft import PeftConfig, get_peft_model
+
+    model: Any = None
+    for name, place in adapters.places.items():
+        config = PeftConfig.from_pretrained(place)
+        config.inference_mode = name not in adapters.active
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    active = [*adapters.active]
+    model.base_model.set_adapter(active if len(active) > 1 else active[0])
+    return model
 
 
 def _row_counts(report: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bench.shapes import Shape
@@ -108,6 +109,18 @@ def test_operations_and_memory_are_those_of_the_model(home, tmp_path, tied):
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     expected = {"weights": size + buffers, "gradients": size, "optimizer": sum(moment.nbytes for moment in moments)}
     assert plan["bytes"] == expected
+
+
+@pytest.mark.parametrize("option", ["adapter_name_or_path", "model_name_or_path"])
+def test_an_adapter_that_is_trained_further(home, tmp_path, option):
+    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(home / "start"))
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(home / "start")
+    adapted.save_pretrained(tmp_path / "lora")
+    plan = planned(home, tmp_path, {option: str(tmp_path / "lora")})["run"]
+    trained = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+    assert plan["bytes"]["gradients"] == trained and plan["bytes"]["optimizer"] == 2 * trained
+    assert plan["memory"]["with checkpointing"]["peak"] > sum(plan["bytes"].values())
 
 
 def test_the_reference_pass_scores_every_different_completion_once(home, tmp_path, monkeypatch):

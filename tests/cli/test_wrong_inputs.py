@@ -353,6 +353,8 @@ _WIN = "eval win-rate --outputs {home}/a.jsonl --baseline {home}/b.jsonl --outpu
 
 _MERGE = "merge {home}/lora --output {tmp}/merged"
 
+_PLAN = "plan {home}/model {home}/train.jsonl"
+
 _WRONG_COMMANDS = {
     "trian": "unknown command trian; did you mean train?",
     # cpt pairs
@@ -448,6 +450,31 @@ _WRONG_COMMANDS = {
     "cache verify --ref_cache_dir {home}/empty --sample 0": "is not a number of completions",
     "cache verify --ref_cache_dir {home}/empty --tolerance -1": "is not a tolerance",
     "cache export --ref_cache_dir {home}/empty --to {tmp}/x.parquet": "--reference must name one",
+    # cpt plan
+    "plan": "model_name_or_path is missing",
+    "plan {home}/model": "dataset_name is missing",
+    f"{_PLAN} c": "unexpected argument 'c': expected MODEL and DATA, then options",
+    f"{_PLAN} --bta 1": "unknown option --bta; did you mean --beta?",
+    f"{_PLAN} --beta 0": "beta=0",
+    f"{_PLAN} --jsn x": "--jsn",
+    f"{_PLAN} --num_processes 2": "num_processes: a plan is of one process",
+    f"{_PLAN} --load_in_4bit --use_peft": "leave out load_in_4bit and load_in_8bit",
+    f"{_PLAN} --dataset_streaming --max_steps 2": "the rows of a stream are not known before training",
+    f"{_PLAN} --max_tokens_per_batch 4": "more than max_tokens_per_batch=4",
+    f"{_PLAN} --max_tokens_per_batch most": "max_tokens_per_batch=most: must be a number of tokens, or auto",
+    f"{_PLAN} --loss_type dpo": "sigmoid",
+    f"{_PLAN} --adapter_name_or_path {{tmp}}/no": "adapter_name_or_path={tmp}/no: there is no such folder",
+    f"{_PLAN} --adapter_name_or_path {{home}}/model": "{home}/model holds no adapter",
+    f"{_PLAN} --adapter_name_or_path {{home}}/lora --use_peft": "use_peft",
+    f"{_PLAN} --picture {{tmp}}/x.gif": "its name must end in .png or .svg",
+    f"{_PLAN} --json {{home}}/notes.txt/plan.json": "notes.txt",
+    "plan {tmp}/no {home}/train.jsonl": "{tmp}/no: there is no such folder",
+    "plan {home}/t5 {home}/train.jsonl": "is not a causal language model (T5Config)",
+    "plan {home}/config {home}/train.jsonl": "cannot be loaded",
+    "plan {home}/model {tmp}/no.jsonl": "no.jsonl",
+    "plan {home}/model {home}/other.jsonl": "number",
+    "plan {home}/model {home}/torn.jsonl": "line 2",
+    "plan {home}/other_lora {home}/train.jsonl": "{home}/gone",
     # cpt merge
     "merge": "--output",
     "merge {home}/lora": "--output",
