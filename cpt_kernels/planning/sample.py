@@ -32,7 +32,9 @@ class Sample:
         self.model, self.stack = truncated(trainer.packed.model, layers)
         self.model.to_empty(device=self.device)
         base = base_model(self.model)
-        base.tie_weights()
+        ends = base.get_input_embeddings(), base.get_output_embeddings()
+        if not any(hasattr(end, "modules_to_save") for end in ends):  # PEFT's copies are not tied
+            base.tie_weights()
         _set_random_values(self.model)
         if args.gradient_checkpointing:
             _enable_checkpointing(self.model, dict(args.gradient_checkpointing_kwargs or {}))
