@@ -62,26 +62,30 @@ SETTINGS = [
     Setting("a budget, checkpointing", "uniform:64:128", 1, options={**_CHECKPOINTS, "max_tokens_per_batch": 6000}),
 ]
 
+QUICK = Setting("quick", "mixed", 4, Shape(hidden=256, layers=2, heads=4, kv_heads=2, intermediate=704, vocab=12000))
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bench plan_memory", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--settings", help=f"comma-separated numbers, 1 to {len(SETTINGS)}; default all")
+    parser.add_argument("--quick", action="store_true", help="one small setting")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     numbers = map(int, options.settings.split(",")) if options.settings else range(1, len(SETTINGS) + 1)
-    options.chosen = [SETTINGS[number - 1] for number in numbers]
+    options.chosen = [QUICK] if options.quick else [SETTINGS[number - 1] for number in numbers]
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    found = {setting.name: measure(setting) for setting in options.chosen}
-    rows = [
-        [name, *(f"{one[part] / MIB:,.1f}" for part in ("predicted", "measured")), f"{one['ratio']:.3f}"]
-        for name, one in found.items()
-    ]
+    found, rows = {}, []
+    for setting in options.chosen:
+        found[setting.name] = one = measure(setting)
+        predicted, measured = (f"{one[part] / MIB:,.1f}" for part in ("predicted", "measured"))
+        rows.append([setting.name, predicted, measured, f"{one['ratio']:.3f}"])
+        print(*rows[-1], sep="  ", flush=True)
     print(table(["setting", "predicted, MiB", "measured, MiB", "predicted / measured"], rows))
     error = max(abs(one["ratio"] - 1) for one in found.values())
     summary = {"largest_error": round(error, 3), "within_bound": error <= _BOUND}

@@ -255,3 +255,10 @@ def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
         draw_groups("uniform:5", 1, 2, None)
     with pytest.raises(SystemExit, match="bench step: error: --lengths nothing: no preset and no file"):
         step.main(["--lengths", "nothing"])
+
+
+def test_predicted_memory_is_measured(tmp_path):
+    out = tmp_path / "result.json"
+    text, result = bench("plan_memory", "--quick", "--json", out)
+    assert "predicted / measured" in text and result["within_bound"]
+    assert 0.85 < json.loads(out.read_text())["plan_memory"]["settings"]["quick"]["ratio"] < 1.15
