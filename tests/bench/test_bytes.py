@@ -74,10 +74,17 @@ def test_a_compiled_graph_is_counted_as_its_kernels_are_fused(planted):
 
 
 # Bytes per token, hidden unit and layer of compiled layers, by case. They may fall, not rise.
-BUDGETS = {"full, bf16": 176, "full, fp32": 256}
+BUDGETS = {
+    **{"full, bf16": 176, "full, fp32": 242, "LoRA, bf16 base": 256, "LoRA, fp32 base": 314},
+    **{"full, bf16, checkpointing": 233, "full, fp32, checkpointing": 319},
+    **{"LoRA, bf16 base, checkpointing": 356, "LoRA, fp32 base, checkpointing": 436},
+}
+IN_CI = ("full, bf16", "LoRA, bf16 base, checkpointing")
 
 
-@pytest.mark.parametrize("name", ["full, bf16", pytest.param("full, fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.slow) for name in BUDGETS]
+)
 def test_compiled_layers_keep_to_their_budget(name):
     (case,) = (case for case in CASES if str(case) == name)
     assert count(build(case, LAYERS["compiled"])).per_token <= BUDGETS[name]
