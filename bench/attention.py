@@ -193,7 +193,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def backends_of(device: str) -> list[str]:
     """Returns our backends that run on a device. ``eager`` is left out on CUDA, where its score matrix fills memory."""
-    found = [name for name, one in capabilities().items() if not isinstance(one, str) and one.device in (None, device)]
+    there = {name: one for name, one in capabilities().items() if not isinstance(one, str)}
+    found = [name for name, one in there.items() if one.device in (None, device) and one.deterministic]
     return found if device == "cpu" else [name for name in found if name != "eager"]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cpt_kernels.ops.attention import AttentionLayout, shared_prompt_attention
 from cpt_kernels.ops.attention.select import capabilities, kernels
-from cpt_kernels.ops.attention.varlen import Need
+from cpt_kernels.ops.attention.trial import trial_failure
+from cpt_kernels.ops.attention.varlen import Kernel, Need
 
 from ..attentions import Case, Groups, attended, flex, inputs_of, layout_of
 from .meter import Context, Row, describe, measure
@@ -52,9 +53,18 @@ def comparisons(context: Context) -> Iterator[Row]:
             yield {"what": name, "result": kernel}
         elif context.device == "cuda":
             names.append(name)
+            if not kernel.is_trusted:
+                yield from context.attempt(f"{name}: trial", partial(_try, kernel))
     for name in names:
         for what, case in CASES.items():
             yield from context.attempt(f"{name}: {what}", partial(_compare, context, name, case))
+
+
+def _try(kernel: Kernel) -> Row:
+    """Runs the trial that decides whether the kernel may be chosen."""
+    need = Need("cuda", torch.cuda.get_device_capability(), torch.bfloat16, 128)
+    failure = trial_failure(kernel, dataclasses.replace(need, deterministic=kernel.abilities.deterministic))
+    return {"result": f"refused: {failure}" if failure else "ok"}
 
 
 def _compare(context: Context, name: str, case: Case) -> Row:
@@ -111,7 +121,7 @@ def benchmarks(context: Context) -> Iterator[Row]:
     of the gain is the ratio of attended (query, key) pairs without and with sharing.
     """
     found = kernels().items() if context.device == "cuda" else ()
-    names = [*(name for name, kernel in found if not isinstance(kernel, str)), "sdpa"]
+    names = [*(name for name, one in found if not isinstance(one, str) and one.abilities.deterministic), "sdpa"]
     for shape, (prompt, completions) in SHAPES.items():
         if context.tiny:
             prompt, completions = prompt // 128, [c // 128 for c in completions]
