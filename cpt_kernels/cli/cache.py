@@ -169,6 +169,8 @@ def export_rows(args: argparse.Namespace) -> None:
     """Writes one reference's rows to a Parquet file."""
     from ..reference.maintenance import export_parquet, stored_references
 
+    if Path(args.to).suffix != ".parquet":
+        raise UserError(f"--to {args.to}: must end in .parquet")
     references = stored_references(args.directory, args.reference)
     if len(references) != 1:
         raise UserError(f"--reference must name one of the {len(references)} references in {args.directory}")

@@ -238,7 +238,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["info", "--ref_cache_dir", str(tmp_path / "none")], "there is no cache"),
         (["verify", "--sample", "0"], "0 is not a number of completions"),
         (["info", "--reference", "ab", "--beta", "1"], "--reference selects a stored reference: leave it out"),
-        (["export", "--ref_cache_dir", str(tmp_path), "--to", "x"], "--reference must name one of the 0"),
+        (["export", "--ref_cache_dir", str(tmp_path), "--to", "x.parquet"], "--reference must name one of the 0"),
     ):
         assert cli.main(["cache", *argv]) == 2
         assert message in capsys.readouterr().err

@@ -475,6 +475,7 @@ _WRONG_COMMANDS = {
     "plan {home}/model {home}/other.jsonl": "number",
     "plan {home}/model {home}/torn.jsonl": "line 2",
     "plan {home}/other_lora {home}/train.jsonl": "{home}/gone",
+    "cache export --ref_cache_dir {home}/empty --reference x --to {tmp}/x.csv": "x.csv: must end in .parquet",
     # cpt merge
     "merge": "--output",
     "merge {home}/lora": "--output",
