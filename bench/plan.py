@@ -42,12 +42,12 @@ class Setting:
 
 
 SETTINGS = [
-    Setting("full", "mixed", 24, options={"per_device_train_batch_size": 4}),
-    Setting("checkpointing", "mixed", 24, options={"per_device_train_batch_size": 4, "gradient_checkpointing": True}),
+    Setting("full", "mixed", 16, options={"per_device_train_batch_size": 4}),
+    Setting("checkpointing", "mixed", 16, options={"per_device_train_batch_size": 4, "gradient_checkpointing": True}),
     Setting(
         "LoRA, budget",
         "ultrafeedback",
-        24,
+        16,
         lora_rank=8,
         options={"per_device_train_batch_size": 4},
         ours={"max_tokens_per_batch": 4096},
@@ -56,7 +56,7 @@ SETTINGS = [
     Setting(
         "short, LoRA, checkpointing",
         "hh",
-        64,
+        32,
         lora_rank=16,
         options={
             "per_device_train_batch_size": 8,
@@ -68,7 +68,7 @@ SETTINGS = [
     Setting(
         "24 layers",
         "mixed",
-        24,
+        12,
         Shape(hidden=256, layers=24, heads=4, kv_heads=2, intermediate=1024, vocab=4000),
         options={"per_device_train_batch_size": 4},
     ),

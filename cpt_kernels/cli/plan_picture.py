@@ -42,7 +42,10 @@ def draw_plan(plan: dict[str, Any], counts: Counts, budget: int | None, file: Pa
     fill.set(title=f"{len(tokens):,} micro-batches", xlabel="tokens of a micro-batch", ylabel="micro-batches")
 
     # Memory by part.
-    parts = {part: size / 2**20 for part, size in plan["run"]["bytes"].items() if size is not None}
+    expected = plan["run"]["memory"]
+    step = expected["with checkpointing" if expected["checkpointing"] else "without checkpointing"] or {}
+    sizes = plan["run"]["bytes"] | {part: step.get(part) for part in ("activations", "head")}
+    parts = {part: size / 2**20 for part, size in sizes.items() if size is not None}
     bars = memory.barh(list(parts), list(parts.values()), color="#93b8dd")
     memory.bar_label(bars, [f"{size:,.3g}" if size < 100 else f"{size:,.0f}" for size in parts.values()], padding=3)
     memory.set(title="memory by part", xlabel="MiB")

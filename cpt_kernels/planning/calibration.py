@@ -16,12 +16,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 
 from ..errors import UserError
 from ..reference.scorer import scoring_budget
+from .budget import free_memory
 from .counts import Counts
 from .model_sizes import ModelSizes, sizes_of, state_bytes
 from .peer import Sides, peer_tile_bytes
@@ -131,32 +131,31 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         trainer: a ``ContrastiveTrainer`` whose model has shapes but no weights.
         counts: what the run does.
         clock: returns seconds.
-        budget: of the calibration in seconds. Two rounds run, however long they take.
+        budget: of the calibration in seconds. One row of each kind is timed, however long that takes.
 
     Raises:
         TooLargeError: the memory of this machine does not suffice.
     """
     started, model = clock(), trainer.packed.model
     shape = Shape.of(model, trainer.args)
-    fewest = [shape.fewest]
     try:
-        # The speed of this machine, from one layer and few rows.
+        # The speed of this machine, from one and two layers and few rows.
+        few = sorted({shape.fewest, min(2 * shape.fewest, shape.sizes.layers)})
         share = min(1.0, _PILOT_TOKENS / counts.largest.tokens)
-        pilots = [_tasks(trainer, counts, share, fewest, kinds) for kinds in (_OURS, _PEER)]
-        _check_memory(trainer, shape, pilots[0] + pilots[1])
-        sample = Sample(trainer, shape.fewest)
+        pilots = {kinds: _tasks(trainer, counts, share, few, kinds[:1])[:1] for kinds in (_PEER, _OURS)}
+        _check_memory(trainer, shape, [task for tasks in pilots.values() for task in tasks])
+        sample = Sample(trainer, few[-1])
         for _ in range(2):
-            seconds = [_timed(clock, sample.device, _time_round, sample, tasks, clock) for tasks in pilots]
-        flops = [sum(shape.flops(task.work, task.backward, *fewest) for task in tasks) for tasks in pilots]
+            for tasks in pilots.values():
+                _time_round(sample, tasks, clock)
 
         # As many rows and layers as the time and the memory allow, half of the time for either trainer.
         left = (budget - (clock() - started)) / 2 / _ROUNDS
         chosen = [
-            _affordable(trainer, counts, shape, kinds, left * work / spent)
-            for kinds, work, spent in zip((_PEER, _OURS), flops[::-1], seconds[::-1])
+            _affordable(trainer, counts, shape, kinds, Speed.of(tasks, shape), left) for kinds, tasks in pilots.items()
         ]
         tasks = [task for found in chosen for task in found.tasks]
-        if (layers := max(found.layers[-1] for found in chosen)) > shape.fewest:
+        if (layers := max(found.layers[-1] for found in chosen)) > few[-1]:
             sample = Sample(trainer, layers)
 
         # Rounds: one to warm up, then those that count.
@@ -245,16 +244,46 @@ def _tasks(trainer: Any, counts: Counts, share: float, layers: Sequence[int], ki
     return [task for task in tasks if task.kind in kinds and (needed or task.backward)]
 
 
-def _affordable(trainer: Any, counts: Counts, shape: Shape, kinds: Collection[str], flops: float) -> Timed:
-    """Returns the largest share of the rows, then the most layers, that the operations and the memory allow."""
+class Speed(NamedTuple):
+    """Seconds of micro-batches with as many operations as the pilot's, for a layer and for all that is not layers."""
+
+    flops: float  # with the fewest layers
+    layer: float
+    rest: float
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task], shape: Shape) -> Speed:
+        fewest, seconds = shape.fewest, {}
+        for layers in tasks[0].layers:
+            seconds[layers] = sum(task.seconds[layers][-1] for task in tasks)  # the first round warmed up
+        few, more = min(seconds), max(seconds)
+        layer = seconds[few] / few
+        if more > few:  # noise may not make a layer free
+            layer = min(max((seconds[more] - seconds[few]) / (more - few), 0.1 * layer), layer)
+        return cls(_flops(tasks, shape), layer, seconds[few] - fewest * layer)
+
+    def seconds(self, tasks: Sequence[Task], shape: Shape, layers: Sequence[int]) -> float:
+        """Returns the estimated seconds of tasks with each number of layers."""
+        return _flops(tasks, shape) / self.flops * sum(self.rest + n * self.layer for n in layers)
+
+
+def _flops(tasks: Sequence[Task], shape: Shape) -> float:
+    return sum(shape.flops(task.work, task.backward, shape.fewest) for task in tasks)
+
+
+def _affordable(
+    trainer: Any, counts: Counts, shape: Shape, kinds: Collection[str], speed: Speed, seconds: float
+) -> Timed:
+    """Returns the largest share of the rows, then the most layers, that the time and the memory allow."""
     free, depth, fewest = free_bytes(trainer.args.device), shape.sizes.layers, shape.fewest
-    # All layers, or two numbers of them, whose difference tells the time of a layer. Last, fewest layers and rows.
+    # All layers, or two numbers of them, whose difference tells the time of a layer.
     layer_counts = [[depth], *([fewest, depth >> i] for i in range(1, depth.bit_length()) if depth >> i > fewest)]
-    choices = [(2.0**-i, layers) for i in range(8) for layers in layer_counts]
-    for share, layers in [*choices, (choices[-1][0], [fewest])]:
+    choices = [(2.0**-i, layers, seconds) for i in range(8) for layers in layer_counts]
+    # If one row takes too long, it runs all the same; if it does not fit, with the fewest layers.
+    for share, layers, limit in [*choices, (*choices[-1][:2], float("inf")), (choices[-1][0], [fewest], float("inf"))]:
         tasks = _tasks(trainer, counts, share, layers, kinds)
-        once = sum(shape.flops(task.work, task.backward, n) for task in tasks for n in layers)
-        if once <= flops and needed_bytes(trainer, shape, layers[-1], tasks) <= free:
+        needed = needed_bytes(trainer, shape, layers[-1], tasks)
+        if speed.seconds(tasks, shape, layers) <= limit and needed <= free:
             break
     return Timed(share, layers, tasks)
 
@@ -285,8 +314,7 @@ def needed_bytes(trainer: Any, shape: Shape, layers: int, tasks: Sequence[Task])
 
 def free_bytes(device: torch.device) -> float:
     """Returns the bytes that a calibration may take on a device."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return _SHARE_OF_MEMORY * free
+    return _SHARE_OF_MEMORY * free_memory(device)
 
 
 def _check_memory(trainer: Any, shape: Shape, tasks: Sequence[Task]) -> None:

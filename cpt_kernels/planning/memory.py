@@ -102,8 +102,9 @@ def set_checkpointing(model: nn.Module, args: ContrastiveConfig, on: bool, **mor
     if not on:
         (base.activation_checkpointing_disable if new else base.gradient_checkpointing_disable)()
         return
-    given = {**(args.gradient_checkpointing_kwargs or {}), **more}
+    given = dict(args.gradient_checkpointing_kwargs or {})
     own = {name: given.pop(name) for name in ("every_n_layers", "offload") if name in given}
+    given = (given or {"use_reentrant": False}) | more  # transformers' default where no other keyword is given
     if new:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **own)
     else:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..model.hooks import attention_over, length_dependent_rotaries, set_attention
 from ..model.packed_model import base_model
+from .memory import set_checkpointing
 from .peer import Sides, run_peer
 
 
@@ -37,7 +38,7 @@ class Sample:
             base.tie_weights()
         _set_random_values(self.model)
         if args.gradient_checkpointing:
-            _enable_checkpointing(self.model, dict(args.gradient_checkpointing_kwargs or {}))
+            set_checkpointing(self.model, args, on=True)
         # A trainer of this model has the loss, the precision and the optimizer of the run.
         packed = copy.copy(trainer.packed)
         packed.model, packed.rotaries = self.model, length_dependent_rotaries(base)
@@ -129,15 +130,6 @@ def _set_random_values(model: nn.Module) -> None:
             tensor.uniform_(-0.02, 0.02)
         else:  # scales of norms, frequencies
             tensor.fill_(1.0)
-
-
-def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
-    """Enables activation checkpointing as transformers' Trainer does when training starts."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
 
 
 def _no_information(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:

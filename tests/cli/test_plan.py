@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bench.shapes import Shape
 from cpt_kernels import ContrastiveTrainer, cli
+from cpt_kernels.cli import planned as planned_module
+from cpt_kernels.planning.calibration import TooLargeError
 from cpt_kernels.planning.work import Work
 from tests.helpers.command import bpe_tokenizer, run, word_pairs, write_model, write_options, write_rows
 
@@ -32,6 +34,10 @@ def home(tmp_path_factory) -> Path:
     gaps = [row | {"gap": i % 3} for i, row in enumerate([*pairs, *unusable])]
     write_rows(home / "train.jsonl", gaps)
     return home
+
+
+def no_calibration(*_) -> None:
+    raise TooLargeError("a layer is too large")
 
 
 def planned(home: Path, tmp_path: Path, options: dict) -> dict:
@@ -123,6 +129,21 @@ def test_an_adapter_that_is_trained_further(home, tmp_path, option):
     assert plan["memory"]["with checkpointing"]["peak"] > sum(plan["bytes"].values())
 
 
+def test_a_picture_is_drawn_and_a_machine_that_is_too_small_is_named(home, tmp_path, monkeypatch, capsys):
+    argv = [home / "start", home / "train.jsonl", "--use_cpu", "--json", tmp_path / "plan.json"]
+    pictures = [tmp_path / "plan.png", tmp_path / "plan.svg"]
+    assert cli.main(["plan", *map(str, argv), "--picture", str(pictures[0])]) == 0
+    time = json.loads((tmp_path / "plan.json").read_text())["time"]
+    assert min(*time["seconds"].values(), *time["TRL / ours"].values()) > 0 and len(time["TRL / ours"]) == 4
+    assert "TRL by an imitation" in capsys.readouterr().out
+
+    monkeypatch.setattr(planned_module, "calibrate", no_calibration)
+    assert cli.main(["plan", *map(str, argv), "--picture", str(pictures[1])]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["time"] == {"unknown": "a layer is too large"}
+    assert "seconds are not predicted: a layer is too large" in capsys.readouterr().out
+    assert pictures[0].read_bytes().startswith(b"\x89PNG") and b"<svg" in pictures[1].read_bytes()
+
+
 def test_the_reference_pass_scores_every_different_completion_once(home, tmp_path, monkeypatch):
     plan = planned(home, tmp_path, {})
     assert plan["run"]["reference"]["head_rows"] < plan["run"]["work"]["head_rows"] / 3  # of three epochs
@@ -136,6 +157,9 @@ def test_the_reference_pass_scores_every_different_completion_once(home, tmp_pat
         (["a", "b", "c"], "unexpected argument 'c'"),
         (["{home}/start", "{home}/train.jsonl", "--num_processes", "2"], "num_processes: a plan is of one process"),
         (["{home}/start", "{home}/train.jsonl", "--dataset_streaming", "--max_steps", "3"], "rows of a stream"),
+        (["{home}/start", "{home}/train.jsonl", "--picture", "plan.txt"], "must end in .png or .svg"),
+        (["{home}/start", "{home}/train.jsonl", "--use_peft", "--load_in_4bit"], "leave out load_in_4bit"),
+        (["{home}/start", "{home}/train.jsonl", "--adapter_name_or_path", "{home}/start"], "holds no adapter"),
         (["{home}/start", "{home}/train.jsonl", "--max_tokens_per_batch", "4"], "more than max_tokens_per_batch=4"),
     ],
 )
