@@ -193,16 +193,13 @@ def _rows(spec: dict[str, Any]) -> Any:
 
 def _trainer(spec: dict[str, Any], folder: str, cls: Any, device: str) -> Any:
     """Returns our trainer, or one that only plans, on a model with or without weights."""
-    import torch
-
     from cpt_kernels import ContrastiveConfig
 
     from .trainers import adapter, build_model, tokenizer
 
     args = ContrastiveConfig(**_arguments(spec, folder), ref_cache_dir=f"{folder}/cache", **spec["ours"])
     shape = Shape(**spec["shape"])
-    with torch.device(device):
-        model = build_model(shape)
+    model = build_model(shape, device=device)
     words = tokenizer(shape.vocab)
     return cls(model, None, args, train_dataset=_rows(spec), processing_class=words, peft_config=adapter(spec))
 
