@@ -23,10 +23,15 @@ from tests.helpers.architectures import recompute_activations, tiny_model
 from tests.helpers.toy import config, losses, preference_data, word_tokenizer
 
 
-def train(folder, checkpoint: str | None = None, **options) -> ContrastiveTrainer:
+def train(folder, checkpoint: str | None = None, lora: bool = False, **options) -> ContrastiveTrainer:
     args = config(folder, **{"max_steps": 6, "max_tokens_per_batch": 120, **options})
     trainer = ContrastiveTrainer(
-        tiny_model("llama"), args=args, train_dataset=preference_data(24), processing_class=word_tokenizer()
+        tiny_model("llama"),
+        args=args,
+        train_dataset=preference_data(24),
+        eval_dataset=preference_data(24) if lora else None,
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
     )
     trainer.train(checkpoint)
     return trainer
@@ -47,6 +52,18 @@ def test_compiled_layers_take_the_same_steps_with_few_graphs(plain, tmp_path):
     # without, for the reference. More graphs would mean that single layers or lengths were compiled.
     assert 4 <= counters["stats"]["unique_graphs"] <= 12
     assert compiled.args.torch_compile and compiled.args.torch_compile_backend == "aot_eager"
+
+
+def test_compiled_lora_with_an_evaluation_takes_few_graphs(tmp_path):
+    options = {"lora": True, "bf16": True, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    eager = train(tmp_path / "eager", **options)
+    torch._dynamo.reset()
+    counters.clear()
+    options |= {"layers": "compiled", "torch_compile_backend": "aot_eager", "gradient_checkpointing": True}
+    compiled = train(tmp_path / "compiled", **options)
+    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-3)
+    # Two graphs or more each: training, evaluation, and the reference, which is the model with its adapter off.
+    assert 6 <= counters["stats"]["unique_graphs"] <= 12
 
 
 def test_a_resumed_run_of_compiled_layers_ends_as_one_without_a_break(tmp_path):
