@@ -2,7 +2,7 @@
 
     python -m bench plan_memory --record
 
-Six settings differ in lengths, pairs, what is trained, checkpointing, precision and micro-batches of a step. Each is
+Six settings differ in lengths, pairs, what is trained, checkpointing, and micro-batches of a step. Each is
 predicted in one process, without weights, and trained for two steps in another. The measured peak is the largest
 resident memory during training, without what the process had before it made the model: it has run a toy by then, so
 libraries, threads and their buffers are there. glibc gives freed memory back at once (``ALLOCATOR``), because by
@@ -58,7 +58,7 @@ SETTINGS = [
     Setting("full, checkpointing", "mixed", 12, options=_CHECKPOINTS),
     Setting("LoRA", "uniform:300:200", 6, lora_rank=16),
     Setting("LoRA, checkpointing", "long-prompt", 6, lora_rank=16, options=_CHECKPOINTS),
-    Setting("bf16, two micro-batches", "hh", 12, options={"bf16": True, "gradient_accumulation_steps": 2}),
+    Setting("two micro-batches", "hh", 12, options={"gradient_accumulation_steps": 2}),
     Setting("a budget, checkpointing", "uniform:64:128", 1, options={**_CHECKPOINTS, "max_tokens_per_batch": 6000}),
 ]
 
