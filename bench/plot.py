@@ -47,10 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(options.results.read_text())
     folder = options.out or options.results.parent
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [
-        path for subject, draw in DRAWINGS.items() if subject in results for path in draw(results[subject], folder)
-    ]
-    print("\n".join(map(str, drawn)) or f"nothing to draw in {options.results}: it has {sorted(results)}")
+    drawn = []
+    for subject in DRAWINGS.keys() & results.keys():
+        try:
+            drawn += map(str, DRAWINGS[subject](results[subject], folder))
+        except KeyError as error:  # earlier commits recorded other fields
+            drawn.append(f"{subject} is not drawn: {options.results} lacks its field {error}; measure it again")
+    print("\n".join(sorted(drawn)) or f"nothing to draw in {options.results}: it has {sorted(results)}")
 
 
 def draw_step(result: dict[str, Any], folder: Path) -> list[Path]:

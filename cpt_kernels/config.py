@@ -369,6 +369,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise UserError(f"warmup_steps={self.warmup_steps}: must be a whole number of steps, or below 1 a share")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps={self.max_steps}: must be positive, or -1 to train for num_train_epochs")
         if self.max_steps == -1:

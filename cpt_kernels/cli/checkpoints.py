@@ -75,13 +75,20 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
         UserError: a model does not exist, or a file is not a training configuration.
     """
     for model in models:
-        path = Path(model).expanduser()
-        if not path.is_dir() and (not _HUB_NAME.fullmatch(model) or ("/" in model and path.parent.is_dir())):
-            raise UserError(f"models={model}: there is no such folder")
+        check_model_name(model, "models")
     # The given file, or for each model the first file that exists.
     files = [config] if config else list(filter(None, map(find_config, models)))
     configs = {file: read_config(file) for file in files}
     return dict(sorted(configs.items(), key=lambda item: not _has_reference(item[1])))
+
+
+def check_model_name(name: str, option: str) -> None:
+    """Raises UserError unless a model's name is a folder's or can be one of the hub."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"{option}={name} is a file: give the model's folder")
+    if not path.is_dir() and (not _HUB_NAME.fullmatch(name) or ("/" in name and path.parent.is_dir())):
+        raise UserError(f"{option}={name}: there is no such folder")
 
 
 def find_config(model: str) -> Path | None:
@@ -187,7 +194,7 @@ def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrained
                 f"{name} has another tokenizer or chat template than {models[0]}: name one for all with"
                 " --tokenizer_name, or evaluate the models separately"
             )
-    if (reference := load_ref_tokenizer(model, training)) is not None:
+    if (reference := load_ref_tokenizer(model, training, "reference")) is not None:
         check_same_tokenizer(first, reference)
     return first
 

@@ -73,6 +73,7 @@ def score_pairs(args: argparse.Namespace) -> None:
     from ..data.sources import load_data, parse_columns
     from ..evaluation.pairs import evaluate_pairs
     from .checkpoints import (
+        check_model_name,
         choose_reference,
         load_shared_tokenizer,
         loss_of,
@@ -81,7 +82,6 @@ def score_pairs(args: argparse.Namespace) -> None:
         read_configs,
         training_options,
     )
-    from .models import is_path
     from .run import quieten
 
     # The models, their reference, and the options that they were trained with.
@@ -89,8 +89,8 @@ def score_pairs(args: argparse.Namespace) -> None:
     names = list(models.values())
     configs = read_configs(names, args.config)
     reference = choose_reference(args.reference, configs, names)
-    if reference is not None and is_path(reference) and not Path(reference).expanduser().exists():
-        raise UserError(f"reference={reference}: there is no such folder")
+    if reference is not None:
+        check_model_name(reference, "reference")
     given = {"model": names[0], "data": args.data, "output_dir": args.output_dir, "reference": reference}
     options = training_options(configs, args.training, **given, prog=args.prog)
     quieten(options.training)

@@ -121,12 +121,14 @@ def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> Pre
     return load_named_tokenizer(name, "model_name_or_path", revision=model.model_revision, trust_remote_code=trust)
 
 
-def load_ref_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase | None:
+def load_ref_tokenizer(
+    model: ModelArguments, args: ContrastiveConfig, option: str = "ref_model_name_or_path"
+) -> PreTrainedTokenizerBase | None:
     """Loads the reference's tokenizer, to compare it with the policy's; ``None`` for a folder without a tokenizer."""
     name = model.ref_model_name_or_path
     if name is None or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()):
         return None
-    return load_named_tokenizer(name, "ref_model_name_or_path", trust_remote_code=args.trust_remote_code)
+    return load_named_tokenizer(name, option, trust_remote_code=args.trust_remote_code)
 
 
 # --- Weights ---

@@ -164,6 +164,12 @@ def plotted(result: Path, folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "pictures").iterdir())
 
 
+def test_a_result_of_an_older_form_is_named_and_the_others_are_drawn(tmp_path, capsys) -> None:
+    recorded = ROOT / "bench/results/amd-epyc-2-cores/2026-11-23-6feaec2e11.json"
+    assert plotted(recorded, tmp_path) == ["packing.png", "packing.svg", "step.png", "step.svg"]
+    assert f"head is not drawn: {recorded} lacks its field 'trained'" in capsys.readouterr().out
+
+
 def test_usage_and_unknown_subject() -> None:
     for arguments, code in (([], 0), (["nothing"], 2)):
         done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -157,6 +157,7 @@ _WRONG_OPTIONS = {
     "--max_tokens_per_batch -1": "max_tokens_per_batch=-1: must be positive",
     "--head_memory_mb 0": "head_memory_mb=0.0: must be positive",
     "--weight_decay -0.1": "weight_decay=-0.1: must not be negative",
+    "--warmup_steps 1.5": "warmup_steps=1.5: must be a whole number of steps, or below 1 a share",
     "--warmup_steps -1": "warmup_steps=-1.0: must not be negative",
     "--max_grad_norm -1": "max_grad_norm=-1.0: must not be negative",
     "--adam_beta1 1": "adam_beta1=1.0: must lie in [0, 1)",
@@ -438,6 +439,8 @@ _WRONG_COMMANDS = {
     "eval export --outputs {home}/a.jsonl --to {home}/notes.txt/x.json": "notes.txt",
     f"{_EVAL} --seed -1": "seed=-1: must not be negative",
     f"{_EVAL} --reference {{tmp}}/no": "reference={tmp}/no: there is no such folder",
+    f"{_EVAL} --reference {{home}}/notes.txt": "reference={home}/notes.txt is a file: give the model's folder",
+    f"{_EVAL} --reference no_such_model": "reference=no_such_model cannot be loaded",
     # cpt cache
     "cache merge --ref_cache_dir {tmp}/no": "there is no cache in {tmp}/no",
     "cache prun": "choose from",
