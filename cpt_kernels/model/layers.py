@@ -19,6 +19,7 @@ from ..errors import UserError
 from .adapters import spare_input_copies
 from .loading import is_quantised, zero_stage
 from .packed_model import base_model
+from .states import leave_out_of_graphs
 
 # Liger kernels that are switched off, because the head here replaces them.
 _LIGER_HEADS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
@@ -104,8 +105,8 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList | None:
 def _compile_layers(model: nn.Module, args: ContrastiveConfig) -> None:
     """Compiles every decoder layer separately: one graph serves all layers and all lengths.
 
-    The head and the attention stay outside of the graph: the head's forward is a new function in every step, and
-    attention depends on the lengths of the segments.
+    The head, the attention and state layers stay outside of the graph: the head's forward is a new function in every
+    step, and the others depend on the lengths of the segments.
     """
     layers = _decoder_layers(model)
     if layers is None:
@@ -113,6 +114,7 @@ def _compile_layers(model: nn.Module, args: ContrastiveConfig) -> None:
             f"{type(base_model(model)).__name__} has no list of decoder layers to compile: set layers=eager, without"
             " torch_compile"
         )
+    leave_out_of_graphs(model)
     backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
     compiled = functools.partial(torch.compile, backend=backend, mode=mode, dynamic=True)
     for layer in layers:

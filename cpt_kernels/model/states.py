@@ -198,6 +198,14 @@ def prepare_state_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
+def leave_out_of_graphs(model: nn.Module) -> None:
+    """Makes torch.compile interrupt its graphs once at each state layer, not at each function inside."""
+    for kind in {type(layer) for layer in state_layers(model)}:
+        if not hasattr(kind.forward, "outside_graphs"):
+            kind.forward = torch.compiler.disable(kind.forward)
+            kind.forward.outside_graphs = True
+
+
 @functools.cache
 def _functions_of(layer: type[nn.Module]) -> frozenset[str]:
     """Names of the functions in ``_WRAPPED`` that a layer's forward calls."""

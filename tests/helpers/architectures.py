@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -109,6 +110,9 @@ STATES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 CONFIGS |= STATES
+# A gated delta net runs chunks of 64 tokens. Chunks of 4 let these sequences have several, as real ones have.
+_delta_rule = inspect.unwrap(tf.models.qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule)
+_delta_rule.__defaults__ = (4, *_delta_rule.__defaults__[1:])
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
 # The RoPE of these models depends on the length of a sequence beyond 16 positions.
 LENGTH_DEPENDENT = ["phi3-longrope", "llama-dynamic", "gemma3-dynamic"]
