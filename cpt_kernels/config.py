@@ -160,6 +160,7 @@ _RENAMED = {
     for name in ("checkpointing", "checkpointing_kwargs")
     if f"activation_{name}" in TrainingArguments.__dataclass_fields__
 }
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 _OTHER_NAME = {**_RENAMED, **{new: old for old, new in _RENAMED.items()}}
 
 
@@ -168,7 +169,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     """Configuration of a :class:`ContrastiveTrainer`.
 
     Defaults that differ from ``TrainingArguments``: ``learning_rate`` 1e-6, ``logging_steps`` 10,
-    ``gradient_checkpointing`` on, bf16 on where an accelerator supports it.
+    ``gradient_checkpointing`` auto on a GPU and on otherwise, bf16 on where an accelerator supports it.
 
     Raises:
         UserError: an unknown value of an option, an option without effect, or options that exclude each other.
@@ -176,7 +177,12 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
 
     learning_rate: float = option(1e-6, "The initial learning rate.")
     logging_steps: float = option(10, "Log every so many optimizer steps; below 1, a share of all steps.")
-    gradient_checkpointing: bool = option(True, "Recompute activations in the backward to save memory.")
+    # The default of the field is True, so that HfArgumentParser makes --no_gradient_checkpointing, as for TRL.
+    gradient_checkpointing: bool | str = option(
+        True,
+        "Recompute activations in the backward to save memory: true, false, or auto, which does so only if a step"
+        " would not fit into memory without. Default: auto on a GPU, true on a CPU.",
+    )
     bf16: bool | None = option(
         None, "Mixed precision in bf16. Default: on where an accelerator supports it and fp16 is off."
     )
@@ -266,6 +272,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "curriculum", "model_init_kwargs"]  # noqa: RUF012
 
     finds_budget = False  # whether max_tokens_per_batch was auto; it is None then
+    chooses_checkpointing = False  # whether gradient_checkpointing is auto; it is True until training begins
     names = MappingProxyType({})  # of the model and the data, which a trainer knows
 
     def __new__(cls, *_, **options):
@@ -274,13 +281,21 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             raise UserError(f"{name} was removed: {REMOVED_OPTIONS[name]}")
         for name in FOREIGN_OPTIONS.keys() & options.keys():
             raise UserError(f"{name} has another name here: {FOREIGN_OPTIONS[name]}")
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        # An option that was not given cannot be told from a given one later.
+        made.chooses_checkpointing = all(options.get(name) is None for name in _CHECKPOINTING)
+        return made
 
     _renamed_agree = False  # whether both names of each renamed option have one value
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Sets an attribute; after construction, an option that transformers renamed is set under both names."""
+        """Sets an attribute; after construction, an option that transformers renamed is set under both names.
+
+        Setting ``gradient_checkpointing`` ends the choice by ``auto``.
+        """
         super().__setattr__(name, value)
+        if self._renamed_agree and name in _CHECKPOINTING:
+            self.chooses_checkpointing = False
         if self._renamed_agree and name in _OTHER_NAME:
             super().__setattr__(_OTHER_NAME[name], value)
 
@@ -292,6 +307,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
 
         if isinstance(self.max_tokens_per_batch, str):  # a flag or YAML may have a number as text
             self._read_budget(self.max_tokens_per_batch)
+        is_auto = self._read_checkpointing()
 
         # Checks of what was given, before transformers changes values.
         self._check_values()
@@ -310,6 +326,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
                 setattr(self, new, getattr(self, old))
         with user_error():
             super().__post_init__()
+        self.chooses_checkpointing = is_auto or (self.chooses_checkpointing and self.device.type == "cuda")
         self._renamed_agree = True
 
         # Checks that need the device or transformers' objects.
@@ -398,6 +415,18 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             raise UserError(f"max_tokens_per_batch={text}: must be a number of tokens, or auto")
         self.finds_budget = text == "auto"
         self.max_tokens_per_batch = None if self.finds_budget else int(text)
+
+    def _read_checkpointing(self) -> bool:
+        """Returns whether ``gradient_checkpointing`` is "auto", and sets it to True for "auto" and None."""
+        values = [getattr(self, name, None) for name in _CHECKPOINTING]
+        for name, value in zip(_CHECKPOINTING, values):
+            if isinstance(value, str) and value != "auto":
+                raise UserError(f"{name}={value}: must be true, false or auto")
+            if value == "auto":
+                setattr(self, name, True)
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True
+        return "auto" in values
 
     def _check_batches(self) -> None:
         """Raises UserError for options of batches of rows where batches are filled by tokens."""

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from cpt_kernels import ContrastiveConfig, DPOConfig
 from cpt_kernels.config import IGNORED_OPTIONS, REMOVED_OPTIONS
+from cpt_kernels.errors import UserError
 from cpt_kernels.losses import LOSSES
 
 # Options whose default differs from TRL's on purpose: (TRL's, ours).
@@ -98,6 +99,24 @@ def test_both_names_of_checkpointing_mean_the_same(tmp_path, name):
         assert_all(copied, False, None)
 
 
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTING if hasattr(TrainingArguments, name)])
+def test_auto_is_the_default_of_checkpointing_on_a_gpu(tmp_path, monkeypatch, name):
+    assert not config(tmp_path).chooses_checkpointing and not config(tmp_path, **{name: True}).chooses_checkpointing
+    assert config(tmp_path, **{name: "auto"}).chooses_checkpointing
+    with pytest.raises(UserError, match=f"{name}=sometimes: must be true, false or auto"):
+        config(tmp_path, **{name: "sometimes"})
+
+    monkeypatch.setattr(ContrastiveConfig, "device", torch.device("cuda"))
+    args = config(tmp_path)
+    assert args.chooses_checkpointing and config(tmp_path, **{name: None}).chooses_checkpointing
+    assert args.gradient_checkpointing is True  # what models and adapters are prepared for
+    assert not any(config(tmp_path, **{name: value}).chooses_checkpointing for value in (True, False))
+    for copied in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
+        assert copied.chooses_checkpointing
+        setattr(copied, name, True)
+        assert not copied.chooses_checkpointing
+
+
 @pytest.mark.parametrize("name", IGNORED_OPTIONS)
 def test_ignored_options_are_accepted_and_the_reason_is_logged(tmp_path, caplog, name):
     values = {"pad_to_multiple_of": 8, "pad_token": "</s>", "length_column_name": "tokens", "local_rank": 1}
@@ -154,8 +173,9 @@ def test_copies(tmp_path):
 def test_hf_argument_parser_reads_the_configuration(tmp_path):
     """A script may parse the configuration by HfArgumentParser, as TRL's scripts do."""
     argv = ["--output_dir", str(tmp_path), "--use_cpu", "--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.2"]
-    (made,) = HfArgumentParser(ContrastiveConfig).parse_args_into_dataclasses([*argv, "--report_to", "none"])
-    assert made.build_loss().name == "sigmoid + 0.2 sft"
+    argv += ["--report_to", "none", "--no_gradient_checkpointing"]
+    (made,) = HfArgumentParser(ContrastiveConfig).parse_args_into_dataclasses(argv)
+    assert made.build_loss().name == "sigmoid + 0.2 sft" and not made.gradient_checkpointing
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -157,6 +157,7 @@ _NOT_SAVED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir", "ch
 def build_table() -> OptionTable:
     """Builds the table of all options from the dataclasses; `cli.option_table` caches it."""
     hints = {name: hint for cls in CLASSES for name, hint in get_type_hints(cls).items() if name in NAMES[cls]}
+    hints["gradient_checkpointing"] = bool | Literal["auto"] | None
     hints["fsdp"] = bool | str | None  # transformers takes true as well as its older words
     helps = {f.name: f.metadata.get("help", "") for cls in CLASSES for f in fields(cls)}
     defaults = _defaults()
@@ -204,7 +205,7 @@ def _defaults() -> dict[str, Any]:
             if f.init and f.name not in _REFUSED:
                 default = default_of(f)
                 values[f.name] = default.value if isinstance(default, Enum) else default
-    return values
+    return values | {"gradient_checkpointing": None}  # its default depends on the device
 
 
 def _help(name: str, text: str, default: Any) -> str:

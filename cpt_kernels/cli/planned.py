@@ -15,7 +15,7 @@ from ..config import ContrastiveConfig
 from ..errors import UserError
 from ..model.loading import wrap_in_adapter
 from ..model.pretrained import ADAPTER_CONFIG, SavedAdapters, find_adapters, find_base, local_adapters
-from ..planning.budget import expected_memory, find_budget, free_memory
+from ..planning.budget import expected_memory, find_budget, free_memory, without_checkpointing
 from ..planning.calibration import TooLargeError, calibrate, predict_seconds, ratios
 from ..planning.counts import Counts, count_run
 from ..planning.model_sizes import sizes_of, state_bytes
@@ -61,6 +61,9 @@ def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
     if options.model.load_in_4bit or options.model.load_in_8bit:
         raise UserError("a plan has no weights to quantize: leave out load_in_4bit and load_in_8bit")
     trainer = make_trainer(options, PlannedTrainer, policy=_shapes_of, reference=lambda *_: None)
+    if args.chooses_checkpointing:
+        found = without_checkpointing(trainer, free_memory(args.device), has_weights=False)
+        args.gradient_checkpointing = found is None or found[0] > found[1]
     counts = count_run(trainer.get_train_dataloader(), trainer.train_dataset, trainer.collator, args)
     plan = {
         "data": {name: _row_counts(report) for name, report in trainer.reports.items()},

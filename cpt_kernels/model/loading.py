@@ -169,9 +169,12 @@ def prepare_adapter(model: nn.Module, args: ContrastiveConfig) -> None:
     for kind, (name, notice) in _OWN_LOSSES.items():
         if any(config.peft_type == kind and getattr(config, name) for config in configs):
             logger.warning("%s of the %s adapter has no effect on preference losses%s", name, kind, notice)
+    # Both give layers values by hooks. These are gone when a layer is recomputed, or stay if no backward follows.
+    has_hooks = any(c.peft_type == "XLORA" or getattr(c, "alora_invocation_tokens", None) for c in configs)
+    if has_hooks and args.chooses_checkpointing:
+        args.gradient_checkpointing = False
     if args.gradient_checkpointing:
-        # Both give layers values by hooks. These are gone when a layer is recomputed, or stay if no backward follows.
-        if any(c.peft_type == "XLORA" or getattr(c, "alora_invocation_tokens", None) for c in configs):
+        if has_hooks:
             raise UserError(
                 "aLoRA and X-LoRA do not work with gradient checkpointing: set gradient_checkpointing=false"
             )

@@ -142,6 +142,34 @@ def expected_memory(run: PlannedRun, rows: Sequence[int]) -> dict[str, Any]:
     return found
 
 
+def without_checkpointing(run: PlannedRun, free: int, has_weights: bool) -> tuple[int, int] | None:
+    """Returns the bytes of the largest micro-batch without activation checkpointing, and the bytes that it may take.
+
+    No micro-batch has longer rows than this one, in whatever order they come. None if the forward depends on values.
+
+    Args:
+        free, has_weights: as for :func:`find_budget`.
+    """
+    args = run.args
+    tokens, sequences = micro_batch_tokens(run.train_dataset, run.collator)
+    if args.max_tokens_per_batch is None:
+        rows = np.argsort(-tokens, kind="stable")[: args.train_batch_size].tolist()
+    else:
+        rows = fill_batch(tokens, sequences, args.max_tokens_per_batch)
+    accumulates = args.gradient_accumulation_steps > 1
+    step = measure_rows(run, rows, checkpointing=False, accumulates=accumulates)
+    return None if step is None else (step.peak, _room(run, free, has_weights))
+
+
+def _room(run: PlannedRun, free: int, has_weights: bool) -> int:
+    """Returns the bytes that a micro-batch with its gradients may take beside all else that training allocates."""
+    state = state_bytes(run.packed.model, run.args)
+    # Optimizers whose state is not known keep less than AdamW.
+    moments = 2 * state["gradients"] if state["optimizer"] is None else state["optimizer"]
+    buckets = state["gradients"] if run.args.world_size > 1 else 0  # DDP's
+    return int(SHARE * free) - moments - buckets - (0 if has_weights else state["weights"])
+
+
 def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None = None) -> int | None:
     """Returns the largest ``max_tokens_per_batch`` with which a step of several micro-batches fits.
 
@@ -156,12 +184,7 @@ def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None 
     Raises:
         UserError: the memory of this model cannot be predicted.
     """
-    args = run.args
-    state = state_bytes(run.packed.model, args)
-    # Optimizers whose state is not known keep less than AdamW.
-    moments = 2 * state["gradients"] if state["optimizer"] is None else state["optimizer"]
-    buckets = state["gradients"] if args.world_size > 1 else 0  # DDP's
-    limit = int(SHARE * free) - moments - buckets - (0 if has_weights else state["weights"])
+    args, limit = run.args, _room(run, free, has_weights)
     tokens, sequences = micro_batch_tokens(run.train_dataset, run.collator)
     sizes = tokens if sequences is None else tokens * sequences
 

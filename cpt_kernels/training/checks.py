@@ -281,6 +281,8 @@ def check_checkpointing(model: nn.Module, args: ContrastiveConfig) -> None:
         UserError: it does not support it, or its layers share more than hidden states, such as keys and values.
     """
     base = base_model(model)
+    if args.chooses_checkpointing and not base.supports_gradient_checkpointing:
+        args.gradient_checkpointing = False
     if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
         raise UserError(
             f"{type(base).__name__} does not support activation checkpointing: set gradient_checkpointing=false"

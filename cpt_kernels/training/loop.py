@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..model.layers import offloaded_activations
 from ..model.packed_model import Scores
 from .metrics import Metrics, PlaceMetrics
+from .recomputation import chosen_checkpointing
 from .run_folder import held
 from .saving import CheckpointLoop, log_on_main
 from .speed import Speedometer, peak_memory
@@ -132,6 +133,7 @@ class PackedLoop(CheckpointLoop):
         try:
             with (
                 self.reference.training() if self.reference is not None else contextlib.nullcontext(),
+                chosen_checkpointing(self, checkpoint),
                 chosen_budget(self, checkpoint),
             ):
                 self._begin_run(checkpoint)

@@ -189,7 +189,8 @@ def write_record(folder: Path, run: Run, read: RowsRead | None, more: Mapping[st
     """
     stream = None if read is None else read._asdict()
     budget = None if run.budget is None else run.budget.tokens
-    record = {**run.record(), "save_only_model": run.args.save_only_model, "stream": stream, "budget": budget, **more}
+    kept = {"budget": budget, "gradient_checkpointing": run.args.gradient_checkpointing}
+    record = {**run.record(), "save_only_model": run.args.save_only_model, "stream": stream, **kept, **more}
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 

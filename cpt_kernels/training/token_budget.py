@@ -31,22 +31,32 @@ from .saving import log_on_main
 _SHRINK = 0.8  # of a budget whose probe ran out of memory
 
 
+def unpredictable(trainer: Any) -> str | None:
+    """Returns why the memory of a run cannot be predicted, as the end of a sentence; None if it can be."""
+    engine = trainer.accelerator.distributed_type
+    if not isinstance(trainer.train_dataset, Dataset):
+        return "needs the lengths of all rows, and a stream does not tell them"
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return f"does not know the memory of weights that {engine.value} shards"
+    return "does not know the memory of quantized layers" if trainer.packed.quantized else None
+
+
 def check_can_choose(trainer: Any) -> None:
     """Checks that the memory of a run can be predicted.
 
     Raises:
         UserError: it trains on a stream, or its weights are sharded or quantized.
     """
-    engine = trainer.accelerator.distributed_type
-    if not isinstance(trainer.train_dataset, Dataset):
-        reason = "needs the lengths of all rows, and a stream does not tell them"
-    elif engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        reason = f"does not know the memory of weights that {engine.value} shards"
-    elif trainer.packed.quantized:
-        reason = "does not know the memory of quantized layers"
-    else:
-        return
-    raise UserError(f"max_tokens_per_batch=auto {reason}: set a number of tokens")
+    if reason := unpredictable(trainer):
+        raise UserError(f"max_tokens_per_batch=auto {reason}: set a number of tokens")
+
+
+def rank_memory(args: Any) -> int:
+    """Returns the bytes that this process can still allocate on its device."""
+    free = free_memory(args.device)
+    if args.device.type == "cpu":  # the processes of a machine share its memory
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    return free
 
 
 @contextmanager
@@ -99,10 +109,7 @@ def _choose_tokens(trainer: Any, step_rows: int, rank_rows: int) -> None:
     tokens, sequences = micro_batch_tokens(trainer.train_dataset, trainer.collator)
     sizes = tokens if sequences is None else tokens * sequences
     longest, most = int(sizes.max()), int(np.sort(sizes)[-rank_rows:].sum())
-    free = free_memory(args.device)
-    if args.device.type == "cpu":  # the processes of a machine share its memory
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-    estimate = find_budget(trainer, free, has_weights=True, most=most) or longest
+    estimate = find_budget(trainer, rank_memory(args), has_weights=True, most=most) or longest
     budget = min(gather_object([estimate]))
     while True:
         loader = _use(trainer, StepBudget(budget, step_rows))
