@@ -192,8 +192,6 @@ def environment() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Returns processor, cores, memory, GPU and load."""
-    import torch
-
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -201,9 +199,24 @@ def machine() -> dict[str, Any]:
         "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu_name(),
         "load": round(os.getloadavg()[0], 2),  # at the end of the run, so that the run itself is included
     }
+
+
+@functools.cache
+def gpu_name() -> str | None:
+    """Returns the name of the GPU; None without one.
+
+    It is cached, so that a benchmark that asks at its start knows the name of a GPU that is lost later. A GPU that
+    cannot be asked is named by the error, because results are still to be written.
+    """
+    import torch
+
+    try:
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    except RuntimeError as error:
+        return f"not known: {str(error).splitlines()[0]}"
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from ..timing import add_output_options, finish, write_result
+from ..timing import add_output_options, environment, finish, gpu_name, write_result
 from .meter import Context, Row
 from .parts import run_limited
 
@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print(f"gpu_check needs a CUDA device, and torch {torch.__version__} finds none: --dry-run runs on a CPU")
         return NO_GPU
+    gpu_name()  # while it can be asked: a part may break the device
     outcomes = check(options)
     failed = [name for name, outcome in outcomes.items() if outcome.failed]
     print(totals(outcomes))
@@ -126,7 +127,7 @@ def check(options: argparse.Namespace) -> dict[str, Outcome]:
         outcomes[name] = Outcome(rows, time.monotonic() - started)
         print(report({name: outcomes[name]}), flush=True)
         if options.json:  # written after each part, so that a later crash loses nothing
-            write_result("gpu_check", as_json(outcomes), options.json)
+            write_result("gpu_check", {**environment(), **as_json(outcomes)}, options.json)
     return outcomes
 
 

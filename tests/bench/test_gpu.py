@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import attentions, heads
+from bench import attentions, heads, timing
 from bench.gpu import attention as gpu_attention
 from bench.gpu import carry, meter, parts, steps
 from bench.gpu import check as gpu_check
@@ -278,6 +278,37 @@ def test_a_broken_part_is_a_failed_row_and_the_exit_code_is_1(monkeypatch, capsy
     assert found["parts"]["sound"]["rows"] == [{"what": "it", "result": "2 ms"}]
     assert "FAILED: RuntimeError: the device is lost" in capsys.readouterr().out
     assert gpu_check.main(["--dry-run", "--parts", "sound"]) == 0 and written == [True, True]
+
+
+@pytest.mark.parametrize("breaks_at", ["start", "first part"])
+def test_a_lost_device_leaves_the_summary_and_the_environment(monkeypatch, capsys, tmp_path, breaks_at):
+    lost = [breaks_at == "start"]
+
+    def name():
+        if lost[0]:
+            raise RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+        return "NVIDIA H200"
+
+    def part(name, seconds, rows_file):
+        lost[0] = True
+        return [{"what": name, "failed": "RuntimeError: CUDA error"}]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", name)
+    monkeypatch.setattr(gpu_check, "apart", part)
+    out, whole = tmp_path / "found.json", []
+    write = gpu_check.write_result
+    monkeypatch.setattr(gpu_check, "write_result", lambda *given: whole.append(given[1]) or write(*given))
+    timing.gpu_name.cache_clear()
+    try:
+        assert gpu_check.main(["--parts", "kernels,head", "--json", str(out)]) == 1
+    finally:
+        timing.gpu_name.cache_clear()
+    found, summary = json.loads(out.read_text())["gpu_check"], json.loads(capsys.readouterr().out.splitlines()[-1])
+    gpu = "not known: CUDA error: unspecified launch failure" if breaks_at == "start" else "NVIDIA H200"
+    assert found["failed"] == summary["failed"] == ["kernels", "head"]
+    assert [each["machine"]["gpu"] for each in (found, summary, *whole)] == [gpu] * 4
+    assert found["versions"]["torch"] == torch.__version__
 
 
 def test_markers_select_the_tests_that_need_a_gpu(monkeypatch):
