@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.data.collate import PackedCollator
@@ -170,3 +171,20 @@ def test_training_twice(tmp_path):
         trainer.train()
         logs.append({k: v for k, v in trainer.state.log_history[0].items() if k not in varying})
     assert logs[0] == logs[1] and "logps/chosen" in logs[0] and any("curriculum" in name for name in logs[0])
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_adamw_is_fused_and_gradients_are_read_once_for_their_norm(tmp_path, monkeypatch, max_grad_norm):
+    """The norm that clipping has computed is the one in the log. On a GPU torch takes multi-tensor kernels for it."""
+    calls, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def counted(parameters, *given, **options):
+        calls.append((len(list(parameters)), options.get("foreach")))
+        return clip(parameters, *given, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counted)
+    trainer = make_trainer(tmp_path, max_steps=3, gradient_accumulation_steps=2, max_grad_norm=max_grad_norm)
+    trainer.train()
+    assert calls == [(len(list(trainer.model.parameters())), None)] * 3  # None: what the device supports
+    assert "cuda" in _get_foreach_kernels_supported_devices()
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
