@@ -27,7 +27,7 @@ def chosen_checkpointing(trainer: Any, checkpoint: str | None) -> Iterator[None]
         yield
         return
     saved = None if checkpoint is None else (read_record(Path(checkpoint)) or {}).get("gradient_checkpointing")
-    is_on, reason = _choose(trainer) if saved is None else (saved, "as in the checkpoint")
+    is_on, reason = _decide(trainer) if saved is None else (saved, "as in the checkpoint")
     log_on_main([f"gradient_checkpointing=auto: {'on' if is_on else 'off'}, {reason}"])
     try:
         args.gradient_checkpointing = is_on
@@ -39,7 +39,7 @@ def chosen_checkpointing(trainer: Any, checkpoint: str | None) -> Iterator[None]
         args.chooses_checkpointing = True  # setting the option has ended the choice
 
 
-def _choose(trainer: Any) -> tuple[bool, str]:
+def _decide(trainer: Any) -> tuple[bool, str]:
     """Returns whether to recompute activations, the same on all ranks, and the reason."""
     if reason := unpredictable(trainer):
         return True, f"because auto {reason}"

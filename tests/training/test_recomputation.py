@@ -55,9 +55,9 @@ def test_the_limit_is_the_estimate_of_the_longest_rows(tmp_path, monkeypatch, op
     moments = 2 * sum(4 * p.numel() for p in trainer.model.parameters())
     assert room == int(SHARE * GIB) - moments
     little_memory(monkeypatch, int((needed + moments + 10) / SHARE))
-    assert not recomputation._choose(trainer)[0]
+    assert not recomputation._decide(trainer)[0]
     little_memory(monkeypatch, int((needed + moments - 10) / SHARE))
-    assert recomputation._choose(trainer)[0]
+    assert recomputation._decide(trainer)[0]
 
     whole, _ = without_checkpointing(make_trainer(tmp_path, per_device_train_batch_size=8), GIB, has_weights=True)
     assert whole > 1.3 * needed
@@ -66,7 +66,7 @@ def test_the_limit_is_the_estimate_of_the_longest_rows(tmp_path, monkeypatch, op
 def test_a_rank_with_less_memory_decides_for_all(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, gradient_checkpointing="auto")
     monkeypatch.setattr(recomputation, "gather_object", lambda found: [*found, (200 * GIB, 100 * GIB)])
-    is_on, reason = recomputation._choose(trainer)
+    is_on, reason = recomputation._decide(trainer)
     assert is_on and reason == "the largest micro-batch needs 200 GiB without it, and 100 GiB are free"
 
 
@@ -86,14 +86,14 @@ def test_a_resumed_run_keeps_the_choice(tmp_path, monkeypatch, caplog):
 def test_it_stays_on_where_memory_is_not_known(tmp_path, monkeypatch):
     stream = preference_data(8).to_iterable_dataset()
     trainer = toy.make_trainer(tmp_path, train_dataset=stream, max_steps=2, gradient_checkpointing="auto")
-    is_on, reason = recomputation._choose(trainer)
+    is_on, reason = recomputation._decide(trainer)
     assert is_on and reason.startswith("because auto needs the lengths of all rows")
     trainer = make_trainer(tmp_path, gradient_checkpointing="auto")
     monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.FSDP)
-    assert recomputation._choose(trainer) == (True, "because auto does not know the memory of weights that FSDP shards")
+    assert recomputation._decide(trainer) == (True, "because auto does not know the memory of weights that FSDP shards")
     monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.NO)
     monkeypatch.setattr(recomputation, "without_checkpointing", lambda *_, **__: None)
-    assert recomputation._choose(trainer)[0]
+    assert recomputation._decide(trainer)[0]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
