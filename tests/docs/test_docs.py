@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -124,11 +125,13 @@ def help_of(command: list[str], capsys) -> str:
     """What ``--help`` prints for a command line."""
     name, *rest = command
     subject = [word for word in rest[: PREFIXES[name] - 1] if re.fullmatch(r"[a-z_-]+", word) and word[0] != "-"]
-    if name == "python":
+    module = rest[1] if name == "python" else ""
+    if module == "bench":
         subject = rest[2:3]
     elif name == "cpt" and subject[0] not in ("eval", "cache"):
         subject = subject[:1]
-    main = {"cpt": cli.main, "cpt-train": cli.train_main, "python": bench_main}[name]
+    mains = {"cpt": cli.main, "cpt-train": cli.train_main, "bench": bench_main}
+    main = mains.get(module or name) or importlib.import_module(module).main
     with suppress(SystemExit):
         main([*subject, "--help"])
     launched = [f"--{option}" for option in option_table().launch] if name == "cpt-train" else []
@@ -140,7 +143,7 @@ def test_options_in_shell_blocks_exist(capsys):
     for command in COMMANDS:
         if command[0] not in PREFIXES or (command[0] == "python" and command[1:2] != ["-m"]):
             continue
-        key = tuple(word for word in command[:4] if not word.startswith("--") and "." not in word and "/" not in word)
+        key = tuple(word for word in command[:4] if not word.startswith("--") and "/" not in word)
         if key not in helps:
             helps[key] = help_of(command, capsys)
         for option in (word.split("=")[0] for word in command if word.startswith("--")):
