@@ -10,6 +10,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -130,7 +131,7 @@ def help_of(command: list[str], capsys) -> str:
         subject = rest[2:3]
     elif name == "cpt" and subject[0] not in ("eval", "cache"):
         subject = subject[:1]
-    mains = {"cpt": cli.main, "cpt-train": cli.train_main, "bench": bench_main}
+    mains: dict[str, Callable] = {"cpt": cli.main, "cpt-train": cli.train_main, "bench": bench_main}
     main = mains.get(module or name) or importlib.import_module(module).main
     with suppress(SystemExit):
         main([*subject, "--help"])
