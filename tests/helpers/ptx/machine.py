@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-from .instructions import bind
+from .instructions import find
 from .memory import SHARED, SHARED_STRIDE, Accesses, Memory, Range
 from .order import Launch, Order
-from .program import Program, PtxError
+from .program import TYPES, Program, PtxError
 
 WARP = 32
 MAX_STEPS = 2_000_000
@@ -31,7 +33,6 @@ class Machine:
         self.program, self.launch, self.order = program, launch, Order(launch)
         self.count = launch.blocks * launch.threads
         self.block = np.arange(self.count) // launch.threads
-        self.registers: dict[str, np.ndarray] = {}
 
         # The kernel's memory, that of its blocks, its arguments, and the word that a grid-wide barrier uses.
         self.arguments, self.word = np.frombuffer(arguments, np.uint8), np.zeros(2, np.uint64)
@@ -43,7 +44,8 @@ class Machine:
             start = SHARED + b * SHARED_STRIDE
             own.append(Range(f"block {b}'s shared memory", start, launch.shared_bytes, "shared", False, True))
         self.memory = Memory([*ranges, *own], self.order)
-        self.special = self.special_registers()
+        self.registers = self.special_registers()
+        program.registers.update(dict.fromkeys(self.registers, np.dtype("u4")))
 
         # Asynchronous copies on their way: (targets, sources, commit group of each thread).
         self.copies: list[tuple[Accesses, Accesses, np.ndarray]] = []
@@ -53,7 +55,7 @@ class Machine:
         self.next = np.zeros(self.count, np.int64)
         self.parked, self.exited = np.zeros(self.count, bool), np.zeros(self.count, bool)
         self.at, self.everyone = np.arange(self.count), True
-        self.code = [self.located(i, bind, self, instruction) for i, instruction in enumerate(program.instructions)]
+        self.code = [self.located(i, find, instruction) for i, instruction in enumerate(program.instructions)]
 
     def special_registers(self) -> dict[str, np.ndarray]:
         launch, word, thread = self.launch, self.word.ctypes.data * self.launch.cooperative, np.arange(self.count)
@@ -104,13 +106,13 @@ class Machine:
         threads = np.flatnonzero((self.next == start) & ~self.exited)
         self.parked[threads] = False
         for position in range(start, stop):
-            guard = self.program.instructions[position].guard
+            instruction = self.program.instructions[position]
             self.select(threads)
-            if guard:
+            if guard := instruction.guard:
                 self.select(threads[self.get(guard.lstrip("!")) != guard.startswith("!")])
                 if not self.at.size:
                     continue
-            following = self.located(position, self.code[position], position)
+            following = self.located(position, self.code[position], self, instruction, position)
             if following is not None:
                 self.next[threads] = position + 1
                 self.next[self.at] = following
@@ -144,16 +146,45 @@ class Machine:
     def arrive_at_cluster(self, release: bool) -> None:
         self.parked[self.order.arrive(self.at, release)] = False  # threads that wait for this phase look again
 
-    def wait_for_cluster(self, position: int) -> np.ndarray:
-        return self.park(position, self.order.wait(self.at))
+    # ---- Operands ----
 
-    # ---- Registers ----
+    def read(self, operand: str, kind: str) -> np.ndarray:
+        """Returns an operand as numbers of a PTX type, one per thread."""
+        dtype = TYPES[kind]
+        if self.program.register_type(operand) is None:
+            return np.full(self.at.shape, self.constant(operand, dtype))
+        # An instruction may read the lower part of a register.
+        return self.get(operand).astype(f"u{dtype.itemsize}", copy=False).view(dtype)
+
+    def read_vector(self, names: list[str], kind: str) -> np.ndarray:
+        return np.stack([self.read(name, kind) for name in names], 1)
+
+    def constant(self, operand: str, dtype: np.dtype):
+        """Reads a literal or the address of a symbol as a number of type ``dtype``."""
+        if match := re.fullmatch(r"0[fFdD]([0-9a-fA-F]{8}|[0-9a-fA-F]{16})", operand):
+            return np.array(int(match[1], 16), f"u{len(match[1]) // 2}").view(dtype)[()]
+        if operand in self.program.shared:
+            return dtype.type(0)  # an address within the block's shared memory
+        if operand in self.program.parameters:
+            return dtype.type(self.arguments.ctypes.data + self.program.parameters[operand])
+        if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", operand) and dtype.kind in "uib":
+            return np.array(int(operand, 0) & (1 << 64) - 1, np.uint64).astype(dtype)[()]
+        raise PtxError(f"the interpreter does not know the operand {operand}")
+
+    def shared_window(self) -> np.ndarray:
+        """Returns the generic address at which the shared memory of each thread's block starts."""
+        return np.uint64(SHARED) + self.block[self.at].astype(np.uint64) * np.uint64(SHARED_STRIDE)
 
     def get(self, name: str) -> np.ndarray:
         """Returns the bits of a register in the threads at this instruction."""
         if name not in self.registers:
             raise PtxError(f"{name} is read before it is written")
         return self.registers[name] if self.everyone else self.registers[name][self.at]
+
+    def put_vector(self, names: list[str], values: np.ndarray) -> None:
+        """Writes the columns of ``values``, (threads, elements), to one register each."""
+        for i, name in enumerate(names):
+            self.put(name, values[:, i])
 
     def put(self, name: str, value: np.ndarray) -> None:
         """Writes a register; ``_`` stands for none. An integer of another width is cut, or extended by its sign."""

@@ -56,9 +56,10 @@ class Memory:
         self.bytes = np.zeros(self.first[-1], np.uint8)
         self.initialised = np.repeat([r.readable for r in self.ranges], self.sizes)
         self.written, self.read = np.zeros((2, self.first[-1]), np.int64)  # stamps; 0 for no access
-        for r, first in zip(self.ranges, self.first):
+        self.there = [slice(first, first + r.size) for r, first in zip(self.ranges, self.first)]
+        for r, there in zip(self.ranges, self.there):
             if r.readable:
-                self.bytes[first : first + r.size] = np.frombuffer(ctypes.string_at(r.start, r.size), np.uint8)
+                self.bytes[there] = np.frombuffer(ctypes.string_at(r.start, r.size), np.uint8)
 
     def require(self, good: np.ndarray, threads: np.ndarray, problem: Callable[[int], str]) -> None:
         """Raises PtxError for the first access, i, that is not good; ``problem(i)`` says what its thread does."""
@@ -98,15 +99,16 @@ class Memory:
 
     def check_write(self, accesses: Accesses) -> None:
         index, which, threads = accesses
-        self.require(
-            self.writable[which], threads, lambda i: f"writes to {self.ranges[which[i]].name}: it is read-only"
-        )
+        constant = lambda i: f"writes to {self.ranges[which[i]].name}: it is read-only"  # noqa: E731
+        self.require(self.writable[which], threads, constant)
         self.check_order(self.written[index], "writes", "wrote", accesses)
         self.check_order(np.where(self.racy[which, None], 0, self.read[index]), "writes", "read", accesses)
 
-    def store(self, accesses: Accesses, values: np.ndarray) -> None:
-        """Writes ``values``, (threads, size) uint8, after :meth:`check_write` or for atomic accesses."""
+    def store(self, accesses: Accesses, values: np.ndarray, atomic: bool = False) -> None:
+        """Writes ``values``, (threads, size) uint8."""
         index, _, threads = accesses
+        if not atomic:
+            self.check_write(accesses)
         stamps = self.order.stamps(threads)[:, None]
         self.bytes[index], self.initialised[index], self.written[index] = values, True, stamps
         kept = (self.bytes[index] == values).all(1)
@@ -124,8 +126,7 @@ class Memory:
 
     def copy_back(self) -> None:
         """Writes what the kernel wrote to global memory to the host's memory."""
-        for r, first in zip(self.ranges, self.first):
+        for r, there in zip(self.ranges, self.there):
             if r.space == "global" and r.writable:
-                there = self.initialised[first : first + r.size]
                 host = np.frombuffer((ctypes.c_ubyte * r.size).from_address(r.start), np.uint8)
-                host[there] = self.bytes[first : first + r.size][there]
+                np.copyto(host, self.bytes[there], where=self.initialised[there])

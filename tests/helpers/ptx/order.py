@@ -2,7 +2,7 @@
 
 Each thread has an epoch, and a vector clock over its peers, the threads that it can wait for: those of its cluster, or
 of the whole grid of a cooperative launch. An access of thread t in epoch e happens before the next instruction of its
-peer u if ``seen[u, t] > e``.
+peer u if ``seen[u, t] > e``, where t counts from the first of its peers.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Order:
     def __init__(self, launch: Launch):
         self.launch = launch
         self.peers = launch.threads * (launch.blocks if launch.cooperative else launch.cluster)
-        count = launch.threads * launch.blocks
+        count, self.size = launch.threads * launch.blocks, launch.threads * launch.cluster  # of a cluster
         self.epoch = np.zeros(count, np.int64)
-        self.seen = np.zeros((count // self.peers, self.peers, self.peers), np.int32)
+        self.seen = np.zeros((count, self.peers), np.int32)
         self.published: dict[int, np.ndarray] = {}  # address of an atomic variable -> clock of what was released there
         # Arrivals and waits of each thread at its cluster's barrier, and the joint clocks of the threads that have
         # arrived in the current phase and in the last complete one.
@@ -51,21 +51,19 @@ class Order:
 
     def after(self, stamps: np.ndarray, by: np.ndarray) -> np.ndarray:
         """Returns whether the accesses happened before the next instruction of ``by``. Stamp 0 stands for no access."""
-        thread, group = np.maximum((stamps >> 32) - 1, 0), by // self.peers
-        seen = self.seen[group, by % self.peers, thread % self.peers] > (stamps & 0xFFFFFFFF)
-        return (stamps == 0) | (thread == by) | (seen & (thread // self.peers == group))
+        thread = np.maximum((stamps >> 32) - 1, 0)
+        seen = self.seen[by, thread % self.peers] > (stamps & 0xFFFFFFFF)
+        return (stamps == 0) | (thread == by) | (seen & (thread // self.peers == by // self.peers))
 
     def release(self, threads: np.ndarray) -> np.ndarray:
         """Ends an epoch of ``threads``, which are peers; returns the joint clock of all that happened before."""
-        group, peers = threads[0] // self.peers, threads % self.peers
         self.epoch[threads] += 1
-        self.seen[group, peers, peers] = self.epoch[threads]
-        return self.seen[group, peers].max(0)
+        self.seen[threads, threads % self.peers] = self.epoch[threads]
+        return self.seen[threads].max(0)
 
     def acquire(self, threads: np.ndarray, clock: np.ndarray) -> None:
         """Orders all that ``clock`` knows of before the next instruction of ``threads``, which are peers."""
-        group, peers = threads[0] // self.peers, threads % self.peers
-        self.seen[group, peers] = np.maximum(self.seen[group, peers], clock)
+        self.seen[threads] = np.maximum(self.seen[threads], clock)
 
     def atomic(self, threads: np.ndarray, address: int, release: bool) -> None:
         """An atomic access releases what its thread did before, or acquires what others released at this address."""
@@ -77,38 +75,39 @@ class Order:
         else:
             self.acquire(threads, published)
 
+    def by_cluster(self, threads: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Returns the clusters of ``threads``, and which of the threads belong to each."""
+        return [(cluster, threads[threads // self.size == cluster]) for cluster in np.unique(threads // self.size)]
+
     def arrive(self, threads: np.ndarray, release: bool) -> np.ndarray:
         """Counts arrivals at the clusters' barriers; returns all threads of the clusters whose phase they complete."""
         if (self.arrivals[threads] != self.waits[threads]).any():
             raise PtxError("a thread arrives twice at its cluster's barrier")
         self.arrivals[threads] += 1
-        size, complete = self.launch.cluster * self.launch.threads, []
-        for cluster in np.unique(threads // size):
+        complete = [threads[:0]]
+        for cluster, here in self.by_cluster(threads):
             if release:
-                clock = self.release(threads[threads // size == cluster])
-                self.arriving[cluster] = np.maximum(self.arriving[cluster], clock)
-            members = np.arange(cluster * size, (cluster + 1) * size)
+                self.arriving[cluster] = np.maximum(self.arriving[cluster], self.release(here))
+            members = np.arange(cluster * self.size, (cluster + 1) * self.size)
             if np.ptp(self.arrivals[members]) == 0:
                 self.arrived[cluster] = self.arriving[cluster]
                 complete.append(members)
-        return np.concatenate(complete) if complete else threads[:0]
+        return np.concatenate(complete)
 
     def wait(self, threads: np.ndarray) -> np.ndarray:
         """Returns which threads need not wait for their cluster's barrier any more, because its phase is complete."""
         if (self.arrivals[threads] == self.waits[threads]).any():
             raise PtxError("a thread waits for its cluster's barrier without an arrival")
-        size = self.launch.cluster * self.launch.threads
-        complete = self.arrivals.reshape(-1, size).min(1)[threads // size] >= self.arrivals[threads]
-        for cluster in np.unique(threads[complete] // size):
-            self.acquire(threads[complete & (threads // size == cluster)], self.arrived[cluster])
+        complete = self.arrivals.reshape(-1, self.size).min(1)[threads // self.size] >= self.arrivals[threads]
+        for cluster, here in self.by_cluster(threads[complete]):
+            self.acquire(here, self.arrived[cluster])
         self.waits[threads[complete]] += 1
         return complete
 
     def check_lifetimes(self) -> None:
         """Raises PtxError if a block may have left while a thread of another block accesses its shared memory."""
         for block, thread, epoch in self.remote:
-            first = block * self.launch.threads % self.peers
-            seen = self.seen[thread // self.peers, first : first + self.launch.threads, thread % self.peers]
-            if (seen <= epoch).all():
+            members = slice(block * self.launch.threads, (block + 1) * self.launch.threads)
+            if (self.seen[members, thread % self.peers] <= epoch).all():
                 who = self.launch.describe(thread)
                 raise PtxError(f"block {block} may have left before {who} accesses its shared memory")

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # PTX type -> numpy type. A bf16 number is kept as its bits.
-TYPES = {
-    "pred": np.bool_,
-    **{f"{kind}{8 * size}": f"u{size}" for kind in "bu" for size in (1, 2, 4, 8)},
-    **{f"s{8 * size}": f"i{size}" for size in (1, 2, 4, 8)},
-    **{"f16": "f2", "bf16": "u2", "f32": "f4", "f64": "f8"},
+TYPES = {f"{kind}{8 * size}": np.dtype(f"{to}{size}") for kind, to in ("bu", "uu", "si") for size in (1, 2, 4, 8)}
+TYPES |= {
+    "pred": np.dtype(bool),
+    "bf16": np.dtype("u2"),
+    **{f"f{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
 }
-TYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
-
 
 END = r"\n\}(?!\s*// end inline asm)"  # of a kernel; inline assembly may end with a brace, too
 
@@ -96,16 +94,13 @@ def read_statement(program: Program, text: str, line: int) -> None:
             program.labels[match[1]] = len(program.instructions)
         text = text[match.end() :]
     if match := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):
-        kind = TYPES[match[1]]
-        bits = kind if kind == np.bool_ else np.dtype(f"u{kind.itemsize}")
+        bits = TYPES["pred"] if match[1] == "pred" else np.dtype(f"u{TYPES[match[1]].itemsize}")
         for name in re.findall(r"%?[a-zA-Z_]\w*", match[2]):
             if program.registers.setdefault(name, bits) != bits:
                 raise PtxError(f"line {line}: register {name} is declared with two widths")
     elif match := re.match(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL):
-        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", re.sub(r" *([][+]) *", r"\1", match[3]))
-        opcode = tuple(match[2].split("."))
-        program.instructions.append(
-            Instruction(match[1] or "", opcode, tuple(operands), re.sub(r"\s+", " ", text), line)
-        )
+        operands = tuple(re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", re.sub(r" *([][+]) *", r"\1", match[3])))
+        text, opcode = re.sub(r"\s+", " ", text), tuple(match[2].split("."))
+        program.instructions.append(Instruction(match[1] or "", opcode, operands, text, line))
     elif not text.startswith(".pragma"):
         raise PtxError(f"line {line}: unknown statement: {text}")
