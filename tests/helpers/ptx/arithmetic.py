@@ -15,9 +15,9 @@ def fma(a, b, c):
     if c.dtype == np.float32:
         return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)
     # fp64: the product as a sum of two numbers (Veltkamp, Dekker), and its sum with c as two numbers (Knuth).
-    a, b, c = np.broadcast_arrays(a, b, c)
-    product = a * b
-    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    product, scaled = a * b, np.stack([a, b]) * 134217729.0  # 2^27 + 1
+    a_high, b_high = scaled - (scaled - [a, b])
+    a_low, b_low = a - a_high, b - b_high  # halves of 26 bits
     error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
     total = product + c
     virtual = total - product
@@ -26,19 +26,9 @@ def fma(a, b, c):
     return np.where(np.isfinite(result), result, total)  # infinities, NaN, and products too large to split
 
 
-def split(x):
-    """Splits fp64 numbers into two halves of 26 bits that sum to them."""
-    scaled = x * 134217729.0  # 2^27 + 1
-    high = scaled - (scaled - x)
-    return high, x - high
-
-
-def flush(x):
-    """Replaces subnormal fp32 numbers by 0 of their sign (``.ftz``)."""
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
-
-
 def flushed(function):
+    """Replaces subnormal operands and results of a function by 0 of their sign (``.ftz``)."""
+    flush = lambda x: np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)  # noqa: E731
     return lambda *operands: flush(function(*map(flush, operands)))
 
 
@@ -64,9 +54,8 @@ div_full = approximate(np.divide, 1.5 * 2.0**-23)  # with the rounding to fp32: 
 
 
 def reciprocal_of_high_word(x):
-    """``rcp.approx.ftz.f64``: reads the upper 32 bits of x, and writes those of the result."""
+    """``rcp.approx.f64``: reads the upper 32 bits of x, and writes those of the result."""
     mask = np.uint64(0xFFFFFFFF00000000)
-    x = np.where(np.abs(x) < np.finfo(np.float64).tiny, np.copysign(0.0, x), x)
     return ((1 / (x.view(np.uint64) & mask).view(np.float64)).view(np.uint64) & mask).view(np.float64)
 
 
@@ -77,26 +66,14 @@ def to_bf16(x):
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
-def to_f16(x):
-    return x.astype(np.float16).view(np.uint16)
-
-
 def from_bf16(bits):
     return (np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-def from_f16(bits):
-    return bits.view(np.float16).astype(np.float32)
-
-
 def by_halves(from_bits, to_bits):
     """The larger one of two packed 16-bit numbers, for both halves; of a NaN and a number the number."""
-
-    def larger(x, y):
-        halves = np.fmax(*(from_bits(np.ascontiguousarray(z).view(np.uint16)) for z in (x, y)))
-        return to_bits(halves).view(np.uint32)
-
-    return larger
+    halves = lambda x: from_bits(np.ascontiguousarray(x).view(np.uint16))  # noqa: E731
+    return lambda x, y: to_bits(np.fmax(halves(x), halves(y))).view(np.uint32)
 
 
 def add_toward_zero(x, y):
@@ -117,16 +94,13 @@ def divide(x, y):
     return (x - np.fmod(x, y)) // y
 
 
-def lowest_bits(length, dtype):
-    return (np.ones(length.shape, dtype) << length.astype(dtype)) - dtype.type(1)
+def mask(x, position, length):
+    """Ones in the ``length`` bits from ``position`` on."""
+    length, position = length.astype(x.dtype), position.astype(x.dtype)
+    return (np.ones_like(x) << length) - x.dtype.type(1) << position
 
 
 def insert_bits(source, target, position, length):
     """``bfi``: the lowest ``length`` bits of source replace those of target at ``position``."""
-    mask = lowest_bits(length, target.dtype) << position.astype(target.dtype)
-    return (target & ~mask) | (source << position.astype(target.dtype) & mask)
-
-
-def extract_bits(x, position, length):
-    """``bfe`` of an unsigned number."""
-    return x >> position.astype(x.dtype) & lowest_bits(length, x.dtype)
+    bits = mask(target, position, length)
+    return target & ~bits | source << position.astype(target.dtype) & bits

@@ -38,10 +38,8 @@ def define(names: str, kinds: str, function: Callable, operands: str = "* *", re
             ELEMENTWISE[f"{name}.{kind}"] = (function, types, kind if result == "*" else result)
 
 
-define("add", NUMBER, np.add)
-define("sub", NUMBER, np.subtract)
-define("add.rn", FLOAT, np.add)
-define("sub.rn", FLOAT, np.subtract)
+define("add add.rn", NUMBER, np.add)
+define("sub sub.rn", NUMBER, np.subtract)
 define("add.rz", "f32", a.add_toward_zero)
 define("mul mul.rn", FLOAT, np.multiply)
 define("mul.lo", INTEGER, np.multiply)
@@ -55,14 +53,12 @@ define("div.rn", FLOAT, np.divide)
 define("rem", "u32", np.remainder)
 define("min", NUMBER, np.fmin)  # of a number and a NaN the number
 define("max", NUMBER, np.fmax)
-define("max", "bf16x2", a.by_halves(a.from_bf16, a.to_bf16), "b32 b32", "b32")
-define("max", "f16x2", a.by_halves(a.from_f16, a.to_f16), "b32 b32", "b32")
 define("copysign", FLOAT, lambda sign, magnitude: np.copysign(magnitude, sign))
 define("abs", FLOAT, np.abs, "*")
 define("neg", f"s32 s64 {FLOAT}", np.negative, "*")
 define("rcp.rn", FLOAT, np.reciprocal, "*")
 define("rcp.approx.ftz", "f32", a.flushed(a.rcp), "*")
-define("rcp.approx.ftz", "f64", a.reciprocal_of_high_word, "*")
+define("rcp.approx.ftz", "f64", a.flushed(a.reciprocal_of_high_word), "*")
 define("ex2.approx", "f32", a.ex2, "*")
 define("ex2.approx.ftz", "f32", a.flushed(a.ex2), "*")
 define("div.full", "f32", a.div_full)
@@ -75,7 +71,7 @@ define("not", f"{BITS} pred", np.invert, "*")
 define("shl", BITS, lambda x, n: x << n.astype(x.dtype), "* u32")  # by the width or more: zeros, or copies of the sign
 define("shr", f"{INTEGER} {BITS}", lambda x, n: x >> n.astype(x.dtype), "* u32")
 define("bfi", "b32 b64", a.insert_bits, "* * u32 u32")
-define("bfe", "u32", a.extract_bits, "* u32 u32")
+define("bfe", "u32", lambda x, at, n: (x & a.mask(x, at, n)) >> at, "* u32 u32")
 define("mov", f"{BITS} u16 u32 u64 {FLOAT} pred", lambda x: x, "*")
 define("cvta.to.global cvta.global", "u64", lambda x: x, "*")  # global addresses are generic addresses
 define("selp", f"{BITS} {NUMBER}", lambda x, y, p: np.where(p, x, y), "* * pred")
@@ -90,17 +86,16 @@ define("setp.nan", FLOAT, a.unordered, result="pred")
 define("setp.num", FLOAT, lambda x, y: ~a.unordered(x, y), result="pred")
 
 # Conversions, cvt.to.from. The first operand of a packed one becomes the upper half.
-for to in INTEGER.split():
-    define(f"cvt.{to}", f"{INTEGER} u8 s8", lambda x, to=to: x.astype(TYPES[to]), "*", to)
-for to in FLOAT.split():
-    define(f"cvt.rn.{to}", "s32 s64 u32 u64", lambda x, to=to: x.astype(TYPES[to]), "*", to)
-for to, kind in (("f32", "f16"), ("f64", "f32"), ("rn.f32", "f64"), ("rn.f16", "f32")):
-    to_type = to.removeprefix("rn.")
-    define(f"cvt.{to}", kind, lambda x, t=TYPES[to_type]: x.astype(t), "*", to_type)
+CASTS = {f"{INTEGER} u8 s8": INTEGER, INTEGER: "rn.f32 rn.f64", "f16": "f32", "f32": "f64 rn.f16", "f64": "rn.f32"}
+for kinds, to in [(kinds, to) for kinds, results in CASTS.items() for to in results.split()]:
+    kind = to.removeprefix("rn.")
+    define(f"cvt.{to}", kinds, lambda x, kind=kind: x.astype(TYPES[kind]), "*", kind)
 define("cvt.f32", "bf16", a.from_bf16, "*", "f32")
 define("cvt.rn.bf16", "f32", a.to_bf16, "*", "bf16")
-define("cvt.rn.bf16x2", "f32", lambda x, y: np.uint32(a.to_bf16(x)) << np.uint32(16) | a.to_bf16(y), result="b32")
-define("cvt.rn.f16x2", "f32", lambda x, y: np.uint32(a.to_f16(x)) << np.uint32(16) | a.to_f16(y), result="b32")
+for kind, bits in (("bf16x2", a.to_bf16), ("f16x2", lambda x: x.astype("f2").view("u2"))):
+    define(f"cvt.rn.{kind}", "f32", lambda x, y, bits=bits: bits(x) * np.uint32(1 << 16) | bits(y), result="b32")
+define("max", "bf16x2", a.by_halves(a.from_bf16, a.to_bf16), "b32 b32", "b32")
+define("max", "f16x2", a.by_halves(lambda x: x.view("f2"), lambda x: x), "b32 b32", "b32")
 
 
 def find(instruction: Instruction) -> Run:
@@ -131,10 +126,10 @@ def address(machine: Machine, operand: str, space: str) -> np.ndarray:
     match = re.fullmatch(r"\[([$%\w]+)(?:\+(-?\d+))?\]", operand)
     if match is None:
         raise PtxError(f"the interpreter does not know the address {operand}")
-    bits = machine.program.register_type(match[1])
+    bits = machine.program.registers.get(match[1])
     base = machine.read(match[1], "u64" if bits is None or bits.itemsize == 8 else "u32")
     generic = (base + np.int64(match[2] or 0).astype(base.dtype)).astype(np.uint64)  # a 32-bit sum wraps around
-    return generic + machine.shared_window() if space == "shared" else generic
+    return generic + machine.window[machine.at] if space == "shared" else generic
 
 
 def run_pack(machine: Machine, instruction: Instruction, position: int) -> None:
@@ -199,20 +194,21 @@ def run_cp_async(machine: Machine, instruction: Instruction, position: int) -> N
         raise PtxError(UNKNOWN)
 
 
-def run_trap(machine: Machine, instruction: Instruction, position: int) -> None:
-    raise PtxError(f"{machine.launch.describe(machine.at[0])} traps")
-
-
 def run_barrier(machine: Machine, instruction: Instruction, position: int) -> np.ndarray | None:
     """Barriers of a warp and of a block, and the two halves of a cluster's barrier."""
-    if "arrive" in instruction.opcode:
-        return machine.arrive_at_cluster(release="relaxed" not in instruction.opcode)
-    if "wait" in instruction.opcode:
-        return machine.park(position, machine.order.wait(machine.at))
-    warp = "warp" in instruction.opcode
+    opcode, order, warp = instruction.opcode, machine.order, "warp" in instruction.opcode
+    if "arrive" in opcode:
+        machine.parked[order.arrive(machine.at, "relaxed" not in opcode)] = False  # threads that wait look again
+        return None
+    if "wait" in opcode:
+        return machine.park(position, order.wait(machine.at))
     if instruction.operands != ("-1" if warp else "0",):
         raise PtxError(UNKNOWN)
-    return machine.synchronise(position, 32 if warp else machine.launch.threads)
+    size = 32 if warp else machine.launch.threads
+    complete = machine.all_here(size)
+    for group in machine.at[complete].reshape(-1, size):
+        order.acquire(group, order.release(group))
+    return machine.park(position, complete)
 
 
 def in_warps(function: Callable[[Machine, Instruction], None]) -> Run:
@@ -220,10 +216,10 @@ def in_warps(function: Callable[[Machine, Instruction], None]) -> Run:
 
     def run(machine: Machine, instruction: Instruction, position: int) -> np.ndarray:
         everyone, complete = machine.at, machine.all_here(32)
-        machine.select(everyone[complete])
+        machine.at = everyone[complete]
         if machine.at.size:
             function(machine, instruction)
-        machine.select(everyone)
+        machine.at = everyone
         return machine.park(position, complete)
 
     return run
@@ -269,12 +265,12 @@ FAMILIES: dict[str, Run] = {
     rf"st(\.global|\.shared)?(\.wb|\.c[gs]|\.wt)?{_VECTOR}": run_access,
     r"mov\.b(32|64)": run_pack,
     r"atom\.add\.release\.gpu\.u32|ld\.acquire\.gpu\.u32": run_atomic,
-    r"cvta\.shared\.u64": lambda m, it, at: m.put(it.operands[0], m.read(it.operands[1], "u64") + m.shared_window()),
+    r"cvta\.shared\.u64": lambda m, it, at: m.put(it.operands[0], m.read(it.operands[1], "u64") + m.window[m.at]),
     r"mapa\.u64": run_mapa,
     r"cp\.async\.(commit_group|wait_group|c[ag]\.shared\.global)": run_cp_async,
     r"bra(\.uni)?": lambda m, it, at: m.program.labels[it.operands[0]],
     r"ret": lambda m, it, at: m.leave(),
-    r"trap": run_trap,
+    r"trap": lambda m, it, at: m.memory.require(np.zeros(1, bool), m.at, lambda i: "traps"),
     r"bar(\.warp)?\.sync|barrier\.sync|barrier\.cluster\.(arrive(\.release|\.relaxed)?|wait(\.acquire)?)": run_barrier,
     r"shfl\.sync\.(bfly|idx)\.b32": run_shfl,
     r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16": run_matrix,

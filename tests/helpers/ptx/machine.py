@@ -11,7 +11,6 @@ from .memory import SHARED, SHARED_STRIDE, Accesses, Memory, Range
 from .order import Launch, Order
 from .program import TYPES, Program, PtxError
 
-WARP = 32
 MAX_STEPS = 2_000_000
 
 
@@ -25,14 +24,17 @@ class Machine:
 
     Attributes:
         at: indices of the threads that the current instruction runs for.
+        window: the generic address at which the shared memory of each thread's block starts.
     """
 
     def __init__(self, program: Program, launch: Launch, ranges: list[Range], arguments: bytes):
-        if launch.threads > program.max_threads or launch.threads % WARP:
+        if launch.threads > program.max_threads or launch.threads % 32:
             raise PtxError(f"{program.name} cannot run with {launch.threads} threads a block")
         self.program, self.launch, self.order = program, launch, Order(launch)
         self.count = launch.blocks * launch.threads
-        self.block = np.arange(self.count) // launch.threads
+        self.at = np.arange(self.count)
+        self.block = self.at // launch.threads
+        self.window = np.uint64(SHARED) + self.block.astype(np.uint64) * np.uint64(SHARED_STRIDE)
 
         # The kernel's memory, that of its blocks, its arguments, and the word that a grid-wide barrier uses.
         self.arguments, self.word = np.frombuffer(arguments, np.uint8), np.zeros(2, np.uint64)
@@ -53,17 +55,15 @@ class Machine:
 
         # The next instruction of each thread, and whether the thread waits there or has left.
         self.next = np.zeros(self.count, np.int64)
-        self.parked, self.exited = np.zeros(self.count, bool), np.zeros(self.count, bool)
-        self.at, self.everyone = np.arange(self.count), True
+        self.parked, self.exited = np.zeros((2, self.count), bool)
         self.code = [self.located(i, find, instruction) for i, instruction in enumerate(program.instructions)]
 
     def special_registers(self) -> dict[str, np.ndarray]:
-        launch, word, thread = self.launch, self.word.ctypes.data * self.launch.cooperative, np.arange(self.count)
+        launch, word = self.launch, self.word.ctypes.data * self.launch.cooperative
         values = {
-            **{"%tid.x": thread % launch.threads, "%ntid.x": launch.threads, "%laneid": thread % WARP},
+            **{f"%{name}.{axis}": name[0] == "n" for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "yz"},
+            **{"%tid.x": self.at % launch.threads, "%ntid.x": launch.threads, "%laneid": self.at % 32},
             **{"%ctaid.x": self.block, "%nctaid.x": launch.blocks},
-            **{f"%{name}.{axis}": 0 for name in ("tid", "ctaid") for axis in "yz"},
-            **{f"%{name}.{axis}": 1 for name in ("ntid", "nctaid") for axis in "yz"},
             **{"%cluster_ctarank": self.block % launch.cluster, "%cluster_nctarank": launch.cluster},
             **{"%envreg1": word >> 32, "%envreg2": word & 0xFFFFFFFF},
         }
@@ -74,7 +74,7 @@ class Machine:
         try:
             return function(*arguments)
         except PtxError as error:
-            raise PtxError(f"{self.program.name}, {self.program.instructions[position]}: {error}") from None
+            raise PtxError(f"{self.program.name}, {self.program.instructions[position].text}: {error}") from None
 
     # ---- Control flow ----
 
@@ -90,7 +90,7 @@ class Machine:
                 staying = self.next[~self.exited]
                 ready = self.next[~(self.parked | self.exited)]
                 if not ready.size:
-                    places = {str(self.program.instructions[i]) for i in self.next[self.parked]}
+                    places = {self.program.instructions[i].text for i in self.next[self.parked]}
                     raise PtxError(f"deadlock: {self.parked.sum()} of {self.count} threads wait for others at {places}")
                 start = int(ready.min())
                 if start == len(self.code):
@@ -107,9 +107,9 @@ class Machine:
         self.parked[threads] = False
         for position in range(start, stop):
             instruction = self.program.instructions[position]
-            self.select(threads)
+            self.at = threads
             if guard := instruction.guard:
-                self.select(threads[self.get(guard.lstrip("!")) != guard.startswith("!")])
+                self.at = threads[self.read(guard.lstrip("!"), "pred") != guard.startswith("!")]
                 if not self.at.size:
                     continue
             following = self.located(position, self.code[position], self, instruction, position)
@@ -119,9 +119,6 @@ class Machine:
                 return position + 1 - start
         self.next[threads] = stop
         return stop - start
-
-    def select(self, threads: np.ndarray) -> None:
-        self.at, self.everyone = threads, threads.size == self.count
 
     def park(self, position: int, complete: np.ndarray) -> np.ndarray:
         """Parks the threads that are not ``complete``; returns the next instruction of each thread."""
@@ -136,25 +133,17 @@ class Machine:
         self.exited[self.at] = True
         return len(self.code)
 
-    def synchronise(self, position: int, size: int) -> np.ndarray:
-        """A barrier of ``size`` consecutive threads."""
-        complete = self.all_here(size)
-        for group in self.at[complete].reshape(-1, size):
-            self.order.acquire(group, self.order.release(group))
-        return self.park(position, complete)
-
-    def arrive_at_cluster(self, release: bool) -> None:
-        self.parked[self.order.arrive(self.at, release)] = False  # threads that wait for this phase look again
-
     # ---- Operands ----
 
     def read(self, operand: str, kind: str) -> np.ndarray:
         """Returns an operand as numbers of a PTX type, one per thread."""
         dtype = TYPES[kind]
-        if self.program.register_type(operand) is None:
+        if operand not in self.program.registers:
             return np.full(self.at.shape, self.constant(operand, dtype))
+        if operand not in self.registers:
+            raise PtxError(f"{operand} is read before it is written")
         # An instruction may read the lower part of a register.
-        return self.get(operand).astype(f"u{dtype.itemsize}", copy=False).view(dtype)
+        return self.registers[operand][self.at].astype(f"u{dtype.itemsize}", copy=False).view(dtype)
 
     def read_vector(self, names: list[str], kind: str) -> np.ndarray:
         return np.stack([self.read(name, kind) for name in names], 1)
@@ -171,16 +160,6 @@ class Machine:
             return np.array(int(operand, 0) & (1 << 64) - 1, np.uint64).astype(dtype)[()]
         raise PtxError(f"the interpreter does not know the operand {operand}")
 
-    def shared_window(self) -> np.ndarray:
-        """Returns the generic address at which the shared memory of each thread's block starts."""
-        return np.uint64(SHARED) + self.block[self.at].astype(np.uint64) * np.uint64(SHARED_STRIDE)
-
-    def get(self, name: str) -> np.ndarray:
-        """Returns the bits of a register in the threads at this instruction."""
-        if name not in self.registers:
-            raise PtxError(f"{name} is read before it is written")
-        return self.registers[name] if self.everyone else self.registers[name][self.at]
-
     def put_vector(self, names: list[str], values: np.ndarray) -> None:
         """Writes the columns of ``values``, (threads, elements), to one register each."""
         for i, name in enumerate(names):
@@ -190,14 +169,14 @@ class Machine:
         """Writes a register; ``_`` stands for none. An integer of another width is cut, or extended by its sign."""
         if name == "_":
             return
-        bits = self.program.register_type(name)
+        bits = self.program.registers.get(name)
         if bits is None:
             raise PtxError(f"{name} is not declared")
         if value.dtype.itemsize != bits.itemsize:
             value = value.astype(bits.str.replace("u", "i") if value.dtype.kind == "i" else bits)
         if name not in self.registers:
             self.registers[name] = np.zeros(self.count, bits)
-        self.registers[name][slice(None) if self.everyone else self.at] = value.view(bits)
+        self.registers[name][self.at] = value.view(bits)
 
     # ---- Asynchronous copies to shared memory ----
 
@@ -211,12 +190,10 @@ class Machine:
 
     def finish_copies(self, pending: int) -> None:
         """Lets all copies of these threads arrive but those of the last ``pending`` commit groups."""
-        waiting, copies = np.isin(np.arange(self.count), self.at), self.copies
-        self.copies = []
-        for targets, sources, group in copies:
+        waiting = np.isin(np.arange(self.count), self.at)
+        for targets, sources, group in self.copies:
             arrives = waiting[targets.threads] & (group < self.commit_group[targets.threads] - pending)
-            now, later = (
-                [Accesses(*(x[some] for x in both)) for both in (targets, sources)] for some in (arrives, ~arrives)
-            )
-            self.memory.store(now[0], self.memory.load(now[1]))
-            self.copies.append((*later, group[~arrives]))
+            target, source = (Accesses(*(x[arrives] for x in both)) for both in (targets, sources))
+            self.memory.store(target, self.memory.load(source))
+            group[arrives] = MAX_STEPS  # no thread commits more groups
+        self.copies = [copy for copy in self.copies if (copy[2] < MAX_STEPS).any()]

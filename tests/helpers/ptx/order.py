@@ -38,11 +38,11 @@ class Order:
         self.epoch = np.zeros(count, np.int64)
         self.seen = np.zeros((count, self.peers), np.int32)
         self.published: dict[int, np.ndarray] = {}  # address of an atomic variable -> clock of what was released there
-        # Arrivals and waits of each thread at its cluster's barrier, and the joint clocks of the threads that have
-        # arrived in the current phase and in the last complete one.
-        self.arrivals, self.waits = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self.arriving = np.zeros((count // self.peers, self.peers), np.int32)
-        self.arrived = self.arriving.copy()
+        # Arrivals and waits of each thread at its cluster's barrier, its clock at the last arrival, and the joint clock
+        # of each cluster's threads at the arrivals of the last complete phase.
+        self.arrivals, self.waits = np.zeros((2, count), np.int64)
+        self.arriving = np.zeros((count, self.peers), np.int32)
+        self.arrived = np.zeros((count // self.size, self.peers), np.int32)
         self.remote: list[tuple[int, int, int]] = []  # (block, thread of another one that accesses it, its epoch)
 
     def stamps(self, threads: np.ndarray) -> np.ndarray:
@@ -56,13 +56,13 @@ class Order:
         return (stamps == 0) | (thread == by) | (seen & (thread // self.peers == by // self.peers))
 
     def release(self, threads: np.ndarray) -> np.ndarray:
-        """Ends an epoch of ``threads``, which are peers; returns the joint clock of all that happened before."""
+        """Ends an epoch of ``threads``; returns the joint clock of all that happened before, if they are peers."""
         self.epoch[threads] += 1
         self.seen[threads, threads % self.peers] = self.epoch[threads]
         return self.seen[threads].max(0)
 
     def acquire(self, threads: np.ndarray, clock: np.ndarray) -> None:
-        """Orders all that ``clock`` knows of before the next instruction of ``threads``, which are peers."""
+        """Orders all that ``clock``, of peers or of each thread, knows of before the next instruction of ``threads``."""
         self.seen[threads] = np.maximum(self.seen[threads], clock)
 
     def atomic(self, threads: np.ndarray, address: int, release: bool) -> None:
@@ -75,32 +75,25 @@ class Order:
         else:
             self.acquire(threads, published)
 
-    def by_cluster(self, threads: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Returns the clusters of ``threads``, and which of the threads belong to each."""
-        return [(cluster, threads[threads // self.size == cluster]) for cluster in np.unique(threads // self.size)]
-
     def arrive(self, threads: np.ndarray, release: bool) -> np.ndarray:
         """Counts arrivals at the clusters' barriers; returns all threads of the clusters whose phase they complete."""
         if (self.arrivals[threads] != self.waits[threads]).any():
             raise PtxError("a thread arrives twice at its cluster's barrier")
         self.arrivals[threads] += 1
-        complete = [threads[:0]]
-        for cluster, here in self.by_cluster(threads):
-            if release:
-                self.arriving[cluster] = np.maximum(self.arriving[cluster], self.release(here))
-            members = np.arange(cluster * self.size, (cluster + 1) * self.size)
-            if np.ptp(self.arrivals[members]) == 0:
-                self.arrived[cluster] = self.arriving[cluster]
-                complete.append(members)
-        return np.concatenate(complete)
+        if release:
+            self.release(threads)
+            self.arriving[threads] = self.seen[threads]
+        clusters = np.unique(threads // self.size)
+        complete = clusters[np.ptp(self.arrivals.reshape(-1, self.size)[clusters], axis=1) == 0]
+        self.arrived[complete] = self.arriving.reshape(-1, self.size, self.peers)[complete].max(1)
+        return (complete[:, None] * self.size + np.arange(self.size)).ravel()
 
     def wait(self, threads: np.ndarray) -> np.ndarray:
         """Returns which threads need not wait for their cluster's barrier any more, because its phase is complete."""
         if (self.arrivals[threads] == self.waits[threads]).any():
             raise PtxError("a thread waits for its cluster's barrier without an arrival")
         complete = self.arrivals.reshape(-1, self.size).min(1)[threads // self.size] >= self.arrivals[threads]
-        for cluster, here in self.by_cluster(threads[complete]):
-            self.acquire(here, self.arrived[cluster])
+        self.acquire(threads[complete], self.arrived[threads[complete] // self.size])
         self.waits[threads[complete]] += 1
         return complete
 

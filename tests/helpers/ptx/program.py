@@ -10,11 +10,7 @@ import numpy as np
 
 # PTX type -> numpy type. A bf16 number is kept as its bits.
 TYPES = {f"{kind}{8 * size}": np.dtype(f"{to}{size}") for kind, to in ("bu", "uu", "si") for size in (1, 2, 4, 8)}
-TYPES |= {
-    "pred": np.dtype(bool),
-    "bf16": np.dtype("u2"),
-    **{f"f{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
-}
+TYPES |= dict(zip(("pred", "bf16", "f16", "f32", "f64"), map(np.dtype, ("?", "u2", "f2", "f4", "f8"))))
 
 END = r"\n\}(?!\s*// end inline asm)"  # of a kernel; inline assembly may end with a brace, too
 
@@ -28,11 +24,7 @@ class Instruction:
     guard: str  # the predicate register that enables it, with "!" if negated; "" for none
     opcode: tuple[str, ...]  # "ld.global.v4.u32" in its parts
     operands: tuple[str, ...]
-    text: str
-    line: int  # in the PTX file
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.text}"
+    text: str  # with its line in the PTX file
 
 
 @dataclass
@@ -42,7 +34,7 @@ class Program:
     Attributes:
         parameters: name -> offset in the bytes of the kernel's arguments.
         shared: names of the dynamic shared memory; all stand for its first byte.
-        registers: name -> numpy type of its bits. ``%r<9>`` declares the prefix ``%r``.
+        registers: name -> numpy type of its bits.
         labels: name -> index of the instruction that follows it.
     """
 
@@ -54,10 +46,6 @@ class Program:
     registers: dict[str, np.dtype] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
-
-    def register_type(self, name: str) -> np.dtype | None:
-        """Returns the numpy type of a register's bits, or None if there is no such register."""
-        return self.registers.get(name, self.registers.get(name.rstrip("0123456789")))
 
 
 def parse(text: str, suffix: str) -> Program:
@@ -95,12 +83,13 @@ def read_statement(program: Program, text: str, line: int) -> None:
         text = text[match.end() :]
     if match := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):
         bits = TYPES["pred"] if match[1] == "pred" else np.dtype(f"u{TYPES[match[1]].itemsize}")
-        for name in re.findall(r"%?[a-zA-Z_]\w*", match[2]):
-            if program.registers.setdefault(name, bits) != bits:
-                raise PtxError(f"line {line}: register {name} is declared with two widths")
+        for name, count in re.findall(r"(%?[a-zA-Z_]\w*)(?:<(\d+)>)?", match[2]):
+            for register in [f"{name}{i}" for i in range(int(count))] if count else [name]:
+                if program.registers.setdefault(register, bits) != bits:
+                    raise PtxError(f"line {line}: register {register} is declared with two widths")
     elif match := re.match(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL):
         operands = tuple(re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", re.sub(r" *([][+]) *", r"\1", match[3])))
-        text, opcode = re.sub(r"\s+", " ", text), tuple(match[2].split("."))
-        program.instructions.append(Instruction(match[1] or "", opcode, operands, text, line))
+        text = f"line {line}: " + re.sub(r"\s+", " ", text)
+        program.instructions.append(Instruction(match[1] or "", tuple(match[2].split(".")), operands, text))
     elif not text.startswith(".pragma"):
         raise PtxError(f"line {line}: unknown statement: {text}")
