@@ -88,7 +88,12 @@ SCORE_FAULTS = {
         ONE_WARP,
     ),
     "no return": (r"\bret;", "", "past the last instruction", ONE_WARP),
-    "a modifier that the interpreter does not know": (r"fma\.rn\.f32", "fma.rz.f32", r"fma\.rz\.f32 .*does not know this", ONE_WARP),
+    "a modifier that the interpreter does not know": (
+        r"fma\.rn\.f32",
+        "fma.rz.f32",
+        r"fma\.rz\.f32 .*does not know this",
+        ONE_WARP,
+    ),
 }
 
 
@@ -158,6 +163,12 @@ def test_what_triton_compiles(arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and re.search(r"[1-9]\d* launches\n3 faults found", run.stdout), run.stdout + run.stderr
+
+
+def test_the_interpreter_stays_small():
+    modules = ("arithmetic", "instructions", "machine", "memory", "order", "program")
+    paths = [ROOT / "tests/helpers/ptx" / f"{name}.py" for name in modules]
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= 900
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

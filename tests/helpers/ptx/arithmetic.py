@@ -98,9 +98,3 @@ def mask(x, position, length):
     """Ones in the ``length`` bits from ``position`` on."""
     length, position = length.astype(x.dtype), position.astype(x.dtype)
     return (np.ones_like(x) << length) - x.dtype.type(1) << position
-
-
-def insert_bits(source, target, position, length):
-    """``bfi``: the lowest ``length`` bits of source replace those of target at ``position``."""
-    bits = mask(target, position, length)
-    return target & ~bits | source << position.astype(target.dtype) & bits

@@ -70,18 +70,18 @@ define("xor", f"{BITS} pred", np.bitwise_xor)
 define("not", f"{BITS} pred", np.invert, "*")
 define("shl", BITS, lambda x, n: x << n.astype(x.dtype), "* u32")  # by the width or more: zeros, or copies of the sign
 define("shr", f"{INTEGER} {BITS}", lambda x, n: x >> n.astype(x.dtype), "* u32")
-define("bfi", "b32 b64", a.insert_bits, "* * u32 u32")
+define("bfi", "b32 b64", lambda x, y, at, n: y ^ (y ^ x << at.astype(x.dtype)) & a.mask(y, at, n), "* * u32 u32")
 define("bfe", "u32", lambda x, at, n: (x & a.mask(x, at, n)) >> at, "* u32 u32")
 define("mov", f"{BITS} u16 u32 u64 {FLOAT} pred", lambda x: x, "*")
 define("cvta.to.global cvta.global", "u64", lambda x: x, "*")  # global addresses are generic addresses
 define("selp", f"{BITS} {NUMBER}", lambda x, y, p: np.where(p, x, y), "* * pred")
 
 # Comparisons. The ordered ones are false if an operand is NaN, those with a "u" (equ, ltu, ...) are true.
-for name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    compare = getattr(operator, name)
-    define(f"setp.{name}", f"{INTEGER} {BITS}", compare, result="pred")
-    define(f"setp.{name}", FLOAT, lambda x, y, f=compare: f(x, y) & ~a.unordered(x, y), result="pred")
-    define(f"setp.{name}u", FLOAT, lambda x, y, f=compare: f(x, y) | a.unordered(x, y), result="pred")
+for compare in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge):
+    name = f"setp.{compare.__name__}"
+    define(name, f"{INTEGER} {BITS}", compare, result="pred")
+    define(name, FLOAT, lambda x, y, f=compare: f(x, y) & ~a.unordered(x, y), result="pred")
+    define(f"{name}u", FLOAT, lambda x, y, f=compare: f(x, y) | a.unordered(x, y), result="pred")
 define("setp.nan", FLOAT, a.unordered, result="pred")
 define("setp.num", FLOAT, lambda x, y: ~a.unordered(x, y), result="pred")
 

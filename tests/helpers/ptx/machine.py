@@ -79,11 +79,7 @@ class Machine:
     # ---- Control flow ----
 
     def run(self) -> None:
-        """Runs all threads to their end, and writes the results to the host's memory.
-
-        Raises:
-            PtxError: an access breaks a rule of :class:`Memory`, threads wait for ever, or a block leaves too early.
-        """
+        """Runs all threads to their end, and writes the results to the host's memory; raises PtxError for any fault."""
         steps = 0
         with np.errstate(all="ignore"):
             while not self.exited.all():
@@ -174,9 +170,7 @@ class Machine:
             raise PtxError(f"{name} is not declared")
         if value.dtype.itemsize != bits.itemsize:
             value = value.astype(bits.str.replace("u", "i") if value.dtype.kind == "i" else bits)
-        if name not in self.registers:
-            self.registers[name] = np.zeros(self.count, bits)
-        self.registers[name][self.at] = value.view(bits)
+        self.registers.setdefault(name, np.zeros(self.count, bits))[self.at] = value.view(bits)
 
     # ---- Asynchronous copies to shared memory ----
 

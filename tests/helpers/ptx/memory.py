@@ -68,10 +68,7 @@ class Memory:
             raise PtxError(f"{self.order.launch.describe(threads[i])} {problem(i)}")
 
     def locate(self, address: np.ndarray, size: int, space: str, threads: np.ndarray) -> Accesses:
-        """Finds ``size`` bytes at each thread's address.
-
-        Raises PtxError for an access that is misaligned, outside of all ranges, or in another space than ``space``.
-        """
+        """Finds ``size`` bytes at each thread's address; they must be aligned and in one range of ``space``."""
         which = np.searchsorted(self.starts, address, side="right") - 1
         offset = (address - self.starts[which]).astype(np.int64)
         near = lambda i: f"at byte {offset[i]} of {self.ranges[which[i]].name} ({self.sizes[which[i]]} bytes)"  # noqa: E731
@@ -99,8 +96,7 @@ class Memory:
 
     def check_write(self, accesses: Accesses) -> None:
         index, which, threads = accesses
-        constant = lambda i: f"writes to {self.ranges[which[i]].name}: it is read-only"  # noqa: E731
-        self.require(self.writable[which], threads, constant)
+        self.require(self.writable[which], threads, lambda i: f"writes to read-only {self.ranges[which[i]].name}")
         self.check_order(self.written[index], "writes", "wrote", accesses)
         self.check_order(np.where(self.racy[which, None], 0, self.read[index]), "writes", "read", accesses)
 

@@ -62,7 +62,7 @@ class Order:
         return self.seen[threads].max(0)
 
     def acquire(self, threads: np.ndarray, clock: np.ndarray) -> None:
-        """Orders all that ``clock``, of peers or of each thread, knows of before the next instruction of ``threads``."""
+        """Orders all that ``clock`` (of peers, or of each thread) knows of before the threads' next instruction."""
         self.seen[threads] = np.maximum(self.seen[threads], clock)
 
     def atomic(self, threads: np.ndarray, address: int, release: bool) -> None:
@@ -102,5 +102,4 @@ class Order:
         for block, thread, epoch in self.remote:
             members = slice(block * self.launch.threads, (block + 1) * self.launch.threads)
             if (self.seen[members, thread % self.peers] <= epoch).all():
-                who = self.launch.describe(thread)
-                raise PtxError(f"block {block} may have left before {who} accesses its shared memory")
+                raise PtxError(f"block {block} may have left before {self.launch.describe(thread)} accesses its memory")
