@@ -81,12 +81,12 @@ def launch(kernel: JITFunction, grid: tuple[int], arguments: tuple, options: dic
 def rows_of(name: str, tensor: torch.Tensor) -> list[Range]:
     """The memory of a tensor of one or two dimensions; between the rows there is none.
 
-    Where a tensor is smaller than a block, several threads load an element, and one of them stores the result. Loads of
-    the other threads may come after that store, because nothing uses them.
+    Several threads load each of the last logits of a row, and one of them stores the result. The other threads may load
+    after that store, because they use the value for nothing.
     """
     rows = tensor if tensor.ndim == 2 else tensor[None]
     size = rows.shape[1] * rows.element_size()
-    access = {"writable": True, "racy_reads": True}
+    access = {"writable": True, "racy_reads": name == "logits"}
     return [Range(f"{name}, row {i}", row.data_ptr(), size, **access) for i, row in enumerate(rows) if size]
 
 
