@@ -56,7 +56,7 @@ class _Gather(NamedTuple):
 
     index: Tensor  # (B * L,) int64
     rounds: Rounds  # of the index without T
-    shape: tuple[int, int]
+    places: NDArray[np.int64]  # (B, L), the index on the host
     has_zeros: bool
 
     @classmethod
@@ -68,12 +68,12 @@ class _Gather(NamedTuple):
             for to, source in scatter_rounds(flat[held], rows)
         ]
         index = torch.from_numpy(flat).to(device)
-        return cls(index, rounds, (places.shape[0], places.shape[1]), len(held) < len(flat))
+        return cls(index, rounds, places, len(held) < len(flat))
 
     def __call__(self, rows: Tensor) -> Tensor:  # (T, ...) -> (B, L, ...)
         if self.has_zeros:
             rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-        return gather_rows(rows, self.index, self.rounds).view(*self.shape, *rows.shape[1:])
+        return gather_rows(rows, self.index, self.rounds).view(*self.places.shape, *rows.shape[1:])
 
 
 @dataclass
@@ -168,7 +168,7 @@ class StateLayout:
         return _Gather.of(places, self.tokens, self.device)
 
     def _places(self, gathers: Sequence[_Gather]) -> _Gather:
-        row = torch.cat([gather.index for gather in gathers]).cpu().numpy()
+        row = np.concatenate([gather.places.reshape(-1) for gather in gathers])
         places = np.empty(self.tokens + 1, np.int64)
         places[row[::-1]] = np.arange(len(row))[::-1]  # the first of several places stays
         return _Gather.of(places[None, :-1], len(row), self.device)

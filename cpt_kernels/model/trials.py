@@ -202,7 +202,10 @@ def _embedding_gradient(model: nn.Module, ids: Tensor) -> Tensor:
 def auxiliary_loss(model: nn.Module) -> Tensor | float | None:
     """Returns the load-balancing loss of the model's own forward; None, or a number, from a model without one."""
     with _trial(model) as ids:
-        return getattr(model(input_ids=ids, use_cache=False, output_router_logits=True), "aux_loss", None)
+        try:
+            return getattr(model(input_ids=ids, use_cache=False, output_router_logits=True), "aux_loss", None)
+        except IndexError:  # transformers reads the first of no router logits: all layers are dense
+            return None
 
 
 # --- A forward that leaves no trace ---

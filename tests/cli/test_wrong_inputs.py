@@ -100,7 +100,7 @@ def _write_data(home: Path, pairs: list[dict[str, str]]) -> None:
     write_rows(home / "a.jsonl", [row for row in responses if row["model"] == "a"])
     write_rows(home / "b.jsonl", [row for row in responses if row["model"] == "b"])
     (home / "options.yaml").write_text("beta: 0.1\n")
-    (home / "judges.py").write_text(
+    (home / "wrong_judges.py").write_text(
         "def fails(prompt, output_1, output_2):\n    return 1 / 0\n\n\n"
         "def scores(prompt, output_1, output_2):\n    return 7\n\n\n"
         "def none(prompt, output_1, output_2):\n    return None\n\n\nnumber = 3\n"
@@ -423,17 +423,17 @@ _WRONG_COMMANDS = {
     f"{_EVAL} --models {{home}}/model {{home}}/model": "give it once",
     f"{_EVAL} --ratio_edges x": "--ratio_edges",
     f"{_WIN}": "--judge",
-    f"{_WIN} --judge judges": "expected module:function",
+    f"{_WIN} --judge wrong_judges": "expected module:function",
     f"{_WIN} --judge no_such_module:prefer": "the module no_such_module does not exist",
-    f"{_WIN} --judge judges:no": "the module judges has no no",
-    f"{_WIN} --judge judges:number": "number is of type int, not a function",
+    f"{_WIN} --judge wrong_judges:no": "the module wrong_judges has no no",
+    f"{_WIN} --judge wrong_judges:number": "number is of type int, not a function",
     f"{_WIN} --judge broken_judges:prefer": "broken_judges cannot be imported: ModuleNotFoundError",
-    f"{_WIN} --judge judges:fails": "the judge failed at comparison 0: ZeroDivisionError: division by zero",
-    f"{_WIN} --judge judges:scores": "the judge returned 7 for comparison 0",
-    f"{_WIN} --judge judges:none": "the judge returned None for comparison 0",
-    f"{_WIN} --judge judges:fails --concurrency 2": "concurrency has no effect with a Python function",
-    f"{_WIN} --judge judges:fails --baseline_model zz": "baseline_model",
-    f"{_WIN} --judge judges:fails --length_prior 0 -1": "length_prior",
+    f"{_WIN} --judge wrong_judges:fails": "the judge failed at comparison 0: ZeroDivisionError: division by zero",
+    f"{_WIN} --judge wrong_judges:scores": "the judge returned 7 for comparison 0",
+    f"{_WIN} --judge wrong_judges:none": "the judge returned None for comparison 0",
+    f"{_WIN} --judge wrong_judges:fails --concurrency 2": "concurrency has no effect with a Python function",
+    f"{_WIN} --judge wrong_judges:fails --baseline_model zz": "baseline_model",
+    f"{_WIN} --judge wrong_judges:fails --length_prior 0 -1": "length_prior",
     f"{_WIN} --judge_model x --judge_template {{tmp}}/no.jinja": "judge_template={tmp}/no.jinja cannot be used",
     "eval export --outputs {home}/responses.jsonl --to {tmp}/x.json": "choose one by --model",
     "eval export --outputs {home}/a.jsonl --to {home}/notes.txt/x.json": "notes.txt",

@@ -275,9 +275,10 @@ def test_an_auxiliary_loss_of_any_kind(tmp_path, caplog, value):
     assert (message in caplog.text) == (not isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize("model", ["deepseek_v3", "none"])
+@pytest.mark.parametrize("model", ["deepseek_v3", "none", "dense"])
 def test_a_mixture_of_experts_without_an_auxiliary_loss(tmp_path, caplog, model):
-    model = returning(None) if model == "none" else tiny(model)
+    models = {"none": lambda: returning(None), "dense": lambda: tiny_model("qwen3_next")}
+    model = models.get(model, lambda: tiny(model))()
     assert auxiliary_loss(model) is None
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1: .* computes no load-balancing loss"):
         make_trainer(tmp_path, model=model, router_aux_loss_coef=0.1)

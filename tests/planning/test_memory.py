@@ -16,6 +16,7 @@ from cpt_kernels.losses import build_loss
 from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.planning.budget import fill_batch, free_memory, largest_budget
 from cpt_kernels.planning.memory import LiveBytes, measure_step, set_checkpointing
+from tests.helpers.architectures import STATES, tiny_model
 
 VOCAB = 1500
 
@@ -70,6 +71,16 @@ def test_a_step_allocates_what_is_predicted(tmp_path, peft, checkpointing, optio
             del scores, moved
     assert found.peak == pytest.approx(live.peak, rel=0.02)
     assert 0 < found.activations < found.peak and 0 < found.head < found.peak
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_layers_with_a_state_are_measured_without_values(tmp_path, name):
+    args = ContrastiveConfig(tmp_path, use_cpu=True, report_to=[])
+    every = [{**row, "prompt_ids": [6, 7], "completion_ids": [[1, 2, 3], [4, 5]]} for row in rows(3)]
+    packed, loss = PackedModel(tiny_model(name), 1.0), build_loss("sigmoid", beta=0.1)
+    assert packed.state_layers
+    found = measure_step(packed, PackedCollator()(every), args, loss, checkpointing=False, accumulates=False)
+    assert found is not None and found.peak > 0
 
 
 @pytest.mark.parametrize("curvature", [0, 1 / 500])
