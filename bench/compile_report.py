@@ -4,10 +4,10 @@
 
 Triton kernels are compiled ahead of time through their own launchers, with the tile sizes and specializations used in
 production, at several vocabulary sizes. CUDA sources are compiled by nvcc for the GPUs that the extension has machine
-code for, and, from the PTX that it carries, for those that came later. Machine code (SASS) is read. It must use no
-local memory. The loops of ``vocab_score`` over whole vectors must load and store 16 bytes at a time and have few
-instructions per element, and its registers must allow the blocks per multiprocessor that its launch plans. The exit
-code is 1 if any kernel breaks a rule or spills registers or has a stack frame.
+code for, and, from the PTX that it carries, for those that came later. Machine code (SASS) is read. CUDA kernels must
+use no local memory. The loops of ``vocab_score`` over whole vectors must load and store 16 bytes at a time and have few
+instructions per element, and in CUDA its registers must allow the blocks per multiprocessor that its launch plans. The
+exit code is 1 if any kernel breaks a rule or spills registers or has a stack frame.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ CUDA_ARCHITECTURES = {
     "sm_120a": "compute_90",
 }
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# The most instructions per element in the loops of vocab_score over whole vectors; the last two have bias and cap in
+# The most instructions per element in the loops of vocab_score over whole vectors. CUDA's last two have bias and cap in
 # one loop, so a launch runs a part of them.
 BUDGETS = {"": 14, "statistics": 18, "bias and cap": 60, "statistics, bias and cap": 64}
+TRITON_BUDGETS = {"": 14, "statistics": 18, "statistics, bias, softcap": 80}
 _REGISTERS = 65536  # of a multiprocessor
 VOCABULARIES = (32000, 128256, 256000)
 
@@ -119,13 +120,34 @@ def hot_loops(code: list[str]) -> list[tuple[list[str], int]]:
     return [(loop, vectors) for loop, vectors in loops if vectors and vectors == most]
 
 
-def instructions_per_element(code: list[str], element_bytes: int) -> float:
+def unmasked_loops(code: list[str], biased: bool) -> list[tuple[list[str], int]]:
+    """Returns Triton's loops over whole vectors, and how many vectors of the row an iteration reads.
+
+    In its loops over the end of a row each load depends on a predicate. A bias of the row's dtype is read like the row.
+    """
+    loops = [(loop, count(_WIDE_LOAD, loop) // (2 if biased else 1)) for loop in innermost_loops(code)]
+    masked = re.compile(r"@!?U?P\w+ LDG")
+    return [(loop, vectors) for loop, vectors in loops if vectors and not any(map(masked.match, loop))]
+
+
+def instructions_per_element(loops: list[tuple[list[str], int]], element_bytes: int) -> float:
     """Returns the instructions per element of a row, summed over the loops over whole vectors.
 
     Code that an iteration jumps over counts too (bias or cap, where only the other is there). The loop that only copies
     a row to shared memory does not.
     """
-    return sum(len(loop) * element_bytes / (16 * vectors) for loop, vectors in hot_loops(code))
+    return round(sum(len(loop) * element_bytes / (16 * vectors) for loop, vectors in loops), 1)
+
+
+def broken_triton_rules(options: str, loops: list[tuple[list[str], int]], per_element: float) -> tuple[str, ...]:
+    """Returns what the machine code of Triton's ``vocab_score`` with aligned rows breaks."""
+    broken = []
+    writes = [count(r"STG\.(\w+\.)*128", loop) for loop, _ in loops]
+    if len(loops) != 2 or writes != [0, loops[1][1]] or any(count(r"(LDG|STG)\.(?!\S*128)", loop) for loop, _ in loops):
+        broken.append(f"loops over whole vectors read {[n for _, n in loops]} and write {writes} vectors of 16 bytes")
+    if per_element > TRITON_BUDGETS[options]:
+        broken.append(f"{per_element} instructions per element are more than {TRITON_BUDGETS[options]}")
+    return tuple(broken)
 
 
 def broken_rules(case: str, code: list[str], per_element: float, blocks: int, planned: int) -> tuple[str, ...]:
@@ -196,6 +218,13 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
                     file.write(kernel.asm["cubin"])
                     file.flush()
                     ((_, used),) = resource_usage(Path(file.name))
+                    (code,) = disassemble(Path(file.name)).values()
+                per_element, broken = None, ()
+                if name == "_vocab_score_kernel" and "unaligned" not in case:
+                    size, _, options = case.split(" ", 1)[1].partition(", ")
+                    loops = unmasked_loops(code, "bias" in options)
+                    per_element = instructions_per_element(loops, ELEMENT_BYTES[size])
+                    broken = broken_triton_rules(options.removesuffix(", rows of the head's tile"), loops, per_element)
                 yield Usage(
                     compiler="triton",
                     architecture=f"sm_{architecture}",
@@ -207,6 +236,8 @@ def triton_usages(quick: bool) -> Iterator[Usage]:
                     spills=used["LOCAL"],
                     threads=32 * kernel.metadata.num_warps,
                     wide=len(re.findall(r"(?:ld|st)\.global[.\w]*\.v4\.b32", kernel.asm["ptx"])),
+                    per_element=per_element,
+                    broken=broken,
                 )
             compiled.clear()
 
@@ -234,9 +265,9 @@ def triton_cases(torch, quick: bool):
     yield "V=256000 bf16, statistics, bias, softcap", vocab_score(256000, bf16, 30.0, True)
     stride = row_stride(50257, torch.device("cuda"))
     yield "V=50257 bf16, statistics, rows of the head's tile", vocab_score(50257, bf16, stride=stride)
+    yield "V=128256 bf16", vocab_score(128256, bf16, statistics=False)
+    yield "V=128256 fp16, statistics", vocab_score(128256, fp16)
     if not quick:
-        yield "V=128256 bf16", vocab_score(128256, bf16, statistics=False)
-        yield "V=128256 fp16, statistics", vocab_score(128256, fp16)
         yield "V=128256 fp32, statistics", vocab_score(128256, fp32)
         yield "V=50257 bf16, statistics, unaligned rows", vocab_score(50257, bf16)
 
@@ -278,7 +309,7 @@ def cuda_usages(quick: bool, folder_of_sources: Path = CSRC) -> Iterator[Usage]:
                     code, case = machine_code[name], template_arguments(name)
                     broken = ("it uses local memory",) if count(r"(LDL|STL)\b", code) else ()
                     blocks = _REGISTERS // (threads * -(-used["REG"] // 8) * 8)
-                    per_element = round(instructions_per_element(code, ELEMENT_BYTES[case[:4]]), 1) if case else None
+                    per_element = instructions_per_element(hot_loops(code), ELEMENT_BYTES[case[:4]]) if case else None
                     if case:
                         broken += broken_rules(case, code, per_element, blocks, planned)
                     yield Usage(

@@ -29,9 +29,9 @@ __device__ inline float reciprocal_fast(float x) {
 #endif
 }
 
-// A sum as its rounded value and what rounding lost (Knuth's two-sum). The sum of a peaked row is 1 and very little, and
-// its logarithm is the result, which would be a rounding error without `low`. log() is right for sums from 1 on, and for 0.
-// An infinite value makes low NaN, which log() ignores.
+// A sum as its rounded value and what rounding lost (Knuth's two-sum). The sum of a peaked row is 1 and very little,
+// and its logarithm is the result, which would be a rounding error without `low`. log() is right for sums from 1 on,
+// and for 0. An infinite value makes low NaN, which log() ignores.
 struct Sum {
     float high = 0, low = 0;
     __device__ void add(float x) {
@@ -54,10 +54,10 @@ struct Sum {
     }
 };
 
-// Sums over some numbers y of which the logits z are a multiple: e^(z - max z) = 2^t with t = unit (y - m), m = max y and
-// unit = (z / y) log2 e. The subtraction comes first, so that t is 0 at the maximum, and a number that all y have in common
-// costs no digits. m stays finite, so the difference of two maxima is never inf - inf. An infinite logit then shows as an
-// infinite sum and a NaN as a NaN sum, and every statistic equals eager PyTorch's without any branch.
+// Sums over some numbers y of which the logits z are a multiple: e^(z - max z) = 2^t with t = unit (y - m), m = max y
+// and unit = (z / y) log2 e. The subtraction comes first, so that t is 0 at the maximum, and a number that all y have
+// in common costs no digits. m stays finite, so the difference of two maxima is never inf - inf. An infinite logit then
+// shows as an infinite sum and a NaN as a NaN sum, and every statistic equals eager PyTorch's without any branch.
 template <bool kStatistics>
 struct Online {
     float m = -FLT_MAX;
@@ -154,8 +154,8 @@ struct SharedStatistics {
     Online<kStatistics> block;
 };
 
-// Merges the statistics of a whole row. Every thread gets m and s.high; lane 0 of each warp gets all. With kSplit, every
-// thread has arrived at the cluster's barrier afterwards and must wait for it before it leaves.
+// Merges the statistics of a whole row. Every thread gets m and s.high; lane 0 of each warp gets all. With kSplit,
+// every thread has arrived at the cluster's barrier afterwards and must wait for it before it leaves.
 template <bool kSplit, bool kStatistics>
 __device__ Online<kStatistics> merge_row(Online<kStatistics> mine, SharedStatistics<kStatistics>* shared, float unit) {
     const int lane = threadIdx.x % kWarp;

@@ -1,9 +1,9 @@
 // A tile of logits -> log-probs of its targets, statistics and, in place, the vocab score (onehot - softmax).
 //
-// The tile is read once and written once in device memory. An H200 moves an element (two times two bytes) in the time of
-// some 20 instructions, so the loops over a row must have fewer (bench/NOTES.md has the counts): loops over whole vectors
-// test no column, maxima are taken over packed pairs, scale and log2 e are one factor of the exponent, and the target's
-// element is written apart.
+// The tile is read once and written once in device memory. An H200 moves an element (two times two bytes) in the time
+// of some 20 instructions, so the loops over a row must have fewer (bench/NOTES.md has the counts): loops over whole
+// vectors test no column, maxima are taken over packed pairs, scale and log2 e are one factor of the exponent, and the
+// target's element is written apart.
 //
 // Asynchronous copies bring a row into shared memory once; it is reduced there, and its score is written from there. A
 // row too long for one block (128k bf16 logits are 256 KB) is split over a thread-block cluster (sm_90), whose blocks
@@ -65,8 +65,8 @@ __device__ __forceinline__ float scaled(float z, const Params& p) {
 }
 __device__ inline float square(float x) { return x * x; }
 
-// Applies bias, scale and cap to the columns first, first + 1, ... kWhole: all lie within the vocabulary, and their bias
-// starts at a multiple of 16 bytes.
+// Applies bias, scale and cap to the columns first, first + 1, ... kWhole: all lie within the vocabulary, and their
+// bias starts at a multiple of 16 bytes.
 template <bool kWhole, int kWidth>
 __device__ __forceinline__ void adjust(const Params& p, int first, float* z) {
     if (p.bias) {
@@ -99,9 +99,9 @@ template <int kCount>
 using Count = std::integral_constant<int, kCount>;
 
 // Calls f(Count<kBatch>, v) for batches of the whole vectors v, v + kWarp, ..., and f(Count<1>, v) for each other
-// vector. A batch of a warp is kBatch * kWarp consecutive vectors, so all addresses in it are one address and constants.
-// Which thread owns a vector depends on begin and kBatch alone. Vectors from whole_begin up to whole_end are whole; at
-// most the first vector of a row lies before them.
+// vector. A batch of a warp is kBatch * kWarp consecutive vectors, so all addresses in it are one address and
+// constants. Which thread owns a vector depends on begin and kBatch alone. Vectors from whole_begin up to whole_end are
+// whole; at most the first vector of a row lies before them.
 template <int kBatch, typename F>
 __device__ __forceinline__ void for_each_vector(int begin, int end, int whole_begin, int whole_end, F f) {
     constexpr int kChunk = kBatch * kWarp;
@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks) vocab_score_kernel(const
             logits[target] = x.values[0];
         }
     }
-    // No block may leave while others read its statistics. Each thread arrived after its last such read, so nothing here
-    // waits for the stores of the score.
+    // No block may leave while others read its statistics. Each thread arrived after its last such read, so nothing
+    // here waits for the stores of the score.
     if (kResident) Cluster::wait();
 }
 
@@ -281,8 +281,8 @@ struct Plan {
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Chooses the smallest cluster with which three blocks share a multiprocessor: then one block's reads, another's
-// reduction and a third's writes overlap. If there is none, it takes the largest cluster, provided that two blocks share
-// a multiprocessor. With clusters one block is enough: the row is still read once and not twice.
+// reduction and a third's writes overlap. If there is none, it takes the largest cluster, provided that two blocks
+// share a multiprocessor. With clusters one block is enough: the row is still read once and not twice.
 Plan make_plan(int64_t row_vectors, int64_t statistics_bytes, bool score) {
     const auto threads_for = [](int64_t vectors) {
         const int64_t warps = ceil_divide(ceil_divide(vectors, kVectorsPerThread), kWarp);
@@ -343,7 +343,8 @@ void vocab_score(Pointer logits, const std::string& dtype, int64_t rows, int64_t
                  Pointer stream) {
     require(rows >= 0 && columns > 0 && columns <= INT32_MAX / 2, "vocab_score: rows or columns out of range");
     require(vocab_size > 0 && vocab_size <= columns, "vocab_score: vocab_size is not within the columns");
-    require(!score || rows <= 1 || row_stride >= columns, "vocab_score: rows overlap, no score can be written over them");
+    require(!score || rows <= 1 || row_stride >= columns,
+            "vocab_score: rows overlap, no score can be written over them");
     require(softcap >= 0, "vocab_score: softcap must be positive, or 0 for none");
     if (rows == 0) return;
     require(logits && targets && logps && lse, "vocab_score: a pointer is missing");

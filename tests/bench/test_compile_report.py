@@ -11,7 +11,16 @@ import sys
 
 import pytest
 
-from bench.compile_report import CSRC, Usage, cuda_usages, template_arguments, usage_table
+from bench.compile_report import (
+    CSRC,
+    Usage,
+    broken_triton_rules,
+    cuda_usages,
+    instructions_per_element,
+    template_arguments,
+    unmasked_loops,
+    usage_table,
+)
 from tests.helpers import ROOT
 
 
@@ -37,6 +46,26 @@ def test_triton():
     wide = [usage["wide"] for usage in found["kernels"] if "head's tile" in usage["case"]]
     # With an odd vocabulary, the first pass loads 16 bytes at a time, and the second loads and stores 16 bytes.
     assert len(wide) == 3 and all(count >= 6 for count in wide)
+    scores = [usage for usage in found["kernels"] if usage["kernel"] == "vocab_score_kernel"]
+    counts = {usage["case"]: usage["per_element"] for usage in scores if usage["architecture"] == "sm_90"}
+    assert len(scores) == 3 * len(counts) and not any(usage["broken"] for usage in scores)
+    assert 8 < counts["V=128256 bf16"] <= 14 and 8 < counts["V=128256 bf16, statistics"] <= 18
+
+
+def test_rules_for_triton():
+    """Machine code of two loops over whole vectors and one over the row's end, and the faults that rules name."""
+    load, store, more = "LDG.E.128 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4", ["FADD R4, R5, R6"] * 60
+    first, second = [load, *more], [load, *more, store]
+
+    def broken(*loops: list[str]) -> str:
+        code = [line for i, loop in enumerate(loops) for line in (f".L_x_{i}:", *loop, f"@P0 BRA `(.L_x_{i})")]
+        found = unmasked_loops(code, biased=False)
+        return " ".join(broken_triton_rules("statistics", found, instructions_per_element(found, 2)))
+
+    assert not broken(first, second, [f"@!P1 {load}", *more, f"@!P1 {store}"])
+    assert "16 bytes" in broken(first, [load, *more, *["STG.E.U16 desc[UR4][R2.64], R4"] * 8])
+    assert "16 bytes" in broken(first, [*second, store]) and "16 bytes" in broken(second)
+    assert "instructions per element" in broken([*first, *more], second)
 
 
 def test_cuda():

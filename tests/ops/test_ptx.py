@@ -162,7 +162,7 @@ def test_what_triton_compiles(arguments):
     command = [sys.executable, "-m", "tests.helpers.ptx.triton_kernels", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and re.search(r"[1-9]\d* launches\n3 faults found", run.stdout), run.stdout + run.stderr
+    assert run.returncode == 0 and re.search(r"[1-9]\d* launches\n4 faults found", run.stdout), run.stdout + run.stderr
 
 
 def test_the_interpreter_stays_small():
@@ -213,6 +213,13 @@ def test_conversions_and_bits():
     assert run("bfi.b32", np.uint32([0xABCD]), np.uint32([0x11111111]), eight, eight) == 0x1111CD11
     assert run("bfi.b64", np.uint64([0xABCD]), np.uint64([7]), much, much) == 0xABCD_00000007
     assert run("bfe.u32", np.uint32([0x12345678]), eight, eight) == 0x56
+    assert run("bfe.s32", np.int32([0b1011_0100] * 4), *np.uint32([[4, 2, 1, 3], [3, 3, 1, 0]])).tolist() == [
+        3,
+        -3,
+        0,
+        0,
+    ]
+    assert run("bfe.s32", np.int32([-8, -8, 7]), *np.uint32([[1, 30, 0], [32, 9, 32]])).tolist() == [-4, -1, 7]
     assert run("max.f32", np.float32([np.nan]), np.float32([-1])) == -1
     nan = np.float32([np.nan])
     assert not run("setp.ne.f32", nan, nan) and run("setp.neu.f32", nan, nan) and run("setp.nan.f32", nan, nan)

@@ -83,6 +83,7 @@ CASES = [
     Case(FP32, 1, 1024, vocab_size=1, statistics=False, softcap=30.0),  # the one log-prob is 0, with no rounding
     Case(FP32, 67, 2, vocab_size=1, statistics=False, logit_scale=0.7),
     Case(BF16, 67, 1021, spread=30.0, logit_scale=1.5),  # peaked: log-probs down to hundreds of nats
+    Case(BF16, 5, 1021, logit_scale=-0.5, bias=True, offset=8),  # the largest logit comes from the smallest number
     Case(BF16, 3, 50257, vocab_size=50255, statistics=False, stride=50272),
     Case(FP16, 3, 50257, stride=50264, softcap=30.0),
     Case(FP32, 3, 50257, bias=True, statistics=False, logit_scale=0.5),
@@ -258,7 +259,7 @@ def test_small_fp16_scores_give_the_gradient_of_a_weight():
     Eager PyTorch scales the loss, by 2^16, so its gradients of logits are normal numbers.
     """
     generator = torch.Generator().manual_seed(0)
-    rows, columns, width, scale = 64, 1 << 17, 8, 2.0**16
+    rows, columns, width, scale = 8, 1 << 17, 8, 2.0**16
     hidden = torch.randn(rows, width, generator=generator).half()
     weight = (0.05 * torch.randn(columns, width, generator=generator)).half()
     targets = torch.randint(columns, (rows,), generator=generator)
@@ -304,7 +305,9 @@ TRITON_BUGS = {
     "tail column not scored": ("there = column < columns\n", "there = column < columns - 1\n"),
     "tail column of aligned rows not scored": ("x, column, column < columns,", "x, column, column < columns - 1,"),
     "last whole vector of aligned rows not scored": ("< columns // WIDTH\n", "< columns // WIDTH - 1\n"),
-    "sum not rescaled": ("s = s * rescale + tl.sum(e, axis=1)", "s = s + tl.sum(e, axis=1)"),
+    "padding scored": ("tl.where(column < vocab_size, _minus_p", "tl.where(column >= 0, _minus_p"),
+    "target's element not scored": ("mask=known)\n\n\n", "mask=known & (row < 0))\n\n\n"),
+    "sum not rescaled": ("s = s * rescale + _sum(e)", "s = s + _sum(e)"),
     "lanes merged without rescaling": ("row_s = tl.sum(s * rescale, axis=0)", "row_s = tl.sum(s, axis=0)"),
     "entropy not rescaled": ("w = (w + s * shift) * rescale + ", "w = w * rescale + "),
 }
@@ -336,11 +339,14 @@ def test_planted_bugs_are_found_in_triton(bug, tmp_path):
         return function(tile, targets, TileOptions(**options))
 
     with pytest.raises(AssertionError) if bug else contextlib.nullcontext():
-        for stride in (1021, 1024):
-            check(Case(FP32, 5, 1021, stride=stride), "triton", "cuda" if GPU else "cpu", run)
+        for vocab, stride in ((1021, 1021), (1021, 1024), (1000, 1024)):
+            check(Case(FP32, 5, 1021, vocab, stride=stride), "triton", "cuda" if GPU else "cpu", run)
 
 
-@pytest.mark.parametrize(("scale", "softcap", "fused"), [(1.0, None, True), (0.7, None, False), (1.0, 30.0, False)])
+@pytest.mark.parametrize(
+    ("scale", "softcap", "fused"),
+    [(1.0, None, True), (0.7, None, True), (-0.7, None, False), (0.0, None, False), (1.0, 30.0, False)],
+)
 def test_a_product_that_rounds_is_not_fused_with_the_subtraction_behind_it(scale, softcap, fused, monkeypatch):
     """The interpreter never fuses. On a GPU the cases with one column of vocabulary above would show the error."""
     module, given = importlib.import_module("cpt_kernels.ops.vocab_score.triton"), []

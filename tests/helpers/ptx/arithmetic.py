@@ -96,5 +96,4 @@ def divide(x, y):
 
 def mask(x, position, length):
     """Ones in the ``length`` bits from ``position`` on."""
-    length, position = length.astype(x.dtype), position.astype(x.dtype)
-    return (np.ones_like(x) << length) - x.dtype.type(1) << position
+    return (np.ones_like(x) << length.astype(x.dtype)) - x.dtype.type(1) << position.astype(x.dtype)

@@ -54,6 +54,7 @@ define("rem", "u32", np.remainder)
 define("min", NUMBER, np.fmin)  # of a number and a NaN the number
 define("max", NUMBER, np.fmax)
 define("copysign", FLOAT, lambda sign, magnitude: np.copysign(magnitude, sign))
+define("neg", "f16x2 bf16x2", lambda x: x ^ np.uint32(0x8000_8000), "b32", "b32")
 define("abs", FLOAT, np.abs, "*")
 define("neg", f"s32 s64 {FLOAT}", np.negative, "*")
 define("rcp.rn", FLOAT, np.reciprocal, "*")
@@ -72,6 +73,7 @@ define("shl", BITS, lambda x, n: x << n.astype(x.dtype), "* u32")  # by the widt
 define("shr", f"{INTEGER} {BITS}", lambda x, n: x >> n.astype(x.dtype), "* u32")
 define("bfi", "b32 b64", lambda x, y, at, n: y ^ (y ^ x << at.astype(x.dtype)) & a.mask(y, at, n), "* * u32 u32")
 define("bfe", "u32", lambda x, at, n: (x & a.mask(x, at, n)) >> at, "* u32 u32")
+define("bfe", "s32", lambda x, at, n: (np.int64(x) >> at << 64 - n >> 64 - n).astype(np.int32), "* u32 u32")  # n <= 64
 define("mov", f"{BITS} u16 u32 u64 {FLOAT} pred", lambda x: x, "*")
 define("cvta.to.global cvta.global", "u64", lambda x: x, "*")  # global addresses are generic addresses
 define("selp", f"{BITS} {NUMBER}", lambda x, y, p: np.where(p, x, y), "* * pred")

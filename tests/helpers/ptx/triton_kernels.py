@@ -32,6 +32,7 @@ from .program import TYPES, PtxError, parse
 # Planted faults of vocab_score: (what the PTX has, in a regular expression, what it gets, the error).
 FAULTS = [
     (r"bar\.sync\s+0;", "", "no barrier lies between|nothing has been written to"),
+    (r"(?s)bar\.sync\s+0;(?!.*bar\.sync)", "", "no barrier lies between"),  # before the target's element is written
     (r"(st\.global\.v4\S+ \[ %rd\d+ \+) 0", r"\1 8", "misaligned"),
     (r"(st\.global\.v4\S+ \[ %rd\d+ \+) 0", r"\1 16", "out of bounds|no barrier lies between"),
 ]
