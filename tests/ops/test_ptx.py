@@ -220,6 +220,7 @@ def test_conversions_and_bits():
         0,
     ]
     assert run("bfe.s32", np.int32([-8, -8, 7]), *np.uint32([[1, 30, 0], [32, 9, 32]])).tolist() == [-4, -1, 7]
+    assert run("neg.f16x2", np.uint32([0x3C00_C000])) == 0xBC00_4000
     assert run("max.f32", np.float32([np.nan]), np.float32([-1])) == -1
     nan = np.float32([np.nan])
     assert not run("setp.ne.f32", nan, nan) and run("setp.neu.f32", nan, nan) and run("setp.nan.f32", nan, nan)
