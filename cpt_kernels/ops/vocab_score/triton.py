@@ -112,7 +112,7 @@ def _vocab_score_kernel(
     # Read the target's logit before the score overwrites it. The mask keeps a bad target from reading outside the row.
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocab_size)
-    target_y = _read(x, bias, target, known, float("nan"), scaling)
+    target_y = _load_y(x, bias, target, known, float("nan"), scaling)
 
     # Sweep 1, statistics. Per lane, with m the largest y so far and t = unit (y - m):
     # s = sum 2^t, w = sum t 2^t, q = sum 2^2t, total = sum y.
@@ -125,13 +125,13 @@ def _vocab_score_kernel(
     # Whole tiles have no mask: with a mask that varies within 16 bytes Triton loads element by element.
     whole = vocab_size // TILE * TILE
     for start in range(0, whole, TILE):
-        y = _read(x, bias, start + tile, None, None, scaling)
+        y = _load_y(x, bias, start + tile, None, None, scaling)
         m, s, w, q = _add_tile(m, s, w, q, y, unit, STATISTICS)
         if STATISTICS:
             total += _sum(y)
     if whole < vocab_size:
         inside = whole + tile < vocab_size
-        y = _read(x, bias, whole + tile, inside, float("-inf"), scaling)
+        y = _load_y(x, bias, whole + tile, inside, float("-inf"), scaling)
         y = tl.where(inside, y, float("-inf"))
         m, s, w, q = _add_tile(m, s, w, q, y, unit, STATISTICS)
         if STATISTICS:
@@ -159,7 +159,7 @@ def _vocab_score_kernel(
         slope = tl.where(known, 1 / row_s, float("nan")) * logit_scale
         softmax = (largest, unit, slope, tl.log2(slope), inverse_softcap)
         for start in range(0, whole, TILE):
-            y = _read(x, bias, start + tile, None, None, scaling)
+            y = _load_y(x, bias, start + tile, None, None, scaling)
             tl.store(x + (start + tile), _minus_p(y, softmax, x.dtype.element_ty, SCALED))
         # Padding above the vocabulary gets 0.
         for start in range(whole, columns, TILE):
@@ -182,7 +182,7 @@ def _vocab_score_kernel(
 @triton.jit
 def _write_tail(x, column, there, bias, scaling, softmax, vocab_size, SCALED: tl.constexpr):
     """Overwrites the logits of columns that may lie above the vocabulary."""
-    y = _read(x, bias, column, there, 0.0, scaling)
+    y = _load_y(x, bias, column, there, 0.0, scaling)
     gradient = tl.where(column < vocab_size, _minus_p(y, softmax, tl.float32, SCALED), 0.0)
     tl.store(x + column, gradient.to(x.dtype.element_ty), mask=there)
 
@@ -204,7 +204,7 @@ def _minus_p(y, softmax, dtype: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _read(x, bias, column, mask, other, scaling):
+def _load_y(x, bias, column, mask, other, scaling):
     """Loads the logits of some columns in fp32, with bias and, unless left to the exponent, scale and cap applied."""
     logit_scale, softcap, inverse_softcap = scaling
     y = tl.load(x + column, mask=mask, other=other)
