@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2-shaped model, or a hybrid as Qwen3-Next without experts: three of four layers are gated delta nets."""
+    """A Qwen2-shaped model, or a hybrid as Qwen3.5: three of four layers are gated delta nets."""
 
     hidden: int = 256
     layers: int = 6
@@ -35,7 +35,7 @@ class Shape:
     @property
     def layer_parameters(self) -> int:
         """The number of parameters in the matrices of all layers."""
-        # Qwen3-Next's queries have gates. A delta net has four projections of its heads, two numbers per head, and the
+        # Qwen3.5's queries have gates. A delta net has four projections of its heads, two numbers per head, and the
         # output's projection.
         attention = self.hidden * self.head_size * ((3 if self.hybrid else 2) * self.heads + 2 * self.kv_heads)
         delta_net = self.hidden * self.heads * (5 * self.head_size + 2)
@@ -64,7 +64,7 @@ class Shape:
 
     def config(self) -> PreTrainedConfig:
         """Returns the configuration of the model."""
-        from transformers import Qwen2Config, Qwen3NextConfig
+        from transformers import Qwen2Config, Qwen3_5TextConfig
 
         common: dict[str, Any] = {
             "hidden_size": self.hidden,
@@ -81,11 +81,10 @@ class Shape:
         }
         if not self.hybrid:
             return Qwen2Config(**common)
-        return Qwen3NextConfig(
+        return Qwen3_5TextConfig(
             **common,
             head_dim=self.head_size,
             layer_types=["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(self.layers)],
-            mlp_only_layers=list(range(self.layers)),
             linear_num_key_heads=self.heads,
             linear_num_value_heads=self.heads,
             linear_key_head_dim=self.head_size,

@@ -140,7 +140,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             name = field.name.replace("_", "-")
             parser.add_argument(f"--{name}", type=int, help=f"overrides the shape's {name}")
     parser.add_argument(
-        "--model", choices=["dense", "hybrid"], default="dense", help="Qwen2-shaped, or gated delta nets as Qwen3-Next"
+        "--model", choices=["dense", "hybrid"], default="dense", help="Qwen2-shaped, or gated delta nets as Qwen3.5"
     )
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters on all linear layers; 0: all weights")
     parser.add_argument("--liger-layers", action="store_true", help="Liger's layer kernels for all contestants")
