@@ -230,8 +230,9 @@ def _aux_loss(model: nn.Module, rows: list[tuple[int, ...]]) -> torch.Tensor:
         return torch.zeros(())  # not every mixture has one
 
     def record(gate_logits, num_experts=None, top_k=2, attention_mask=None):
-        logits.append(gate_logits)
-        arguments.append((num_experts, top_k))
+        if gate_logits is not None:  # None where all layers are dense
+            logits.append(gate_logits)
+            arguments.append((num_experts, top_k))
         return own(gate_logits, num_experts, top_k, attention_mask)
 
     module.load_balancing_loss_func = record
