@@ -59,6 +59,9 @@ def test_the_limit_is_the_estimate_of_the_longest_rows(tmp_path, monkeypatch, op
     little_memory(monkeypatch, int((needed + moments - 10) / SHARE))
     assert recomputation._decide(trainer)[0]
 
+    gradients = moments // 2
+    twice = make_trainer(tmp_path, gradient_accumulation_steps=2, **options)
+    assert without_checkpointing(twice, GIB, has_weights=True)[0] == needed + gradients
     whole, _ = without_checkpointing(make_trainer(tmp_path, per_device_train_batch_size=8), GIB, has_weights=True)
     assert whole > 1.3 * needed
 
