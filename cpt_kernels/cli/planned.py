@@ -15,7 +15,7 @@ from ..config import ContrastiveConfig
 from ..errors import UserError
 from ..model.loading import wrap_in_adapter
 from ..model.pretrained import ADAPTER_CONFIG, SavedAdapters, find_adapters, find_base, local_adapters
-from ..planning.budget import expected_memory, find_budget, free_memory, without_checkpointing
+from ..planning.budget import MOST, expected_memory, find_budget, free_memory, without_checkpointing
 from ..planning.calibration import TooLargeError, calibrate, predict_seconds, ratios
 from ..planning.counts import Counts, count_run
 from ..planning.model_sizes import sizes_of, state_bytes
@@ -222,7 +222,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[tuple[str, str]]:
         return f"{ours}; {theirs} {other} gradient checkpointing"
 
     budget, free = memory["largest max_tokens_per_batch"], memory["free"] / 2**30
-    fits = "none: one row does not fit" if budget is None else f"{budget:,}"
+    fits = "none: one row does not fit" if budget is None else f"{budget:,}{' or more' if budget == MOST else ''}"
     return [
         ("memory of activations", line("activations")),
         ("memory of the head", line("head")),

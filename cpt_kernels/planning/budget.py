@@ -20,6 +20,7 @@ from .memory import StepMemory, measure_step
 from .model_sizes import state_bytes
 
 SHARE = 0.9  # of the free memory that a step may take; the rest is for fragments and what operations need inside
+MOST = 2**17  # a search for larger budgets would take minutes where a small model could take all rows at once
 _CLOSE = 0.02  # a budget this close to the largest one is good enough
 _CGROUPS = Path("/sys/fs/cgroup")
 # Files of a cgroup, by version: limit, usage, and the line of memory.stat with the files that can be dropped.
@@ -179,7 +180,7 @@ def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None 
     Args:
         free: bytes that can be allocated; :data:`SHARE` of them are used.
         has_weights: the model's weights are allocated already.
-        most: the budget that no micro-batch exceeds; default the tokens of all rows.
+        most: the budget that no micro-batch exceeds; default the tokens of all rows, at most :data:`MOST`.
 
     Returns:
         None if not even a micro-batch of the longest row fits.
@@ -202,4 +203,4 @@ def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None 
         return step.peak
 
     longest = int(sizes.max())
-    return largest_budget(peak_of, limit, longest, max(longest, most or int(sizes.sum())))
+    return largest_budget(peak_of, limit, longest, max(longest, most or min(int(sizes.sum()), MOST)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -14,11 +16,16 @@ from cpt_kernels import ContrastiveConfig
 from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.losses import build_loss
 from cpt_kernels.model.packed_model import PackedModel
+from cpt_kernels.planning import budget
 from cpt_kernels.planning.budget import fill_batch, free_memory, largest_budget
 from cpt_kernels.planning.memory import LiveBytes, measure_step, set_checkpointing
 from tests.helpers.architectures import STATES, tiny_model
 
 VOCAB = 1500
+CONFIG = LlamaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCAB,
+)  # fmt: skip
 
 
 def rows(count: int) -> list[dict]:
@@ -44,11 +51,7 @@ def test_a_step_allocates_what_is_predicted(tmp_path, peft, checkpointing, optio
     args = ContrastiveConfig(
         tmp_path, use_cpu=True, report_to=[], gradient_checkpointing_kwargs={"use_reentrant": False}, **options
     )
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(CONFIG)
     if peft:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
         model.enable_input_require_grads()
@@ -81,6 +84,16 @@ def test_layers_with_a_state_are_measured_without_values(tmp_path, name):
     assert packed.state_layers
     found = measure_step(packed, PackedCollator()(every), args, loss, checkpointing=False, accumulates=False)
     assert found is not None and found.peak > 0
+
+
+@pytest.mark.parametrize(("most", "expected"), [(budget.MOST, 225), (100, 100)])
+def test_the_search_of_a_budget_ends_at_all_rows_or_at_the_most(tmp_path, monkeypatch, most, expected):
+    monkeypatch.setattr(budget, "MOST", most)
+    data = Dataset.from_list([{**row, "completion_ids": [[1, 2, 3], [4, 5]]} for row in rows(6)])
+    args = ContrastiveConfig(tmp_path, use_cpu=True, report_to=[], gradient_checkpointing=False)
+    packed, loss = PackedModel(AutoModelForCausalLM.from_config(CONFIG), 1.0), build_loss("sigmoid", beta=0.1)
+    run = SimpleNamespace(packed=packed, collator=PackedCollator(), loss=loss, args=args, train_dataset=data)
+    assert budget.find_budget(run, 2**30, has_weights=True) == expected
 
 
 @pytest.mark.parametrize("curvature", [0, 1 / 500])
