@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from bench.lengths import preference_rows
 from bench.trainers import tokenizer
@@ -27,6 +27,7 @@ from cpt_kernels.planning.calibration import (
 )
 from cpt_kernels.planning.counts import count_run
 from cpt_kernels.planning.sample import Sample
+from tests.helpers.architectures import STATES
 
 SIZES = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=50)
 
@@ -190,3 +191,20 @@ def test_the_imitation_of_trl_computes_log_probs(tmp_path, monkeypatch, columns)
     torch.testing.assert_close(value, expected)
     for one, other in zip(found, torch.autograd.grad(expected, [*model.parameters()])):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_hybrid_runs_whole(tmp_path, name):
+    """Its layers differ, so none stands for the others."""
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "bf16": False, "router_aux_loss_coef": 0.0}
+    args = ContrastiveConfig(str(tmp_path), **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(STATES[name]())
+    rows = Dataset.from_list(preference_rows("tiny", 6, SIZES["vocab_size"]))
+    trainer = PlannedTrainer(
+        model, None, args, None, train_dataset=rows, processing_class=tokenizer(SIZES["vocab_size"])
+    )
+    counts = counts_of(trainer)
+    found = calibrate(trainer, counts, budget=0.5)
+    assert found.layers["train"] == 2
+    assert min(predict_seconds(trainer, counts, found).values()) > 0
