@@ -238,7 +238,10 @@ def test_sharded_weights_are_not_run():
         model = tf.AutoModelForCausalLM.from_config(config)
     assert not can_run(model) and not is_random(model)
     options = SimpleNamespace(
-        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, deepspeed_plugin=None
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        deepspeed_plugin=None,
+        chooses_checkpointing=False,
     )
     with pytest.raises(ValueError, match="its layers share keys and values"):
         check_checkpointing(model, options)

@@ -302,7 +302,7 @@ def test_an_entry_of_the_table_of_segmentwise_attention_is_what_runs(monkeypatch
 
 def test_an_entry_of_the_table_of_variable_length_kernels_is_what_runs(monkeypatch):
     class Mine:
-        name, version, abilities = "mine", "1", Abilities()
+        name, version, abilities, is_trusted = "mine", "1", Abilities(), True
 
         def attend(self, q, k, v, call):
             return 2 * v

@@ -183,7 +183,7 @@ def test_plan(device, columns, blocks, monkeypatch):
     if blocks:
         assert cluster == blocks and shared >= 2 * columns / cluster
     else:
-        assert cluster == 1 and shared < 1024
+        assert cluster == 1 and shared < 2048
 
 
 def rejects(function, good: dict, *wrong: dict) -> None:

@@ -35,4 +35,8 @@ def test_every_step_is_trls(kind: str, adapter: bool, ahead: bool, tmp_path) -> 
 
     theirs = run_trl(tmp_path / "trl", rows, model=model(), **reference(), **options)
     ours = run_ours(tmp_path / "ours", rows, model=model(), **reference(), **options)
-    assert_same_steps(ours, theirs, (*REWARDS, *LOGPS))
+    # In the first step the policy is the reference, and the accuracy of margins that are zero up to rounding is chance.
+    accuracies = "rewards/accuracies"
+    assert_same_steps(ours, theirs, (*(name for name in REWARDS if name != accuracies), *LOGPS))
+    for a, b in zip(ours.logs[1:], theirs.logs[1:]):
+        assert a[accuracies] == b[accuracies]
