@@ -196,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "allocator": ALLOCATOR,
         "matmul_gflops": rates,
     }
-    finish("step", details, summary, options)
+    subject = "step" if options.model == "dense" else f"step-{options.model}"  # the README shows dense ones
+    finish(subject, details, summary, options)
 
 
 def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more: Any) -> dict[str, dict[str, Any]]:
