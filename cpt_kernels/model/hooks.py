@@ -214,21 +214,6 @@ def recorded_windows() -> Iterator[Windows]:
         _windows.reset(token)
 
 
-def unpackable_layers(model: PreTrainedModel, state_layers: Sequence[nn.Module] = ()) -> set[str]:
-    """Returns the kinds of layers, as the config names them, that a packed row does not support.
-
-    A short probe does not show attention in chunks, which are longer, and hardly a state if weights are small.
-
-    Args:
-        state_layers: layers that carry a state and support packed rows.
-    """
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    supported = {getattr(layer, "layer_idx", None) for layer in state_layers}
-    unsupported = {kind for layer, kind in enumerate(kinds) if layer not in supported}
-    stateful = {"stateful layers"} if getattr(model, "_is_stateful", False) and not state_layers else set()
-    return unsupported - {"full_attention", "sliding_attention", "mlp", "moe"} | stateful
-
-
 def lacks_window(model: PreTrainedModel, windows: Windows) -> bool:
     """Whether a layer that slides, by the config or by its mask, is given no window or another one in a packed row.
 

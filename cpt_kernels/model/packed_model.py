@@ -47,10 +47,9 @@ from .hooks import (
     rope_length_limit,
     rope_per_sequence,
     set_attention,
-    unpackable_layers,
 )
 from .proof import Probe, Truth, find_truth, projected_gradients
-from .states import StateLayout, prepare_state_layers
+from .states import StateLayout, prepare_state_layers, unpackable_layers
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class PackedModel:
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = head_options(base, self.head_memory_mb)
         self.state_layers = prepare_state_layers(base)
-        unpackable = bool(unpackable_layers(base, self.state_layers))
+        unpackable = bool(unpackable_layers(base))
         self.padded = self.packing == "false" or (self.packing == "auto" and unpackable)
         if self.is_proven:
             with undisturbed(self.model), gathered(self.model), in_training_mode(self.quantized):
@@ -253,7 +252,7 @@ class PackedModel:
             return f"{way} its logits would not be those of a linear head with a scale and a soft-cap"
         if not self.padded and not base._can_set_attn_implementation():
             return f"{way} its attention cannot be replaced (it does not use transformers' AttentionInterface)"
-        if not self.padded and (kinds := unpackable_layers(base, self.state_layers)):
+        if not self.padded and (kinds := unpackable_layers(base)):
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
@@ -333,7 +332,7 @@ class PackedModel:
                 inputs["position_ids"] = batch["position_ids"]
                 inputs |= {"layout": AttentionLayout.of(batch), "attention_backend": self.attention_backend}
                 if self.state_layers:
-                    inputs["state_layout"] = StateLayout(segments, base.device)
+                    inputs["state_layout"] = StateLayout(segments, batch["input_ids"].device)
             outputs = (self.model if wrapped is None else wrapped)(**inputs)
         if self.options is None:
             result = self._score_logits(outputs.logits, batch, loss, statistics, tokens_per_pair)

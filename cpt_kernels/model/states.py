@@ -91,6 +91,8 @@ class StateLayout:
     device: torch.device
     trunks: list[tuple[int, int]] = field(init=False)  # (start, stop) of each in the packed row
     branches: list[tuple[int, int, int]] = field(init=False)  # (start, stop, trunk)
+    tokens: int = field(init=False)  # T
+    _rows_of_width: dict[int, tuple[_Gather, _Gather]] = field(default_factory=dict, init=False)  # of `convolved`
 
     def __post_init__(self) -> None:
         starts = np.cumsum([0, *(queries for queries, _ in self.segment_lengths)]).tolist()
@@ -158,8 +160,6 @@ class StateLayout:
             )
         return self._rows_of_width[width]
 
-    _rows_of_width: dict[int, tuple[_Gather, _Gather]] = field(default_factory=dict, init=False)
-
     def _gather(self, pieces: Sequence[Sequence[int]], pads_first: bool = False) -> _Gather:
         longest = max(map(len, pieces))
         places = np.full((len(pieces), longest), self.tokens)
@@ -196,6 +196,23 @@ def prepare_state_layers(model: PreTrainedModel) -> list[nn.Module]:
             layer.register_forward_pre_hook(_enter, with_kwargs=True)
             layer.register_forward_hook(_leave, always_call=True)
     return layers
+
+
+def unpackable_layers(model: PreTrainedModel) -> set[str]:
+    """Returns the kinds of layers, as the config names them, that a packed row does not support.
+
+    A short probe does not show attention in chunks, which are longer, and hardly a state if weights are small. So a
+    layer of another kind than attention must have a recurrence that is known here, or be a convolution alone.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    functions = {getattr(layer, "layer_idx", None): _functions_of(type(layer)) for layer in state_layers(model)}
+    unsupported = {
+        kind
+        for layer, kind in enumerate(kinds)
+        if not functions.get(layer, frozenset()) & ({_CONVOLUTION} if kind == "conv" else _RECURRENCES.keys())
+    }
+    stateful = {"stateful layers"} if getattr(model, "_is_stateful", False) and not functions else set()
+    return unsupported - {"full_attention", "sliding_attention", "mlp", "moe"} | stateful
 
 
 def leave_out_of_graphs(model: nn.Module) -> None:
