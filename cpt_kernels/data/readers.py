@@ -23,9 +23,10 @@ import pyarrow as pa
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, List, SplitGenerator, Value
 
 from ..errors import UserError
+from .images import resolve_images
 from .rows import ExactJson
 
-VERSION = "1"  # of the rows that are read; `datasets` keys its cache by it
+VERSION = "2"  # of the rows that are read; `datasets` keys its cache by it
 
 _ROWS = 1000  # rows of a table
 _HEAD = 1000  # rows of a streamed JSON file that tell its columns
@@ -250,7 +251,7 @@ class _Files(ArrowBasedBuilder):
                             f"row {number} has the column `{min(unknown)}`, which the stream's first {_HEAD} rows lack:"
                             " add it to the first row with the value null, or read the data without streaming"
                         )
-                    yield row
+                    yield resolve_images(row, name)
         except (UserError, pa.ArrowException) as error:
             raise UserError(f"{name}: {error}") from error
 

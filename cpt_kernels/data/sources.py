@@ -14,6 +14,7 @@ from datasets.packaged_modules.json.json import Json
 from huggingface_hub.errors import HTTPError  # of httpx or, from version 2, of httpx2
 
 from ..errors import UserError, user_error
+from .images import resolve_columns
 from .readers import VERSION, CsvFiles, JsonFiles, file_type
 
 # Type of a file -> loader of the `datasets` library.
@@ -60,6 +61,8 @@ def load_data(
     else:
         dataset = _load_hub(str(name_or_path), config, split, streaming)
     dataset = _choose_split(dataset, split, name_or_path)
+    if is_one_file(name_or_path) and file_type(name_or_path) == ".parquet":
+        dataset = resolve_columns(dataset, str(name_or_path))
     return dataset if columns is None else choose_columns(dataset, columns, name_or_path)
 
 

@@ -1,0 +1,229 @@
+"""Images of rows: what names them in a file, their pixels, and their identity.
+
+A value is a path, a URL (of any protocol of fsspec), a ``data:`` URL or the base64 text of a file, the bytes of a file,
+the {"bytes", "path"} of ``datasets.Image(decode=False)``, or a PIL image. A path in a file of data is relative to that
+file (:func:`resolve_images`). Files are opened only when pixels are needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from datasets import Dataset, Image, IterableDataset, List, Value
+from xxhash import xxh3_128
+
+from ..errors import UserError
+
+IMAGE_COLUMNS = ("images", "image")
+DIGEST_COLUMN = "image_digest"  # of :func:`with_digests`
+
+_PART_NAMES = ("image", "url", "path")  # keys of a message's part that may name an image by a path
+_BASE64 = re.compile(r"(/9j/|iVBOR|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # JPEG, PNG, GIF, ...
+_JSON_LIST = '["'  # the start of several images in a cell of a CSV file
+_AT_ONCE = 256  # rows whose images are decoded together
+
+
+def image_values(row: Mapping[str, Any]) -> list[Any]:
+    """Returns the images in a row's column `images` (a list, or its JSON) or `image` (one); none if it is null."""
+    value = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None)
+    if isinstance(value, str) and value.startswith(_JSON_LIST):
+        value = json.loads(value)
+    return [] if value is None else [*value] if isinstance(value, list) else [value]
+
+
+def image_source(value: Any) -> Any:
+    """Returns a path or URL as text, or the bytes of a file; a PIL image is returned as it is.
+
+    Raises:
+        UserError: the value names no image.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and (value.startswith("data:") or _BASE64.fullmatch(value)):
+        try:
+            text = value.partition(",")[2] if value.startswith("data:") else value
+            return base64.b64decode("".join(text.split()), validate=True)
+        except binascii.Error as error:
+            raise UserError(f"an image is not valid base64: {error}") from error
+    if (isinstance(value, (str, bytes)) and value) or hasattr(value, "getexif"):
+        return value
+    raise UserError(f"an image is {value!r}: expected a path, a URL, base64 text, or the bytes of a file")
+
+
+def is_url(source: Any) -> bool:
+    """Whether an image is named by a URL."""
+    return isinstance(source, str) and "://" in source
+
+
+def read_image(source: str | bytes) -> bytes:
+    """Returns the bytes of the file that a path or URL names.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read; the message names it.
+    """
+    if isinstance(source, bytes):
+        return source
+    try:
+        with fsspec.open(source, "rb") as file:
+            return file.read()
+    except Exception as error:  # fsspec's clients raise errors of their own
+        raise UserError(f"the image {source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def open_image(value: Any) -> Any:
+    """Returns a PIL image, decoded and turned upright as its EXIF says; RGB if the value is text.
+
+    These are the pixels that TRL's processor sees: transformers converts images that are named to RGB, `datasets` does
+    not convert those that a column holds.
+
+    Raises:
+        UserError: the file is missing or is no image; the message names it.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    source = image_source(value)
+    if not isinstance(source, (str, bytes)):
+        return source
+    name = source if isinstance(source, str) else f"of {len(source)} bytes"
+    file = io.BytesIO(read_image(source))
+    try:
+        image = PIL.Image.open(file)
+        image.load()
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise UserError(f"the image {name} cannot be decoded: {reason}") from error
+    upright = PIL.ImageOps.exif_transpose(image)
+    return upright.convert("RGB") if isinstance(value, str) else upright
+
+
+def pixel_digest(image: Any) -> bytes:
+    """Returns 16 bytes, equal for PIL images of equal mode, size and pixels."""
+    if image.mode in ("P", "PA"):  # pixels of these are numbers of colors
+        image = image.convert("RGBA")
+    return xxh3_128(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
+
+
+# --- Paths ---
+
+
+def resolve_images(row: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Returns a row in which relative paths of images are absolute, for the path or URL of the file that holds it."""
+    row = dict(row)
+    for name, value in row.items():
+        if name in IMAGE_COLUMNS:
+            row[name] = _absolute_image(value, file)
+        elif isinstance(value, list) and any(isinstance(_content(turn), list) for turn in value):
+            row[name] = [
+                {**turn, "content": [_resolve_part(part, file) for part in turn["content"]]}
+                if isinstance(_content(turn), list)
+                else turn
+                for turn in value
+            ]
+    return row
+
+
+def _content(turn: Any) -> Any:
+    return turn.get("content") if isinstance(turn, dict) else None
+
+
+def _resolve_part(part: Any, file: str) -> Any:
+    if not isinstance(part, dict) or part.get("type") != "image":
+        return part
+    given = {name: part[name] for name in _PART_NAMES if part.get(name) is not None}
+    return part | {name: _absolute_image(value, file) for name, value in given.items()}
+
+
+def _absolute_image(value: Any, file: str) -> Any:
+    if isinstance(value, list):
+        return [_absolute_image(item, file) for item in value]
+    if isinstance(value, dict):
+        return value if value.get("bytes") else value | {"path": _absolute_image(value.get("path"), file)}
+    if isinstance(value, str) and value.startswith(_JSON_LIST):
+        return json.dumps(_absolute_image(json.loads(value), file))
+    is_relative = isinstance(value, str) and value and not value.startswith(("data:", "/", "~"))
+    if not is_relative or is_url(value) or _BASE64.fullmatch(value):
+        return value
+    return posixpath.join(posixpath.dirname(file), value) if is_url(file) else str(Path(file).absolute().parent / value)
+
+
+def resolve_columns(dataset: Dataset | IterableDataset, file: str) -> Dataset | IterableDataset:
+    """Returns the rows of a Parquet file with absolute paths of images (see :func:`resolve_images`)."""
+    kinds = [(dataset.features or {}).get(name) for name in IMAGE_COLUMNS]
+    if not any(isinstance(getattr(kind, "feature", kind), Value) for kind in kinds):
+        return dataset
+    return dataset.map(resolve_images, fn_kwargs={"file": file}, features=dataset.features)
+
+
+# --- Images of a dataset ---
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """Returns a dataset whose image columns hold files and not PIL images, so that reading a row decodes nothing."""
+    for name in IMAGE_COLUMNS:
+        kind = (dataset.features or {}).get(name)
+        if isinstance(kind, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(kind, List) and isinstance(kind.feature, Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
+def with_digests(dataset: Dataset, name: str) -> Dataset:
+    """Returns a dataset with the digest of every row's images in ``DIGEST_COLUMN``, null for a row without images.
+
+    Equal images have equal digests, whatever their names; an image of a URL counts by its URL and is not fetched. Every
+    other image is decoded, each distinct one once, so files that cannot be decoded are found here.
+
+    Raises:
+        UserError: an image is missing or is no image; the message names the row and the file, and begins with ``name``.
+    """
+    if not {*IMAGE_COLUMNS} & {*dataset.column_names}:
+        return dataset
+    dataset = undecoded(dataset)
+    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    known: dict[bytes, bytes] = {}  # digest of a name or of a file's bytes -> digest of pixels
+    found: list[bytes | None] = []
+
+    def decode(new: tuple[bytes, tuple[int, Any]]) -> None:
+        key, (row, source) = new
+        with _with_place(f"{name} row {row}"):
+            known[key] = key if is_url(source) else pixel_digest(open_image(source))
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
+        for batch in dataset.select_columns(columns).iter(_AT_ONCE):
+            rows, sources = [], dict[bytes, tuple[int, Any]]()
+            for number, values in enumerate(zip(*batch.values()), len(found)):
+                with _with_place(f"{name} row {number}"):
+                    given = [image_source(value) for value in image_values(dict(zip(batch, values)))]
+                rows.append([_source_key(source) for source in given])
+                sources |= {key: (number, source) for key, source in zip(rows[-1], given) if key not in sources}
+            for _ in pool.map(decode, [item for item in sources.items() if item[0] not in known]):
+                pass  # raises the first error
+            found += [xxh3_128(b"".join(known[key] for key in keys)).digest() if keys else None for keys in rows]
+    return dataset.add_column(DIGEST_COLUMN, found)
+
+
+@contextmanager
+def _with_place(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _source_key(source: Any) -> bytes:
+    if isinstance(source, (str, bytes)):
+        return xxh3_128(source.encode() if isinstance(source, str) else source).digest()
+    return pixel_digest(source)
