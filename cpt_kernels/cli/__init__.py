@@ -6,14 +6,16 @@ the operating system, such as a full disk. Any other exception is a bug and keep
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from ..errors import UserError
+from .launch import is_launched
 from .option_table import package_version
 
 # Command -> the module whose function main(argv, prog) runs it, and its line in `cpt --help`. The module is imported
@@ -34,7 +36,8 @@ _PACKAGES = ("cpt-kernels", "torch", "transformers")  # whose versions --version
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``cpt COMMAND ...`` and returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        return _run_process(main)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: cpt COMMAND [...]\n")
         for name, (_, help) in COMMANDS.items():
@@ -54,7 +57,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Runs ``cpt-train ...`` and returns the exit code."""
-    return _execute("train", sys.argv[1:] if argv is None else argv, "cpt-train")
+    if argv is None:
+        return _run_process(train_main)
+    return _execute("train", argv, "cpt-train")
+
+
+def _run_process(command: Callable[[Sequence[str]], int]) -> int:
+    """Runs a command with the arguments of this process and returns the exit code.
+
+    A launched rank that succeeds skips the teardown of the interpreter: there a thread of gloo that still holds Python
+    objects aborts the process now and then (pytorch#190489), and the launcher reports a finished run as failed.
+    """
+    succeeded = False
+
+    def leave() -> None:
+        if succeeded:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    if is_launched():
+        atexit.register(leave)  # registered first, so it runs last, after the exit functions of trackers
+    code = command(sys.argv[1:])
+    succeeded = code == 0
+    return code
 
 
 def _execute(command: str, argv: Sequence[str], prog: str) -> int:

@@ -89,6 +89,30 @@ def test_accelerate_gets_its_defaults_unless_a_file_has_them(tmp_path, monkeypat
     assert found == ({1, "no"} if said else {None})
 
 
+@pytest.mark.parametrize(("outcome", "code"), [("0", 0), ("2", 2), ("1 / 0", 1)])
+def test_a_rank_that_succeeds_skips_the_teardown_of_the_interpreter(tmp_path, outcome, code):
+    """The exit functions of other libraries run and nothing printed is lost, whatever the teardown would do."""
+    script = f"""
+import atexit, os, pathlib, sys
+from cpt_kernels import cli
+def command(command, argv, prog):
+    atexit.register(pathlib.Path("tracker").touch)
+    sys.stdout.write("last words")
+    return {outcome}
+cli._execute = command
+class Thread:  # stands for a thread that gets no GIL any more
+    def __del__(self, write=os.write):
+        write(1, b"teardown")
+thread = Thread()
+sys.exit(cli.train_main())
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "LOCAL_RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "tracker").exists() and "last words" in done.stdout
+    assert ("teardown" in done.stdout) == (code != 0)
+
+
 def test_two_launched_processes_take_the_steps_of_one(tmp_path):
     """The number of processes, a mixture of datasets and an environment variable come from the file."""
     pairs = word_pairs(24)
