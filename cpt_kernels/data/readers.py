@@ -23,7 +23,7 @@ import pyarrow as pa
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, List, SplitGenerator, Value
 
 from ..errors import UserError
-from .images import resolve_images
+from .image_files import resolve_images
 from .rows import ExactJson
 
 VERSION = "2"  # of the rows that are read; `datasets` keys its cache by it

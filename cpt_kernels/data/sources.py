@@ -14,7 +14,7 @@ from datasets.packaged_modules.json.json import Json
 from huggingface_hub.errors import HTTPError  # of httpx or, from version 2, of httpx2
 
 from ..errors import UserError, user_error
-from .images import resolve_columns
+from .image_files import resolve_columns
 from .readers import VERSION, CsvFiles, JsonFiles, file_type
 
 # Type of a file -> loader of the `datasets` library.

@@ -1,4 +1,4 @@
-"""Images of rows: what names them in a file, their pixels, and their identity.
+"""Images in files of data: what names them, their pixels, and their identity.
 
 A value is a path, a URL (of any protocol of fsspec), a ``data:`` URL or the base64 text of a file, the bytes of a file,
 the {"bytes", "path"} of ``datasets.Image(decode=False)``, or a PIL image. A path in a file of data is relative to that
@@ -25,10 +25,9 @@ from xxhash import xxh3_128
 
 from ..errors import UserError
 
-IMAGE_COLUMNS = ("images", "image")
+_COLUMNS = ("images", "image")
 DIGEST_COLUMN = "image_digest"  # of :func:`with_digests`
 
-_PART_NAMES = ("image", "url", "path")  # keys of a message's part that may name an image by a path
 _BASE64 = re.compile(r"(/9j/|iVBOR|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # JPEG, PNG, GIF, ...
 _JSON_LIST = '["'  # the start of several images in a cell of a CSV file
 _AT_ONCE = 256  # rows whose images are decoded together
@@ -36,7 +35,7 @@ _AT_ONCE = 256  # rows whose images are decoded together
 
 def image_values(row: Mapping[str, Any]) -> list[Any]:
     """Returns the images in a row's column `images` (a list, or its JSON) or `image` (one); none if it is null."""
-    value = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None)
+    value = next((row[name] for name in _COLUMNS if row.get(name) is not None), None)
     if isinstance(value, str) and value.startswith(_JSON_LIST):
         value = json.loads(value)
     return [] if value is None else [*value] if isinstance(value, list) else [value]
@@ -118,31 +117,10 @@ def pixel_digest(image: Any) -> bytes:
 # --- Paths ---
 
 
-def resolve_images(row: Mapping[str, Any], file: str) -> dict[str, Any]:
+def resolve_images(row: dict[str, Any], file: str) -> dict[str, Any]:
     """Returns a row in which relative paths of images are absolute, for the path or URL of the file that holds it."""
-    row = dict(row)
-    for name, value in row.items():
-        if name in IMAGE_COLUMNS:
-            row[name] = _absolute_image(value, file)
-        elif isinstance(value, list) and any(isinstance(_content(turn), list) for turn in value):
-            row[name] = [
-                {**turn, "content": [_resolve_part(part, file) for part in turn["content"]]}
-                if isinstance(_content(turn), list)
-                else turn
-                for turn in value
-            ]
-    return row
-
-
-def _content(turn: Any) -> Any:
-    return turn.get("content") if isinstance(turn, dict) else None
-
-
-def _resolve_part(part: Any, file: str) -> Any:
-    if not isinstance(part, dict) or part.get("type") != "image":
-        return part
-    given = {name: part[name] for name in _PART_NAMES if part.get(name) is not None}
-    return part | {name: _absolute_image(value, file) for name, value in given.items()}
+    given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
+    return {**row, **{name: _absolute_image(value, file) for name, value in given.items()}} if given else row
 
 
 def _absolute_image(value: Any, file: str) -> Any:
@@ -160,7 +138,7 @@ def _absolute_image(value: Any, file: str) -> Any:
 
 def resolve_columns(dataset: Dataset | IterableDataset, file: str) -> Dataset | IterableDataset:
     """Returns the rows of a Parquet file with absolute paths of images (see :func:`resolve_images`)."""
-    kinds = [(dataset.features or {}).get(name) for name in IMAGE_COLUMNS]
+    kinds = [(dataset.features or {}).get(name) for name in _COLUMNS]
     if not any(isinstance(getattr(kind, "feature", kind), Value) for kind in kinds):
         return dataset
     return dataset.map(resolve_images, fn_kwargs={"file": file}, features=dataset.features)
@@ -169,9 +147,9 @@ def resolve_columns(dataset: Dataset | IterableDataset, file: str) -> Dataset | 
 # --- Images of a dataset ---
 
 
-def undecoded(dataset: Dataset) -> Dataset:
+def as_files(dataset: Dataset) -> Dataset:
     """Returns a dataset whose image columns hold files and not PIL images, so that reading a row decodes nothing."""
-    for name in IMAGE_COLUMNS:
+    for name in _COLUMNS:
         kind = (dataset.features or {}).get(name)
         if isinstance(kind, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
@@ -189,10 +167,10 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
     Raises:
         UserError: an image is missing or is no image; the message names the row and the file, and begins with ``name``.
     """
-    if not {*IMAGE_COLUMNS} & {*dataset.column_names}:
+    if not {*_COLUMNS} & {*dataset.column_names}:
         return dataset
-    dataset = undecoded(dataset)
-    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    dataset = as_files(dataset)
+    columns = [column for column in _COLUMNS if column in dataset.column_names]
     known: dict[bytes, bytes] = {}  # digest of a name or of a file's bytes -> digest of pixels
     found: list[bytes | None] = []
 

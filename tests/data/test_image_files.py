@@ -11,13 +11,13 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, List
 
-from cpt_kernels.data.images import (
+from cpt_kernels.data.image_files import (
     DIGEST_COLUMN,
+    as_files,
     image_source,
     image_values,
     open_image,
     pixel_digest,
-    undecoded,
     with_digests,
 )
 from cpt_kernels.data.sources import load_data
@@ -102,11 +102,9 @@ def test_what_names_no_image_is_an_error(value):
 
 def test_paths_are_relative_to_the_file_of_data(folder, monkeypatch):
     text = base64.b64encode((folder / "pictures/0.png").read_bytes()).decode()
-    part = {"type": "image", "image": "pictures/2.png"}
-    url = {"type": "image_url", "image_url": "https://example.com/a.png"}
     rows = [
         {"prompt": "p", "images": ["pictures/0.png", f"{folder}/pictures/1.png", text, "https://example.com/a.png"]},
-        {"prompt": [{"role": "user", "content": [part, {"type": "text", "text": "pictures/2.png"}, url]}]},
+        {"prompt": "pictures/2.png", "images": [None, "pictures/2.png"]},
     ]
     write_rows(folder / "data.jsonl", rows)
     (folder / "data.csv").write_text('prompt,images,image\np,"[""pictures/0.png"", ""/a.png""]",pictures/1.png\n')
@@ -114,8 +112,7 @@ def test_paths_are_relative_to_the_file_of_data(folder, monkeypatch):
     for name in (folder / "data.jsonl", "data.jsonl"):
         first, second = load_data(name)
         assert first["images"] == [str(folder / "pictures/0.png"), f"{folder}/pictures/1.png", *rows[0]["images"][2:]]
-        content = second["prompt"][0]["content"]
-        assert content == [{**part, "image": str(folder / "pictures/2.png")}, *rows[1]["prompt"][0]["content"][1:]]
+        assert second["images"] == [None, str(folder / "pictures/2.png")]
     (row,) = load_data(folder / "data.csv")
     assert image_values(row) == [str(folder / "pictures/0.png"), "/a.png"]
     assert row["image"] == str(folder / "pictures/1.png")
@@ -130,7 +127,7 @@ def test_paths_are_relative_to_the_file_of_data(folder, monkeypatch):
 def test_rows_are_read_without_decoding(folder, monkeypatch):
     rows = [{"images": [str(folder / "pictures/0.png")]}, {"images": []}]
     dataset = Dataset.from_list(rows, Features({"images": List(Image())}))
-    (value,) = undecoded(dataset)[0]["images"]
+    (value,) = as_files(dataset)[0]["images"]
     assert image_source(value) == str(folder / "pictures/0.png")
 
 
