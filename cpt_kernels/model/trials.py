@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import random
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -204,7 +205,11 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float | None:
     with _trial(model) as ids:
         try:
             return getattr(model(input_ids=ids, use_cache=False, output_router_logits=True), "aux_loss", None)
-        except IndexError:  # transformers reads the first of no router logits: all layers are dense
+        except IndexError as error:
+            # transformers reads the first of no router logits if all layers are dense.
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_code.co_name != "load_balancing_loss_func":
+                raise
             return None
 
 

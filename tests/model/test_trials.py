@@ -278,6 +278,13 @@ def test_an_auxiliary_loss_of_any_kind(tmp_path, caplog, value):
     assert (message in caplog.text) == (not isinstance(value, torch.Tensor))
 
 
+def test_an_index_error_of_the_forward_is_not_taken_for_a_missing_auxiliary_loss(monkeypatch):
+    model = tiny_model("qwen3_next")
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: hidden[len(hidden)])
+    with pytest.raises(IndexError, match="out of bounds"):
+        auxiliary_loss(model)
+
+
 @pytest.mark.parametrize("model", ["deepseek_v3", "none", "dense"])
 def test_a_mixture_of_experts_without_an_auxiliary_loss(tmp_path, caplog, model):
     models = {"none": lambda: returning(None), "dense": lambda: tiny_model("qwen3_next")}
