@@ -14,6 +14,7 @@ SUBJECTS = {
     "attention": "shared-prompt attention, compared with separate sequences, FlexAttention and a dense mask",
     "tokenize": "time to tokenize pairs of real lengths, compared with TRL",
     "packing": "pad tokens, fill and balance between ranks of packed micro-batches",
+    "scale": "idle ranks, planning, preparation and files of a million pairs on 8 to 512 ranks; runs no model",
     "cache": "filling, opening and look-ups of the reference cache, compared with SQLite, LMDB and Arrow",
     "fingerprint": "time to compute the fingerprint of a reference",
     "crash": "kill builds of the reference cache at random; check that no value is lost or wrong",

@@ -158,8 +158,18 @@ class BatchSampler:
         batches = [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
         if self.drop_last:
             whole = len(rows) // (self.batch_size * self.world_size) * self.world_size
-            return batches[:whole]
-        return batches + [[]] * (-len(batches) % self.world_size)
+            batches = batches[:whole]
+        batches += [[]] * (-len(batches) % self.world_size)
+        if self.world_size == 1 or self.sequences is not None or not (self.shuffle or self.draws):
+            return batches
+        step = self.world_size * self.micro_batches
+        cuts = range(0, len(batches), step)
+        return [each for i in cuts for each in self._in_even_turns(batches[i : i + step])]
+
+    def _in_even_turns(self, step: list[list[int]]) -> list[list[int]]:
+        """Evens the micro-batches of a step, and puts those of similar size into one turn, where ranks wait."""
+        step = _even(step, self.tokens, most_rows=self.batch_size)
+        return sorted(step, key=lambda batch: -self.tokens[batch].sum())
 
 
 def pack_padded(
@@ -313,12 +323,15 @@ def _best_fit(rows: Sequence[int], tokens: NDArray[np.int64], budget: int) -> li
     return batches
 
 
-def _even(batches: list[list[int]], tokens: NDArray[np.int64], budget: int) -> list[list[int]]:
-    """Distributes the rows over the same number of micro-batches, longest first, each to the emptiest one."""
-    loads = np.zeros(len(batches), dtype=np.int64)
+def _even(
+    batches: list[list[int]], tokens: NDArray[np.int64], budget: float = np.inf, most_rows: float = np.inf
+) -> list[list[int]]:
+    """Distributes the rows over the same number of micro-batches, longest first, each to the emptiest one with room."""
+    loads = np.zeros(len(batches))
     even: list[list[int]] = [[] for _ in batches]
     for row in sorted((row for batch in batches for row in batch), key=lambda row: (-tokens[row], row)):
         emptiest = int(loads.argmin())
         even[emptiest].append(row)
-        loads[emptiest] += tokens[row]
-    return even if loads.max(initial=0) <= budget else batches
+        loads[emptiest] = loads[emptiest] + tokens[row] if len(even[emptiest]) < most_rows else np.inf
+    fits = all(tokens[batch].sum() <= budget for batch in even)
+    return even if fits else batches

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
@@ -317,14 +318,24 @@ def _sequence_lengths(
 
 
 def _stored_lengths(rows: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Returns lengths of prompts (rows,) and of all completions, and the number of completions of each row (rows,)."""
-    prompts, completions, counts = [], [], []
-    for table in rows.with_format("arrow").select_columns(["prompt_ids", "completion_ids"]).iter(10_000):
-        prompts.append(pc.list_value_length(table["prompt_ids"]).to_numpy())
-        counts.append(pc.list_value_length(table["completion_ids"]).to_numpy())
-        completions.append(pc.list_value_length(pc.list_flatten(table["completion_ids"])).to_numpy())
-    prompt_lengths, lengths, count = (np.concatenate(part).astype(np.int64) for part in (prompts, completions, counts))
-    return prompt_lengths, lengths, count
+    """Returns lengths of prompts (rows,) and of all completions, and the number of completions of each row (rows,).
+
+    The offsets of Arrow's lists are read where they are stored. Selecting the rows first would copy all their tokens.
+    """
+    groups = rows.data.column("completion_ids")
+    prompts, counts = (_list_lengths(column) for column in (rows.data.column("prompt_ids"), groups))
+    lengths = _list_lengths(pc.list_flatten(groups))
+    if rows._indices is None:
+        return prompts, lengths, counts
+    kept = rows._indices.column(0).to_numpy()
+    starts = (np.cumsum(counts) - counts)[kept]
+    prompts, counts = prompts[kept], counts[kept]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return prompts, lengths[np.repeat(starts, counts) + within], counts
+
+
+def _list_lengths(lists: pa.ChunkedArray) -> NDArray[np.int64]:
+    return pc.list_value_length(lists).to_numpy().astype(np.int64)
 
 
 class EpochLoader(DataLoader):
