@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
 from .data.forms import Form, detect_form
+from .data.images import holds_images
 from .data.loader import (
     check_budget,
     longest_sequence,
@@ -34,6 +35,7 @@ from .data.rows import read_columns, visible_rows
 from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .errors import UserError, user_error
 from .losses import Loss, user_loss
+from .model.images import image_reader
 from .model.layers import prepared_layers
 from .model.loading import load_models, prepare_model, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model
@@ -89,7 +91,7 @@ class ContrastiveTrainer(PackedLoop):
         train_dataset: rows of any form that ``data.preparation.prepare`` takes, stored or as a stream; a stream needs
             ``max_steps``.
         eval_dataset: one such dataset, or a dictionary of several.
-        processing_class: the tokenizer; default the model's own.
+        processing_class: the tokenizer, or the processor of a model whose prompts have images; default the model's own.
         compute_metrics: is called with an ``EvalPrediction`` whose ``predictions`` are (pairs, 2), the rewards of
             chosen and rejected.
         callbacks, optimizers: as for transformers' Trainer.
@@ -113,7 +115,7 @@ class ContrastiveTrainer(PackedLoop):
         data_collator: Callable | None = None,
         train_dataset: Data | None = None,
         eval_dataset: Data | dict[str, Data] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
@@ -141,11 +143,15 @@ class ContrastiveTrainer(PackedLoop):
         set_seed(args.seed)  # before the weights of a new adapter are drawn
 
         # Loss, tokenizer, policy and reference model.
-        self._tokenizer = tokenizer_of(model, args) if processing_class is None else checked_tokenizer(processing_class)
+        given = (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)))
+        has_images = any(map(holds_images, given))
+        if processing_class is None:
+            processing_class = tokenizer_of(model, args, has_images)
+        self._tokenizer, self._processor = checked_tokenizer(processing_class), processing_class
         if ref_tokenizer is not None:
             check_same_tokenizer(self._tokenizer, ref_tokenizer)
         if isinstance(model, str) and not is_overridden(self, ContrastiveTrainer._prepare_dataset):
-            check_columns(args, self.loss, self._tokenizer, train_dataset, eval_dataset)
+            check_columns(args, self.loss, self._processor, train_dataset, eval_dataset)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         check_reference_model(model, ref_model)
         check_max_length(model, args.max_length)
@@ -163,7 +169,8 @@ class ContrastiveTrainer(PackedLoop):
         self.base_sample = sample_base(model) if hasattr(model, "peft_config") else {}
 
         # Packed model and collator: what turns rows into a loss.
-        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
+        images = image_reader(base_model(model), self._processor) if has_images else None
+        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing, images)
         if args.world_size > 1:
             self.packed.agree()
         check_checkpointing(model, args)
@@ -172,6 +179,7 @@ class ContrastiveTrainer(PackedLoop):
         share = may_share_prompts(self.packed, args)
         cut = (args.max_length, args.truncation_mode)
         pads = dict(pad_token_id=self._tokenizer.pad_token_id or 0, padded=self.packed.padded)
+        pads |= dict(images=images, always_images=args.world_size > 1)
         packing = PackedCollator(*cut, share and not self.packed.padded, self.packed.share_limit, **pads)
         data_collator = packed_collator(data_collator, packing)
         self.collator = getattr(data_collator, "packing", data_collator)
@@ -181,7 +189,7 @@ class ContrastiveTrainer(PackedLoop):
         options: dict[str, Any] = dict(compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers)
         # transformers raises errors for an unknown tracker, or a hub that refuses the repository.
         with prepared_layers(model, args) as chosen_layers, user_error():
-            super().__init__(model, args, data_collator, *datasets, processing_class=self._tokenizer, **options)
+            super().__init__(model, args, data_collator, *datasets, processing_class=self._processor, **options)
         check_engine(args, self.accelerator)
         if args.finds_budget and train_dataset is not None:
             check_can_choose(self)
@@ -216,7 +224,7 @@ class ContrastiveTrainer(PackedLoop):
         return train_dataset, eval_dataset
 
     def _prepare_dataset(
-        self, dataset: Data, processing_class: PreTrainedTokenizerBase, args: ContrastiveConfig, dataset_name: str
+        self, dataset: Data, processing_class: Any, args: ContrastiveConfig, dataset_name: str
     ) -> Data:
         """Tokenizes rows with ``data.preparation.prepare``. An override may return any form that ``prepare`` takes."""
         name = dataset_name
@@ -230,10 +238,10 @@ class ContrastiveTrainer(PackedLoop):
         vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]
         if isinstance(dataset, Dataset):
             log_on_main(report.summary())
-            check_tokenizer(processing_class, vocab_size, report.max_token_id)
+            check_tokenizer(self._tokenizer, vocab_size, report.max_token_id)
             check_data(self.loss, dataset, report.pairs, name)
         else:  # a stream is prepared while it is read, so its report is still empty
-            check_tokenizer(processing_class, vocab_size)
+            check_tokenizer(self._tokenizer, vocab_size)
         return dataset
 
     def _prepared(self, dataset: Any, args: ContrastiveConfig, name: str) -> Data:
@@ -246,13 +254,13 @@ class ContrastiveTrainer(PackedLoop):
 
     def _call_prepare(self, dataset: Any, args: ContrastiveConfig, name: str) -> Data:
         """Calls :meth:`_prepare_dataset`; what an override of it returned is prepared further if need be."""
-        dataset = self._prepare_dataset(dataset, self._tokenizer, args, name)
+        dataset = self._prepare_dataset(dataset, self._processor, args, name)
         if not is_overridden(self, ContrastiveTrainer._prepare_dataset):
             return dataset
         is_plain = not isinstance(dataset, Dataset) or dataset.format["type"] is None
         if is_plain and detect_form(read_columns(dataset)) is Form.GROUP:
             return dataset
-        return ContrastiveTrainer._prepare_dataset(self, dataset, self._tokenizer, args, name)
+        return ContrastiveTrainer._prepare_dataset(self, dataset, self._processor, args, name)
 
     def _prepare_new(self, dataset: Any, name: str) -> Data:
         """Prepares a dataset that the constructor has not seen, with its reference log-probs."""

@@ -119,7 +119,8 @@ class DatasetReference:
 
 
 def _as_tuples(sequence: DatasetCompletion) -> _Ids:
-    return tuple(sequence.prompt_ids.tolist()), tuple(sequence.completion_ids.tolist())
+    prompt, completion = sequence.ids
+    return tuple(map(int, prompt)), tuple(map(int, completion))
 
 
 def _gap(new: np.ndarray, stored: np.ndarray, is_sum: bool) -> float:

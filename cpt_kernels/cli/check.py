@@ -22,7 +22,6 @@ from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..data.collate import PackedBatch, PackedCollator, Tokens
-from ..data.truncation import truncate
 from ..errors import UserError
 from ..losses import PairLogps
 from ..model.comparison import compare_rows
@@ -150,9 +149,7 @@ def _some_sequences(rows: Sequence[dict], collator: PackedCollator) -> list[Toke
     groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     total = 0
     for row in sorted(rows, key=lambda row: -len(row["prompt_ids"]) - max(map(len, row["completion_ids"]))):
-        cut = [
-            truncate(row["prompt_ids"], c, collator.max_length, collator.truncation_mode) for c in row["completion_ids"]
-        ]
+        cut = collator.truncated(row)
         size = sum(len(p) + len(c) for p, c in cut)
         if total and total + size > _COMPARED_TOKENS:
             continue

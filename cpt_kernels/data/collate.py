@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .curriculum import PLACE
+from .images import ImageId, ImageReader, images_of, place_images, split_key
 from .packing import GroupLengths, pack, pair_block_boundaries, scatter_rounds
 from .truncation import TruncationMode, truncate
 
 # [(prompt ids, completion ids)] -> log-probs of the tokens of all these completions in one array, NaN where unknown.
 ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], "NDArray[np.float32]"]
 
-Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, completion
+Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt key (see :mod:`.images`), completion
 
 
 class PackedBatch(TypedDict):
@@ -72,6 +73,13 @@ class PackedBatch(TypedDict):
     num_sequence_tokens: int  # prompt and completion tokens, once per side of every pair
     places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without a curriculum
     shared: bool  # some group runs its prompt once for several completions
+    # Of U different images of the batch: what the model takes, {} without images; and (U,) tokens of their features.
+    images: dict[str, Tensor]
+    image_tokens: list[int]
+    image_index: list[int]  # the image at each place of an image in input_ids, in order
+    # Of every prompt with images: [first token, token after it, end of its completions] in the packed row, its images.
+    image_prompts: list[tuple[list[int], list[int]]]
+    token_types: dict[str, Tensor]  # like input_ids: 1 at tokens of images, under the names that the model has for it
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,8 @@ class PackedCollator:
         share_limit: sequences with more tokens do not share their prompt (for RoPE that depends on the length).
         reference: looks up per-token reference log-probs; ``None`` if the loss needs none.
         pad_token_id: the only token of the batch that a rank without rows runs, and the pads of padded rows.
+        images: reads the images of prompts.
+        always_images: a batch without images holds one that is in no prompt, so that all ranks run the same modules.
         padded: run each completion behind its prompt as a row of its own, padded on the right, for models that do not
             run packed rows exactly.
     """
@@ -95,6 +105,8 @@ class PackedCollator:
     reference: ReferenceLookup | None = None
     pad_token_id: int = 0
     padded: bool = False
+    images: ImageReader | None = None
+    always_images: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         """Truncates the rows' completions, and packs them with their pairs."""
@@ -102,13 +114,13 @@ class PackedCollator:
         edges: list[tuple[Tokens, ...]] = []
         gaps: list[float | None] = []
         for row in rows:
-            cut = [self._truncate(row["prompt_ids"], completion) for completion in row["completion_ids"]]
+            cut = self.truncated(row)
             rejected_columns = [row["rejected"]] if row["rejected"] else []  # supervised rows have none
             for chosen, target, *rejected in zip(row["chosen"], row["targets"], *rejected_columns):
                 edges.append(tuple(cut[i] for i in (chosen, target, *rejected)))
                 gaps.append(gap_of(row, chosen, *rejected))
             sequences += cut
-        return self.pack(sequences, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
+        return self.pack(sequences, edges, gaps, [row[PLACE] for row in rows if PLACE in row], images_of(rows))
 
     def pack(
         self,
@@ -116,23 +128,26 @@ class PackedCollator:
         edges: Sequence[tuple[Tokens, ...]],
         gaps: Sequence[float | None],
         places: list[float],
+        images: Mapping[ImageId, Any] | None = None,
     ) -> PackedBatch:
         """Packs sequences and their pairs into one batch.
 
         Args:
-            sequences: (prompt, completion) ids, repeated or not.
+            sequences: (prompt key, completion ids), repeated or not.
             edges: the sequences of each pair: chosen, target of SLiC's regularizer, and rejected if there is one.
             gaps: one per pair, see :func:`gap_of`.
             places: see :class:`PackedBatch`.
+            images: the images of the prompts, see :func:`images.images_of`.
         """
         if not sequences:  # a rank without rows runs one token, to take part in every collective
             sequences = [((self.pad_token_id,), (self.pad_token_id,))]
-        tokens = _group(sequences)
+        keyed = _group(sequences)
+        words, tokens = [split_key(key)[0] for key, _ in keyed], [(split_key(key)[1], each) for key, each in keyed]
         lengths = [self._lengths(prompt, completions) for prompt, completions in tokens]
         layout = pack(lengths)
 
         # Completions are numbered in packed order, and pairs are sorted so that each block's are consecutive.
-        unique = [(prompt, completion) for prompt, completions in tokens for completion in completions]
+        unique = [(prompt, completion) for prompt, completions in keyed for completion in completions]
         index_of = {sequence: s for s, sequence in enumerate(unique)}
         pairs, order, pair_blocks = _index_pairs(edges, index_of)
         gaps = [gaps[p] for p in order]
@@ -140,7 +155,7 @@ class PackedCollator:
 
         # Counts, and everything as tensors.
         row_count = len(layout.position_ids)
-        sequence_lengths = [len(prompt) + len(completion) for prompt, completion in unique]
+        sequence_lengths = [len(prompt) + len(each) for prompt, completions in tokens for each in completions]
         completion_lengths = np.diff(layout.cu_completions)
         input_ids = _ints(_concatenate(tokens[g][0] if i < 0 else tokens[g][1][i] for g, i in layout.pieces))[None]
         attention_mask, predictor_index = None, layout.predictor_index
@@ -148,6 +163,7 @@ class PackedCollator:
             place, attention_mask = _padded_places(np.diff(layout.cu_seqlens_q))
             input_ids = torch.full_like(attention_mask, self.pad_token_id).masked_scatter(attention_mask > 0, input_ids)
             predictor_index = place[predictor_index]
+        pictures = place_images(self, words, tokens, layout.pieces, input_ids, images or {})
         ref_token_logps, ref_missing = self._reference_logps(unique, scored=bool(edges))
         return PackedBatch(
             input_ids=input_ids,
@@ -175,15 +191,19 @@ class PackedCollator:
             num_sequence_tokens=sum(sequence_lengths[s] for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
             places=places,
             shared=any(g.share and len(g.completions) > 1 for g in lengths),
+            **pictures,
         )
 
     def shares(self, longest: int) -> bool:
         """Returns whether a group runs its prompt once, if its longest prompt + completion has ``longest`` tokens."""
         return self.share_prompts and not self.padded and (self.share_limit is None or longest <= self.share_limit)
 
-    def _truncate(self, prompt: Sequence[int], completion: Sequence[int]) -> Tokens:
-        prompt, completion = truncate(prompt, completion, self.max_length, self.truncation_mode)
-        return tuple(prompt), tuple(completion)
+    def truncated(self, row: Mapping[str, Any]) -> list[Tokens]:
+        """Returns the prompt key and the token ids of each completion of a prepared row, truncated."""
+        words = row.get("image_ids") or ()
+        how = (self.max_length, self.truncation_mode, bool(words))
+        cut = (truncate(row["prompt_ids"], completion, *how) for completion in row["completion_ids"])
+        return [((*words, *prompt), tuple(completion)) for prompt, completion in cut]
 
     def _lengths(self, prompt: Sequence[int], completions: Iterable[Sequence[int]]) -> GroupLengths:
         lengths = [len(completion) for completion in completions]

@@ -72,7 +72,9 @@ def read_first_row(
         row = {name: drop_nulls(value, nulls.get(name)) for name, value in given.items()}
         try:
             example = parse_row(row, form, roles=roles, prompt_format=prompt_format)
-            sides = [read_text_or_messages(name, row.get(name)) for name in _side_columns(form, roles)]
+            sides = [
+                read_text_or_messages(name, row.get(name), "images" in roles) for name in _side_columns(form, roles)
+            ]
         except RowError:
             continue  # counted by the filter
         if not example.is_chat and template is not None and prompt_format == "auto":

@@ -18,6 +18,7 @@ from .messages import (
     MALFORMED,
     RowError,
     Text,
+    as_list,
     read_history,
     read_text_or_messages,
     text_as_turns,
@@ -34,6 +35,7 @@ PROMPT_FILLS = "prompt fills max_length"
 EMPTY = "empty completion"
 IDENTICAL = "identical sides"
 TIED = "tied scores"
+IMAGE_CUT = "max_length would cut an image"
 NO_ASSISTANT = "no assistant turn"
 NO_PROMPT = "no prompt"
 
@@ -56,6 +58,7 @@ class Example:
     tools: list | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None leaves the choice to `ranked_pairs`
+    images: list = field(default_factory=list)  # of the prompt, as the row holds them
     asked: list = field(default_factory=list)  # `pairs` if given, else `scores`, before empty completions were removed
 
     @property
@@ -104,7 +107,7 @@ def parse_row(
 
     # The target, a further completion.
     if target_column is not None:
-        target = read_text_or_messages(target_column, row.get(target_column))
+        target = read_text_or_messages(target_column, row.get(target_column), "images" in roles)
         if target is None or _is_empty(target):
             raise RowError(EMPTY, f"`{target_column}` without text")
         names.append(target_column)
@@ -124,7 +127,11 @@ def parse_row(
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
     prompt, completions = _in_format(prompt, completions, prompt_format, row, roles)
     tools, template_kwargs = _read_tools(row, roles), _read_template_kwargs(row)
-    return Example(prompt, completions, scores, target_column is not None, tools, template_kwargs, pairs, asked)
+    return Example(
+        *(prompt, completions, scores, target_column is not None, tools, template_kwargs, pairs),
+        images=_read_images(row, roles),
+        asked=asked,
+    )
 
 
 def parse_prompt(
@@ -145,7 +152,8 @@ def parse_prompt(
     if prompt is None or _is_empty(prompt):
         raise RowError(NO_PROMPT, f"`{column}` without text")
     prompt, _ = _in_format(prompt, [], prompt_format, row, roles)
-    return Example(prompt, [], [], tools=_read_tools(row, roles), template_kwargs=_read_template_kwargs(row))
+    tools, template_kwargs = _read_tools(row, roles), _read_template_kwargs(row)
+    return Example(prompt, [], [], tools=tools, template_kwargs=template_kwargs, images=_read_images(row, roles))
 
 
 def whole_prompt(row: Mapping[str, Any], roles: Roles) -> Text | None:
@@ -234,17 +242,17 @@ def _read_sides(row: Mapping[str, Any], form: Form, roles: Roles) -> tuple[list[
     """Returns names (for errors), values and ratings of the row's ranked completions, best first."""
     if form is Form.PREFERENCE:
         names = [_column(roles, side) for side in ("chosen", "rejected")]
-        chosen, rejected = (read_text_or_messages(name, row.get(name)) for name in names)
+        chosen, rejected = (read_text_or_messages(name, row.get(name), "images" in roles) for name in names)
         if names[0] == "messages" and chosen and isinstance(rejected, str):
             # ms-swift: the rejected text stands in place of the conversation's last turn.
             rejected = [*chosen[:-1], {"role": "assistant", "content": rejected}]
         return names, [chosen, rejected], [1.0, 0.0]
     if form is Form.SUPERVISED:
         name = _column(roles, "completion")
-        return [name], [read_text_or_messages(name, row.get(name))], [0.0]
+        return [name], [read_text_or_messages(name, row.get(name), "images" in roles)], [0.0]
     if form is Form.MESSAGES:
         name = _column(roles, "messages")
-        messages = read_text_or_messages(name, row.get(name))
+        messages = read_text_or_messages(name, row.get(name), "images" in roles)
         if isinstance(messages, str):
             raise RowError(MALFORMED, f"`{name}` is str; expected a list of {{role, content}} messages")
         if not messages or messages[-1]["role"] != "assistant":
@@ -263,7 +271,7 @@ def _read_ranked_sides(row: Mapping[str, Any], roles: Roles) -> tuple[list[str],
         scores = scores or [_first_of(item, _RATINGS) for item in completions]
         completions = [_first_of(item, RESPONSE_NAMES) for item in completions]
     names = [f"{column}[{i}]" for i in range(len(completions))]
-    sides = [read_text_or_messages(name, side) for name, side in zip(names, completions)]
+    sides = [read_text_or_messages(name, side, "images" in roles) for name, side in zip(names, completions)]
     if scores is None:
         return names, sides, [float(-i) for i in range(len(sides))]
     if not isinstance(scores, list) or len(scores) != len(sides):
@@ -309,7 +317,7 @@ def _read_prompt(row: Mapping[str, Any], roles: Roles) -> Text | None:
     value = row.get(column)
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         value = value["messages"]  # OpenAI's `input`
-    prompt = read_text_or_messages(column, value)
+    prompt = read_text_or_messages(column, value, "images" in roles)
     more = row.get(roles["input"]) if "input" in roles else None
     if not more:
         return prompt
@@ -416,6 +424,10 @@ def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     if kwargs and (reserved := _RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
         raise RowError(MALFORMED, f"`chat_template_kwargs` may not set {in_backticks(sorted(reserved))}")
     return kwargs or {}
+
+
+def _read_images(row: Mapping[str, Any], roles: Roles) -> list:
+    return as_list(row.get(roles["images"])) if "images" in roles else []
 
 
 def _is_empty(side: Text | None) -> bool:

@@ -61,7 +61,8 @@ PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
 _CONVERSATIONS = ("conversations", "messages")
 _BEFORE_PROMPT = {"system": ("system", "system_prompt"), "history": ("history",)}  # role -> columns
 
-_READ = ("pairs", "tools", "chat_template_kwargs", "row")  # columns that are read under these names
+IMAGE_COLUMNS = ("images", "image")  # TRL's: a list of images, or one
+_READ = ("pairs", "tools", "chat_template_kwargs", "row", "image_ids")  # columns that are read under these names
 REFERENCE_SUMS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's, which `cpt cache import` reads
 _UNPAIRED = ("label", "kto_tag")
 _SIDES = {name for form, names in _FORMS if form is Form.PREFERENCE for name in names} - {"messages", "response"}
@@ -69,7 +70,8 @@ _SIDES = {name for form, names in _FORMS if form is Form.PREFERENCE for name in 
 _PROMPT_WORDS = {*PROMPT_NAMES, "system", "history", "context", "problem", "task", "trajectory", "user"}
 _OTHER_WORDS = {"id", "ids", "idx", "hash", "len", "length", "tokens", "count", "model", "source", "type", "name"}
 
-Roles = Mapping[str, str]  # role -> column; the roles are prompt, input, system, history, and those of FORM_COLUMNS
+# Role -> column; the roles are prompt, input, system, history, images, and those of FORM_COLUMNS.
+Roles = Mapping[str, str]
 
 
 def detect_form(columns: Iterable[str]) -> Form:
@@ -81,14 +83,10 @@ def find_roles(columns: Iterable[str]) -> tuple[Form, Roles]:
     """Returns the form of a dataset with these columns, and the column of each role.
 
     Raises:
-        UserError: the columns hold images or unpaired preferences, or have no known form; the message names the columns
-            found and expected.
+        UserError: the columns hold unpaired preferences, or have no known form; the message names the columns found
+            and expected.
     """
     columns = set(columns)
-    if images := columns & {"image", "images"}:
-        raise UserError(
-            f"the dataset has the column {in_backticks(images)}: images are not supported: remove the column"
-        )
     found = match_roles(columns)
     if found is None:
         expected = "; ".join(in_backticks(_our_columns(form)) for form in Form)
@@ -101,7 +99,20 @@ def find_roles(columns: Iterable[str]) -> tuple[Form, Roles]:
             f" supported, and training on all completions would ignore {in_backticks(tags)}; build pairs (`chosen`,"
             f" `rejected`), or remove {in_backticks(tags)}"
         )
-    return form, roles
+    images = None if form is Form.GROUP else image_column(columns)
+    return form, roles if images is None else {**roles, "images": images}
+
+
+def image_column(columns: Iterable[str]) -> str | None:
+    """Returns the column of a dataset that holds the images of its prompts, or None.
+
+    Raises:
+        UserError: there are two.
+    """
+    found = [name for name in IMAGE_COLUMNS if name in {*columns}]
+    if len(found) > 1:
+        raise UserError("the dataset has the columns `images` and `image`: remove one of the two")
+    return found[0] if found else None
 
 
 def _mend(columns: Collection[str]) -> str:
@@ -145,7 +156,8 @@ def find_prompt(columns: Collection[str], form: Form | None = None) -> dict[str,
 
 def read_by(form: Form, roles: Roles) -> set[str]:
     """Returns the columns that are read of rows with these roles; without roles, columns have our names."""
-    return {*(roles.values() or ("prompt", *FORM_COLUMNS[form])), *_READ}
+    named = roles.values() if form not in (Form.GROUP, Form.TOKENS) else ()
+    return {*(named or ("prompt", *FORM_COLUMNS[form])), *_READ}
 
 
 def unused_columns(

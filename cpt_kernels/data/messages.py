@@ -27,7 +27,8 @@ _SENDERS = {
     "system": "system",
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_MEDIA_PARTS = ("image", "image_url", "input_image", "video", "audio", "input_audio")
+_IMAGE = "image"  # TRL's placeholder for an image of the row, {"type": "image"}
+_MEDIA_PARTS = (_IMAGE, "image_url", "input_image", "video", "audio", "input_audio")
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -40,8 +41,11 @@ class RowError(UserError):
         self.reason, self.detail = reason, detail
 
 
-def read_text_or_messages(field: str, value: Any) -> Text | None:
+def read_text_or_messages(field: str, value: Any, images: bool = False) -> Text | None:
     """Returns text as it is, and a message or a list of messages as a list of {role, content} messages.
+
+    Args:
+        images: messages may have parts {"type": "image"}, each in place of the next one of the row's images.
 
     Raises:
         RowError: the value is something else, or holds an image, a video or audio.
@@ -56,7 +60,7 @@ def read_text_or_messages(field: str, value: Any) -> Text | None:
         raise RowError(
             MALFORMED, f"`{field}` is {type_name(value)}; expected text or a list of {{role, content}} messages{hint}"
         )
-    return [_read_turn(field, turn) for turn in turns]
+    return [_read_turn(field, turn, images) for turn in turns]
 
 
 def read_history(field: str, value: Any) -> list:
@@ -114,15 +118,54 @@ def _sender(turn: dict) -> str | None:
     return sender if isinstance(sender, str) else None
 
 
-def _read_turn(field: str, turn: dict) -> dict:
+def has_images(text: Text | None) -> bool:
+    """Returns whether messages have a part that is an image."""
+    contents = (turn.get("content") for turn in text) if isinstance(text, list) else ()
+    return any(part.get("type") == _IMAGE for parts in contents if isinstance(parts, list) for part in parts)
+
+
+def with_images(prompt: list, count: int) -> list:
+    """Returns the messages of a prompt with parts as contents, and a part for each of ``count`` images, as TRL does.
+
+    If the first turn of the user is text, all images come before it.
+
+    Raises:
+        RowError: the messages have another number of images.
+    """
+    turns = [{**turn, "content": _as_parts(turn.get("content"))} for turn in prompt]
+    first = next((i for i, t in enumerate(prompt) if t["role"] == "user" and isinstance(t.get("content"), str)), None)
+    if first is not None and not has_images(prompt):
+        turns[first]["content"] = [{"type": _IMAGE}] * count + turns[first]["content"]
+    found = sum(part.get("type") == _IMAGE for turn in turns for part in turn["content"] or ())
+    if found != count:
+        raise RowError(MALFORMED, f'the prompt has {found} parts {{"type": "image"}}, and the row has {count} images')
+    return turns
+
+
+def as_list(value: Any) -> list:
+    """Returns the images of a row, which may hold one, a list, or null."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _read_turn(field: str, turn: dict, images: bool) -> dict:
     if not isinstance(turn.get("role"), str):
         turn = _read_sharegpt(field, turn)
     parts = turn.get("content")
     if not isinstance(parts, list):
         return turn
     kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
-    if any(kind in _MEDIA_PARTS for kind in kinds):
-        raise RowError(MALFORMED, f"`{field}` holds a part that is not text")
+    if any(kind in _MEDIA_PARTS and not (images and kind == _IMAGE) for kind in kinds):
+        raise RowError(MALFORMED, f"`{field}` holds a part that is not text{' or an image' if images else ''}")
+    if _IMAGE in kinds:
+        if any(part.get(name) for name in ("image", "url", "path", "base64") for part in parts):
+            raise RowError(MALFORMED, f"`{field}` has an image in its messages: give it in the column `images`")
+        return turn
     if not parts or not all(
         kind in _TEXT_PARTS and isinstance(part.get("text"), str) for kind, part in zip(kinds, parts)
     ):

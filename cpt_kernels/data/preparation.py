@@ -7,23 +7,24 @@ import gc
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from ..errors import UserError
 from .first_row import FirstRow, read_first_row
-from .formats import EMPTY, IDENTICAL, PROMPT_FILLS, PromptFormat, RankedPairs, check_ranked_pairs
-from .forms import REFERENCE_SUMS, Form, Roles, find_roles, read_by, unused_columns
+from .formats import EMPTY, IDENTICAL, IMAGE_CUT, PROMPT_FILLS, PromptFormat, RankedPairs, check_ranked_pairs
+from .forms import REFERENCE_SUMS, Form, Roles, find_roles, in_backticks, read_by, unused_columns
+from .images import IMAGES, ImageReader, is_processor, undecoded
 from .rows import ExactJson, NullPlaces, find_null_places, read_columns, visible_rows
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _DECISION_FEATURES = Features(
     }
 )
 _EXAMPLE_ROWS = 5
+_IMAGE_ROWS = 16  # rows with images that are read together
 _TOKENIZED = (Form.GROUP, Form.TOKENS)
 
 
@@ -176,7 +178,7 @@ class Filter:
 
     max_length: int | None
     truncation_mode: TruncationMode
-    version: int = 1
+    version: int = 2
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         decisions = [self._decide(row) for row in _rows(batch, [*GROUP_FEATURES, *REMARK_FEATURES])]
@@ -195,13 +197,14 @@ class Filter:
             return decision  # dropped already, or nothing to cut
         if self.max_length is not None and self.truncation_mode == "keep_start" and len(prompt_ids) >= self.max_length:
             return decision | {"reason": PROMPT_FILLS, "detail": f"{len(prompt_ids)} tokens"}
-        cut = [truncate(prompt_ids, ids, self.max_length, self.truncation_mode) for ids in completions]
+        how = (self.max_length, self.truncation_mode, bool(row["image_ids"]))
+        cut = [truncate(prompt_ids, ids, *how) for ids in completions]
         # A pair stays if all its completions keep some tokens and its two sides still differ.
         edges = list(zip(row["chosen"], row["targets"], *([row["rejected"]] if row["rejected"] else [])))
         scored = [edge for edge in edges if all(cut[i][1] for i in edge)]
         different = [edge for edge in scored if len(edge) < 3 or cut[edge[0]] != cut[edge[2]]]
         if not different:
-            reason = IDENTICAL if scored else EMPTY
+            reason = IDENTICAL if scored else IMAGE_CUT if row["image_ids"] else EMPTY
             detail = f"when cut to max_length={self.max_length}" if decision["truncated"] else "one token and no prompt"
             return decision | {"reason": reason, "detail": detail}
         chosen, targets, *rejected = map(list, zip(*different))
@@ -237,6 +240,7 @@ class Examined(NamedTuple):
         columns: all of them.
         keep: the columns that stay as they are.
         nulls: where Arrow may have inserted nulls.
+        reader: reads the images of the column `images`, if there is one.
         unused: the columns that nothing reads.
     """
 
@@ -248,11 +252,12 @@ class Examined(NamedTuple):
     nulls: Mapping[str, NullPlaces]
     first: FirstRow
     unused: list[str]
+    reader: ImageReader | None = None
 
 
 def examine(
     dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None = None,
     truncation_mode: TruncationMode = "keep_start",
@@ -275,19 +280,45 @@ def examine(
         raise UserError(f"the {name} data has no rows")
     check_truncation(max_length, truncation_mode)
     check_ranked_pairs(ranked_pairs)
+    processor: Any = tokenizer
+    tokenizer = cast("PreTrainedTokenizerBase", getattr(processor, "tokenizer", processor))
     check_tokenizer(tokenizer)
     form, roles = find_roles(columns)
+    reader = None
+    if "images" in roles:
+        reader = _make_reader(processor, form, roles, name)
+        dataset, roles = undecoded(dataset, roles["images"]), {**roles, "images": IMAGES}
+        columns = [IMAGES if column == "image" else column for column in columns]
     keep = _kept_columns(columns, form, target_column, gap_column, keep_columns)
-    named = [*filter(None, [target_column, gap_column]), *keep]
+    named = [*filter(None, [target_column, gap_column]), *keep, *((IMAGES,) if IMAGES in columns else ())]
     nulls = find_null_places(dataset.features, {*read_by(form, roles), *named} if form not in _TOKENIZED else ())
-    first = read_first_row(dataset, form, roles, prompt_format, tokenizer, nulls)
+    first = read_first_row(dataset, form, roles, prompt_format, processor if reader else tokenizer, nulls)
     unused = unused_columns(columns, form, roles, named, first.is_whole)
-    return Examined(dataset, columns, form, roles, keep, nulls, first, unused)
+    return Examined(dataset, columns, form, roles, keep, nulls, first, unused, reader)
+
+
+def _make_reader(processor: Any, form: Form, roles: Roles, name: str) -> ImageReader:
+    """Returns the reader of a dataset's images.
+
+    Raises:
+        UserError: there is no processor, or the rows are tokenized without images.
+    """
+    has = f"the {name} data has the column {in_backticks([roles['images']])}"
+    if form is Form.TOKENS:
+        raise UserError(f"{has}, and its prompts are tokens: give them as messages, or remove the column")
+    if not is_processor(processor):
+        raise UserError(
+            f"{has}, and {type(processor).__name__} reads no images: give the model's processor as processing_class"
+            " (transformers.AutoProcessor), or remove the column"
+        )
+    reader = ImageReader(processor)
+    assert reader.placeholder  # raises for a processor without one
+    return reader
 
 
 def prepare(
     dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None = None,
     truncation_mode: TruncationMode = "keep_start",
@@ -310,8 +341,10 @@ def prepare(
             - `prompt_ids, chosen_ids, rejected_ids`;
             - the output of this function.
             Rows of text or messages may have `tools` (a list or its JSON) and `chat_template_kwargs`. :mod:`.forms`
-            lists the forms of other trainers that are read, too.
-        tokenizer: its eos token becomes its pad token if it has none.
+            lists the forms of other trainers that are read, too. Prompts of text or messages may have images, in a
+            column `images` or `image`, as PIL images, paths, URLs or bytes.
+        tokenizer: the model's tokenizer, or its processor, which images need. Its eos token becomes its pad token if it
+            has none.
         max_length, truncation_mode: how the collator will truncate. They decide which rows are dropped.
         target_column: a third completion of each row: y_ref of SLiC's regularizer.
         gap_column: by how much chosen is better, in rows of one pair. Ranked rows use their `scores`, or ranks.
@@ -325,7 +358,8 @@ def prepare(
 
     Returns:
         The dataset (a stream is filtered as it is read) with the columns of `tokenize.GROUP_FEATURES` and
-        `keep_columns`, and the report. A ranked row may hold a completion whose pairs truncation has removed.
+        `keep_columns`, and `images` as they were given, if there are any; and the report. A ranked row may hold a
+        completion whose pairs truncation has removed.
 
     Raises:
         UserError: the form, an option or the tokenizer cannot be used, or no row is left (the message counts reasons).
@@ -348,19 +382,28 @@ def prepare(
     stored = dataset.features if isinstance(dataset, Dataset) else {}
     exact = tuple(column for column in keep if isinstance(stored.get(column), ExactJson))
     tokenization = Tokenization(
-        *(tokenizer, form, target_column, ranked_pairs, keep, gap_column, read.nulls, exact),
+        *(cast("Any", getattr(tokenizer, "tokenizer", tokenizer)), form, target_column, ranked_pairs),
+        *(keep, gap_column, read.nulls, exact),
         roles=dict(read.roles),
         prompt_format=first.prompt_format,
+        reader=read.reader,
     )
+    images = (IMAGES,) if IMAGES in read.columns and (read.reader or form is Form.GROUP) else ()
+    if images:
+        batch_size = min(batch_size, _IMAGE_ROWS)
+        if isinstance(dataset, IterableDataset):
+            tokenization = replace(tokenization, keep=(*keep, *images))
     tokenize = partial(_tokenize, dataset, tokenization, read.columns, batch_size)
     report = PreparationReport(name, max_length, notes=first.notes(name, read.unused), first_is_chat=first.is_chat)
     filtration = Filter(max_length, truncation_mode)
     columns = (*GROUP_FEATURES, *keep)
     if isinstance(dataset, IterableDataset):
-        return _filter_stream(tokenize(), filtration, report, columns, batch_size), report
+        return _filter_stream(tokenize(), filtration, report, (*columns, *images), batch_size), report
     with _without_garbage_collection():
         tokenized = tokenize(num_proc=num_proc, desc=f"Tokenizing {name} data")
-        return _filter_rows(tokenized, filtration, report, columns, batch_size, num_proc), report
+        # Images are not copied into the tokenized dataset.
+        beside = dataset.select_columns(list(images)) if images else None
+        return _filter_rows(tokenized, filtration, report, columns, batch_size, num_proc, beside), report
 
 
 def _tokenize(dataset: Any, tokenization: Tokenization, given: list[str], batch_size: int, **options: Any) -> Any:
@@ -410,8 +453,13 @@ def _filter_rows(
     columns: tuple[str, ...],
     batch_size: int,
     num_proc: int | None,
+    beside: Dataset | None,
 ) -> Dataset:
-    """Counts and drops the rows of a map-style dataset. Decisions are cached in a small table beside the tokens."""
+    """Counts and drops the rows of a map-style dataset. Decisions are cached in a small table beside the tokens.
+
+    Args:
+        beside: more columns of the result.
+    """
     decisions = tokenized.map(
         filtration,
         batched=True,
@@ -433,8 +481,9 @@ def _filter_rows(
         report.repeated = len(kept) - len(firsts)
         report.first_repeated = int(np.delete(digests["row"][kept], firsts)[0])
     tokens = tokenized.remove_columns([*_EDGES, *REMARK_FEATURES])
-    groups = concatenate_datasets([tokens, decisions.select_columns(list(_EDGES))], axis=1)
-    return groups.select_columns(list(columns)).select(kept)
+    parts = [tokens, decisions.select_columns(list(_EDGES)), *([beside] if beside is not None else [])]
+    groups = concatenate_datasets(parts, axis=1)
+    return groups.select_columns([*columns, *(beside.column_names if beside is not None else ())]).select(kept)
 
 
 def _filter_stream(

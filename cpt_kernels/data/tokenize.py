@@ -6,6 +6,7 @@ A prompt group is the row that the filter, the packer and the collator work on:
     completion_ids      list[list[int]]  K different completions, each used by some pair
     chosen, rejected    list[int]        P pairs, as indices into completion_ids; a supervised row has no `rejected`
     targets             list[int]        P completions for SLiC's regularizer (y_ref): the target column, else `chosen`
+    image_ids           list[int]        identities of the prompt's images, see `images.ImageReader.image_id`
     scores              list[float]      K ratings whose differences are the gaps. Ranked rows have them (without a
                                          column `scores`, the negated rank) and pairs with a gap column; else empty
     row                 int              index in the source dataset; of a stream, in the rows that this process reads
@@ -42,7 +43,8 @@ from .formats import (
     read_gap,
 )
 from .forms import Form, Roles, read_by
-from .messages import MALFORMED, RowError
+from .images import ImageReader, decode
+from .messages import MALFORMED, RowError, has_images
 from .rows import ExactJson, NullPlaces, drop_nulls
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ _INDICES = List(Value("int32"))
 GROUP_FEATURES = Features(
     {
         "prompt_ids": List(Value("int32")),
+        "image_ids": List(Value("int64")),
         "completion_ids": List(List(Value("int32"))),
         "chosen": _INDICES,
         "rejected": _INDICES,
@@ -80,7 +83,8 @@ REMARK_FEATURES = Features(
 _LARGEST_ID = 2**31 - 1  # GROUP_FEATURES store ids as int32
 _PART = 250  # rows that are encoded together
 
-_GROUP_LISTS = ("prompt_ids", "completion_ids", "chosen", "rejected", "targets", "scores")
+_GROUP_REST = ("image_ids", "chosen", "rejected", "targets", "scores")
+_GROUP_LISTS = ("prompt_ids", "completion_ids", *_GROUP_REST)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ class Tokenization:
     exact: tuple[str, ...] = ()
     roles: Roles = field(default_factory=dict)
     prompt_format: PromptFormat = "auto"
-    version: int = 7
+    reader: ImageReader | None = None  # of a dataset with a column of images
+    version: int = 8
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         read = read_by(self.form, self.roles).union([self.target_column, self.gap_column, "scores"], self.keep)
@@ -115,6 +120,8 @@ class Tokenization:
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         if self.form in (Form.GROUP, Form.TOKENS):
             groups = [_attempt(self._read_group, row) for row in rows]
+        elif self.reader is not None:
+            groups = [_attempt(self._encode_with_images, row, index) for row, index in zip(rows, indices)]
         else:
             groups = self._encode_groups(rows)
         output: dict[str, list] = {name: [] for name in (*GROUP_FEATURES, *REMARK_FEATURES)}
@@ -141,8 +148,8 @@ class Tokenization:
             completions = [_token_list(row[name], name) for name in names]
             scores = [1.0 if self.gap_column is None else read_gap(row, self.gap_column), 0.0]
             return self._build_group(prompt_ids, completions, scores, self.target_column is not None)
-        group = {name: row[name] for name in _GROUP_LISTS if name != "scores"}
-        group["scores"] = row.get("scores") or []
+        group = {name: row[name] for name in _GROUP_LISTS if name not in ("scores", "image_ids")}
+        group |= {name: row.get(name) or [] for name in ("scores", "image_ids")}
         if not isinstance(group["completion_ids"], list):
             raise RowError(MALFORMED, "`completion_ids` is not a list of token lists")
         group["completion_ids"] = [_token_list(ids, "completion_ids") for ids in group["completion_ids"]]
@@ -159,6 +166,37 @@ class Tokenization:
         if group["scores"] and not _has_gaps(group["scores"], zip(group["chosen"], group["rejected"])):
             group["scores"] = []
         return group
+
+    # --- Rows with images ---
+
+    def _encode_with_images(self, row: dict, index: int) -> dict[str, Any]:
+        """Builds the group of a row with or without images as TRL does: prompt and completions are encoded apart.
+
+        Raises:
+            RowError: the row cannot be used.
+            UserError: a completion has an image.
+        """
+        assert self.reader is not None
+        example = parse_row(row, self.form, self.target_column, self.gap_column, self.roles, self.prompt_format)
+        if any(has_images(completion) for completion in example.completions):
+            raise UserError(f"row {index} has an image in a completion: only prompts may have images; remove the row")
+        try:
+            images = [decode(image) for image in example.images]
+        except UserError as error:
+            raise RowError(MALFORMED, str(error)) from error
+        prompt, completions = self.reader.render(example)
+        if (count := prompt.count(self.reader.placeholder)) != len(images):
+            held = f"the prompt holds {count} times {self.reader.placeholder}, and the row has {len(images)} images"
+            raise RowError(MALFORMED, held)
+        prompt_ids, reserved = self.reader.encode(prompt, images), {*self.reader.token_ids}
+        if not images and not reserved.isdisjoint(prompt_ids):
+            raise RowError(MALFORMED, "the prompt has the token of an image, and the row has no images")
+        sides = encode_texts(self.tokenizer, completions, add_special_tokens=False)
+        if not all(map(reserved.isdisjoint, sides)):
+            raise UserError(f"row {index} has the token of an image in a completion: remove the row")
+        group = self._build_group(prompt_ids, sides, example.scores, example.has_target, example.pairs)
+        group["image_ids"] = [word for image in images for word in self.reader.image_id(image)]
+        return group | {"pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
 
     # --- Rows of text and messages ---
 
@@ -297,13 +335,14 @@ class Tokenization:
             ranked_scores.append(0.0)  # for a target that is in no pair, so its value is never used
             group["scores"] = [ranked_scores[i] for i in used]
         tokens = list(index_of)
-        return {"prompt_ids": prompt_ids, "completion_ids": [list(tokens[i]) for i in used]} | group
+        found = {"prompt_ids": prompt_ids, "image_ids": [], "completion_ids": [list(tokens[i]) for i in used]}
+        return found | group
 
 
 def _group_digest(group: Mapping[str, Any]) -> int:
     """Returns 63 bits that are equal for groups with equal tokens and pairs."""
     tokens = [group["prompt_ids"], *group["completion_ids"]]
-    rest = repr([[len(ids) for ids in tokens], *(group[name] for name in _GROUP_LISTS[2:])]).encode()
+    rest = repr([[len(ids) for ids in tokens], *(group[name] for name in _GROUP_REST)]).encode()
     return xxh3_64_intdigest(b"".join(array("i", ids).tobytes() for ids in tokens) + rest) >> 1
 
 

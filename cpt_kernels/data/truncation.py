@@ -23,12 +23,14 @@ def truncate(
     completion_ids: Sequence[int],
     max_length: int | None,
     mode: TruncationMode = "keep_start",
+    whole_prompt: bool = False,
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Cuts (prompt, completion) so that both together have at most `max_length` tokens.
 
     `keep_start` keeps the first tokens and `keep_end` the last ones; `max_length=None` cuts nothing. If no prompt token
     is left, or there was none, the first completion token becomes the prompt: no earlier token predicts it, so it has
-    no log-prob. The returned completion may be empty.
+    no log-prob. The returned completion may be empty. With `whole_prompt` it is empty if the prompt would be cut: of a
+    prompt with images no part may be missing.
 
     Raises:
         UserError: `max_length` is below 1, or `mode` is unknown.
@@ -38,6 +40,8 @@ def truncate(
         if mode == "keep_start":
             completion_ids = completion_ids[: max(0, max_length - len(prompt_ids))]
             prompt_ids = prompt_ids[:max_length]
+        elif whole_prompt:
+            completion_ids = completion_ids[:0]
         else:
             completion_ids = completion_ids[max(0, excess - len(prompt_ids)) :]
             prompt_ids = prompt_ids[excess:]

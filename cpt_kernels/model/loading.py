@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import deepspeed
 
 from ..config import ContrastiveConfig
@@ -31,18 +31,25 @@ _OWN_LOSSES = {
 }
 
 
-def tokenizer_of(model: str | nn.Module, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    model: str | nn.Module, args: ContrastiveConfig, images: bool = False
+) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Loads the tokenizer of a model; a model given by name has the revision of ``args.model_init_kwargs``.
+
+    Args:
+        images: load the processor of prompts with images in place of the tokenizer.
 
     Raises:
         UserError: the model was built in memory, so no name or folder leads to its tokenizer.
     """
+    auto: Any = AutoProcessor if images else AutoTokenizer
     if not isinstance(model, str):
         if not (name := model.config._name_or_path):
-            raise UserError("the model has no name to load its tokenizer from: pass the tokenizer as processing_class")
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+            kind = "processor" if images else "tokenizer"
+            raise UserError(f"the model has no name to load its {kind} from: pass the {kind} as processing_class")
+        return auto.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     revision = _init_kwargs(args).get("revision") or "main"
-    return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    return auto.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 def load_models(

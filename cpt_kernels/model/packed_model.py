@@ -15,14 +15,16 @@ import dataclasses
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, PackedCollator
+from ..data.images import ImageReader
 from ..errors import UnavailableError, UserError
 from ..losses import Loss, PairLogps
 from ..ops.attention import AttentionLayout
@@ -48,6 +50,7 @@ from .hooks import (
     rope_per_sequence,
     set_attention,
 )
+from .images import image_inputs, image_probe, own_inputs, packed_positions, shared_features
 from .proof import Probe, Truth, find_truth, projected_gradients
 from .states import StateLayout, prepare_state_layers, unpackable_layers
 
@@ -77,6 +80,7 @@ class PackedModel:
         attention_backend: backend for packed rows, see :func:`cpt_kernels.ops.attention.shared_prompt_attention`.
         packing: "true" runs all completions of a batch in one packed row, "false" each in a padded row of its own, and
             "auto" takes the packed row if the proof holds for it.
+        images: reads images, for a model whose prompts have some; the proof then has images, too.
 
     Attributes:
         padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
@@ -95,6 +99,7 @@ class PackedModel:
     head_memory_mb: float | None = None
     attention_backend: str = "auto"
     packing: Packing = "auto"
+    images: ImageReader | None = None
     padded: bool = field(default=False, init=False)
     noisy: bool = field(default=False, init=False)
     has_gradient: bool = field(default=True, init=False)
@@ -182,15 +187,15 @@ class PackedModel:
         """
         # Flash attention does not run on a CPU, where the model may be until the trainer moves it.
         runnable = "sdpa" if "flash" in attention and (base.device.type == "cpu" or not may_repeat) else attention
-        probe, routing, parameters = (
-            Probe.of(base, marked_tokens(self.model)),
-            PinnedRouting(),
-            self._compared_parameters(base),
-        )
+        probes = [Probe.of(base, marked_tokens(self.model))]
+        if self.images is not None:
+            probes.append(image_probe(base, self.images))
+        parameters = self._compared_parameters(base)
 
-        def own(ids: Tensor) -> Tensor:
+        def own(ids: Tensor, probe: Probe = probes[0]) -> Tensor:
             try:
-                return self.model(input_ids=ids, use_cache=False).logits
+                more = {} if self.images is None else own_inputs(self.images, probe, ids)
+                return self.model(input_ids=ids, use_cache=False, **more).logits
             except Exception as error:  # whatever a model raises that needs more inputs
                 if isinstance(error, UserError) or is_of_machine(error):
                     raise
@@ -198,26 +203,29 @@ class PackedModel:
                 raise UserError(f"{kind} does not run on token ids alone: {type(error).__name__}: {error}") from error
 
         set_attention(base, runnable)
-        truth = find_truth(own, probe, routing, parameters)
-        if not truth.logps.isfinite().all():
+        routings = [PinnedRouting() for _ in probes]
+        truths = [find_truth(partial(own, probe=p), p, r, parameters) for p, r in zip(probes, routings)]
+        if not all(truth.logps.isfinite().all() for truth in truths):
             raise UserError(f"{type(base).__name__} gives logits that are not finite: {why_not_finite(base)}")
-        if may_repeat and not truth.is_clear():
+        if may_repeat and not all(truth.is_clear() for truth in truths):
             return None
-        truth.check(type(base).__name__)
-        self.has_gradient = not parameters or truth.has_gradient()
+        for truth in truths:
+            truth.check(type(base).__name__)
+        self.has_gradient = not parameters or any(truth.has_gradient() for truth in truths)
 
         # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
-        options = find_head_options(base, head_options(base, self.head_memory_mb), own, probe)
+        options = find_head_options(base, head_options(base, self.head_memory_mb), own, probes[0])
         ways = {"auto": [(False, options), (True, options)], "true": [(False, options)], "false": [(True, options)]}
         last = [(True, None)] if self.packing != "true" and options is not None else []
         failures: list[str] = []
         for padded, way_options in ways[self.packing] + last:
             self.padded, self.options = padded, way_options
             set_attention(base, runnable if self.padded else attention_over(runnable))
-            failure = self._try(base, probe, routing, truth, parameters)
+            tries = (self._try(base, *each, parameters) for each in zip(probes, routings, truths))
+            failure = next(filter(None, tries), None)
             if failure is None:
                 return True, failures
-            if may_repeat and truth.is_coarse:  # rounding of bf16 and fp16 is as large as a small fault
+            if may_repeat and truths[0].is_coarse:  # rounding of bf16 and fp16 is as large as a small fault
                 return None
             failures.append(failure)
         return False, failures
@@ -248,6 +256,7 @@ class PackedModel:
     ) -> str | None:
         """Runs the probe as training would. Returns why that is not exact, or None if it is."""
         way = "in padded rows" if self.padded else "in a packed row"
+        way += " with images" if probe.images else ""
         if not self.padded and self.options is None:
             return f"{way} its logits would not be those of a linear head with a scale and a soft-cap"
         if not self.padded and not base._can_set_attn_implementation():
@@ -256,14 +265,14 @@ class PackedModel:
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
-        batch = PackedCollator(padded=self.padded, share_limit=self.share_limit, pad_token_id=probe.pad).pack(
-            probe.sequences, [], [], []
-        )
-        moved = {k: v.to(base.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = PackedCollator(
+            padded=self.padded, share_limit=self.share_limit, pad_token_id=probe.pad, images=self.images
+        ).pack(probe.sequences, [], [], [], probe.images)
+        moved = send_to_device(batch, base.device)
         shared = [] if self.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
         try:
             with recorded_windows() as windows, torch.set_grad_enabled(bool(parameters)):
-                with routing.follow([p + c for p, c in probe.sequences], shared, len(batch["input_ids"])):
+                with routing.follow([p + c for p, c in probe.tokens], shared, len(batch["input_ids"])):
                     logps = self(cast("PackedBatch", moved)).tokens.logps
                 gradients = projected_gradients(logps, probe, parameters) if parameters else []
         except Exception as error:  # anything that a forward does with masks and positions that it does not expect
@@ -324,12 +333,14 @@ class PackedModel:
                 inputs["attention_mask"] = batch["attention_mask"]
             if self.padded and self.invocations:
                 inputs["input_ids"] = self._without_invocations_in_pads(batch)
+            inputs |= image_inputs(batch, self.padded)
+            stack.enter_context(shared_features(base, batch))
             segments = batch["segment_lengths"]
             stack.enter_context(noise_per_sequence(base.get_input_embeddings(), segments))
             if not self.padded:
                 stack.enter_context(packed_forward())
                 stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments))
-                inputs["position_ids"] = batch["position_ids"]
+                inputs["position_ids"] = packed_positions(base, batch)
                 inputs |= {"layout": AttentionLayout.of(batch), "attention_backend": self.attention_backend}
                 if self.state_layers:
                     inputs["state_layout"] = StateLayout(segments, batch["input_ids"].device)

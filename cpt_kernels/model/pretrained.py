@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import find_adapter_config_file
 
@@ -84,7 +90,16 @@ def load_pretrained(
         return _load_adapters(name, adapters, trainable, base, dequantize, kwargs)
     if base is not None:
         raise UserError(f"{name} holds no adapter ({ADAPTER_CONFIG}): name the folder of one")
-    return load_whole(AutoModelForCausalLM, name, **kwargs)
+    return load_whole(_auto_class(name, kwargs), name, **kwargs)
+
+
+def _auto_class(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """Returns transformers' class that loads a model: with its parts for images, if it was saved with them."""
+    with user_error(name):
+        config = AutoConfig.from_pretrained(name, **_hub(kwargs), trust_remote_code=kwargs.get("trust_remote_code"))
+    named = getattr(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "_model_mapping", {}).get(config.model_type)
+    is_image_text = named is not None and named in (config.architectures or ())
+    return AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
 
 
 def load_whole(cls: Any, name: str, **kwargs: Any) -> PreTrainedModel:
@@ -230,7 +245,7 @@ def _load_adapters(
                 f"the base model of {name}, {base_name}, is an adapter itself: merge it first, by cpt merge {base_name}"
                 " --output FOLDER"
             )
-        base = load_whole(AutoModelForCausalLM, base_name, **of_base)
+        base = load_whole(_auto_class(base_name, of_base), base_name, **of_base)
         if dequantize and getattr(base, "hf_quantizer", None) is not None:
             # Kinds of quantization that transformers cannot undo raise NotImplementedError.
             with user_error("its quantized weights cannot be dequantized", (NotImplementedError, ValueError)):

@@ -8,7 +8,7 @@ it. A proof counts only if the second distance is far above the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collate import Tokens
+from ..data.images import ImageId, split_key
 from ..errors import UserError
 from .conditions import PinnedRouting
 
@@ -33,10 +34,11 @@ class Probe:
     They are longer than a convolution's kernel, and the tokens are drawn by a fixed seed.
     """
 
-    sequences: list[Tokens]
+    sequences: list[Tokens]  # with the keys of prompts
     pad: int
     device: torch.device
     dtype: torch.dtype  # the coarsest of the model's parameters
+    images: Mapping[ImageId, Any] = field(default_factory=dict)  # of the prompts
 
     @classmethod
     def of(cls, model: Any, mark: Sequence[int] = ()) -> Probe:
@@ -53,13 +55,30 @@ class Probe:
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
         return cls(sequences, pad, model.device, max(dtypes, key=_eps, default=torch.float32))
 
+    @property
+    def tokens(self) -> list[Tokens]:
+        """The sequences as token ids."""
+        return [(tuple(split_key(prompt)[1]), completion) for prompt, completion in self.sequences]
 
-def token_source(model: Any) -> Callable[[int], tuple[int, ...]]:
-    """Returns a function that draws token ids of a model's vocabulary, the same ones for every source."""
+
+def token_source(model: Any, without: Collection[int] = ()) -> Callable[[int], tuple[int, ...]]:
+    """Returns a function that draws token ids of a model's vocabulary, the same ones for every source.
+
+    Args:
+        without: tokens that are not drawn.
+    """
     size = _vocabulary(model)
     random = torch.Generator().manual_seed(0)
     low = min(5, size // 2)  # special tokens come first
-    return lambda count: tuple(torch.randint(low, size, (count,), generator=random).tolist())
+
+    def draw(count: int) -> tuple[int, ...]:
+        drawn: list[int] = []
+        while len(drawn) < count:
+            more = torch.randint(low, size, (count - len(drawn),), generator=random).tolist()
+            drawn += [token for token in more if token not in without]
+        return tuple(drawn)
+
+    return draw
 
 
 def _vocabulary(model: Any) -> int:
@@ -146,7 +165,7 @@ def find_truth(
         routing: of a mixture of experts; the runs alone decide it, and all others follow.
         parameters: those whose gradient is computed from the runs alone.
     """
-    device, sequences = probe.device, probe.sequences
+    device, sequences = probe.device, probe.tokens
     routing = PinnedRouting() if routing is None else routing
 
     def run(*rows: tuple[int, ...], parts: Sequence[tuple[int, ...]] = ()) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
 from ..data.batches import pack_padded, pack_rows
-from ..data.collate import PackedCollator
+from ..data.collate import PackedCollator, Tokens
+from ..data.images import IMAGES, ImageId, images_of
 from ..data.truncation import TruncationMode, truncate
 from .cache import ReferenceCache
 from .keys import TokenIds
@@ -33,11 +34,13 @@ class DatasetCompletion(NamedTuple):
     position: int  # among the completions of the row
     prompt_ids: NDArray[np.int64]
     completion_ids: NDArray[np.int64]
+    image_ids: NDArray[np.int64]  # identities of the prompt's images, see `data.images`
 
     @property
     def ids(self) -> tuple[TokenIds, TokenIds]:
-        """(prompt ids, completion ids), as `ReferenceCache` takes them."""
-        return self.prompt_ids, self.completion_ids
+        """(prompt key, completion ids), as `ReferenceCache` takes them."""
+        prompt = np.concatenate([self.image_ids, self.prompt_ids]) if len(self.image_ids) else self.prompt_ids
+        return prompt, self.completion_ids
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,18 @@ def iter_sequences(
 
     Completions of which truncation leaves no token are left out.
     """
-    start = 0
-    for table in dataset.with_format("arrow").select_columns(["prompt_ids", "completion_ids"]).iter(_CHUNK):
+    start, cut = 0, (max_length, truncation_mode)
+    names = [name for name in ("prompt_ids", "completion_ids", "image_ids") if name in dataset.column_names]
+    for table in dataset.with_format("arrow").select_columns(names).iter(_CHUNK):
         prompts = _list_items(table["prompt_ids"])
+        images = _list_items(table["image_ids"]) if "image_ids" in names else [np.empty(0, np.int64)] * len(prompts)
         counts = pc.list_value_length(table["completion_ids"]).to_numpy()
         completions = iter(_list_items(pc.list_flatten(table["completion_ids"])))
         sequences = [
             DatasetCompletion(
-                start + row, position, *_truncate_arrays(prompt, next(completions), max_length, truncation_mode)
+                start + row, position, *_truncate_arrays(prompt, next(completions), *cut, len(words)), words
             )
-            for row, (prompt, count) in enumerate(zip(prompts, counts.tolist()))
+            for row, (prompt, count, words) in enumerate(zip(prompts, counts.tolist(), images))
             for position in range(count)
         ]
         yield [sequence for sequence in sequences if len(sequence.completion_ids)]
@@ -101,11 +106,11 @@ def find_missing(
         found_keys = cache.keys([sequence.ids for sequence in sequences])
         _, found = cache.look_up(found_keys, [len(sequence.completion_ids) for sequence in sequences])
         completions += len(sequences)
-        for key, is_stored, (row, position, prompt, completion) in zip(found_keys, found.tolist(), sequences):
+        for key, is_stored, each in zip(found_keys, found.tolist(), sequences):
             if not is_stored:
                 keys.append(key)
-                prompts.append(xxh3_128_digest(prompt.tobytes()))
-                numbers.append((row, position, len(prompt), len(completion)))
+                prompts.append(xxh3_128_digest(each.image_ids.tobytes() + each.prompt_ids.tobytes()))
+                numbers.append((each.row, each.position, len(each.prompt_ids), len(each.completion_ids)))
     # A completion that occurs several times is scored once, where it occurs first.
     first = np.sort(np.unique(_digest_array(keys), return_index=True)[1])
     rows, positions, prompt_lengths, lengths = np.array(numbers, np.int64).reshape(-1, 4)[first].T
@@ -164,18 +169,22 @@ def scoring_batches(
 
 def read_sequences(
     dataset: Dataset, missing: Missing, groups: Sequence[NDArray[np.int64]], collator: PackedCollator
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Reads the (prompt ids, completion ids) of a micro-batch, truncated; those of one prompt are consecutive."""
+) -> tuple[list[Tokens], dict[ImageId, Any]]:
+    """Reads the (prompt key, completion ids) of a micro-batch, truncated, and the images of their prompts.
+
+    Sequences of one prompt are consecutive.
+    """
     wanted = sorted({int(row) for members in groups for row in missing.rows[members]})
-    columns = dataset.select_columns(["prompt_ids", "completion_ids"])[wanted]
-    stored = dict(zip(wanted, zip(columns["prompt_ids"], columns["completion_ids"])))
+    names = ("prompt_ids", "completion_ids", "image_ids", IMAGES)
+    rows = dataset.select_columns([name for name in names if name in dataset.column_names]).select(wanted).to_list()
+    stored = {number: collator.truncated(row) for number, row in zip(wanted, rows)}
     # A group that was split may have two parts in the same micro-batch.
     by_prompt: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for row, position in ((missing.rows[i], missing.positions[i]) for members in groups for i in members):
-        prompt, completions = stored[int(row)]
-        prompt, completion = truncate(prompt, completions[int(position)], collator.max_length, collator.truncation_mode)
-        by_prompt.setdefault(tuple(prompt), []).append(tuple(completion))
-    return [(prompt, completion) for prompt, completions in by_prompt.items() for completion in completions]
+        prompt, completion = stored[int(row)][int(position)]
+        by_prompt.setdefault(prompt, []).append(completion)
+    sequences = [(prompt, completion) for prompt, completions in by_prompt.items() for completion in completions]
+    return sequences, images_of(rows)
 
 
 def _list_items(lists: pa.ChunkedArray | pa.Array) -> list[NDArray[np.int64]]:

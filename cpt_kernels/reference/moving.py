@@ -59,7 +59,8 @@ class MovingReference(TrainerCallback):
         model.requires_grad_(False).eval().to(accelerator.device)
         self.accelerator, self.policy = accelerator, policy
         self.packed = PackedModel(
-            model, policy.head_memory_mb, policy.attention_backend, "false" if policy.padded else "true"
+            *(model, policy.head_memory_mb, policy.attention_backend),
+            *("false" if policy.padded else "true", policy.images),
         )
         if accelerator.is_main_process:
             logger.warning(

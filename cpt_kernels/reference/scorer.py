@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup
+from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens
+from ..data.images import ImageId
 from ..errors import UserError
 from ..model.loading import whole_weights, zero_stage
 from ..model.packed_model import PackedModel, base_model, why_not_finite
@@ -113,7 +114,8 @@ class Reference:
             self.packed = policy
         else:
             ref_model.requires_grad_(False).eval()
-            self.packed = PackedModel(ref_model, head_memory_mb, policy.attention_backend, policy.packing)
+            how = (policy.attention_backend, policy.packing, policy.images)
+            self.packed = PackedModel(ref_model, head_memory_mb, *how)
 
         # Identify it, and open its part of the cache. Packing is not part of the identity: it changes only rounding.
         model = self.packed.model
@@ -284,24 +286,25 @@ class Reference:
             self.cache,
         ):  # the cache is also flushed after an error: what was scored is right
             for groups in progress:
-                sequences = read_sequences(dataset, missing, groups, collator)
-                self.cache.add_many(sequences, self.score(sequences, collator))
+                sequences, images = read_sequences(dataset, missing, groups, collator)
+                self.cache.add_many(sequences, self.score(sequences, collator, images))
 
     def score(
-        self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], collator: PackedCollator
+        self, sequences: Sequence[Tokens], collator: PackedCollator, images: Mapping[ImageId, Any] | None = None
     ) -> list[NDArray[np.float32]]:
         """Scores different completions in one packed row, without the cache. All ranks must call it together.
 
         Args:
-            sequences: (prompt ids, completion ids), truncated; those of one prompt are consecutive. May be empty on a
+            sequences: (prompt key, completion ids), truncated; those of one prompt are consecutive. May be empty on a
                 rank that has nothing left to score.
-            collator: says which sequences share their prompt.
+            collator: says which sequences share their prompt, and reads images.
+            images: of the prompts, see `data.images.images_of`.
 
         Returns:
             (len(completion_ids),) log-probs of each.
         """
         collator = replace(collator, reference=None, padded=self._model().padded)
-        batch = send_to_device(collator.pack(sequences, [], [], []), self.accelerator.device)
+        batch = send_to_device(collator.pack(sequences, [], [], [], images), self.accelerator.device)
         return self._score(batch)[: len(sequences)]  # a batch without sequences holds one pad token
 
     def _check_shared(self, missing: Missing) -> None:
@@ -367,7 +370,8 @@ class Reference:
                 raise OSError(f"{name} holds other weights than training started from")
             model.requires_grad_(False).eval()
             policy = self.policy
-            packed = PackedModel(model, policy.head_memory_mb, policy.attention_backend, policy.packing)
+            how = (policy.attention_backend, policy.packing, policy.images)
+            packed = PackedModel(model, policy.head_memory_mb, *how)
             if not self._measure(packed).agrees(self._probe):
                 raise OSError(f"{name} gives other log-probs than training started from")
             return packed

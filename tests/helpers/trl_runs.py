@@ -66,12 +66,14 @@ def run(
     ref_model=None,
     peft_config=None,
     callbacks=(),
+    processing_class=None,
     **options,
 ) -> Record:
-    """Trains with options that both configurations accept."""
+    """Trains with options that both configurations accept; the default processing class is a word-level tokenizer."""
     record = Record()
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    if processing_class is None:
+        processing_class = word_tokenizer()
+        processing_class.chat_template = TEMPLATE
     args = {
         "output_dir": str(folder),
         "per_device_train_batch_size": PAIRS,
@@ -94,7 +96,7 @@ def run(
         ref_model,
         args=config,
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=processing_class,
         callbacks=[record, *callbacks],
         peft_config=peft_config,
     )

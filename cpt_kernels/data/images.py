@@ -1,0 +1,290 @@
+"""Images in prompts: how they are decoded, what identifies their pixels, and what a model takes of them.
+
+A prompt with images is the same as another one if its tokens and its pixels are the same. So wherever prompts are
+compared, looked up or hashed, a *prompt key* stands for the prompt: two negative numbers for each image, which identify
+its pixels and the processor's configuration, and then the token ids, which are never negative.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, LargeList, List
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+from torch import Tensor
+from xxhash import xxh3_128_intdigest
+
+from ..errors import UserError
+from .forms import IMAGE_COLUMNS
+from .messages import MALFORMED, RowError, as_list, with_images
+from .rows import read_columns, visible_rows
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from transformers import ProcessorMixin
+
+    from .collate import PackedCollator
+    from .formats import Example
+
+ImageId = tuple[int, int]  # two negative numbers, see `ImageReader.image_id`
+
+IMAGES = "images"  # the column of prepared rows with images
+WORDS = 2  # numbers of an image's identity
+# What processors return for each token, and not for each image.
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+_OF_TEXT = ("input_ids", "attention_mask", *TOKEN_TYPES)
+_WORD = (1 << 63) - 1
+_OPEN_ERRORS = (OSError, ValueError, TypeError, AttributeError)  # of datasets and Pillow, for values that are no image
+
+
+class ImageInputs(NamedTuple):
+    """The model's inputs for U different images.
+
+    Attributes:
+        inputs: keyword arguments of the model, such as ``pixel_values``.
+        tokens: (U,) number of the tokens that each image's features take.
+        token_types: names of the model's arguments that mark the tokens of images, see ``ImageReader.mark``.
+    """
+
+    inputs: dict[str, Tensor]
+    tokens: list[int]
+    token_types: tuple[str, ...]
+
+
+class PlacedImages(TypedDict):
+    """The images of a batch; fields as in ``collate.PackedBatch``."""
+
+    images: dict[str, Tensor]
+    image_tokens: list[int]
+    image_index: list[int]
+    image_prompts: list[tuple[list[int], list[int]]]
+    token_types: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the images of prompts with a model's processor.
+
+    Args:
+        processor: a processor of transformers, with an image processor and a tokenizer.
+        token_id: the token whose embeddings the model replaces by an image's features; default the processor's own.
+    """
+
+    processor: ProcessorMixin
+    token_id: int | None = None
+
+    @cached_property
+    def placeholder(self) -> str:
+        """The text that the processor expands to the tokens of an image.
+
+        Raises:
+            UserError: the processor has none.
+        """
+        text = getattr(self.processor, "image_token", None)
+        if not isinstance(text, str) or getattr(self.processor, "image_processor", None) is None:
+            raise UserError(
+                f"{type(self.processor).__name__} does not say which text stands for an image (image_token), so its"
+                " images cannot be trained on: remove the images, or use a model of another family"
+            )
+        return text
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """The tokens that occur only in images."""
+        return [token for token in self.processor.image_token_ids if token is not None]
+
+    @property
+    def feature_token(self) -> int:
+        """The token in whose places the model puts an image's features."""
+        return cast("Any", self.processor).image_token_id if self.token_id is None else self.token_id
+
+    @cached_property
+    def blank(self) -> ImageInputs:
+        """The model's inputs for a grey image."""
+        return self.inputs([decode(np.full((64, 64, 3), 128, np.uint8))])
+
+    @cached_property
+    def _salt(self) -> bytes:
+        """The configuration of the processor without what does not change pixels, as bytes."""
+        settings = self.processor.image_processor.to_dict()
+        plain = {name: x for name, x in vars(self.processor).items() if isinstance(x, (bool, int, float, str))}
+        rest = {name: x for name, x in plain.items() if name != "chat_template"}
+        return json.dumps([type(self.processor).__name__, settings, rest], sort_keys=True, default=str).encode()
+
+    def image_id(self, image: Picture) -> ImageId:
+        """Returns two negative numbers, 126 bits, that identify decoded pixels under this processor."""
+        header = f"{image.mode} {image.size} {image.info.get('transparency')} {image.getpalette()}"
+        digest = xxh3_128_intdigest(b"\0".join((self._salt, header.encode(), image.tobytes())))
+        return -1 - (digest >> 64 & _WORD), -1 - (digest & _WORD)
+
+    def render(self, example: Example) -> tuple[str, list[str]]:
+        """Returns the text of a row's prompt and of its completions, which the chat template makes of messages.
+
+        As in TRL, the prompt ends where the text of the prompt with some completion differs from that of the prompt
+        alone, and text that is no conversation stays as it is.
+
+        Raises:
+            RowError: the messages have another number of images than the row, or the template refuses them.
+        """
+        if isinstance(example.prompt, str):
+            return example.prompt, [str(completion) for completion in example.completions]
+        prompt = with_images(example.prompt, len(example.images))
+        wholes = [[*prompt, *with_images(list(turns), 0)] for turns in example.completions]
+        options = {"tools": example.tools, **example.template_kwargs, "tokenize": False}
+        try:
+            text = self.processor.apply_chat_template(prompt, add_generation_prompt=True, **options)
+            texts = [self.processor.apply_chat_template(whole, **options) for whole in wholes]
+        except (TemplateError, TypeError) as error:
+            raise RowError(MALFORMED, f"the chat template cannot render it: {type(error).__name__}: {error}") from error
+        text = os.path.commonprefix([text, *texts])  # noqa: RUF071 (of characters)
+        return text, [whole[len(text) :] for whole in texts]
+
+    def encode(self, text: str, images: Sequence[Picture]) -> list[int]:
+        """Returns the token ids of a text in which each image has its placeholder, with the tokens of images."""
+        given: dict[str, Any] = {"images": [list(images)]} if images else {}
+        return list(self.processor(text=[text], **given, add_special_tokens=False)["input_ids"][0])
+
+    def inputs(self, images: Sequence[Picture]) -> ImageInputs:
+        """Returns the model's inputs for images, each processed as in a prompt of its own.
+
+        Raises:
+            UserError: the processor marks the tokens of images in a way that is not known here.
+        """
+        output = self.processor(
+            text=[self.placeholder] * len(images),
+            images=[[image] for image in images],
+            add_special_tokens=False,
+            return_tensors="pt",
+            padding=True,
+        )
+        ids, types = output["input_ids"], tuple(name for name in TOKEN_TYPES if name in output)
+        if any(not torch.equal(output[name] == 1, self.mark(ids) == 1) for name in types):
+            kind = type(self.processor).__name__
+            raise UserError(f"{kind} returns {', '.join(types)} of a kind that is not supported: remove the images")
+        inputs = {name: value for name, value in output.items() if name not in _OF_TEXT and isinstance(value, Tensor)}
+        return ImageInputs(inputs, (ids == self.feature_token).sum(1).tolist(), types)
+
+    def mark(self, ids: Tensor) -> Tensor:
+        """Returns 1 for tokens of images and 0 for others."""
+        return torch.isin(ids, torch.tensor(self.token_ids, device=ids.device)).to(ids.dtype)
+
+
+def undecoded(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
+    """Returns a dataset whose column of images has the name `images`, and values that are decoded here."""
+    if column != IMAGES:
+        dataset = dataset.rename_column(column, IMAGES)
+    if dataset.features is None:
+        return dataset  # a stream whose rows are Python objects
+    if isinstance(dataset, IterableDataset):
+        return dataset.decode(False)
+    features = Features({**dataset.features, IMAGES: _undecoded(dataset.features[IMAGES])})
+    # `Dataset.cast` would copy the images into a new file.
+    table, fingerprint = dataset.data.cast(features.arrow_schema), Hasher.hash(["undecoded", dataset._fingerprint])
+    return Dataset(table, DatasetInfo(features=features), indices_table=dataset._indices, fingerprint=fingerprint)
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    return Image(mode=feature.mode, decode=False) if isinstance(feature, Image) else feature
+
+
+def holds_images(dataset: Any) -> bool:
+    """Whether a dataset has a column of images."""
+    is_data = isinstance(dataset, (Dataset, IterableDataset))
+    return is_data and not {*IMAGE_COLUMNS}.isdisjoint(read_columns(visible_rows(dataset)))
+
+
+def is_processor(tokenizer: Any) -> bool:
+    """Whether an object is a processor that holds a tokenizer and an image processor."""
+    return hasattr(tokenizer, "tokenizer") and hasattr(tokenizer, "image_processor")
+
+
+def decode(value: Any) -> Picture:
+    """Returns an image that is given as PIL image, path, URL, bytes, array, or as ``{"path": ..., "bytes": ...}``.
+
+    Raises:
+        UserError: the value is no image, or the file cannot be read.
+    """
+    feature = Image()
+    try:
+        if isinstance(value, (str, bytes, bytearray, dict, np.ndarray)) or hasattr(value, "__fspath__"):
+            value = feature.decode_example(feature.encode_example(value))
+        value.load()  # a file is read when its pixels are asked for
+    except _OPEN_ERRORS as error:
+        raise UserError(f"an image cannot be read: {type(error).__name__}: {error}") from error
+    return value
+
+
+def ids_of(words: Sequence[int]) -> list[ImageId]:
+    """Returns the identity of each image, of the numbers of a prompt key or of a row's ``image_ids``."""
+    return [(words[i], words[i + 1]) for i in range(0, len(words), WORDS)]
+
+
+def split_key(key: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Returns the numbers of images and the token ids of a prompt key."""
+    count = 0
+    while count < len(key) and key[count] < 0:
+        count += WORDS
+    return key[:count], key[count:]
+
+
+def images_of(rows: Iterable[Mapping[str, Any]]) -> dict[ImageId, Any]:
+    """Returns the images of prepared rows by their identity, as the dataset holds them."""
+    found: dict[ImageId, Any] = {}
+    for row in rows:
+        if row.get("image_ids"):
+            found |= zip(ids_of(row["image_ids"]), as_list(row["images"]))
+    return found
+
+
+def place_images(
+    collator: PackedCollator,
+    words: Sequence[Sequence[int]],  # G: numbers of the images of each group's prompt key
+    tokens: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],  # G: prompt ids, ids of completions
+    pieces: Sequence[tuple[int, int]],  # see packing.Layout
+    input_ids: Tensor,  # (1, T), or (S, L) of padded rows
+    images: Mapping[ImageId, Any],
+) -> PlacedImages:
+    """Decodes and preprocesses each different image of a batch once, and finds its places in the packed row.
+
+    Raises:
+        UserError: images cannot be read, or take other tokens than their prompts have.
+    """
+    of_group = [ids_of(each) for each in words]
+    spans: list[tuple[int, list[int]]] = []  # group and [first token, token after it, end of its completions]
+    at = 0
+    for g, i in pieces:
+        length = len(tokens[g][0] if i < 0 else tokens[g][1][i])
+        if i < 0:
+            spans.append((g, [at, at + length, at + length]))
+        at += length
+        spans[-1][1][2] = at
+    places = [(g, span) for g, span in spans if of_group[g]]
+    different = list(dict.fromkeys(image for g, _ in places for image in of_group[g]))
+    reader = collator.images
+    if not different and not (reader is not None and collator.always_images):
+        return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
+    if reader is None:
+        raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")
+    found = reader.inputs([decode(images[image]) for image in different]) if different else reader.blank
+    number = {image: u for u, image in enumerate(different)}
+    for g, _ in places:
+        have = sum(token == reader.feature_token for token in tokens[g][0])
+        if have != (need := sum(found.tokens[number[image]] for image in of_group[g])):
+            raise UserError(f"a prompt has {have} tokens of images, and its images take {need}: remove the row")
+    return PlacedImages(
+        images=found.inputs,
+        image_tokens=found.tokens,
+        image_index=[number[image] for g, _ in places for image in of_group[g]],
+        image_prompts=[(span, [number[image] for image in of_group[g]]) for g, span in places],
+        token_types=dict.fromkeys(found.token_types, reader.mark(input_ids)),
+    )

@@ -1,0 +1,158 @@
+"""Images in a packed row: the model encodes each different image once, wherever it occurs.
+
+The image-text models of transformers call ``get_image_features`` in their forward, and put its result in the places of
+a special token, in the order of the row. During a forward of this package that method runs on the different images of
+the batch, and its result is repeated for the places of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.collate import PackedBatch, Tokens
+from ..data.images import ImageReader, decode, ids_of, split_key
+from ..errors import UserError
+from .proof import Probe, token_source
+
+_OURS = ("layout", "attention_backend", "state_layout")  # keywords of a packed forward, for the layers of text only
+_PER_PLACE = ("image_grid_thw",)  # inputs that a model reads for every place of an image, to compute positions
+_SIZES = ((60, 44), (36, 72))  # pixels of a probe's images, (height, width)
+
+
+def image_reader(model: PreTrainedModel, processor: Any) -> ImageReader:
+    """Returns the reader of images for a model.
+
+    Raises:
+        UserError: the model takes no images, or not in the way that transformers' image-text models do.
+    """
+    token = next((x for n in ("image_token_id", "image_token_index") if (x := getattr(model.config, n, None))), None)
+    if token is None or not hasattr(_encoder(model), "get_image_features"):
+        raise UserError(
+            f"{type(model).__name__} has no get_image_features and image_token_id, so rows with images are not"
+            " supported: remove the images, or use another model"
+        )
+    return ImageReader(processor, token)
+
+
+def image_probe(model: PreTrainedModel, reader: ImageReader) -> Probe:
+    """Returns the tokens and images of a proof of prompts with images.
+
+    The first prompt has two completions and one image, the second one completion and both images.
+    """
+    draw = token_source(model, {reader.feature_token, *reader.token_ids})
+    random = np.random.default_rng(0)
+    pictures = [decode(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
+    spelled = [tuple(reader.encode(reader.placeholder, [picture])) for picture in pictures]
+    ids = [reader.image_id(picture) for picture in pictures]
+    first: tuple[int, ...] = (*ids[0], *draw(3), *spelled[0], *draw(4))
+    second: tuple[int, ...] = (*ids[1], *ids[0], *draw(2), *spelled[1], *draw(1), *spelled[0], *draw(2))
+    sequences: list[Tokens] = [(first, draw(5)), (first, draw(7)), (second, draw(4))]
+    return replace(Probe.of(model), sequences=sequences, images=dict(zip(ids, pictures)))
+
+
+def own_inputs(reader: ImageReader, probe: Probe, rows: Tensor) -> dict[str, Tensor]:
+    """Returns the inputs of a model's own forward for the images in rows of tokens, as its processor makes them.
+
+    Args:
+        rows: token ids of sequences of the probe, (B, L).
+    """
+    keys = {tuple(tokens): words for words, tokens in (split_key(prompt) for prompt, _ in probe.sequences) if words}
+    pictures = []
+    for row in map(tuple, rows.tolist()):
+        at = 0
+        while at < len(row):  # a row may hold several prompts
+            prompt = next((tokens for tokens in keys if row[at : at + len(tokens)] == tokens), None)
+            pictures += [] if prompt is None else [probe.images[image] for image in ids_of(keys[prompt])]
+            at += 1 if prompt is None else len(prompt)
+    if not pictures:
+        return {}
+    found = reader.inputs(pictures)
+    inputs = found.inputs | dict.fromkeys(found.token_types, reader.mark(rows))
+    return {name: value.to(rows.device) for name, value in inputs.items()}
+
+
+def image_inputs(batch: PackedBatch, padded: bool) -> dict[str, Tensor]:
+    """Returns the keyword arguments of a model's forward for the images of a batch."""
+    inputs = dict(batch["images"])
+    if padded and inputs:
+        index = torch.tensor(batch["image_index"], dtype=torch.int64, device=batch["input_ids"].device)
+        inputs |= {name: inputs[name][index] for name in _PER_PLACE if name in inputs} | batch["token_types"]
+    return inputs
+
+
+def packed_positions(model: PreTrainedModel, batch: PackedBatch) -> Tensor | None:
+    """Returns positions in a packed row: (1, T), or (3, 1, T) if the model gives images positions of their own.
+
+    The model computes the positions of each prompt alone, and completions continue after the largest one.
+    """
+    positions, encoder = batch["position_ids"], _encoder(model)
+    if not batch["image_prompts"] or not hasattr(encoder, "get_rope_index"):
+        return positions
+    assert positions is not None, "the row is packed"
+    positions = positions.expand(3, *positions.shape).clone()
+    types = batch["token_types"]["mm_token_type_ids"]
+    for (start, stop, end), images in batch["image_prompts"]:
+        prompt = slice(start, stop)
+        own, delta = encoder.get_rope_index(
+            batch["input_ids"][:, prompt],
+            mm_token_type_ids=types[:, prompt],
+            image_grid_thw=batch["images"]["image_grid_thw"][images],
+        )
+        positions[:, :, prompt] = own
+        positions[:, :, stop:end] += delta.view(1, 1, 1)
+    return positions
+
+
+@contextlib.contextmanager
+def shared_features(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
+    """Context of a forward in which each different image of a batch is encoded once, for all its places."""
+    encoder, images, tokens, index = _encoder(model), batch["images"], batch["image_tokens"], batch["image_index"]
+    if not images:
+        yield
+        return
+    forward = encoder.get_image_features
+    signature = inspect.signature(forward)
+
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in _OURS})
+        given = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+        given.pop("kwargs", None)
+        output = forward(**{name: images.get(name, value) for name, value in given.items()})
+        if index != list(range(len(tokens))):
+            output.pooler_output = _repeated(output.pooler_output, tokens, index)
+            if (more := getattr(output, "deepstack_features", None)) is not None:
+                output.deepstack_features = [_repeated(each, tokens, index) for each in more]
+        return output
+
+    encoder.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del encoder.get_image_features
+
+
+def _encoder(model: PreTrainedModel) -> Any:
+    """Returns the module whose forward encodes images: the model without its head, if that has the method."""
+    inner = model.base_model
+    return inner if hasattr(inner, "get_image_features") else model
+
+
+def _repeated(features: Any, tokens: Sequence[int], index: Sequence[int]) -> Any:
+    """Returns the features of images, a tensor or one per image, in the order of ``index``."""
+    parts = [features] if isinstance(features, Tensor) else list(features)
+    rows = torch.cat([part.flatten(0, -2) for part in parts])
+    each = rows.split(list(tokens))
+    found = [each[u] for u in index] or [rows[:0]]
+    if not isinstance(features, Tensor):
+        return found
+    joined = torch.cat(found)
+    return joined if features.dim() == 2 else joined.unflatten(0, (len(joined) // features.shape[1], features.shape[1]))

@@ -1,0 +1,316 @@
+"""Tiny random image-text models with processors of transformers' own classes, and preference rows with images.
+
+The image processors are those that need Pillow alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+WORDS = [f"w{i}" for i in range(40)]
+# A turn is its role, its parts and </s>; the placeholder stands for an image.
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w0 ' if m['role'] == 'user' else 'w1 ' }}"
+    "{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}PLACEHOLDER {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}</s> "
+    "{% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
+)
+_TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+_TEXT |= dict(max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2, head_dim=8)
+_VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_IDEFICS = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"]
+_IDEFICS += [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
+
+
+class Family(NamedTuple):
+    """A kind of image-text model.
+
+    Attributes:
+        tokens: special tokens of its tokenizer, by the name that the tokenizer gives them, or a list.
+        config: of the token ids, to the config.
+        processor: of the tokenizer, to the processor.
+    """
+
+    model: str
+    tokens: Any
+    config: Callable[[dict[str, int]], Any]
+    processor: Callable[[PreTrainedTokenizerFast], ProcessorMixin]
+
+
+def _tokenizer(tokens: Any) -> PreTrainedTokenizerFast:
+    names = tokens if isinstance(tokens, list) else list(tokens.values())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate([*WORDS, *names])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"extra_special_tokens": tokens}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left", **special
+    )
+
+
+def _qwen_processor(name: str) -> Callable[[PreTrainedTokenizerFast], ProcessorMixin]:
+    base = getattr(hf, name)
+
+    def init(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = map(tokenizer.convert_tokens_to_ids, _QWEN[:2])
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    # The class itself asks for a video processor, which needs torchvision.
+    cls = type(name, (base,), {"__init__": init, "__module__": __name__})
+    globals()[name] = cls  # to be pickled
+    patch = 16 if "3" in name else 14
+    pixels = {"patch_size": patch, "size": {"shortest_edge": (2 * patch) ** 2, "longest_edge": (6 * patch) ** 2}}
+    return lambda tokenizer: cls(Qwen2VLImageProcessorPil(**pixels), tokenizer)
+
+
+_QWEN = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+
+
+def _qwen_config(name: str, vision: dict[str, Any]) -> Callable[[dict[str, int]], Any]:
+    def make(ids: dict[str, int]) -> Any:
+        text = {**_TEXT, "vocab_size": len(ids), "rope_parameters": _ROPE}
+        named = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), _QWEN))
+        return getattr(hf, name)(text_config=text, vision_config=vision, **{k: ids[v] for k, v in named.items()})
+
+    return make
+
+
+_QWEN2 = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+_QWEN25 = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+_QWEN25 |= {"fullatt_block_indexes": [1], "window_size": 56, "patch_size": 14}
+_QWEN3 = {**_QWEN25, "deepstack_visual_indexes": [0, 1], "patch_size": 16, "num_position_embeddings": 64}
+for _name in ("fullatt_block_indexes", "window_size"):
+    _QWEN3.pop(_name)
+
+
+def _llava(ids: dict[str, int], kind: str = "LlavaConfig", **more: Any) -> Any:
+    vision = hf.CLIPVisionConfig(**{**_VISION, "patch_size": 14, "projection_dim": 16})
+    text = hf.LlamaConfig(**_TEXT, vocab_size=len(ids))
+    layers = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    return getattr(hf, kind)(vision_config=vision, text_config=text, image_token_id=ids["<image>"], **layers, **more)
+
+
+def _llava_processor(tokenizer: Any, kind: str = "LlavaProcessor") -> ProcessorMixin:
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    if kind == "LlavaProcessor":
+        images: Any = hf.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(**size)
+    else:
+        images = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=_PINPOINTS)
+    more = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return getattr(hf, kind)(images, tokenizer, **more)
+
+
+_PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+
+
+def _gemma3(ids: dict[str, int]) -> Any:
+    text = {**_TEXT, "vocab_size": len(ids), "sliding_window": 8, "query_pre_attn_scalar": 8}
+    text["layer_types"] = ["sliding_attention", "full_attention"]
+    vision = {**_VISION, "patch_size": 14, "vision_use_head": False}
+    return hf.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_id=ids["<image_soft_token>"],
+        boi_token_id=ids["<boi>"],
+        eoi_token_id=ids["<eoi>"],
+    )
+
+
+def _gemma3_processor(tokenizer: Any) -> ProcessorMixin:
+    images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    return hf.Gemma3Processor(images, tokenizer, image_seq_length=4)
+
+
+def _idefics(kind: str) -> Callable[[dict[str, int]], Any]:
+    def make(ids: dict[str, int]) -> Any:
+        text = hf.LlamaConfig(**_TEXT, vocab_size=len(ids))
+        vision = {**_VISION, "patch_size": 7}
+        return getattr(hf, kind)(
+            text_config=text, vision_config=vision, scale_factor=2, image_token_id=ids["<image>"], pad_token_id=0
+        )
+
+    return make
+
+
+def _idefics_processor(images: Any) -> Callable[[PreTrainedTokenizerFast], ProcessorMixin]:
+    def make(tokenizer: Any) -> ProcessorMixin:
+        sizes = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
+        return hf.Idefics3Processor(images(**sizes), tokenizer, image_seq_len=4)  # SmolVLM's own needs num2words
+
+    return make
+
+
+def _internvl(ids: dict[str, int]) -> Any:
+    text = hf.Qwen2Config(**_TEXT, vocab_size=len(ids))
+    vision = {**_VISION, "image_size": [28, 28], "patch_size": [7, 7]}
+    return hf.InternVLConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["<IMG_CONTEXT>"], downsample_ratio=0.5
+    )
+
+
+def _internvl_processor(tokenizer: Any) -> ProcessorMixin:
+    images = GotOcr2ImageProcessorPil(
+        size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+
+    def init(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        hf.InternVLProcessor.__init__(self, image_processor, tokenizer, None, image_seq_length=4)
+
+    cls = type("InternVLProcessor", (hf.InternVLProcessor,), {"__init__": init, "__module__": __name__})
+    return cls(images, tokenizer)
+
+
+def _mistral3(ids: dict[str, int]) -> Any:
+    text = hf.MistralConfig(**_TEXT, vocab_size=len(ids), sliding_window=None)
+    vision = hf.PixtralVisionConfig(**{**_VISION, "image_size": 56, "patch_size": 7, "head_dim": 8})
+    return hf.Mistral3Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["[IMG]"],
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+
+
+class PixtralProcessor(ProcessorMixin):
+    """Spells images as transformers' class of this name, whose file needs torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        self.image_token = "[IMG]"
+        ids = tokenizer.convert_tokens_to_ids(["[IMG]", "[IMG_BREAK]", "[IMG_END]"])
+        self.image_token_id, self.image_token_ids = ids[0], ids
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
+        height, width = (int(size) // 14 for size in image_inputs["image_sizes"][image_idx])  # merged patches
+        return ("[IMG]" * width + "[IMG_BREAK]") * (height - 1) + "[IMG]" * width + "[IMG_END]"
+
+
+def _mistral3_processor(tokenizer: Any) -> ProcessorMixin:
+    images = PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
+    return PixtralProcessor(images, tokenizer)
+
+
+_INTERNVL = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+_GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(
+        "Qwen2VLForConditionalGeneration",
+        _QWEN,
+        _qwen_config("Qwen2VLConfig", _QWEN2),
+        _qwen_processor("Qwen2VLProcessor"),
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration",
+        _QWEN,
+        _qwen_config("Qwen2_5_VLConfig", _QWEN25),
+        _qwen_processor("Qwen2_5_VLProcessor"),
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VLForConditionalGeneration",
+        _QWEN,
+        _qwen_config("Qwen3VLConfig", _QWEN3),
+        _qwen_processor("Qwen3VLProcessor"),
+    ),
+    "llava": Family("LlavaForConditionalGeneration", ["<image>"], _llava, _llava_processor),
+    "llava_next": Family(
+        "LlavaNextForConditionalGeneration",
+        ["<image>"],
+        functools.partial(_llava, kind="LlavaNextConfig", image_grid_pinpoints=_PINPOINTS),
+        functools.partial(_llava_processor, kind="LlavaNextProcessor"),
+    ),
+    "gemma3": Family("Gemma3ForConditionalGeneration", _GEMMA, _gemma3, _gemma3_processor),
+    "idefics3": Family(
+        "Idefics3ForConditionalGeneration",
+        _IDEFICS,
+        _idefics("Idefics3Config"),
+        _idefics_processor(Idefics3ImageProcessorPil),
+    ),
+    "smolvlm": Family(
+        "SmolVLMForConditionalGeneration",
+        _IDEFICS,
+        _idefics("SmolVLMConfig"),
+        _idefics_processor(SmolVLMImageProcessorPil),
+    ),
+    "internvl": Family("InternVLForConditionalGeneration", _INTERNVL, _internvl, _internvl_processor),
+    "mistral3": Family(
+        "Mistral3ForConditionalGeneration", ["[IMG]", "[IMG_BREAK]", "[IMG_END]"], _mistral3, _mistral3_processor
+    ),
+}
+
+
+def tiny_processor(kind: str) -> ProcessorMixin:
+    """Returns a processor of a family, with a word-level tokenizer and a chat template."""
+    family = FAMILIES[kind]
+    tokenizer = _tokenizer(family.tokens)
+    processor = family.processor(tokenizer)
+    template = TEMPLATE.replace("PLACEHOLDER", processor.image_token)
+    processor.chat_template = tokenizer.chat_template = template
+    return processor
+
+
+def tiny_image_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """Returns a random model of a family, in eval mode."""
+    family = FAMILIES[kind]
+    torch.manual_seed(seed)
+    ids = _tokenizer(family.tokens).get_vocab()
+    model = getattr(hf, family.model)(family.config(ids))
+    with torch.no_grad():  # so that images and places matter
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+            elif "bias" in name:
+                parameter.normal_(std=0.1)
+    model.generation_config.pad_token_id = 0
+    return model.to(dtype).eval()
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Returns an image of noise."""
+    pixels = np.random.default_rng([height, width, seed]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choice(WORDS[2:]) for _ in range(count))
+
+
+def image_rows(count: int, seed: int = 0) -> list[dict]:
+    """Returns conversational pairs in TRL's form with 0 to 2 images of different sizes; every fourth has none."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        sizes = [[(40, 60)], [(70, 30), (28, 28)], [(33, 90)], []][i % 4]
+        parts = [*({"type": "image"} for _ in sizes), {"type": "text", "text": words(rng, rng.randint(1, 5))}]
+        sides = {
+            side: [{"role": "assistant", "content": words(rng, rng.randint(1, 7))}] for side in ("chosen", "rejected")
+        }
+        prompt = [{"role": "user", "content": parts}]
+        rows.append({"images": [picture(*size, seed=i) for size in sizes], "prompt": prompt, **sides})
+    return rows
