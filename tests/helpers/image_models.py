@@ -270,7 +270,8 @@ def tiny_processor(kind: str) -> ProcessorMixin:
     family = FAMILIES[kind]
     tokenizer = _tokenizer(family.tokens)
     processor = family.processor(tokenizer)
-    template = TEMPLATE.replace("PLACEHOLDER", processor.image_token)
+    spelled = f"<|vision_start|> {processor.image_token} <|vision_end|>" if "qwen" in kind else processor.image_token
+    template = TEMPLATE.replace("PLACEHOLDER", spelled)
     processor.chat_template = tokenizer.chat_template = template
     return processor
 
