@@ -24,6 +24,7 @@ from datasets import Dataset, Image, IterableDataset, List, Value
 from xxhash import xxh3_128
 
 from ..errors import UserError
+from .messages import as_list
 
 _COLUMNS = ("images", "image")
 DIGEST_COLUMN = "image_digest"  # of :func:`with_digests`
@@ -35,10 +36,7 @@ _AT_ONCE = 256  # rows whose images are decoded together
 
 def image_values(row: Mapping[str, Any]) -> list[Any]:
     """Returns the images in a row's column `images` (a list, or its JSON) or `image` (one); none if it is null."""
-    value = next((row[name] for name in _COLUMNS if row.get(name) is not None), None)
-    if isinstance(value, str) and value.startswith(_JSON_LIST):
-        value = json.loads(value)
-    return [] if value is None else [*value] if isinstance(value, list) else [value]
+    return as_list(next((row[name] for name in _COLUMNS if row.get(name) is not None), None))
 
 
 def image_source(value: Any) -> Any:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
-import numpy as np
 import torch
 from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, LargeList, List
 from datasets.fingerprint import Hasher
@@ -24,7 +23,8 @@ from xxhash import xxh3_128_intdigest
 
 from ..errors import UserError
 from .forms import IMAGE_COLUMNS
-from .messages import MALFORMED, RowError, as_list, with_images
+from .image_files import image_values, open_image, pixel_digest
+from .messages import MALFORMED, RowError, with_images
 from .rows import read_columns, visible_rows
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ WORDS = 2  # numbers of an image's identity
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 _OF_TEXT = ("input_ids", "attention_mask", *TOKEN_TYPES)
 _WORD = (1 << 63) - 1
-_OPEN_ERRORS = (OSError, ValueError, TypeError, AttributeError)  # of datasets and Pillow, for values that are no image
 
 
 class ImageInputs(NamedTuple):
@@ -109,7 +108,9 @@ class ImageReader:
     @cached_property
     def blank(self) -> ImageInputs:
         """The model's inputs for a grey image."""
-        return self.inputs([decode(np.full((64, 64, 3), 128, np.uint8))])
+        import PIL.Image
+
+        return self.inputs([PIL.Image.new("RGB", (64, 64), (128, 128, 128))])
 
     @cached_property
     def _salt(self) -> bytes:
@@ -121,8 +122,7 @@ class ImageReader:
 
     def image_id(self, image: Picture) -> ImageId:
         """Returns two negative numbers, 126 bits, that identify decoded pixels under this processor."""
-        header = f"{image.mode} {image.size} {image.info.get('transparency')} {image.getpalette()}"
-        digest = xxh3_128_intdigest(b"\0".join((self._salt, header.encode(), image.tobytes())))
+        digest = xxh3_128_intdigest(pixel_digest(image) + self._salt)
         return -1 - (digest >> 64 & _WORD), -1 - (digest & _WORD)
 
     def render(self, example: Example) -> tuple[str, list[str]]:
@@ -208,22 +208,6 @@ def is_processor(tokenizer: Any) -> bool:
     return hasattr(tokenizer, "tokenizer") and hasattr(tokenizer, "image_processor")
 
 
-def decode(value: Any) -> Picture:
-    """Returns an image that is given as PIL image, path, URL, bytes, array, or as ``{"path": ..., "bytes": ...}``.
-
-    Raises:
-        UserError: the value is no image, or the file cannot be read.
-    """
-    feature = Image()
-    try:
-        if isinstance(value, (str, bytes, bytearray, dict, np.ndarray)) or hasattr(value, "__fspath__"):
-            value = feature.decode_example(feature.encode_example(value))
-        value.load()  # a file is read when its pixels are asked for
-    except _OPEN_ERRORS as error:
-        raise UserError(f"an image cannot be read: {type(error).__name__}: {error}") from error
-    return value
-
-
 def ids_of(words: Sequence[int]) -> list[ImageId]:
     """Returns the identity of each image, of the numbers of a prompt key or of a row's ``image_ids``."""
     return [(words[i], words[i + 1]) for i in range(0, len(words), WORDS)]
@@ -242,7 +226,7 @@ def images_of(rows: Iterable[Mapping[str, Any]]) -> dict[ImageId, Any]:
     found: dict[ImageId, Any] = {}
     for row in rows:
         if row.get("image_ids"):
-            found |= zip(ids_of(row["image_ids"]), as_list(row["images"]))
+            found |= zip(ids_of(row["image_ids"]), image_values(row))
     return found
 
 
@@ -275,7 +259,7 @@ def place_images(
         return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
     if reader is None:
         raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")
-    found = reader.inputs([decode(images[image]) for image in different]) if different else reader.blank
+    found = reader.inputs([open_image(images[image]) for image in different]) if different else reader.blank
     number = {image: u for u, image in enumerate(different)}
     for g, _ in places:
         have = sum(token == reader.feature_token for token in tokens[g][0])

@@ -143,9 +143,11 @@ def with_images(prompt: list, count: int) -> list:
 
 
 def as_list(value: Any) -> list:
-    """Returns the images of a row, which may hold one, a list, or null."""
+    """Returns the images in a column of a row, which may hold one, a list or its JSON, or null."""
     if value is None:
         return []
+    if isinstance(value, str) and value.startswith('["'):
+        value = json.loads(value)
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 

@@ -56,6 +56,10 @@ def with_reference(
 
 
 def _pair_examples(row: Mapping[str, Any]) -> list[dict]:
+    if row.get("image_ids"):
+        raise UserError(
+            f"row {row['row']} has images, which a data_collator for padded batches does not hand on: leave it out"
+        )
     if not row["rejected"] or row["targets"] != row["chosen"]:
         raise UserError(
             f"row {row['row']} does not consist of pairs of chosen and rejected, but a data_collator for padded batches"

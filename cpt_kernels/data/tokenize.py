@@ -43,7 +43,8 @@ from .formats import (
     read_gap,
 )
 from .forms import Form, Roles, read_by
-from .images import ImageReader, decode
+from .image_files import open_image
+from .images import ImageReader
 from .messages import MALFORMED, RowError, has_images
 from .rows import ExactJson, NullPlaces, drop_nulls
 
@@ -181,7 +182,7 @@ class Tokenization:
         if any(has_images(completion) for completion in example.completions):
             raise UserError(f"row {index} has an image in a completion: only prompts may have images; remove the row")
         try:
-            images = [decode(image) for image in example.images]
+            images = [open_image(image) for image in example.images]
         except UserError as error:
             raise RowError(MALFORMED, str(error)) from error
         prompt, completions = self.reader.render(example)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, Tokens
-from ..data.images import ImageReader, decode, ids_of, split_key
+from ..data.images import ImageReader, ids_of, split_key
 from ..errors import UserError
 from .proof import Probe, token_source
 
@@ -48,9 +48,11 @@ def image_probe(model: PreTrainedModel, reader: ImageReader) -> Probe:
 
     The first prompt has two completions and one image, the second one completion and both images.
     """
+    import PIL.Image
+
     draw = token_source(model, {reader.feature_token, *reader.token_ids})
     random = np.random.default_rng(0)
-    pictures = [decode(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
+    pictures = [PIL.Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
     spelled = [tuple(reader.encode(reader.placeholder, [picture])) for picture in pictures]
     ids = [reader.image_id(picture) for picture in pictures]
     first: tuple[int, ...] = (*ids[0], *draw(3), *spelled[0], *draw(4))

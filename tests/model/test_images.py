@@ -104,9 +104,7 @@ def compare(kind: str, packing: str = "auto", **collate: Any) -> None:
     torch.testing.assert_close(logps, torch.cat(expected), rtol=FLOOR, atol=FLOOR)
     for name, found in _gradients(model, logps).items():
         largest = gradients[name].abs().max()
-        torch.testing.assert_close(
-            found, gradients[name], rtol=FLOOR, atol=FLOOR * (1 + largest.item()), msg=name
-        )
+        torch.testing.assert_close(found, gradients[name], rtol=FLOOR, atol=FLOOR * (1 + largest.item()), msg=name)
     assert any("vis" in name and gradients[name].abs().max() > 1e-3 for name in gradients)
 
 
