@@ -143,8 +143,7 @@ class ContrastiveTrainer(PackedLoop):
         set_seed(args.seed)  # before the weights of a new adapter are drawn
 
         # Loss, tokenizer, policy and reference model.
-        given = (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)))
-        has_images = any(map(holds_images, given))
+        has_images = holds_images(train_dataset, eval_dataset)
         if processing_class is None:
             processing_class = tokenizer_of(model, args, has_images)
         self._tokenizer, self._processor = checked_tokenizer(processing_class), processing_class

@@ -22,6 +22,7 @@ from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..data.collate import PackedBatch, PackedCollator, Tokens
+from ..data.images import images_of
 from ..errors import UserError
 from ..losses import PairLogps
 from ..model.comparison import compare_rows
@@ -134,7 +135,7 @@ def _check_rows(trainer: CheckedTrainer, rows: Sequence[dict]) -> Check:
     difference = bound = 0.0
     if sequences:
         with trainer.accelerator.autocast():
-            difference, bound = compare_rows(trainer.packed, sequences, trainer.collator)
+            difference, bound = compare_rows(trainer.packed, sequences, trainer.collator, images_of(rows))
     layout = "padded" if trainer.packed.padded else "packed"
     return Check(
         f"{layout} rows equal each completion run alone",

@@ -94,6 +94,20 @@ def load_named_tokenizer(
     )
 
 
+def load_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> Any:
+    """Loads the processor of prompts with images from the folder or repository of a tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import AutoProcessor
+
+    name, hint = tokenizer.name_or_path, "rows with images need the model's processor there"
+    return from_pretrained(
+        AutoProcessor.from_pretrained, name, "the processor of", hint, trust_remote_code=trust_remote_code
+    )
+
+
 def find_tokenizer(*names: str) -> str | None:
     """Returns the first of some folders or hub names that holds a tokenizer."""
     from transformers.utils import cached_file

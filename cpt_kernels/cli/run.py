@@ -17,6 +17,7 @@ import transformers
 from transformers import PrinterCallback, ProgressCallback
 
 from ..config import ContrastiveConfig
+from ..data.images import holds_images
 from ..data.mixture import load_mixture, split_rows
 from ..data.sources import is_one_file, load_data, parse_columns
 from ..errors import UserError
@@ -26,7 +27,14 @@ from ..training.loop import log_on_main
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from ..training.run_folder import checkpoints_in, earlier_run, held, weights_in
 from .console import print_results
-from .models import describe_adapter, load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
+from .models import (
+    describe_adapter,
+    load_policy,
+    load_policy_tokenizer,
+    load_processor,
+    load_ref_tokenizer,
+    load_reference,
+)
 from .options import ModelArguments, Options, ScriptArguments
 from .parsing import CONFIG_FILE
 
@@ -105,6 +113,8 @@ def make_trainer(
     tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)
     train_data, eval_data = _load_data(options.script, args)
+    if holds_images(train_data, eval_data):
+        tokenizer = load_processor(tokenizer, args.trust_remote_code)
     check_columns(args, args.build_loss(), tokenizer, train_data, eval_data)
     model, ref_model = policy(options.model, args), reference(options.model, args)
     args.model_init_kwargs = None  # already applied; the trainer refuses them for a loaded model

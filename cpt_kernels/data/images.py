@@ -197,10 +197,11 @@ def _undecoded(feature: Any) -> Any:
     return Image(mode=feature.mode, decode=False) if isinstance(feature, Image) else feature
 
 
-def holds_images(dataset: Any) -> bool:
-    """Whether a dataset has a column of images."""
-    is_data = isinstance(dataset, (Dataset, IterableDataset))
-    return is_data and not {*IMAGE_COLUMNS}.isdisjoint(read_columns(visible_rows(dataset)))
+def holds_images(*data: Any) -> bool:
+    """Whether one of several datasets, or of dictionaries of datasets, has a column of images."""
+    each = [one for given in data for one in (given.values() if isinstance(given, dict) else (given,))]
+    known = [dataset for dataset in each if isinstance(dataset, (Dataset, IterableDataset))]
+    return any(not {*IMAGE_COLUMNS}.isdisjoint(read_columns(visible_rows(dataset))) for dataset in known)
 
 
 def is_processor(tokenizer: Any) -> bool:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..data.collate import PackedBatch, PackedCollator, Tokens
+from ..data.collate import PackedCollator, Tokens
+from ..data.images import ImageId, split_key
 from .conditions import PinnedRouting, gathered, undisturbed
 from .heads import logits_logps
 from .hooks import in_training_mode
+from .images import own_inputs
 from .packed_model import PackedModel, base_model
 from .proof import Probe, Truth, rounding_of
 
 
 @torch.no_grad()
-def compare_rows(packed: PackedModel, sequences: Sequence[Tokens], collator: PackedCollator) -> tuple[float, float]:
+def compare_rows(
+    packed: PackedModel,
+    sequences: Sequence[Tokens],
+    collator: PackedCollator,
+    images: Mapping[ImageId, Any] | None = None,
+) -> tuple[float, float]:
     """Compares the log-probs of sequences under the model as it is, without noise; nothing of it changes.
 
     Args:
-        sequences: (prompt ids, completion ids), truncated; those of one prompt are consecutive.
+        sequences: (prompt key, completion ids), truncated; those of one prompt are consecutive.
         collator: the run's; says how they are laid out.
+        images: of the prompts, by identity.
 
     Returns:
         The largest difference of a token's log-prob, and the largest that rounding explains, in nats.
@@ -32,10 +41,12 @@ def compare_rows(packed: PackedModel, sequences: Sequence[Tokens], collator: Pac
     routing = PinnedRouting()
 
     def alone(prompt: Sequence[int], completion: Sequence[int], rows: int = 1) -> Tensor:
-        ids = [(*prompt, *completion)] * rows
+        ids = [(*split_key(prompt)[1], *completion)] * rows
+        row = torch.tensor(ids, device=device)
+        more = {} if packed.images is None else own_inputs(packed.images, images or {}, sequences, row)
         with routing.follow(ids, rows=rows):
-            logits = model(input_ids=torch.tensor(ids, device=device), use_cache=False).logits
-        own = logits[0, len(prompt) - 1 : -1]
+            logits = model(input_ids=row, use_cache=False, **more).logits
+        own = logits[0, -1 - len(completion) : -1]
         dtypes.add(own.dtype)
         return logits_logps(own, torch.tensor(completion, device=device), statistics=False).logps
 
@@ -49,9 +60,9 @@ def compare_rows(packed: PackedModel, sequences: Sequence[Tokens], collator: Pac
         epsilon, is_coarse = rounding_of(logps, dtypes)
         truth = Truth(logps, noise, epsilon, fault=float("inf"), look_ahead=0.0, is_coarse=is_coarse)
         # The same sequences as in training.
-        batch = collator.pack(sequences, [], [], [])
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        batch = collator.pack(sequences, [], [], [], images)
         shared = [] if packed.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
-        with routing.follow([p + c for p, c in sequences], shared, len(batch["input_ids"])):
-            found = packed(cast("PackedBatch", moved)).tokens.logps
+        parts = [(*split_key(prompt)[1], *completion) for prompt, completion in sequences]
+        with routing.follow(parts, shared, len(batch["input_ids"])):
+            found = packed(send_to_device(batch, device)).tokens.logps
     return truth.difference(found), truth.bound

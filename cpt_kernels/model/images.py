@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, Tokens
-from ..data.images import ImageReader, ids_of, split_key
+from ..data.image_files import open_image
+from ..data.images import ImageId, ImageReader, ids_of, split_key
 from ..errors import UserError
 from .proof import Probe, token_source
 
@@ -61,19 +62,22 @@ def image_probe(model: PreTrainedModel, reader: ImageReader) -> Probe:
     return replace(Probe.of(model), sequences=sequences, images=dict(zip(ids, pictures)))
 
 
-def own_inputs(reader: ImageReader, probe: Probe, rows: Tensor) -> dict[str, Tensor]:
+def own_inputs(
+    reader: ImageReader, images: Mapping[ImageId, Any], sequences: Sequence[Tokens], rows: Tensor
+) -> dict[str, Tensor]:
     """Returns the inputs of a model's own forward for the images in rows of tokens, as its processor makes them.
 
     Args:
-        rows: token ids of sequences of the probe, (B, L).
+        images: by identity.
+        rows: token ids of some of the sequences, (B, L).
     """
-    keys = {tuple(tokens): words for words, tokens in (split_key(prompt) for prompt, _ in probe.sequences) if words}
+    keys = {tuple(tokens): words for words, tokens in (split_key(prompt) for prompt, _ in sequences) if words}
     pictures = []
     for row in map(tuple, rows.tolist()):
         at = 0
         while at < len(row):  # a row may hold several prompts
             prompt = next((tokens for tokens in keys if row[at : at + len(tokens)] == tokens), None)
-            pictures += [] if prompt is None else [probe.images[image] for image in ids_of(keys[prompt])]
+            pictures += [] if prompt is None else [open_image(images[image]) for image in ids_of(keys[prompt])]
             at += 1 if prompt is None else len(prompt)
     if not pictures:
         return {}

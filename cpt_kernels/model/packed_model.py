@@ -194,7 +194,7 @@ class PackedModel:
 
         def own(ids: Tensor, probe: Probe = probes[0]) -> Tensor:
             try:
-                more = {} if self.images is None else own_inputs(self.images, probe, ids)
+                more = {} if self.images is None else own_inputs(self.images, probe.images, probe.sequences, ids)
                 return self.model(input_ids=ids, use_cache=False, **more).logits
             except Exception as error:  # whatever a model raises that needs more inputs
                 if isinstance(error, UserError) or is_of_machine(error):
