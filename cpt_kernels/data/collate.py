@@ -163,7 +163,7 @@ class PackedCollator:
             place, attention_mask = _padded_places(np.diff(layout.cu_seqlens_q))
             input_ids = torch.full_like(attention_mask, self.pad_token_id).masked_scatter(attention_mask > 0, input_ids)
             predictor_index = place[predictor_index]
-        pictures = place_images(self, words, tokens, layout.pieces, input_ids, images or {})
+        pictures = place_images(self.images, self.always_images, words, tokens, layout.pieces, input_ids, images or {})
         ref_token_logps, ref_missing = self._reference_logps(unique, scored=bool(edges))
         return PackedBatch(
             input_ids=input_ids,

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from transformers import ProcessorMixin
 
-    from .collate import PackedCollator
     from .formats import Example
 
 ImageId = tuple[int, int]  # two negative numbers, see `ImageReader.image_id`
@@ -232,7 +231,8 @@ def images_of(rows: Iterable[Mapping[str, Any]]) -> dict[ImageId, Any]:
 
 
 def place_images(
-    collator: PackedCollator,
+    reader: ImageReader | None,
+    always: bool,
     words: Sequence[Sequence[int]],  # G: numbers of the images of each group's prompt key
     tokens: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],  # G: prompt ids, ids of completions
     pieces: Sequence[tuple[int, int]],  # see packing.Layout
@@ -240,6 +240,9 @@ def place_images(
     images: Mapping[ImageId, Any],
 ) -> PlacedImages:
     """Decodes and preprocesses each different image of a batch once, and finds its places in the packed row.
+
+    Args:
+        always: a batch without images gets one that is in no place.
 
     Raises:
         UserError: images cannot be read, or take other tokens than their prompts have.
@@ -255,8 +258,7 @@ def place_images(
         spans[-1][1][2] = at
     places = [(g, span) for g, span in spans if of_group[g]]
     different = list(dict.fromkeys(image for g, _ in places for image in of_group[g]))
-    reader = collator.images
-    if not different and not (reader is not None and collator.always_images):
+    if not different and (reader is None or not always):
         return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
     if reader is None:
         raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")

@@ -134,9 +134,9 @@ def shared_features(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None
         given.pop("kwargs", None)
         output = forward(**{name: images.get(name, value) for name, value in given.items()})
         if index != list(range(len(tokens))):
-            output.pooler_output = _repeated(output.pooler_output, tokens, index)
+            output.pooler_output = _at_places(output.pooler_output, tokens, index)
             if (more := getattr(output, "deepstack_features", None)) is not None:
-                output.deepstack_features = [_repeated(each, tokens, index) for each in more]
+                output.deepstack_features = [_at_places(each, tokens, index) for each in more]
         return output
 
     encoder.get_image_features = get_image_features
@@ -152,7 +152,7 @@ def _encoder(model: PreTrainedModel) -> Any:
     return inner if hasattr(inner, "get_image_features") else model
 
 
-def _repeated(features: Any, tokens: Sequence[int], index: Sequence[int]) -> Any:
+def _at_places(features: Any, tokens: Sequence[int], index: Sequence[int]) -> Any:
     """Returns the features of images, a tensor or one per image, in the order of ``index``."""
     parts = [features] if isinstance(features, Tensor) else list(features)
     rows = torch.cat([part.flatten(0, -2) for part in parts])
