@@ -286,7 +286,7 @@ def test_a_prompt_is_run_once_and_a_completion_scored_once(tmp_path):
     assert (missing.completions, missing.found, len(missing)) == (60, 0, 20)
     batches = scoring_batches(missing, collator, 28, 2)
     assert len(batches) % 2 == 0
-    sequences = [read_sequences(data, missing, batch, collator) for batch in batches]
+    sequences = [read_sequences(data, missing, batch, collator)[0] for batch in batches]
     prompts = [len({prompt for prompt, _ in batch}) for batch in sequences]
     assert sum(prompts) == 5 and sum(map(len, sequences)) == 20
     assert {c for batch in sequences for _, c in batch} == {(p, 1, a) for p in range(5) for a in range(4)}
