@@ -49,15 +49,16 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: all weights or LoRA, in which dtype they are loaded, and whether activations are recomputed."""
+    """What is trained: all weights or LoRA, how they are loaded, and whether activations are recomputed."""
 
     lora: bool
     dtype: torch.dtype
     checkpointing: bool
+    by_name: bool = False  # the trainer has loaded the model, and rounds its frozen weights
 
     def __str__(self) -> str:
         dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        name = f"LoRA, {dtype} base" if self.lora else f"full, {dtype}"
+        name = f"LoRA, {dtype} base{' by name' * self.by_name}" if self.lora else f"full, {dtype}"
         return f"{name}, checkpointing" if self.checkpointing else name
 
 
@@ -66,7 +67,7 @@ CASES = [
     for lora in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
     for checkpointing in (False, True)
-]
+] + [Case(True, torch.float32, checkpointing, by_name=True) for checkpointing in (False, True)]
 
 
 class Moved(NamedTuple):
@@ -79,6 +80,11 @@ class Moved(NamedTuple):
 
 def count(trainer: ContrastiveTrainer) -> Moved:
     """Returns what a training step of a trainer of :func:`build` moves. Prepares its model as ``train`` does."""
+    with trainer._rounded_weights():
+        return _count(trainer)
+
+
+def _count(trainer: ContrastiveTrainer) -> Moved:
     from transformers.integrations.liger import apply_liger_kernel
 
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
@@ -126,13 +132,15 @@ def build(case: Case, options: dict[str, Any]) -> ContrastiveTrainer:
     common: dict[str, Any] = {"loss_type": "cpo", "max_length": None, "use_cpu": True, "bf16": True}
     common |= {"report_to": "none", "disable_tqdm": True, "gradient_checkpointing": case.checkpointing}
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(model_layers, "_liger_problem", return_value=None):
-        return ContrastiveTrainer(
+        trainer = ContrastiveTrainer(
             model,
             args=ContrastiveConfig(folder, **common, **options),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer(VOCAB),
             peft_config=LoraConfig(**LORA) if case.lora else None,
         )
+    trainer.is_loaded_here = case.by_name
+    return trainer
 
 
 class _Attention:
@@ -158,7 +166,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "python -m bench bytes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--layers", default=",".join(LAYERS), help="comma-separated list; default: all")
-    parser.add_argument("--quick", action="store_true", help="two cases instead of eight")
+    parser.add_argument("--quick", action="store_true", help="two cases instead of ten")
     add_output_options(parser)
     options = parser.parse_args(arguments)
     options.layers = options.layers.split(",")

@@ -151,6 +151,7 @@ class ContrastiveTrainer(PackedLoop):
             check_same_tokenizer(self._tokenizer, ref_tokenizer)
         if isinstance(model, str) and not is_overridden(self, ContrastiveTrainer._prepare_dataset):
             check_columns(args, self.loss, self._processor, train_dataset, eval_dataset)
+        self.is_loaded_here = isinstance(model, str)
         model, ref_model = load_models(model, ref_model, args, quantization_config)
         check_reference_model(model, ref_model)
         check_max_length(model, args.max_length)

@@ -187,9 +187,7 @@ class PackedModel:
         """
         # Flash attention does not run on a CPU, where the model may be until the trainer moves it.
         runnable = "sdpa" if "flash" in attention and (base.device.type == "cpu" or not may_repeat) else attention
-        probes = [Probe.of(base, marked_tokens(self.model))]
-        if self.images is not None:
-            probes.append(image_probe(base, self.images))
+        probes = self.probes()
         parameters = self._compared_parameters(base)
 
         def own(ids: Tensor, probe: Probe = probes[0]) -> Tensor:
@@ -265,15 +263,12 @@ class PackedModel:
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
-        batch = PackedCollator(
-            padded=self.padded, share_limit=self.share_limit, pad_token_id=probe.pad, images=self.images
-        ).pack(probe.sequences, [], [], [], probe.images)
-        moved = send_to_device(batch, base.device)
+        batch = self.probe_batch(probe)
         shared = [] if self.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
         try:
             with recorded_windows() as windows, torch.set_grad_enabled(bool(parameters)):
                 with routing.follow([p + c for p, c in probe.tokens], shared, len(batch["input_ids"])):
-                    logps = self(cast("PackedBatch", moved)).tokens.logps
+                    logps = self(batch).tokens.logps
                 gradients = projected_gradients(logps, probe, parameters) if parameters else []
         except Exception as error:  # anything that a forward does with masks and positions that it does not expect
             if isinstance(error, UnavailableError) or is_of_machine(error):
@@ -286,6 +281,20 @@ class PackedModel:
         if not self.padded and lacks_window(base, windows):
             return f"{way} a layer would not know its sliding window"
         return None
+
+    def probes(self) -> list[Probe]:
+        """Returns the probes of a proof: tokens, and for a model that reads images, also tokens with images."""
+        base = base_model(self.model)
+        text = Probe.of(base, marked_tokens(self.model))
+        return [text] if self.images is None else [text, image_probe(base, self.images)]
+
+    def probe_batch(self, probe: Probe) -> PackedBatch:
+        """Returns the tokens of a proof as a batch on the model's device, packed or padded as in training."""
+        collator = PackedCollator(
+            padded=self.padded, share_limit=self.share_limit, pad_token_id=probe.pad, images=self.images
+        )
+        batch = collator.pack(probe.sequences, [], [], [], probe.images)
+        return cast("PackedBatch", send_to_device(batch, base_model(self.model).device))
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from ..data.loader import report_stream
 from ..data.preparation import PreparationReport
 from ..data.stream_curriculum import StreamDraws
 from ..errors import UserError
+from ..model.frozen import rounded_weights
 from ..model.layers import offloaded_activations
 from ..model.packed_model import Scores
 from .metrics import Metrics, PlaceMetrics
@@ -49,6 +51,7 @@ class PackedLoop(CheckpointLoop):
     """The part of :class:`ContrastiveTrainer` that runs steps and evaluations, and logs them."""
 
     # The constructor of ContrastiveTrainer sets these.
+    is_loaded_here: bool  # the model was given by name, so nobody else holds it
     metrics: dict[str, Metrics]  # by mode, "train" and "eval"
     place_metrics: PlaceMetrics | None = None  # with a curriculum
     reports: dict[str, PreparationReport]  # by dataset name
@@ -133,9 +136,11 @@ class PackedLoop(CheckpointLoop):
         try:
             with (
                 self.reference.training() if self.reference is not None else contextlib.nullcontext(),
+                self._rounded_weights() as rounded,
                 chosen_checkpointing(self, checkpoint),
                 chosen_budget(self, checkpoint),
             ):
+                log_on_main([] if rounded is None else [rounded])
                 self._begin_run(checkpoint)
                 output = super().train(checkpoint, *args, **kwargs)
         finally:
@@ -144,6 +149,15 @@ class PackedLoop(CheckpointLoop):
         if isinstance(self.train_dataset, IterableDataset) and "train" in self.reports:
             log_on_main(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))
         return output
+
+    def _rounded_weights(self) -> contextlib.AbstractContextManager:
+        """Returns the context of a run: it holds frozen weights of a model that was loaded here in autocast's dtype."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        has_frozen = not all(parameter.requires_grad for parameter in self.packed.model.parameters())
+        if dtype is None or is_sharded or not (self.is_loaded_here and has_frozen):
+            return contextlib.nullcontext()
+        return rounded_weights(self.packed, dtype)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """Returns a step's micro-batches, and (2,) its pairs and chosen tokens on all ranks, to average over."""
