@@ -50,6 +50,7 @@ class Entry:
     checkpointing: bool | None = None
     liger: bool = False
     base: torch.dtype = torch.float32  # dtype of the weights that the trainer gets
+    by_name: bool = False  # treat the model as one that the trainer has loaded: frozen weights are rounded
     may_not_fit: bool = False  # running out of memory is a result
 
     def absent(self, device: str) -> str | None:
@@ -76,8 +77,9 @@ FULL = {
     "Liger layers": Entry(liger=True),
     "TRL, padded, SDPA": _TRL(),
 }
-# The frozen base is in bf16, in which autocast computes with it. The last contestant has it in fp32.
+# The frozen base is in bf16, in which autocast computes with it. The last contestants have it in fp32.
 LORA = {name: dataclasses.replace(entry, base=torch.bfloat16) for name, entry in FULL.items()}
+LORA["fp32 base by name"] = Entry(by_name=True)
 LORA["fp32 base"] = Entry()
 # The default compiles layers on a GPU. A dry run traces them, without the minutes of code generation.
 TRACED = {"traced layers": Entry(options={"layers": "compiled", "torch_compile_backend": "aot_eager"})}
@@ -231,7 +233,9 @@ def train(race: Race, entry: Entry, device: str) -> Row:
     meter = StepMeter(device == "cuda")
     build = trl_trainer if entry.side == "trl" else our_trainer
     with tempfile.TemporaryDirectory() as folder:
-        build(race.spec(entry, device), model, Dataset.from_list(race.rows()), [meter], folder).train()
+        trainer = build(race.spec(entry, device), model, Dataset.from_list(race.rows()), [meter], folder)
+        trainer.is_loaded_here = entry.by_name
+        trainer.train()
     found: Row = {"ms": 1e3 * statistics.mean(meter.seconds[WARM : WARM + TIMED])}
     found |= {"steps_ms": [1e3 * seconds for seconds in meter.seconds], "metrics": meter.metrics}
     if device == "cuda":

@@ -66,6 +66,7 @@ def _train(options: Options) -> ContrastiveTrainer:
     # Data, model and trainer.
     report = RunReport(output, f"{output.name}: {args.build_loss().name}")
     trainer = make_trainer(options, callbacks=[report])
+    trainer.is_loaded_here = True
     if options.script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]

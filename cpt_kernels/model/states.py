@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -63,12 +64,14 @@ class _Gather(NamedTuple):
     def of(cls, places: NDArray[np.int64], rows: int, device: torch.device) -> _Gather:
         flat = places.reshape(-1)
         held = np.flatnonzero(flat < rows)
-        rounds = [
-            (torch.from_numpy(to).to(device), torch.from_numpy(held[source]).to(device))
-            for to, source in scatter_rounds(flat[held], rows)
-        ]
-        index = torch.from_numpy(flat).to(device)
-        return cls(index, rounds, places, len(held) < len(flat))
+        rounds = [(to, held[source]) for to, source in scatter_rounds(flat[held], rows)]
+        arrays = [flat, *itertools.chain.from_iterable(rounds)]
+        # One copy for all, and from pinned memory, so that the CPU does not wait for the GPU.
+        whole = torch.from_numpy(np.concatenate(arrays))
+        if device.type == "cuda" and type(whole) is Tensor:  # the fake tensors of planning.memory cannot be pinned
+            whole = whole.pin_memory()
+        index, *parts = whole.to(device, non_blocking=True).split([len(array) for array in arrays])
+        return cls(index, list(zip(parts[::2], parts[1::2])), places, len(held) < len(flat))
 
     def __call__(self, rows: Tensor) -> Tensor:  # (T, ...) -> (B, L, ...)
         if self.has_zeros:

@@ -307,9 +307,9 @@ def test_resume(home, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("way", ["lora", "ref", "sum", "moving", "stream", "split", "evaluated at the end", "best"])
-def test_other_ways_to_run(home, tmp_path, way, capsys):
+def test_other_ways_to_run(home, tmp_path, way, capsys, caplog):
     flags = {
-        "lora": ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 4],
+        "lora": ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 4, "--bf16"],
         "ref": ["--ref_model_name_or_path", home / "sft", "--loss_type", "ipo"],
         "sum": ["--loss_type", "sigmoid", "sft", "--loss_weights", 1, 0.2, "--ld_alpha", 0.5, "--padding_free"],
         "moving": ["--sync_ref_model", "--ref_model_sync_steps", 2, "--loss_type", "apo_zero", "--use_weighting"],
@@ -326,7 +326,8 @@ def test_other_ways_to_run(home, tmp_path, way, capsys):
     metrics = read_metrics(tmp_path / "out")
     assert [record["step"] for record in metrics if "eval_loss" in record][-1] == 4
     assert all(np.isfinite(record["loss"]) for record in metrics if "loss" in record)
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert ("frozen linear layers hold" in errors + caplog.text) == (way == "lora")
     assert (tmp_path / "out" / "adapter_config.json").exists() == (way == "lora")
     assert ("adapter, tokenizer" in printed) == (way == "lora") and ("the best so far" in printed) == (way == "best")
     assert (way == "split") == ("5 of 5 rows kept" in printed)

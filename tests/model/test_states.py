@@ -48,6 +48,18 @@ def test_outputs_return_to_their_tokens():
     assert torch.equal(layout.sequence_places(layout.sequence_tokens(tokens).flatten(0, 1))[0], tokens)
 
 
+def test_the_indices_of_a_gather_are_copied_to_the_device_at_once(monkeypatch):
+    copied = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: copied.append(x) or to(x, *args, **kwargs))
+    layout = StateLayout(SEGMENTS, torch.device("meta"))
+    gathers = [layout.trunk_tokens, layout.branch_tokens, layout.branch_trunks, layout.forked_places]
+    gathers += layout.convolved(4)
+    assert len(copied) == len(gathers) == 6
+    assert sum(1 + 2 * len(gather.rounds) for gather in gathers) == 24
+    assert {rows.device.type for gather in gathers for rows in (gather.index, *gather.rounds[0])} == {"meta"}
+
+
 def test_the_gradient_of_a_prompt_is_the_sum_over_its_completions():
     layout = StateLayout(SEGMENTS, torch.device("cpu"))
     tokens = torch.zeros(T, 1, dtype=torch.float64, requires_grad=True)

@@ -296,7 +296,8 @@ def _deterministic() -> Iterator[None]:
     """Asks the process for deterministic algorithms, without which PyTorch's flash backward sums dq with atomics.
 
     The operator has no argument for it. The setting lasts for one call: during a whole backward it would make cuBLAS
-    raise, unless CUBLAS_WORKSPACE_CONFIG is set. Where the process is deterministic anyway nothing changes.
+    raise, unless CUBLAS_WORKSPACE_CONFIG is set. Where the process is deterministic anyway nothing changes. Setting and
+    resetting take 1.6 us. An operator that another thread runs in between sees the setting, too.
     """
     settings: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
