@@ -22,7 +22,9 @@ from .data.curriculum import Curriculum
 from .data.formats import PromptFormat, RankedPairs
 from .data.truncation import TruncationMode
 from .errors import UserError, user_error
-from .losses import Loss, LossOptions, loss_names
+from .losses import LOSSES, Loss, LossOptions, build_loss, loss_names
+from .losses.build import with_hard_pairs
+from .losses.functions import loss_options
 from .losses.options import option
 from .ops.attention.select import ATTENTION_BACKENDS
 
@@ -333,7 +335,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         if self.fp16 and self.device.type == "cpu":
             raise UserError("fp16=true needs a GPU: a CPU would compute in fp32 instead; set bf16, or leave it out")
         if self.curriculum is not None:
-            Curriculum.parse(self.curriculum)
+            self._check_curriculum()
             if self.train_sampling_strategy != "random":
                 raise UserError("curriculum decides the order of rows: leave train_sampling_strategy at random")
         self._check_accelerator_config()
@@ -341,6 +343,34 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         for name in ignored:
             if self.process_index == 0 and getattr(self, name) is not None:
                 logger.warning(f"{name}={getattr(self, name)} has no effect here: {IGNORED_OPTIONS[name]}")
+
+    def _check_curriculum(self) -> None:
+        curriculum = Curriculum.parse(self.curriculum)
+        self.training_loss()  # checks the loss of hard pairs
+        if curriculum.refresh_reference and self.sync_ref_model:
+            raise UserError("sync_ref_model and the curriculum's refresh_reference both move the reference: choose one")
+        if curriculum.refresh_reference and self.load_best_model_at_end:
+            raise UserError(
+                "curriculum: with refresh_reference the metrics of each stage are against another reference, so"
+                " load_best_model_at_end cannot compare them: leave one out"
+            )
+
+    def training_loss(self, loss: Loss | None = None) -> Loss:
+        """Returns the configured loss, or a user's, with the curriculum's loss or weight of the hard pairs.
+
+        Raises:
+            UserError: the loss of the hard pairs is unknown, or one of the two depends on other pairs of the batch.
+        """
+        loss = self.build_loss() if loss is None else loss
+        curriculum = None if self.curriculum is None else Curriculum.parse(self.curriculum)
+        if curriculum is None or not curriculum.trains_hard_rows:
+            return loss
+        name = curriculum.hard_loss
+        if name is not None and name not in LOSSES:
+            raise UserError(f"curriculum: hard_loss='{name}' is unknown: choose one of {', '.join(LOSSES)}")
+        options = {} if name is None else {option: getattr(self, option) for option in loss_options(name)}
+        hard = None if name is None else build_loss(name, **options)
+        return with_hard_pairs(loss, hard, curriculum.hard_weight or 1.0)
 
     @property
     def device(self) -> torch.device:

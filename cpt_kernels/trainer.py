@@ -23,6 +23,7 @@ from .data.forms import Form, detect_form
 from .data.images import holds_images
 from .data.loader import (
     check_budget,
+    keep_easiest,
     longest_sequence,
     make_draws,
     make_loader,
@@ -45,7 +46,7 @@ from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
 from .reference.cache import default_cache_dir
 from .reference.fingerprint import fingerprint_without_adapters
-from .reference.moving import MovingReference
+from .reference.moving import MovingReference, StagedReference
 from .reference.scorer import Reference, put_sums
 from .training.checks import (
     aux_loss_coef,
@@ -72,6 +73,7 @@ from .training.loop import PackedLoop
 from .training.model_card import write_model_card
 from .training.run_folder import check_free, earlier_run, is_finished
 from .training.saving import log_on_main
+from .training.stages import Stages, check_refresh
 from .training.token_budget import check_can_choose
 
 _NOT_RESUMED = "train() replaces its files unless it resumes; choose another output_dir to keep them"
@@ -130,7 +132,7 @@ class ContrastiveTrainer(PackedLoop):
         check_removed_arguments(removed)
         check_overrides(type(self), ContrastiveTrainer)
         args = checked_config(model, args, train_dataset, eval_dataset)
-        self.loss = loss if isinstance(loss, Loss) else args.build_loss() if loss is None else user_loss(loss)
+        self.loss = args.training_loss(loss if loss is None or isinstance(loss, Loss) else user_loss(loss))
         if args.eval_strategy != "no":
             adds_own = compute_metrics is not None or any(
                 is_overridden(self, method) for method in (ContrastiveTrainer.evaluate, PackedLoop.evaluation_loop)
@@ -200,6 +202,9 @@ class ContrastiveTrainer(PackedLoop):
         args.names = self._names()
         log_on_main([describe_backend(args.attention_backend, args.device.type), chosen_layers])
         self._start_metrics(args.ld_alpha if loss is None else None)
+        if self._refreshes_reference:
+            own = is_overridden(self, ContrastiveTrainer.compute_ref_log_probs)
+            check_refresh(self.loss, self.precompute_ref_logps, own)
         if self.loss.needs_reference:
             self.reference = self._make_reference(ref_model, new_adapter)
         elif ref_model is not None:
@@ -215,7 +220,9 @@ class ContrastiveTrainer(PackedLoop):
         self.curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
         if train_dataset is not None:
             check_trainable(self.packed)
-            train_dataset = self._prepared(train_dataset, args, "train")
+            prepared = self._prepared(train_dataset, args, "train")
+            train_dataset, lines = keep_easiest(self.curriculum, prepared, order_seed(args))
+            log_on_main(lines)
             self.draws = make_draws(self.curriculum, train_dataset, order_seed(args))
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepared(data, args, name) for name, data in eval_dataset.items()}
@@ -285,6 +292,10 @@ class ContrastiveTrainer(PackedLoop):
             ahead = all(isinstance(data, Dataset) for data in self.datasets.values())
         return ahead and not self.args.sync_ref_model
 
+    @property
+    def _refreshes_reference(self) -> bool:
+        return self.curriculum is not None and self.curriculum.refresh_reference
+
     def _make_reference(self, ref_model: nn.Module | None, new_adapter: bool) -> Reference | MovingReference:
         """Returns the reference, its cache filled for all stored datasets unless ``args`` ask for lazy scoring."""
         if self.args.sync_ref_model:
@@ -294,7 +305,8 @@ class ContrastiveTrainer(PackedLoop):
         ahead = self.precompute_ref_logps
         # A collator that pads may truncate rows in its own way, which makes completions that were not scored ahead.
         keep = not ahead or isinstance(self.data_collator, UnpaddingCollator)
-        reference = Reference(
+        cls = StagedReference if self._refreshes_reference else Reference
+        reference = cls(
             self.packed,
             ref_model,
             new_adapter=new_adapter,
@@ -304,6 +316,8 @@ class ContrastiveTrainer(PackedLoop):
             head_memory_mb=self.args.head_memory_mb,
             progress=not self.args.disable_tqdm,
         )
+        if isinstance(reference, StagedReference):
+            self.add_callback(Stages(self, reference))
         if self.loss.needs_tails:
             reference.check_tokens()
         if ahead:
@@ -379,7 +393,7 @@ class ContrastiveTrainer(PackedLoop):
             loss = loss + self.router_aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * batches / pairs)
         self.metrics["train" if model.training else "eval"].add(inputs, scores)
         same = self.reference is not None and not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs)
-        if model.training and same and self.state.global_step == 0:
+        if model.training and same and self.state.global_step == self.reference.since:
             self.reference.check_start(inputs, scores.completion_logps)
         return (loss, scores) if return_outputs else loss
 

@@ -33,7 +33,7 @@ FOLDERS = {
     "trainer": {"training", "planning", "reference", "model", "ops", "data", "config", "losses"},
     "planning": {"reference", "model", "ops", "data", "config", "losses"},
     "generation": {"data"},
-    "evaluation": {"reference", "generation", "pairs", "model", "data", "config"},
+    "evaluation": {"reference", "generation", "pairs", "model", "data", "config", "losses"},
 }
 COMMANDS = {"cli", "demo"}  # on top: they import whatever they need
 SHOWS = COMMANDS | {"report.py"}  # what may parse arguments and print

@@ -31,7 +31,7 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
     Raises:
         UserError: data, model or options that cannot be trained with.
     """
-    own, options_argv = _plan_parser(prog).parse_known_args(_with_names(argv))
+    own, options_argv = _plan_parser(prog).parse_known_args(with_names(argv))
     picture = None if own.picture is None else Path(own.picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):
         raise UserError(f"--picture {picture}: its name must end in .png or .svg")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
         write_text(Path(own.json), json.dumps(plan, indent=1) + "\n")
 
 
-def _with_names(argv: Sequence[str]) -> list[str]:
+def with_names(argv: Sequence[str]) -> list[str]:
     """Gives the arguments MODEL and DATA in front of all options the names of these options."""
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     if count > 2:

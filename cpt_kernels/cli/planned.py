@@ -60,7 +60,7 @@ def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
     args.report_to, args.push_to_hub = [], False
     if options.model.load_in_4bit or options.model.load_in_8bit:
         raise UserError("a plan has no weights to quantize: leave out load_in_4bit and load_in_8bit")
-    trainer = make_trainer(options, PlannedTrainer, policy=_shapes_of, reference=lambda *_: None)
+    trainer = make_trainer(options, PlannedTrainer, policy=shapes_of, reference=lambda *_: None)
     if args.chooses_checkpointing:
         found = without_checkpointing(trainer, free_memory(args.device), has_weights=False)
         args.gradient_checkpointing = found is None or found[0] > found[1]
@@ -79,7 +79,7 @@ def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
     return plan
 
 
-def _shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
+def shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
     """Returns the model of a config, with an adapter to train further, on the device "meta", which holds no weights."""
     trust = args.trust_remote_code
     name, revision, option = model.model_name_or_path, model.model_revision, "model_name_or_path"

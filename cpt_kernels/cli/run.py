@@ -98,11 +98,13 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     policy: Callable[[ModelArguments, ContrastiveConfig], Any] = load_policy,
     reference: Callable[[ModelArguments, ContrastiveConfig], Any] = load_reference,
+    data: tuple[Any, Any] | None = None,
 ) -> TrainerClass:
     """Loads data, models and tokenizer, and makes a trainer of them.
 
     Args:
         policy, reference: load the models.
+        data: training and evaluation data; default those that the options name.
 
     Raises:
         UserError: one of them cannot be loaded, or cannot be trained with.
@@ -113,7 +115,7 @@ def make_trainer(
     # The tokenizers first: a wrong model name is then said before the data is read.
     tokenizer = load_policy_tokenizer(options.model, args)
     ref_tokenizer = load_ref_tokenizer(options.model, args)
-    train_data, eval_data = _load_data(options.script, args)
+    train_data, eval_data = _load_data(options.script, args) if data is None else data
     if holds_images(train_data, eval_data):
         tokenizer = load_processor(tokenizer, args.trust_remote_code)
     check_columns(args, args.build_loss(), tokenizer, train_data, eval_data)

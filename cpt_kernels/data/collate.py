@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .curriculum import PLACE
+from .curriculum import HARD, PLACE
 from .images import ImageId, ImageReader, images_of, place_images, split_key
 from .packing import GroupLengths, pack, pair_block_boundaries, scatter_rounds
 from .truncation import TruncationMode, truncate
@@ -64,6 +64,7 @@ class PackedBatch(TypedDict):
     rejected: Tensor | None  # (P,) int64; None for supervised rows
     sft_targets: Tensor  # (P,) int64, the completion of SLiC's regularizer
     gaps: Tensor | None  # (P,) fp32, by how much chosen is better; None unless every pair has a gap
+    hard: Tensor | None  # (P,) bool, which pairs a curriculum counts as hard; None if none is
     # (completions, pairs) per block: the smallest consecutive completions containing both sides of all their pairs
     pair_blocks: list[tuple[int, int]]
     ref_token_logps: Tensor | None  # (N,) fp32; NaN where missing
@@ -113,14 +114,17 @@ class PackedCollator:
         sequences: list[Tokens] = []
         edges: list[tuple[Tokens, ...]] = []
         gaps: list[float | None] = []
+        hard: list[bool] = []
         for row in rows:
             cut = self.truncated(row)
             rejected_columns = [row["rejected"]] if row["rejected"] else []  # supervised rows have none
             for chosen, target, *rejected in zip(row["chosen"], row["targets"], *rejected_columns):
                 edges.append(tuple(cut[i] for i in (chosen, target, *rejected)))
                 gaps.append(gap_of(row, chosen, *rejected))
+                hard.append(row.get(HARD, False))
             sequences += cut
-        return self.pack(sequences, edges, gaps, [row[PLACE] for row in rows if PLACE in row], images_of(rows))
+        places = [row[PLACE] for row in rows if PLACE in row]
+        return self.pack(sequences, edges, gaps, places, images_of(rows), hard)
 
     def pack(
         self,
@@ -129,6 +133,7 @@ class PackedCollator:
         gaps: Sequence[float | None],
         places: list[float],
         images: Mapping[ImageId, Any] | None = None,
+        hard: Sequence[bool] = (),
     ) -> PackedBatch:
         """Packs sequences and their pairs into one batch.
 
@@ -138,6 +143,7 @@ class PackedCollator:
             gaps: one per pair, see :func:`gap_of`.
             places: see :class:`PackedBatch`.
             images: the images of the prompts, see :func:`images.images_of`.
+            hard: which pairs are hard; default none.
         """
         if not sequences:  # a rank without rows runs one token, to take part in every collective
             sequences = [((self.pad_token_id,), (self.pad_token_id,))]
@@ -151,6 +157,7 @@ class PackedCollator:
         index_of = {sequence: s for s, sequence in enumerate(unique)}
         pairs, order, pair_blocks = _index_pairs(edges, index_of)
         gaps = [gaps[p] for p in order]
+        hard = [hard[p] for p in order] if any(hard) else []
         chosen, sft_targets, *rejected = np.array(pairs, np.int64).T if pairs else np.zeros((3, 0), np.int64)
 
         # Counts, and everything as tensors.
@@ -183,6 +190,7 @@ class PackedCollator:
             rejected=_ints(rejected[0]) if rejected else None,
             sft_targets=_ints(sft_targets),
             gaps=None if None in gaps else torch.tensor(gaps, dtype=torch.float32),
+            hard=torch.tensor(hard) if hard else None,
             pair_blocks=pair_blocks,
             ref_token_logps=ref_token_logps,
             ref_missing=ref_missing,

@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from .formats import read_number
 
-SCHEDULES = ("linear", "reversed", "constant", "staged", "none")
+SCHEDULES = ("linear", "reversed", "constant", "staged", "none", "sqrt", "sorted")
 PAIR_COLUMNS = ("chosen_model", "rejected_model")
 NO_LEVEL = -1
-PLACE = "curriculum_place"  # column that drawn rows get for the metrics, see Curriculum.places
+# Columns that drawn rows get: the place for the metrics, see Curriculum.places; and whether `keep` makes the row hard.
+PLACE, HARD = "curriculum_place", "curriculum_hard"
 
 Keys = list[str] | NDArray[np.float64]  # one per row: its model pair, or its difficulty (larger is harder)
-_WITH_PROGRESS = ("linear", "reversed", "staged")
+_WITH_PROGRESS = ("linear", "reversed", "sqrt", "sorted", "staged")
 _PERCENTILES = 100  # number of levels if `levels` names a column
 _WINDOW = 0.2  # share of these levels from which a row is drawn
+_COMPETENCE = 0.01  # share of the rows that `sqrt` draws from at the start
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,23 @@ class Curriculum:
             ``rejected_model``; or a number of quantiles of ``column``; or the name of a column: its percentiles are the
             levels, and each row is drawn from a window of 20 of them.
         schedule: ``linear``: alpha grows from 0 to 1 over ``epochs``, and stays 1. ``reversed``: 1 - alpha.
-            ``staged``: one level after another, each for its share of the rows. ``constant``: a fixed mix, ``shares``.
-            ``none``: every row once per epoch, in random order, of all levels.
+            ``sqrt``: uniform draws from the easiest share c of the rows, c = sqrt(c0^2 + (1 - c0^2) t) with c0 = 0.01
+            (arXiv 1903.09848, eq. 7). ``sorted``: every row once per epoch, from the easiest to the hardest, equal ones
+            in random order. ``staged``: one level after another, each for its share of the rows. ``constant``: a fixed
+            mix, ``shares``. ``none``: every row once per epoch, in random order, of all levels.
         column: the column of the quantiles, if ``levels`` is their number; default ``gap``.
         easy: which values of the column are easy, ``high`` or ``low``; default high for ``gap``, low for any other.
         shares: share of each level in the constant mix; default equal.
         epochs: length of the schedule. The default is the first epoch, or the run if it is shorter. On a stream it is
             the run; a run resumed with another ``max_steps`` then continues with another schedule.
         buffer: number of rows of a stream that wait to be drawn, in all levels together; default 4096.
+        keep: share of the rows that are kept, the easiest by the column. The others are hard: they are left out, unless
+            ``hard_loss`` or ``hard_weight`` says otherwise (arXiv 2502.09650).
+        hard_loss: loss of the hard pairs, a name that ``loss_type`` takes, such as ``sft`` (arXiv 2602.00954).
+        hard_weight: factor of the loss of the hard pairs; default 1 with ``hard_loss``.
+        stages: divides the run into so many stages of equal length. The schedule advances from stage to stage, and the
+            rows of a stage come in random order. The schedule's length is that of the run.
+        refresh_reference: the policy becomes the reference at the start of every stage but the first.
     """
 
     levels: tuple[str, ...] | int | str
@@ -60,6 +71,11 @@ class Curriculum:
     shares: tuple[float, ...] | None = None
     epochs: float | None = None
     buffer: int | None = None
+    keep: float | None = None
+    hard_loss: str | None = None
+    hard_weight: float | None = None
+    stages: int | None = None
+    refresh_reference: bool = False
 
     @classmethod
     def parse(cls, option: Mapping[str, Any] | str) -> Curriculum:
@@ -78,6 +94,8 @@ class Curriculum:
         known = [f.name for f in fields(cls)]
         if unknown := [str(key) for key in option if key not in known]:
             raise UserError(f"curriculum has no key {unknown[0]!r}: its keys are {', '.join(known)}")
+        if option.get("levels") is None and option.get("column") is not None:  # its percentiles are the levels
+            option = {**option, "levels": option["column"], "column": None}
         if option.get("levels") is None:
             raise UserError("curriculum needs levels: model pairs, a number of quantiles of gap, or a column")
         sequences = {key: tuple(value) for key, value in option.items() if isinstance(value, list)}
@@ -115,6 +133,30 @@ class Curriculum:
         if self.buffer is not None and not (_is_int(self.buffer) and self.buffer > 0):
             raise UserError(f"curriculum: buffer={self.buffer!r} must be a positive whole number")
         self._check_shares()
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        """Checks the options of hard pairs and of stages."""
+        keep, weight, stages, refresh = self.keep, self.hard_weight, self.stages, self.refresh_reference
+        hard = next((name for name in ("hard_loss", "hard_weight") if getattr(self, name) is not None), None)
+        by_pair = isinstance(self.levels, tuple)
+        wrong = {
+            "keep needs a column: leave the hard model pairs out of levels instead": keep is not None and by_pair,
+            f"keep={keep!r} must be a share of the rows, above 0 and at most 1": keep is not None
+            and not (_is_number(keep) and 0 < keep <= 1),
+            f"{hard} is for the pairs beyond keep: set keep, or remove {hard}": hard is not None and keep is None,
+            f"hard_loss={self.hard_loss!r} must be the name of a loss": not isinstance(self.hard_loss, str | None),
+            f"hard_weight={weight!r} must be a positive number": weight is not None
+            and not (_is_number(weight) and weight > 0),
+            f"stages={stages!r} must be a whole number, 2 or more": stages is not None
+            and not (_is_int(stages) and stages > 1),
+            "stages divide the whole run: remove epochs": stages is not None and self.epochs is not None,
+            f"refresh_reference={refresh!r} must be true or false": not isinstance(refresh, bool),
+            "refresh_reference renews the reference in each of several stages: set stages": refresh and stages is None,
+        }
+        for message, holds in wrong.items():
+            if holds:
+                raise UserError(f"curriculum: {message}")
 
     def _check_shares(self) -> None:
         if self.shares is None:
@@ -133,6 +175,11 @@ class Curriculum:
         if isinstance(self.levels, tuple):
             return PAIR_COLUMNS
         return (self.levels if isinstance(self.levels, str) else self.column or "gap",)
+
+    @property
+    def trains_hard_rows(self) -> bool:
+        """Whether the rows beyond ``keep`` are trained on, with a loss or weight of their own."""
+        return self.hard_loss is not None or self.hard_weight is not None
 
     @property
     def is_continuous(self) -> bool:
@@ -174,6 +221,8 @@ class Curriculum:
             return _find(uniform, self.shares or np.ones(count))
         if self.schedule == "staged":
             return _find(t, sizes)
+        if self.schedule == "sqrt":
+            return _find(uniform * np.sqrt(_COMPETENCE**2 + (1 - _COMPETENCE**2) * t), sizes)
         alpha = 1.0 - t if self.schedule == "reversed" else t
         # With a width of 1 this is floor(alpha (L-1) + u): of the two nearest levels the upper one is drawn with the
         # fractional part of alpha (L-1) as its probability.
@@ -259,6 +308,13 @@ def find_levels(curriculum: Curriculum, keys: Keys) -> Levels:
     return Levels(_quantiles(name, len(used)), {}, cuts)
 
 
+def split_by_difficulty(keys: Keys, keep: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the easiest rows, a share ``keep`` of them but at least one, and the others; both from easy to hard."""
+    order = _from_easy_to_hard(np.asarray(keys), seed)
+    count = max(1, round(keep * len(order)))
+    return order[:count], order[count:]
+
+
 class Draws:
     """Draws rows of a map-style dataset. The draws of an epoch depend only on the data, the seed and the epoch.
 
@@ -272,6 +328,7 @@ class Draws:
         sizes: (L,) number of rows of each level.
         level: (rows,) level of each row.
         places: place of each row for the metrics, see :meth:`Curriculum.places`.
+        hard: (rows,) which rows are beyond ``keep``, and have a loss or weight of their own.
         epochs: length of the schedule.
 
     Raises:
@@ -288,6 +345,14 @@ class Draws:
         self._others = Counter(key for key, level in zip(keys, self.level) if level < 0)
         check_levels(self.levels, self.sizes, self._others)
         self.epochs = curriculum.epochs or 1.0
+        self._staged: NDArray[np.int64] | None = None  # the draws of the run, shuffled within each stage
+        self.hard = np.zeros(len(keys), dtype=bool)
+        if curriculum.trains_hard_rows:
+            assert curriculum.keep is not None
+            self.hard[split_by_difficulty(keys, curriculum.keep, seed)[1]] = True
+        if curriculum.schedule == "sorted":
+            order = _from_easy_to_hard(self.level if isinstance(keys, list) else keys, seed)
+            self._sorted = order[self.level[order] >= 0]
         # One deck per level, or a single deck for the schedule that does not choose levels.
         in_levels = [np.flatnonzero(self.level == number) for number in range(len(self.sizes))]
         self._decks = [np.flatnonzero(self.level >= 0)] if curriculum.schedule == "none" else in_levels
@@ -298,12 +363,16 @@ class Draws:
         return int(self.sizes.sum())
 
     def end_with_run(self, epochs: float) -> None:
-        """Ends the schedule with the run if that is shorter than one epoch, unless `epochs` was given."""
-        self.epochs = self.curriculum.epochs or min(1.0, epochs) or 1.0
+        """Ends the schedule with the run if that is shorter than one epoch or has stages; `epochs` overrules it."""
+        run = epochs if self.curriculum.stages else min(1.0, epochs)
+        self.epochs = self.curriculum.epochs or run or 1.0
+        self._staged = None
         del self._dealt[1:]
 
     def epoch(self, number: int) -> NDArray[np.int64]:
         """Returns (draws,) the rows of an epoch, in order."""
+        if self.curriculum.schedule == "sorted":  # a schedule of several epochs draws each row several times in a row
+            return self._sorted[np.floor(self._draws(number) / self.epochs).astype(np.int64) % len(self)]
         while len(self._dealt) <= number:
             decks = self._choose(len(self._dealt) - 1)
             self._dealt.append(self._dealt[-1] + np.bincount(decks, minlength=len(self._decks)))
@@ -314,10 +383,22 @@ class Draws:
             rows[places] = self._deal(deck, int(self._dealt[number][deck]), len(places))
         return rows
 
+    def _draws(self, epoch: int) -> NDArray[np.int64]:
+        """Returns (draws,) the numbers of an epoch's draws in the order of the schedule, shuffled within each stage."""
+        count, stages = len(self), self.curriculum.stages
+        if stages is None or epoch >= self.epochs:
+            return epoch * count + np.arange(count)
+        if self._staged is None:
+            run = np.arange(math.ceil(self.epochs) * count)
+            random = seeded(self.seed, 0, 0, 1).random(len(run))
+            self._staged = np.lexsort((random, np.floor(run * stages / (count * self.epochs))))
+        return self._staged[epoch * count : (epoch + 1) * count]
+
     def report(self, times: NDArray[np.int64]) -> list[str]:
         """Returns lines of text for the log; ``times`` (rows,) is how often each row is drawn."""
         schedule = self.curriculum.schedule
         over = f" over {self.epochs:.3g} epochs" if schedule in _WITH_PROGRESS else ""
+        over += f" in {self.curriculum.stages} stages" if self.curriculum.stages else ""
         lines = [f"curriculum, {schedule}{over}: an epoch is {len(self)} draws; levels from easy to hard:"]
         if self.curriculum.is_continuous:
             lines.append(f"{self.curriculum.columns[0]} in {len(self.sizes)} parts: {_often(times)}")
@@ -326,13 +407,20 @@ class Draws:
                 lines.append(f"{name}: {_often(times[self.level == level])}")
         if self._others:
             lines.append(f"in no level, so never drawn: {_counts(self._others)}")
+        if self.curriculum.trains_hard_rows:
+            loss, weight = self.curriculum.hard_loss or "the run's loss", self.curriculum.hard_weight or 1
+            lines.append(
+                f"keep {self.curriculum.keep:g}: the {self.hard.sum()} hardest of {len(self.hard)} rows are trained"
+                f" with {loss}, weight {weight:g}"
+            )
         return lines
 
     def _choose(self, epoch: int) -> NDArray[np.int64]:
         """Returns (draws,) the deck of each draw."""
         if len(self._decks) == 1:
             return np.zeros(len(self), dtype=np.int64)
-        progress = (epoch + np.arange(len(self)) / len(self)) / self.epochs
+        passes, place = np.divmod(self._draws(epoch), len(self))
+        progress = (passes + place / len(self)) / self.epochs
         return self.curriculum.choose(progress, seeded(self.seed, epoch).random(len(self)), self.sizes)
 
     def _deal(self, deck: int, first: int, count: int) -> NDArray[np.int64]:
@@ -365,6 +453,11 @@ def _find(place: NDArray, shares: Sequence[float] | NDArray) -> NDArray[np.int64
     """Returns the part of the unit interval that each place lies in, if it is divided by these shares."""
     bounds = np.cumsum(shares) / np.sum(shares)
     return np.minimum(np.searchsorted(bounds, place, side="right"), np.flatnonzero(shares)[-1])
+
+
+def _from_easy_to_hard(keys: NDArray, seed: int) -> NDArray[np.int64]:
+    """Returns the rows sorted by difficulty, equal ones in random order."""
+    return np.lexsort((seeded(seed, 0, 0, 2).random(len(keys)), keys))
 
 
 def _parts(place: NDArray[np.float64], count: int) -> NDArray[np.int64]:

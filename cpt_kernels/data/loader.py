@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from ..errors import UserError
 from .batches import BatchSampler, pack_in_order, pack_rows
 from .collate import PackedCollator
-from .curriculum import PLACE, Curriculum, Draws, check_levels, find_levels, read_keys
+from .curriculum import HARD, PLACE, Curriculum, Draws, Keys, check_levels, find_levels, read_keys, split_by_difficulty
 from .digest import StreamDigest
 from .preparation import PreparationReport
 from .rows import read_columns
@@ -75,13 +75,37 @@ def make_draws(
     if isinstance(dataset, IterableDataset):
         if curriculum.epochs is not None:
             raise UserError("curriculum: a stream's schedule ends with max_steps: remove epochs")
+        stored = {"keep": curriculum.keep, "stages": curriculum.stages, "schedule": curriculum.schedule == "sorted"}
+        if needing := [name for name, given in stored.items() if given]:
+            value = f"{needing[0]}={getattr(curriculum, needing[0])}"
+            raise UserError(f"curriculum: {value} needs all rows, which a stream does not know: store the data")
         return StreamDraws(curriculum, seed)
     if curriculum.buffer is not None:
         raise UserError("curriculum: buffer has an effect only on streams: remove it")
-    columns = dataset.select_columns([*curriculum.columns, "row"])[:]
-    return Draws(
-        curriculum, read_keys(curriculum, [columns[name] for name in curriculum.columns], columns["row"]), seed
+    return Draws(curriculum, _keys(curriculum, dataset), seed)
+
+
+def keep_easiest(
+    curriculum: Curriculum | None, dataset: Dataset | IterableDataset, seed: int
+) -> tuple[Dataset | IterableDataset, list[str]]:
+    """Returns a prepared dataset without the hard rows that the curriculum leaves out, and a line that counts them."""
+    if curriculum is None or curriculum.keep is None or isinstance(dataset, IterableDataset):
+        return dataset, []
+    if curriculum.trains_hard_rows or not len(dataset):
+        return dataset, []
+    keys = np.asarray(_keys(curriculum, dataset))
+    easy, hard = split_by_difficulty(keys, curriculum.keep, seed)
+    name, last = curriculum.columns[0], dataset[int(easy[-1])]
+    line = (
+        f"curriculum: keep {curriculum.keep:g} keeps the {len(easy)} easiest of {len(keys)} rows, up to {name}"
+        f" {last[name]}; the {len(hard)} hardest are left out"
     )
+    return dataset.select(np.sort(easy)), [line]
+
+
+def _keys(curriculum: Curriculum, dataset: Dataset) -> Keys:
+    columns = dataset.select_columns([*curriculum.columns, "row"])[:]
+    return read_keys(curriculum, [columns[name] for name in curriculum.columns], columns["row"])
 
 
 def make_loader(
@@ -346,10 +370,10 @@ class EpochLoader(DataLoader):
 
 
 class DrawnRows(TorchDataset):
-    """The rows of a dataset, each with its place in the curriculum."""
+    """The rows of a dataset, each with its place in the curriculum, and whether it is hard."""
 
     def __init__(self, rows: Dataset, draws: Draws) -> None:
-        self.rows, self.places = rows, draws.places
+        self.rows, self.places, self.hard = rows, draws.places, draws.hard.tolist()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -358,7 +382,8 @@ class DrawnRows(TorchDataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        return [row | {PLACE: self.places[i]} for i, row in zip(indices, self.rows.__getitems__(indices))]
+        rows = zip(indices, self.rows.__getitems__(indices))
+        return [row | {PLACE: self.places[i], HARD: self.hard[i]} for i, row in rows]
 
 
 class StreamBatches(TorchIterableDataset):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens, gap_of
-from .curriculum import PLACE
+from .curriculum import HARD, PLACE
 
 _PADDED = ("input_ids", "attention_mask", "completion_mask")
 
@@ -36,7 +36,8 @@ class UnpaddingCollator:
         # TRL's padded batches have no regularizer target, so the chosen side takes its place.
         edges = [(chosen, chosen, rejected) for chosen, rejected in zip(sides, sides[len(examples) :])]
         gaps = [gap_of(row, *edge) for row in rows for edge in zip(row["chosen"], row["rejected"])]
-        return self.packing.pack(sides, edges, gaps, [row[PLACE] for row in rows if PLACE in row])
+        hard = [row.get(HARD, False) for row in rows for _ in row["chosen"]]
+        return self.packing.pack(sides, edges, gaps, [row[PLACE] for row in rows if PLACE in row], hard=hard)
 
 
 def packed_collator(given: Callable | None, default: PackedCollator) -> PackedCollator | UnpaddingCollator:

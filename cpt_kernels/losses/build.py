@@ -33,7 +33,7 @@ class Loss:
         separable: the loss of a subset of pairs is the subset of the losses, so gradients may be taken tile by tile.
         options: the options of one built-in loss without changes, which a kernel may compute in closed form; ``None``
             for any other loss.
-        needs_tails, needs_log_sum_sq, needs_gap: the fields of :class:`PairLogps` of that name are read.
+        needs_tails, needs_log_sum_sq, needs_gap, needs_hard: the fields of :class:`PairLogps` of that name are read.
         per_token: rewards are of log-probs per token, as the loss compares them, and not of sums.
     """
 
@@ -47,6 +47,7 @@ class Loss:
     needs_log_sum_sq: bool = False
     needs_gap: bool = False
     per_token: bool = False
+    needs_hard: bool = False
 
     def __call__(self, logps: PairLogps) -> Tensor:
         return self.function(logps)
@@ -62,7 +63,7 @@ class Loss:
         values = dict.fromkeys((f.name for f in fields(PairLogps)), -0.5 * one)
         values |= {"chosen": logps, "rejected": logps.flip(0), "target": logps, "gap": one}
         values |= {"ref_chosen": logps - ratios, "ref_rejected": logps.flip(0) + 2 * ratios}
-        values |= {name: 2 * one for name in values if name.endswith("_length")}
+        values |= {name: 2 * one for name in values if name.endswith("_length")} | {"hard": one < 0}
         if not self(replace(PairLogps(**values), tokens_per_pair=2.0)).isfinite().all():
             given = ", ".join(f"{name}={value}" for name, value in options.items()) or "its options"
             raise UserError(
@@ -118,8 +119,9 @@ def _random_logps() -> PairLogps:
     for name in values:
         if name.endswith("_length"):
             values[name] = lengths.flip(0) if name == "rejected_length" else lengths
-        elif not name.endswith("_log_sum_sq") and name != "gap":
+        elif not name.endswith("_log_sum_sq") and name not in ("gap", "hard"):
             values[name] *= -10 if name.endswith("_tail") else -20
+    values["hard"] = lengths % 2 == 0
     return replace(PairLogps(**values), tokens_per_pair=4.0)
 
 
@@ -259,6 +261,32 @@ def _weighted_sum(parts: Sequence[Loss], weights: Sequence[float]) -> Loss:
         needs_log_sum_sq=any(part.needs_log_sum_sq for part in parts),
         needs_gap=any(part.needs_gap for part in parts),
         per_token=ranked[0].per_token,
+    )
+
+
+def with_hard_pairs(loss: Loss, hard: Loss | None, weight: float) -> Loss:
+    """Returns a loss that is ``weight * hard`` for the hard pairs of a curriculum, and ``loss`` for all others.
+
+    Args:
+        hard: default ``loss`` itself.
+
+    Raises:
+        UserError: one of the losses depends on other pairs of the batch.
+    """
+    other = loss if hard is None else hard
+    if batchwise := [each for each in (loss, other) if not each.separable]:
+        raise UserError(
+            f"curriculum: hard pairs have a loss of their own, but loss '{batchwise[0].name}' is not known to be one of"
+            " single pairs: take another loss, or declare yours by user_loss(..., separable=True)"
+        )
+    fields_read = ("needs_reference", "needs_rejected", "needs_tails", "needs_log_sum_sq", "needs_gap")
+    return replace(
+        loss,
+        name=f"{loss.name}; hard pairs: {weight:g} {other.name}",
+        function=lambda logps: torch.where(logps.hard, weight * other(logps), loss(logps)),
+        options=None,
+        needs_hard=True,
+        **{name: getattr(loss, name) or getattr(other, name) for name in fields_read},
     )
 
 

@@ -39,6 +39,7 @@ class PairLogps:
     chosen_log_sum_sq: _OptionalTensor = None  # (P,)
     rejected_log_sum_sq: _OptionalTensor = None  # (P,)
     gap: _OptionalTensor = None  # (P,) by how much chosen is better, above 0, on the scale of the data
+    hard: _OptionalTensor = None  # (P,) bool: the pair is hard, see :func:`.build.with_hard_pairs`
 
     def __getitem__(self, index: Any) -> PairLogps:
         """Selects pairs; ``index`` is anything that indexes a (P,) tensor."""

@@ -438,6 +438,7 @@ def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
         tokens_per_pair=tokens_per_pair,
         ref_token_logps=ref,
         gaps=batch["gaps"],
+        hard=batch["hard"],
     )
 
 

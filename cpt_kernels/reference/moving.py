@@ -1,22 +1,33 @@
-"""A reference that follows the policy (``sync_ref_model``): TR-DPO, Gorbatovski et al., arXiv 2404.09656."""
+"""References that follow the policy.
+
+With ``sync_ref_model`` the reference moves every few steps and scores every batch: TR-DPO, Gorbatovski et al., arXiv
+2404.09656. With ``refresh_reference`` of a curriculum the policy becomes the reference at the start of each stage, and
+the rows of the stage are scored into the cache before it begins.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
+from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import TrainerCallback
 
-from ..data.collate import PackedBatch
+from ..data.collate import PackedBatch, ReferenceLookup
 from ..errors import UserError
 from ..model.packed_model import PackedModel
+from .cache import ReferenceCache
+from .keys import Sequences
+from .scorer import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +49,7 @@ class MovingReference(TrainerCallback):
 
     FILE = "reference.safetensors"  # in a checkpoint
     lookup = None  # the collator has no reference log-probs to put into batches
+    since = 0  # see Reference
 
     def __init__(
         self,
@@ -48,9 +60,7 @@ class MovingReference(TrainerCallback):
         # Refuse what cannot be mixed.
         if hasattr(policy.model, "peft_config"):
             raise UserError("sync_ref_model mixes weights, which is not defined for an adapter: leave out one of them")
-        plugin = accelerator.state.deepspeed_plugin
-        if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
-            raise UserError("sync_ref_model needs whole weights on every rank: use DDP or ZeRO-1/2, not FSDP or ZeRO-3")
+        check_whole_weights(accelerator, "sync_ref_model")
         model = copy.deepcopy(policy.model) if ref_model is None else ref_model
         shapes = [[(name, p.shape) for name, p in m.named_parameters()] for m in (policy.model, model)]
         if shapes[0] != shapes[1]:
@@ -105,3 +115,69 @@ class MovingReference(TrainerCallback):
     def load(self, checkpoint: str) -> None:
         """Loads the reference of a checkpoint."""
         load_model(self.packed.model, Path(checkpoint) / self.FILE, device=str(self.accelerator.device))
+
+
+class StagedReference(Reference):
+    """A reference that becomes the policy at the start of every stage of a curriculum but the first.
+
+    Its log-probs are on disk, under the fingerprint of the policy at that time. Batches get them when a step runs, and
+    not when a DataLoader worker collates them, which may be before the stage begins. A checkpoint records the
+    fingerprint of its stage, so that a resumed run finds the log-probs again.
+
+    Raises:
+        UserError: the weights are sharded over ranks.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # of Reference
+        check_whole_weights(options["accelerator"], "curriculum: refresh_reference")
+        super().__init__(*args, **options)
+
+    @property
+    def lookup(self) -> ReferenceLookup:
+        return _unknown
+
+    def complete(self, batch: PackedBatch) -> None:
+        """Puts the log-probs of a batch into it; a completion that the stage's reference did not score is an error."""
+        if missing := batch["ref_missing"]:
+            logps = self.cache.log_probs([(prompt, ids) for _, prompt, ids in missing])
+            if np.isnan(logps).any():
+                raise UserError(
+                    f"{self.cache.folder} lacks completions of a batch, and the reference of this stage has changed"
+                    " since: evaluate on data that the trainer was made with, and use its own data_collator"
+                )
+            self.found += len(missing)
+            batch["ref_token_logps"] = torch.from_numpy(logps).to(batch["input_ids"].device)
+            batch["ref_missing"] = []
+
+    def begin_stage(self, step: int) -> None:
+        """Makes the policy, as it is before ``step``, the reference. The caller then fills the cache, and ends it."""
+        self.packed, self.owned, self.live = self.policy, False, False
+        self.adapters_off, self._start = False, {}
+        self._identify(self.cache.directory)
+        self.since, self._start_is_checked = step, False
+
+    def end_scoring(self) -> None:
+        """Reduces the reference to the cache, because the policy is about to change."""
+        self.packed = None
+
+    def reopen(self, stage: Mapping[str, Any]) -> None:
+        """Opens the log-probs of the stage that a checkpoint records, see :attr:`stage`."""
+        self.since = stage["step"]
+        self.cache = ReferenceCache(self.cache.directory, stage["fingerprint"]) if self.since else self.start_cache
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """The step at which the reference became the policy, and its fingerprint, as plain data."""
+        return {"step": self.since, "fingerprint": self.cache.fingerprint}
+
+
+def check_whole_weights(accelerator: Accelerator, option: str) -> None:
+    """Raises a UserError if the weights are sharded over ranks."""
+    plugin = accelerator.state.deepspeed_plugin
+    if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
+        raise UserError(f"{option} needs whole weights on every rank: use DDP or ZeRO-1/2, not FSDP or ZeRO-3")
+
+
+def _unknown(sequences: Sequences) -> NDArray[np.float32]:
+    """Looks up nothing: every log-prob is NaN."""
+    return np.full(sum(len(completion) for _, completion in sequences), np.nan, np.float32)

@@ -65,6 +65,7 @@ class Reference:
 
     Attributes:
         cache: the log-probs on disk.
+        start_cache: those of the reference that the run starts with.
         packed: the model that scores; None while only the cache is available.
         owned: ``packed`` is a separate model, which may be moved between devices; it is not the policy.
         live: the reference can score during training.
@@ -74,6 +75,7 @@ class Reference:
     """
 
     packed: PackedModel | None
+    since = 0  # the optimizer step before which the policy equalled the reference
 
     def __init__(
         self,
@@ -117,8 +119,14 @@ class Reference:
             how = (policy.attention_backend, policy.packing, policy.images)
             self.packed = PackedModel(ref_model, head_memory_mb, *how)
 
-        # Identify it, and open its part of the cache. Packing is not part of the identity: it changes only rounding.
-        model = self.packed.model
+        self._identify(cache_dir)
+        self.start_cache = self.cache
+
+    def _identify(self, cache_dir: str | Path) -> None:
+        """Finds the identity of the model that scores, and opens its part of the cache."""
+        # Packing is not part of the identity: it changes only rounding.
+        assert self.packed is not None
+        model, accelerator = self.packed.model, self.accelerator
         self.compute_dtype = _compute_dtype(model, accelerator)
         self._identity: dict[str, Any] = {
             "compute_dtype": self.compute_dtype,

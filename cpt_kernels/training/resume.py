@@ -35,7 +35,7 @@ from ..model.packed_model import base_model
 from ..model.pretrained import ADAPTER_CONFIG, active_adapters, stored_adapters
 from ..reference.cache import ReferenceCache
 from ..reference.missing import iter_sequences
-from ..reference.moving import MovingReference
+from ..reference.moving import MovingReference, StagedReference
 from ..reference.scorer import Reference
 from ..version import __version__
 
@@ -131,7 +131,7 @@ class Run:
             return None
         if isinstance(self.reference, MovingReference):
             return {"sync_ref_model": True}
-        cache = self.reference.cache
+        cache = self.reference.start_cache
         return {"fingerprint": cache.fingerprint, **(cache.description or {}), _SAMPLE: self._sample(cache)}
 
     def _sample(self, cache: ReferenceCache) -> list[float] | None:
@@ -189,7 +189,9 @@ def write_record(folder: Path, run: Run, read: RowsRead | None, more: Mapping[st
     """
     stream = None if read is None else read._asdict()
     budget = None if run.budget is None else run.budget.tokens
-    kept = {"budget": budget, "gradient_checkpointing": run.args.gradient_checkpointing}
+    kept: dict[str, Any] = {"budget": budget, "gradient_checkpointing": run.args.gradient_checkpointing}
+    if isinstance(run.reference, StagedReference):
+        kept["stage"] = run.reference.stage
     record = {**run.record(), "save_only_model": run.args.save_only_model, "stream": stream, **kept, **more}
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 

@@ -28,7 +28,7 @@ from ..files import replace_folder
 from ..losses import Loss
 from ..model.packed_model import PackedModel
 from ..model.pretrained import reload_weights, save_adapter_names
-from ..reference.moving import MovingReference
+from ..reference.moving import MovingReference, StagedReference
 from ..reference.scorer import Reference
 from .checkpoints import (
     UNFINISHED,
@@ -41,8 +41,9 @@ from .checkpoints import (
     run_of,
     writing_failure,
 )
-from .resume import Run, rows_to_expect, write_record
+from .resume import Run, read_object, read_record, rows_to_expect, write_record
 from .run_folder import checkpoints_in, earlier_run, is_finished
+from .stages import check_stage, stage_starts
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,16 @@ class CheckpointLoop(Trainer):
             self.stream_digest.expected = rows_to_expect(run, checkpoint)
         if isinstance(self.reference, MovingReference):
             self.reference.load(checkpoint)
+        if isinstance(self.reference, StagedReference):
+            self._reopen_stage(checkpoint, steps)
         return checkpoint
+
+    def _reopen_stage(self, checkpoint: str, steps: int) -> None:
+        """Opens the reference log-probs of the stage in which a checkpoint lies."""
+        stage = (read_record(Path(checkpoint)) or {}).get("stage")
+        step = read_object(Path(checkpoint, TRAINER_STATE_NAME), "global_step")["global_step"]
+        check_stage(stage, stage_starts(self.curriculum.stages, steps), step, checkpoint)
+        self.reference.reopen(stage)
 
     def _choose_checkpoint(self, run: Run, steps: int) -> str:
         """Returns the last checkpoint in ``output_dir`` that can be resumed, as the main process sees it."""

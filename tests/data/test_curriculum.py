@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cpt_kernels.data.curriculum import SCHEDULES, Curriculum, Draws, find_levels, read_keys, seeded
+from cpt_kernels.data.curriculum import (
+    SCHEDULES,
+    Curriculum,
+    Draws,
+    find_levels,
+    read_keys,
+    seeded,
+    split_by_difficulty,
+)
 
 DRAWS = 10_000
 
@@ -28,7 +36,10 @@ def probabilities(schedule: str, t: np.ndarray, levels: int) -> np.ndarray:
     alpha = {"linear": t, "reversed": 1 - t}.get(schedule)
     if alpha is not None:
         return np.maximum(0, 1 - abs(alpha[:, None] * (levels - 1) - number))
-    if schedule == "staged":
+    if schedule == "sqrt":
+        pool = np.sqrt(1e-4 + (1 - 1e-4) * t)[:, None]
+        return np.clip(pool * levels - number, 0, 1) / (pool * levels)
+    if schedule in ("staged", "sorted"):
         return (np.minimum((t * levels).astype(int), levels - 1)[:, None] == number).astype(float)
     return np.full((len(t), levels), 1 / levels)
 
@@ -94,8 +105,8 @@ def test_a_level_is_a_deck_without_replacement_over_all_epochs(schedule):
             assert np.ptp(times[draws.level == level]) <= 1, "a row was drawn again before all others of its level"
         if schedule == "none":
             assert (times == number + 1).all()
-        if schedule == "staged" and number == 0:
-            assert (times == 1).all() and (np.diff(draws.level[rows]) >= 0).all()
+        if (schedule == "staged" and number == 0) or schedule == "sorted":
+            assert (times == number + 1).all() and (np.diff(draws.level[rows]) >= 0).all()
     assert times.sum() == 2500
 
 
@@ -120,6 +131,46 @@ def test_rows_of_no_level_are_never_drawn_and_reported():
     assert lines[1] == "a>b: 2 rows, drawn 1 never, 1 twice"
     assert lines[2] == "a>c: 1 rows, drawn 1 more often, up to 4 times"
     assert lines[3] == "in no level, so never drawn: x>y (2 rows)"
+
+
+def test_the_hardest_rows_are_marked_and_equal_rows_are_split_at_random():
+    values = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    option = {"column": "difficulty", "keep": 0.5, "hard_loss": "sft"}
+    found = [Draws(Curriculum.parse(option), np.array(values), seed).hard.tolist() for seed in range(20)]
+    assert all(hard[0] and not hard[1] and sum(hard) == 3 for hard in found)
+    assert len({tuple(hard) for hard in found}) > 3
+    easy, hard = split_by_difficulty(np.array(values), 0.01, 0)
+    assert easy.tolist() == [1] and hard[-1] == 0
+    gap = read_keys(Curriculum.parse({"levels": 2}), [[1, 5, 3]], range(3))  # a large gap is easy
+    assert split_by_difficulty(gap, 0.34, 0)[0].tolist() == [1]
+
+
+def test_sorted_is_the_exact_order_of_a_column():
+    values = np.random.default_rng(0).permutation(np.repeat(np.arange(200.0), 2))
+    draws = Draws(Curriculum.parse({"column": "difficulty", "schedule": "sorted"}), values, 0)
+    draws.end_with_run(5)
+    for number in range(3):
+        assert (values[draws.epoch(number)] == np.sort(values)).all()
+    assert any(np.diff(draws.epoch(0).reshape(-1, 2)) < 0)  # equal rows come in random order
+    draws.end_with_run(0.5)  # half an epoch goes from the easiest to the hardest, too
+    assert (values[draws.epoch(0)[:200]] == np.arange(200)).all()
+
+
+@pytest.mark.parametrize("epochs", [1, 2.5])
+@pytest.mark.parametrize("schedule", ["sorted", "linear", "sqrt"])
+def test_stages_advance_over_the_run_and_shuffle_within(schedule, epochs):
+    values = np.arange(3000.0)
+    draws = Draws(Curriculum.parse({"column": "difficulty", "schedule": schedule, "stages": 3}), values, 0)
+    plain = Draws(Curriculum.parse({"column": "difficulty", "schedule": schedule, "epochs": epochs}), values, 0)
+    draws.end_with_run(epochs)
+    numbers = range(int(np.ceil(epochs)))
+    drawn, ordered = (np.concatenate([each.epoch(n) for n in numbers])[: int(3000 * epochs)] for each in (draws, plain))
+    for stage, in_order in zip(np.array_split(drawn, 3), np.array_split(ordered, 3)):
+        for part in np.array_split(np.arange(len(stage)), 3):  # each third of a stage is like the stage
+            assert abs(stage[part].mean() - in_order.mean()) < 5 * in_order.std() / np.sqrt(len(part))
+    if schedule == "sorted":
+        assert (np.sort(drawn) == np.sort(ordered)).all()
+        assert (np.sort(np.unique(drawn // 1000, return_index=True)[1]) == np.arange(3) * 1000 * epochs).all()
 
 
 # --- Levels ---
@@ -198,6 +249,18 @@ def test_metrics_name_the_levels():
         ({"levels": 2, "schedule": "constant", "epochs": 1}, "epochs has no effect with schedule=constant"),
         ({"levels": 2, "epochs": 0}, "epochs=0 must be a positive number"),
         ({"levels": 2, "epochs": "two"}, "epochs='two' must be a positive number"),
+        ({"levels": ["a>b"], "keep": 0.5}, "keep needs a column"),
+        ({"column": "x", "keep": 0}, "keep=0 must be a share of the rows"),
+        ({"column": "x", "keep": "half"}, "keep='half' must be a share"),
+        ({"column": "x", "keep": 60}, "keep=60 must be a share"),
+        ({"column": "x", "hard_loss": "sft"}, "hard_loss is for the pairs beyond keep: set keep"),
+        ({"column": "x", "hard_weight": 0.5}, "hard_weight is for the pairs beyond keep: set keep"),
+        ({"column": "x", "keep": 0.5, "hard_weight": 0}, "hard_weight=0 must be a positive number"),
+        ({"column": "x", "keep": 0.5, "hard_loss": 1}, "hard_loss=1 must be the name of a loss"),
+        ({"column": "x", "stages": 1}, "stages=1 must be a whole number, 2 or more"),
+        ({"column": "x", "stages": 2, "epochs": 1}, "stages divide the whole run: remove epochs"),
+        ({"column": "x", "refresh_reference": True}, "set stages"),
+        ({"column": "x", "stages": 2, "refresh_reference": "yes"}, "refresh_reference='yes' must be true or false"),
         ({"levels": 2, "buffer": 0}, "buffer=0 must be a positive whole number"),
         ({"levels": 2, "shares": [1, 1]}, "shares needs schedule=constant"),
         ({"levels": 2, "schedule": "constant", "shares": [1, 1, 1]}, "must be 2 numbers, one for each level"),

@@ -72,6 +72,7 @@ class Head:
         self.tokens_per_pair = sum(self.lengths[i] for i in self.chosen) / len(edges)
         self.ref_token_logps = -torch.rand(rows, generator=generator).mul(64).round().div(16)
         self.gaps = torch.rand(len(edges), generator=generator).mul(64).round().add(1).div(16)
+        self.hard = torch.arange(len(edges)) % 3 == 0
 
     def shapes(self, rows: int) -> list[tuple[int, ...]]:
         return [(rows, self.width), (self.columns, self.width), (self.columns,)]
@@ -88,7 +89,7 @@ class Head:
         pair_blocks = [(len(lengths), len(pairs)) for lengths, pairs in self.blocks]
         return Pairs(
             cumulative, self.lengths, self.chosen, self.rejected, self.sft_targets, pair_blocks, self.ref_logps,
-            self.tokens_per_pair, self.ref_token_logps, self.gaps,
+            self.tokens_per_pair, self.ref_token_logps, self.gaps, self.hard,
         )  # fmt: skip
 
     def leaves(self, dtype: torch.dtype, rounded: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -132,7 +133,7 @@ class Head:
                 self._tails(logps, w, x), self._tails(logps, x, w),
                 self._tails(self.ref_token_logps.to(logps.dtype), w, x),
                 self._tails(self.ref_token_logps.to(logps.dtype), x, w),
-                log_sum_sq[w], log_sum_sq[x], self.gaps.to(logps.dtype),
+                log_sum_sq[w], log_sum_sq[x], self.gaps.to(logps.dtype), self.hard,
             )
         )  # fmt: skip
         (losses.sum() * self.upstream).backward()

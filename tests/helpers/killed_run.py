@@ -22,6 +22,10 @@ CASES = {
         **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         "curriculum": {"levels": ["a>b", "a>c"]},
     },
+    "stages": {
+        **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 4},
+        "curriculum": {"column": "gap", "keep": 0.6, "schedule": "sqrt", "stages": 4, "refresh_reference": True},
+    },
     "stream": {},
     "stream of shuffled rows": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cpt_kernels.losses import PairLogps, build_loss, user_loss
+from cpt_kernels.losses.build import with_hard_pairs
 from cpt_kernels.ops.head import tiles
 from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
 from tests.helpers.heads import BLOCKS, FROZEN, FUSED, GENERAL, CountProducts, Head, check, in_mode
@@ -47,6 +48,20 @@ def test_tiles_that_just_hold_the_largest_blocks(rows):
 def test_every_loss(mode, loss):
     options = {"slic": {"slic_delta": 20.0}, "hinge": {"beta": 0.05}}.get(loss, {})
     check(Head(build_loss(loss, **options)).tile(25, 4), mode, FP32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hard_pairs_have_a_loss_of_their_own(mode):
+    loss = with_hard_pairs(build_loss("sigmoid", beta=0.3), build_loss("sft"), 0.7)
+    for rows, dtype in ((7, FP64), (25, FP32)):
+        check(Head(loss).tile(rows, dtype.itemsize), mode, dtype)
+    head = Head(loss)
+    found, easy = (replace(head, loss=each).run(FP64)["losses"] for each in (loss, build_loss("sigmoid", beta=0.3)))
+    assert torch.equal(found[~head.hard], easy[~head.hard]) and not torch.equal(found, easy)
+    nll = -head.eager(FP64)["completion_logps"][head.chosen[head.hard]]
+    torch.testing.assert_close(found[head.hard], 0.7 * nll / head.tokens_per_pair)
+    with pytest.raises(ValueError, match="loss 'aot' is not known to be one of single pairs"):
+        with_hard_pairs(build_loss("aot"), None, 0.5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU; on a GPU see head/test_backends.py")

@@ -12,7 +12,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from cpt_kernels import ContrastiveTrainer
@@ -183,6 +185,73 @@ def test_options_that_only_one_kind_of_data_has(tmp_path):
         make_trainer(tmp_path, curriculum={**PAIRS, "buffer": 10})
     with pytest.raises(ValueError, match="a stream's schedule ends with max_steps: remove epochs"):
         make_trainer(tmp_path, stream=True, max_steps=2, curriculum={**PAIRS, "epochs": 1})
+    for option in ({"keep": 0.5}, {"stages": 2}, {"schedule": "sorted"}):
+        ((name, value),) = option.items()
+        with pytest.raises(ValueError, match=f"curriculum: {name}={value} needs all rows, which a stream does not"):
+            make_trainer(tmp_path, stream=True, max_steps=2, curriculum={"column": "gap", **option})
+
+
+KEEP = {"column": "gap", "keep": 0.4}
+
+
+def test_the_hardest_rows_are_left_out_and_not_scored(tmp_path, caplog):
+    rows = preference_rows(30)
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, curriculum={**KEEP, "schedule": "sorted"}, num_train_epochs=2)
+        trainer.train()
+    seen = [pair for pairs in trainer.seen for pair in pairs]
+    assert len(seen) == 24 and len(set(seen)) == 12 and trainer.reference.cache.num_rows == 24
+    kept = [rows[row]["gap"] for row in trainer.train_dataset["row"]]
+    assert sorted(kept) == sorted(row["gap"] for row in rows)[-12:]  # a large gap is easy
+    assert "keep 0.4 keeps the 12 easiest of 30 rows, up to gap 4.0; the 18 hardest are left out" in caplog.text
+    drawn = [kept[row] for row in trainer.draws.epoch(0)]
+    assert drawn == sorted(drawn, reverse=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens_per_batch": 150}, {"head_mode": "general"}], ids=str)
+def test_hard_pairs_are_trained_with_a_loss_of_their_own(tmp_path, options, caplog):
+    """Before the first step, easy pairs have log 2, and hard ones their weighted likelihood per chosen token."""
+    curriculum = {**KEEP, "hard_loss": "sft", "hard_weight": 0.5, "schedule": "none"}
+    options = {"per_device_train_batch_size": 12, "eval_dataset": preference_data(4, seed=3), **options}
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, 12, max_steps=1, curriculum=curriculum, learning_rate=0.0, **options)
+        trainer.train()
+    assert "keep 0.4: the 7 hardest of 12 rows are trained with sft, weight 0.5" in caplog.text
+    (logged,) = losses(trainer)
+    hard = trainer.draws.hard
+    assert hard.sum() == 7
+    model, nll, lengths = trainer.model.eval(), [], []
+    for row in trainer.train_dataset:
+        prompt, chosen = row["prompt_ids"], row["completion_ids"][row["chosen"][0]]
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        nll.append(-float(logps.gather(1, torch.tensor(chosen)[:, None]).sum()))
+        lengths.append(len(chosen))
+    seen = sum(map(len, trainer.seen))
+    if seen == 12:  # with a token budget the first step has fewer pairs
+        expected = (5 * np.log(2) + 0.5 * np.array(nll)[hard].sum() / np.mean(lengths)) / 12
+        assert logged == pytest.approx(expected, rel=1e-5)
+    else:
+        assert 0 < seen < 12 and not np.isclose(logged, np.log(2))
+    assert trainer.loss.name == "sigmoid; hard pairs: 0.5 sft"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        np.log(2), rel=1e-5
+    )  # held-out pairs have the loss of the run
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({**KEEP, "hard_loss": "stf"}, "curriculum: hard_loss='stf' is unknown: choose one of"),
+        (
+            {"column": "gap", "stages": 2, "refresh_reference": True},
+            "loss 'simpo' has no reference: remove refresh",
+        ),
+    ],
+)
+def test_options_that_the_loss_decides(tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, curriculum=option, loss_type="simpo")
 
 
 # --- As a user runs it ---

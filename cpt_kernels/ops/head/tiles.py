@@ -92,6 +92,7 @@ class Pairs:
     tokens_per_pair: Tensor | float = 1.0
     ref_token_logps: Tensor | None = None  # (N,) for losses with needs_tails
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
+    hard: Tensor | None = None  # (P,) bool, for losses with needs_hard; None: no pair is hard
 
     def check(self, loss: Loss, device: torch.device, rows: int) -> None:
         """Checks that the pairs match the number of hidden rows and the device, and have what the loss needs.
@@ -108,7 +109,7 @@ class Pairs:
         if loss.needs_gap and self.gaps is None:
             raise UserError(f"loss '{loss.name}' needs the gap of every pair")
         check_pairs(device, self.cu_completions, self.chosen, self.rejected, self.sft_targets, self.ref_logps)
-        for name, length in (("ref_token_logps", rows), ("gaps", len(self.chosen))):
+        for name, length in (("ref_token_logps", rows), ("gaps", len(self.chosen)), ("hard", len(self.chosen))):
             values = getattr(self, name)
             if values is not None and (values.shape != (length,) or values.device != device):
                 raise UserError(
@@ -194,7 +195,7 @@ class Pairs:
         )
 
     def _more(self, loss: Loss, tokens: VocabScore, first: tuple[int, int], last: tuple[int, int]) -> dict[str, Tensor]:
-        """Fields of ``PairLogps`` that are made of single tokens, or of gaps."""
+        """Fields of ``PairLogps`` that are made of single tokens, or are properties of pairs."""
         some, row = slice(first[1], last[1]), self.cu_completions[first[0]]
         more: dict[str, Tensor] = {}
         if loss.needs_tails:
@@ -209,6 +210,9 @@ class Pairs:
         if loss.needs_gap:
             assert self.gaps is not None
             more["gap"] = self.gaps[some].to(tokens.logps.dtype)
+        if loss.needs_hard:
+            hard = torch.zeros_like(self.chosen, dtype=torch.bool) if self.hard is None else self.hard
+            more["hard"] = hard[some]
         return more
 
     def _tails(self, values: Tensor, row: Tensor | int, some: slice) -> Iterator[Tensor]:

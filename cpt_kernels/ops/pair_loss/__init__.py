@@ -189,7 +189,7 @@ def _check_pair_loss(inputs: PairLossInput, loss: Loss) -> None:
         raise UserError(f"loss '{loss.name}' needs rejected completions")
     if loss.needs_reference and ref_logps is None:
         raise UserError(f"loss '{loss.name}' needs ref_logps")
-    if loss.needs_gap or loss.needs_tails or loss.needs_log_sum_sq:
+    if loss.needs_gap or loss.needs_hard or loss.needs_tails or loss.needs_log_sum_sq:
         raise UserError(f"loss '{loss.name}' needs more than completion log-probs: use linear_preference_loss")
     if ref_logps is not None and ref_logps.dtype != token_logps.dtype:
         raise UserError(f"ref_logps must be {token_logps.dtype} as token_logps, not {ref_logps.dtype}")
