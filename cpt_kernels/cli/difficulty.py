@@ -66,11 +66,11 @@ def main(argv: Sequence[str], prog: str = "cpt difficulty") -> None:
     if given := [name for name in _MEANINGLESS if options.values.get(name) != option_table().defaults.get(name)]:
         raise UserError(f"{given[0]} has no meaning for cpt difficulty: leave it out")
 
-    data, notes = _read(options), []
+    data, notes = _load_rows(options), []
     if own.scorer == "gap":
         columns = {_COLUMNS[0]: _gaps(data)}
     else:
-        pairs = Pairs(own, data, options)
+        pairs = CrossFit(own, data, options)
         scored, notes = pairs.cross_fit() if own.scorer == "cross-fit" else ([pairs.untrained()], [])
         columns = {name: np.full(len(data), np.nan) for name in _COLUMNS[: len(scored)]}
         for column, values in zip(columns.values(), scored):
@@ -87,7 +87,7 @@ def _options(own: argparse.Namespace, *more: str) -> Options:
     return options
 
 
-def _read(options: Options) -> Dataset:
+def _load_rows(options: Options) -> Dataset:
     from ..data.rows import visible_rows
     from ..data.sources import load_data, parse_columns
 
@@ -121,7 +121,7 @@ def _write(path: Path, data: Dataset, columns: dict[str, NDArray[np.float64]]) -
         write_rows(data, temporary, path.suffix)
 
 
-class Pairs:
+class CrossFit:
     """The pairs of the data under the model before training, and how they are scored.
 
     Attributes:
@@ -161,9 +161,9 @@ class Pairs:
         self.deciding["weights"] = fingerprint(model, compute_dtype="", attention="")
 
     def _measured(self, measure: Any, logps: NDArray[np.float64], where: Any = slice(None)) -> NDArray[np.float64]:
-        from ..evaluation.difficulty import ScoredPairs
+        from ..evaluation.difficulty import MeasuredPairs
 
-        return measure(ScoredPairs(logps, self.ref_logps[where], self.lengths[where], self.args))
+        return measure(MeasuredPairs(logps, self.ref_logps[where], self.lengths[where], self.args))
 
     def untrained(self) -> NDArray[np.float64]:
         """Returns (P,) the difficulty by a scorer that trains nothing."""

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..losses import LossOptions, PairLogps
 
 
-class ScoredPairs(NamedTuple):
+class MeasuredPairs(NamedTuple):
     """Summed log-probs of P pairs in nats, (P, 2) of chosen and rejected, and what a measure needs besides."""
 
     logps: NDArray[np.float64]
@@ -42,7 +42,7 @@ def split_folds(prompts: NDArray[np.uint64], folds: int, seed: int) -> NDArray[n
     return np.random.default_rng(seed).permutation(len(unique))[codes.reshape(-1)] * folds // len(unique)
 
 
-def _loss(pairs: ScoredPairs) -> NDArray[np.float64]:
+def _loss(pairs: MeasuredPairs) -> NDArray[np.float64]:
     loss = pairs.options.build_loss()
     if not loss.needs_rejected or not loss.separable or loss.needs_tails or loss.needs_log_sum_sq or loss.needs_gap:
         raise UserError(f"loss '{loss.name}' needs more than the log-probs of single pairs: set --measure margin")
@@ -53,19 +53,19 @@ def _loss(pairs: ScoredPairs) -> NDArray[np.float64]:
     return loss(PairLogps(chosen, rejected, chosen, *lengths, ref_chosen, ref_rejected, tokens_per_pair)).numpy()
 
 
-def _minus_margin(pairs: ScoredPairs, logps: NDArray[np.float64]) -> NDArray[np.float64]:
+def _minus_margin(pairs: MeasuredPairs, logps: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns (P,) the reward of rejected minus that of chosen; rewards are beta times ``logps``."""
     per_token = pairs.options.build_loss().per_token
     return pairs.options.beta * np.diff(logps / pairs.lengths if per_token else logps)[:, 0]
 
 
-# Name -> ScoredPairs to (P,) difficulties, larger for harder pairs: of pairs that a run held out; and without training.
-MEASURES: dict[str, Callable[[ScoredPairs], NDArray[np.float64]]] = {
+# Name -> function of pairs that a run held out, or of untrained ones, to (P,) difficulties; larger is harder.
+MEASURES: dict[str, Callable[[MeasuredPairs], NDArray[np.float64]]] = {
     "loss": _loss,
     "margin": lambda pairs: _minus_margin(pairs, pairs.logps - pairs.ref_logps),
     "reference-free": lambda pairs: _minus_margin(pairs, pairs.logps),
 }
-UNTRAINED: dict[str, Callable[[ScoredPairs], NDArray[np.float64]]] = {
+UNTRAINED: dict[str, Callable[[MeasuredPairs], NDArray[np.float64]]] = {
     "reference-margin": lambda pairs: np.diff(pairs.ref_logps)[:, 0],
     "log-ratio": lambda pairs: np.diff(pairs.ref_logps / pairs.lengths)[:, 0],
 }

@@ -99,7 +99,7 @@ def test_scores_are_held_out_losses_of_runs_on_the_other_folds(home, tmp_path, c
 
 
 def test_a_stopped_command_continues_and_other_options_begin_anew(home, tmp_path, monkeypatch):
-    done, own_run = [], command.Pairs._run
+    done, own_run = [], command.CrossFit._run
 
     def counted(self, file, *arguments):
         if len(done) == 1:
