@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
+from accelerate import ParallelismConfig
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -35,6 +37,7 @@ _POSITIVE = (
     *("max_length", "max_tokens_per_batch", "head_memory_mb", "ref_model_sync_steps", "dataset_num_proc"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "adam_epsilon"),
     *("save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout", "torch_empty_cache_steps"),
+    "sp_size",
 )
 _NOT_NEGATIVE = (
     *("learning_rate", "weight_decay", "max_grad_norm", "seed", "data_seed", "dataloader_num_workers", "warmup_steps"),
@@ -219,6 +222,11 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         "Pack whole rows into micro-batches of at most so many tokens; replaces per_device_train_batch_size. auto: the"
         " rows of a step stay, and fill as few micro-batches as fit into memory.",
     )
+    sp_size: int = option(
+        1,
+        "Processes that run each micro-batch together, each a part of its tokens (sequence parallelism): for rows that"
+        " need more memory than one GPU has. The number of processes must be a multiple of it.",
+    )
 
     # Head
     head_memory_mb: float | None = option(
@@ -332,6 +340,11 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         self._renamed_agree = True
 
         # Checks that need the device or transformers' objects.
+        if self.sp_size > 1 and self.world_size % self.sp_size:
+            raise UserError(
+                f"sp_size={self.sp_size} needs a multiple of {self.sp_size} processes, and there are {self.world_size}:"
+                " start as many with torchrun, accelerate launch or --num_processes"
+            )
         if self.fp16 and self.device.type == "cpu":
             raise UserError("fp16=true needs a GPU: a CPU would compute in fp32 instead; set bf16, or leave it out")
         if self.curriculum is not None:
@@ -371,6 +384,16 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         options = {} if name is None else {option: getattr(self, option) for option in loss_options(name)}
         hard = None if name is None else build_loss(name, **options)
         return with_hard_pairs(loss, hard, curriculum.hard_weight or 1.0)
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of sequence groups: each runs micro-batches of its own."""
+        return self.world_size // self.sp_size
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this process's sequence group."""
+        return self.process_index // self.sp_size
 
     @property
     def device(self) -> torch.device:
@@ -478,14 +501,42 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         return {**super().to_dict(), **self.names}
 
     def _check_parallelism(self) -> None:
-        sizes = [getattr(self.parallelism_config, f"{name}_size", 1) for name in ("tp", "cp", "sp")]
-        if max(sizes) > 1:
+        given = self.parallelism_config
+        from_launcher = given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+        if from_launcher:
+            given = ParallelismConfig()  # reads what accelerate launch has set
+        elif isinstance(given, dict):
+            with user_error("parallelism_config", (TypeError, ValueError)):
+                self.parallelism_config = given = ParallelismConfig(**given)
+        for name in ("tp", "cp") if given is not None else ():
+            if (size := getattr(given, f"{name}_size")) > 1:
+                raise UserError(
+                    f"parallelism_config: {name}_size={size} is not supported, because it would cut packed rows in"
+                    " another way: set sp_size for long rows, and use FSDP or DeepSpeed for large models"
+                )
+        if given is not None and given.sp_size > 1:
+            self._take_sp_size(given, from_launcher)
+        if self.sp_size > 1 and self.packing == "false":
+            raise UserError(f"sp_size={self.sp_size} cuts packed rows: leave out packing=false")
+        if self.sp_size > 1 and self.finds_budget:
             raise UserError(
-                "parallelism_config: tensor, context and sequence parallelism would cut packed rows, and are not"
-                " supported; use FSDP or DeepSpeed"
+                f"max_tokens_per_batch=auto does not know the memory of rows that sp_size={self.sp_size} cuts: set a"
+                " number of tokens"
             )
         if self.deepspeed and find_spec("deepspeed") is None:
             raise UserError("deepspeed needs the deepspeed package: pip install deepspeed")
+
+    def _take_sp_size(self, given: ParallelismConfig, from_launcher: bool) -> None:
+        """Takes ``sp_size`` out of accelerate's configuration, whose own back end for it would need another loader.
+
+        The engine then averages gradients, and shards weights, over the ranks of sequence groups as well.
+        """
+        if self.sp_size not in (1, given.sp_size):
+            raise UserError(f"sp_size={self.sp_size} contradicts sp_size={given.sp_size} of parallelism_config")
+        self.sp_size = given.sp_size
+        sizes = {"dp_replicate_size": given.dp_replicate_size, "dp_shard_size": given.dp_shard_size * given.sp_size}
+        has_sizes = from_launcher or given.dp_shard_size > 1
+        self.parallelism_config = ParallelismConfig(**sizes, sp_size=1, tp_size=1, cp_size=1) if has_sizes else None
 
     def _check_keywords(self) -> None:
         """Raises UserError for keywords that accelerate's or torch's functions would refuse long after the start."""

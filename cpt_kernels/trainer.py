@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -41,6 +42,7 @@ from .model.layers import prepared_layers
 from .model.loading import load_models, prepare_model, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model
 from .model.pretrained import sample_base
+from .model.sequence_groups import join_group
 from .model.trials import disable_dropout
 from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
@@ -172,7 +174,8 @@ class ContrastiveTrainer(PackedLoop):
 
         # Packed model and collator: what turns rows into a loss.
         images = image_reader(base_model(model), self._processor) if has_images else None
-        self.packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing, images)
+        how = (args.attention_backend, args.packing, images, join_group(args))
+        self.packed = PackedModel(model, args.head_memory_mb, *how)
         if args.world_size > 1:
             self.packed.agree()
         check_checkpointing(model, args)
@@ -192,6 +195,8 @@ class ContrastiveTrainer(PackedLoop):
         # transformers raises errors for an unknown tracker, or a hub that refuses the repository.
         with prepared_layers(model, args) as chosen_layers, user_error():
             super().__init__(model, args, data_collator, *datasets, processing_class=self._processor, **options)
+        if (group := self.packed.group) is not None:  # else tokens on different ranks would have the same noise
+            torch.manual_seed(args.seed + group.rank)
         check_engine(args, self.accelerator)
         if args.finds_budget and train_dataset is not None:
             check_can_choose(self)
@@ -371,7 +376,8 @@ class ContrastiveTrainer(PackedLoop):
         """Returns the loss of a micro-batch, scaled so that a step's mean over micro-batches and ranks is right.
 
         transformers and DDP average over the micro-batches and ranks of a step. With this scale that average is the
-        mean over the step's pairs, and a term that an override adds has the weight that it has in TRL.
+        mean over the step's pairs, and a term that an override adds has the weight that it has in TRL. All ranks of a
+        sequence group compute the same loss, and the average of their gradients is its gradient.
 
         Args:
             num_items_in_batch: (2,) pairs and chosen tokens of the step on all ranks; default this batch's own.
@@ -386,7 +392,7 @@ class ContrastiveTrainer(PackedLoop):
         else:
             pairs, tokens = num_items_in_batch.clamp(min=1)
             tokens_per_pair = tokens / pairs
-            batches = self.args.world_size * self.current_gradient_accumulation_steps
+            batches = self.args.data_ranks * self.current_gradient_accumulation_steps
         scores = self.score(model, inputs, tokens_per_pair)
         loss = scores.loss * (batches / pairs)
         if scores.aux_loss is not None:

@@ -229,13 +229,42 @@ def test_every_loss_is_built_from_its_options(tmp_path, name):
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"auto_find_batch_size": True, "max_tokens_per_batch": 64}, "auto_find_batch_size halves"),
         ({"dataloader_drop_last": True, "max_tokens_per_batch": 64}, "dataloader_drop_last has no effect"),
-        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "tensor, context and sequence parallelism"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "tp_size=2 is not supported"),
+        ({"parallelism_config": {"sp_sizes": 2}}, "parallelism_config: .*sp_sizes"),
+        ({"parallelism_config": ParallelismConfig(sp_size=2), "sp_size": 4}, "sp_size=4 contradicts sp_size=2"),
+        ({"parallelism_config": {"sp_size": 2}}, "sp_size=2 needs a multiple of 2 processes, and there are 1"),
+        ({"sp_size": 2, "packing": "false"}, "sp_size=2 cuts packed rows: leave out packing=false"),
+        ({"sp_size": 2, "max_tokens_per_batch": "auto"}, "max_tokens_per_batch=auto does not know the memory"),
         ({"fp16": True}, "fp16=true needs a GPU"),
     ],
 )
 def test_options_that_exclude_each_other(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "from_launcher", "left"),
+    [
+        ({"sp_size": 2}, False, None),  # the engine averages over all ranks
+        ({"sp_size": 2, "dp_shard_size": 4}, False, (1, 8)),
+        ({"sp_size": 4, "dp_shard_size": 1, "dp_replicate_size": 2}, True, (2, 4)),
+        ({"sp_size": 1, "dp_shard_size": 8}, False, (1, 8)),
+    ],
+)
+def test_sequence_groups_are_asked_for_by_the_fields_of_accelerate(tmp_path, monkeypatch, sizes, from_launcher, left):
+    """Weights are sharded, and gradients averaged, over the ranks of sequence groups as well."""
+    monkeypatch.setattr(ContrastiveConfig, "world_size", property(lambda self: 8))
+    given = {"parallelism_config": ParallelismConfig(**sizes)}
+    if from_launcher:
+        given = {}
+        monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        for name, size in sizes.items():
+            monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", str(size))
+    made = config(tmp_path, **given)
+    assert made.sp_size == sizes["sp_size"] and made.data_ranks == 8 // made.sp_size
+    found = made.parallelism_config
+    assert (found and (found.dp_replicate_size, found.dp_shard_size, found.sp_size)) == (left and (*left, 1))
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def _check_start(trainer: CheckedTrainer) -> list[Check]:
         Check(
             "the first loss is that of log-ratios of 0",
             abs(loss - zero) <= explained + 1e-6 * (1 + abs(zero)),
-            f"{loss:.6g} over {pairs:.0f} pairs, at 0 it is {zero:.6g}",
+            f"{loss:.6g} over {pairs / trainer.args.sp_size:.0f} pairs, at 0 it is {zero:.6g}",
         ),
         Check(
             "rewards start at 0",

@@ -98,7 +98,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Batches": (
         *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps", "share_prompts"),
-        *("packing", "per_device_eval_batch_size"),
+        *("packing", "sp_size", "per_device_eval_batch_size"),
     ),
     "Head": ("head_memory_mb", "head_mode"),
     "Reference": (
@@ -142,7 +142,10 @@ _HELP = {
     **{name: f"{reason[0].upper()}{reason[1:]}." for name, reason in IGNORED_OPTIONS.items()},
 }
 # Options of TrainingArguments that a flag or a file cannot express -> what to do in their place.
-_REFUSED = {"parallelism_config": "configure sharding in the file of --accelerate_config"}
+_REFUSED = {
+    "parallelism_config": "set sp_size for sequence parallelism, and configure sharding in the file of"
+    " --accelerate_config"
+}
 # Options that name a local file or folder, or something on the hub.
 PATH_OPTIONS = (
     *("model_name_or_path", "ref_model_name_or_path", "tokenizer_name", "dataset_name", "eval_dataset_name"),

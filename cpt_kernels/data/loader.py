@@ -164,8 +164,8 @@ def make_loader(
     sampler = BatchSampler(
         tokens,
         batch_size=batch_size,
-        world_size=args.world_size,
-        rank=args.process_index,
+        world_size=args.data_ranks,
+        rank=args.data_rank,
         micro_batches=args.gradient_accumulation_steps if training else 1,
         max_tokens=max_tokens,
         step_rows=None if budget is None else budget.step_rows,
@@ -237,9 +237,9 @@ def _stream_batches(
     if args.dataloader_num_workers > 1:
         raise UserError("only one process can read a stream: set dataloader_num_workers to 0 or 1")
     if draws is None:
-        return StreamBatches(dataset, *cut, args.world_size, args.process_index, endless=training)
+        return StreamBatches(dataset, *cut, args.data_ranks, args.data_rank, endless=training)
     steps = args.max_steps * args.gradient_accumulation_steps
-    return DrawnBatches(dataset, *cut, args.world_size, args.process_index, draws=draws, steps=steps)
+    return DrawnBatches(dataset, *cut, args.data_ranks, args.data_rank, draws=draws, steps=steps)
 
 
 def _check_prepared(dataset: Dataset | IterableDataset) -> None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 _CHOOSERS = (torch.topk, Tensor.topk, torch.max, Tensor.max)  # that return values and indices
 _ARGMAX = (torch.argmax, Tensor.argmax)
 _HALF = (torch.bfloat16, torch.float16)
-_OF_MACHINE = ("can't allocate memory", "out of memory", "CUDA error", "NCCL", "[enforce fail")
+_OF_MACHINE = ("can't allocate memory", "out of memory", "CUDA error", "NCCL", "gloo", "[enforce fail")
 _PERTURBATION = 0.02  # of an adapter's parameters that are zero, about what ten steps of training make of them
 
 
@@ -158,19 +158,23 @@ class PinnedRouting(TorchFunctionMode):
         self._calls: Counter[tuple] = Counter()  # of the current run
 
     @contextlib.contextmanager
-    def follow(self, parts: Sequence[Sequence[int]], shared: Sequence[int] = (), rows: int = 1) -> Iterator[None]:
+    def follow(
+        self, parts: Sequence[Sequence[int]], shared: Sequence[int] = (), rows: int = 1, cut: slice = slice(None)
+    ) -> Iterator[None]:
         """Context of a run whose tokens are those of ``parts``, one after the other.
 
         Args:
             parts: token ids from the start of a sequence.
             shared: tokens at the start of each part that are not run, because an earlier part has them.
             rows: of the batch; with several, each is one part, padded on the right.
+            cut: the tokens that this process runs, of a row that is cut over processes.
         """
         length = max(map(len, parts)) if rows > 1 else 0
         self._tokens, self._calls = [], Counter()
         for part, skipped in zip(parts, shared or [0] * len(parts)):
             numbers = [self._ids.setdefault(tuple(part[: end + 1]), len(self._ids)) for end in range(len(part))]
             self._tokens += numbers[skipped:] + [-1] * (length - len(part))
+        self._tokens = self._tokens[cut]
         self._shape = rows, len(self._tokens) // rows
         with self:
             yield

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UserError
 from ..ops.attention import AttentionLayout, shared_prompt_attention
+from ..ops.exchange import SequenceGroup
 
 _PREFIX = "shared_prompt_over_"
 # transformers checks that force a GPU sync; disabled during packed forwards. Not every version has both.
@@ -250,13 +251,21 @@ def rope_length_limit(rotaries: Sequence[Any]) -> int | None:
 
 
 @contextlib.contextmanager
-def rope_per_sequence(rotaries: list[nn.Module], limit: int | None, segments: list[tuple[int, int]]) -> Iterator[None]:
+def rope_per_sequence(
+    rotaries: list[nn.Module],
+    limit: int | None,
+    segments: list[tuple[int, int]],
+    positions: Tensor | None = None,
+    group: SequenceGroup | None = None,
+) -> Iterator[None]:
     """Context in which every sequence longer than ``limit`` gets the frequencies of its own length, as if run alone.
 
     Args:
         limit: see `rope_length_limit`.
         segments: (queries, keys) of the packed row. A sequence longer than ``limit`` shares no prompt, so it is one
             segment.
+        positions: (1, T) of the whole row, for a ``group`` over whose ranks it is cut: the longest position of a
+            sequence may lie on another rank.
     """
     if not rotaries:
         yield
@@ -276,10 +285,11 @@ def rope_per_sequence(rotaries: list[nn.Module], limit: int | None, segments: li
     def patched(rotary: nn.Module, forward: Callable) -> Callable:
         def per_sequence(x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
             parts = []
-            for positions in position_ids.split(spans, dim=1):
+            for some in (position_ids if group is None else positions).split(spans, dim=1):
                 _forget_longest(rotary, x.device)
-                parts.append(forward(x, positions, *args, **kwargs))
-            return tuple(torch.cat(part, dim=1) for part in zip(*parts))
+                parts.append(forward(x, some, *args, **kwargs))
+            whole = (torch.cat(part, dim=1) for part in zip(*parts))
+            return tuple(part if group is None else group.take(part, 1) for part in whole)
 
         return per_sequence
 
@@ -337,7 +347,9 @@ def in_training_mode(layers: list[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noise_per_sequence(embeddings: Any, segments: list[tuple[int, int]]) -> Iterator[None]:
+def noise_per_sequence(
+    embeddings: Any, segments: list[tuple[int, int]], group: SequenceGroup | None = None
+) -> Iterator[None]:
     """Context in which NEFTune's noise (arXiv 2310.05914, algorithm 1) depends on the length of every sequence.
 
     The noise is uniform within ``alpha / sqrt(L d)``. L is the length of the sequence here; transformers' own hook,
@@ -345,6 +357,7 @@ def noise_per_sequence(embeddings: Any, segments: list[tuple[int, int]]) -> Iter
 
     Args:
         segments: (queries, keys) of the packed row; (tokens, tokens) of each padded row.
+        group: over whose ranks the packed row is cut.
     """
     alpha = getattr(embeddings, "neftune_noise_alpha", None)
     if alpha is None or not embeddings.training:
@@ -355,10 +368,12 @@ def noise_per_sequence(embeddings: Any, segments: list[tuple[int, int]]) -> Iter
 
     @torch.compiler.disable  # its graph would be valid for the lengths of one batch only
     def noisy(ids: Tensor) -> Tensor:
-        rows = forward(ids)  # (1, T, d), or (S, L, d) of padded rows
+        rows = forward(ids)  # (1, tokens, d), or (S, L, d) of padded rows
         is_padded = len(rows) == len(segments)
         lengths = np.array(keys)[:, None] if is_padded else np.repeat(keys, queries)
         bound = torch.from_numpy(alpha / np.sqrt(lengths * rows.shape[-1]))[..., None]
+        if group is not None:
+            bound = group.take(bound)
         return rows + torch.empty_like(rows).uniform_(-1, 1) * bound.to(rows.device, rows.dtype, non_blocking=True)
 
     embeddings.neftune_noise_alpha = 0.0

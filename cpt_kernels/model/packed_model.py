@@ -30,6 +30,7 @@ from ..losses import Loss, PairLogps
 from ..ops.attention import AttentionLayout
 from ..ops.attention.segments import SEGMENTWISE
 from ..ops.attention.select import kernels_of
+from ..ops.exchange import SequenceGroup
 from ..ops.gather import gather_rows, segment_sum
 from ..ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from ..ops.vocab_score import VocabScore
@@ -52,6 +53,7 @@ from .hooks import (
 )
 from .images import image_inputs, image_probe, own_inputs, packed_positions, shared_features
 from .proof import Probe, Truth, find_truth, projected_gradients
+from .sequence_groups import OwnRows, whole_router_logits
 from .states import StateLayout, prepare_state_layers, unpackable_layers
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class PackedModel:
         packing: "true" runs all completions of a batch in one packed row, "false" each in a padded row of its own, and
             "auto" takes the packed row if the proof holds for it.
         images: reads images, for a model whose prompts have some; the proof then has images, too.
+        group: ranks that run every packed row together, each a part of its tokens; they must call this object at the
+            same time with the same batch. Parameters then have gradients whose mean over the ranks is the gradient.
 
     Attributes:
         padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
@@ -100,6 +104,7 @@ class PackedModel:
     attention_backend: str = "auto"
     packing: Packing = "auto"
     images: ImageReader | None = None
+    group: SequenceGroup | None = None
     padded: bool = field(default=False, init=False)
     noisy: bool = field(default=False, init=False)
     has_gradient: bool = field(default=True, init=False)
@@ -111,6 +116,10 @@ class PackedModel:
         check_adapters(self.model)
         if self.attention_backend not in SEGMENTWISE:
             kernels_of(self.attention_backend)  # an unknown name raises here
+        if self.group is not None and self.packing == "false":
+            raise UserError(f"sp_size={self.group.size} needs packed rows that can be cut: leave out packing=false")
+        if self.group is not None and self.images is not None:
+            raise UserError(f"sp_size={self.group.size} cuts rows of text: leave it out for rows with images")
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
         self.invocations = invocations(self.model)
@@ -119,9 +128,17 @@ class PackedModel:
         self.state_layers = prepare_state_layers(base)
         unpackable = bool(unpackable_layers(base))
         self.padded = self.packing == "false" or (self.packing == "auto" and unpackable)
-        if self.is_proven:
-            with undisturbed(self.model), gathered(self.model), in_training_mode(self.quantized):
-                self._prove(base)
+        # Ranks of a group run the proof together, which shows that the model can be cut. A rank with weights that has
+        # a rank without them in its group runs it alone.
+        group = self.group
+        if group is not None and not all(gather_object([self.is_proven])):
+            self.group = None
+        try:
+            if self.is_proven:
+                with undisturbed(self.model), gathered(self.model), in_training_mode(self.quantized):
+                    self._prove(base)
+        finally:
+            self.group = group
 
     @property
     def is_proven(self) -> bool:
@@ -170,6 +187,8 @@ class PackedModel:
         is_exact, failures = conclusion
         if not is_exact:
             hint = "; set packing=auto to run each completion in a padded row" if self.packing == "true" else ""
+            if self.group is not None:
+                hint = f"; sp_size={self.group.size} needs packed rows that can be cut over processes: leave it out"
             raise UserError(f"{name} does not run completions exactly: {'; '.join(failures)}{hint}")
         set_attention(base, attention if self.padded else attention_over(attention))
         if failures:
@@ -216,7 +235,7 @@ class PackedModel:
         ways = {"auto": [(False, options), (True, options)], "true": [(False, options)], "false": [(True, options)]}
         last = [(True, None)] if self.packing != "true" and options is not None else []
         failures: list[str] = []
-        for padded, way_options in ways[self.packing] + last:
+        for padded, way_options in ways["true"] if self.group is not None else ways[self.packing] + last:
             self.padded, self.options = padded, way_options
             set_attention(base, runnable if self.padded else attention_over(runnable))
             tries = (self._try(base, *each, parameters) for each in zip(probes, routings, truths))
@@ -261,15 +280,24 @@ class PackedModel:
             return f"{way} its attention cannot be replaced (it does not use transformers' AttentionInterface)"
         if not self.padded and (kinds := unpackable_layers(base)):
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
+        if self.group is not None and self.state_layers:
+            kinds = {type(layer).__name__ for layer in self.state_layers}
+            return (
+                f"{way} its layers {', '.join(sorted(kinds))} carry a state from token to token, so no process can run"
+                " a part of the row alone"
+            )
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
         batch = self.probe_batch(probe)
         shared = [] if self.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
         try:
             with recorded_windows() as windows, torch.set_grad_enabled(bool(parameters)):
-                with routing.follow([p + c for p, c in probe.tokens], shared, len(batch["input_ids"])):
+                cut = slice(None) if self.group is None else self.group.own(batch["input_ids"].shape[1])
+                with routing.follow([p + c for p, c in probe.tokens], shared, len(batch["input_ids"]), cut):
                     logps = self(batch).tokens.logps
                 gradients = projected_gradients(logps, probe, parameters) if parameters else []
+                if self.group is not None:
+                    gradients = [None if g is None else self.group.sum(g) / self.group.size for g in gradients]
         except Exception as error:  # anything that a forward does with masks and positions that it does not expect
             if isinstance(error, UnavailableError) or is_of_machine(error):
                 raise
@@ -318,7 +346,7 @@ class PackedModel:
             aux_loss: compute the load-balancing loss of a mixture of experts.
         """
         base = base_model(self.model)
-        head = base.get_output_embeddings()
+        head, group = base.get_output_embeddings(), self.group
         scores: list[Scores] = []  # head_forward leaves its result here, because the model returns only logits
 
         def head_forward(hidden: Tensor, *_, **__) -> Tensor:
@@ -329,10 +357,14 @@ class PackedModel:
             # The model multiplies this by its logit scale; the division makes the gradient that of the loss.
             return ((result.loss - result.loss.detach()) / self.options.logit_scale).reshape(1, 1, 1)
 
-        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-        if aux_loss:
-            inputs["output_router_logits"] = True
+        def own(row: Tensor) -> Tensor:  # (1, T) -> (1, tokens of this rank)
+            return row if group is None else group.take(row, 1)
+
+        inputs: dict[str, Any] = {"input_ids": own(batch["input_ids"]), "use_cache": False}
         with contextlib.ExitStack() as stack:
+            if aux_loss:
+                inputs["output_router_logits"] = True
+                stack.enter_context(whole_router_logits(base, group, batch["input_ids"].shape[1]))
             stack.enter_context(in_training_mode(self.quantized))
             if self.options is not None:
                 stack.enter_context(replaced_forward(head, head_forward))
@@ -345,12 +377,13 @@ class PackedModel:
             inputs |= image_inputs(batch, self.padded)
             stack.enter_context(shared_features(base, batch))
             segments = batch["segment_lengths"]
-            stack.enter_context(noise_per_sequence(base.get_input_embeddings(), segments))
+            stack.enter_context(noise_per_sequence(base.get_input_embeddings(), segments, group))
             if not self.padded:
                 stack.enter_context(packed_forward())
-                stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments))
-                inputs["position_ids"] = packed_positions(base, batch)
-                inputs |= {"layout": AttentionLayout.of(batch), "attention_backend": self.attention_backend}
+                positions = cast("Tensor", packed_positions(base, batch))
+                stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments, positions, group))
+                inputs["position_ids"] = own(positions)
+                inputs |= {"layout": AttentionLayout.of(batch, group), "attention_backend": self.attention_backend}
                 if self.state_layers:
                     inputs["state_layout"] = StateLayout(segments, batch["input_ids"].device)
             outputs = (self.model if wrapped is None else wrapped)(**inputs)
@@ -372,7 +405,7 @@ class PackedModel:
     def _run_head(
         self,
         head: nn.Module,
-        hidden: Tensor,  # (T, H)
+        hidden: Tensor,  # (T, H), or the rows of this rank's tokens
         batch: PackedBatch,
         loss: Loss | None,
         general: bool,
@@ -380,7 +413,10 @@ class PackedModel:
         tokens_per_pair: Tensor | float,
     ) -> Scores:
         """Computes log-probs, and the loss if there is one, from the hidden rows; arguments as of :meth:`__call__`."""
-        rows = gather_rows(hidden, batch["predictor_index"], batch["predictor_rounds"])
+        own = None if self.group is None else OwnRows.of(batch, self.group)
+        index = (batch["predictor_index"], batch["predictor_rounds"]) if own is None else own[1:3]
+        rows = gather_rows(hidden, *index)
+        statistics = statistics or (own is not None and loss is not None and loss.needs_log_sum_sq)
         options = dataclasses.replace(self.options, statistics=statistics)
         operands = head_operands(head, rows)
         if operands is None:  # an adapter that was not there, or not active, when the model was proven
@@ -389,6 +425,10 @@ class PackedModel:
                 " on then; make the trainer with the adapters that it trains"
             )
         rows, weight, bias = operands
+        if own is not None:
+            # One tile of a trained head is kept, scored, until the loss of all ranks' tokens has weighed its rows.
+            tokens = linear_logprobs(rows, weight, own.targets, bias, options)
+            return _weigh(own.whole(tokens, self.group), batch, loss, tokens_per_pair)
         if loss is None:
             tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
             return Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]))
@@ -409,19 +449,25 @@ class PackedModel:
         """Computes log-probs and loss by autograd from the model's own logits; arguments as of :meth:`__call__`."""
         rows = gather_rows(logits.flatten(0, -2), batch["predictor_index"], batch["predictor_rounds"])
         statistics = statistics or (loss is not None and loss.needs_log_sum_sq)
-        tokens = logits_logps(rows, batch["targets"], statistics)
-        completion_logps = segment_sum(tokens.logps, batch["cu_completions"])
-        if loss is None:
-            return Scores(tokens, completion_logps)
-        pair_logps = _pairs(batch, tokens_per_pair).pair_logps(completion_logps, loss=loss, tokens=tokens)
-        losses = loss(pair_logps)
-        return Scores(tokens, completion_logps, losses.sum(), losses.detach(), pair_logps=pair_logps)
+        return _weigh(logits_logps(rows, batch["targets"], statistics), batch, loss, tokens_per_pair)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """Returns the transformers model inside a PEFT model, or the model itself."""
     is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     return cast("Any", model).get_base_model() if is_peft else cast("PreTrainedModel", model)
+
+
+def _weigh(tokens: VocabScore, batch: PackedBatch, loss: Loss | None, tokens_per_pair: Tensor | float) -> Scores:
+    """Computes the loss from differentiable log-probs of all tokens, by autograd."""
+    completion_logps = segment_sum(tokens.logps, batch["cu_completions"])
+    if loss is None:
+        return Scores(tokens, completion_logps)
+    pairs = _pairs(batch, tokens_per_pair)
+    pairs.check(loss, completion_logps.device, len(tokens.logps))
+    pair_logps = pairs.pair_logps(completion_logps, loss=loss, tokens=tokens)
+    losses = loss(pair_logps)
+    return Scores(tokens, completion_logps, losses.sum(), losses.detach(), pair_logps=pair_logps)
 
 
 def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:

@@ -70,7 +70,7 @@ class MovingReference(TrainerCallback):
         self.accelerator, self.policy = accelerator, policy
         self.packed = PackedModel(
             *(model, policy.head_memory_mb, policy.attention_backend),
-            *("false" if policy.padded else "true", policy.images),
+            *("false" if policy.padded else "true", policy.images, policy.group),
         )
         if accelerator.is_main_process:
             logger.warning(

@@ -89,7 +89,7 @@ class Reference:
         head_memory_mb: float | None = None,
         progress: bool = True,
     ) -> None:
-        self.accelerator, self.policy, self.progress = accelerator, policy, progress
+        self.accelerator, self.policy, self.progress, self._keep = accelerator, policy, progress, keep
         self.found = self.scored = 0
         self.seconds = 0.0
 
@@ -116,7 +116,7 @@ class Reference:
             self.packed = policy
         else:
             ref_model.requires_grad_(False).eval()
-            how = (policy.attention_backend, policy.packing, policy.images)
+            how = (policy.attention_backend, policy.packing, policy.images, policy.group)
             self.packed = PackedModel(ref_model, head_memory_mb, *how)
 
         self._identify(cache_dir)
@@ -208,12 +208,16 @@ class Reference:
         with self.cache:
             yield
         counts = [self.found, self.scored, self.seconds, self.cache.bytes_written - bytes_before]
-        found, scored, seconds, written = np.sum(gather_object([counts]), axis=0)
+        found, scored, seconds, written = np.sum(gather_object([counts])[:: self._group_size], axis=0)
         if self.accelerator.is_main_process:
             logger.warning(
                 f"reference log-probs of {found + scored:.0f} completions while training: {found:.0f} found,"
                 f" {scored:.0f} scored in {seconds:.1f} s ({written / 1e6:.1f} MB written)"
             )
+
+    @property
+    def _group_size(self) -> int:
+        return 1 if self.policy.group is None else self.policy.group.size
 
     @property
     def model(self) -> nn.Module | None:
@@ -227,10 +231,14 @@ class Reference:
 
     def complete(self, batch: PackedBatch) -> None:
         """Scores the completions whose log-probs a batch lacks, and puts these into the batch and into the cache."""
-        missing = batch["ref_missing"]
+        missing, group = batch["ref_missing"], self.policy.group
         if batch["num_pairs"]:
             self.found += len(batch["completion_lengths"]) - len(missing)
-        if not missing:
+        is_missing = bool(missing)
+        if group is not None and self._keep:
+            # Ranks of a sequence group score together, also if one of them has just read from disk what others miss.
+            is_missing = group.sum(torch.tensor(float(is_missing), device=batch["input_ids"].device)).item() > 0
+        if not is_missing:
             return
         started = time.perf_counter()
         scored = self._score(batch)
@@ -280,7 +288,10 @@ class Reference:
     def _fill(
         self, dataset: Dataset, missing: Missing, collator: PackedCollator, max_tokens: int | None, description: str
     ) -> None:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        # A sequence group scores its micro-batches together, and its first rank stores them.
+        group, size = self.policy.group, self._group_size
+        rank, world = self.accelerator.process_index // size, self.accelerator.num_processes // size
+        stores = group is None or group.rank == 0
         budget = scoring_budget(max_tokens, self.accelerator.device)
         collator = replace(collator, padded=self._model().padded)
         batches = scoring_batches(missing, collator, budget, world)
@@ -295,7 +306,9 @@ class Reference:
         ):  # the cache is also flushed after an error: what was scored is right
             for groups in progress:
                 sequences, images = read_sequences(dataset, missing, groups, collator)
-                self.cache.add_many(sequences, self.score(sequences, collator, images))
+                logps = self.score(sequences, collator, images)
+                if stores:
+                    self.cache.add_many(sequences, logps)
 
     def score(
         self, sequences: Sequence[Tokens], collator: PackedCollator, images: Mapping[ImageId, Any] | None = None
@@ -378,7 +391,7 @@ class Reference:
                 raise OSError(f"{name} holds other weights than training started from")
             model.requires_grad_(False).eval()
             policy = self.policy
-            how = (policy.attention_backend, policy.packing, policy.images)
+            how = (policy.attention_backend, policy.packing, policy.images, policy.group)
             packed = PackedModel(model, policy.head_memory_mb, *how)
             if not self._measure(packed).agrees(self._probe):
                 raise OSError(f"{name} gives other log-probs than training started from")

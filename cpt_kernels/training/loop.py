@@ -226,14 +226,19 @@ class PackedLoop(CheckpointLoop):
 
     def count_tokens(self) -> int:
         """Returns the tokens of all ranks so far, including those before the checkpoint that the run resumed from."""
-        tokens = self.accelerator.reduce(torch.tensor(self.num_tokens, device=self.args.device), "sum")
+        tokens = self._sum(torch.tensor(self.num_tokens, device=self.args.device))
         self.state.num_input_tokens_seen += int(tokens.item())
         self.num_tokens = 0
         return self.state.num_input_tokens_seen
 
     def floating_point_ops(self, inputs: PackedBatch) -> float:
-        """Returns 6 x parameters x tokens of the packed row, the estimate that transformers uses."""
-        return 6 * inputs["input_ids"].numel() * self.model.num_parameters(exclude_embeddings=True)
+        """Returns 6 x parameters x this rank's tokens of the packed row, the estimate that transformers uses."""
+        tokens = inputs["input_ids"].numel() / self.args.sp_size
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Returns the rows of a step on all ranks, as transformers does, with a sequence group as one rank."""
+        return super().get_total_train_batch_size(args) // args.sp_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds TRL's metrics to the logs of training; this is where a step waits for the GPU.
@@ -255,7 +260,7 @@ class PackedLoop(CheckpointLoop):
             self.count_tokens()
         if "train_runtime" in logs:
             # transformers derives these numbers from per_device_train_batch_size and per_device_eval_batch_size.
-            pairs = self.accelerator.reduce(torch.tensor(self._trained_pairs, device=self.args.device), "sum")
+            pairs = self._sum(torch.tensor(self._trained_pairs, device=self.args.device))
             logs["train_samples_per_second"] = round(pairs.item() / max(logs["train_runtime"], 1e-9), 3)
         self._correct_steps(logs)
         super().log(logs, start_time)
@@ -323,11 +328,12 @@ class PackedLoop(CheckpointLoop):
             self._evaluated_batches += 1
             if not prediction_loss_only:
                 # As objects, because ranks have different numbers of pairs.
-                rewards.append(np.concatenate(gather_object([batch_rewards.cpu().numpy()])))
+                every = gather_object([batch_rewards.cpu().numpy()])
+                rewards.append(np.concatenate(every[:: self.args.sp_size]))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.eval_tokens_per_pair = None
 
-        total = self.accelerator.reduce(torch.stack([losses, losses.new_tensor(pairs)]), "sum").tolist()
+        total = self._sum(torch.stack([losses, losses.new_tensor(pairs)])).tolist()
         means = self.metrics["eval"].compute() | {"loss": total[0] / max(total[1], 1.0)}
         predictions = np.concatenate(rewards) if rewards else None
         if self.compute_metrics is not None and predictions is not None:
@@ -359,4 +365,9 @@ class PackedLoop(CheckpointLoop):
         for batch in batches:
             counts += batch["num_pairs"], batch["num_chosen_tokens"]
         on_device = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
-        return self.accelerator.reduce(on_device, "sum")
+        return self._sum(on_device)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Returns the sum over all ranks, where the ranks of a sequence group, whose values are equal, count as one."""
+        total, size = self.accelerator.reduce(values, "sum"), self.args.sp_size
+        return total / size if total.is_floating_point() else total // size

@@ -146,7 +146,7 @@ class Run:
     def _order(self) -> dict[str, Any]:
         """Returns the options that decide which pairs are in which step, on any number of processes."""
         args = self.args
-        micro_batches = args.world_size * args.gradient_accumulation_steps
+        micro_batches = args.data_ranks * args.gradient_accumulation_steps
         by_tokens = args.max_tokens_per_batch is not None
         whole = args.dataloader_drop_last and not by_tokens
         return {
@@ -155,7 +155,7 @@ class Run:
             "max_tokens_per_batch": args.max_tokens_per_batch,
             # The layout decides how many tokens a row takes.
             "layout": [self.layout.padded, self.layout.share_prompts] if by_tokens else None,
-            "rows a micro-batch of all ranks": args.world_size * self.batch_size if whole else None,
+            "rows a micro-batch of all ranks": args.data_ranks * self.batch_size if whole else None,
             "seed": order_seed(args),
             "train_sampling_strategy": args.train_sampling_strategy,
             "curriculum": None if self.curriculum is None else dataclasses.asdict(self.curriculum),
@@ -164,7 +164,7 @@ class Run:
     def _step_rows(self) -> int:
         if self.budget is not None:
             return self.budget.step_rows
-        return self.args.world_size * self.args.gradient_accumulation_steps * self.batch_size
+        return self.args.data_ranks * self.args.gradient_accumulation_steps * self.batch_size
 
     def _cut(self) -> dict[str, Any]:
         return {"max_length": self.args.max_length, "truncation_mode": self.args.truncation_mode}

@@ -34,6 +34,8 @@ _SHRINK = 0.8  # of a budget whose probe ran out of memory
 def unpredictable(trainer: Any) -> str | None:
     """Returns why the memory of a run cannot be predicted, as the end of a sentence; None if it can be."""
     engine = trainer.accelerator.distributed_type
+    if trainer.args.sp_size > 1:
+        return "does not know the memory of rows that sp_size cuts"
     if not isinstance(trainer.train_dataset, Dataset):
         return "needs the lengths of all rows, and a stream does not tell them"
     if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -71,7 +73,7 @@ def chosen_budget(trainer: Any, checkpoint: str | None) -> Iterator[None]:
         yield
         return
     given = args.gradient_accumulation_steps
-    step_rows = args.world_size * given * trainer._train_batch_size
+    step_rows = args.data_ranks * given * trainer._train_batch_size
     saved = None if checkpoint is None else (read_record(Path(checkpoint)) or {}).get("budget")
     try:
         if saved is None:

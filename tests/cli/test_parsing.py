@@ -144,7 +144,7 @@ def test_convert_names_the_types_that_it_expects():
         ("loss_type: sigmod", "loss_type='sigmod' is unknown: choose one of sigmoid, sigmoid_norm, hinge"),
         ("dtype: bf16", "dtype: 'bf16' is not one of auto, bfloat16, float16, float32; did you mean bfloat16?"),
         ("eval_strategy: step", "did you mean steps?"),
-        ("parallelism_config: {tp_size: 2}", "parallelism_config cannot be set here: configure sharding"),
+        ("parallelism_config: {tp_size: 2}", "parallelism_config cannot be set here: set sp_size"),
         ("use_peft: true\nbnb_4bit_quant_type: fp4", "bnb_4bit_quant_type has no effect without load_in_4bit=true"),
         ("use_peft: true\nlora_task_type: SEQ_CLS", "lora_task_type: 'SEQ_CLS' is not one of CAUSAL_LM"),
         ("slic_delta: 2", "slic_delta has no effect on loss_type 'sigmoid'"),

@@ -16,6 +16,7 @@ from cpt_kernels.model.hooks import (
     replaced_forward,
 )
 from cpt_kernels.model.packed_model import PackedModel
+from cpt_kernels.ops.exchange import SequenceGroup
 from tests.helpers.architectures import LENGTH_DEPENDENT, VOCAB, tiny_model
 from tests.helpers.exactness import LOSSES, make_batch, make_rows
 
@@ -168,6 +169,11 @@ def test_noise_is_scaled_by_the_length_of_each_sequence():
         noise = embeddings(ids.expand(2, -1)) - clean
     for part, (tokens, _) in zip(noise, padded):
         assert part.abs().max().item() == pytest.approx(5 / (tokens * 4096) ** 0.5, rel=1e-2)
+    group = SequenceGroup(None, rank=1, size=3)
+    with noise_per_sequence(embeddings, segments, group):  # of tokens 1, 4, 7 | 10, 13 | 16, ...
+        noise = (embeddings(ids[:, 1::3]) - clean[:, 1::3])[0].split([3, 2, 15])
+    for part, (_, keys) in zip(noise, segments):
+        assert part.abs().max().item() == pytest.approx(5 / (keys * 4096) ** 0.5, rel=1e-2)
     with noise_per_sequence(embeddings.eval(), segments):
         assert torch.equal(embeddings(ids), clean)
     handle.remove()

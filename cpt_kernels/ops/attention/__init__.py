@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..exchange import SequenceGroup, heads_for_tokens, heads_of_ranks, tokens_for_heads
 from ..gather import Rounds, gather_rows
 from .segments import SegmentKernel, segment_attention
 from .select import choose_attention
@@ -32,6 +33,8 @@ __all__ = ["AttentionLayout", "shared_prompt_attention"]
 class AttentionLayout:
     """Segments of a packed row of T tokens; fields as in ``data.collate.PackedBatch``.
 
+    With ``group``, the row is cut over the ranks of a sequence group, and the fields still describe the whole row.
+
     Raises:
         UserError: the segments of the fields differ. On a GPU only their numbers are compared, because reading the
             offsets would cost a synchronisation.
@@ -43,6 +46,7 @@ class AttentionLayout:
     kv_rounds: Rounds
     segment_lengths: Sequence[tuple[int, int]]  # G times (queries, keys)
     shared: bool  # False: every segment's keys are its own tokens, in order, and nothing is gathered
+    group: SequenceGroup | None = None
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():
@@ -66,13 +70,13 @@ class AttentionLayout:
                 raise UserError(f"{name} does not start at 0 or has other lengths than segment_lengths")
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> AttentionLayout:
+    def of(cls, batch: Mapping[str, Any], group: SequenceGroup | None = None) -> AttentionLayout:
         """Returns the layout of a ``PackedBatch``."""
-        return cls(**{field.name: batch[field.name] for field in fields(cls)})
+        return cls(**{field.name: batch[field.name] for field in fields(cls) if field.name != "group"}, group=group)
 
 
 def shared_prompt_attention(
-    query: Tensor,  # (T, Hq, D)
+    query: Tensor,  # (T, Hq, D); with a sequence group the T are this rank's tokens
     key: Tensor,  # (T, Hk, D), Hk divides Hq
     value: Tensor,  # (T, Hk, Dv)
     layout: AttentionLayout,
@@ -102,6 +106,12 @@ def shared_prompt_attention(
             or asked for by name and lacks what this call needs.
         UnavailableError: the backend is not available here.
     """
+    heads, group = query.shape[1], layout.group
+    if group is not None:  # from here on the whole row, and this rank's heads
+        tokens = sum(queries for queries, _ in layout.segment_lengths)
+        query, key, value = (x.to(compute_dtype(x)) for x in (query, key, value))
+        query, key, value = tokens_for_heads(query, key, value, group, tokens)
+        sinks = None if sinks is None else sinks[heads_of_ranks(heads, heads, group.size)[group.rank].queries]
     if not torch.compiler.is_compiling():
         _check_call(query, key, value, sinks, layout)
         _check_numbers(scale, window, softcap, dropout)
@@ -123,8 +133,10 @@ def shared_prompt_attention(
         deterministic=deterministic,
     )
     if isinstance(kernel, SegmentKernel):
-        return segment_attention(kernel, query, key, value, layout.segment_lengths, call, sinks)
-    return varlen_attention(kernel, query, key, value, call, sinks)
+        out = segment_attention(kernel, query, key, value, layout.segment_lengths, call, sinks)
+    else:
+        out = varlen_attention(kernel, query, key, value, call, sinks)
+    return out if group is None else heads_for_tokens(out, group, heads)
 
 
 def _check_call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, layout: AttentionLayout) -> None:

@@ -1,0 +1,7 @@
+"""Packages that every rank of `forked.run_ranks` needs, imported once by the process that the ranks are forked from."""
+
+import torch
+
+import tests.helpers.exactness  # noqa: F401
+
+torch.set_num_threads(1)
