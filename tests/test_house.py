@@ -124,6 +124,13 @@ def test_only_commands_and_reports_parse_arguments_and_print(path):
     assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
 
+def test_the_top_of_the_repository_holds_what_it_is_known_for():
+    """A run that was started here leaves folders, which must not be committed."""
+    entries = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    folders = {name.split("/")[0] for name in entries.stdout.split("\0") if "/" in name}
+    assert folders == {".ci", "bench", "cpt_kernels", "csrc", "docs", "examples", "tests"}
+
+
 def test_the_top_of_the_package_is_small():
     entries = subprocess.run(["git", "ls-files", "cpt_kernels"], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {line.split("/")[1] for line in entries.stdout.splitlines()}

@@ -142,10 +142,12 @@ def make_options(given: dict[str, Any]) -> Options:
     if given.get("adapter_name_or_path") and not given.get("model_name_or_path"):
         given["model_name_or_path"] = given.pop("adapter_name_or_path")  # its own base model is loaded
     for name, kind in (("model_name_or_path", "a folder or hub name"), ("dataset_name", "a file, folder or hub name")):
-        if not given.get(name) and not (name == "dataset_name" and given.get("datasets")):
+        if not str(given.get(name) or "").strip() and not (name == "dataset_name" and given.get("datasets")):
             raise UserError(f"{name} is missing: give --{name} with {kind}, or set it in the file of --config")
     if given.get("output_dir") is None:
-        given["output_dir"] = f"{Path(given['model_name_or_path']).name}-CPT"
+        given["output_dir"] = f"{Path(given['model_name_or_path']).resolve().name or 'model'}-CPT"
+    if not given["output_dir"].strip():
+        raise UserError("output_dir is blank: name a folder for everything that the run writes")
     from .options import complete  # imports transformers
 
     return complete(given)

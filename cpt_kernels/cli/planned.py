@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..config import ContrastiveConfig
+from ..data.loader import micro_batch_tokens
 from ..errors import UserError
 from ..model.loading import wrap_in_adapter
 from ..model.pretrained import ADAPTER_CONFIG, SavedAdapters, find_adapters, find_base, local_adapters
@@ -72,7 +73,8 @@ def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
     }
     row = trainer.train_dataset[counts.batches[0][0]]
     drops = [line for report in trainer.reports.values() for line in report.summary()]
-    tables = [_plan_table(plan["run"]), *_time_tables(plan["time"])]
+    memory = _memory_table(plan["run"]["bytes"], plan["run"]["memory"]), _budget_line(plan["run"]["memory"])
+    tables = [_plan_table(plan["run"]), *memory, *_time_tables(plan["time"])]
     print_results([*decoded_pair(row, trainer.processing_class, trainer.collator), *tables], drops)
     if picture is not None:
         draw_plan(plan, counts, args.max_tokens_per_batch, picture)
@@ -156,12 +158,13 @@ def _memory(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
     found = expected_memory(trainer, counts.largest_rows)
     free = free_memory(trainer.args.device)
     known = found["with checkpointing"] is not None
+    tokens, sequences = micro_batch_tokens(trainer.train_dataset, trainer.collator)
     return {
         **found,
         "free": free,
         "device": trainer.args.device.type,
         "largest max_tokens_per_batch": find_budget(trainer, free, has_weights=False) if known else None,
-        "tokens of all rows": counts.reference.tokens,
+        "tokens of all rows": int((tokens if sequences is None else tokens * sequences).sum()),
     }
 
 
@@ -178,12 +181,6 @@ def _plan_table(run: dict[str, Any]) -> Table:
     table.add_row(f"tokens padded, {run['peer_pairs']} pairs a batch", f"{peer['tokens']:,}")
     table.add_row("operations", f"{run['operations']['work']:.3g}")
     table.add_row("operations padded / ours", f"{run['operations of a padded run / ours']:.2f}")
-    for part, size in run["bytes"].items():
-        table.add_row(
-            f"memory of {part}", "not known for this optimizer" if size is None else f"{size / 2**20:,.1f} MiB"
-        )
-    for line in _memory_lines(run["memory"]):
-        table.add_row(*line)
     table.add_row("scored tokens", f"{work['head_rows']:,}")
     table.add_row("largest micro-batch", f"{run['largest']['tokens']:,} tokens")
     table.add_row("reference pass, at most", f"{reference['tokens']:,} tokens, a forward each")
@@ -209,23 +206,29 @@ def _duration(seconds: float) -> str:
     return text if seconds < 60 else f"{text} ({timedelta(seconds=round(seconds))})"
 
 
-def _memory_lines(memory: dict[str, Any]) -> list[tuple[str, str]]:
-    sides = [memory["with checkpointing"], memory["without checkpointing"]]
-    if None in sides:
-        return [("memory of activations", "not known, because the forward of this model depends on values")]
-    if not memory["checkpointing"]:
-        sides.reverse()
-    other = "without" if memory["checkpointing"] else "with"
+def _memory_table(state: dict[str, int | None], memory: dict[str, Any]) -> Table:
+    """Returns the memory by part, as the run has it and with the other choice of gradient checkpointing."""
+    table = Table("memory", title="memory of the largest micro-batch in MiB, on one process", title_justify="left")
+    ways = sorted(("with checkpointing", "without checkpointing"), reverse=not memory["checkpointing"])
+    for way, note in zip(ways, (", this run", "")):
+        table.add_column(way.replace("check", "gradient check") + note, justify="right")
 
-    def line(part: str) -> str:
-        ours, theirs = ("not known" if side[part] is None else f"{side[part] / 2**20:,.1f} MiB" for side in sides)
-        return f"{ours}; {theirs} {other} gradient checkpointing"
+    def row(part: str, *sizes: int | None) -> None:
+        table.add_row(part, *("not known" if size is None else f"{size / 2**20:,.1f}" for size in sizes))
 
-    budget, free = memory["largest max_tokens_per_batch"], memory["free"] / 2**30
-    fits = "none: one row does not fit" if budget is None else f"{budget:,}{' or more' if budget == MOST else ''}"
-    return [
-        ("memory of activations", line("activations")),
-        ("memory of the head", line("head")),
-        ("memory at the peak", line("peak")),
-        ("largest max_tokens_per_batch", f"{fits} ({free:,.1f} GiB are free on this {memory['device']})"),
-    ]
+    for part, size in state.items():
+        row(part, size, size)
+    for part in ("activations", "head", "peak"):
+        row(part, *(None if memory[way] is None else memory[way][part] for way in ways))
+    return table
+
+
+def _budget_line(memory: dict[str, Any]) -> str:
+    """Returns what a micro-batch may have at most on this device, in a sentence."""
+    budget, free = memory["largest max_tokens_per_batch"], f"{memory['free'] / 2**30:,.1f} GiB"
+    if memory["with checkpointing"] is None:
+        return "activations and the largest max_tokens_per_batch are not known: this model's forward depends on values"
+    if budget is None:
+        return f"not even one row fits into the {free} that are free on this {memory['device']}"
+    more = ", all rows at once" if budget >= memory["tokens of all rows"] else " or more" if budget == MOST else ""
+    return f"largest max_tokens_per_batch: {budget:,}{more} ({free} are free on this {memory['device']})"

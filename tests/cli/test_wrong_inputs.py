@@ -247,6 +247,8 @@ _WRONG_OPTIONS = {
     "--tokenizer_name {tmp}/no": "tokenizer_name={tmp}/no: there is no such folder",
     "--output_dir {home}/model": "is also model_name_or_path, which would be overwritten",
     "--output_dir {home}/notes.txt/out": "cannot be written to (Not a directory)",
+    "--output_dir ~~": "output_dir is blank: name a folder",
+    "--model_name_or_path ~~": "model_name_or_path is missing: give --model_name_or_path with a folder or hub name",
     "--output_dir /proc/cpt": "output_dir=/proc/cpt cannot be written to",
     "--ref_cache_dir {home}/notes.txt/cache": "ref_cache_dir={home}/notes.txt/cache: {home}/notes.txt is a file",
     "--resume_from_checkpoint last": "there is no checkpoint in",
