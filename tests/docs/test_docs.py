@@ -135,8 +135,12 @@ def help_of(command: list[str], capsys) -> str:
     main = mains.get(module or name) or importlib.import_module(module).main
     with suppress(SystemExit):
         main([*subject, "--help"])
+    text = capsys.readouterr().out
+    if "options of cpt-train" in text:
+        with suppress(SystemExit):
+            cli.train_main(["--help"])
     launched = [f"--{option}" for option in option_table().launch] if name == "cpt-train" else []
-    return capsys.readouterr().out + " ".join(launched)
+    return text + capsys.readouterr().out + " ".join(launched)
 
 
 def test_options_in_shell_blocks_exist(capsys):
