@@ -87,8 +87,8 @@ class RowLengths:
         self.prompts: list[dict[int, _Prompt]] = [{} for _ in range(len(dataset))]
         lengths: list[dict[int, tuple[int, int]]] = [{} for _ in range(len(dataset))]  # by position in the row
         for chunk in iter_sequences(dataset, collator.max_length, collator.truncation_mode):
-            for row, position, prompt, completion in chunk:
-                of_row = self.prompts[row].setdefault(hash(prompt.tobytes()), (len(prompt), {}))
+            for row, position, prompt, completion, images in chunk:
+                of_row = self.prompts[row].setdefault(hash(prompt.tobytes() + images.tobytes()), (len(prompt), {}))
                 of_row[1][hash(completion.tobytes())] = len(completion)
                 lengths[row][position] = (len(prompt), len(completion))
         columns = dataset.select_columns(["chosen", "rejected"])[:]
