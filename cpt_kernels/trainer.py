@@ -7,6 +7,7 @@ The constructor shows what a trainer is made of, in order. Steps and evaluations
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,10 +40,11 @@ from .errors import UserError, user_error
 from .losses import Loss, user_loss
 from .model.images import image_reader
 from .model.layers import prepared_layers
-from .model.loading import load_models, prepare_model, tokenizer_of
-from .model.packed_model import PackedModel, Scores, base_model
+from .model.loading import engine_weights, load_models, prepare_model, tokenizer_of
+from .model.packed_model import PackedModel, Scores, base_model, embedding_rows
 from .model.pretrained import sample_base
 from .model.sequence_groups import join_group
+from .model.sharding import shard
 from .model.trials import disable_dropout
 from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
@@ -164,13 +166,22 @@ class ContrastiveTrainer(PackedLoop):
         given = fingerprint_without_adapters(model) if new_adapter else None
         model = prepare_model(model, args, peft_config)
         mend_generation_config(model)
-        if args.disable_dropout:
-            disable_dropout(model, ref_model)
+        self.base_sample = sample_base(model) if hasattr(model, "peft_config") else {}
         if new_adapter and fingerprint_without_adapters(model) != given:
             # With the adapter off, the model would not be the given one.
             log_on_main(["this adapter changes the weights below it, so the reference is the policy at its start"])
             new_adapter = False
-        self.base_sample = sample_base(model) if hasattr(model, "peft_config") else {}
+
+        # FSDP2 wraps the models before anything runs them, so that no process ever holds them whole.
+        self.args, self.model = args, model
+        with user_error():
+            self.create_accelerator_and_postprocess()
+        check_engine(args, self.accelerator)
+        for each in (model, ref_model):
+            if each is not None:
+                shard(each, self.accelerator)
+        if args.disable_dropout:
+            disable_dropout(model, ref_model)
 
         # Packed model and collator: what turns rows into a loss.
         images = image_reader(base_model(model), self._processor) if has_images else None
@@ -197,7 +208,6 @@ class ContrastiveTrainer(PackedLoop):
             super().__init__(model, args, data_collator, *datasets, processing_class=self._processor, **options)
         if (group := self.packed.group) is not None:  # else tokens on different ranks would have the same noise
             torch.manual_seed(args.seed + group.rank)
-        check_engine(args, self.accelerator)
         if args.finds_budget and train_dataset is not None:
             check_can_choose(self)
         self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga says, before transformers 5.19
@@ -247,7 +257,7 @@ class ContrastiveTrainer(PackedLoop):
             dataset, report = prepare(dataset, processing_class, **options, num_proc=args.dataset_num_proc, name=name)
         self.reports[name] = report
         log_on_main(report.notes)
-        vocab_size = base_model(self.packed.model).get_input_embeddings().weight.shape[0]
+        vocab_size = embedding_rows(self.packed.model)
         if isinstance(dataset, Dataset):
             log_on_main(report.summary())
             check_tokenizer(self._tokenizer, vocab_size, report.max_token_id)
@@ -316,6 +326,7 @@ class ContrastiveTrainer(PackedLoop):
             ref_model,
             new_adapter=new_adapter,
             keep=keep,
+            loading=partial(engine_weights, self.args),
             accelerator=self.accelerator,
             cache_dir=self.args.ref_cache_dir or default_cache_dir(),
             head_memory_mb=self.args.head_memory_mb,

@@ -160,9 +160,10 @@ def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
         base = BaseModel(
             str(Path(name).expanduser()) if Path(name).expanduser().exists() else name, model.model_revision
         )
-        return load_weights(model.adapter_name_or_path, "adapter_name_or_path", model, args, trainable=True, base=base)
+        kwargs = {"trainable": True, "base": base}
+        return load_weights(model.adapter_name_or_path, "adapter_name_or_path", model, args, for_engine=True, **kwargs)
     if not model.from_scratch:
-        return load_weights(name, "model_name_or_path", model, args, trainable=True, **kwargs)
+        return load_weights(name, "model_name_or_path", model, args, for_engine=True, trainable=True, **kwargs)
     trust = args.trust_remote_code
     config = from_pretrained(AutoConfig.from_pretrained, name, "model_name_or_path", trust_remote_code=trust, **kwargs)
     set_seed(args.seed)
@@ -227,18 +228,21 @@ def load_reference(model: ModelArguments, args: ContrastiveConfig) -> nn.Module 
     """Loads the model that ``ref_model_name_or_path`` names, if any."""
     if model.ref_model_name_or_path is None:
         return None
-    return load_weights(model.ref_model_name_or_path, "ref_model_name_or_path", model, args)
+    return load_weights(model.ref_model_name_or_path, "ref_model_name_or_path", model, args, for_engine=True)
 
 
-def load_weights(name: str, option: str, model: ModelArguments, args: ContrastiveConfig, **kwargs: Any) -> nn.Module:
+def load_weights(
+    name: str, option: str, model: ModelArguments, args: ContrastiveConfig, *, for_engine: bool = False, **kwargs: Any
+) -> nn.Module:
     """Loads the model or adapter ``name``, the value of ``option``, with the dtype and quantization of the run.
 
-    ``kwargs`` are those of :func:`.model.pretrained.load_pretrained`.
+    ``kwargs`` are those of :func:`.model.pretrained.load_pretrained`, ``for_engine`` is that of
+    :func:`.model.loading.load_model`.
 
     Raises:
         UserError: it cannot be loaded. The message names the option.
     """
-    from ..model.loading import whole_weights
+    from ..model.loading import engine_weights
 
     kwargs |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
     if model.attn_implementation is not None:
@@ -246,7 +250,7 @@ def load_weights(name: str, option: str, model: ModelArguments, args: Contrastiv
     if model.load_in_4bit or model.load_in_8bit:
         kwargs["quantization_config"] = quantization_config(model, args)
     unknown = user_error(f"model_init_kwargs={args.model_init_kwargs}", (TypeError,) if args.model_init_kwargs else ())
-    with whole_weights(), unknown:
+    with engine_weights(args, is_whole=not for_engine or "quantization_config" in kwargs), unknown:
         return load_named_model(name, option, **kwargs | (args.model_init_kwargs or {}))
 
 

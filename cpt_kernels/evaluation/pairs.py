@@ -26,7 +26,7 @@ from ..data.rows import ExactJson, visible_rows
 from ..data.tokenize import check_tokenizer
 from ..errors import UserError
 from ..model.loading import load_model
-from ..model.packed_model import PackedModel, base_model
+from ..model.packed_model import PackedModel, base_model, embedding_rows
 from ..pairs.build import factorize
 from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.missing import iter_sequences
@@ -195,7 +195,7 @@ class _Scorer:
         args = self.args
         if not isinstance(model, nn.Module):
             model = load_model(model, args) if isinstance(model, str) else model()
-        check_tokenizer(self.tokenizer, base_model(model).get_input_embeddings().weight.shape[0], self.max_token_id)
+        check_tokenizer(self.tokenizer, embedding_rows(model), self.max_token_id)
         if not getattr(base_model(model), "is_quantized", False):  # a quantized model cannot be moved
             model.to(self.accelerator.device)
         packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)

@@ -101,15 +101,17 @@ def perturbed(model: nn.Module) -> Iterator[None]:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Gathers weights that ZeRO-3 has partitioned, for every module just while it runs, as its engine does later.
 
-    All ranks must run the same modules. Weights of FSDP2 are left to its own hooks; they are resharded at the end.
+    All ranks must run the same modules. Weights that an engine has gathered are left to it. Weights of FSDP2 are left
+    to its own hooks; they are resharded at the end.
     """
     handles = []
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_tensor")]
         if own:
+            ours: list[Any] = []
             handles += [
-                module.register_forward_pre_hook(lambda *_, own=own: own[0].all_gather(param_list=own)),
-                module.register_forward_hook(lambda *_, own=own: own[0].partition(param_list=own), always_call=True),
+                module.register_forward_pre_hook(lambda *_, own=own, ours=ours: ours.extend(_gather(own))),
+                module.register_forward_hook(lambda *_, ours=ours: _partition(ours), always_call=True),
             ]
     try:
         yield
@@ -121,6 +123,33 @@ def gathered(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
+def _gather(parameters: Sequence[Any]) -> list[Any]:
+    """Gathers the parameters that ZeRO-3 has partitioned and no engine has gathered; returns these."""
+    missing = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
+    if missing:
+        missing[0].all_gather(param_list=missing)
+    return missing
+
+
+def _partition(gathered: list[Any]) -> None:
+    if gathered:
+        gathered[0].partition(param_list=gathered)
+    gathered.clear()
+
+
+@torch.no_grad()
+def whole_tensor(tensor: Any) -> Tensor:
+    """Returns all values of a tensor. Those of a sharded one are gathered on every rank, and all ranks must call it."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach()
+    ours = _gather([tensor])
+    values = tensor.detach().clone()
+    _partition(ours)
+    return values
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a process holds only a part of a parameter: FSDP2 or ZeRO-3."""
     return hasattr(parameter, "ds_tensor") or hasattr(parameter, "to_local")
@@ -130,7 +159,7 @@ def _held(parameter: Any) -> Tensor:
     """Returns the part of a parameter that this process holds; changes of it in place are changes of the parameter."""
     if hasattr(parameter, "ds_tensor"):
         return parameter.ds_tensor
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
+    return parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter.data
 
 
 def _is_matrix(parameter: Any) -> bool:

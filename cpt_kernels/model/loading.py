@@ -18,6 +18,7 @@ from transformers.integrations import deepspeed
 from ..config import ContrastiveConfig
 from ..errors import UserError, user_error
 from .pretrained import load_pretrained
+from .sharding import prepare_for_adapter, sliced_loading, uses_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,9 @@ def load_models(
         if args.model_init_kwargs and not isinstance(ref_model, str):
             logger.warning("model_init_kwargs has no effect: the model is loaded already")
     if isinstance(model, str):
-        model = load_model(model, args, quantization_config, trainable=True)
+        model = load_model(model, args, quantization_config, trainable=True, for_engine=True)
     if isinstance(ref_model, str):
-        ref_model = load_model(ref_model, args, quantization_config)
+        ref_model = load_model(ref_model, args, quantization_config, for_engine=True)
     return model, ref_model
 
 
@@ -79,12 +80,18 @@ def _init_kwargs(args: ContrastiveConfig) -> dict[str, Any]:
 
 
 def load_model(
-    name: str, args: ContrastiveConfig, quantization_config: Any = None, *, trainable: bool = False
+    name: str,
+    args: ContrastiveConfig,
+    quantization_config: Any = None,
+    *,
+    trainable: bool = False,
+    for_engine: bool = False,
 ) -> nn.Module:
     """Loads a model or an adapter by name or folder with ``args.model_init_kwargs``; the default dtype is fp32.
 
     Args:
         trainable: whether the parameters of an adapter require gradients.
+        for_engine: load what the engine of the run needs of the weights, see :func:`engine_weights`; default all.
 
     Raises:
         UserError: ``quantization_config`` is also in ``model_init_kwargs``, or weights are missing or left over.
@@ -100,16 +107,29 @@ def load_model(
         kwargs["quantization_config"] = quantization_config
     if args.world_size > 1 and kwargs.pop("device_map", None) is not None and args.process_index == 0:
         logger.warning("device_map has no effect on several processes: each holds the whole model or its shard")
-    with whole_weights():
+    with engine_weights(args, is_whole=not for_engine or "quantization_config" in kwargs):
         return load_pretrained(name, trainable=trainable, **kwargs)
+
+
+@contextlib.contextmanager
+def engine_weights(args: ContrastiveConfig, *, is_whole: bool = False) -> Iterator[None]:
+    """Makes ``from_pretrained`` load as the engine of a run needs it; all processes must load together.
+
+    FSDP2: each process reads its slices, see :mod:`.sharding`. ZeRO-3: DeepSpeed partitions the weights while
+    transformers loads them. Else, and with ``is_whole``, each process loads all weights.
+    """
+    if zero_stage(args) == 3 and not is_whole:
+        yield
+        return
+    with whole_weights(), sliced_loading() if uses_fsdp(args) and not is_whole else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
     """Makes ``from_pretrained`` load all weights on every process, also under ZeRO-3 and FSDP.
 
-    By default transformers shards them while loading (ZeRO-3) or loads them on the first process only (FSDP). The
-    reference needs them whole: its fingerprint and its log-probs are computed before the engine shards the model.
+    By default transformers shards them while loading (ZeRO-3) or loads them on the first process only (FSDP).
     """
     zero3, efficient = deepspeed._hf_deepspeed_config_weak_ref, os.environ.get(_FSDP_EFFICIENT)
     deepspeed.unset_hf_deepspeed_config()
@@ -150,6 +170,7 @@ def wrap_in_adapter(model: nn.Module, peft_config: Any, args: ContrastiveConfig)
         )
     # ZeRO-3 gathers parameters into buffers of one dtype, so an fp32 adapter beside bf16 weights would fail.
     cast = zero_stage(args) != 3 or is_quantised(model)
+    prepare_for_adapter(model, peft_config)
     # Such as target modules that the model does not have. PEFT refuses some kinds of layers by TypeError and others.
     with user_error("peft_config", (Exception,)), warnings.catch_warnings():
         # PEFT 0.21 reads a name that transformers 5.24 deprecates, which is nothing that the user could change.

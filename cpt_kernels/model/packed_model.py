@@ -470,6 +470,12 @@ def _weigh(tokens: VocabScore, batch: PackedBatch, loss: Loss | None, tokens_per
     return Scores(tokens, completion_logps, losses.sum(), losses.detach(), pair_logps=pair_logps)
 
 
+def embedding_rows(model: nn.Module) -> int:
+    """Returns the tokens that a model has embeddings of, also if ZeRO-3 has partitioned them."""
+    weight = base_model(model).get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
     """Returns the pairs of a batch, with reference log-probs summed by completion."""
     ref = batch["ref_token_logps"]

@@ -29,6 +29,8 @@ from transformers.utils import find_adapter_config_file
 
 from ..errors import UserError, user_error
 from ..files import write_text
+from .conditions import whole_tensor
+from .sharding import make_whole, prepare_for_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 _ADAPTERS = "adapters.json"  # beside saved adapters: their names, the active ones, and a sample of the base weights
@@ -260,6 +262,7 @@ def _load_adapters(
     for adapter, config in configs.items():
         config.base_model_name_or_path, config.revision = base_name, revision
         config.inference_mode = not (trainable and adapter in adapters.active)
+        prepare_for_adapter(base, config)
         with user_error(name):
             if model is None:
                 model = get_peft_model(base, config, adapter_name=adapter)
@@ -310,6 +313,7 @@ def _resize_vocabulary(base: PreTrainedModel, adapters: Collection[Mapping[str, 
             f" does not hold the {lacking[0]} of the added tokens: save the resized base model, and set it as"
             f" base_model_name_or_path in {ADAPTER_CONFIG}"
         )
+    make_whole(base, "its vocabulary grows by that of the adapter")
     base.resize_token_embeddings(max(resized), mean_resizing=False)
 
 
@@ -387,7 +391,7 @@ def reload_weights(model: nn.Module, folder: str | Path) -> None:
 def sample_base(model: Any) -> dict[str, list[float]]:
     """Returns a few values of every weight of a PEFT model that PEFT does not save, by name.
 
-    They tell the base model of an adapter from another one of the same shapes. Call it before the model is sharded.
+    They tell the base model of an adapter from another one of the same shapes. Call it before FSDP2 wraps the model.
     """
     from peft import get_peft_model_state_dict
 
@@ -398,8 +402,9 @@ def sample_base(model: Any) -> dict[str, list[float]]:
     }
     samples = {}
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.numel() and not weight.is_meta and _storage(weight) not in saved:
-            flat = weight.detach().reshape(-1)
+        size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty weight
+        if weight.is_floating_point() and size and not weight.is_meta and _storage(weight) not in saved:
+            flat = whole_tensor(weight).reshape(-1)
             values = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].double().tolist()
             samples[f"{name} {str(weight.dtype).removeprefix('torch.')}"] = values
     return samples
@@ -452,7 +457,7 @@ def unsaved_parameters(model: Any) -> list[str]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr()
 
 
 def _listed(names: Sequence[str]) -> str:

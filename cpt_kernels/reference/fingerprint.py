@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..model.conditions import is_sharded, whole_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,10 +60,11 @@ def fingerprint(
 ) -> str:
     """Returns 32 hex digits that identify a reference model.
 
-    Call it before the model is sharded, and before a checkpoint of the run is loaded into it.
+    Call it before a checkpoint of the run is loaded into the model. A model that FSDP2 or ZeRO-3 has sharded has the
+    fingerprint that it has whole; all ranks must call it then, and each digests its share.
 
     Args:
-        model: a transformers model or a PEFT model around one, also compiled or under DDP, on any device.
+        model: a transformers model or a PEFT model around one, also compiled, sharded or under DDP, on any device.
         compute_dtype: dtype of the forward; under autocast it differs from the dtype of the weights.
         attention: family of the attention operator, such as "sdpa". Each family rounds differently.
         op_version: version of the operators between hidden states and log-probs.
@@ -112,8 +114,8 @@ def describe_reference(
         "model": base.config._name_or_path,
         "model_type": base.config.model_type,
         "adapters": active,
-        "parameters": sum(tensor.numel() for tensor in {id(t): t for t in tensors.values()}.values()),
-        "weights_dtype": sorted({_dtype_name(tensor.dtype) for tensor in tensors.values()}),
+        "parameters": sum(getattr(t, "ds_numel", t.numel()) for t in {id(t): t for t in tensors.values()}.values()),
+        "weights_dtype": sorted({_dtype_name(_loaded_dtype(tensor)) for tensor in tensors.values()}),
         "compute_dtype": _dtype_name(compute_dtype),
         "attention": attention,
         "op_version": OP_VERSION,
@@ -179,13 +181,12 @@ def _named_tensors(base: nn.Module, configs: Mapping[str, Any], active: Sequence
 def _check_whole(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise UserError(f"{name} is a {type(tensor).__name__}, not a tensor, and cannot be fingerprinted")
-    sharded = hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") or "_flat_param" in name
-    if sharded or tensor.is_meta:
+    if "_flat_param" in name or tensor.is_meta:
         raise UserError(
-            f"{name} is not whole on this process (sharded, offloaded or not loaded): take a reference's fingerprint"
-            " before the model is sharded"
+            f"{name} is not on this process (offloaded, not loaded, or in a shard of FSDP1): take a reference's"
+            " fingerprint of a model that is loaded"
         )
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
         raise UserError(f"{name} is a {type(tensor).__name__}, which cannot be fingerprinted")
 
 
@@ -196,7 +197,7 @@ def _tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, list]:
     """
     unique = {id(tensor): tensor for tensor in tensors.values()}
     tasks: list[tuple[Tensor, range]] = []
-    for tensor in unique.values():
+    for tensor in (tensor for tensor in unique.values() if not is_sharded(tensor)):
         chunks = range(0, tensor.numel(), _CHUNK)
         # Reading one chunk of a non-contiguous tensor copies the whole tensor, so all its chunks are one task.
         tasks += [(tensor, range(i, i + 1)) for i in chunks] if tensor.is_contiguous() else [(tensor, chunks)]
@@ -205,10 +206,44 @@ def _tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, list]:
     with ThreadPoolExecutor(cores) as pool:  # hashlib releases the GIL
         for (tensor, _), digest in zip(tasks, pool.map(_chunk_digests, tasks)):
             digests[id(tensor)].update(digest)
+        sharded = [tensor for tensor in unique.values() if is_sharded(tensor)]
+        for tensor, digest in zip(sharded, _digest_together(sharded, pool)):
+            digests[id(tensor)].update(digest)
     return {
-        name: [_dtype_name(tensor.dtype), list(tensor.shape), digests[id(tensor)].hexdigest()]
+        name: [
+            _dtype_name(_loaded_dtype(tensor)),
+            list(getattr(tensor, "ds_shape", tensor.shape)),
+            digests[id(tensor)].hexdigest(),
+        ]
         for name, tensor in tensors.items()
     }
+
+
+def _digest_together(tensors: Sequence[Tensor], pool: ThreadPoolExecutor) -> list[bytes]:
+    """Returns the digests of the chunks of sharded tensors. Tensors are gathered in turn; ranks share the chunks."""
+    if not tensors:
+        return []
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own: list[list[bytes]] = []
+    counts = []
+    for i, tensor in enumerate(tensors):
+        whole = whole_tensor(tensor).reshape(-1)
+        starts = range(0, whole.numel(), _CHUNK)
+        mine = starts[(rank - i) % world :: world]
+        chunks = (whole[start : start + _CHUNK].to(_loaded_dtype(tensor)) for start in mine)
+        own.append([*pool.map(_chunk_digests, [(chunk, range(1)) for chunk in chunks])])
+        counts.append(len(starts))
+    ranks: list[Any] = [None] * world
+    torch.distributed.all_gather_object(ranks, own)
+    return [
+        b"".join(ranks[(i + chunk) % world][i][chunk // world] for chunk in range(count))
+        for i, count in enumerate(counts)
+    ]
+
+
+def _loaded_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype that a tensor was loaded in: FSDP2 trains in fp32 for mixed precision, an exact cast."""
+    return getattr(tensor, "loaded_dtype", tensor.dtype)
 
 
 def _chunk_digests(task: tuple[Tensor, range]) -> bytes:

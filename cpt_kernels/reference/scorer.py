@@ -7,10 +7,10 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,11 @@ from tqdm.auto import tqdm
 from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens
 from ..data.images import ImageId
 from ..errors import UserError
+from ..model.conditions import gathered, is_sharded
 from ..model.loading import whole_weights, zero_stage
 from ..model.packed_model import PackedModel, base_model, why_not_finite
 from ..model.pretrained import load_whole
+from ..model.sharding import shard
 from ..ops.gather import segment_sum
 from .cache import ReferenceCache
 from .fingerprint import describe_reference, fingerprint, trained_below_adapters
@@ -40,6 +42,15 @@ _DEFAULT_TOKENS_PER_BATCH = 16384
 # Largest difference that packing explains between log-probs of equal weights: nats per token, mean over a batch.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_ROUNDING = 0.1
+
+
+class _Origin(NamedTuple):
+    """Where a reference can be loaded from again."""
+
+    name: str  # folder or hub name; empty if it was built in memory
+    revision: str | None
+    cls: type
+    dtype: torch.dtype
 
 
 def scoring_budget(max_tokens: int | None, device: torch.device) -> int:
@@ -58,10 +69,12 @@ class Reference:
         ref_model: a separate reference model.
         new_adapter: the policy is a PEFT model whose adapter was made for this run, and which is the model that the
             user gave when its adapter is off.
-        keep: the reference must be able to score during training (for streams); copies the policy if necessary.
+        keep: the reference must be able to score during training (for streams); copies the policy if necessary, or
+            loads it again if it is sharded.
         cache_dir: folder of the cache.
         head_memory_mb: see :class:`PackedModel`.
         progress: show a progress bar while datasets are scored.
+        loading: makes the context in which a reference is loaded again; the engine's, if it shards.
 
     Attributes:
         cache: the log-probs on disk.
@@ -88,8 +101,10 @@ class Reference:
         cache_dir: str,
         head_memory_mb: float | None = None,
         progress: bool = True,
+        loading: Callable[[], contextlib.AbstractContextManager] = whole_weights,
     ) -> None:
         self.accelerator, self.policy, self.progress, self._keep = accelerator, policy, progress, keep
+        self._loading = loading
         self.found = self.scored = 0
         self.seconds = 0.0
 
@@ -98,17 +113,18 @@ class Reference:
         is_start = ref_model is None and not new_adapter  # the reference is the policy's start weights
         # The start weights must survive training if data comes later: an adapter's values always, as they are small; a
         # whole model only if `keep` asks for it.
-        is_sharded = accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator.state) == 3
+        self._is_sharded = accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator.state) == 3
         is_policy = ref_model is None and not (is_start and keep)
         trained = _trained_values(policy.model, self.adapters_off) if is_policy else {}
-        if trained and is_sharded and self.adapters_off and keep:
+        if trained and self._is_sharded and self.adapters_off and keep:
             raise UserError(
                 "the adapter also trains the model's own biases, which a sharded model cannot set back to score a"
                 " stream: set bias='none' in the LoraConfig, or precompute_ref_log_probs=true"
             )
-        self._start = {} if is_sharded else trained
+        self._start = {} if self._is_sharded else trained
         self._start_is_checked = ref_model is not None  # a separate model may differ from the policy at the start
-        if is_start and keep:
+        is_copied = is_start and keep
+        if is_copied and not self._is_sharded:
             ref_model = copy.deepcopy(policy.model)
         self.owned = ref_model is not None
         self.live = self.owned or bool(self._start) or (self.adapters_off and not trained)
@@ -121,6 +137,8 @@ class Reference:
 
         self._identify(cache_dir)
         self.start_cache = self.cache
+        if is_copied and self._is_sharded:
+            self.packed, self.owned, self.live = self._load_again(), True, True
 
     def _identify(self, cache_dir: str | Path) -> None:
         """Finds the identity of the model that scores, and opens its part of the cache."""
@@ -134,6 +152,10 @@ class Reference:
             "adapters": not self.adapters_off,
         }
         self._digest = fingerprint(model, **self._identity)
+        base = base_model(model)
+        dtype = getattr(next(base.parameters()), "loaded_dtype", base.dtype)
+        self._origin = _Origin(base.config._name_or_path, getattr(base.config, "_commit_hash", None), type(base), dtype)
+        self._is_plain = base is model
         self._probe = self._measure(self.packed)
         folder = self._find_folder(Path(cache_dir).expanduser())
         description = describe_reference(model, **self._identity)
@@ -149,7 +171,8 @@ class Reference:
     def _measure(self, packed: PackedModel) -> ReferenceProbe:
         model: Any = packed.model
         adapters = model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
-        with _on_device(model, self.accelerator.device), adapters, self.accelerator.autocast():
+        place = _on_device(model, self.accelerator.device)
+        with place, gathered(model), adapters, self.accelerator.autocast():
             return measure(packed, self.compute_dtype)
 
     def _find_folder(self, directory: Path) -> ProvenFolder:
@@ -162,8 +185,7 @@ class Reference:
         for rank, (digest, probe) in enumerate(ranks):
             if digest != ranks[0][0] or not probe.agrees(ranks[0][1]):
                 raise UserError(
-                    f"rank {rank} holds another reference than rank 0: load the same weights on every process; with"
-                    " FSDP, pass the model by name or set fsdp_cpu_ram_efficient_loading to false"
+                    f"rank {rank} holds another reference than rank 0: load the same weights on every process"
                 )
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
@@ -195,13 +217,14 @@ class Reference:
     def training(self) -> Iterator[None]:
         """Context of a training run, in which the policy's weights change.
 
-        A reference without a model of its own is reduced to the cache; a separate model waits on the CPU until it is
-        needed. At the end, completions that were scored for a stream are written to disk, even after an error. After a
-        run without error, the number of completions that were found and scored is logged.
+        A reference without a model of its own is reduced to the cache. A separate model waits on the CPU until it is
+        needed; if it is sharded and all data are scored, it is freed. At the end, completions that were scored for a
+        stream are written to disk, even after an error. After a run without error, the number of completions that were
+        found and scored is logged.
         """
-        if not self.live:
+        if not self.live or (self.owned and self._is_sharded and not self._keep):
             self.packed = None
-        elif self.owned and self.packed is not None:
+        elif self.owned and self.packed is not None and not self._is_sharded:
             self.packed.model.to("cpu")
         self.found = self.scored = 0
         self.seconds, bytes_before = 0.0, self.cache.bytes_written
@@ -235,7 +258,10 @@ class Reference:
         if batch["num_pairs"]:
             self.found += len(batch["completion_lengths"]) - len(missing)
         is_missing = bool(missing)
-        if group is not None and self._keep:
+        if self._keep and self._is_sharded:
+            # All ranks run a sharded model together, also those that lack nothing.
+            is_missing = any(gather_object([is_missing]))
+        elif self._keep and group is not None:
             # Ranks of a sequence group score together, also if one of them has just read from disk what others miss.
             is_missing = group.sum(torch.tensor(float(is_missing), device=batch["input_ids"].device)).item() > 0
         if not is_missing:
@@ -380,13 +406,13 @@ class Reference:
 
     def _load_again(self) -> PackedModel:
         """Loads the start weights from where the policy was loaded: training has changed the policy's own."""
-        base = base_model(self.policy.model)
-        name, revision = base.config._name_or_path, getattr(base.config, "_commit_hash", None)
+        name, revision, cls, dtype = self._origin
         try:
-            if not name or base is not self.policy.model:
+            if not name or not self._is_plain:
                 raise OSError("it was not loaded by name or folder")
-            with whole_weights():
-                model = load_whole(type(base), name, dtype=base.dtype, revision=revision or "main")
+            with self._loading():
+                model = load_whole(cls, name, dtype=dtype, revision=revision or "main")
+            shard(model, self.accelerator)
             if fingerprint(model, **self._identity) != self._digest:
                 raise OSError(f"{name} holds other weights than training started from")
             model.requires_grad_(False).eval()
@@ -424,14 +450,14 @@ class Reference:
         """
         packed = self._model()
         model: Any = packed.model
-        if self.owned:
+        if self.owned and not self._is_sharded:
             model.to(self.accelerator.device)
         # Without dropout. A policy gets its mode back afterwards.
         training = model.training
         model.eval()
         try:
             adapters = model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
-            with adapters, self._at_start(), self.accelerator.autocast():
+            with adapters, self._at_start(), gathered(model), self.accelerator.autocast():
                 logps = packed(batch).tokens.logps
         finally:
             model.train(training)
@@ -445,7 +471,8 @@ class Reference:
 @contextlib.contextmanager
 def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Moves a model to the accelerator's device for a while: DeepSpeed and FSDP leave it on the CPU at first."""
-    moves = next(model.parameters()).device.type == "cpu" != device.type
+    first = next(model.parameters())
+    moves = first.device.type == "cpu" != device.type and not is_sharded(first)
     if moves:
         model.to(device)
     try:

@@ -32,6 +32,7 @@ from ..errors import UserError
 from ..model.frozen import rounded_weights
 from ..model.layers import offloaded_activations
 from ..model.packed_model import Scores
+from ..model.sharding import enable_on_cpu
 from .metrics import Metrics, PlaceMetrics
 from .recomputation import chosen_checkpointing
 from .run_folder import held
@@ -109,6 +110,13 @@ class PackedLoop(CheckpointLoop):
             self.place_metrics = PlaceMetrics(self.accelerator, self.curriculum)
 
     # --- Steps ---
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator once: ContrastiveTrainer needs it before transformers' constructor does."""
+        if "accelerator" not in vars(self):
+            super().create_accelerator_and_postprocess()
+            enable_on_cpu(self.accelerator, self.args)
+            self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as transformers' ``train`` does, with the reference model moved off the GPU where it is not needed.

@@ -244,7 +244,7 @@ def test_what_cannot_be_fingerprinted_is_named(model):
         digest(nn.Linear(2, 2))
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
-    with pytest.raises(ValueError, match=r"embed_tokens.weight is not whole"):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is not on this process"):
         digest(empty)
     model.config.odd = object()
     with pytest.raises(ValueError, match="object"):

@@ -1,0 +1,240 @@
+"""Loads models in slices and wraps them for FSDP2, so that a process holds its slices and one wrapped layer at most.
+
+Each process reads its slices of the files only. Until FSDP2 wraps the model, the slices are DTensors without hooks, so
+that PEFT can add an adapter before. Rank 0 could also read all weights and broadcast them, as accelerate's
+``cpu_ram_efficient_loading`` does; bench/NOTES.md compares both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from ..config import ContrastiveConfig
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3  # glibc's number of the option
+_MAPPED_BYTES = 1 << 18  # larger blocks are mapped, and so returned to the system when they are freed
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal")  # of LoRA, which read no weight of the model
+# Options of LoRA that read or copy weights of the model.
+_OF_WEIGHTS = ("use_dora", "target_parameters", "layer_replication", "trainable_token_indices", "modules_to_save")
+
+
+def uses_fsdp(args: ContrastiveConfig) -> bool:
+    """Whether a run of several processes asks for FSDP, by ``fsdp`` or by accelerate's environment."""
+    asked = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return asked and args.world_size > 1
+
+
+def enable_on_cpu(accelerator: Accelerator, args: ContrastiveConfig) -> None:
+    """Makes accelerate shard on CPUs as on GPUs, where it would replace FSDP by DDP without a word."""
+    state = accelerator.state
+    if accelerator.device.type == "cpu" and args.world_size > 1:
+        # glibc would keep the memory of a gathered layer that was freed, up to the size of the whole model.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    if uses_fsdp(args) and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+        if accelerator.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+# --- Loading ---
+
+
+@contextlib.contextmanager
+def sliced_loading() -> Iterator[None]:
+    """Makes ``from_pretrained`` read this process's slices of parameters only, which become DTensors.
+
+    Quantized models are loaded whole. All processes must load together.
+
+    Raises:
+        UserError: some process cannot load its slices; all processes raise it.
+    """
+    original = PreTrainedModel._load_pretrained_model
+
+    def load(model: Any, state_dict: Any, files: Any, load_config: Any) -> Any:
+        if load_config.hf_quantizer is None:
+            _slice_parameters(model, load_config.weight_mapping or [])
+        return original(model, state_dict, files, load_config)
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load)
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:  # a shape may differ in the slices of some processes only
+        failure = error
+    finally:
+        PreTrainedModel._load_pretrained_model = staticmethod(original)
+    texts = [text for text in gather_object([None if failure is None else str(failure)]) if text is not None]
+    if texts:
+        raise UserError(texts[0]) from failure
+
+
+def _slice_parameters(model: nn.Module, mapping: Sequence[Any]) -> None:
+    """Replaces the parameters of a model on the meta device by DTensors, which transformers then loads by slices."""
+    world = torch.distributed.get_world_size()
+    mesh = init_device_mesh(PartialState().device.type, (world,))
+    sliced: dict[int, nn.Parameter] = {}
+    for module, name, path in _parameters_of(model):
+        parameter = module._parameters[name]
+        assert parameter is not None
+        chunks = parameter.detach().chunk(world) if parameter.dim() else ()
+        if not chunks or _is_converted_whole(path, mapping, has_rows=len(chunks) == world):
+            continue
+        if id(parameter) not in sliced:
+            rank = mesh.get_local_rank()
+            local = chunks[rank] if rank < len(chunks) else parameter.detach()[:0]
+            sliced[id(parameter)] = _dtensor(local, mesh, (Shard(0),), parameter)
+        module._parameters[name] = sliced[id(parameter)]
+
+
+def _is_converted_whole(path: str, mapping: Sequence[Any], *, has_rows: bool) -> bool:
+    """Whether the files hold a parameter in a form that a process cannot read its slice from.
+
+    Single experts can be stacked, and joined along other dimensions than the first, if every process has some. Other
+    conversions, such as the split of joined projections, need whole tensors.
+
+    Args:
+        has_rows: whether every process has rows of the parameter.
+    """
+    words = set(re.split(r"\W+", path))
+    for converter in mapping:
+        if not isinstance(converter, WeightConverter):
+            continue
+        if has_rows and all(map(_keeps_slices, converter.operations)):
+            continue
+        for target in converter.target_patterns:
+            named = {word for word in re.split(r"\W+", target) if word and not word.isdigit()}
+            if named <= words:
+                return True
+    return False
+
+
+def _keeps_slices(operation: Any) -> bool:
+    if type(operation) is MergeModulelist:
+        return operation.dim == 0
+    return type(operation) is Concatenate and operation.dim > 0
+
+
+def _parameters_of(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Returns (module, name in the module, name in the model) of all parameters; a tied one has several places."""
+    return [
+        (module, name, f"{prefix}.{name}".lstrip("."))
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _dtensor(local: Tensor, mesh: Any, placements: Sequence[Any], like: Tensor) -> nn.Parameter:
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return nn.Parameter(whole, requires_grad=like.requires_grad)
+
+
+# --- Adapters and wrapping ---
+
+
+def make_whole(model: nn.Module, reason: str) -> None:
+    """Gives every process all weights of a sliced model until FSDP2 wraps it."""
+    whole: dict[int, nn.Parameter] = {}
+    for module, name, _ in _parameters_of(model):
+        parameter = module._parameters[name]
+        if isinstance(parameter, DTensor):
+            if id(parameter) not in whole:
+                values = parameter.detach().full_tensor()
+                whole[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            module._parameters[name] = whole[id(parameter)]
+    if whole and PartialState().is_main_process:
+        logger.warning("every process holds all weights until they are sharded, because %s", reason)
+
+
+def prepare_for_adapter(model: nn.Module, config: Any) -> None:
+    """Makes a sliced model whole for an adapter that is made of its weights, or that copies some."""
+    is_plain = (
+        type(config).__name__ == "LoraConfig"
+        and config.init_lora_weights in _PLAIN_INITS
+        and not any(getattr(config, name, None) for name in _OF_WEIGHTS)
+    )
+    if not is_plain:
+        make_whole(model, f"this {config.peft_type.value} adapter starts from values of the model's weights")
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Wraps a model for FSDP2 as accelerate does; without FSDP it does nothing. All processes must call it.
+
+    A sliced model keeps its slices: FSDP2 wraps it on the meta device, and then takes them over. ``loaded_dtype`` of a
+    parameter is its dtype before accelerate casts trained weights to fp32 for mixed precision.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    # Parameters on the meta device take the places of the slices.
+    places = _parameters_of(model)
+    dtypes = [module._parameters[name].dtype for module, name, _ in places]
+    slices: dict[tuple[nn.Module, str], DTensor] = {}
+    empty: dict[int, nn.Parameter] = {}
+    for module, name, _ in places:
+        parameter = module._parameters[name]
+        if isinstance(parameter, DTensor):
+            slices[module, name] = parameter
+            if id(parameter) not in empty:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                empty[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            module._parameters[name] = empty[id(parameter)]
+    # FSDP2 wraps the layers.
+    plugin = accelerator.state.fsdp_plugin
+    is_efficient = plugin.cpu_ram_efficient_loading
+    if slices:
+        plugin.cpu_ram_efficient_loading = False  # it would broadcast rank 0's weights
+    try:
+        fsdp2_prepare_model(accelerator, model)
+    finally:
+        plugin.cpu_ram_efficient_loading = is_efficient
+    # The slices take their places again.
+    _take_over(slices, keeps_on_cpu=plugin.cpu_offload is not None and "CPU" in type(plugin.cpu_offload).__name__)
+    for (module, name, _), dtype in zip(places, dtypes):
+        module._parameters[name].loaded_dtype = dtype
+
+
+def _take_over(slices: dict[tuple[nn.Module, str], DTensor], keeps_on_cpu: bool) -> None:
+    """Gives a wrapped model its slices, in memory of their own; until now they may be pages of a mapped file."""
+    taken: dict[int, nn.Parameter] = {}
+    for place in [*slices]:
+        (module, name), part = place, slices.pop(place)  # memory for one copy of a slice is enough
+        wrapped: Any = module._parameters[name]
+        if id(part) not in taken:
+            if not isinstance(wrapped, DTensor):  # FSDP2 was told to ignore its module
+                values = part.detach().full_tensor().to(wrapped.dtype)
+                taken[id(part)] = nn.Parameter(values, requires_grad=wrapped.requires_grad)
+            else:
+                same = tuple(wrapped.placements) == tuple(part.placements)
+                local = part.detach() if same else _redistributed(part.detach(), wrapped)
+                local = local.to_local().to("cpu" if keeps_on_cpu else part.device, wrapped.dtype, copy=True)
+                assert local.shape == wrapped._local_tensor.shape, f"FSDP2 slices {name} in another way"
+                taken[id(part)] = _dtensor(local, wrapped.device_mesh, wrapped.placements, wrapped)
+        module._parameters[name] = taken[id(part)]
+
+
+def _redistributed(part: DTensor, like: DTensor) -> DTensor:
+    """Returns the slice that a mesh of several dimensions gives this process (replicas of shards)."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(part.full_tensor(), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,85 @@
+"""The trainer under FSDP2 and ZeRO-3 loads slices, scores through the engine, and takes the steps of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.architectures import tiny_model
+from tests.helpers.engine_run import run_all
+from tests.helpers.ranks import torchrun
+from tests.helpers.toy import word_tokenizer
+
+# What a run is told beside the engine; `model` and `ref_model` are names of tiny models.
+QUICK = {
+    "whole": {"model": "llama", "ref_model": "other"},
+    "adapter": {"model": "llama-tied", "lora": {"r": 2}},
+}
+SLOW = {
+    "tied": {"model": "llama-tied"},
+    "bias": {"model": "phi"},
+    "experts": {"model": "mixtral", "router_aux_loss_coef": 0.0},  # else the loss depends on the micro-batches
+    "joined": {"model": "phi3"},
+    "norms": {"model": "gemma2"},
+    "saved": {"model": "llama", "lora": {"r": 2, "modules_to_save": ["lm_head"]}},
+    "dora": {"model": "llama", "lora": {"r": 2, "use_dora": True}},
+    "pissa": {"model": "llama", "lora": {"r": 2, "init_lora_weights": "pissa"}},
+    "stream": {"model": "llama", "stream": True},
+    "adapter stream": {"model": "llama", "stream": True, "lora": {"r": 2}},
+    "checkpointing": {"model": "llama", "gradient_checkpointing": True},
+}
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+OF_ENGINE = {"fsdp2": {"ACCELERATE_USE_CPU": "true"}, "zero3": {"DS_ACCELERATOR": "cpu"}}
+
+
+def runs_of(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> list:
+    runs = []
+    for name, options in cases.items():
+        models = {key: str(folder / value) for key, value in options.items() if key in ("model", "ref_model")}
+        common = {"max_steps": 10, "learning_rate": 1e-3, "train_sampling_strategy": "sequential"}
+        runs.append(
+            [f"{name} {engine}", engine, {**common, "per_device_train_batch_size": 6 // ranks, **options, **models}]
+        )
+    return runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    for name in ("llama", "llama-tied", "phi", "mixtral", "phi3", "gemma2"):
+        tiny_model(name).save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    tiny_model("llama", seed=1).save_pretrained(folder / "other")
+    return folder
+
+
+def compare(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> None:
+    if engine == "zero3" and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed: make test-zero")
+    run_all(folder, runs_of(folder, "alone", cases, 1))
+    torchrun(
+        "engine_run",
+        ranks,
+        str(folder),
+        json.dumps(runs_of(folder, engine, cases, ranks)),
+        environment=OF_ENGINE[engine],
+    )
+    for name in cases:
+        one, many = (json.loads((folder / f"{name} {each}.json").read_text()) for each in ("alone", engine))
+        assert many["fingerprint"] == one["fingerprint"], name
+        assert len(many["losses"]) == 10 and many["losses"] == pytest.approx(one["losses"], abs=1e-4), name
+        assert many["ref_model"] is None and many["sharded"] > 0, name
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_two_ranks_take_the_steps_and_find_the_reference_of_one(folder, engine):
+    compare(folder, engine, QUICK, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_models_and_adapters_of_all_kinds_are_sharded(folder, engine):
+    compare(folder, engine, SLOW, 3)
