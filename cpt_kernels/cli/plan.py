@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import write_text
 from . import launch
 from .option_table import option_table
-from .parsing import Parser, parse, read_file
+from .parsing import Parser, make_options, read_file, read_options
 
 
 def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
@@ -41,7 +41,10 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
     if flags:
         raise UserError(f"{min(flags)}: a plan is of one process; leave the options of the launcher out")
     with tempfile.TemporaryDirectory(prefix="cpt-plan-") as folder:  # a trainer creates its output folder
-        options = parse([*rest, "--output_dir", folder], prog)
+        given = read_options([*rest, "--output_dir", folder], prog)
+        if given.get("sp_size", 1) != 1:
+            raise UserError("sp_size: a plan is of one process; leave it out, and divide activations and work by it")
+        options = make_options(given)
         from .planned import show_plan  # imports torch and transformers
 
         plan = show_plan(options, picture)

@@ -63,6 +63,6 @@ def compare_rows(
         batch = collator.pack(sequences, [], [], [], images)
         shared = [] if packed.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
         parts = [(*split_key(prompt)[1], *completion) for prompt, completion in sequences]
-        with routing.follow(parts, shared, len(batch["input_ids"])):
+        with routing.follow(parts, shared, len(batch["input_ids"]), packed.own_tokens(batch)):
             found = packed(send_to_device(batch, device)).tokens.logps
     return truth.difference(found), truth.bound

@@ -292,8 +292,8 @@ class PackedModel:
         shared = [] if self.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
         try:
             with recorded_windows() as windows, torch.set_grad_enabled(bool(parameters)):
-                cut = slice(None) if self.group is None else self.group.own(batch["input_ids"].shape[1])
-                with routing.follow([p + c for p, c in probe.tokens], shared, len(batch["input_ids"]), cut):
+                rows, cut = len(batch["input_ids"]), self.own_tokens(batch)
+                with routing.follow([p + c for p, c in probe.tokens], shared, rows, cut):
                     logps = self(batch).tokens.logps
                 gradients = projected_gradients(logps, probe, parameters) if parameters else []
                 if self.group is not None:
@@ -315,6 +315,10 @@ class PackedModel:
         base = base_model(self.model)
         text = Probe.of(base, marked_tokens(self.model))
         return [text] if self.images is None else [text, image_probe(base, self.images)]
+
+    def own_tokens(self, batch: PackedBatch) -> slice:
+        """Returns which tokens of the packed row this process runs: all without a group."""
+        return slice(None) if self.group is None else self.group.own(batch["input_ids"].shape[1])
 
     def probe_batch(self, probe: Probe) -> PackedBatch:
         """Returns the tokens of a proof as a batch on the model's device, packed or padded as in training."""

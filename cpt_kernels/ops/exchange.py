@@ -38,11 +38,11 @@ class SequenceGroup:
         return len(range(self.rank if rank is None else rank, tokens, self.size))
 
     def take(self, rows: Tensor, dim: int = 0) -> Tensor:
-        """Returns this rank's part of a tensor of the whole row, a view.
+        """Returns a copy of this rank's part of a tensor of the whole row.
 
         A rank without tokens takes the first one, so that no module runs on an empty tensor. Its results are not used.
         """
-        return rows[(slice(None),) * dim + (self.own(rows.shape[dim]),)]
+        return rows[(slice(None),) * dim + (self.own(rows.shape[dim]),)].contiguous()
 
     def own(self, tokens: int) -> slice:
         """Returns which tokens of a row of ``tokens`` this rank takes, see :meth:`take`."""

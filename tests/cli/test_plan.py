@@ -156,6 +156,7 @@ def test_the_reference_pass_scores_every_different_completion_once(home, tmp_pat
         (["{home}/start"], "dataset_name is missing"),
         (["a", "b", "c"], "unexpected argument 'c'"),
         (["{home}/start", "{home}/train.jsonl", "--num_processes", "2"], "num_processes: a plan is of one process"),
+        (["{home}/start", "{home}/train.jsonl", "--sp_size", "2"], "sp_size: a plan is of one process"),
         (["{home}/start", "{home}/train.jsonl", "--dataset_streaming", "--max_steps", "3"], "rows of a stream"),
         (["{home}/start", "{home}/train.jsonl", "--picture", "plan.txt"], "must end in .png or .svg"),
         (["{home}/start", "{home}/train.jsonl", "--use_peft", "--load_in_4bit"], "leave out load_in_4bit"),

@@ -145,6 +145,8 @@ def refusals(size: int) -> dict[str, str]:
         with pytest.raises(ValueError) as error:
             PackedModel(model, packing="false" if name == "llama" else "auto", group=group)
         found[name] = str(error.value)
+    with pytest.raises(ValueError, match="sp_size=3 cuts rows of text: leave it out for rows with images"):
+        PackedModel(tiny_model("llama"), images=object(), group=group)
     return found
 
 
