@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import __main__ as command_line
 from bench import attention, attentions, head, heads, readme, step, timing
 from bench.lengths import checked, draw_groups, preference_rows
 from bench.shapes import SHAPES, Shape
@@ -23,26 +23,25 @@ from cpt_kernels.planning.work import packed, padded
 from tests.helpers import ROOT
 
 
-def bench(*arguments: str) -> tuple[str, dict]:
-    """Runs ``python -m bench ...``. Returns the printed text and the JSON of the last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads would slow down other tests
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *text, last = done.stdout.rstrip().splitlines()
-    result = json.loads(last)
-    assert {"machine", "versions", "commit"} <= set(result)
-    return "\n".join(text), result
+@pytest.fixture
+def bench(capsys, monkeypatch):
+    """Runs ``python -m bench ...`` in this process. Gives the printed text and the JSON of the last line."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that it starts: more would slow down other tests
+
+    def run(*arguments: object) -> tuple[str, dict]:
+        assert command_line.main(list(map(str, arguments))) == 0
+        *text, last = capsys.readouterr().out.rstrip().splitlines()
+        result = json.loads(last)
+        assert {"machine", "versions", "commit"} <= set(result)
+        return "\n".join(text), result
+
+    return run
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="the peer is not installed: pip install trl==1.16.0"
 )
-def test_step(tmp_path) -> None:
+def test_step(bench, tmp_path) -> None:
     out = tmp_path / "result.json"
     text, result = bench("step", "--quick", "--peers", "trl,ours-padded", "--json", out)
     for word in ("ours", "trl", "s/step", "quartiles", "peak MiB", "predicted"):
@@ -55,7 +54,7 @@ def test_step(tmp_path) -> None:
     assert plotted(out, tmp_path) == ["step.png", "step.svg"]
 
 
-def test_head(tmp_path) -> None:
+def test_head(bench, tmp_path) -> None:
     out = tmp_path / "result.json"
     text, result = bench("head", "--quick", "--modes", "trained,score", "--peers", "eager,liger-ce", "--json", out)
     for word in ("x best peer", "of floor", "GFLOP/s", "liger-ce: not run, cuda only", "one matrix of logits: 8 MiB"):
@@ -102,7 +101,7 @@ def test_a_wrong_head_is_found() -> None:
         assert "dW is" in heads.disagreement(wrong, expected[contestant.kind], half=False)
 
 
-def test_attention(tmp_path) -> None:
+def test_attention(bench, tmp_path) -> None:
     out = tmp_path / "result.json"
     text, result = bench("attention", "--quick", "--backends", "sdpa", "--peers", "separate", "--json", out)
     for word in ("x ours", "of floor", "14 Hq D A", "1 prompt of 32, completions 9,1,5: forward and backward"):
@@ -128,14 +127,14 @@ def test_a_wrong_attention_is_found() -> None:
         attention.check({**found, "dense": {"results": contestant.results()}}, "float32")
 
 
-def test_packing() -> None:
+def test_packing(bench) -> None:
     table, result = bench("packing", "--quick", "--lengths", "hh", "--rows", "60")
     assert "imbalance" in table
     assert result["pads"] == 0 and 0.5 < result["fill"] <= 1
     assert 0 <= result["imbalance_mean"] <= result["imbalance_worst"] < 1
 
 
-def test_scaling(tmp_path) -> None:
+def test_scaling(bench, tmp_path) -> None:
     out = tmp_path / "result.json"
     table, result = bench("scaling", "--quick", "--peers", "ours-unshared", "--json", out)
     for word in ("ranks", "ours-unshared", "of floor"):
@@ -148,7 +147,7 @@ def test_scaling(tmp_path) -> None:
     assert plotted(out, tmp_path) == ["scaling.png", "scaling.svg"]
 
 
-def test_suite_runs_what_it_can_and_names_the_rest(tmp_path) -> None:
+def test_suite_runs_what_it_can_and_names_the_rest(bench, tmp_path) -> None:
     out = tmp_path / "result.json"
     text, result = bench("suite", "--quick", "--subjects", "packing,tokenize,gpu_check", "--json", out)
     assert result["ok"] and set(json.loads(out.read_text())) == {"packing"}
@@ -263,7 +262,7 @@ def test_lengths_of_presets_of_the_table_and_of_a_file(tmp_path) -> None:
         step.main(["--lengths", "nothing"])
 
 
-def test_predicted_memory_is_measured(tmp_path):
+def test_predicted_memory_is_measured(bench, tmp_path):
     out = tmp_path / "result.json"
     text, result = bench("plan_memory", "--quick", "--json", out)
     assert "predicted / measured" in text and result["within_bound"]

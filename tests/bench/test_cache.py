@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from bench import __main__ as command_line
 from bench import cache
 from tests.helpers import ROOT
 
 
-def bench(*arguments: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def bench(capsys, monkeypatch):
+    """Runs ``python -m bench ...`` in this process, and gives the JSON of its last line."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that it starts
+
+    def run(*arguments: str) -> dict:
+        assert command_line.main([*arguments]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
 
 
 def test_ten_kills():
-    result = bench("crash", "--kills", "10", "--prompts", "200")
+    # The benchmark forks, so it has a process of its own.
+    command = [sys.executable, "-m", "bench", "crash", "--kills", "10", "--prompts", "200"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )  # forks, so in its own process
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
     assert result["kills"] == 10 and result["problems"] == [] and result["largest_difference"] <= 1e-5
     assert result["completions"] == 800 and result["repeated"] < result["scored"] / 2
 
 
-def test_quick_speed(tmp_path):
+def test_quick_speed(bench, tmp_path):
     bench("cache", "--quick", "--stores", "Ours,SQLite", "--json", str(tmp_path / "result.json"))
     result = json.loads((tmp_path / "result.json").read_text())["cache"]
     assert result["large"]["Ours"]["peak_anonymous_mb"] < 100
@@ -49,7 +54,7 @@ def test_other_stores(tmp_path, store):
     assert cache.read(store, str(tmp_path), "2000", "10", rounds=2, batches=2)["lookups_per_s"] > 0
 
 
-def test_fingerprint():
+def test_fingerprint(bench):
     result = bench("fingerprint", "--gb", "0.1")
     assert result["gb"] == pytest.approx(0.1, rel=0.2)
 
@@ -57,7 +62,7 @@ def test_fingerprint():
 @pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="the peer is not installed: pip install trl==1.16.0"
 )
-def test_reference_pass(tmp_path):
+def test_reference_pass(bench, tmp_path):
     rows = [
         {"prompt_id": f"p{p}", "prompt": f"prompt number {p}", "model": f"m{m}", "response": f"answer {m} to it " * 4}
         for p in range(3)

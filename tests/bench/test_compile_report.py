@@ -103,12 +103,14 @@ def test_planted_faults_fail(fault, tmp_path):
         if path.name == file:
             assert text.count(right) == 1
             text = text.replace(right, wrong)
-        if path.name == "vocab_score.cu":  # a third of the kernels: one dtype
+        if path.name == "vocab_score.cu":  # two of 24 kernels
             text = re.sub(r"\(adjusted \? launch<(__half|float),.*;", ";", text)
+            text = text.replace("adjusted ? launch<__nv_bfloat16, true> : ", "")
+            text = re.sub(r"\(statistics \? launch<T, false, .*;", ";", text)
         if path.name not in ("pair_loss.cu", "releases.cu"):
             (tmp_path / path.name).write_text(text)
     usages = [usage for usage in cuda_usages(quick=True, folder_of_sources=tmp_path) if "bf16, resident" in usage.case]
-    assert len(usages) == 4
+    assert len(usages) == 2
     assert any(message in " ".join(usage.broken) and not usage.clean for usage in usages)
 
 

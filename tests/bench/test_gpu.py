@@ -523,8 +523,7 @@ def test_output_of_a_limited_command():
     assert run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)[0] is None
 
 
-@pytest.mark.parametrize("name", [["bench.gpu.check"], ["bench", "gpu_check"]], ids=" ".join)
-def test_the_command_line(name):
-    root = ROOT
-    done = subprocess.run([sys.executable, "-m", *name, "--help"], cwd=root, capture_output=True, text=True, check=True)
+def test_the_command_line():
+    command = [sys.executable, "-m", "bench", "gpu_check", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--dry-run" in done.stdout and "--minutes" in done.stdout
