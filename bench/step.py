@@ -369,7 +369,7 @@ def matmul_rates(shape: Shape, device: str, rows: int = 2048) -> dict[str, float
             if cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        rates[name] = round(2 * rows * inner * columns / statistics.median(seconds) / 1e9, 1)
+        rates[name] = float(f"{2 * rows * inner * columns / statistics.median(seconds) / 1e9:.4g}")
     return rates
 
 

@@ -209,8 +209,8 @@ def test_import_of_sums(home, tmp_path, capsys, caplog):
         (dataset,) = data.stored.values()
         sums = {}
         for sequences in iter_sequences(dataset, 1024, "keep_start"):
-            for row, position, *ids in sequences:
-                sums[row, position] = float(data.reference.cache.get(*ids).sum())
+            for each in sequences:
+                sums[each.row, each.position] = float(data.reference.cache.get(*each.ids).sum())
     rows = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
     for shift, name in ((0.0, "right"), (5.0, "wrong")):
         with_sums = [
