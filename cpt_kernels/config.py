@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -334,6 +335,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             # Setting the new name here avoids transformers' FutureWarning about the old one, which has our default.
             if getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
+        _use_fresh_store()
         with user_error():
             super().__post_init__()
         self.chooses_checkpointing = is_auto or (self.chooses_checkpointing and self.device.type == "cuda")
@@ -576,3 +578,22 @@ def _has_bf16() -> bool:
 def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise UserError(f"{name}='{value}' is unknown: choose one of {', '.join(choices)}")
+
+
+def _use_fresh_store() -> None:
+    """Gives the process group of a run that torchrun has restarted a store of its own, before the group is made.
+
+    torchrun keeps one store for all its restarts. In it, torch 2.13 finds the addresses of the processes that failed.
+    """
+    attempt, address = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("MASTER_ADDR")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or address is None or not shared or torch.distributed.is_initialized():
+        return
+    agreed = torch.distributed.TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"cpt_kernels/port/{attempt}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            agreed.set(key, str(probe.getsockname()[1]))
+    os.environ["MASTER_PORT"] = agreed.get(key).decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 makes the store

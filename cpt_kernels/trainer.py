@@ -73,6 +73,7 @@ from .training.checks import (
     mend_generation_config,
     reading_options,
 )
+from .training.failures import passed
 from .training.loop import PackedLoop
 from .training.model_card import write_model_card
 from .training.run_folder import check_free, earlier_run, is_finished
@@ -409,6 +410,7 @@ class ContrastiveTrainer(PackedLoop):
         if scores.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * scores.aux_loss * (inputs["num_pairs"] * batches / pairs)
         self.metrics["train" if model.training else "eval"].add(inputs, scores)
+        passed(f"a forward after step {self.state.global_step}")
         same = self.reference is not None and not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs)
         if model.training and same and self.state.global_step == self.reference.since:
             self.reference.check_start(inputs, scores.completion_logps)

@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": (".generate", "generate a model's responses to a set of prompts, locally or through an endpoint"),
     "eval": (".evaluate", "evaluate models on held-out pairs, or by a judge on what they generate"),
     "merge": (".merge", "merge adapters into their base model, exactly, and write the whole model"),
+    "export": (".export", "write the weights of a sharded checkpoint to one folder of safetensors"),
     "demo": ("..demo", "the paper in miniature: a small model, three teachers, SFT, SLiC and DPO; no network"),
 }
 _DISK_SIGNS = ("No space left on device", "Read-only file system", "PytorchStreamWriter failed writing file")

@@ -42,7 +42,7 @@ def main(argv: Sequence[str], prog: str = "cpt merge") -> None:
         name = args.adapter
         if is_path(name):
             raise UserError(f"{name}: there is no such folder")
-    _check_output(output)
+    check_output(output)
     # Imported after the options are checked, so that --help and mistakes are quick.
     from ..model.merging import choose_adapters, merge_and_save
     from ..model.pretrained import BaseModel, find_base
@@ -78,7 +78,7 @@ def main(argv: Sequence[str], prog: str = "cpt merge") -> None:
     print_results([], lines)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Raises UserError if the folder holds something, or cannot be written to."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already: choose another folder, or delete it")

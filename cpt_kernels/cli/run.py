@@ -23,6 +23,7 @@ from ..data.sources import is_one_file, load_data, parse_columns
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
 from ..training.checks import check_columns, check_machine, check_metric
+from ..training.failures import checkpoint_of_restart
 from ..training.loop import log_on_main
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from ..training.run_folder import checkpoints_in, earlier_run, held, weights_in
@@ -61,7 +62,8 @@ def _train(options: Options) -> ContrastiveTrainer:
     # The output folder, which is checked before data and model are loaded.
     checkpoint = _find_checkpoint(args)
     overwrites = options.script.overwrite_output_dir
-    _check_earlier_run(output, checkpoint is not None, overwrites)
+    if checkpoint_of_restart(output) is None:
+        _check_earlier_run(output, checkpoint is not None, overwrites)
 
     # Data, model and trainer.
     report = RunReport(output, f"{output.name}: {args.build_loss().name}")

@@ -33,6 +33,7 @@ from ..model.frozen import rounded_weights
 from ..model.layers import offloaded_activations
 from ..model.packed_model import Scores
 from ..model.sharding import enable_on_cpu
+from .failures import named_hanging_ranks, passed
 from .metrics import Metrics, PlaceMetrics
 from .recomputation import chosen_checkpointing
 from .run_folder import held
@@ -128,7 +129,7 @@ class PackedLoop(CheckpointLoop):
                 :mod:`.resume`; or a checkpoint cannot be written, for example to a full disk.
             KeyboardInterrupt: the run was interrupted. The message says how to resume.
         """
-        with held(self.args.output_dir):
+        with held(self.args.output_dir), named_hanging_ranks(self.args):
             try:
                 return self._train(resume_from_checkpoint, *args, **kwargs)
             except KeyboardInterrupt:
@@ -169,6 +170,9 @@ class PackedLoop(CheckpointLoop):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """Returns a step's micro-batches, and (2,) its pairs and chosen tokens on all ranks, to average over."""
+        passed(f"step {self.state.global_step}")
+        if self.state.global_step >= self.state.max_steps:  # restarted after its last step
+            return [], self._counts([], device)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, self._counts(batches, device)
 
@@ -183,6 +187,7 @@ class PackedLoop(CheckpointLoop):
 
     def training_step(self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Runs forward and backward of a micro-batch; returns the loss to log, with NaN and inf filtered as asked."""
+        passed(f"the data of step {self.state.global_step + 1}")
         if self.place_metrics is not None:
             self.place_metrics.add(inputs)
         self.num_tokens += inputs["num_sequence_tokens"]
@@ -291,6 +296,7 @@ class PackedLoop(CheckpointLoop):
         self, model: nn.Module, inputs: PackedBatch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, None]:
         """Returns the mean loss of a batch's pairs and, unless ``prediction_loss_only``, their rewards, (P, 2)."""
+        passed(f"evaluation after step {self.state.global_step}")
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:

@@ -24,8 +24,14 @@ logger = logging.getLogger(__name__)
 # The hub uploads no file whose name starts with an underscore.
 _LOCK = "_run.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of a file system without them
+_WORKERS_END = 60  # seconds in which the DataLoader workers of a killed process end, which hold its lock
 _locks: dict[tuple[int, Path], FileLock] = {}  # that this process holds; a forked process has another id
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "adapters.json")
+
+
+def restarts() -> int:
+    """Returns how often torchrun has started this process again after one failed; 0 without torchrun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 # --- The lock ---
@@ -36,7 +42,8 @@ def held(folder: str | Path) -> Iterator[None]:
     """Holds a folder for this run. All ranks call it, and the main process takes the lock.
 
     The operating system frees the lock when its process ends, however it ends. In a process that holds the folder
-    already nothing happens. A file system without locks is said in a warning.
+    already nothing happens. A process that torchrun has restarted waits for the workers of its predecessor to end.
+    A file system without locks is said in a warning.
 
     Raises:
         UserError: on all ranks, if another live process holds the folder, or if it cannot be written to.
@@ -71,7 +78,7 @@ def _take(folder: Path) -> FileLock | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_WORKERS_END if restarts() else 0)
     except Timeout:
         raise UserError(
             f"output_dir={folder} is in use by another run{_holder(file)}: wait until it ends, or choose another folder"

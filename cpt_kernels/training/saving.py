@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..data.loader import StepBudget
 from ..errors import UserError
 from ..files import replace_folder
 from ..losses import Loss
-from ..model.packed_model import PackedModel
+from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import reload_weights, save_adapter_names
 from ..reference.moving import MovingReference, StagedReference
 from ..reference.scorer import Reference
@@ -41,6 +42,7 @@ from .checkpoints import (
     run_of,
     writing_failure,
 )
+from .failures import checkpoint_of_restart, launchers
 from .resume import Run, read_object, read_record, rows_to_expect, write_record
 from .run_folder import checkpoints_in, earlier_run, is_finished
 from .stages import check_stage, stage_starts
@@ -73,11 +75,12 @@ class CheckpointLoop(Trainer):
         if checkpoint is None and not is_finished(folder) and (earlier := earlier_run(folder)) is not None:
             log_on_main([f"output_dir={folder} holds {earlier}, and this run begins anew; its files will be replaced"])
         self._run_id = gather_object([(checkpoint and run_of(Path(checkpoint))) or new_run()])[0]
+        started = launchers()
         if self.is_world_process_zero():
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         with self._on_all_ranks(folder):
             if self.is_world_process_zero():
-                write_record(folder, self._run(), None, {"run": self._run_id})
+                write_record(folder, self._run(), None, {"run": self._run_id, "launchers": started})
 
     def _how_to_resume(self) -> str:
         found = checkpoints_in(self.args.output_dir)
@@ -187,12 +190,23 @@ class CheckpointLoop(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the whole model, or its adapter, as transformers' ``save_model``.
 
-        FSDP with sharded state dicts, its default in version 2, would write nothing there outside of checkpoints.
+        FSDP with sharded state dicts, its default in version 2, would write nothing there outside of checkpoints. A
+        checkpoint gets the configuration and tokenizer beside its sharded weights, from which ``cpt export`` makes a
+        model.
         """
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         kind = None if plugin is None else plugin.state_dict_type
-        if kind is None or _internal_call or "FULL" in str(kind):
+        if kind is None or "FULL" in str(kind):
             return super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            if self.args.should_save:
+                model, configs = base_model(self.packed.model), getattr(self.packed.model, "peft_config", {})
+                saved = [*configs.values()] if configs else [model.config, getattr(model, "generation_config", None)]
+                for part in (*saved, self.processing_class):
+                    if part is not None:
+                        part.save_pretrained(output_dir)
+                save_adapter_names(self.packed.model, str(output_dir), self.base_sample)
+            return None
         plugin.set_state_dict_type("FULL_STATE_DICT")
         try:
             super().save_model(output_dir, _internal_call)
@@ -210,17 +224,24 @@ class CheckpointLoop(Trainer):
     def _check_checkpoint(self, given: str | bool | None) -> str | None:
         """Returns the checkpoint to resume from, checked, and loads its moving reference.
 
-        It runs before transformers loads anything, as DeepSpeed loads weights without ``_load_from_checkpoint``.
+        A run that its launcher has restarted continues from its own last checkpoint, whatever ``given`` says.
+
+        This runs before transformers loads anything, as DeepSpeed loads weights without ``_load_from_checkpoint``.
 
         Raises:
             UserError: there is no checkpoint, or the run cannot continue from it.
         """
         self.stream_digest = None if isinstance(self.train_dataset, Dataset) else StreamDigest()
+        restarted = checkpoint_of_restart(Path(self.args.output_dir))
+        if restarted is not None:
+            log_on_main([f"restarted after a process failed: the run goes on from {restarted}"])
+            given = True
         if not given:
             return None
         if given is not True and not Path(given).is_dir():
             raise UserError(f"resume_from_checkpoint={given}: there is no such folder")
-        run, steps = self._run(), self._total_steps()
+        # A restarted run may have taken its last step, and what comes after training is left to do.
+        run, steps = self._run(), self._total_steps() if restarted is None else sys.maxsize
         checkpoint = self._choose_checkpoint(run, steps) if given is True else str(given)
         log_on_main(check_usable(Path(checkpoint), run, steps))
         if self.stream_digest is not None:
