@@ -214,7 +214,7 @@ def _idle(
 
 
 def measure_preparation(rows: int, folder: str) -> dict[str, Any]:
-    """Tokenizes pairs of text, and returns rows per CPU second and the growth of anonymous memory."""
+    """Tokenizes pairs of short text, and returns rows per CPU second and the growth of anonymous memory."""
     import datasets
     from transformers import PreTrainedTokenizerFast
 
@@ -226,7 +226,7 @@ def measure_preparation(rows: int, folder: str) -> dict[str, Any]:
             name: " ".join(random.choice(words, size))
             for name, size in zip(("prompt", "chosen", "rejected"), (p, *sides))
         }
-        for p, sides in draw_groups("hh", 1000, 2, random)
+        for p, sides in draw_groups("tiny", 1000, 2, random)
     ]
     backend = train_bpe([row["prompt"] for row in texts], 8000)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")

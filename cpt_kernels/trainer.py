@@ -289,6 +289,7 @@ class ContrastiveTrainer(PackedLoop):
         """Prepares a dataset that the constructor has not seen, with its reference log-probs."""
         dataset = self._prepared(dataset, self.args, name)
         if self.reference is not None and isinstance(dataset, Dataset):
+            passed(f"the preparation of the {name} data", watched=False)
             self.reference.fill(dataset, self.collator, self.args.max_tokens_per_batch, name)
         return dataset
 

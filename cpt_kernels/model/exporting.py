@@ -38,7 +38,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype | None) -> dict[st
     Raises:
         UserError: the folder is no sharded checkpoint, or its weights are not those of its configuration.
     """
-    state = _read(checkpoint)
+    state = _sharded_weights(checkpoint)
     with replacing_folder(output) as folder:
         shutil.copytree(checkpoint, folder, ignore=_ignored(checkpoint), dirs_exist_ok=True)
         if (checkpoint / _ADAPTER).is_file():
@@ -70,7 +70,7 @@ def _ignored(checkpoint: Path):
     return shutil.ignore_patterns(*folders, *_STATE, _DEEPSPEED, "latest_universal")
 
 
-def _read(checkpoint: Path) -> dict[str, Tensor]:
+def _sharded_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Returns the weights of a checkpoint of FSDP or DeepSpeed by name."""
     with user_error(f"{checkpoint} cannot be read"):
         if (checkpoint / _FSDP).is_dir():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -106,9 +107,9 @@ class _Watch:
         for thread in self._threads:  # a thread in a store's call would crash at the interpreter's exit
             thread.join()
 
-    def passed(self, point: str) -> None:
+    def passed(self, point: str, watched: bool) -> None:
         """Notes that this rank has come to a point."""
-        self._point, self._since = point, time.monotonic()
+        self._point, self._since = point, time.monotonic() if watched else math.inf
 
     def _post(self) -> None:
         number = 0
@@ -189,7 +190,7 @@ def named_hanging_ranks(args: ContrastiveConfig) -> Iterator[None]:
             _watch = None
 
 
-def passed(point: str) -> None:
-    """Notes that this rank has come to a point, such as "step 7"."""
+def passed(point: str, watched: bool = True) -> None:
+    """Notes that this rank has come to a point, such as "step 7"; ``watched=False``: what follows may take any time."""
     if _watch is not None:
-        _watch.passed(point)
+        _watch.passed(point, watched)

@@ -240,10 +240,11 @@ class CheckpointLoop(Trainer):
             return None
         if given is not True and not Path(given).is_dir():
             raise UserError(f"resume_from_checkpoint={given}: there is no such folder")
+        run, steps = self._run(), self._total_steps()
         # A restarted run may have taken its last step, and what comes after training is left to do.
-        run, steps = self._run(), self._total_steps() if restarted is None else sys.maxsize
-        checkpoint = self._choose_checkpoint(run, steps) if given is True else str(given)
-        log_on_main(check_usable(Path(checkpoint), run, steps))
+        most = steps if restarted is None else sys.maxsize
+        checkpoint = self._choose_checkpoint(run, most) if given is True else str(given)
+        log_on_main(check_usable(Path(checkpoint), run, most))
         if self.stream_digest is not None:
             self.stream_digest.expected = rows_to_expect(run, checkpoint)
         if isinstance(self.reference, MovingReference):

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..reference.missing import find_missing
 from ..reference.moving import StagedReference
+from .failures import passed
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Stages(TrainerCallback):
         data = {**self.trainer.datasets, "train": self._rows(args, state, train_dataloader)}
         for name, rows in data.items():
             collator, budget = self.trainer.collator, self.trainer.args.max_tokens_per_batch
+            passed("the end of a stage", watched=False)
             self.reference.fill(rows, collator, budget, name, f"stage {stage} reference")
         self.reference.end_scoring()
 

@@ -1,4 +1,4 @@
-"""Tests of ``cpt export``: the files that torch.distributed.checkpoint writes become what transformers and PEFT load."""
+"""Tests of ``cpt export``: files of torch.distributed.checkpoint become what transformers and PEFT load."""
 
 from __future__ import annotations
 
