@@ -116,16 +116,13 @@ class PackedModel:
         check_adapters(self.model)
         if self.attention_backend not in SEGMENTWISE:
             kernels_of(self.attention_backend)  # an unknown name raises here
-        if self.group is not None and self.packing == "false":
-            raise UserError(f"sp_size={self.group.size} needs packed rows that can be cut: leave out packing=false")
-        if self.group is not None and self.images is not None:
-            raise UserError(f"sp_size={self.group.size} cuts rows of text: leave it out for rows with images")
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
         self.invocations = invocations(self.model)
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = head_options(base, self.head_memory_mb)
         self.state_layers = prepare_state_layers(base)
+        self._check_group(base)
         unpackable = bool(unpackable_layers(base))
         self.padded = self.packing == "false" or (self.packing == "auto" and unpackable)
         # Ranks of a group run the proof together, which shows that the model can be cut. A rank with weights that has
@@ -139,6 +136,21 @@ class PackedModel:
                     self._prove(base)
         finally:
             self.group = group
+
+    def _check_group(self, base: PreTrainedModel) -> None:
+        """Raises UserError for what is known not to run on a part of a packed row; the proof finds the rest."""
+        if self.group is None:
+            return
+        needs = f"sp_size={self.group.size} needs packed rows of text"
+        if self.packing == "false" or self.padded:
+            raise UserError(f"{needs}: leave out packing=false, or sp_size for models that run in padded rows")
+        if self.images is not None:
+            raise UserError(f"{needs}: leave it out for rows with images")
+        if kinds := {type(layer).__name__ for layer in self.state_layers}:
+            raise UserError(
+                f"{needs}, and layers of {type(base).__name__} carry a state from token to token"
+                f" ({', '.join(sorted(kinds))}), so that no process can run a part of a row alone: leave it out"
+            )
 
     @property
     def is_proven(self) -> bool:
@@ -164,6 +176,7 @@ class PackedModel:
                 f"no process holds the weights of {type(base).__name__}: load them before the model is prepared"
             )
         self.padded, self.options = max(proven, key=lambda each: (each[0], each[1] is None))
+        self._check_group(base)
         if not self.is_proven and not self.padded:
             base.set_attn_implementation(attention_over(base.config._attn_implementation))
 
@@ -188,7 +201,7 @@ class PackedModel:
         if not is_exact:
             hint = "; set packing=auto to run each completion in a padded row" if self.packing == "true" else ""
             if self.group is not None:
-                hint = f"; sp_size={self.group.size} needs packed rows that can be cut over processes: leave it out"
+                hint = f"; sp_size={self.group.size} needs packed rows of text: leave it out"
             raise UserError(f"{name} does not run completions exactly: {'; '.join(failures)}{hint}")
         set_attention(base, attention if self.padded else attention_over(attention))
         if failures:
@@ -280,12 +293,6 @@ class PackedModel:
             return f"{way} its attention cannot be replaced (it does not use transformers' AttentionInterface)"
         if not self.padded and (kinds := unpackable_layers(base)):
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
-        if self.group is not None and self.state_layers:
-            kinds = {type(layer).__name__ for layer in self.state_layers}
-            return (
-                f"{way} its layers {', '.join(sorted(kinds))} carry a state from token to token, so no process can run"
-                " a part of the row alone"
-            )
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
         batch = self.probe_batch(probe)

@@ -145,17 +145,17 @@ def refusals(size: int) -> dict[str, str]:
         with pytest.raises(ValueError) as error:
             PackedModel(model, packing="false" if name == "llama" else "auto", group=group)
         found[name] = str(error.value)
-    with pytest.raises(ValueError, match="sp_size=3 cuts rows of text: leave it out for rows with images"):
+    with pytest.raises(ValueError, match="sp_size=3 needs packed rows of text: leave it out for rows with images"):
         PackedModel(tiny_model("llama"), images=object(), group=group)
     return found
 
 
 def test_models_that_cannot_be_cut_are_named(tmp_path):
     for found in run_ranks(tmp_path, 3, refusals, 3):
-        assert "its layers Lfm2ShortConv carry a state from token to token" in found["lfm2"]
+        assert "carry a state from token to token (Lfm2ShortConv)" in found["lfm2"]
         assert "in a packed row" in found["bloom"]
         assert "attention has 2 heads, fewer than the 3 ranks" in found["few"]
-        assert all("sp_size=3 needs packed rows" in text for text in found.values())
+        assert all("sp_size=3 needs packed rows of text" in text for text in found.values())
 
 
 def count(size: int, tokens: int, backward: bool) -> tuple[int, int]:
