@@ -62,6 +62,5 @@ def measure(folder: Path, seed: int = 0, **options: Any) -> dict[str, float]:
 @pytest.mark.slow
 def test_planted_labels_are_the_hardest_and_two_cross_fits_agree(tmp_path):
     found = measure(tmp_path)
-    print(found)
-    assert found["recall"] >= 0.7 and found["AUC"] > 0.85
-    assert found["low"] > 0.5
+    assert found["recall"] >= 0.7 and found["AUC"] > 0.9, found
+    assert found["low"] > 0.7, found
