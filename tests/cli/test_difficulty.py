@@ -109,13 +109,13 @@ def test_a_stopped_command_continues_and_other_options_begin_anew(home, tmp_path
 
     options = ("--seeds", "1", "--measure", "margin")
     whole = difficulty(home, tmp_path / "whole.jsonl", *options)
-    monkeypatch.setattr(command.Pairs, "_run", counted)
+    monkeypatch.setattr(command.CrossFit, "_run", counted)
     given = ["difficulty", str(home / "start"), str(home / "pairs.jsonl"), "--output", str(tmp_path / "new.jsonl")]
     given += [*options, *TRAINING, "--ref_cache_dir", str(home / "ref")]
     assert cli.main(given) == 130 and not (tmp_path / "new.jsonl").exists()
-    monkeypatch.setattr(command.Pairs, "_run", own_run)
+    monkeypatch.setattr(command.CrossFit, "_run", own_run)
     trained = []
-    monkeypatch.setattr(command.Pairs, "_run", lambda *args: (trained.append(args[1].name), own_run(*args)))
+    monkeypatch.setattr(command.CrossFit, "_run", lambda *args: (trained.append(args[1].name), own_run(*args)))
     assert difficulty(home, tmp_path / "new.jsonl", *options) == whole and len(trained) == 1
     # Another measure needs no run; another learning rate needs all.
     difficulty(home, tmp_path / "new.jsonl", "--seeds", "1", "--measure", "reference-free")
