@@ -8,7 +8,9 @@ Sources are .jsonl, .json, .parquet or .csv files, folders, or hub datasets. The
     prompt, completions              a list of {model, response, ratings}, as in UltraFeedback
     prompt, generations, generation_models, ratings      parallel lists
     prompt, chosen, rejected         with chosen_model, rejected_model, chosen_rating, rejected_rating
-with text or chat messages. Responses to prompts with equal text are paired.
+with text or chat messages. Responses to prompts with equal text are paired. A column images (or image) holds the images
+of the prompt: paths, relative to the file, URLs, base64 text or bytes. Then prompts are equal only if their images are
+(images of URLs by their URLs), and rows are written as messages with {"type": "image"} parts and the column images.
 
 Output rows are prompt, chosen, rejected, chosen_model, rejected_model, and gap: the difference of ranks, win rates or
 ratings, always above 0. With --grouped they are prompt, completions (best first), scores, models, and pairs: a list of
@@ -79,7 +81,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         responses.prompt_keys, responses.models, responses.response_keys, strength, which, drops=responses.drops
     )
     for_validation = held_out(responses.prompt_keys[pairs.chosen], args.validation)
-    chat = args.conversational or is_conversational(responses)
+    chat = args.conversational or is_conversational(responses) or responses.has_images
 
     # Report and write.
     about = {
@@ -235,7 +237,10 @@ def _pairs_parser(prog: str) -> argparse.ArgumentParser:
     group.add_argument("--base", metavar="MODEL", help="only pairs with this model on one side")
     group.add_argument("--max_characters", type=int, metavar="N", help="longest prompt and response together")
     group.add_argument(
-        "--max_tokens", type=int, metavar="N", help="the same in tokens, without those of a chat template"
+        "--max_tokens",
+        type=int,
+        metavar="N",
+        help="the same in tokens, without those of a chat template or of images",
     )
     group.add_argument(
         "--tokenizer", metavar="NAME", help="folder or hub name; the report then gives lengths in tokens"

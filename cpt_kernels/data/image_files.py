@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -24,19 +23,14 @@ from datasets import Dataset, Image, IterableDataset, List, Value
 from xxhash import xxh3_128
 
 from ..errors import UserError
+from .forms import IMAGE_COLUMNS, image_column
 from .messages import as_list
 
-_COLUMNS = ("images", "image")
-DIGEST_COLUMN = "image_digest"  # of :func:`with_digests`
+DIGESTS, DIGEST_BYTES = "image_digests", 16  # the column of :func:`with_digests`; the size of one image's digest
 
 _BASE64 = re.compile(r"(/9j/|iVBOR|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # JPEG, PNG, GIF, ...
-_JSON_LIST = '["'  # the start of several images in a cell of a CSV file
+_KINDS = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tiff", b"MM": "tiff"}
 _AT_ONCE = 256  # rows whose images are decoded together
-
-
-def image_values(row: Mapping[str, Any]) -> list[Any]:
-    """Returns the images in a row's column `images` (a list, or its JSON) or `image` (one); none if it is null."""
-    return as_list(next((row[name] for name in _COLUMNS if row.get(name) is not None), None))
 
 
 def image_source(value: Any) -> Any:
@@ -56,6 +50,29 @@ def image_source(value: Any) -> Any:
     if (isinstance(value, (str, bytes)) and value) or hasattr(value, "getexif"):
         return value
     raise UserError(f"an image is {value!r}: expected a path, a URL, base64 text, or the bytes of a file")
+
+
+def image_file(value: Any) -> dict[str, Any]:
+    """Returns the {"bytes", "path"} that ``datasets.Image`` stores for an image that is no PIL image."""
+    source = image_source(value)
+    return {"bytes": None, "path": source} if isinstance(source, str) else {"bytes": source, "path": None}
+
+
+def image_text(value: Any) -> str:
+    """Returns the path or URL of an image, or the ``data:`` URL of one that has neither, for a JSON file."""
+    source = image_source(value)
+    return source if isinstance(source, str) else data_url(source)
+
+
+def data_url(source: Any) -> str:
+    """Returns a ``data:`` URL of the file that a path or URL names, of its bytes, or of a PIL image as PNG."""
+    if not isinstance(source, (str, bytes)):
+        buffer = io.BytesIO()
+        source.save(buffer, "PNG")
+        source = buffer.getvalue()
+    content = read_image(source)
+    kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def is_url(source: Any) -> bool:
@@ -117,7 +134,7 @@ def pixel_digest(image: Any) -> bytes:
 
 def resolve_images(row: dict[str, Any], file: str) -> dict[str, Any]:
     """Returns a row in which relative paths of images are absolute, for the path or URL of the file that holds it."""
-    given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
+    given = {name: row[name] for name in IMAGE_COLUMNS if row.get(name) is not None}
     return {**row, **{name: _absolute_image(value, file) for name, value in given.items()}} if given else row
 
 
@@ -126,8 +143,6 @@ def _absolute_image(value: Any, file: str) -> Any:
         return [_absolute_image(item, file) for item in value]
     if isinstance(value, dict):
         return value if value.get("bytes") else value | {"path": _absolute_image(value.get("path"), file)}
-    if isinstance(value, str) and value.startswith(_JSON_LIST):
-        return json.dumps(_absolute_image(json.loads(value), file))
     is_relative = isinstance(value, str) and value and not value.startswith(("data:", "/", "~"))
     if not is_relative or is_url(value) or _BASE64.fullmatch(value):
         return value
@@ -136,7 +151,7 @@ def _absolute_image(value: Any, file: str) -> Any:
 
 def resolve_columns(dataset: Dataset | IterableDataset, file: str) -> Dataset | IterableDataset:
     """Returns the rows of a Parquet file with absolute paths of images (see :func:`resolve_images`)."""
-    kinds = [(dataset.features or {}).get(name) for name in _COLUMNS]
+    kinds = [(dataset.features or {}).get(name) for name in IMAGE_COLUMNS]
     if not any(isinstance(getattr(kind, "feature", kind), Value) for kind in kinds):
         return dataset
     return dataset.map(resolve_images, fn_kwargs={"file": file}, features=dataset.features)
@@ -146,29 +161,28 @@ def resolve_columns(dataset: Dataset | IterableDataset, file: str) -> Dataset | 
 
 
 def as_files(dataset: Dataset) -> Dataset:
-    """Returns a dataset whose image columns hold files and not PIL images, so that reading a row decodes nothing."""
-    for name in _COLUMNS:
-        kind = (dataset.features or {}).get(name)
-        if isinstance(kind, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(kind, List) and isinstance(kind.feature, Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    """Returns a dataset whose image column holds files and not PIL images, so that reading a row decodes nothing."""
+    column = image_column(dataset.column_names)
+    kind = None if column is None else dataset.features[column]
+    if isinstance(getattr(kind, "feature", kind), Image):
+        raw = Image(decode=False)
+        dataset = dataset.cast_column(column, raw if isinstance(kind, Image) else List(raw))
     return dataset
 
 
 def with_digests(dataset: Dataset, name: str) -> Dataset:
-    """Returns a dataset with the digest of every row's images in ``DIGEST_COLUMN``, null for a row without images.
+    """Returns a dataset with a column ``DIGESTS``: the joined digests of each row's images, null for none.
 
     Equal images have equal digests, whatever their names; an image of a URL counts by its URL and is not fetched. Every
-    other image is decoded, each distinct one once, so files that cannot be decoded are found here.
+    other image is decoded, each distinct one once, so files that cannot be decoded are found here. A dataset without a
+    column of images is returned as it is.
 
     Raises:
         UserError: an image is missing or is no image; the message names the row and the file, and begins with ``name``.
     """
-    if not {*_COLUMNS} & {*dataset.column_names}:
+    if (column := image_column(dataset.column_names)) is None:
         return dataset
     dataset = as_files(dataset)
-    columns = [column for column in _COLUMNS if column in dataset.column_names]
     known: dict[bytes, bytes] = {}  # digest of a name or of a file's bytes -> digest of pixels
     found: list[bytes | None] = []
 
@@ -178,17 +192,17 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
             known[key] = key if is_url(source) else pixel_digest(open_image(source))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
-        for batch in dataset.select_columns(columns).iter(_AT_ONCE):
+        for batch in dataset.select_columns([column]).iter(_AT_ONCE):
             rows, sources = [], dict[bytes, tuple[int, Any]]()
-            for number, values in enumerate(zip(*batch.values()), len(found)):
+            for number, value in enumerate(batch[column], len(found)):
                 with _with_place(f"{name} row {number}"):
-                    given = [image_source(value) for value in image_values(dict(zip(batch, values)))]
+                    given = [image_source(image) for image in as_list(value)]
                 rows.append([_source_key(source) for source in given])
                 sources |= {key: (number, source) for key, source in zip(rows[-1], given) if key not in sources}
             for _ in pool.map(decode, [item for item in sources.items() if item[0] not in known]):
                 pass  # raises the first error
-            found += [xxh3_128(b"".join(known[key] for key in keys)).digest() if keys else None for keys in rows]
-    return dataset.add_column(DIGEST_COLUMN, found)
+            found += [b"".join(known[key] for key in keys) or None for keys in rows]
+    return dataset.add_column(DIGESTS, found)
 
 
 @contextmanager

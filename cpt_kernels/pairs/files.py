@@ -12,10 +12,13 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import concatenate_datasets
+from datasets import Dataset, Features, Image, List, concatenate_datasets
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from ..data.forms import image_column
+from ..data.image_files import as_files, image_file, image_text
+from ..data.messages import as_list
 from ..data.sources import load_data
 from ..errors import UserError
 from .build import DropReason, PairTable, drop_where
@@ -24,8 +27,11 @@ from .responses import TEXT, as_messages, read_responses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 8192  # rows, or responses in grouped rows, that are written at a time
+_BATCH, _IMAGE_BATCH = 8192, 256  # rows, or responses in grouped rows, that are written at a time
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+_PARTS = pa.list_(pa.struct({"type": pa.string(), "text": pa.string()}))
+_MESSAGES_IN_PARTS = pa.list_(pa.struct({"role": pa.string(), "content": _PARTS}))  # of prompts, if some have images
+_IMAGES = pa.list_(Image.pa_type)
 _UNKNOWN_MODEL = "unknown"
 
 
@@ -39,6 +45,16 @@ class Responses:
     prompt_keys: NDArray[np.bytes_]  # (n,) digests
     response_keys: NDArray[np.bytes_]  # (n,) digests
     drops: NDArray[np.int8]  # (n,) DropReason of responses that cannot be used in any pair
+    images: Sequence[Dataset | None] = field(repr=False)  # the column of images of each source
+
+    @property
+    def has_images(self) -> bool:
+        return bool((self.numbers("images")[self.drops == DropReason.KEPT] > 0).any())
+
+    @property
+    def batch(self) -> int:
+        """The number of rows that are written at a time."""
+        return _IMAGE_BATCH if self.has_images else _BATCH
 
     def __len__(self) -> int:
         return len(self.table)
@@ -49,16 +65,16 @@ class Responses:
 
     def where(self, index: int) -> str:
         """Returns the source and the row of a response, for messages."""
-        return f"{list(self.sources)[self._source(index)]} row {self.table['row'][index].as_py()}"
+        return f"{list(self.sources)[self.source(index)]} row {self.table['row'][index].as_py()}"
 
     def name(self, index: int) -> str:
         """Returns the model and the row of a response, with its file if several have responses of the model."""
-        model, source = self.models[index], self._source(index)
-        shared = (self._source(np.flatnonzero(self.models == model)) != source).any()
+        model, source = self.models[index], self.source(index)
+        shared = (self.source(np.flatnonzero(self.models == model)) != source).any()
         file = f" of {Path(list(self.sources)[source]).name}" if shared else ""
         return f"{model}: row {self.table['row'][index].as_py()}{file}"
 
-    def _source(self, index: Any) -> Any:
+    def source(self, index: Any) -> Any:
         """Returns the number of the source of each response."""
         return np.searchsorted(list(self.sources.values()), index, side="right") - 1
 
@@ -88,7 +104,7 @@ def load_responses(
             the message names the source.
     """
     # Read every source.
-    parts, sources, total = [], {}, 0
+    parts, sources, images, total = [], {}, [], 0
     unknown = list(columns or ())
     for name in dict.fromkeys(names):
         dataset = load_data(name, config=config, split=split)
@@ -96,9 +112,10 @@ def load_responses(
         unknown = [old for old in unknown if old not in renamed]
         if taken := [new for new in renamed.values() if new in dataset.column_names]:
             raise UserError(f"{name} has a column `{taken[0]}` already: rename to another name")
-        part = read_responses(
-            dataset.rename_columns(renamed), models, rating, tokenizer=tokenizer, num_proc=num_proc, name=name
-        )
+        dataset = dataset.rename_columns(renamed)
+        part = read_responses(dataset, models, rating, tokenizer=tokenizer, num_proc=num_proc, name=name)
+        column = image_column(dataset.column_names)
+        images.append(None if column is None else as_files(dataset).select_columns([column]))
         sources[name], total = total, total + len(part)
         parts.append(part)
     if unknown:
@@ -114,7 +131,7 @@ def load_responses(
         length = table[f"prompt_{unit}"].to_numpy() + table[f"response_{unit}"].to_numpy()
         drop_where(drops, length > most, DropReason.TOO_LONG)
     prompt_keys, response_keys = (_fixed_width_keys(table[name]) for name in ("prompt_key", "response_key"))
-    responses = Responses(table, sources, _model_names(table["model"]), prompt_keys, response_keys, drops)
+    responses = Responses(table, sources, _model_names(table["model"]), prompt_keys, response_keys, drops, images)
     if wrong := np.flatnonzero(drops == DropReason.NO_RATING).tolist():
         raise UserError(f"{responses.where(wrong[0])}: {table['detail'][wrong[0]].as_py()}")
     return responses
@@ -137,8 +154,8 @@ def _fixed_width_keys(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
 def pair_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: bool) -> Iterator[pa.Table]:
     """Yields rows of a preference dataset for the pairs where ``part`` (P,) is true."""
     numbers = np.flatnonzero(part)
-    for start in range(0, len(numbers), _BATCH):
-        some = numbers[start : start + _BATCH]
+    for start in range(0, len(numbers), responses.batch):
+        some = numbers[start : start + responses.batch]
         chosen, rejected = pairs.chosen[some], pairs.rejected[some]
         yield pa.table(
             {
@@ -148,6 +165,7 @@ def pair_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: bo
                 "chosen_model": pa.array(responses.models[chosen], pa.string()),
                 "rejected_model": pa.array(responses.models[rejected], pa.string()),
                 "gap": pairs.gap[some],
+                **_images(responses, chosen),
             }
         )
 
@@ -156,7 +174,7 @@ def group_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: b
     """Yields rows of a ranked dataset, one per prompt, for the pairs where ``part`` (P,) is true."""
     groups = pairs.group()
     numbers = np.flatnonzero(part[groups.cu_edges[:-1]])
-    size = max(_BATCH * len(groups) // len(groups.members), 1)
+    size = max(responses.batch * len(groups) // len(groups.members), 1)
     for start in range(0, len(numbers), size):
         some = numbers[start : start + size]
         at, offsets = _ranges(groups.cu_members, some)
@@ -171,6 +189,7 @@ def group_batches(responses: Responses, pairs: PairTable, part: NDArray, chat: b
                 "scores": pa.ListArray.from_arrays(offsets, pairs.strength[members]),
                 "models": pa.ListArray.from_arrays(offsets, pa.array(responses.models[members], pa.string())),
                 "pairs": pa.ListArray.from_arrays(edge_offsets, positions),
+                **_images(responses, groups.members[groups.cu_members[some]]),
             }
         )
 
@@ -185,13 +204,14 @@ def sft_rows(responses: Responses, pairs: PairTable, part: NDArray) -> NDArray[n
 
 def sft_batches(responses: Responses, rows: NDArray[np.int64], chat: bool) -> Iterator[pa.Table]:
     """Yields rows of a dataset for supervised training, one for each of the numbered responses."""
-    for start in range(0, len(rows), _BATCH):
-        some = rows[start : start + _BATCH]
+    for start in range(0, len(rows), responses.batch):
+        some = rows[start : start + responses.batch]
         yield pa.table(
             {
                 "prompt": _texts(responses, "prompt", some, chat),
                 "completion": _texts(responses, "response", some, chat),
                 "model": pa.array(responses.models[some], pa.string()),
+                **_images(responses, some),
             }
         )
 
@@ -209,8 +229,25 @@ def _texts(responses: Responses, name: str, rows: NDArray[np.int64], chat: bool)
     if not chat:
         return texts.cast(pa.string())
     role = "user" if name == "prompt" else "assistant"
+    in_parts = name == "prompt" and responses.has_images
     shapes = take(responses.table[f"{name}_shape"], rows)
-    return pa.array([as_messages(*row, role) for row in zip(texts.to_pylist(), shapes.to_pylist())], _MESSAGES)
+    messages = [as_messages(*row, role, in_parts) for row in zip(texts.to_pylist(), shapes.to_pylist())]
+    return pa.array(messages, _MESSAGES_IN_PARTS if in_parts else _MESSAGES)
+
+
+def _images(responses: Responses, rows: NDArray[np.int64]) -> dict[str, pa.Array]:
+    """Returns the column `images` of the prompts of some responses, or nothing if no prompt has images."""
+    if not responses.has_images:
+        return {}
+    images: list[list] = [[] for _ in rows]
+    numbers, sources = take(responses.table["row"], rows).to_numpy(), responses.source(rows)
+    for source, dataset in enumerate(responses.images):
+        places = np.flatnonzero(sources == source).tolist()
+        if dataset is not None and places:
+            (values,) = dataset[numbers[places].tolist()].values()
+            for place, value in zip(places, values):
+                images[place] = [image_file(image) for image in as_list(value)]
+    return {"images": pa.array(images, _IMAGES)}
 
 
 def take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.Array:
@@ -238,14 +275,25 @@ def write_batches(path: Path, suffix: str, batches: Iterator[pa.Table], total: i
             if suffix == ".jsonl":
                 _write_lines(file, batch)
             else:
-                writer = writer or stack.enter_context(pq.ParquetWriter(file, batch.schema))
+                writer = writer or stack.enter_context(pq.ParquetWriter(file, _schema(batch)))
                 writer.write_table(batch)
             bar.update(len(batch))
 
 
+def _schema(batch: pa.Table) -> pa.Schema:
+    """Returns the schema of a Parquet file, whose metadata tell `datasets` that a column holds images."""
+    if "images" not in batch.column_names:
+        return batch.schema
+    return Features({**Features.from_arrow_schema(batch.schema), "images": List(Image())}).arrow_schema
+
+
 def _write_lines(file: IO[bytes], batch: pa.Table) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
-    file.write("".join(lines).encode())
+    for row in batch.to_pylist():
+        if "images" in row:
+            row["images"] = [image_text(image) for image in row["images"]]
+            for turn in row["prompt"]:  # Arrow gives all parts the same keys
+                turn["content"] = [{key: v for key, v in part.items() if v is not None} for part in turn["content"]]
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def is_conversational(responses: Responses) -> bool:

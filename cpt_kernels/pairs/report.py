@@ -53,11 +53,11 @@ def make_report(
             is the form of the rows, "text" or "messages".
 
     Returns:
-        ``responses``: in, kept, and dropped by reason (in == kept + all dropped). ``prompts``: in, in pairs, and for
-        validation. ``pairs``: counts and lengths of all pairs, and of candidates dropped; ``by_models``: the same for
-        each pair of models. ``length_ratio`` is mean chosen length / mean rejected length, while
-        ``length_ratio_quantiles`` are quantiles of the ratios of single pairs. ``prompt_share`` is p = P / (P + C) over
-        all pairs, with C the mean length of the two sides.
+        ``responses``: in, kept, and dropped by reason (in == kept + all dropped). ``prompts``: in, in pairs, for
+        validation, and with images. ``pairs``: counts and lengths of all pairs, and of candidates dropped;
+        ``by_models``: the same for each pair of models. ``length_ratio`` is mean chosen length / mean rejected length,
+        while ``length_ratio_quantiles`` are quantiles of the ratios of single pairs. ``prompt_share`` is p = P / (P +
+        C) over all pairs, with C the mean length of the two sides.
     """
     prompt = responses.numbers(f"prompt_{unit}")[pairs.chosen]
     response = responses.numbers(f"response_{unit}")
@@ -75,6 +75,7 @@ def make_report(
             "in": int(pairs.prompt.max()) + 1,
             "in_pairs": everything.pop("prompts"),
             "validation": pairs.count_prompts(held_out),
+            **_count_images(responses, pairs),
         },
         "pairs": {
             **everything,
@@ -95,6 +96,13 @@ def _count_responses(responses: Responses, pairs: PairTable) -> dict[str, Any]:
         if detail := responses.table["detail"][rows[0]].as_py():
             dropped[reason.label]["detail"] = detail
     return {"in": len(responses), "kept": int(counts[DropReason.KEPT]), "dropped": dropped}
+
+
+def _count_images(responses: Responses, pairs: PairTable) -> dict[str, int]:
+    """Returns the number of prompts in pairs that have images, and of these images; nothing if there are none."""
+    first = pairs.chosen[np.unique(pairs.prompt[pairs.chosen], return_index=True)[1]]  # one response of each prompt
+    images = responses.numbers("images")[first]
+    return {"with_images": int((images > 0).sum()), "images": int(images.sum())} if images.any() else {}
 
 
 def _summarize_models(
@@ -179,6 +187,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if prompts["validation"]:
         line += f"; {prompts['validation']:,} of them, with {pairs['validation']:,} pairs, are for validation"
     lines.append(line)
+    if prompts.get("images"):
+        lines.append(f"{prompts['with_images']:,} prompts in pairs have images, {prompts['images']:,} in all")
     lines.append(f"written as {report['form']}: {_FORMS[report['form']]}")
     if pairs["repeated"] or pairs["opposed"]:
         lines.append(

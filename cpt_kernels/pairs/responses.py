@@ -9,7 +9,8 @@
 
 The prompt may be in the form of any trainer, see ``data.forms.find_prompt``: `input` adds to `instruction`, and a row
 with `system` or `history` has a conversation as its prompt. Prompts and responses are text or chat messages. Text and a
-single turn with this text are the same prompt or response, see ``one_turn_as_text``.
+single turn with this text are the same prompt or response, see ``one_turn_as_text``. A column `images` or `image` holds
+images of the prompt, as in training; two prompts are the same only if their images are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datasets import Dataset, Features, Json, Value
 
 from ..data.formats import one_turn_as_text, read_number, whole_prompt, without_nulls
-from ..data.forms import Roles, find_prompt
-from ..data.messages import MALFORMED, RowError, read_text_or_messages
+from ..data.forms import IMAGE_COLUMNS, Roles, find_prompt
+from ..data.image_files import DIGEST_BYTES, DIGESTS, with_digests
+from ..data.messages import MALFORMED, RowError, Text, has_images, read_text_or_messages, text_as_turns, with_images
 from ..data.response_columns import MODEL_NAMES, RESPONSE_NAMES
 from ..data.rows import ExactJson, NullPlaces, drop_nulls, find_null_places, visible_rows
 from ..errors import UserError
@@ -39,11 +41,12 @@ RESPONSE_FEATURES = Features(
         **{"prompt": Value("large_string"), "prompt_shape": Value("int8"), "prompt_key": Value("binary")},
         **{"response": Value("large_string"), "response_shape": Value("int8"), "response_key": Value("binary")},
         **{"model": Value("string"), "rating": Value("float64"), "row": Value("int64")},
-        **{"drop": Value("int8"), "detail": Value("string")},
+        **{"drop": Value("int8"), "detail": Value("string"), "images": Value("int32")},
         **{f"{text}_{unit}": Value("int64") for text in ("prompt", "response") for unit in ("characters", "tokens")},
     }
 )
 TEXT, TURN, TURNS = range(3)  # the `shape` of a stored text: text; text of one turn; JSON of [[role, content], ...]
+_IMAGE_PART = {"type": "image"}
 
 _LISTS = ("completions", "generations", "responses")
 _MODEL_LISTS = ("models", "generation_models", "model_names")
@@ -99,6 +102,8 @@ def find_readings(columns: ColumnKeys, models: Sequence[str] = (), rating: str |
     """
     there = ", ".join(f"`{name}`" for name in columns)
     prompt = find_prompt([name for name in columns if name not in models])
+    if DIGESTS in columns:
+        prompt["images"] = DIGESTS
     if "prompt" not in prompt:
         raise UserError(f"there is no column `prompt` or `instruction`, but {there}: rename one with --columns")
     readings = []
@@ -143,7 +148,7 @@ class ReadResponses:
     readings: tuple[Reading, ...]
     nulls: Mapping[str, NullPlaces]  # where Arrow may have inserted nulls
     tokenizer: PreTrainedTokenizerBase | None = None
-    version: int = 4
+    version: int = 5
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         names = set().union(*(reading.columns() for reading in self.readings))
@@ -156,7 +161,7 @@ class ReadResponses:
             tokens = self._count_tokens(plain)
             for record, text in zip(records, plain):
                 record[f"{name}_characters"], record[f"{name}_tokens"] = len(text), tokens[text]
-                record[f"{name}_key"] = prompt_key(record[name])
+                record[f"{name}_key"] = prompt_key(record[name] + (record["digests"] if name == "prompt" else ""))
                 if record["drop"] == DropReason.KEPT and not text.strip():
                     record["drop"] = DropReason.EMPTY_PROMPT if name == "prompt" else DropReason.EMPTY_RESPONSE
         return {name: [record[name] for record in records] for name in RESPONSE_FEATURES}
@@ -165,10 +170,12 @@ class ReadResponses:
         reading = next((r for r in self.readings if any(row[side.response] for side in r.sides)), self.readings[-1])
         nothing = {"prompt": "", "prompt_shape": TEXT, "response": "", "response_shape": TEXT, "model": None}
         nothing |= {"rating": math.nan, "row": index, "drop": DropReason.KEPT, "detail": ""}
+        digests = row.get(DIGESTS) or b""
+        nothing |= {"images": len(digests) // DIGEST_BYTES, "digests": digests.hex()}
         records = []
         try:
             given = whole_prompt(row, reading.prompt)
-            prompt = _read_text(reading.prompt["prompt"], given, "user")
+            prompt = _read_text(reading.prompt["prompt"], _place_images(given, nothing["images"]), "user")
             for where, value, model, rating in _items(row, reading):
                 record = {**nothing, "model": None if model is None else str(model)}
                 try:
@@ -211,9 +218,10 @@ def read_responses(
     """Reads the responses in a dataset of any form above, as RESPONSE_FEATURES.
 
     Raises:
-        UserError: the columns have no known form; the message begins with `name`.
+        UserError: the columns have no known form, or an image cannot be decoded; the message begins with `name`.
     """
-    dataset = visible_rows(dataset)
+    dataset = with_digests(visible_rows(dataset), name)
+    dataset = dataset.remove_columns([column for column in IMAGE_COLUMNS if column in dataset.column_names])
     try:
         readings = find_readings(describe_columns(dataset), models, rating)
     except ValueError as error:
@@ -230,10 +238,17 @@ def read_responses(
     )
 
 
-def as_messages(text: str, shape: int, role: str) -> list[dict[str, str]]:
-    """Returns the messages of a stored prompt (role "user") or response (role "assistant") of any shape."""
+def as_messages(text: str, shape: int, role: str, in_parts: bool = False) -> list[dict[str, Any]]:
+    """Returns the messages of a stored prompt (role "user") or response (role "assistant") of any shape.
+
+    Args:
+        in_parts: all contents become lists of parts, which is what the contents of prompts with images are.
+    """
     turns = json.loads(text) if shape == TURNS else [[role, text]]
-    return [{"role": role, "content": content} for role, content in turns]
+    return [
+        {"role": role, "content": [{"type": "text", "text": c}] if in_parts and isinstance(c, str) else c}
+        for role, c in turns
+    ]
 
 
 # --- ColumnKeys ---
@@ -319,23 +334,40 @@ def _items(row: dict[str, Any], reading: Reading) -> Iterator[_Item]:
     yield from map(_Item, names, items, *more)
 
 
+def _place_images(prompt: Text | None, count: int) -> Text | None:
+    """Returns a prompt with a part for each of its images; text becomes a turn of the user."""
+    if not count and not has_images(prompt):
+        return prompt
+    return with_images(prompt if isinstance(prompt, list) else text_as_turns(prompt or "", [])[0], count)
+
+
 def _read_text(name: str, value: Any, role: str) -> tuple[str, int]:
     """Returns the text to store and its shape. Null is empty text."""
     if isinstance(value, (list, dict)):
-        value = read_text_or_messages(name, value)
+        value = read_text_or_messages(name, value, images=role == "user")
     if value is None or isinstance(value, str):
         return value or "", TEXT
     turns = []
     for message in value if isinstance(value, list) else [value]:
         given = without_nulls(message) if isinstance(message, dict) else {}
-        if given.keys() != {"role", "content"} or not isinstance(given["content"], str):
+        content = _read_parts(given["content"]) if isinstance(given.get("content"), list) else given.get("content")
+        if given.keys() != {"role", "content"} or not isinstance(content, (str, list)):
             raise RowError(MALFORMED, f"`{name}` is neither text nor a list of messages with text as role and content")
-        turns.append([given["role"], given["content"]])
+        turns.append([given["role"], content])
     if isinstance(turn := one_turn_as_text([{"role": who, "content": content} for who, content in turns], role), str):
         return turn, TURN
     if turns and role == "assistant" and turns[0][0] in ("system", "user"):
         raise RowError(MALFORMED, f"`{name}` begins with a turn of {turns[0][0]} that the prompt does not begin with")
     return json.dumps(turns, ensure_ascii=False) if turns else "", TURNS if turns else TEXT
+
+
+def _read_parts(parts: list) -> list[dict[str, str]] | None:
+    """Returns parts of text and images in one spelling, or None if there are others."""
+    given = [without_nulls(part) for part in parts]
+    texts = [{"type": "text", "text": part.get("text")} for part in given]
+    if not all(part in (_IMAGE_PART, text) for part, text in zip(given, texts)):
+        return None
+    return [_IMAGE_PART if part == _IMAGE_PART else text for part, text in zip(given, texts)]
 
 
 def _without_prompt(response: Any, prompt: Any) -> Any:
@@ -348,7 +380,10 @@ def _without_prompt(response: Any, prompt: Any) -> Any:
 
 
 def _plain_text(text: str, shape: int) -> str:
-    return "\n".join(content for _, content in json.loads(text)) if shape == TURNS else text
+    if shape != TURNS:
+        return text
+    contents = (content for _, content in json.loads(text))
+    return "\n".join(c if isinstance(c, str) else "".join(part.get("text", "") for part in c) for c in contents)
 
 
 def _read_rating(value: Any) -> float:

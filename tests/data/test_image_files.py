@@ -12,10 +12,9 @@ import pytest
 from datasets import Dataset, Features, Image, List
 
 from cpt_kernels.data.image_files import (
-    DIGEST_COLUMN,
+    DIGESTS,
     as_files,
     image_source,
-    image_values,
     open_image,
     pixel_digest,
     with_digests,
@@ -76,21 +75,6 @@ def test_digests_tell_modes_sizes_and_palettes_apart():
     assert pixel_digest(picture().quantize(4)) == pixel_digest(same)
 
 
-@pytest.mark.parametrize(
-    ("row", "values"),
-    [
-        ({"images": ["a", "b"]}, ["a", "b"]),
-        ({"images": None, "image": "a"}, ["a"]),
-        ({"images": []}, []),
-        ({"image": {"bytes": b"x", "path": None}}, [{"bytes": b"x", "path": None}]),
-        ({"images": '["a", "b"]'}, ["a", "b"]),
-        ({"prompt": "a"}, []),
-    ],
-)
-def test_values_of_a_row(row, values):
-    assert image_values(row) == values
-
-
 @pytest.mark.parametrize("value", ["", 3, None, {"path": None, "bytes": None}, "data:image/png;base64,???"])
 def test_what_names_no_image_is_an_error(value):
     with pytest.raises(UserError, match="an image is"):
@@ -107,14 +91,13 @@ def test_paths_are_relative_to_the_file_of_data(folder, monkeypatch):
         {"prompt": "pictures/2.png", "images": [None, "pictures/2.png"]},
     ]
     write_rows(folder / "data.jsonl", rows)
-    (folder / "data.csv").write_text('prompt,images,image\np,"[""pictures/0.png"", ""/a.png""]",pictures/1.png\n')
+    (folder / "data.csv").write_text("prompt,image\np,pictures/1.png\n")
     monkeypatch.chdir(folder)
     for name in (folder / "data.jsonl", "data.jsonl"):
         first, second = load_data(name)
         assert first["images"] == [str(folder / "pictures/0.png"), f"{folder}/pictures/1.png", *rows[0]["images"][2:]]
         assert second["images"] == [None, str(folder / "pictures/2.png")]
     (row,) = load_data(folder / "data.csv")
-    assert image_values(row) == [str(folder / "pictures/0.png"), "/a.png"]
     assert row["image"] == str(folder / "pictures/1.png")
     (row,) = load_data((folder / "data.csv").as_uri())
     assert row["image"] == str(folder / "pictures/1.png")
@@ -146,8 +129,9 @@ def test_digests_of_rows(folder, monkeypatch):
             {"images": ["https://127.0.0.1:1/nothing.png"]},
         ],
     )
-    digests = with_digests(load_data(folder / "data.jsonl"), "data")[DIGEST_COLUMN]
+    digests = with_digests(load_data(folder / "data.jsonl"), "data")[DIGESTS]
     assert digests[0] == digests[1] == digests[3] and digests[5] is digests[6] is None
+    assert digests[4] == digests[0] + digests[2]
     assert len({*digests} - {None}) == 5 and len(opened) == 3
 
 
