@@ -2,7 +2,7 @@
 
 Each response is appended to the JSONL file of --output as soon as it is there, as a row of prompt, model and response,
 which ``cpt pairs`` reads. A run that was stopped or killed continues where it stopped: a prompt with a response in the
-file is not asked again.
+file is not asked again. A column images (or image) of the data holds the images of prompts, which the responses keep.
 
   cpt generate --model_name_or_path runs/sft --dataset_name prompts.jsonl --output responses.jsonl
   cpt generate --backend openai --base_url http://localhost:8000/v1 --model_name_or_path NAME ...
@@ -52,7 +52,7 @@ def main(argv: Sequence[str], prog: str = "cpt generate") -> None:
     exports = Exports(args.add_column, args.dataset_output, args.format == "alpaca_eval")
     exports.check_paths(args.output, args.dataset_name, args.n)
     dataset = load_data(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
-    prompts, dropped = read_prompts(dataset, args.prompt_column)
+    prompts, dropped = read_prompts(dataset, args.prompt_column, args.dataset_name)
     unique = {prompt.key: prompt for prompt in prompts if prompt is not None}
     requests = [Request(prompt, sample) for prompt in unique.values() for sample in range(args.n)]
     _report_prompts(prompts, unique, dropped)
@@ -94,8 +94,9 @@ class _Generation:
             name, revision = ("model_name_or_path", args.model_revision)
             if args.tokenizer_name is not None:
                 name, revision = "tokenizer_name", None
+            images = any(request.prompt.images for request in requests)
             self.tokenizer = load_named_tokenizer(
-                getattr(args, name), name, revision=revision, trust_remote_code=args.trust_remote_code
+                getattr(args, name), name, revision=revision, trust_remote_code=args.trust_remote_code, images=images
             )
             trained, file = trained_format(args.model_name_or_path)
             if args.prompt_format == "auto":

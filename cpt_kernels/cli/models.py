@@ -78,20 +78,25 @@ def _config_class(message: str) -> str:
 
 
 def load_named_tokenizer(
-    name: str, option: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+    name: str, option: str, *, revision: str | None = None, trust_remote_code: bool = False, images: bool = False
+) -> Any:
     """Loads the tokenizer ``name``, a folder or a hub name that ``option`` has as its value.
+
+    Args:
+        images: load the processor of a model for prompts with images in place of the tokenizer.
 
     Raises:
         UserError: it cannot be loaded. The message names the option.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     kwargs = {} if revision is None else {"revision": revision}
-    hint = "name the tokenizer by tokenizer_name"
-    return from_pretrained(
-        AutoTokenizer.from_pretrained, name, option, hint, trust_remote_code=trust_remote_code, **kwargs
-    )
+    hint = f"name the {'processor' if images else 'tokenizer'} by tokenizer_name"
+    load = (AutoProcessor if images else AutoTokenizer).from_pretrained
+    loaded = from_pretrained(load, name, option, hint, trust_remote_code=trust_remote_code, **kwargs)
+    if images and not hasattr(loaded, "image_processor"):
+        raise UserError(f"{option}={name} has no processor for the images of the prompts: name an image-text model")
+    return loaded
 
 
 def load_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> Any:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import fsspec
 from datasets import Dataset, Image, IterableDataset, List, Value
@@ -26,7 +27,10 @@ from ..errors import UserError
 from .forms import IMAGE_COLUMNS, image_column
 from .messages import as_list
 
-DIGESTS, DIGEST_BYTES = "image_digests", 16  # the column of :func:`with_digests`; the size of one image's digest
+DIGESTS, DIGEST_BYTES = (
+    "digests of the images",
+    16,
+)  # the column of :func:`with_digests`; the size of one image's digest
 
 _BASE64 = re.compile(r"(/9j/|iVBOR|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # JPEG, PNG, GIF, ...
 _KINDS = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tiff", b"MM": "tiff"}
@@ -89,6 +93,9 @@ def read_image(source: str | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
+        if source.startswith(("http://", "https://")):  # fsspec needs another client for these
+            with urlopen(Request(source, headers={"User-Agent": "cpt-kernels"})) as reply:
+                return reply.read()
         with fsspec.open(source, "rb") as file:
             return file.read()
     except Exception as error:  # fsspec's clients raise errors of their own
@@ -160,13 +167,13 @@ def resolve_columns(dataset: Dataset | IterableDataset, file: str) -> Dataset | 
 # --- Images of a dataset ---
 
 
-def as_files(dataset: Dataset) -> Dataset:
+def as_files(dataset: Any) -> Any:
     """Returns a dataset whose image column holds files and not PIL images, so that reading a row decodes nothing."""
-    column = image_column(dataset.column_names)
-    kind = None if column is None else dataset.features[column]
-    if isinstance(getattr(kind, "feature", kind), Image):
-        raw = Image(decode=False)
-        dataset = dataset.cast_column(column, raw if isinstance(kind, Image) else List(raw))
+    for column in IMAGE_COLUMNS:
+        kind = (dataset.features or {}).get(column)
+        if isinstance(getattr(kind, "feature", kind), Image):
+            raw = Image(decode=False)
+            dataset = dataset.cast_column(column, raw if isinstance(kind, Image) else List(raw))
     return dataset
 
 

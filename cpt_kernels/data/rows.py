@@ -23,6 +23,8 @@ from datasets.features.features import register_feature
 from datasets.fingerprint import Hasher
 
 from ..errors import UserError
+from .forms import image_column
+from .image_files import as_files, image_text
 
 _APPLIED_ROWS = 1000  # rows that a transform gets at a time
 
@@ -193,7 +195,8 @@ def _transformed(dataset: Dataset, start: int, stop: int) -> Mapping[str, Sequen
 def write_rows(dataset: Dataset, path: Path, suffix: str) -> None:
     """Writes a dataset without transform as JSON lines, or as Parquet if ``suffix`` is ``.parquet``.
 
-    JSON lines have no nulls that Arrow inserted, because a reader could not tell them from others.
+    JSON lines have no nulls that Arrow inserted, because a reader could not tell them from others, and images as paths,
+    URLs and ``data:`` URLs.
     """
     if suffix == ".parquet":
         # `Json` is the type that every user of `datasets` can read. It stores JSON text, too.
@@ -205,8 +208,11 @@ def write_rows(dataset: Dataset, path: Path, suffix: str) -> None:
             columns[name] = pa.ExtensionArray.from_storage(pa.json_(), texts)
         pq.write_table(pa.Table.from_arrays(list(columns.values()), schema=features.arrow_schema), path)
         return
+    images, dataset = image_column(dataset.column_names), as_files(dataset)
     nulls = find_null_places(dataset.features, dataset.column_names)
     with path.open("w", encoding="utf-8") as file:
         for given in dataset:
             row = {name: drop_nulls(value, nulls.get(name)) for name, value in given.items()}
+            if images is not None and (value := row[images]) is not None:
+                row[images] = [*map(image_text, value)] if isinstance(value, list) else image_text(value)
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")

@@ -14,7 +14,7 @@ from datasets.packaged_modules.json.json import Json
 from huggingface_hub.errors import HTTPError  # of httpx or, from version 2, of httpx2
 
 from ..errors import UserError, user_error
-from .image_files import resolve_columns
+from .image_files import as_files, resolve_columns
 from .readers import VERSION, CsvFiles, JsonFiles, file_type
 
 # Type of a file -> loader of the `datasets` library.
@@ -141,8 +141,8 @@ def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
     with user_error(f"{name} cannot be read", (ValueError, OSError, ImportError, HTTPError)):
         dataset = load_files(loader, streaming=streaming, **arguments)
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            # Reading the first row of a stream reports a malformed start here.
-            if next(iter(part), None) is None:
+            # Reading the first row of a stream reports a malformed start here. Images are left to those who need them.
+            if next(iter(as_files(part)), None) is None:
                 raise UserError(f"{name}: no rows")
     return dataset
 

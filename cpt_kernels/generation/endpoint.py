@@ -176,9 +176,12 @@ class Endpoint:
             arguments["seed"] = seed
         if sampling.stop:
             arguments["stop"] = list(sampling.stop)
-        if isinstance(prompt.content, str) and not sampling.chat:
+        if isinstance(prompt.content, str) and not sampling.chat and not prompt.images:
             return await client.completions.with_raw_response.create(prompt=prompt.content, **arguments)
         turns: Any = [without_nulls(turn) for turn in prompt.messages(sampling.system_prompt)]
+        if prompt.images:
+            images = iter(prompt.images)
+            turns = [{**turn, "content": _fill_images(turn.get("content"), images)} for turn in turns]
         return await client.chat.completions.with_raw_response.create(messages=turns, **arguments)
 
     # --- Hooks of the HTTP client ---
@@ -245,6 +248,19 @@ class Endpoint:
         if self._key:  # some endpoints repeat a refused key in their message
             text = text.replace(self._key, "***")
         return text if len(text) <= _LONGEST_DETAIL else f"{text[:_LONGEST_DETAIL]} ..."
+
+
+def _fill_images(content: Any, images: Iterator[str | bytes]) -> Any:
+    """Returns the content of a message with the next images in OpenAI's form: an http URL, or the file itself."""
+    from ..data.image_files import data_url  # imports datasets, which --help does without
+
+    if not isinstance(content, list):
+        return content
+    urls = (image if str(image).startswith(("http://", "https://")) else data_url(image) for image in images)
+    return [
+        {"type": "image_url", "image_url": {"url": next(urls)}} if part.get("type") == "image" else part
+        for part in content
+    ]
 
 
 class _MalformedError(Exception):

@@ -132,6 +132,8 @@ def _alpaca_outputs(
 
 
 def _instruction(prompt: Prompt) -> str:
+    if prompt.images:
+        raise UserError("alpaca_eval compares responses to text, but a prompt has images: leave the format out")
     instruction = single_instruction(prompt.content)
     if instruction is None:
         raise UserError(f"alpaca_eval compares single instructions, but a prompt has {len(prompt.content)} turns")

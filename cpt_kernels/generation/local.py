@@ -20,11 +20,16 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from ..data.formats import Example
+from ..data.image_files import open_image
+from ..data.images import ImageReader, is_processor
+from ..data.messages import RowError
 from ..errors import UserError
 from .prompts import Answer, Failure, Prompt, RecordAnswers, Request, Sampling, Text
 
@@ -72,8 +77,14 @@ def generate_local(
     return texts
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: Sampling) -> list[int] | Failure:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: Prompt, sampling: Sampling
+) -> list[int] | Failure:
     """Returns the token ids of a prompt as in training: text is encoded as it is, messages by the chat template."""
+    if is_processor(tokenizer):
+        if prompt.images or sampling.chat or not isinstance(prompt.content, str):
+            return _encode_images(tokenizer, prompt, sampling)
+        tokenizer = tokenizer.tokenizer
     if isinstance(prompt.content, str) and not sampling.chat:
         ids = tokenizer(prompt.content, verbose=False)["input_ids"]
         # Some tokenizers append eos to every text, and a model generates nothing after eos.
@@ -95,8 +106,33 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: 
         return Failure("rejected by the chat template", f"{type(error).__name__}: {error}")
 
 
+def _render(processor: ProcessorMixin, prompt: Prompt, sampling: Sampling) -> str:
+    """Returns the text of a prompt, in which the chat template puts a placeholder for each image of a conversation.
+
+    Raises:
+        RowError: the chat template refuses it.
+    """
+    if isinstance(prompt.content, str) and not sampling.chat:
+        return prompt.content
+    turns = prompt.messages(sampling.system_prompt)
+    kwargs = {**sampling.template_kwargs, **prompt.template_kwargs}
+    example = Example(turns, [], [], tools=prompt.tools, template_kwargs=kwargs, images=[*prompt.images])
+    return ImageReader(processor).render(example)[0]
+
+
+def _encode_images(processor: ProcessorMixin, prompt: Prompt, sampling: Sampling) -> list[int] | Failure:
+    try:
+        text = _render(processor, prompt, sampling)
+    except RowError as error:
+        return Failure("rejected by the chat template", error.detail)
+    try:
+        return ImageReader(processor).encode(text, [*map(open_image, prompt.images)])
+    except ValueError as error:  # of ours, or of a processor that finds no placeholders for the images
+        return Failure("images", str(error))
+
+
 def _encode_all(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     requests: Sequence[Request],
     sampling: Sampling,
     context: int | None,
@@ -155,15 +191,22 @@ class LocalModel:
 
     Args:
         model: a model on the device on which it shall run.
+        tokenizer: the tokenizer, or the processor of a model for prompts with images.
         sampling: how responses are sampled. Of the model's own generation config only the end tokens are used.
         batch_size: responses per batch.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 16
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        sampling: Sampling,
+        batch_size: int = 16,
     ) -> None:
         if None in (sampling.temperature, sampling.top_p):
             raise UserError("temperature and top_p can be left to an endpoint only: give a local model numbers")
+        self.processor: Any = tokenizer  # or the tokenizer again
+        tokenizer = tokenizer.tokenizer if is_processor(tokenizer) else tokenizer
         self.model, self.tokenizer, self.sampling, self.batch_size = model, tokenizer, sampling, batch_size
         # A chat model may end a turn with another token than the tokenizer's eos.
         own = getattr(model.generation_config, "eos_token_id", None)
@@ -171,6 +214,8 @@ class LocalModel:
         self.ends = {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *self.ends, 0)
         self.pad = next(pad for pad in pads if pad is not None)
+        if tokenizer.pad_token is None:  # a processor pads by it
+            tokenizer.pad_token = tokenizer.eos_token
 
     def answer(self, requests: Sequence[Request], record: RecordAnswers, answered: Container[int] = ()) -> None:
         """Answers the requests whose positions are not in ``answered``, longest prompts first.
@@ -179,11 +224,15 @@ class LocalModel:
             UserError: a batch does not fit into memory. The results recorded before stay valid.
         """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        encoded = _encode_all(self.tokenizer, requests, self.sampling, context, record, answered)
+        encoded = _encode_all(self.processor, requests, self.sampling, context, record, answered)
+        # Prompts with images are batched apart, because the processor makes the model's inputs.
+        parts = [[i for i in encoded if bool(requests[i].prompt.images) == images] for images in (True, False)]
         with _generating(self.model, self._generation_config()):
-            for batch in self._plan(encoded, answered):
+            for batch in (b for part in parts for b in self._plan({i: encoded[i] for i in part}, answered)):
                 seeds = [requests[index].seed(self.sampling) for index in batch]
-                rows = zip(batch, self._generate([encoded[index] for index in batch], seeds))
+                prompts = [requests[index].prompt for index in batch]
+                inputs = self._inputs(prompts, [encoded[index] for index in batch])
+                rows = zip(batch, self._generate(inputs, seeds))
                 record(
                     [(i, self._to_answer(requests[i].prompt, encoded[i], row)) for i, row in rows if i not in answered]
                 )
@@ -215,20 +264,30 @@ class LocalModel:
             stop_strings=list(self.sampling.stop) or None,
         )
 
-    def _generate(self, prompts: list[list[int]], seeds: list[int | None]) -> list[list[int]]:
-        # Pad on the left, so that every row's next token is at the same position.
-        width = max(map(len, prompts))
+    def _inputs(self, prompts: Sequence[Prompt], ids: list[list[int]]) -> dict[str, Tensor]:
+        """Returns the model's inputs for a batch, padded on the left: every row's next token is at one position."""
         device = self.model.get_input_embeddings().weight.device
-        ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        if prompts[0].images:
+            texts = [_render(self.processor, prompt, self.sampling) for prompt in prompts]
+            images = [[*map(open_image, prompt.images)] for prompt in prompts]
+            options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+            inputs = self.processor(text=texts, images=images, **options)
+            return dict(inputs.to(device, dtype=self.model.dtype))
+        width = max(map(len, ids))
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+        padded = torch.tensor([[self.pad] * (width - len(row)) + row for row in ids], device=device)
+        return {"input_ids": padded, "attention_mask": mask}
+
+    def _generate(self, inputs: Mapping[str, Tensor], seeds: list[int | None]) -> list[list[int]]:
+        count, width = inputs["input_ids"].shape
         processors = LogitsProcessorList(self._processors(seeds))
         # generate() needs the tokenizer only for stop_strings.
         extra: dict[str, Any] = {"tokenizer": self.tokenizer} if self.sampling.stop else {}
         try:
-            out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **extra)
+            out = self.model.generate(**inputs, logits_processor=processors, **extra)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{len(prompts)} prompts of up to {width} tokens do not fit into memory together: lower batch_size"
+                f"{count} prompts of up to {width} tokens do not fit into memory together: lower batch_size"
             ) from error
         return [self._cut(row) for row in out[:, width:].tolist()]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from ..data.formats import is_record, one_turn_as_text, parse_prompt, parse_row
-from ..data.forms import FORM_COLUMNS, Form, Roles, find_prompt, match_roles, read_by
-from ..data.messages import RowError, Text, text_as_turns
+from ..data.forms import FORM_COLUMNS, Form, Roles, find_prompt, image_column, match_roles, read_by
+from ..data.messages import RowError, Text, has_images, text_as_turns, with_images
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -63,21 +63,32 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the data gives it, with the arguments of its chat template."""
+    """A prompt as the data gives it, with the arguments of its chat template and its images."""
 
     content: Text
     tools: list | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[str | bytes, ...] = ()  # paths, URLs, or the bytes of files
+    image_digests: str = ""  # hex digits that identify the images, see `data.image_files.with_digests`
 
     @cached_property
     def key(self) -> str:
-        """32 hex digits, equal for equal prompts (see ``one_turn_as_text``) with equal tools and template arguments."""
-        parts = [one_turn_as_text(self.content, "user"), self.tools, dict(self.template_kwargs)]
+        """32 hex digits, equal for equal prompts (see ``one_turn_as_text``) with equal tools, arguments and images."""
+        content = self.messages() if self.images else self.content
+        parts = [one_turn_as_text(content, "user"), self.tools, dict(self.template_kwargs)]
+        parts += [self.image_digests] if self.images else []
         return xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
     def messages(self, system_prompt: str | None = None) -> list[dict]:
-        """Returns the prompt as a conversation, in which a text prompt is a user turn, as in training."""
+        """Returns the prompt as a conversation, in which a text prompt is a user turn, as in training.
+
+        If it has images, the contents are lists of parts, with {"type": "image"} for each image.
+
+        Raises:
+            RowError: the conversation has such parts for another number of images.
+        """
         turns = text_as_turns(self.content, [])[0] if isinstance(self.content, str) else list(self.content)
+        turns = with_images(turns, len(self.images)) if self.images or has_images(turns) else turns
         has_own = turns and turns[0]["role"] in ("system", "developer")
         return turns if system_prompt is None or has_own else [{"role": "system", "content": system_prompt}, *turns]
 
@@ -120,7 +131,9 @@ RecordAnswers = Callable[[Sequence[tuple[int, Answer | Failure]]], None]
 _OURS = {"completion", "completions"}
 
 
-def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prompt | None], dict[str, Drop]]:
+def read_prompts(
+    dataset: Dataset, column: str | None = None, name: str = "the dataset"
+) -> tuple[list[Prompt | None], dict[str, Drop]]:
     """Reads the prompt of every row, in the same way as training does.
 
     Args:
@@ -128,19 +141,24 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
         column: the column of the prompts, to which other columns then add nothing. By default the prompt is the part
             before the completions if the rows have `chosen` and `rejected`, `completion` or `completions`, else what
             ``data.forms.find_prompt`` finds.
+        name: what errors call the dataset.
 
     Returns:
         The prompt of each row, None if it has none; and the rows without a prompt by reason.
 
     Raises:
-        UserError: the column does not exist, or none of the default columns does.
+        UserError: the column does not exist, or none of the default columns does; or an image is missing or damaged.
     """
+    from ..data.image_files import DIGESTS, image_source, with_digests
     from ..data.preparation import Drop
     from ..data.rows import drop_nulls, find_null_places, visible_rows
 
     dataset = visible_rows(dataset)
     names = set(dataset.column_names)
     form, roles = _find_roles(names, column)
+    if (of_images := image_column(names)) is not None:
+        dataset, roles = with_digests(dataset, name), {**roles, "images": of_images, "digests": DIGESTS}
+        names.add(DIGESTS)
     prompts: list[Prompt | None] = []
     dropped: dict[str, Drop] = {}
     nulls = find_null_places(dataset.features, names)
@@ -149,7 +167,10 @@ def read_prompts(dataset: Dataset, column: str | None = None) -> tuple[list[Prom
         try:
             is_alone = form is Form.MESSAGES
             example = parse_prompt(row, roles["prompt"], roles) if is_alone else parse_row(row, form, roles=roles)
-            prompts.append(Prompt(example.prompt, example.tools, example.template_kwargs))
+            images, digests = tuple(map(image_source, example.images)), (row.get(DIGESTS) or b"").hex()
+            prompt = Prompt(example.prompt, example.tools, example.template_kwargs, images, digests)
+            prompt.messages()  # checks the number of images
+            prompts.append(prompt)
         except RowError as error:
             prompts.append(None)
             dropped.setdefault(error.reason, Drop(detail=error.detail)).add(number)

@@ -124,6 +124,7 @@ class ResponseFile:
         row = {
             "prompt": prompt.content,
             **{name: value for name, value in own.items() if value},
+            **self._images_of(prompt),
             "model": self.model,
             "response": answer.text,
             "sample": request.sample,
@@ -135,6 +136,14 @@ class ResponseFile:
         }
         # An endpoint may cut a text inside a surrogate pair, and half a pair cannot be encoded as UTF-8.
         return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+    @staticmethod
+    def _images_of(prompt: Prompt) -> dict[str, Any]:
+        if not prompt.images:
+            return {}
+        from ..data.image_files import image_text  # imports datasets, which --help does without
+
+        return {"images": [*map(image_text, prompt.images)], "image_digests": prompt.image_digests}
 
     # --- Existing rows ---
 
@@ -182,7 +191,8 @@ class ResponseFile:
 
 def prompt_of(row: ResponseRow) -> Prompt:
     """Returns the prompt that a row answers."""
-    return Prompt(row["prompt"], row.get("tools"), row.get("chat_template_kwargs") or {})
+    images = tuple(row.get("images") or ()), row.get("image_digests", "")
+    return Prompt(row["prompt"], row.get("tools"), row.get("chat_template_kwargs") or {}, *images)
 
 
 def _parse_row(line: bytes) -> ResponseRow | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
+import http.server
 import io
 import json
+import threading
 
 import numpy as np
 import PIL.Image
@@ -150,3 +153,14 @@ def test_a_missing_or_damaged_file_is_named_with_its_row(folder, content, messag
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=f"data.jsonl {message}"):
         with_digests(load_data(folder / "data.jsonl"), str(folder / "data.jsonl"))
+
+
+def test_an_image_of_an_http_url_is_fetched_when_its_pixels_are_needed(folder):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/pictures/"
+        assert pixel_digest(open_image(f"{url}0.png")) == pixel_digest(picture())
+        with pytest.raises(UserError, match=r"the image .*/nothing.png cannot be read: .*404"):
+            open_image(f"{url}nothing.png")
+        server.shutdown()

@@ -53,7 +53,8 @@ class StubEndpoint:
 
 
 def prompt_of(body: dict) -> str:
-    return body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+    content = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "image") for part in content)
 
 
 def answer_to(prompt: str, seed: int | None) -> str:
