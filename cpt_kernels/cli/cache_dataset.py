@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..data.images import IMAGES, ImageId, ids_of, images_of, split_key
 from ..data.preparation import prepare
 from ..data.sources import load_data
 from ..errors import UserError
@@ -113,9 +114,15 @@ class DatasetReference:
 
     def _score(self, sequences: Sequence[_Ids]) -> Iterator[tuple[_Ids, np.ndarray]]:
         in_order = sorted(sequences)  # completions of one prompt are consecutive, as Reference.score expects
+        places: dict[ImageId, tuple[Dataset, int]] = {}  # the row of a dataset that holds an image
+        for data in self.stored.values():
+            for row, words in enumerate(data["image_ids"] if IMAGES in data.column_names else ()):
+                places |= dict.fromkeys(ids_of(words), (data, row))
         for start in range(0, len(in_order), _SAMPLE_BATCH):
             batch = in_order[start : start + _SAMPLE_BATCH]
-            yield from zip(batch, self.reference.score(batch, self.collator))
+            rows = [places[image] for prompt, _ in batch for image in ids_of(split_key(prompt)[0])]
+            images = images_of(data[row] for data, row in rows)
+            yield from zip(batch, self.reference.score(batch, self.collator, images))
 
 
 def _as_tuples(sequence: DatasetCompletion) -> _Ids:

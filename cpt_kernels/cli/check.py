@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..data.collate import PackedBatch, PackedCollator, Tokens
-from ..data.images import images_of
+from ..data.images import images_of, is_processor
 from ..errors import UserError
 from ..losses import PairLogps
 from ..model.comparison import compare_rows
@@ -30,6 +30,7 @@ from ..model.packed_model import Scores
 from ..reference.fingerprint import fingerprint
 from ..reference.scorer import Reference, start_bound
 from ..trainer import ContrastiveTrainer
+from ..training.checks import checked_tokenizer
 from .console import print_results
 from .decoded import decoded_pair
 from .models import load_policy_tokenizer, load_weights
@@ -231,10 +232,11 @@ def _check_saving(trainer: CheckedTrainer, folder: Path, options: Options) -> Ch
     if trainer.args.process_index:
         return Check(name, True, "")
     saved = replace(options.model, tokenizer_name=None, model_name_or_path=str(folder), model_revision="main")
-    tokenizer = load_policy_tokenizer(saved, options.training)
+    processor = trainer.processing_class
+    loaded = load_policy_tokenizer(saved, options.training, images=is_processor(processor))
     model = load_weights(str(folder), "output_dir", saved, options.training, trainable=True)
     same = fingerprint(model, compute_dtype="", attention="") == trainer.digest
-    same_tokens = tokenizer.get_vocab() == trainer.processing_class.get_vocab()
+    same_tokens = checked_tokenizer(loaded).get_vocab() == checked_tokenizer(processor).get_vocab()
     megabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     found = "equal" if same and same_tokens else "differs in " + ("its vocabulary" if same else "weights or config")
     return Check(name, same and same_tokens, f"{megabytes:,.1f} MB, {found}")

@@ -18,7 +18,6 @@ from .parsing import CONFIG_FILE, parse, unknown_argument
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from ..losses import Loss
     from .options import Options
@@ -173,21 +172,27 @@ def training_options(
     return parse([*argv, *(["--ref_model_name_or_path", reference] if reference else [])], prog)
 
 
-def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrainedTokenizerBase:
+def load_shared_tokenizer(models: Sequence[str], options: Options, images: bool = False) -> Any:
     """Loads the tokenizer that all models share, or the one that ``tokenizer_name`` names.
+
+    Args:
+        images: load the processor of the first model in place of its tokenizer.
 
     Raises:
         UserError: two models, or a model and the reference, have different tokenizers.
     """
     from ..data.tokenize import check_same_tokenizer
+    from ..training.checks import checked_tokenizer
 
     model, training = options.model, options.training
     trust = training.trust_remote_code
     if model.tokenizer_name is not None:
-        first, models = load_named_tokenizer(model.tokenizer_name, "tokenizer_name", trust_remote_code=trust), ()
+        given, option, others = model.tokenizer_name, "tokenizer_name", ()
     else:
-        first = load_named_tokenizer(models[0], "models", trust_remote_code=trust)
-    for name in models[1:]:
+        given, option, others = models[0], "models", models[1:]
+    loaded = load_named_tokenizer(given, option, trust_remote_code=trust, images=images)
+    first = checked_tokenizer(loaded)
+    for name in others:
         other = load_named_tokenizer(name, "models", trust_remote_code=trust)
         if other.get_vocab() != first.get_vocab() or other.chat_template != first.chat_template:
             raise UserError(
@@ -196,7 +201,7 @@ def load_shared_tokenizer(models: Sequence[str], options: Options) -> PreTrained
             )
     if (reference := load_ref_tokenizer(model, training, "reference")) is not None:
         check_same_tokenizer(first, reference)
-    return first
+    return loaded
 
 
 def model_loader(name: str, option: str, options: Options) -> Callable[[], nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ..data.truncation import truncate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_REPEATED = re.compile(r"([<\[][^\s<>\[\]]+[>\]])(\s?\1){3,}")
 _STYLES = {"prompt": "cyan", "scored": "green", "not scored": "red"}
 
 
@@ -44,4 +46,5 @@ def decoded_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, col
 def _decoded_line(what: str, kind: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
     label = what if kind == what else f"{what} ({kind})" if kind not in what else what
     text = tokenizer.decode(list(ids)).replace("\n", "\u21b5\n    ")  # decodes special tokens, too
+    text = _REPEATED.sub(lambda run: f"{run[1]} x {run[0].count(run[1])}", text)  # such as the tokens of an image
     return Text(f"  {label}, {len(ids)} tokens: ").append(text, _STYLES[kind])

@@ -70,6 +70,7 @@ def score_pairs(args: argparse.Namespace) -> None:
     """Evaluates every model on held-out pairs, over all pairs and by group."""
     from accelerate import PartialState
 
+    from ..data.images import holds_images
     from ..data.sources import load_data, parse_columns
     from ..evaluation.pairs import evaluate_pairs
     from .checkpoints import (
@@ -94,12 +95,13 @@ def score_pairs(args: argparse.Namespace) -> None:
     given = {"model": names[0], "data": args.data, "output_dir": args.output_dir, "reference": reference}
     options = training_options(configs, args.training, **given, prog=args.prog)
     quieten(options.training)
-    tokenizer, loss = load_shared_tokenizer(names, options), loss_of(configs)
+    data, loss = load_data(args.data, split=args.split, columns=parse_columns(args.columns)), loss_of(configs)
+    tokenizer = load_shared_tokenizer(names, options, images=holds_images(data))
 
     # Evaluate on all ranks; only the main process reports.
     evaluation = evaluate_pairs(
         {name: model_loader(model, "models", options) for name, model in models.items()},
-        load_data(args.data, split=args.split, columns=parse_columns(args.columns)),
+        data,
         tokenizer,
         reference=None if reference is None else model_loader(reference, "reference", options),
         args=options.training,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,45 +100,36 @@ def load_named_tokenizer(
     return loaded
 
 
-def load_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> Any:
-    """Loads the processor of prompts with images from the folder or repository of a tokenizer.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from transformers import AutoProcessor
-
-    name, hint = tokenizer.name_or_path, "rows with images need the model's processor there"
-    return from_pretrained(
-        AutoProcessor.from_pretrained, name, "the processor of", hint, trust_remote_code=trust_remote_code
-    )
-
-
-def find_tokenizer(*names: str) -> str | None:
-    """Returns the first of some folders or hub names that holds a tokenizer."""
+def find_tokenizer(*names: str, images: bool = False) -> str | None:
+    """Returns the first of some folders or hub names that holds a tokenizer, or the processor of images."""
     from transformers.utils import cached_file
 
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
     files = ("tokenizer_config.json", "tokenizer.json")
+    files = ("processor_config.json", "preprocessor_config.json") if images else files
     present = [name for name in names if Path(name).is_dir() or not is_path(name)]
     return next((name for name in present if any(cached_file(name, file, **quiet) for file in files)), None)
 
 
-def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that ``tokenizer_name`` names, else that of the adapter, the model or its base model."""
+def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig, images: bool = False) -> Any:
+    """Loads the tokenizer that ``tokenizer_name`` names, else that of the adapter, the model or its base model.
+
+    Args:
+        images: load the processor of a model for prompts with images in place of the tokenizer.
+    """
     from ..model.pretrained import local_adapters
 
-    trust = args.trust_remote_code
+    load = partial(load_named_tokenizer, trust_remote_code=args.trust_remote_code, images=images)
     if model.tokenizer_name is not None:
-        return load_named_tokenizer(model.tokenizer_name, "tokenizer_name", trust_remote_code=trust)
+        return load(model.tokenizer_name, "tokenizer_name")
     name = model.model_name_or_path
     adapter = model.adapter_name_or_path or name
     if adapter != name or local_adapters(adapter) is not None:
         base = _base_name(adapter) if adapter == name else name
-        found = find_tokenizer(*dict.fromkeys([adapter, base]))
+        found = find_tokenizer(*dict.fromkeys([adapter, base]), images=images)
         if found is not None and found != name:
-            return load_named_tokenizer(found, "the adapter's tokenizer", trust_remote_code=trust)
-    return load_named_tokenizer(name, "model_name_or_path", revision=model.model_revision, trust_remote_code=trust)
+            return load(found, "the adapter's tokenizer")
+    return load(name, "model_name_or_path", revision=model.model_revision)
 
 
 def load_ref_tokenizer(
@@ -184,16 +176,14 @@ def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
 
 
 def model_of(config: Any, name: str, option: str, **kwargs: Any) -> nn.Module:
-    """Makes a causal language model of a config that the value ``name`` of ``option`` led to, with random weights.
+    """Makes a language model of a config that the value ``name`` of ``option`` led to, with random weights.
 
     Raises:
         UserError: there is no such model of this config. The message names the option.
     """
-    from transformers import AutoModelForCausalLM
+    from ..model.pretrained import auto_class
 
-    return from_pretrained(
-        lambda _, **kwargs: AutoModelForCausalLM.from_config(config, **kwargs), name, option, **kwargs
-    )
+    return from_pretrained(lambda _, **kwargs: auto_class(config).from_config(config, **kwargs), name, option, **kwargs)
 
 
 def describe_adapter(model: ModelArguments) -> str | None:

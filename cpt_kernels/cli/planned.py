@@ -126,7 +126,10 @@ def _row_counts(report: Any) -> dict[str, Any]:
 
 def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
     model, args = trainer.packed.model, trainer.args
-    sizes, ways = sizes_of(model), (args.gradient_checkpointing, hasattr(model, "peft_config"))
+    with_images = [row for row in counts.largest_rows if counts.lengths.images[row]]
+    with_images = with_images or [row for row, images in enumerate(counts.lengths.images) if images][:1]
+    batch = trainer.collator(trainer.train_dataset.__getitems__(with_images)) if with_images else None
+    sizes, ways = sizes_of(model, batch), (args.gradient_checkpointing, hasattr(model, "peft_config"))
     operations = {name: getattr(counts, name).flops(sizes, *ways)["total"] for name in ("work", "unshared", "peer")}
     return {
         "layout": "padded" if trainer.packed.padded else "packed",
@@ -140,6 +143,8 @@ def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
 
 def _time(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
     """Returns the predicted seconds, or the reason why there are none."""
+    if any(counts.lengths.images):
+        return {"unknown": "rows have images"}
     try:
         found = calibrate(trainer, counts)
     except TooLargeError as error:
@@ -179,6 +184,8 @@ def _plan_table(run: dict[str, Any]) -> Table:
     table.add_row("tokens", f"{work['tokens']:,}, {work['tokens'] / run['steps']:,.0f} a step")
     table.add_row("tokens without shared prompts", f"{unshared['tokens']:,}")
     table.add_row(f"tokens padded, {run['peer_pairs']} pairs a batch", f"{peer['tokens']:,}")
+    if work["image_tokens"]:
+        table.add_row("tokens of images, encoded", f"{work['image_tokens']:,.0f}; padded {peer['image_tokens']:,.0f}")
     table.add_row("operations", f"{run['operations']['work']:.3g}")
     table.add_row("operations padded / ours", f"{run['operations of a padded run / ours']:.2f}")
     table.add_row("scored tokens", f"{work['head_rows']:,}")

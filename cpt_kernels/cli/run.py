@@ -17,7 +17,7 @@ import transformers
 from transformers import PrinterCallback, ProgressCallback
 
 from ..config import ContrastiveConfig
-from ..data.images import holds_images
+from ..data.images import holds_images, is_processor
 from ..data.mixture import load_mixture, split_rows
 from ..data.sources import is_one_file, load_data, parse_columns
 from ..errors import UserError
@@ -28,14 +28,7 @@ from ..training.loop import log_on_main
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
 from ..training.run_folder import checkpoints_in, earlier_run, held, weights_in
 from .console import print_results
-from .models import (
-    describe_adapter,
-    load_policy,
-    load_policy_tokenizer,
-    load_processor,
-    load_ref_tokenizer,
-    load_reference,
-)
+from .models import describe_adapter, load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
 from .parsing import CONFIG_FILE
 
@@ -119,7 +112,7 @@ def make_trainer(
     ref_tokenizer = load_ref_tokenizer(options.model, args)
     train_data, eval_data = _load_data(options.script, args) if data is None else data
     if holds_images(train_data, eval_data):
-        tokenizer = load_processor(tokenizer, args.trust_remote_code)
+        tokenizer = load_policy_tokenizer(options.model, args, images=True)
     check_columns(args, args.build_loss(), tokenizer, train_data, eval_data)
     model, ref_model = policy(options.model, args), reference(options.model, args)
     args.model_init_kwargs = None  # already applied; the trainer refuses them for a loaded model
@@ -295,5 +288,6 @@ def _print_summary(trainer: ContrastiveTrainer, report: RunReport) -> None:
         lines.append(f"the saved model is {Path(best).name}, the best so far")
     weights = "adapter" if hasattr(trainer.model, "peft_config") else "model"
     files = ", ".join([CONFIG_FILE, *(file.name for file in [report.metrics_file, *report.files])])
-    lines.append(f"written to {output}: {weights}, tokenizer, {files}")
+    tokenizer = "processor" if is_processor(trainer.processing_class) else "tokenizer"
+    lines.append(f"written to {output}: {weights}, {tokenizer}, {files}")
     print_results([table] if table.row_count else [], lines)

@@ -21,10 +21,13 @@ from xxhash import xxh3_64_intdigest
 
 from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
+from ..data.image_files import as_files
+from ..data.images import IMAGES
 from ..data.preparation import PreparationReport, prepare
 from ..data.rows import ExactJson, visible_rows
 from ..data.tokenize import check_tokenizer
 from ..errors import UserError
+from ..model.images import image_reader
 from ..model.loading import load_model
 from ..model.packed_model import PackedModel, base_model, embedding_rows
 from ..pairs.build import factorize
@@ -42,7 +45,7 @@ from .pair_metrics import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Model = nn.Module | str | Callable[[], nn.Module]
 
@@ -57,7 +60,7 @@ _MOST_VALUES = 100  # values of a grouping; more do not make a readable table
 def evaluate_pairs(
     models: Mapping[str, Model],
     data: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     reference: Model | None = None,
     args: ContrastiveConfig | None = None,
@@ -77,7 +80,7 @@ def evaluate_pairs(
         data: pairs in any form that the trainer accepts. The models that wrote the responses are named by the columns
             ``chosen_model`` and ``rejected_model``, or in grouped rows by ``models`` beside ``completions`` and
             ``pairs``.
-        tokenizer: the tokenizer of all models.
+        tokenizer: the tokenizer of all models, or the processor if prompts have images.
         reference: without a reference, the rewards are computed from the log-probs alone.
         args: default ``ContrastiveConfig()``.
         per_token: compute rewards of log-probs per token. Default: as the loss of ``args`` does.
@@ -92,7 +95,7 @@ def evaluate_pairs(
     if not isinstance(data, Dataset):
         raise UserError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset (not a stream)")
     with args.main_process_first(desc="reading the held-out data"):
-        data = visible_rows(data)
+        data = as_files(visible_rows(data))
         _check_arguments(models, data, by)
         if _present(_GROUPED, data):
             data = _split_groups(data)
@@ -138,7 +141,7 @@ def _present(names: tuple[str, ...], data: Dataset) -> tuple[str, ...]:
 
 
 def _tokenize_pairs(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, args: ContrastiveConfig, by: Sequence[str]
+    data: Dataset, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, args: ContrastiveConfig, by: Sequence[str]
 ) -> tuple[Dataset, PreparationReport]:
     """Tokenizes the pairs as the trainer does, and keeps the columns by which pairs are grouped.
 
@@ -173,9 +176,14 @@ class _Scorer:
     """
 
     def __init__(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: ContrastiveConfig, max_token_id: int
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        args: ContrastiveConfig,
+        max_token_id: int,
     ) -> None:
-        self.dataset, self.tokenizer, self.args, self.max_token_id = dataset, tokenizer, args, max_token_id
+        self.dataset, self.processor, self.args, self.max_token_id = dataset, tokenizer, args, max_token_id
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.cut = (args.max_length, args.truncation_mode)
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=args.mixed_precision)
         completions = (each for part in iter_sequences(dataset, *self.cut) for each in part)
@@ -198,7 +206,8 @@ class _Scorer:
         check_tokenizer(self.tokenizer, embedding_rows(model), self.max_token_id)
         if not getattr(base_model(model), "is_quantized", False):  # a quantized model cannot be moved
             model.to(self.accelerator.device)
-        packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing)
+        images = image_reader(base_model(model), self.processor) if IMAGES in self.dataset.column_names else None
+        packed = PackedModel(model, args.head_memory_mb, args.attention_backend, args.packing, images)
         # The evaluated model takes the place of the reference: its log-probs are cached under its own fingerprint.
         reference = Reference(
             packed,
@@ -208,7 +217,8 @@ class _Scorer:
             accelerator=self.accelerator,
             cache_dir=args.ref_cache_dir or default_cache_dir(),
         )
-        collator = PackedCollator(*self.cut, args.share_prompts != "false", packed.share_limit, padded=packed.padded)
+        share = args.share_prompts != "false"
+        collator = PackedCollator(*self.cut, share, packed.share_limit, padded=packed.padded, images=images)
         reference.fill(self.dataset, collator, args.max_tokens_per_batch, "held-out", name)
         return np.concatenate(list(self._sums(reference.cache)))
 
@@ -271,7 +281,7 @@ def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
     """Returns a hash of the prompt of every row of the prepared dataset.
 
     The hash is taken from the prompt in the given data if there is one, because the last tokens of a tokenized prompt
-    may depend on the completion.
+    may depend on the completion. Prompts with different images are different.
     """
     hashes: list[int | None] = [None] * len(dataset)
     if "prompt" in data.column_names and "prompt_ids" not in data.column_names:
@@ -283,6 +293,11 @@ def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
         parts = dataset.with_format("numpy", columns=["prompt_ids"]).iter(1000)
         of_tokens = (xxh3_64_intdigest(ids.tobytes()) for part in parts for ids in part["prompt_ids"])
         hashes = [tokens if known is None else known for tokens, known in zip(of_tokens, hashes)]
+    if IMAGES in dataset.column_names:
+        images = dataset.select_columns(["image_ids"])["image_ids"]
+        hashes = [
+            xxh3_64_intdigest(f"{prompt} {ids}".encode()) if ids else prompt for prompt, ids in zip(hashes, images)
+        ]
     return np.array(hashes, np.uint64)
 
 

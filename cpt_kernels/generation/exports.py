@@ -82,13 +82,14 @@ def write_exports(
     files, filled = [], None
     # The dataset with the column of responses.
     if exports.column:
-        values = [
-            None if text is None else as_completion(row, prompt, text)
-            for row, prompt, text in zip(dataset, prompts, texts)
-        ]
-        filled = len(values) - values.count(None)
+        from ..data.image_files import as_files
         from ..data.rows import write_rows
 
+        values = [
+            None if text is None else as_completion(row, prompt, text)
+            for row, prompt, text in zip(as_files(dataset), prompts, texts)
+        ]
+        filled = len(values) - values.count(None)
         with replacing(exports.dataset_output) as (temporary,):
             write_rows(dataset.add_column(exports.column, values), temporary, exports.dataset_output.suffix)
         files.append(exports.dataset_output)

@@ -92,16 +92,21 @@ def load_pretrained(
         return _load_adapters(name, adapters, trainable, base, dequantize, kwargs)
     if base is not None:
         raise UserError(f"{name} holds no adapter ({ADAPTER_CONFIG}): name the folder of one")
-    return load_whole(_auto_class(name, kwargs), name, **kwargs)
+    return load_whole(_class_of(name, kwargs), name, **kwargs)
 
 
-def _auto_class(name: str, kwargs: Mapping[str, Any]) -> Any:
+def auto_class(config: Any) -> Any:
     """Returns transformers' class that loads a model: with its parts for images, if it was saved with them."""
-    with user_error(name):
-        config = AutoConfig.from_pretrained(name, **_hub(kwargs), trust_remote_code=kwargs.get("trust_remote_code"))
     named = getattr(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "_model_mapping", {}).get(config.model_type)
     is_image_text = named is not None and named in (config.architectures or ())
     return AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
+
+
+def _class_of(name: str, kwargs: Mapping[str, Any]) -> Any:
+    with user_error(name):
+        return auto_class(
+            AutoConfig.from_pretrained(name, **_hub(kwargs), trust_remote_code=kwargs.get("trust_remote_code"))
+        )
 
 
 def load_whole(cls: Any, name: str, **kwargs: Any) -> PreTrainedModel:
@@ -247,7 +252,7 @@ def _load_adapters(
                 f"the base model of {name}, {base_name}, is an adapter itself: merge it first, by cpt merge {base_name}"
                 " --output FOLDER"
             )
-        base = load_whole(_auto_class(base_name, of_base), base_name, **of_base)
+        base = load_whole(_class_of(base_name, of_base), base_name, **of_base)
         if dequantize and getattr(base, "hf_quantizer", None) is not None:
             # Kinds of quantization that transformers cannot undo raise NotImplementedError.
             with user_error("its quantized weights cannot be dequantized", (NotImplementedError, ValueError)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any, cast
@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from ..data.batches import BatchSampler
 from ..data.collate import PackedCollator
+from ..data.images import ImageId, ids_of
 from ..data.loader import EpochLoader
 from ..data.packing import GroupLengths
 from ..reference.missing import iter_sequences
@@ -86,11 +87,16 @@ class RowLengths:
         self.collator = collator
         self.prompts: list[dict[int, _Prompt]] = [{} for _ in range(len(dataset))]
         lengths: list[dict[int, tuple[int, int]]] = [{} for _ in range(len(dataset))]  # by position in the row
+        self.images: list[dict[ImageId, float]] = [{} for _ in range(len(dataset))]  # tokens of each row's images
         for chunk in iter_sequences(dataset, collator.max_length, collator.truncation_mode):
-            for row, position, prompt, completion, images in chunk:
-                of_row = self.prompts[row].setdefault(hash(prompt.tobytes() + images.tobytes()), (len(prompt), {}))
+            for row, position, prompt, completion, words in chunk:
+                key = hash((prompt.tobytes(), words.tobytes()))
+                of_row = self.prompts[row].setdefault(key, (len(prompt), {}))
                 of_row[1][hash(completion.tobytes())] = len(completion)
                 lengths[row][position] = (len(prompt), len(completion))
+                if collator.images is not None and len(words):
+                    tokens, images = (prompt == collator.images.feature_token).sum(), ids_of(words.tolist())
+                    self.images[row] = dict.fromkeys(images, float(tokens) / len(images))
         columns = dataset.select_columns(["chosen", "rejected"])[:]
         # (prompt, completion) of the sides of each pair, one side for supervised rows.
         self.pairs = [
@@ -111,12 +117,17 @@ class RowLengths:
 
     def work(self, rows: Sequence[int], share: bool = True) -> Work:
         """Returns the work of a micro-batch."""
-        groups = self.groups(rows, share)
+        groups, images = self.groups(rows, share), self.image_tokens(rows)
         if not self.collator.padded:
-            return packed_groups(groups)
+            return replace(packed_groups(groups), image_tokens=images)
         sequences = sum(len(group.completions) for group in groups)
         longest = max(group.prompt + max(group.completions) for group in groups)
-        return padded_sequences(sequences, longest, sum(sum(group.completions) for group in groups), head_gemms=3)
+        work = padded_sequences(sequences, longest, sum(sum(group.completions) for group in groups), head_gemms=3)
+        return replace(work, image_tokens=images)
+
+    def image_tokens(self, rows: Iterable[int]) -> float:
+        """Returns the tokens of the different images of a micro-batch, each of which is encoded once."""
+        return sum({image: n for row in rows for image, n in self.images[row].items()}.values())
 
 
 def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, args: Any) -> Counts:
@@ -140,17 +151,22 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     per_batch = max(1, round(len(pairs) / len(batches)))
     peer_batches = [pairs[i : i + per_batch] for i in range(0, len(pairs), per_batch)]
     reads_all = reads_all_rows(args.device)
+    peer = reduce(add, (_padded(batch, reads_all) for batch in peer_batches))
+    # The peer encodes the images of a row for each side of each of its pairs.
+    sides = [(row, sum(map(len, rows.pairs[row]))) for batch in batches for row in batch]
+    peer = replace(peer, image_tokens=sum(count * rows.image_tokens([row]) for row, count in sides))
+    everything = range(len(dataset))
     return Counts(
         steps=steps,
         micro_batches=len(batches),
         pairs=len(pairs),
         work=reduce(add, works),
         unshared=reduce(add, (rows.work(batch, share=False) for batch in batches)),
-        peer=reduce(add, (_padded(batch, reads_all) for batch in peer_batches)),
+        peer=peer,
         peer_pairs=per_batch,
         largest=works[largest],
         fill=fill,
-        reference=packed_groups(rows.groups(range(len(dataset)))),
+        reference=replace(packed_groups(rows.groups(everything)), image_tokens=rows.image_tokens(everything)),
         batches=batches,
         peer_batches=peer_batches,
         lengths=rows,

@@ -6,6 +6,8 @@ attention, Hq heads of dimension D, A attended (query, key) pairs, R head rows a
     layers      6 p T          4 p T if only adapters are trained; gradient checkpointing adds 2 p T
     attention   14 L Hq D A    2 matrix products forward, 5 backward; gradient checkpointing adds 4 L Hq D A
     head        2 R H V x GEMMs
+    images      F I            for I tokens of images that are encoded, with F of a forward; gradients add 2 F I, those
+                               of adapters alone F I
 
 A trainer that pads B pairs runs T = 2 B x longest tokens; its head reads either all of them or completion rows only. A
 packed row runs every completion once, and a prompt once per completion or, if shared, once. A head that recomputes
@@ -38,6 +40,15 @@ class ModelShape(Protocol):
     def vocab(self) -> int: ...
 
 
+class ImageShape(ModelShape, Protocol):
+    """The sizes of an image-text model, read where images are encoded."""
+
+    @property
+    def image_flops(self) -> float: ...  # of a forward of the vision tower, per token of an image
+    @property
+    def image_backward(self) -> int: ...  # 2 if the tower is trained, 1 if only its adapters are, else 0
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of one step."""
@@ -46,16 +57,21 @@ class Work:
     attended: int  # (query, key) pairs
     head_rows: int
     head_gemms: int  # matrix products of the head when its weight is trained
+    image_tokens: float = 0  # tokens of the images that are encoded, each as often as it is
 
     def flops(
-        self, shape: ModelShape, gradient_checkpointing: bool = False, adapters: bool = False
+        self, shape: ModelShape | ImageShape, gradient_checkpointing: bool = False, adapters: bool = False
     ) -> dict[str, float]:
         """Returns floating-point operations by part and their ``total``. With ``adapters``, only those are trained."""
         again = 1 if gradient_checkpointing else 0
         layers = ((4 if adapters else 6) + 2 * again) * shape.layer_parameters * self.tokens
         attention = (14 + 4 * again) * shape.attention_layers * shape.heads * shape.head_size * self.attended
         head = 2 * self.head_rows * shape.hidden * shape.vocab * (self.head_gemms - adapters)
-        return {"layers": layers, "attention": attention, "head": head, "total": layers + attention + head}
+        parts = {"layers": layers, "attention": attention, "head": head}
+        if self.image_tokens:
+            passes = 1 + shape.image_backward + again * (shape.image_backward > 0)
+            parts["images"] = passes * shape.image_flops * self.image_tokens
+        return {**parts, "total": sum(parts.values())}
 
     def forward_flops(self, shape: ModelShape) -> dict[str, float]:
         """Returns floating-point operations of a forward alone by part, and their ``total``."""
@@ -70,9 +86,10 @@ class Work:
             self.attended + other.attended,
             self.head_rows + other.head_rows,
             self.head_gemms,
+            self.image_tokens + other.image_tokens,
         )
 
-    def asdict(self) -> dict[str, int]:
+    def asdict(self) -> dict[str, float]:
         return asdict(self)
 
 

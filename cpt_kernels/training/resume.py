@@ -279,8 +279,11 @@ def _check_model(folder: Path, model: nn.Module) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a checkpoint of this model: it has no {file.name}; name another folder")
-    saved = PretrainedConfig.from_dict(read_object(file)).get_text_config()
-    config = base_model(model).config.get_text_config()
+    config, saved = base_model(model).config, read_object(file)
+    if saved.get("model_type") == config.model_type:  # its class knows the parts of such a file, and their defaults
+        config, saved = config.get_text_config(), type(config).from_dict(saved).get_text_config()
+    else:
+        saved = PretrainedConfig.from_dict(saved)
     for name in _SHAPE:
         ours, theirs = getattr(config, name, None), getattr(saved, name, None)
         if ours != theirs:
