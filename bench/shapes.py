@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from .lengths import FIRST_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+PATCH = 14  # pixels
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2-shaped model, or a hybrid as Qwen3.5: three of four layers are gated delta nets."""
+    """A Qwen2-shaped model, or a hybrid as Qwen3.5: three of four layers are gated delta nets.
+
+    With images it is a LLaVA whose text model and vision tower both have these layers.
+    """
 
     hidden: int = 256
     layers: int = 6
@@ -21,6 +29,7 @@ class Shape:
     vocab: int = 32000
     tied: bool = True  # head and embeddings share one weight
     hybrid: bool = False
+    image: int = 0  # tokens of an image, a square number
 
     @property
     def head_size(self) -> int:
@@ -43,9 +52,23 @@ class Shape:
         return mixers + self.layers * 3 * self.hidden * self.intermediate
 
     @property
+    def image_flops(self) -> float:
+        """The operations of the vision tower's forward for each token of an image."""
+        matrices = self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+        matrices += (3 * PATCH**2 + 2 * self.hidden) * self.hidden  # of patches, and the projector
+        return 2 * matrices + 4 * self.layers * self.hidden * self.image
+
+    image_backward = 2  # see planning.work.ImageShape
+
+    @property
     def parameters(self) -> int:
         """The number of parameters in all matrices, embeddings and head included."""
         return self.layer_parameters + (1 if self.tied else 2) * self.hidden * self.vocab
+
+    @property
+    def image_size(self) -> int:
+        """The height and width of an image in pixels."""
+        return PATCH * math.isqrt(self.image)
 
     def fitted(self, limit: float) -> Shape:
         """Returns the shape with as many of its layers as ``limit`` parameters allow.
@@ -64,7 +87,7 @@ class Shape:
 
     def config(self) -> PreTrainedConfig:
         """Returns the configuration of the model."""
-        from transformers import Qwen2Config, Qwen3_5TextConfig
+        from transformers import CLIPVisionConfig, LlavaConfig, Qwen2Config, Qwen3_5TextConfig
 
         common: dict[str, Any] = {
             "hidden_size": self.hidden,
@@ -79,6 +102,16 @@ class Shape:
             "eos_token_id": 1,
             "bos_token_id": None,
         }
+        if self.image:
+            tower = {name: common[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+            tower |= {"intermediate_size": self.intermediate, "image_size": self.image_size, "patch_size": PATCH}
+            return LlavaConfig(
+                text_config=Qwen2Config(**common),
+                vision_config=CLIPVisionConfig(**tower),
+                image_token_id=FIRST_TOKEN,
+                tie_word_embeddings=self.tied,
+                vision_feature_layer=-1,
+            )
         if not self.hybrid:
             return Qwen2Config(**common)
         return Qwen3_5TextConfig(

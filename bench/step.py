@@ -5,7 +5,9 @@
 Every contestant trains the same model, Qwen2-shaped or a hybrid, on the same random tokens, in the same order, with the
 same seed and optimizer. Reference log-probs are computed before the timed steps. A round is one step; rounds are
 interleaved. Medians and quartiles are over rounds. Gradient checkpointing is off for all unless asked for (TRL and ours
-default to on).
+default to on). With ``--model image`` a LLaVA is trained, and an image takes the first tokens of every prompt. TRL
+precomputes no references of images, so it runs its reference in every step. ``images`` are those that the vision tower
+encodes in a step.
 
     trl                 TRL as installed
     trl-tuned           TRL with its head limited to completion rows (off by default on a CPU), and a tuned allocator
@@ -51,8 +53,9 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "500000000",
     "MALLOC_ARENA_MAX": "1",
 }
-_PEERS = "trl,trl-tuned"
+_PEERS, _IMAGE_PEERS = "trl,trl-tuned", "trl,ours-unshared"
 _QUICK_PEERS = "trl"
+_IMAGE = 64  # tokens of an image with --model image
 _TOY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocab=500)
 _BYTES = 16  # per trained parameter: weight, gradient and two moments in fp32
 
@@ -112,14 +115,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"smoke test: a toy model, four steps, {_QUICK_PEERS}")
     add_output_options(parser)
     options = parser.parse_args(arguments)
-    peers_asked = (_QUICK_PEERS if options.quick else _PEERS) if options.peers is None else options.peers
+    default = _QUICK_PEERS if options.quick else _IMAGE_PEERS if options.model == "image" else _PEERS
+    peers_asked = default if options.peers is None else options.peers
     options.peers = [name for name in peers_asked.split(",") if name]
     if unknown := set(options.peers) - set(CONTESTANTS):
         parser.error(f"unknown peers {sorted(unknown)}: choose from {peers}")
     options.lengths = options.lengths or ("tiny" if options.quick else "mixed")
     if options.quick:
-        vars(options).update(dataclasses.asdict(_TOY) | {"steps": 4, "pairs": 4, "rounds": None})
+        toy = {name: size for name, size in dataclasses.asdict(_TOY).items() if name != "image"}
+        vars(options).update(toy | {"steps": 4, "pairs": 4, "rounds": None})
     options.rounds = options.rounds or max(1, options.steps - 2)
+    if options.model == "image" and any(name not in ("trl", "ours-unshared") for name in options.peers):
+        parser.error("--model image: choose the peers trl and ours-unshared")
     if options.rounds > options.steps:
         parser.error(f"--rounds {options.rounds} is more than --steps {options.steps}")
     pairs_of_prompt = options.completions * (options.completions - 1) // 2
@@ -140,8 +147,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             name = field.name.replace("_", "-")
             parser.add_argument(f"--{name}", type=int, help=f"overrides the shape's {name}")
     parser.add_argument(
-        "--model", choices=["dense", "hybrid"], default="dense", help="Qwen2-shaped, or gated delta nets as Qwen3.5"
+        "--model",
+        choices=["dense", "hybrid", "image"],
+        default="dense",
+        help="Qwen2-shaped, gated delta nets as Qwen3.5, or a LLaVA",
     )
+    parser.add_argument("--cpu-time", action="store_true", help="time by one thread's CPU time, on a busy machine")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters on all linear layers; 0: all weights")
     parser.add_argument("--liger-layers", action="store_true", help="Liger's layer kernels for all contestants")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -154,7 +165,8 @@ def shape_of(options: argparse.Namespace, contestants: int) -> Shape:
     """
     changes = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Shape)}
     shape = dataclasses.replace(SHAPES[options.shape], **{k: v for k, v in changes.items() if v is not None})
-    shape = dataclasses.replace(shape, hybrid=options.model == "hybrid")
+    image = (getattr(options, "image", None) or _IMAGE) if options.model == "image" else 0
+    shape = dataclasses.replace(shape, hybrid=options.model == "hybrid", image=image)
     if options.layers is not None:
         return shape
     # Half of the memory is for parameters, the other half for activations and logits of a step.
@@ -207,6 +219,8 @@ def run(names: Sequence[str], options: argparse.Namespace, shape: Shape, **more:
     """
     told = ("steps", "pairs", "completions", "lengths", "loss", "device", "learning_rate", "lora_rank")
     common = {name: getattr(options, name) for name in (*told, "gradient_checkpointing", "liger_layers")}
+    if getattr(options, "cpu_time", False):
+        common |= {"cpu_time": True, "threads": 1}
     # Workers see as many GPUs as they have ranks.
     workers: list[Worker] = []
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(more.get("ranks", 1)))))
@@ -255,8 +269,11 @@ def predict(
         slowest = entry.side == "trl" or entry.padded
         found = []
         for step in steps:
-            works = [entry.work(batch, cuda) for batch in step]
+            works = [with_images(entry, entry.work(batch, cuda), batch, shape) for batch in step]
             flops = [work.flops(shape, options.gradient_checkpointing, bool(options.lora_rank)) for work in works]
+            if shape.image and entry.side == "trl":  # its reference runs in the step
+                forward = [work.forward_flops(shape) for work in works]
+                flops = [{part: f[part] + of[part] for part in f} for f, of in zip(flops, forward)]
             both = [{f"{part}_gflop": v / 1e9 for part, v in f.items()} | w.asdict() for f, w in zip(flops, works)]
             if slowest:
                 found.append(max(both, key=lambda one: one["total_gflop"]))
@@ -267,6 +284,12 @@ def predict(
         mean["floor_s"] = rest / rates["layers"] + mean["head_gflop"] / rates["head"]
         predicted[name] = mean
     return predicted
+
+
+def with_images(entry: Entry, work: Work, pairs: Sequence[Pair], shape: Shape) -> Work:
+    """Returns the work with that of the images: TRL encodes one for each side of a pair, ours each different one."""
+    images = 2 * len(pairs) if entry.side == "trl" else len({tuple(prompt) for prompt, *_ in pairs})
+    return dataclasses.replace(work, image_tokens=images * shape.image)
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
@@ -324,12 +347,13 @@ def report(names, options, shape, measured, predicted, agreement) -> str:
                 f"{measured[name]['beyond_mib']:.0f}",
                 f"{work['tokens']:.0f}",
                 f"{work['head_rows']:.0f}",
+                f"{measured[name]['metrics'][-1].get('images', 0):.0f}",
                 f"{work['total_gflop']:.0f}",
                 f"{work['floor_s'] / seconds['median']:.0%}",
             ]
         )
     header = ["contestant", "s/step", "quartiles", "x ours", "predicted", "of it", "x best peer"]
-    header += ["peak MiB", "beyond MiB", "tokens", "head rows", "GFLOP", "of floor"]
+    header += ["peak MiB", "beyond MiB", "tokens", "head rows", "images", "GFLOP", "of floor"]
     # The settings above the table, and the differences below it.
     precision = "bf16 autocast" if options.device == "cuda" else "fp32"
     trained = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"

@@ -7,6 +7,7 @@ installed, with two changes: its data preparation is skipped, because the rows a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -15,21 +16,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from cpt_kernels.data.collate import PackedBatch, PackedCollator
 from cpt_kernels.data.packing import scatter_rounds
 
-from .lengths import rows_of
-from .shapes import Shape
+from .lengths import FIRST_TOKEN, rows_of
+from .shapes import PATCH, Shape
 from .timing import MIB, Channel, peak_mib, reset_peak, resident_mib
 
 _FOLDER = "BENCH_FOLDER"  # environment variable that names rank 0's folder to the other ranks
@@ -47,11 +57,55 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
+def processor(shape: Shape) -> Any:
+    """Returns a processor for the rows of :func:`image_rows`, whose template adds no tokens."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = {"height": shape.image_size, "width": shape.image_size}
+    images = CLIPImageProcessorPil(size={"shortest_edge": shape.image_size}, crop_size=size)
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "<image>": FIRST_TOKEN}
+    vocab |= {f"w{i}": i for i in range(FIRST_TOKEN + 1, shape.vocab)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", extra_special_tokens=["<image>"])
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    template = (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> {% else %}"
+        "{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    )
+    options = dict(patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return LlavaProcessor(images, words, chat_template=template, **options)
+
+
+def image_rows(rows: Sequence[dict[str, list[int]]], shape: Shape) -> list[dict[str, Any]]:
+    """Returns rows of token ids as conversations in which an image takes the first tokens of the prompt.
+
+    Raises:
+        ValueError: a prompt is shorter than an image.
+    """
+    found, prompts = [], {}
+    for row in rows:
+        if len(row["prompt_ids"]) <= shape.image:
+            raise ValueError(f"a prompt of {len(row['prompt_ids'])} tokens cannot hold an image of {shape.image}")
+        number = prompts.setdefault(tuple(row["prompt_ids"]), len(prompts))
+        size = (shape.image_size, shape.image_size, 3)
+        picture = Image.fromarray(np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8))
+        rest, *sides = (
+            " ".join(f"w{max(token, FIRST_TOKEN + 1)}" for token in ids)
+            for ids in (row["prompt_ids"][shape.image :], row["chosen_ids"], row["rejected_ids"])
+        )
+        turns = [[{"role": role, "content": text}] for role, text in zip(("user", *["assistant"] * 2), (rest, *sides))]
+        found.append({"images": [picture], **dict(zip(("prompt", "chosen", "rejected"), turns))})
+    return found
+
+
 def build_model(shape: Shape, seed: int = 0, attention: str | None = None, device: str = "cpu") -> PreTrainedModel:
     """Builds a model with random weights, the same in every process. On a GPU it takes seconds for billions of them."""
     torch.manual_seed(seed)
+    auto = AutoModelForImageTextToText if shape.image else AutoModelForCausalLM
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(shape.config(), attn_implementation=attention)
+        return auto.from_config(shape.config(), attn_implementation=attention)
 
 
 def best_attention(device: str) -> str:
@@ -73,7 +127,7 @@ def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "loss_type": spec["loss"],
         "beta": 0.1,
         "max_length": None,
-        "precompute_ref_log_probs": True,
+        "precompute_ref_log_probs": not (spec["side"] == "trl" and spec["shape"].get("image")),
         "logging_steps": 1,
         "bf16": cuda,
         "use_liger_kernel": spec.get("liger_layers", False),
@@ -84,6 +138,11 @@ def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "save_strategy": "no",
         "disable_tqdm": True,
     }
+
+
+def processing_class(spec: dict[str, Any]) -> Any:
+    shape = Shape(**spec["shape"])
+    return processor(shape) if shape.image else tokenizer(shape.vocab)
 
 
 def adapter(spec: dict[str, Any]):
@@ -111,11 +170,13 @@ def trl_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, fol
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
+    live = spec["shape"].get("image") and not spec.get("lora_rank")  # TRL precomputes no references of images
     return TokenizedDPOTrainer(
         model,
+        ref_model=copy.deepcopy(model) if live else None,
         args=DPOConfig(**arguments(spec, folder)),
         train_dataset=rows,
-        processing_class=tokenizer(spec["shape"]["vocab"]),
+        processing_class=processing_class(spec),
         callbacks=callbacks,
         peft_config=adapter(spec),
     )
@@ -131,7 +192,7 @@ def our_trainer(spec: dict[str, Any], model, rows: Dataset, callbacks: list, fol
         model,
         args=args,
         train_dataset=rows,
-        processing_class=tokenizer(spec["shape"]["vocab"]),
+        processing_class=processing_class(spec),
         callbacks=callbacks,
         peft_config=adapter(spec),
     )
@@ -183,9 +244,10 @@ class StepOnCommand(TrainerCallback):
     other ranks wait for rank 0.
     """
 
-    def __init__(self, channel: Channel | None, baseline_mib: float, cuda: bool) -> None:
+    def __init__(self, channel: Channel | None, baseline_mib: float, cuda: bool, cpu_time: bool = False) -> None:
         self.channel, self.baseline_mib, self.cuda = channel, baseline_mib, cuda
-        self.started = 0.0
+        self.clock = time.process_time if cpu_time else time.perf_counter
+        self.started, self.images = 0.0, 0
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self.wait()
@@ -194,8 +256,9 @@ class StepOnCommand(TrainerCallback):
         if "loss" not in (logs or {}):  # the summary that the trainer logs after the last step
             return
         if self.channel is not None:
-            seconds = time.perf_counter() - self.started
+            seconds = self.clock() - self.started
             metrics = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+            metrics["images"], self.images = self.images, 0
             self.channel.reply(seconds=seconds, peak_mib=self.peak_mib(), metrics=metrics)
         self.wait()  # also after the last step, because a process that exits would disturb the others' steps
 
@@ -210,7 +273,11 @@ class StepOnCommand(TrainerCallback):
             self.channel.reply(peak_is_of_timed_steps=known, baseline_mib=self.baseline_mib)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        self.started = time.perf_counter()
+        self.started = self.clock()
+
+    def count(self, tower: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
+        """Counts the images that a vision tower gets; a forward hook."""
+        self.images += len(keywords["pixel_values"] if "pixel_values" in keywords else arguments[0])
 
     def peak_mib(self) -> float:
         """Returns the peak since the last reset in MiB, on CUDA that of the device's allocator."""
@@ -242,7 +309,9 @@ def main(spec: dict[str, Any]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         # The data is on disk because TRL's ranks share reference log-probs through the dataset's cache file.
-        Dataset.from_list(rows_of(spec)).save_to_disk(f"{folder}/rows")
+        shape = Shape(**spec["shape"])
+        rows = image_rows(rows_of(spec), shape) if shape.image else rows_of(spec)
+        Dataset.from_list(rows).save_to_disk(f"{folder}/rows")
         others = other_ranks(spec.get("ranks", 1), folder)
         try:
             run(spec, Channel(), folder)
@@ -268,7 +337,10 @@ def run(spec: dict[str, Any], channel: Channel | None, folder: str) -> None:
     moments = 0.0 if spec.get("lora_rank") else 2 * 4 * parameters / MIB
     baseline = (weights if cuda else resident_mib()) + moments
     checksum = sum(parameter.double().sum().item() for parameter in model.parameters())
-    trainer = build(spec, model, rows, [StepOnCommand(channel, baseline, cuda)], folder)
+    steps = StepOnCommand(channel, baseline, cuda, spec.get("cpu_time", False))
+    trainer = build(spec, model, rows, [steps], folder)
+    if shape.image:
+        model.model.vision_tower.register_forward_pre_hook(steps.count, with_kwargs=True)
     if channel is not None:
         channel.reply(parameters=parameters, checksum=checksum, threads=torch.get_num_threads())
     trainer.train()

@@ -37,6 +37,11 @@ _KINDS = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"
 _AT_ONCE = 256  # rows whose images are decoded together
 
 
+def image_values(row: Mapping[str, Any]) -> list[Any]:
+    """Returns the images in a row's column `images` (a list) or `image` (one); none if it is null."""
+    return as_list(next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None))
+
+
 def image_source(value: Any) -> Any:
     """Returns a path or URL as text, or the bytes of a file; a PIL image is returned as it is.
 

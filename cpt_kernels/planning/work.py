@@ -73,12 +73,15 @@ class Work:
             parts["images"] = passes * shape.image_flops * self.image_tokens
         return {**parts, "total": sum(parts.values())}
 
-    def forward_flops(self, shape: ModelShape) -> dict[str, float]:
+    def forward_flops(self, shape: ModelShape | ImageShape) -> dict[str, float]:
         """Returns floating-point operations of a forward alone by part, and their ``total``."""
         layers = 2 * shape.layer_parameters * self.tokens
         attention = 4 * shape.attention_layers * shape.heads * shape.head_size * self.attended
         head = 2 * self.head_rows * shape.hidden * shape.vocab
-        return {"layers": layers, "attention": attention, "head": head, "total": layers + attention + head}
+        parts = {"layers": layers, "attention": attention, "head": head}
+        if self.image_tokens:
+            parts["images"] = shape.image_flops * self.image_tokens
+        return {**parts, "total": sum(parts.values())}
 
     def __add__(self, other: Work) -> Work:
         return Work(
