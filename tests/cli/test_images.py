@@ -9,6 +9,8 @@ import pytest
 from transformers import AutoProcessor
 
 from cpt_kernels import cli
+from cpt_kernels.cli.decoded import decoded_pair
+from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.data.images import ImageReader
 from cpt_kernels.planning.work import Work
 from tests.helpers.command import write_rows
@@ -116,8 +118,15 @@ def test_a_run_continues_and_is_checked(home, tmp_path, capsys):
     assert run(home, "train", max_steps=2, **options) == 0
     assert run(home, "train", "--resume_from_checkpoint", "last", max_steps=3, **options) == 0
     assert run(home, "train", "--check", max_steps=2, output_dir=tmp_path / "check") == 0
-    out = capsys.readouterr().out
-    assert "FAILED" not in out and "<image>" in out
+    assert "FAILED" not in capsys.readouterr().out
+
+
+def test_the_tokens_of_an_image_are_shown_once():
+    processor = tiny_processor("llava")
+    prompt = processor.tokenizer("w0 w1")["input_ids"] + [processor.image_token_id] * 9
+    row = {"row": 0, "prompt_ids": prompt, "completion_ids": [[5]], "chosen": [0], "rejected": []}
+    lines = [line.plain for line in decoded_pair(row, processor, PackedCollator(None, "keep_start"))]
+    assert "  prompt, 11 tokens: w0 w1 <image> x 9" in lines
 
 
 def test_images_need_a_processor(home, tmp_path, capsys):
