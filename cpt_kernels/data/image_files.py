@@ -27,10 +27,8 @@ from ..errors import UserError
 from .forms import IMAGE_COLUMNS, image_column
 from .messages import as_list
 
-DIGESTS, DIGEST_BYTES = (
-    "digests of the images",
-    16,
-)  # the column of :func:`with_digests`; the size of one image's digest
+DIGESTS = "digests of the images"  # the column of :func:`with_digests`
+DIGEST_BYTES = 16  # of each image
 
 _BASE64 = re.compile(r"(/9j/|iVBOR|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # JPEG, PNG, GIF, ...
 _KINDS = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tiff", b"MM": "tiff"}
@@ -116,10 +114,14 @@ def open_image(value: Any) -> Any:
     Raises:
         UserError: the file is missing or is no image; the message names it.
     """
+    image = _decode(image_source(value))
+    return image.convert("RGB") if isinstance(value, str) else image
+
+
+def _decode(source: Any) -> Any:
     import PIL.Image
     import PIL.ImageOps
 
-    source = image_source(value)
     if not isinstance(source, (str, bytes)):
         return source
     name = source if isinstance(source, str) else f"of {len(source)} bytes"
@@ -130,8 +132,7 @@ def open_image(value: Any) -> Any:
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise UserError(f"the image {name} cannot be decoded: {reason}") from error
-    upright = PIL.ImageOps.exif_transpose(image)
-    return upright.convert("RGB") if isinstance(value, str) else upright
+    return PIL.ImageOps.exif_transpose(image)
 
 
 def pixel_digest(image: Any) -> bytes:
@@ -201,7 +202,7 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
     def decode(new: tuple[bytes, tuple[int, Any]]) -> None:
         key, (row, source) = new
         with _with_place(f"{name} row {row}"):
-            known[key] = key if is_url(source) else pixel_digest(open_image(source))
+            known[key] = key if is_url(source) else pixel_digest(_decode(source))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
         for batch in dataset.select_columns([column]).iter(_AT_ONCE):

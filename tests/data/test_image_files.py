@@ -138,6 +138,15 @@ def test_digests_of_rows(folder, monkeypatch):
     assert len({*digests} - {None}) == 5 and len(opened) == 3
 
 
+def test_a_file_has_one_digest_whatever_its_mode_and_notation(tmp_path):
+    (tmp_path / "a.png").write_bytes(content := as_bytes(picture().quantize(4)))
+    text = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    rows = [{"image": {"bytes": content}}, {"image": {"path": str(tmp_path / "a.png")}}]
+    stored = with_digests(Dataset.from_list(rows, Features({"image": Image()})), "data")[DIGESTS]
+    named = with_digests(Dataset.from_list([{"image": str(tmp_path / "a.png")}, {"image": text}]), "data")[DIGESTS]
+    assert len({*stored, *named}) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

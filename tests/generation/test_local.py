@@ -206,7 +206,7 @@ def test_added_prompts_do_not_repeat_what_is_answered(model, tokenizer, monkeypa
     sizes = []
     inner = LocalModel._generate
     monkeypatch.setattr(
-        LocalModel, "_generate", lambda self, ids, seeds: sizes.append(len(ids)) or inner(self, ids, seeds)
+        LocalModel, "_generate", lambda self, inputs, seeds: sizes.append(len(seeds)) or inner(self, inputs, seeds)
     )
     results: dict = {}
     requests = [Request(Prompt(prompt), sample) for prompt in PROMPTS for sample in range(3)]
