@@ -186,9 +186,9 @@ def test_a_killed_run_repeats_its_batches(model, tokenizer, monkeypatch):
     shapes: list[list[tuple]] = []
     inner = LocalModel._generate
 
-    def generate(self, prompts, seeds):
-        shapes[-1].append((tuple(map(tuple, prompts)), tuple(seeds)))
-        return inner(self, prompts, seeds)
+    def generate(self, inputs, seeds):
+        shapes[-1].append((inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), tuple(seeds)))
+        return inner(self, inputs, seeds)
 
     monkeypatch.setattr(LocalModel, "_generate", generate)
     requests = [Request(Prompt(prompt), sample) for prompt in PROMPTS for sample in range(2)]
