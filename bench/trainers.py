@@ -309,8 +309,8 @@ def main(spec: dict[str, Any]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         # The data is on disk because TRL's ranks share reference log-probs through the dataset's cache file.
-        shape = Shape(**spec["shape"])
-        rows = image_rows(rows_of(spec), shape) if shape.image else rows_of(spec)
+        rows, shape = rows_of(spec), Shape(**spec["shape"])
+        rows = image_rows(rows, shape) if shape.image else rows
         Dataset.from_list(rows).save_to_disk(f"{folder}/rows")
         others = other_ranks(spec.get("ranks", 1), folder)
         try:

@@ -114,11 +114,11 @@ def open_image(value: Any) -> Any:
     Raises:
         UserError: the file is missing or is no image; the message names it.
     """
-    image = _decode(image_source(value))
+    image = _decode_file(image_source(value))
     return image.convert("RGB") if isinstance(value, str) else image
 
 
-def _decode(source: Any) -> Any:
+def _decode_file(source: Any) -> Any:
     import PIL.Image
     import PIL.ImageOps
 
@@ -202,7 +202,7 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
     def decode(new: tuple[bytes, tuple[int, Any]]) -> None:
         key, (row, source) = new
         with _with_place(f"{name} row {row}"):
-            known[key] = key if is_url(source) else pixel_digest(_decode(source))
+            known[key] = key if is_url(source) else pixel_digest(_decode_file(source))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
         for batch in dataset.select_columns([column]).iter(_AT_ONCE):
