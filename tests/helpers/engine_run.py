@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.model.conditions import is_sharded
@@ -32,6 +35,48 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
+class Meter(threading.Thread):
+    """Measures the peak of this process's anonymous memory, which leaves out pages of mapped files, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = self.empty = self.now()
+        self.start()
+
+    @staticmethod
+    def now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.005)
+
+    def take(self) -> int:
+        peak, self.peak = self.peak, self.now()
+        return peak - self.empty
+
+
+class CountedTrainer(ContrastiveTrainer):
+    """Counts the bytes that the first forward saves for the backward, without parameters."""
+
+    saved = 0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        storages: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor._base if tensor._is_view() else tensor, torch.nn.Parameter):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = super().compute_loss(*args, **kwargs)
+        self.saved = self.saved or sum(storages.values())
+        return loss
+
+
 def run(folder: Path, name: str, engine: str, options: dict[str, Any]) -> None:
     """Trains, and writes what test_engines.py compares to ``<name>.json``."""
     from peft import LoraConfig
@@ -40,13 +85,24 @@ def run(folder: Path, name: str, engine: str, options: dict[str, Any]) -> None:
     if lora := options.pop("lora", None):
         options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora)
     data = preference_data(18)
+    meter = Meter() if options.pop("measure", False) else None
     if options.pop("stream", False):
         data = data.to_iterable_dataset()
-    trainer = make_trainer(folder / name, ContrastiveTrainer, train_dataset=data, **{**ENGINES[engine], **options})
+    trainer = make_trainer(
+        folder / name,
+        CountedTrainer if meter else ContrastiveTrainer,
+        train_dataset=data,
+        **{**ENGINES[engine], **options},
+    )
     found = {"fingerprint": trainer.reference.cache.fingerprint, "padded": trainer.packed.padded}
+    found["loading"] = meter and max(gather_object([meter.take()]))
     found["sharded"] = sum(map(is_sharded, trainer.model.parameters()))
     trainer.train(resume_from_checkpoint=checkpoint)
     found |= {"losses": losses(trainer), "ref_model": trainer.ref_model and "kept"}
+    found |= {
+        "step": meter and max(gather_object([meter.take()])),
+        "saved": max(gather_object([getattr(trainer, "saved", 0)])),
+    }
     trainer.save_model(str(folder / name / "final"))
     if trainer.is_world_process_zero():
         (folder / f"{name}.json").write_text(json.dumps(found))

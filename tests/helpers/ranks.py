@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from tests.helpers import ROOT
 
 
-def torchrun(script: str, processes: int, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+def torchrun(
+    script: str,
+    processes: int,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    timeout: int = 300,
+) -> None:
     """Runs a module of this folder, under torchrun if there are several processes. Fails with the end of its stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -22,5 +28,5 @@ def torchrun(script: str, processes: int, *arguments: str, environment: Mapping[
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", **(environment or {})}
     command = [sys.executable, *launcher, "-m", f"tests.helpers.{script}", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from tests.helpers.architectures import tiny_model
+from tests.helpers.architectures import CONFIGS, tiny_model
 from tests.helpers.engine_run import run_all
 from tests.helpers.ranks import torchrun
 from tests.helpers.toy import word_tokenizer
@@ -83,3 +84,30 @@ def test_two_ranks_take_the_steps_and_find_the_reference_of_one(folder, engine):
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_models_and_adapters_of_all_kinds_are_sharded(folder, engine):
     compare(folder, engine, SLOW, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_no_process_holds_the_model(tmp_path, engine):
+    """A model of 1.5 GB on four processes: anonymous memory beside that of the imports."""
+    if engine == "zero3" and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed: make test-zero")
+    ranks, layers = 4, 52
+    config = CONFIGS["llama"]()
+    config.update(
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 8}
+    )
+    config.update({"num_key_value_heads": 8, "head_dim": 96})
+    model = AutoModelForCausalLM.from_config(config)
+    whole = sum(4 * p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    del model
+    cases = {"large": {"model": "model", "max_steps": 1, "measure": True}}
+    runs = json.dumps(runs_of(tmp_path, engine, cases, ranks))
+    torchrun("engine_run", ranks, str(tmp_path), runs, environment=OF_ENGINE[engine], timeout=3600)
+    found = json.loads((tmp_path / f"large {engine}.json").read_text())
+    print(engine, {name: round(found[name] / whole, 4) for name in ("loading", "step", "saved")})
+    assert found["loading"] <= 0.35 * whole
+    # Weights, gradients and both moments; a wrapped layer and its gradient; activations.
+    assert found["step"] <= 4 * whole / ranks + 2 * whole / layers + found["saved"]
