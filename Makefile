@@ -40,7 +40,7 @@ test-zero: $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--upgrade --target $(VENV)/deepspeed deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops
 	PYTHONPATH=$(VENV)/deepspeed DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-		tests/training/test_sharding.py tests/model/test_loading.py
+		tests/training/test_sharding.py tests/training/test_engines.py tests/model/test_loading.py
 
 # QLoRA's tests. bitsandbytes lies in a folder of its own: wherever it is found it is imported, by every process.
 test-quantised: $(READY)
