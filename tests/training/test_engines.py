@@ -85,12 +85,9 @@ def test_models_and_adapters_of_all_kinds_are_sharded(folder, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_no_process_holds_the_model(tmp_path, engine):
-    """A model of 1.5 GB on four processes: anonymous memory beside that of the imports."""
-    if engine == "zero3" and not HAS_DEEPSPEED:
-        pytest.skip("deepspeed is not installed: make test-zero")
-    ranks, layers = 4, 52
+def test_no_process_holds_the_model(tmp_path):
+    """FSDP2, a model of 1.5 GB on four processes: anonymous memory beside that of the imports."""
+    engine, ranks, layers = "fsdp2", 4, 52
     config = CONFIGS["llama"]()
     config.update(
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 8}
