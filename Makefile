@@ -10,7 +10,7 @@ VERSIONED := tests/ops tests/model/test_packed_model.py tests/model/test_sweep.p
 	tests/cli/test_parsing.py tests/trl
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-models test-all test-newest test-oldest test-zero test-quantised test-trackers lint format clean
+.PHONY: demo test test-models test-all test-newest test-oldest test-zero test-quantised test-trackers test-stores lint format clean
 
 demo: $(READY)
 	$(BIN)/cpt demo
@@ -26,7 +26,7 @@ test-models: $(READY)
 # With the tests that take minutes of training, under the newest and the oldest versions. Run it before an issue is closed.
 test-all: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m ''
-	$(MAKE) test-zero test-quantised test-trackers test-oldest
+	$(MAKE) test-zero test-quantised test-trackers test-stores test-oldest
 
 # A selection of tests under the versions of constraints.txt, and of constraints-oldest.txt in an environment of its own.
 test-newest: $(READY)
@@ -56,6 +56,12 @@ test-trackers: $(READY)
 	cd .venv-trackers/lib/python3.*/site-packages && ls -d $(abspath $(VENV))/lib/python3.*/site-packages > packages.pth
 	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check tensorboard wandb trackio mlflow
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-trackers/bin/python -m pytest -m slow tests/training/test_trackers.py
+
+# Object stores against a server of the S3 protocol on this machine (moto), which lies in a folder of its own with its packages.
+test-stores: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/stores \
+		--constraint $(CONSTRAINTS) 'moto[s3,server]==5.2.5' 's3fs>=2025.3'
+	PYTHONPATH=$(VENV)/stores OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m '' tests/test_s3.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ SUBJECTS = {
     "packing": "pad tokens, fill and balance between ranks of packed micro-batches",
     "scale": "idle ranks, planning, preparation and files of a million pairs on 8 to 512 ranks; runs no model",
     "cache": "filling, opening and look-ups of the reference cache, compared with SQLite, LMDB and Arrow",
+    "stores": "requests, look-ups and memory of the reference cache on an object store, with a server on this machine",
     "fingerprint": "time to compute the fingerprint of a reference",
     "crash": "kill builds of the reference cache at random; check that no value is lost or wrong",
     "plan": "steps, tokens and seconds that cpt plan predicts, compared with those of runs, ours and TRL's",

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .data.curriculum import Curriculum
 from .data.formats import PromptFormat, RankedPairs
+from .data.stores import local_name
 from .data.truncation import TruncationMode
 from .errors import UserError, user_error
 from .losses import LOSSES, Loss, LossOptions, build_loss, loss_names
@@ -250,9 +251,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     precompute_ref_log_probs: bool | None = option(
         None, "Score all data by the reference before training. Default: yes, except for streams."
     )
-    ref_cache_dir: str | None = option(
-        None, "Folder in which reference log-probs are kept. Default: the user's cache folder."
-    )
+    ref_cache_dir: str | None = option(None, "Folder or URL of the reference cache. Default: the user's cache folder.")
     sync_ref_model: bool = option(False, "Let the reference follow the policy (TR-DPO); its log-probs are not cached.")
     ref_model_mixup_alpha: float = option(0.6, "Share of the policy in a synchronized reference.")
     ref_model_sync_steps: int = option(512, "Steps from one synchronization to the next.")
@@ -311,6 +310,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             super().__setattr__(_OTHER_NAME[name], value)
 
     def __post_init__(self) -> None:
+        self.output_dir = self.output_dir and local_name(self.output_dir)  # its files are uploaded by training.saving
         # Values as a YAML file may have them.
         self.loss_type = loss_names(self.loss_type)
         for name in ("share_prompts", "packing"):  # YAML reads true and false as booleans

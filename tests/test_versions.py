@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from tests.helpers import ROOT
 
 # ruff and mypy run under the newest versions only; the others need a GPU or a folder of their own.
-NOT_IN_OLDEST = {"ruff", "mypy", "flash-attn", "deepspeed"}
+NOT_IN_OLDEST = {"ruff", "mypy", "flash-attn", "deepspeed", "s3fs", "gcsfs", "adlfs"}
 
 
 def specifiers(lines) -> dict[str, str]:

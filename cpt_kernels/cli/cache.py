@@ -40,10 +40,11 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
         known = ("ref_cache_dir", "reference", "older_than", "max_gb", "dry_run", "yes", "to")
         raise UserError(unknown_argument(rest[0], known, f"{prog} {args.command}"))
 
+    from ..data.stores import local_path, url_of
     from ..reference.cache import default_cache_dir  # imports pyarrow, which --help does not need
 
     # What argparse does not know are options of cpt-train. They select a dataset.
-    args.directory = Path(args.ref_cache_dir).expanduser() if args.ref_cache_dir else default_cache_dir()
+    args.directory = local_path(args.ref_cache_dir) if args.ref_cache_dir else default_cache_dir()
     args.training = [*rest, *(["--ref_cache_dir", str(args.directory)] if rest else [])]
     args.prog = f"{prog} {args.command}"
     if not rest and _OF_DATASET.get(args.command):
@@ -55,7 +56,8 @@ def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
             setattr(args, name, default)
         elif not rest:
             raise UserError(f"--{name} applies only when a dataset is given: give the options of cpt-train, too")
-    if args.command in ("info", "verify", "prune", "merge", "export") and not rest and not args.directory.is_dir():
+    on_all = args.command in ("info", "verify", "prune", "merge", "export") and not rest
+    if on_all and url_of(args.directory) is None and not args.directory.is_dir():
         raise UserError(f"there is no cache in {args.directory}")
     _COMMANDS[args.command][0](args)
 
@@ -75,7 +77,7 @@ def show_info(args: argparse.Namespace) -> None:
                     f"{name} data: {missing.found} of {missing.completions} completions are stored ({share:.1%})"
                 )
         return
-    print(f"{args.directory}")
+    print(args.ref_cache_dir or args.directory)
     for fingerprint in stored_references(args.directory, args.reference):
         stored = summarize_reference(args.directory, fingerprint)
         about = stored.description
@@ -230,7 +232,9 @@ def _cache_parser(prog: str) -> argparse.ArgumentParser:
             command.epilog = "Options of cpt-train name the data and the reference: --config, --dataset_name, ..."
             if not _OF_DATASET[name]:
                 command.epilog += "\nWithout them, the command covers all that is stored."
-        command.add_argument("--ref_cache_dir", metavar="FOLDER", help="the cache; default as in training")
+        command.add_argument(
+            "--ref_cache_dir", metavar="FOLDER", help="the cache, a folder or URL; default as in training"
+        )
         if name in ("info", "verify", "prune", "merge", "export"):
             command.add_argument("--reference", metavar="HEX", help="the first digits of one reference's fingerprint")
         if name in ("verify", "import"):

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..data.collate import PackedBatch, PackedCollator, Tokens
 from ..data.images import images_of, is_processor
+from ..data.stores import local_root, url_of
 from ..errors import UserError
 from ..losses import PairLogps
 from ..model.comparison import compare_rows
@@ -112,7 +113,11 @@ class _StopAfterOneStep(TrainerCallback):
 
 @contextmanager
 def _folder_beside(output: Path, rank: int) -> Iterator[Path]:
-    """A temporary folder in ``output``, so that the same disk is written to; all ranks get the same one."""
+    """A temporary folder in ``output``, so that the same disk is written to; all ranks get the same one.
+
+    For an output folder on a store, nothing is written to the store.
+    """
+    output = output if url_of(output) is None else local_root() / ".checks"
     output.mkdir(parents=True, exist_ok=True)
     is_new = not any(output.iterdir())
     folder = tempfile.mkdtemp(prefix="check-", dir=output) if rank == 0 else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..data.stores import local_folder
 from ..errors import UserError
 from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
 from .option_table import option_table
@@ -83,7 +84,7 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
 
 def check_model_name(name: str, option: str) -> None:
     """Raises UserError unless a model's name is a folder's or can be one of the hub."""
-    path = Path(name).expanduser()
+    path = Path(local_folder(name)).expanduser()
     if path.is_file():
         raise UserError(f"{option}={name} is a file: give the model's folder")
     if not path.is_dir() and (not _HUB_NAME.fullmatch(name) or ("/" in name and path.parent.is_dir())):
@@ -92,7 +93,7 @@ def check_model_name(name: str, option: str) -> None:
 
 def find_config(model: str) -> Path | None:
     """Returns the training configuration in a model's folder, or for a checkpoint in the folder above, if any."""
-    folder = Path(model).expanduser()
+    folder = Path(local_folder(model)).expanduser()
     return next((file for file in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if file.is_file()), None)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_64
 
+from ..data.stores import local_folder
 from ..errors import UserError, user_error
 from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, Exports, write_exports
@@ -236,7 +237,7 @@ def _digest(name: str) -> str | None:
     """
     from ..model.pretrained import model_folders
 
-    folders = model_folders(str(Path(name).expanduser()))
+    folders = model_folders(str(Path(local_folder(name)).expanduser()))
     if not folders:
         return None
     digest = xxh3_64()

@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..data.stores import local_folder
 from ..errors import UserError
 from .checkpoints import read_configs
 from .console import print_results
@@ -37,7 +38,7 @@ def main(argv: Sequence[str], prog: str = "cpt merge") -> None:
         UserError: the adapters or the output folder cannot be used, or the merge is not exact; nothing is written.
     """
     args = _parser(prog).parse_args(argv)
-    name, output = str(Path(args.adapter).expanduser()), args.output.expanduser()
+    name, output = str(Path(local_folder(args.adapter)).expanduser()), args.output.expanduser()
     if not Path(name).is_dir():
         name = args.adapter
         if is_path(name):

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.stores import is_remote, local_folder
 from ..errors import UserError, user_error
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str 
     """
     from safetensors import SafetensorError
 
-    path = Path(name).expanduser()
+    path = Path(local_folder(name)).expanduser()
     if path.is_file():
         raise UserError(f"{option}={name} is a file: give the folder of a model, or a hub name")
     if not path.exists() and is_path(name):
@@ -107,8 +108,9 @@ def find_tokenizer(*names: str, images: bool = False) -> str | None:
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
     files = ("tokenizer_config.json", "tokenizer.json")
     files = ("processor_config.json", "preprocessor_config.json") if images else files
-    present = [name for name in names if Path(name).is_dir() or not is_path(name)]
-    return next((name for name in present if any(cached_file(name, file, **quiet) for file in files)), None)
+    folders = {name: local_folder(name) for name in names}
+    present = [name for name, folder in folders.items() if Path(folder).is_dir() or not is_path(name)]
+    return next((name for name in present if any(cached_file(folders[name], file, **quiet) for file in files)), None)
 
 
 def load_policy_tokenizer(model: ModelArguments, args: ContrastiveConfig, images: bool = False) -> Any:
@@ -137,7 +139,10 @@ def load_ref_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """Loads the reference's tokenizer, to compare it with the policy's; ``None`` for a folder without a tokenizer."""
     name = model.ref_model_name_or_path
-    if name is None or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()):
+    if name is None:
+        return None
+    folder = Path(local_folder(name))
+    if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
         return None
     return load_named_tokenizer(name, option, trust_remote_code=args.trust_remote_code)
 
@@ -258,7 +263,15 @@ def load_named_model(name: str, option: str, **kwargs: Any) -> nn.Module:
     from ..model.pretrained import load_pretrained
 
     hint = "to start from random weights set from_scratch=true" if (Path(name) / "config.json").exists() else ""
-    return from_pretrained(load_pretrained, name, option, hint, **kwargs)
+    load = partial(_load_model_url, name) if is_remote(name) else load_pretrained
+    return from_pretrained(load, name, option, hint, **kwargs)
+
+
+def _load_model_url(url: str, copy: str, **kwargs: Any) -> nn.Module:
+    """Loads a model by its URL, which it then has as its name, and not by the local copy."""
+    from ..model.pretrained import load_pretrained
+
+    return load_pretrained(url, **kwargs)
 
 
 def quantization_config(model: ModelArguments, args: ContrastiveConfig | None = None) -> BitsAndBytesConfig:

@@ -148,7 +148,7 @@ def _check_options(args: argparse.Namespace) -> list[Path]:
 
 
 def _output_files(args: argparse.Namespace) -> list[Path]:
-    output = Path(args.output).expanduser()
+    output = args.output.expanduser()
     if output.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {args.output}: the name must end in .jsonl or .parquet")
     validation = output.with_suffix(f".validation{output.suffix}")
@@ -219,7 +219,11 @@ def _pairs_parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="a .jsonl or .parquet file; the report is written beside it"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .jsonl or .parquet file; the report is written beside it",
     )
     group = parser.add_argument_group("which response is better (one of these)")
     group.add_argument("--order", metavar="TEXT", help="as 'gpt4 > chatgpt > td003', with = between equal models")

@@ -48,6 +48,13 @@ class Parser(argparse.ArgumentParser):
             raise UserError(unknown_argument(rest[0], self.option_names(), self.prog))
         return parsed
 
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if isinstance(value, Path) and re.match(r"[a-z][a-z0-9]+:/", str(value)):
+                raise UserError(f"--{name} {value}: this command uses local files here; give a path, and copy the file")
+        return parsed, rest
+
     def option_names(self) -> list[str]:
         """Returns the options without dashes, each in its first spelling."""
         return [a.option_strings[0].lstrip("-") for a in self._actions if a.option_strings]

@@ -20,13 +20,14 @@ from ..config import ContrastiveConfig
 from ..data.images import holds_images, is_processor
 from ..data.mixture import load_mixture, split_rows
 from ..data.sources import is_one_file, load_data, parse_columns
+from ..data.stores import display_name, is_remote, local_path
 from ..errors import UserError
 from ..trainer import ContrastiveTrainer
 from ..training.checks import check_columns, check_machine, check_metric
 from ..training.failures import checkpoint_of_restart
 from ..training.loop import log_on_main
 from ..training.report import ProgressLines, RunReport, eval_records, metrics_table
-from ..training.run_folder import checkpoints_in, earlier_run, held, weights_in
+from ..training.run_folder import checkpoints_in, earlier_run, held, remove_weights
 from .console import print_results
 from .models import describe_adapter, load_policy, load_policy_tokenizer, load_ref_tokenizer, load_reference
 from .options import ModelArguments, Options, ScriptArguments
@@ -79,8 +80,7 @@ def _train(options: Options) -> ContrastiveTrainer:
         trainer.evaluate()
         report.on_train_end(args, trainer.state, trainer.control)  # writes the records of this evaluation, too
     if overwrites and trainer.is_world_process_zero():  # the model of the earlier run may have other files
-        for file in weights_in(output):
-            file.unlink()
+        remove_weights(output)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         _print_summary(trainer, report)
@@ -156,7 +156,7 @@ def check_options(options: Options) -> None:
     """
     args = options.training
     _check_output_folder(Path(args.output_dir), options.model)
-    cache = Path(args.ref_cache_dir or ".")
+    cache = local_path(args.ref_cache_dir or ".")
     if (file := next((folder for folder in (cache, *cache.parents) if folder.is_file()), None)) is not None:
         raise UserError(f"ref_cache_dir={cache}: {file} is a file; choose a folder")
     check_machine(args)
@@ -183,7 +183,7 @@ def _check_earlier_run(output: Path, resumes: bool, overwrites: bool) -> None:
         raise UserError("overwrite_output_dir begins anew, and resume_from_checkpoint continues a run: leave one out")
     if not resumes and not overwrites and (earlier := earlier_run(output)) is not None:
         raise UserError(
-            f"output_dir={output} holds {earlier}: set resume_from_checkpoint=last to continue it,"
+            f"output_dir={display_name(output)} holds {earlier}: set resume_from_checkpoint=last to continue it,"
             " overwrite_output_dir=true to replace it, or choose another folder"
         )
 
@@ -195,9 +195,11 @@ def _find_checkpoint(args: ContrastiveConfig) -> str | bool | None:
         return None
     if wanted.lower() in ("true", "last"):
         if not checkpoints_in(args.output_dir):
-            raise UserError(f"resume_from_checkpoint={wanted}: there is no checkpoint in {args.output_dir}")
+            raise UserError(
+                f"resume_from_checkpoint={wanted}: there is no checkpoint in {display_name(Path(args.output_dir))}"
+            )
         return True
-    if not Path(wanted).is_dir():
+    if not is_remote(wanted) and not Path(wanted).is_dir():
         raise UserError(f"resume_from_checkpoint={wanted}: there is no such folder")
     return wanted
 
@@ -289,5 +291,5 @@ def _print_summary(trainer: ContrastiveTrainer, report: RunReport) -> None:
     weights = "adapter" if hasattr(trainer.model, "peft_config") else "model"
     files = ", ".join([CONFIG_FILE, *(file.name for file in [report.metrics_file, *report.files])])
     tokenizer = "processor" if is_processor(trainer.processing_class) else "tokenizer"
-    lines.append(f"written to {output}: {weights}, {tokenizer}, {files}")
+    lines.append(f"written to {display_name(output)}: {weights}, {tokenizer}, {files}")
     print_results([table] if table.row_count else [], lines)

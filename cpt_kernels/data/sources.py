@@ -1,4 +1,4 @@
-"""Loads datasets from local files, folders and the Hugging Face hub."""
+"""Loads datasets from local files, folders, URLs and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import BuilderConfig, Dataset, IterableDataset, load_dataset_builder, load_from_disk
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
@@ -16,6 +17,7 @@ from huggingface_hub.errors import HTTPError  # of httpx or, from version 2, of 
 from ..errors import UserError, user_error
 from .image_files import as_files, resolve_columns
 from .readers import VERSION, CsvFiles, JsonFiles, file_type
+from .stores import folder_copy, is_remote, list_files, shown
 
 # Type of a file -> loader of the `datasets` library.
 _LOADERS = {
@@ -39,7 +41,7 @@ def load_data(
     Args:
         name_or_path: a .json (a list of objects, or one object per line), .jsonl, .ndjson, .parquet, .csv or .tsv file,
             compressed (.gz, .zst, .xz, .bz2) or not; the URL of such a file, of any protocol of fsspec (https, s3, hf,
-            ...); a folder of such files, or one that `save_to_disk` wrote; or the name of a dataset on the hub.
+            ...); a folder or URL of such files, or one that `save_to_disk` wrote; or the name of a dataset on the hub.
         config: configuration of a hub dataset.
         split: name of the split. A file has only `train`. None: `train` if it exists, else the only split.
         streaming: return an `IterableDataset` that reads rows as they are needed.
@@ -50,10 +52,10 @@ def load_data(
             such split or column. In a stream only the first row is checked; later errors come from `datasets`.
     """
     path = Path(name_or_path).expanduser()
-    if not path.exists() and not _is_url(name_or_path) and _looks_like_path(str(name_or_path)):
+    if not path.exists() and not is_remote(name_or_path) and _looks_like_path(str(name_or_path)):
         raise UserError(f"{name_or_path} does not exist (looked for {path.absolute()})")
-    if _is_url(name_or_path):
-        dataset = _load_file(str(name_or_path), config, split, streaming)
+    if is_remote(name_or_path):
+        dataset = _load_url(str(name_or_path), config, split, streaming)
     elif path.is_file():
         dataset = _load_file(path, config, split, streaming)
     elif path.is_dir():
@@ -67,12 +69,8 @@ def load_data(
 
 
 def is_one_file(name: str | Path) -> bool:
-    """Returns whether a name of data is a file or a URL, which has one split only."""
-    return _is_url(name) or Path(name).expanduser().is_file()
-
-
-def _is_url(name: str | Path) -> bool:
-    return "://" in str(name)
+    """Returns whether a name of data is that of a file or of its URL, which has one split only."""
+    return (is_remote(name) and file_type(name) in _LOADERS) or Path(name).expanduser().is_file()
 
 
 def _looks_like_path(name: str) -> bool:
@@ -81,10 +79,29 @@ def _looks_like_path(name: str) -> bool:
     )
 
 
+def _load_url(url: str, config: str | None, split: str | None, streaming: bool):
+    if file_type(url) in _LOADERS or url.startswith("http"):
+        return _load_file(url, config, split, streaming)
+    files = list_files(url)
+    if not files:
+        raise UserError(f"{shown(url)} does not exist, or holds no file")
+    if {"dataset_dict.json", "state.json"} & files.keys():
+        return _load_saved(folder_copy(url), split, streaming)
+    loaders = {_LOADERS[kind] for name in files if (kind := file_type(name)) in _LOADERS}
+    if len(loaders) != 1:
+        found = f"mixes {' and '.join(sorted(loaders))} files" if loaders else f"holds no {', '.join(_LOADERS)} file"
+        raise UserError(f"the folder {shown(url)} {found}: name one file instead")
+    if config is not None:
+        raise UserError(f"config={config!r} chooses a configuration of a hub dataset, but {shown(url)} is a folder")
+    patterns = DataFilesDict.from_patterns(get_data_patterns(url), base_path=url)  # splits by the names of files
+    by_split = {part: [file for file in found if file_type(file) in _LOADERS] for part, found in patterns.items()}
+    return _read_files([], loaders.pop(), streaming, url, data_files=by_split, split=split)
+
+
 def _load_file(path: Path | str, config: str | None, split: str | None, streaming: bool):
     """Loads a file, or a URL if ``path`` is text."""
     if file_type(path) not in _LOADERS:
-        raise UserError(f"{path} is not a {', '.join(_LOADERS)} file")
+        raise UserError(f"{shown(path)} is not a {', '.join(_LOADERS)} file")
     if config is not None:
         raise UserError(f"config={config!r} chooses a configuration of a hub dataset, but {path} is a file")
     if split is not None and split.split("[")[0] != "train":
@@ -133,10 +150,10 @@ def _load_hub(name: str, config: str | None, split: str | None, streaming: bool)
         ) from error
 
 
-def _read_files(files: list[Path], loader: str, streaming: bool, **arguments):
+def _read_files(files: list[Path], loader: str, streaming: bool, what: str | None = None, **arguments):
     if empty := [str(file) for file in files if file.stat().st_size == 0]:
         raise UserError(f"{empty[0]} is an empty file")
-    name = arguments.get("data_files", loader)
+    name = shown(what or arguments.get("data_files", loader))
     # Of a URL, the hub's client raises its HTTP client's errors.
     with user_error(f"{name} cannot be read", (ValueError, OSError, ImportError, HTTPError)):
         dataset = load_files(loader, streaming=streaming, **arguments)

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 from transformers.integrations import deepspeed
 
 from ..config import ContrastiveConfig
+from ..data.stores import local_folder
 from ..errors import UserError, user_error
 from .pretrained import load_pretrained
 from .sharding import prepare_for_adapter, sliced_loading, uses_fsdp
@@ -48,9 +49,9 @@ def tokenizer_of(
         if not (name := model.config._name_or_path):
             kind = "processor" if images else "tokenizer"
             raise UserError(f"the model has no name to load its {kind} from: pass the {kind} as processing_class")
-        return auto.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        return auto.from_pretrained(local_folder(name), trust_remote_code=args.trust_remote_code)
     revision = _init_kwargs(args).get("revision") or "main"
-    return auto.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    return auto.from_pretrained(local_folder(model), revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 def load_models(

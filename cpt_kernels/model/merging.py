@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.stores import local_folder
 from ..errors import UserError, user_error
 from ..files import replacing_folder
 from .adapters import marked_tokens
@@ -240,7 +241,8 @@ def _saved_dtype(base: BaseModel, dtype: Dtype, kwargs: dict[str, Any]) -> torch
         return getattr(torch, dtype)
     trust = kwargs.get("trust_remote_code", False)
     with user_error(base.name):
-        config = AutoConfig.from_pretrained(base.name, revision=base.revision or "main", trust_remote_code=trust)
+        folder, revision = local_folder(base.name), base.revision or "main"
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust)
     return config.dtype or torch.float32
 
 

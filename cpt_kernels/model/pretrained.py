@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import find_adapter_config_file
 
+from ..data.stores import is_remote, local_folder
 from ..errors import UserError, user_error
 from ..files import write_text
 from .conditions import whole_tensor
@@ -75,7 +76,7 @@ def load_pretrained(
     """Loads a causal language model, or its adapters around their base model.
 
     Args:
-        name: folder or hub name of a model or an adapter.
+        name: folder, URL or hub name of a model or an adapter.
         trainable: whether the parameters of active adapters require gradients.
         base: the base model of adapters; default the one that their configuration names.
         adapters: the adapters of ``name``; default those that :func:`find_adapters` finds.
@@ -89,7 +90,7 @@ def load_pretrained(
     """
     adapters = adapters or find_adapters(name, **_hub(kwargs))
     if adapters is not None:
-        return _load_adapters(name, adapters, trainable, base, dequantize, kwargs)
+        return _load_adapters(local_folder(name), adapters, trainable, base, dequantize, kwargs)
     if base is not None:
         raise UserError(f"{name} holds no adapter ({ADAPTER_CONFIG}): name the folder of one")
     return load_whole(_class_of(name, kwargs), name, **kwargs)
@@ -105,7 +106,9 @@ def auto_class(config: Any) -> Any:
 def _class_of(name: str, kwargs: Mapping[str, Any]) -> Any:
     with user_error(name):
         return auto_class(
-            AutoConfig.from_pretrained(name, **_hub(kwargs), trust_remote_code=kwargs.get("trust_remote_code"))
+            AutoConfig.from_pretrained(
+                local_folder(name), **_hub(kwargs), trust_remote_code=kwargs.get("trust_remote_code")
+            )
         )
 
 
@@ -119,7 +122,9 @@ def load_whole(cls: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     # Transformers would raise the mismatched shapes without naming them.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with user_error(name, (SafetensorError,)):  # a damaged file
-        model, found = cls.from_pretrained(name, **kwargs)
+        model, found = cls.from_pretrained(local_folder(name), **kwargs)
+    if is_remote(name):  # what names it elsewhere, unlike the local copy
+        model.name_or_path = model.config._name_or_path = name
     shapes = [f"{key} {list(saved)} instead of {list(ours)}" for key, saved, ours in sorted(found["mismatched_keys"])]
     faults = [
         ("lacks weights that would be random", sorted(found["missing_keys"])),
@@ -143,6 +148,7 @@ def find_adapters(name: str, **hub: Any) -> SavedAdapters | None:
     Raises:
         UserError: a folder holds several adapters and does not say which are active, or an adapter and a whole model.
     """
+    name = local_folder(name)
     folder = Path(name, hub.get("subfolder") or "")
     if not Path(name).is_dir():
         file = find_adapter_config_file(name, **hub)
@@ -171,20 +177,22 @@ def find_adapters(name: str, **hub: Any) -> SavedAdapters | None:
 
 
 def local_adapters(name: str) -> SavedAdapters | None:
-    """Returns the adapters of a local folder; None for a whole model, or a name of the hub."""
-    folder = Path(name).expanduser()
+    """Returns the adapters of a folder or URL; None for a whole model, or a name of the hub."""
+    folder = Path(local_folder(name)).expanduser()
     return find_adapters(str(folder)) if folder.is_dir() else None
 
 
 def model_folders(name: str) -> list[Path]:
     """Returns the local folders that hold a model, or adapters and then their base model; none for a hub model."""
+    name = local_folder(name)
     if not Path(name).is_dir():
         return []
     if (adapters := find_adapters(name)) is None:
         return [Path(name)]
     folders = [Path(place) for place in adapters.places.values()]
-    bases = (json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] for folder in folders)
-    return [*folders, *(Path(base) for base in sorted({base or "" for base in bases}) if base and Path(base).is_dir())]
+    configs = (json.loads((folder / ADAPTER_CONFIG).read_text()) for folder in folders)
+    bases = (local_folder(config["base_model_name_or_path"] or "") for config in configs)
+    return [*folders, *(Path(base) for base in sorted({*bases}) if base and Path(base).is_dir())]
 
 
 def stored_adapters(folder: Path, model: Any = None) -> dict[str, str]:

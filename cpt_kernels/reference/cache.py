@@ -4,6 +4,8 @@
     <directory>/<fingerprint>/probe.json        log-probs of a few tokens, see `cpt_kernels.reference.probe`
     <directory>/<fingerprint>/<uuid>.arrow      immutable shards, see `cpt_kernels.reference.shards`
 
+A directory on an object store has a local folder of this form, see `cpt_kernels.reference.remote`.
+
 The key of a row is a hash of (reference fingerprint, prompt ids, completion ids) and of nothing else. A stored row
 therefore stays valid across shuffles, splits, losses, betas and seeds.
 
@@ -23,17 +25,21 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import ArrayLike, NDArray
 
+from ..data.stores import create_bytes, display_name, local_path, local_root, url_of
 from ..errors import UserError
 from ..files import replacing, write_text
-from .index import Index
+from .index import Index, map_index
 from .keys import Sequences, TokenIds, row_keys
-from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, write_shard
+from .remote import HEAD, RemoteFolder, is_small
+from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, merge_rows, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +48,15 @@ DESCRIPTION = "reference.json"
 _PENDING_BYTES = 1 << 25  # a shard is written when this much is unwritten
 _SMALL = 1 << 26  # `merge` merges shards of fewer bytes
 _LARGEST = 1 << 28  # `merge` makes shards of at most this many bytes
+_MAPPED_ROWS = 1 << 20  # an index of more rows is a file that the processes of a node share
 
 StoredLogps = memoryview | NDArray[np.float32]  # the log-probs of a row, read-only
 
 
 def default_cache_dir() -> Path:
-    """Returns `$CPT_CACHE`, else `cpt_kernels/reference` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Returns `$CPT_CACHE`, a folder or URL, else `cpt_kernels/reference` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if chosen := os.environ.get("CPT_CACHE"):
-        return Path(chosen).expanduser()
+        return local_path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cpt_kernels" / "reference"
 
 
@@ -61,18 +68,19 @@ class ReferenceCache:
     sees every row that was added before.
 
     Args:
-        directory: folder of all references, see `default_cache_dir`. The first flush creates it.
+        directory: folder or URL of all references, see `default_cache_dir`. The first flush creates it.
         fingerprint: 32 hex digits that identify the reference, see `cpt_kernels.reference.fingerprint`.
         description: written to `reference.json`, for people.
         flush_seconds: `add` starts to write a shard in the background once the oldest unwritten row is this old.
         kind: kind of the rows that this object adds, one of `shards.KINDS`. Rows of both kinds are found.
+        sync: whether to look at once for what other nodes have uploaded to a store; see `refresh`.
 
     Attributes:
         hits, misses: completions that `look_up` (and the methods that call it) found and did not find in this process.
         bytes_written: size of the shards that this object wrote.
 
     Raises:
-        UserError: a malformed fingerprint, or an unknown kind.
+        UserError: a malformed fingerprint, or an unknown kind; the store cannot be read.
     """
 
     def __init__(
@@ -83,12 +91,13 @@ class ReferenceCache:
         description: Mapping[str, Any] | None = None,
         flush_seconds: float = 30.0,
         kind: str = "tokens",
+        sync: bool = True,
     ) -> None:
         if not re.fullmatch("[0-9a-f]{32}", fingerprint):
             raise UserError(f"a reference's fingerprint is 32 hex digits, not {fingerprint!r}")
         if kind not in KINDS:
             raise UserError(f"kind={kind!r} is unknown: choose one of {', '.join(KINDS)}")
-        self.directory = Path(directory).expanduser()
+        self.directory = local_path(directory)
         self.folder = self.directory / fingerprint
         self.fingerprint = fingerprint
         self.description = dict(description or {})
@@ -97,13 +106,19 @@ class ReferenceCache:
         self.hits = self.misses = self.bytes_written = 0
         self._header = bytes.fromhex(fingerprint)
         self._lock = threading.RLock()
-        # A row moves from `_pending` to `_writing` (a shard that a background thread writes) to `_index`.
+        url = url_of(self.folder)
+        self._remote = None if url is None else RemoteFolder(url, self.folder, fingerprint)
+        self._uploading: Future[None] | None = None
+        # A row moves from `_pending` to `_writing` (a shard that a background thread writes) to `_indexes`.
         self._pending = Rows()
         self._pending_since = 0.0
         self._writing: tuple[Rows, Future[Shard]] | None = None
-        self._index = Index()
+        self._indexes = Index(), Index()  # of many rows, mapped from a file; of the other rows, in memory
         self._seen: set[str] = set()  # names of shards that were opened or found damaged; `refresh` skips them
-        self.refresh()
+        if sync:
+            self.refresh()
+        else:
+            self._open_shards()
 
     # --- Reading ---
 
@@ -132,9 +147,7 @@ class ReferenceCache:
         """
         pieces = self._find(keys, lengths)
         found = np.array([piece is not None for piece in pieces], bool)
-        hits = int(found.sum())
-        self.hits += hits
-        self.misses += len(found) - hits
+        self._count(int(found.sum()), len(found))
         for item in np.flatnonzero(~found).tolist():
             pieces[item] = np.full(lengths[item], np.nan, np.float32)
         # Joining buffers takes at most a third of the time of np.concatenate.
@@ -168,8 +181,8 @@ class ReferenceCache:
         values = self.get_or_none(prompt_ids, completion_ids)
         if values is None:
             raise KeyError(
-                f"{self.folder} holds no reference log-probs of this completion ({len(completion_ids)} tokens, after a"
-                f" prompt of {len(prompt_ids)})"
+                f"{display_name(self.folder)} holds no reference log-probs of this completion"
+                f" ({len(completion_ids)} tokens, after a prompt of {len(prompt_ids)})"
             )
         return values
 
@@ -178,13 +191,23 @@ class ReferenceCache:
         return self.has_keys([self.key(*sequence)], [len(sequence[1])])[0]
 
     def has_keys(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[bool]:
-        """Whether each key is stored, with intact values. Does not count in `hits` and `misses`."""
-        return [piece is not None for piece in self._find(keys, lengths)]
+        """Whether each key is stored, with intact values where they are local. Does not count as `hits` or `misses`."""
+        return [piece is not None for piece in self._find(keys, lengths, has_values=False)]
+
+    def count_keys(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[bool]:
+        """Does what `has_keys` does, and counts in `hits` and `misses`."""
+        found = self.has_keys(keys, lengths)
+        self._count(sum(found), len(found))
+        return found
+
+    def _count(self, found: int, asked: int) -> None:
+        self.hits += found
+        self.misses += asked - found
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """The open shards, without damaged ones."""
-        return tuple(shard for shard in self._index.shards if shard.trusted)
+        return tuple(shard for index in self._indexes for shard in index.shards if shard.trusted)
 
     @property
     def num_rows(self) -> int:
@@ -240,6 +263,7 @@ class ReferenceCache:
                 self._writing = self._pending, writer.submit(self._write, self._pending, self.kind)
                 writer.shutdown(wait=False)  # the thread ends with its shard, and the interpreter waits for it
                 self._pending = Rows()  # a new object, because `_writing` keeps the old one; see `_unwritten`
+                self._start_upload()
 
     def flush(self) -> None:
         """Writes all unwritten rows. After it returns, they survive a crash and a power cut.
@@ -253,6 +277,36 @@ class ReferenceCache:
                 self._take_in(self._write(self._pending, self.kind))
                 self._pending = Rows()
 
+    def publish(self) -> None:
+        """Writes all unwritten rows, and uploads them if the cache is on a store; other nodes can then see them.
+
+        Raises:
+            OSError: see `flush`.
+            UserError: the store refuses. The rows stay on the local disk, and the next process of this node uploads
+                them.
+        """
+        self.flush()
+        if self._remote is not None:
+            if self._uploading is not None:
+                wait([self._uploading])
+            self._remote.upload(everything=True)
+            about = self.folder / DESCRIPTION
+            if about.exists():
+                create_bytes(f"{self._remote.url}/{DESCRIPTION}", about.read_bytes())
+            self._open_shards()
+
+    def _start_upload(self) -> None:
+        """Uploads in the background once there is enough for an object. A failure is retried after the next shard."""
+        if self._remote is None or (self._uploading is not None and not self._uploading.done()):
+            return
+        if self._uploading is not None:
+            if (error := self._uploading.exception()) is not None:
+                logger.warning(f"reference log-probs are kept on the local disk until the store takes them: {error}")
+            self._open_shards()
+        uploader = ThreadPoolExecutor(1, "reference-upload")
+        self._uploading = uploader.submit(self._remote.upload, everything=False)
+        uploader.shutdown(wait=False)
+
     def _finish_writing(self) -> None:
         """Waits for the background thread. If the thread failed, writes its shard again here, which may raise."""
         if self._writing:
@@ -263,7 +317,8 @@ class ReferenceCache:
 
     def _take_in(self, shard: Shard) -> None:
         self.bytes_written += shard.nbytes
-        self._index = self._index.with_shards([shard])
+        mapped, recent = self._indexes
+        self._indexes = mapped, recent.with_shards([shard])
 
     def _unwritten(self) -> list[Rows]:
         """Returns the rows that are not in the index.
@@ -283,7 +338,10 @@ class ReferenceCache:
 
         Raises:
             OSError: see `flush`. No row is lost.
+            UserError: the cache is on a store, where objects are never replaced.
         """
+        if self._remote is not None:
+            raise UserError(f"{self._remote.url} is on a store, whose shards are large already: nothing to merge")
         with self._lock:
             for kind in KINDS:
                 group: list[Shard] = []
@@ -295,21 +353,16 @@ class ReferenceCache:
                 self._merge_group(group, kind)
 
     def _merge_group(self, group: Sequence[Shard], kind: str) -> None:
-        rows, read = Rows(), []
-        for shard in group:
-            try:
-                new = {key: values for key, values in shard.rows().items() if key not in rows.starts}
-            except DamagedShardError as error:
-                self._distrust(shard, str(error))
-                continue
-            read.append(shard)
-            if new:
-                rows.add(list(new), list(new.values()))
+        rows, damaged = merge_rows(group)
+        for shard, reason in damaged:
+            self._distrust(shard, reason)
+        read = [shard for shard in group if shard.trusted]
         if len(read) < 2:
             return
         merged = self._write(rows, kind)
         self.bytes_written += merged.nbytes
-        self._index = Index().with_shards([*(shard for shard in self.shards if shard not in read), merged])
+        others = [shard for shard in self.shards if shard not in read]
+        self._indexes = Index(), Index().with_shards([*others, merged])
         for shard in read:
             shard.path.unlink(missing_ok=True)
 
@@ -335,15 +388,28 @@ class ReferenceCache:
     def refresh(self) -> int:
         """Opens the shards that other processes have written since, and returns their number.
 
-        A damaged shard is ignored, with one warning.
+        For a cache on a store, other nodes' shards are copied to this node first. A damaged shard is ignored, with one
+        warning.
+
+        Raises:
+            UserError: the store cannot be read.
         """
+        if self._remote is not None:
+            self._remote.sync()
+        return self._open_shards()
+
+    def _open_shards(self) -> int:
+        """Opens the shards in the local folder that are not open yet, and returns their number."""
         with self._lock:
             shards: list[Shard] = []
             vanished = True
             while vanished:  # another process merged shards after they were listed: list the merged one, too
                 vanished = False
-                names = os.listdir(self.folder) if self.folder.exists() else []
-                for name in sorted({name for name in names if name.endswith(".arrow")} - self._seen):
+                names = set(os.listdir(self.folder)) if self.folder.exists() else set()
+                heads = {name for name in names if name.endswith(HEAD) and f"{Path(name).stem}.arrow" not in names}
+                for name in sorted({name for name in names if name.endswith(".arrow")} | heads):
+                    if name in self._seen:
+                        continue
                     self._seen.add(name)
                     try:
                         shards.append(Shard.open(self.folder / name, self.fingerprint))
@@ -351,14 +417,53 @@ class ReferenceCache:
                         vanished = True
                     except UNREADABLE as error:
                         self._warn_ignored(self.folder / name, str(error))
-            self._index = self._index.with_shards(shards)
+            self._index_shards(shards, names)
             return len(shards)
+
+    def _index_shards(self, new: Sequence[Shard], names: set[str]) -> None:
+        """Adds new shards to the index; ``names`` are the files in the folder."""
+        mapped, recent = self._indexes
+        # For a store, small shards vanish when they have become part of an object, which is among the new shards.
+        kept = [s for s in recent.shards if self._remote is None or s.path.name in names]
+        settled = [s for s in (*kept, *new) if self._remote is None or not is_small(s.path.name)]
+        if sum(map(len, settled)) > max(_MAPPED_ROWS, len(mapped.rows) // 4):
+            mapped = self._map([*mapped.shards, *settled])
+            inside = {*mapped.shards}
+            recent = Index().with_shards([s for s in (*kept, *new) if s not in inside])
+        elif len(kept) < len(recent.shards):
+            recent = Index().with_shards([*kept, *new])
+        else:
+            recent = recent.with_shards(new)
+        self._indexes = mapped, recent
+
+    def _map(self, shards: Sequence[Shard]) -> Index:
+        """Returns an index of most of the rows of some shards, in a file that all processes of this node map."""
+        folder = local_root() / ".indexes" / sha256(str(self.folder.resolve()).encode()).hexdigest()[:32]
+        at_hand = {shard.path.name: shard for shard in shards}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):  # one process of a node builds
+                found = [index for file in folder.glob("*.index") if (index := map_index(file, at_hand)) is not None]
+                best = max(found, key=lambda index: len(index.rows), default=Index())
+                if sum(map(len, shards)) - len(best.rows) > max(_MAPPED_ROWS, len(best.rows) // 4):
+                    file = folder / f"{uuid.uuid4().hex}.index"
+                    Index().with_shards(shards).write(file)
+                    best = map_index(file, at_hand) or Index()
+                    for other in {*folder.glob("*.index")} - {file}:
+                        other.unlink(missing_ok=True)  # who has mapped it keeps it
+                return best
+        except (OSError, NotImplementedError) as error:
+            logger.warning(
+                f"each process keeps its own index of {sum(map(len, shards))} completions, because {folder} cannot be"
+                f" written to ({error}): set $CPT_LOCAL to a folder on a local disk"
+            )
+            return Index().with_shards(shards)
 
     def __enter__(self) -> ReferenceCache:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()  # also after an exception: rows that were scored are right
+        self.publish()  # also after an exception: rows that were scored are right
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()  # the copy sees only what is on disk
@@ -366,10 +471,14 @@ class ReferenceCache:
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(**state, sync=False)  # type: ignore[misc]
 
-    def _find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[StoredLogps | None]:
-        """Returns the read-only log-probs of every key, None if not stored."""
+    def _find(self, keys: Sequence[bytes], lengths: Sequence[int], has_values: bool = True) -> list[StoredLogps | None]:
+        """Returns the read-only log-probs of every key, None if not stored.
+
+        Args:
+            has_values: if false, nothing is read from a store, and log-probs that are only there are empty.
+        """
         pieces: list[StoredLogps | None] = [None] * len(keys)
         if not keys:
             return pieces
@@ -378,15 +487,26 @@ class ReferenceCache:
                 if start is not None:
                     pieces[item] = rows.read(start, lengths[item])
         halves = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
-        low = halves[:, 1].tolist()
-        index = self._index
-        for item, number, row in index.find(np.ascontiguousarray(halves[:, 0])):
-            shard = index.shards[number]
-            if pieces[item] is None and shard.trusted:
-                try:
-                    pieces[item] = shard.read(row, low[item], lengths[item])
-                except DamagedShardError as error:
-                    self._distrust(shard, str(error))
+        high, low = np.ascontiguousarray(halves[:, 0]), halves[:, 1].tolist()
+        distant: dict[int, tuple[Shard, int, int]] = {}  # where the values of an item are on the store
+        for index in self._indexes:
+            for item, number, row in index.find(high):
+                shard = index.shards[number]
+                if pieces[item] is None and shard.trusted:
+                    try:
+                        if shard.path.suffix != HEAD:
+                            pieces[item] = shard.read(row, low[item], lengths[item])
+                        elif (place := shard.place(row, low[item], lengths[item])) is not None:
+                            distant[item] = shard, *place
+                    except DamagedShardError as error:
+                        self._distrust(shard, str(error))
+        distant = {item: place for item, place in distant.items() if pieces[item] is None}
+        if distant and self._remote is not None:
+            found = self._remote.read([*distant.values()]) if has_values else [memoryview(b"")] * len(distant)
+            for (item, (shard, *_)), values in zip(distant.items(), found):
+                pieces[item] = values
+                if values is None:
+                    self._distrust(shard, "its values do not match their checksum")
         return pieces
 
     def _distrust(self, shard: Shard, reason: str) -> None:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..data import stores
 from ..errors import UserError
 from .cache import DESCRIPTION, ReferenceCache
 from .probe import PROBE, read_probe
+from .remote import HEAD
 from .shards import KEY_BYTES, UNREADABLE, DamagedShardError, Shard
 
 _ABOUT = (DESCRIPTION, PROBE)  # files of a reference beside its shards
@@ -43,9 +45,15 @@ class Pruned(NamedTuple):
 def stored_references(directory: Path, prefix: str | None = None) -> list[str]:
     """Returns the fingerprints of the stored references that begin with ``prefix``, sorted.
 
+    Of a cache on a store, the descriptions of its references are copied to the local folder.
+
     Raises:
-        UserError: there is a prefix, and no reference begins with it.
+        UserError: there is a prefix, and no reference begins with it; the store cannot be read.
     """
+    if (url := stores.url_of(directory)) is not None:
+        for name in stores.list_files(url):
+            if Path(name).name in _ABOUT:
+                stores.download(f"{url}/{name}", directory / name)
     found = [path.name for path in sorted(directory.glob(_FINGERPRINT)) if path.name.startswith(prefix or "")]
     if prefix and not found:
         raise UserError(f"--reference {prefix}: no fingerprint in {directory} begins with it")
@@ -94,6 +102,8 @@ def export_parquet(directory: Path, fingerprint: str, file: str) -> int:
     with pq.ParquetWriter(file, schema.with_metadata({"fingerprint": fingerprint})) as writer:
         for shard in cache.shards:
             try:
+                if shard.path.suffix == HEAD:
+                    raise DamagedShardError("its values are on the store only, make room on the local disk")
                 rows = shard.rows()
             except DamagedShardError as error:
                 raise UserError(f"{shard.path}: {error}; delete it, and its rows will be scored again") from error
@@ -120,7 +130,13 @@ def prune(
         older_than_days: delete shards that were written before.
         max_gb: delete the oldest shards until the remaining ones take at most this much.
         dry_run: delete nothing.
+
+    Raises:
+        UserError: parts of a cache on a store are to be deleted; or the store refuses.
     """
+    url = stores.url_of(directory)
+    if url is not None and (older_than_days is not None or max_gb is not None):
+        raise UserError(f"--older_than and --max_gb delete local files, and {url} is on a store: set a rule there")
     now = time.time()
     folders = [directory / fingerprint for fingerprint in fingerprints]
     files = [(path, path.stat()) for folder in folders for path in _files(folder)]
@@ -143,6 +159,8 @@ def prune(
 
     # Delete them, and the folders in which no shard is left.
     if not dry_run:
+        for fingerprint in fingerprints if url is not None and everything else ():
+            stores.remove(f"{url}/{fingerprint}", [*stores.list_files(f"{url}/{fingerprint}")])
         for path in doomed:
             path.unlink(missing_ok=True)
         for folder in folders if doomed else ():

@@ -104,9 +104,9 @@ def find_missing(
     completions = 0
     for sequences in iter_sequences(dataset, max_length, truncation_mode):
         found_keys = cache.keys([sequence.ids for sequence in sequences])
-        _, found = cache.look_up(found_keys, [len(sequence.completion_ids) for sequence in sequences])
+        found = cache.count_keys(found_keys, [len(sequence.completion_ids) for sequence in sequences])
         completions += len(sequences)
-        for key, is_stored, each in zip(found_keys, found.tolist(), sequences):
+        for key, is_stored, each in zip(found_keys, found, sequences):
             if not is_stored:
                 keys.append(key)
                 prompts.append(xxh3_128_digest(each.image_ids.tobytes() + each.prompt_ids.tobytes()))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data import stores
 from ..errors import UserError
 from ..files import create_text
 from ..model.conditions import PinnedRouting, undisturbed
@@ -108,13 +109,17 @@ def find_folder(directory: Path, fingerprint: str, probe: ReferenceProbe) -> Pro
     may call it at once: the first one claims a folder, the others compare with what it stored.
     """
     differences = []
+    text = json.dumps(asdict(probe), indent=1) + "\n"
     for name in _folder_names(fingerprint):
         folder = directory / name
         file = folder / PROBE
+        if (url := stores.url_of(folder)) is not None:
+            _claim_on_store(url, file, text)
         if not file.exists() and not any(folder.glob("*.arrow")):
             # A folder that cannot be written to says so when rows are written; until then there is nothing to serve.
             with contextlib.suppress(OSError):
-                create_text(file, json.dumps(asdict(probe), indent=1) + "\n")
+                if url is None:
+                    create_text(file, text)
             if not file.exists():
                 break
         stored = read_probe(folder)
@@ -122,6 +127,24 @@ def find_folder(directory: Path, fingerprint: str, probe: ReferenceProbe) -> Pro
             break
         differences.append(float("inf") if stored is None else probe.difference(stored))
     return ProvenFolder(name, len(differences), min(differences, default=0.0))
+
+
+def _claim_on_store(url: str, file: Path, text: str) -> None:
+    """Stores a probe in a reference's folder on a store that has neither a probe nor rows, and copies it from there.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    there = stores.list_files(url)
+    is_free = PROBE not in there and not any(name.endswith(".list") for name in there)
+    if is_free and (file.exists() or not any(file.parent.glob("*.arrow"))):
+        # Rows that wait in the local folder belong to the local probe.
+        with contextlib.suppress(UserError):  # as for a folder that cannot be written to
+            stores.create_bytes(f"{url}/{PROBE}", file.read_bytes() if file.exists() else text.encode())
+    try:
+        stores.download(f"{url}/{PROBE}", file)
+    except FileNotFoundError:
+        file.unlink(missing_ok=True)
 
 
 def read_probe(folder: Path) -> ReferenceProbe | None:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens
 from ..data.images import ImageId
+from ..data.stores import display_name, local_path
 from ..errors import UserError
 from ..model.conditions import gathered, is_sharded
 from ..model.loading import whole_weights, zero_stage
@@ -71,7 +72,7 @@ class Reference:
             user gave when its adapter is off.
         keep: the reference must be able to score during training (for streams); copies the policy if necessary, or
             loads it again if it is sharded.
-        cache_dir: folder of the cache.
+        cache_dir: folder or URL of the cache.
         head_memory_mb: see :class:`PackedModel`.
         progress: show a progress bar while datasets are scored.
         loading: makes the context in which a reference is loaded again; the engine's, if it shards.
@@ -157,14 +158,14 @@ class Reference:
         self._origin = _Origin(base.config._name_or_path, getattr(base.config, "_commit_hash", None), type(base), dtype)
         self._is_plain = base is model
         self._probe = self._measure(self.packed)
-        folder = self._find_folder(Path(cache_dir).expanduser())
+        folder = self._find_folder(local_path(cache_dir))
         description = describe_reference(model, **self._identity)
         if folder.rivals:
             description |= {"variant_of": self._digest, "difference": folder.difference}
         self.cache = ReferenceCache(cache_dir, folder.fingerprint, description=description)
         if accelerator.is_main_process:
             logger.warning(
-                f"reference log-probs are cached in {self.cache.folder} (ref_cache_dir), which holds"
+                f"reference log-probs are cached in {display_name(self.cache.folder)} (ref_cache_dir), which holds"
                 f" {self.cache.num_rows} completions"
             )
 

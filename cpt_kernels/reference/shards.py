@@ -32,6 +32,7 @@ KINDS = ("tokens", "sums")
 
 _CAPACITY = 1 << 24  # initial capacity of `Rows` in values: twice the most that the cache leaves unwritten
 _BLOCK_BITS = 14  # 2^14 values (64 KiB) share a checksum
+BLOCK_BYTES = 4 << _BLOCK_BITS
 
 
 class DamagedShardError(UserError):
@@ -63,6 +64,7 @@ class Shard:
         kind: one of `KINDS`.
         block_digests: checksums of the blocks of values, 8 bytes each.
         nbytes: size of the file.
+        values_at: the byte of the file at which the values begin.
         trusted: False once damage has been found; the cache then ignores the shard.
     """
 
@@ -71,6 +73,7 @@ class Shard:
     kind: str
     block_digests: bytes
     nbytes: int
+    values_at: int
     trusted: bool = True
     _verified: bytearray = field(init=False)  # 1 for every block of values whose checksum was found right
 
@@ -97,6 +100,8 @@ class Shard:
                 raise UserError("unexpected columns")
             batch = reader.get_batch(0)
             nbytes = source.size()
+            source.seek(0)
+            begin = source.read_buffer(nbytes).address  # of the mapping
         batch.validate()  # a damaged file may hold any lengths and buffer sizes
         high, low, logps = batch.columns
         _, starts, lengths = logps.buffers()[:3]
@@ -114,7 +119,8 @@ class Shard:
         num_values = len(columns.values)
         if len(digests) != 8 * _num_blocks(num_values) or columns.lengths.sum(dtype=np.int64) != num_values:
             raise DamagedShardError("it does not hold as many values as its index says")
-        return cls(path, columns, kind, digests, nbytes)
+        values_at = logps.values.buffers()[1].address - begin if num_values else nbytes
+        return cls(path, columns, kind, digests, nbytes, values_at)
 
     def __len__(self) -> int:
         return len(self.columns.high)
@@ -123,23 +129,37 @@ class Shard:
     def num_values(self) -> int:
         return len(self.columns.values)
 
-    def read(self, row: int, low: int, length: int) -> memoryview | None:
-        """Returns the (length,) verified, read-only floats of a row; None if ``low`` is not the row key's second half.
+    def place(self, row: int, low: int, length: int) -> tuple[int, int] | None:
+        """Returns where the values of a row begin and end; None if ``low`` is not the row key's second half.
 
         Raises:
-            DamagedShardError: the values do not match their checksum, or the row has another number of them.
+            DamagedShardError: the row has another number of values.
         """
         if self._low[row] != low:
             return None
         if self._lengths[row] != length:
             raise DamagedShardError(f"a row has {self._lengths[row]} values for a completion of {length} tokens")
         start = self._starts[row]
-        stop = start + length
+        return start, start + length
+
+    def read(self, row: int, low: int, length: int) -> memoryview | None:
+        """Returns the (length,) verified, read-only floats of a row; None if ``low`` is not the row key's second half.
+
+        Raises:
+            DamagedShardError: the values do not match their checksum, or the row has another number of them.
+        """
+        if (place := self.place(row, low, length)) is None:
+            return None
+        start, stop = place
         if length:
             first, last = start >> _BLOCK_BITS, (stop - 1) >> _BLOCK_BITS
             if not (self._verified[first] and self._verified[last]) or last - first > 1:
                 self.verify(first, last + 1)
         return self._values[start:stop]
+
+    def has_digest(self, block: int, data: bytes) -> bool:
+        """Whether bytes are those of a block of values."""
+        return xxh3_64_digest(data) == self.block_digests[8 * block : 8 * block + 8]
 
     def verify(self, first: int = 0, stop: int | None = None) -> None:
         """Compares blocks of values with their checksums, each block once in the life of this object.
@@ -158,14 +178,31 @@ class Shard:
         return np.stack([self.columns.high, self.columns.low], axis=1).view(f"V{KEY_BYTES}")[:, 0].tolist()
 
     def rows(self) -> dict[bytes, NDArray[np.float32]]:
-        """Returns the verified, read-only values of every key.
+        """Returns the verified, read-only values of every key, in the order in which they were scored.
+
+        A merged shard then keeps the completions of a prompt together.
 
         Raises:
             DamagedShardError: a checksum does not match.
         """
         self.verify()
-        places = zip(self._starts, self._lengths)
-        return dict(zip(self.sorted_keys(), (self.columns.values[start : start + length] for start, length in places)))
+        keys, places = self.sorted_keys(), [*zip(self._starts, self._lengths)]
+        order = self.columns.starts.argsort(kind="stable").tolist()
+        return {keys[i]: self.columns.values[places[i][0] : sum(places[i])] for i in order}
+
+
+def merge_rows(shards: Sequence[Shard]) -> tuple[Rows, list[tuple[Shard, str]]]:
+    """Returns the rows of shards, each key once; and the shards that are damaged, with the reason."""
+    rows, damaged = Rows(), []
+    for shard in shards:
+        try:
+            new = {key: values for key, values in shard.rows().items() if key not in rows.starts}
+        except DamagedShardError as error:
+            damaged.append((shard, str(error)))
+            continue
+        if new:
+            rows.add(list(new), list(new.values()))
+    return rows, damaged
 
 
 class Rows:

@@ -19,8 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.digest import RowsRead
+from ..data.stores import display_name
 from ..errors import UserError
 from ..files import replace_folder, sync_files
+from .output_store import OutputStore
 from .resume import Run, check_resume, compare_records, read_object, read_record, write_record
 from .run_folder import checkpoints_in, step_of
 
@@ -88,7 +90,7 @@ def choose_checkpoint(folder: Path, run: Run, max_steps: int) -> Choice:
     """
     checkpoints = checkpoints_in(folder)
     if not checkpoints:
-        raise UserError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+        raise UserError(f"resume_from_checkpoint: there is no checkpoint in {display_name(folder)}")
     wanted = _current_run(folder, run)
     lines = []
     for checkpoint in checkpoints:
@@ -105,7 +107,7 @@ def choose_checkpoint(folder: Path, run: Run, max_steps: int) -> Choice:
             f"not resumed: {checkpoint} is of another run in this folder; to continue that one, set"
             f" resume_from_checkpoint={checkpoint}"
         )
-    raise UserError("; ".join([f"{folder} holds no checkpoint that this run can resume from", *lines]))
+    raise UserError("; ".join([f"{display_name(folder)} holds no checkpoint that this run can resume from", *lines]))
 
 
 def run_of(checkpoint: Path) -> str | None:
@@ -134,6 +136,8 @@ def check_usable(checkpoint: Path, run: Run, max_steps: int) -> list[str]:
     Raises:
         UserError: the run cannot continue from it (:mod:`.resume`), a file is damaged, or no step is left to train.
     """
+    if (store := OutputStore.of(checkpoint.parent)) is not None:
+        store.fetch(checkpoint)
     lines = check_resume(run, checkpoint)
     if (damage := find_damage(checkpoint)) is not None:
         raise UserError(f"{damage}: restore the file, or resume from another checkpoint")
@@ -189,3 +193,5 @@ def delete_checkpoints(folder: Path, limit: int | None, kept: set[str], run_id: 
     oldest = sorted(others, key=lambda path: (run_of(path) == run_id, step_of(path)))
     for path in oldest[: max(0, len(checkpoints) - limit)]:
         shutil.rmtree(path, ignore_errors=True)
+        if (store := OutputStore.of(folder)) is not None:
+            store.delete_checkpoint(path)

@@ -27,6 +27,7 @@ from ..data.collate import PackedBatch
 from ..data.curriculum import Draws
 from ..data.loader import report_stream
 from ..data.preparation import PreparationReport
+from ..data.stores import local_path
 from ..data.stream_curriculum import StreamDraws
 from ..errors import UserError
 from ..model.frozen import rounded_weights
@@ -35,6 +36,7 @@ from ..model.packed_model import Scores
 from ..model.sharding import enable_on_cpu
 from .failures import named_hanging_ranks, passed
 from .metrics import Metrics, PlaceMetrics
+from .output_store import OutputStore
 from .recomputation import chosen_checkpointing
 from .run_folder import held
 from .saving import CheckpointLoop, log_on_main
@@ -134,6 +136,15 @@ class PackedLoop(CheckpointLoop):
                 return self._train(resume_from_checkpoint, *args, **kwargs)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(self._how_to_resume()) from None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the whole model, or its adapter, to a folder or URL, by default ``output_dir``."""
+        folder = local_path(output_dir or self.args.output_dir)
+        super().save_model(str(folder), _internal_call)
+        if not _internal_call and (store := OutputStore.of(folder)) is not None:
+            with self._on_all_ranks(folder):
+                if self.args.should_save:
+                    store.push()
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         self._reset_counts()  # an earlier call may have ended between two logs

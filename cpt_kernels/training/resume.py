@@ -38,8 +38,7 @@ from ..reference.missing import iter_sequences
 from ..reference.moving import MovingReference, StagedReference
 from ..reference.scorer import Reference
 from ..version import __version__
-
-RECORD = "run.json"  # in a checkpoint; in output_dir, of the run that has written there last
+from .output_store import RECORD
 
 # Fields of a model's config that decide the shapes of its weights.
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")

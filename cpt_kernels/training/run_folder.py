@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..data.stores import list_files
 from ..errors import UserError
+from .output_store import OutputStore
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ _LOCK = "_run.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of a file system without them
 _WORKERS_END = 60  # seconds in which the DataLoader workers of a killed process end, which hold its lock
 _locks: dict[tuple[int, Path], FileLock] = {}  # that this process holds; a forked process has another id
+_inside: list[tuple[int, Path]] = []  # of this process, whether or not it has the lock
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "adapters.json")
 
 
@@ -38,17 +41,24 @@ def restarts() -> int:
 
 
 @contextmanager
-def held(folder: str | Path) -> Iterator[None]:
+def held(folder: str | Path, writes: bool = True) -> Iterator[None]:
     """Holds a folder for this run. All ranks call it, and the main process takes the lock.
 
     The operating system frees the lock when its process ends, however it ends. In a process that holds the folder
     already nothing happens. A process that torchrun has restarted waits for the workers of its predecessor to end.
     A file system without locks is said in a warning.
 
+    For a folder on a store, the lock is that of the local folder; other machines are told by :meth:`OutputStore.take`.
+    The local folder gets what is on the store, and at the end its files are uploaded.
+
+    Args:
+        writes: whether the run writes to the folder, which then becomes this run's on a store.
+
     Raises:
         UserError: on all ranks, if another live process holds the folder, or if it cannot be written to.
     """
     key = os.getpid(), Path(folder).resolve()
+    store = None if key in _inside else OutputStore.of(folder)
     lock, refusal = None, None
     if PartialState().is_main_process and key not in _locks:
         try:
@@ -57,19 +67,39 @@ def held(folder: str | Path) -> Iterator[None]:
             refusal = str(error)
     if lock is not None:
         _locks[key] = lock
+    _inside.append(key)
     try:
         if (refusal := gather_object([refusal])[0]) is not None:
             raise UserError(refusal)
+        if store is not None:
+            _on_nodes(store.pull)
+            _on_nodes(store.take, writes and PartialState().is_main_process)
         yield
+        if store is not None and writes:
+            _on_nodes(store.push, PartialState().is_main_process)
+            _on_nodes(store.release, PartialState().is_main_process)
     finally:
+        _inside.remove(key)
         if lock is not None:
             _locks.pop(key).release()
 
 
+def _on_nodes(action: Callable[[], None], wanted: bool = True) -> None:
+    """Calls an action in one process of each node that wants it; raises UserError on all ranks if one failed."""
+    refusal = None
+    if wanted and PartialState().is_local_main_process:
+        try:
+            action()
+        except UserError as error:
+            refusal = str(error)
+    if refusals := [each for each in gather_object([refusal]) if each is not None]:
+        raise UserError(refusals[0])
+
+
 def check_free(folder: str | Path) -> None:
-    """Raises UserError, on all ranks, if another live process holds the folder. Creates no file."""
-    if gather_object([Path(folder, _LOCK).exists()])[0]:
-        with held(folder):
+    """Raises UserError, on all ranks, if another live process holds the folder. Creates no file, except for a store."""
+    if OutputStore.of(folder) is not None or gather_object([Path(folder, _LOCK).exists()])[0]:
+        with held(folder, writes=False):
             pass
 
 
@@ -123,8 +153,20 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 
 def weights_in(folder: str | Path) -> list[Path]:
-    """Returns the files in a folder that hold the weights of a model or adapter."""
+    """Returns the files in a folder that hold the weights of a model or adapter; of a store, those that are there."""
+    if (store := OutputStore.of(folder)) is not None:
+        paths = [Path(folder, name) for name in list_files(store.url) if "/" not in name]
+        return sorted(path for path in paths if any(path.match(pattern) for pattern in _WEIGHTS))
     return sorted(file for pattern in _WEIGHTS for file in Path(folder).glob(pattern))
+
+
+def remove_weights(folder: str | Path) -> None:
+    """Deletes the files of :func:`weights_in`."""
+    files = weights_in(folder)
+    if (store := OutputStore.of(folder)) is not None:
+        store.delete_files({file.name for file in files})
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def earlier_run(folder: str | Path) -> str | None:

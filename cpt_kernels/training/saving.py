@@ -24,6 +24,7 @@ from ..data.collate import PackedCollator
 from ..data.curriculum import Curriculum
 from ..data.digest import StreamDigest, digest_rows
 from ..data.loader import StepBudget
+from ..data.stores import folder_copy, is_remote
 from ..errors import UserError
 from ..files import replace_folder
 from ..losses import Loss
@@ -44,7 +45,7 @@ from .checkpoints import (
 )
 from .failures import checkpoint_of_restart, launchers
 from .resume import Run, read_object, read_record, rows_to_expect, write_record
-from .run_folder import checkpoints_in, earlier_run, is_finished
+from .run_folder import OutputStore, checkpoints_in, earlier_run, is_finished
 from .stages import check_stage, stage_starts
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,27 @@ class CheckpointLoop(Trainer):
         # The disk of a node whose ranks save their random state only.
         if self.accelerator.is_local_main_process and unfinished.is_dir():
             replace_folder(unfinished, checkpoint)
+        if (store := OutputStore.of(self.args.output_dir)) is not None:
+            self._upload_checkpoint(store, checkpoint)
+
+    def _upload_checkpoint(self, store: OutputStore, checkpoint: Path) -> None:
+        """Uploads a checkpoint that is complete on the disks of all nodes, and what else the run has written."""
+        is_local_main = self.accelerator.is_local_main_process
+        with self._on_all_ranks(checkpoint):
+            if self.args.should_save:
+                store.begin_checkpoint(checkpoint)
+        sizes: dict[str, tuple[int, str]] = {}
+        with self._on_all_ranks(checkpoint):
+            if is_local_main and checkpoint.is_dir():
+                sizes = dict(store.upload_files(checkpoint))
+        for others in gather_object([sizes]):
+            sizes = {**sizes, **others}
+        with self._on_all_ranks(checkpoint):
+            if self.args.should_save:
+                store.complete_checkpoint(checkpoint, sizes)
+                store.push()
+            elif is_local_main:
+                store.mark(checkpoint, sizes)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: :meth:`_save_checkpoint` pushes a checkpoint that is complete."""
@@ -238,6 +260,8 @@ class CheckpointLoop(Trainer):
             given = True
         if not given:
             return None
+        if given is not True and is_remote(given):
+            given = str(folder_copy(str(given)))
         if given is not True and not Path(given).is_dir():
             raise UserError(f"resume_from_checkpoint={given}: there is no such folder")
         run, steps = self._run(), self._total_steps()
@@ -272,7 +296,7 @@ class CheckpointLoop(Trainer):
         if refusal is not None:
             raise UserError(refusal)
         log_on_main(choice.lines)
-        return choice.checkpoint
+        return str(Path(self.args.output_dir, Path(choice.checkpoint).name))  # nodes may have other local folders
 
     def _total_steps(self) -> int:
         """Returns the optimizer steps after which the run ends."""
@@ -308,6 +332,8 @@ class CheckpointLoop(Trainer):
         If the checkpoint is missing or damaged, the weights of the last step stay, which is logged.
         """
         best = Path(self.state.best_model_checkpoint)
+        if (store := OutputStore.of(best.parent)) is not None and best.is_dir():
+            store.fetch(best)
         fault = find_damage(best) if best.is_dir() else f"{best} is missing"
         if fault is not None:
             log_on_main([f"the best checkpoint cannot be loaded: {fault}. The model of the last step is kept instead"])

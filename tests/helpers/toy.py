@@ -48,6 +48,7 @@ def preference_data(count: int, seed: int = 0) -> Dataset:
 def config(folder: Path, **options) -> ContrastiveConfig:
     """Returns options of a short run on a CPU, with the reference cache and the output in ``folder``."""
     defaults = {
+        "output_dir": f"{folder}/out",
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
@@ -59,7 +60,7 @@ def config(folder: Path, **options) -> ContrastiveConfig:
         "gradient_checkpointing": False,
         "ref_cache_dir": f"{folder}/ref",
     }
-    return ContrastiveConfig(output_dir=f"{folder}/out", **{**defaults, **options})
+    return ContrastiveConfig(**{**defaults, **options})
 
 
 def make_trainer(

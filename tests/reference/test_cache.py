@@ -298,8 +298,8 @@ def test_incremental_index_equals_one_from_scratch(tmp_path):
             cache.flush()
     cache.flush()
     fresh = ReferenceCache(tmp_path, FINGERPRINT)
-    np.testing.assert_array_equal(cache._index.prefixes, fresh._index.prefixes)
-    assert sorted(cache._index.rows.tolist()) == list(range(300))
+    np.testing.assert_array_equal(cache._indexes[1].prefixes, fresh._indexes[1].prefixes)
+    assert sorted(cache._indexes[1].rows.tolist()) == list(range(300))
     assert found(cache, seeds) == found(fresh, seeds) == seeds
 
 
