@@ -22,7 +22,7 @@ from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
 from .data.forms import Form, detect_form
-from .data.images import holds_images
+from .data.images import holds_images, is_processor
 from .data.loader import (
     check_budget,
     keep_easiest,
@@ -154,6 +154,7 @@ class ContrastiveTrainer(PackedLoop):
         if processing_class is None:
             processing_class = tokenizer_of(model, args, has_images)
         self._tokenizer, self._processor = checked_tokenizer(processing_class), processing_class
+        has_images &= is_processor(processing_class)  # the data is refused otherwise, when it is prepared
         if ref_tokenizer is not None:
             check_same_tokenizer(self._tokenizer, ref_tokenizer)
         if isinstance(model, str) and not is_overridden(self, ContrastiveTrainer._prepare_dataset):

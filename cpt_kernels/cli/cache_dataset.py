@@ -23,7 +23,7 @@ from .run import make_trainer
 
 _SAMPLE_BATCH = 8  # completions that are scored together
 
-_Ids = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, completion
+_Ids = tuple[tuple[int, ...], tuple[int, ...]]  # prompt key, completion
 
 
 class _UnfilledTrainer(ContrastiveTrainer):

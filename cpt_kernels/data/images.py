@@ -262,6 +262,8 @@ def place_images(
         return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
     if reader is None:
         raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")
+    if not all(image in images for image in different):
+        raise UserError("the images of some prompts are not given: hand on those of `images_of`")
     found = reader.inputs([open_image(images[image]) for image in different]) if different else reader.blank
     number = {image: u for u, image in enumerate(different)}
     for g, _ in places:

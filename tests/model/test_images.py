@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from cpt_kernels.data.collate import PackedCollator
+from cpt_kernels.errors import UserError
 from cpt_kernels.model import images as model_images
+from cpt_kernels.model import packed_model
 from cpt_kernels.model.images import image_reader
 from cpt_kernels.model.packed_model import PackedModel
 from tests.helpers.image_models import FAMILIES, WORDS, picture, tiny_image_model, tiny_processor
+from tests.numerics import assert_close
 
 PACKED = [kind for kind in FAMILIES if kind != "gemma3"]
 FLOOR = 2e-6  # transformers keeps RMSNorm, RoPE and softmax in fp32
@@ -57,29 +60,24 @@ def make_rows(processor: Any) -> list[dict]:
     return rows
 
 
-def run_alone(model: nn.Module, processor: Any, rows: list[dict]) -> tuple[list[torch.Tensor], dict]:
+def run_alone(model: nn.Module, processor: Any, rows: list[dict]) -> tuple[torch.Tensor, dict]:
     """Runs every completion alone behind its prompt; returns log-probs and the gradients of a projection of them."""
     reader, logps = model_images.ImageReader(processor), []
     for row in rows:
         inputs: dict[str, Any] = {}
         if row["images"]:
-            output = processor(
-                text=[" ".join([reader.placeholder] * len(row["images"]))], images=[row["images"]], return_tensors="pt"
-            )
-            names = [name for name in output if "token_type_ids" not in name and output[name].is_floating_point()]
-            inputs = {
-                k: output[k].double() if k in names else output[k]
-                for k in output
-                if k not in ("input_ids", "attention_mask")
-            }
+            text = " ".join([reader.placeholder] * len(row["images"]))
+            output = processor(text=[text], images=[row["images"]], return_tensors="pt")
+            inputs = {name: output[name] for name in output if name not in ("input_ids", "attention_mask")}
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        start = len(row["prompt_ids"]) - 1
         for completion in row["completion_ids"]:
             ids = torch.tensor([row["prompt_ids"] + completion])
-            types = {k: reader.mark(ids) for k in inputs if "token_type_ids" in k}
-            logits = model(input_ids=ids, use_cache=False, **{**inputs, **types}).logits[
-                0, len(row["prompt_ids"]) - 1 : -1
-            ]
-            logps.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return logps, _gradients(model, torch.cat(logps))
+            types = {name: reader.mark(ids) for name in inputs if "token_type_ids" in name}
+            logits = model(input_ids=ids, use_cache=False, **{**inputs, **types}).logits[0, start:-1]
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            logps.append(log_p.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(logps).detach(), _gradients(model, torch.cat(logps))
 
 
 def _gradients(model: nn.Module, logps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -101,7 +99,7 @@ def compare(kind: str, packing: str = "auto", **collate: Any) -> None:
         logps = packed(batch).tokens.logps
     # 4 different images are in 6 places; several images may be encoded in one call.
     assert len(encoded) == 1 and len(batch["image_tokens"]) == 4
-    torch.testing.assert_close(logps, torch.cat(expected), rtol=FLOOR, atol=FLOOR)
+    torch.testing.assert_close(logps, expected, rtol=FLOOR, atol=FLOOR)
     for name, found in _gradients(model, logps).items():
         largest = gradients[name].abs().max()
         torch.testing.assert_close(found, gradients[name], rtol=FLOOR, atol=FLOOR * (1 + largest.item()), msg=name)
@@ -127,3 +125,81 @@ def test_rows_equal_each_completion_alone(kind: str) -> None:
 def test_unshared_and_padded_rows_too(kind: str) -> None:
     compare(kind, share_prompts=False)
     compare(kind, packing="false")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
+def test_low_precision_by_the_one_rule(kind: str, dtype: torch.dtype) -> None:
+    """Gradients are scaled by their own size and pooled, because their errors consist of a few shared roundings."""
+    processor = tiny_processor(kind)
+    rows, model = make_rows(processor), tiny_image_model(kind, dtype)
+    exact, exact_gradients = run_alone(tiny_image_model(kind, dtype).double(), processor, rows)
+    eager, eager_gradients = run_alone(model, processor, rows)
+    packed = PackedModel(model, images=image_reader(model, processor))
+    assert not packed.padded
+    logps = packed(PackedCollator(images=packed.images)(rows)).tokens.logps
+    assert_close(logps.detach(), eager, exact, "log-probs", eps=torch.finfo(dtype).eps)
+    sizes = {name: values.abs().max() for name, values in exact_gradients.items()}
+    largest = max(sizes.values())  # the gradient of a key's bias is rounding alone
+    scales = {name: size + 1e-2 * largest for name, size in sizes.items()}
+
+    def pooled(gradients: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([(values.double() / scales[name]).flatten() for name, values in gradients.items()]).to(dtype)
+
+    found = (pooled(_gradients(model, logps), torch.float64), pooled(eager_gradients, torch.float64))
+    assert_close(*found, pooled(exact_gradients, torch.float64), "gradients", eps=torch.finfo(dtype).eps)
+
+
+# --- Faults ---
+
+
+def _positions_of_text(_: Any, batch: Any) -> Any:
+    return batch["position_ids"]
+
+
+def _completions_not_continued(model: Any, batch: Any) -> Any:
+    positions = model_images.packed_positions(model, batch)
+    for (_, stop, end), _ in batch["image_prompts"]:
+        positions[:, :, stop:end] = batch["position_ids"][:, stop:end]
+    return positions
+
+
+def _second_completion_shifted(model: Any, batch: Any) -> Any:
+    positions = model_images.packed_positions(model, batch).clone()
+    for (_, _, end), _ in batch["image_prompts"][:1]:
+        positions[..., end - 5] += 1  # in the second completion, which has 7 tokens
+    return positions
+
+
+@pytest.mark.parametrize("fault", [_positions_of_text, _completions_not_continued, _second_completion_shifted])
+def test_wrong_positions_are_noticed(fault: Any, monkeypatch) -> None:
+    _expect_fault(monkeypatch, packed_model, "packed_positions", fault)
+
+
+def test_features_in_the_wrong_places_are_noticed(monkeypatch) -> None:
+    own = model_images._at_places
+    wrong = lambda features, tokens, index: own(features, tokens, [*index[1:], index[0]])  # noqa: E731
+    _expect_fault(monkeypatch, model_images, "_at_places", wrong)
+
+
+def _expect_fault(monkeypatch, module: Any, name: str, fault: Any) -> None:
+    model, processor = tiny_image_model("qwen2_5_vl"), tiny_processor("qwen2_5_vl")
+    reader = image_reader(model, processor)
+    PackedModel(model, packing="true", images=reader)
+    monkeypatch.setattr(module, name, fault)
+    with pytest.raises(UserError, match="in a packed row with images log-probs differ"):
+        PackedModel(model, packing="true", images=reader)
+
+
+# --- Images of real sizes ---
+
+
+def test_real_sizes_by_the_defaults_of_a_processor() -> None:
+    """Qwen's own resizing: to multiples of 28 pixels, near the aspect ratio, each 28 x 28 pixels one token."""
+    processor = tiny_processor("qwen2_5_vl")
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    reader = model_images.ImageReader(processor)
+    landscape, portrait = picture(768, 1024), picture(1024, 768)
+    found = reader.inputs([landscape, portrait])
+    assert found.inputs["image_grid_thw"].tolist() == [[1, 54, 74], [1, 74, 54]] and found.tokens == [27 * 37] * 2
+    assert reader.encode(f"w3 {reader.placeholder} w4", [landscape]).count(reader.feature_token) == 27 * 37

@@ -1,0 +1,108 @@
+"""Training on rows with images: references ahead and in streams, frozen and trained vision towers, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+
+from cpt_kernels import ContrastiveTrainer
+from cpt_kernels.errors import UserError
+from tests.helpers.image_models import image_rows, picture, tiny_image_model, tiny_processor
+from tests.helpers.toy import config, losses
+
+ROWS = image_rows(8)
+
+
+def make(
+    folder: Path, rows: Any = ROWS, kind: str = "qwen2_5_vl", model: Any = None, **options: Any
+) -> ContrastiveTrainer:
+    own = {name: options.pop(name) for name in ("peft_config", "processing_class", "eval_dataset") if name in options}
+    return ContrastiveTrainer(
+        tiny_image_model(kind, torch.float32) if model is None else model,
+        args=config(folder, **{"max_steps": 2, "max_length": None, **options}),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        **{"processing_class": tiny_processor(kind), **own},
+    )
+
+
+def test_references_are_scored_ahead_by_pixels(tmp_path, caplog) -> None:
+    trainer = make(tmp_path)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert "0 of 16 reference log-probs were cached; 16 were scored" in caplog.text
+    caplog.clear()
+    make(tmp_path)
+    assert "all 16 reference log-probs were cached" in caplog.text
+    caplog.clear()
+    changed = [{**ROWS[0], "images": [picture(40, 60, seed=99)]}, *ROWS[1:]]
+    make(tmp_path, changed)
+    assert "14 of 16 reference log-probs were cached; 2 were scored" in caplog.text
+    caplog.clear()
+    processor = tiny_processor("qwen2_5_vl")
+    processor.image_processor.image_mean = [0.4, 0.4, 0.4]
+    make(tmp_path, processing_class=processor)
+    assert "4 of 16 reference log-probs were cached; 12 were scored" in caplog.text  # two rows have no images
+
+
+def test_streams_and_checkpointing_train_alike(tmp_path) -> None:
+    order = {"train_sampling_strategy": "sequential"}
+    stored = make(tmp_path / "a", **order)
+    stream = make(tmp_path / "b", IterableDataset.from_generator(lambda: iter(ROWS)), gradient_checkpointing=True)
+    by_tokens = make(tmp_path / "c", max_tokens_per_batch=4000, gradient_accumulation_steps=1, **order)
+    unshared = make(tmp_path / "d", share_prompts="false", **order)
+    for trainer in (stored, stream, by_tokens, unshared):
+        trainer.train()
+    assert losses(stream) == pytest.approx(losses(stored), abs=1e-5)
+    assert losses(unshared) == pytest.approx(losses(stored), abs=1e-5)
+    assert losses(by_tokens)[0] == pytest.approx(losses(stored)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("target", "trained"),
+    [
+        (None, "model.visual"),
+        (None, "model.language_model"),
+        (r".*visual.*qkv", "visual"),
+        (r".*q_proj", "language_model"),
+    ],
+)
+def test_either_part_may_be_trained(target: str | None, trained: str, tmp_path) -> None:
+    model = tiny_image_model("qwen2_5_vl", torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    adapter = {} if target is None else {"peft_config": LoraConfig(r=2, target_modules=target)}
+    trainer = make(tmp_path, model=model, eval_dataset=Dataset.from_list(ROWS[:4]), **adapter)
+    start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, start[name])}
+    assert changed and all(trained in name for name in changed)
+    assert trainer.evaluate()["eval_loss"] < 0.7
+
+
+def test_a_saved_run_is_loaded_by_name(tmp_path) -> None:
+    trainer = make(tmp_path, kind="llava", save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    (name,) = {str(tmp_path / "saved")}
+    again = ContrastiveTrainer(
+        name, args=config(tmp_path / "again", max_steps=1), train_dataset=Dataset.from_list(ROWS)
+    )
+    assert type(again.model).__name__ == "LlavaForConditionalGeneration"
+    assert again.train_dataset["image_ids"] == trainer.train_dataset["image_ids"]
+    resumed = make(tmp_path, kind="llava", max_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    assert losses(resumed)[:2] == losses(trainer)[:2]
+
+
+def test_models_and_collators_that_read_no_images(tmp_path) -> None:
+    from tests.helpers.architectures import tiny_model
+
+    with pytest.raises(UserError, match="has no get_image_features and image_token_id, so rows with images are not"):
+        make(tmp_path, model=tiny_model("llama"))
+    with pytest.raises(UserError, match="reads no images: give the model's processor as processing_class"):
+        make(tmp_path, processing_class=tiny_processor("llava").tokenizer)
