@@ -104,6 +104,11 @@ class ImageReader:
         """The token in whose places the model puts an image's features."""
         return cast("Any", self.processor).image_token_id if self.token_id is None else self.token_id
 
+    @property
+    def marks_blocks(self) -> bool:
+        """Whether the model is told the tokens of images, whose attention may then go in both directions."""
+        return "token_type_ids" in self.blank.token_types
+
     @cached_property
     def blank(self) -> ImageInputs:
         """The model's inputs for a grey image."""

@@ -95,6 +95,15 @@ def image_inputs(batch: PackedBatch, padded: bool) -> dict[str, Tensor]:
     return inputs
 
 
+def image_blocks(batch: PackedBatch) -> list[tuple[int, int]]:
+    """Returns (first, end) of the consecutive tokens of images in a packed row."""
+    types = batch["token_types"].get("token_type_ids")
+    if types is None:
+        return []
+    edges = np.flatnonzero(np.diff(types[0].cpu().numpy() == 1, prepend=False, append=False))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
+
+
 def packed_positions(model: PreTrainedModel, batch: PackedBatch) -> Tensor | None:
     """Returns positions in a packed row: (1, T), or (3, 1, T) if the model gives images positions of their own.
 

@@ -51,7 +51,7 @@ from .hooks import (
     rope_per_sequence,
     set_attention,
 )
-from .images import image_inputs, image_probe, own_inputs, packed_positions, shared_features
+from .images import image_blocks, image_inputs, image_probe, own_inputs, packed_positions, shared_features
 from .proof import Probe, Truth, find_truth, projected_gradients
 from .sequence_groups import OwnRows, whole_router_logits
 from .states import StateLayout, prepare_state_layers, unpackable_layers
@@ -88,6 +88,7 @@ class PackedModel:
 
     Attributes:
         padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
+        bidirectional: whether the tokens of an image attend to each other in both directions in a packed row.
         has_gradient: whether a trained parameter changes log-probs, as far as the proof has compared gradients.
         noisy: whether the model adds noise to itself in training mode; the trainer measures and sets it.
         share_limit: sequences longer than this must not share their prompt; None without a limit. See
@@ -107,6 +108,7 @@ class PackedModel:
     group: SequenceGroup | None = None
     padded: bool = field(default=False, init=False)
     noisy: bool = field(default=False, init=False)
+    bidirectional: bool = field(default=False, init=False)
     has_gradient: bool = field(default=True, init=False)
     options: HeadOptions | None = field(default=None, init=False)
 
@@ -169,13 +171,13 @@ class PackedModel:
             UserError: no rank has weights to run a proof with.
         """
         base = base_model(self.model)
-        found = gather_object([(self.padded, self.options) if self.is_proven else None])
+        found = gather_object([(self.padded, self.options, self.bidirectional) if self.is_proven else None])
         proven = [each for each in found if each is not None]
         if not proven:
             raise UserError(
                 f"no process holds the weights of {type(base).__name__}: load them before the model is prepared"
             )
-        self.padded, self.options = max(proven, key=lambda each: (each[0], each[1] is None))
+        self.padded, self.options, self.bidirectional = max(proven, key=lambda each: (each[0], each[1] is None))
         self._check_group(base)
         if not self.is_proven and not self.padded:
             base.set_attn_implementation(attention_over(base.config._attn_implementation))
@@ -245,11 +247,13 @@ class PackedModel:
 
         # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
         options = find_head_options(base, head_options(base, self.head_memory_mb), own, probes[0])
-        ways = {"auto": [(False, options), (True, options)], "true": [(False, options)], "false": [(True, options)]}
-        last = [(True, None)] if self.packing != "true" and options is not None else []
+        ways = [(False, options, False)] if self.packing != "false" else []
+        if ways and self.images is not None and self.images.marks_blocks:
+            ways.insert(0, (False, options, True))
+        if self.packing != "true" and self.group is None:
+            ways += [(True, options, False)] + [(True, None, False)] * (options is not None)
         failures: list[str] = []
-        for padded, way_options in ways["true"] if self.group is not None else ways[self.packing] + last:
-            self.padded, self.options = padded, way_options
+        for self.padded, self.options, self.bidirectional in ways:
             set_attention(base, runnable if self.padded else attention_over(runnable))
             tries = (self._try(base, *each, parameters) for each in zip(probes, routings, truths))
             failure = next(filter(None, tries), None)
@@ -394,7 +398,10 @@ class PackedModel:
                 positions = cast("Tensor", packed_positions(base, batch))
                 stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments, positions, group))
                 inputs["position_ids"] = own(positions)
-                inputs |= {"layout": AttentionLayout.of(batch, group), "attention_backend": self.attention_backend}
+                layout = AttentionLayout.of(batch, group)
+                if self.bidirectional:
+                    layout.blocks = image_blocks(batch)
+                inputs |= {"layout": layout, "attention_backend": self.attention_backend}
                 if self.state_layers:
                     inputs["state_layout"] = StateLayout(segments, batch["input_ids"].device)
             outputs = (self.model if wrapped is None else wrapped)(**inputs)

@@ -20,7 +20,6 @@ from cpt_kernels.model.packed_model import PackedModel
 from tests.helpers.image_models import FAMILIES, WORDS, picture, tiny_image_model, tiny_processor
 from tests.numerics import assert_close
 
-PACKED = [kind for kind in FAMILIES if kind != "gemma3"]
 FLOOR = 2e-6  # transformers keeps RMSNorm, RoPE and softmax in fp32
 
 # (sizes of the prompt's images, words before and after them, tokens of the completions). The sizes repeat.
@@ -93,7 +92,7 @@ def compare(kind: str, packing: str = "auto", **collate: Any) -> None:
     expected, gradients = run_alone(model, processor, rows)
     reader = image_reader(model, processor)
     packed = PackedModel(model, packing=packing, images=reader)
-    assert packed.padded == (packing == "false" or kind not in PACKED)
+    assert packed.padded == (packing == "false") and packed.bidirectional == (kind == "gemma3" and not packed.padded)
     batch = PackedCollator(padded=packed.padded, images=reader, **collate)(rows)
     with calls(model) as encoded:
         logps = packed(batch).tokens.logps
@@ -121,7 +120,7 @@ def test_rows_equal_each_completion_alone(kind: str) -> None:
     compare(kind)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "idefics3"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3"])
 def test_unshared_and_padded_rows_too(kind: str) -> None:
     compare(kind, share_prompts=False)
     compare(kind, packing="false")

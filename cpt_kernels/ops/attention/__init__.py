@@ -47,6 +47,7 @@ class AttentionLayout:
     segment_lengths: Sequence[tuple[int, int]]  # G times (queries, keys)
     shared: bool  # False: every segment's keys are its own tokens, in order, and nothing is gathered
     group: SequenceGroup | None = None
+    blocks: Sequence[tuple[int, int]] = ()  # (first, end) tokens of images that attend to each other in both directions
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():
@@ -72,7 +73,7 @@ class AttentionLayout:
     @classmethod
     def of(cls, batch: Mapping[str, Any], group: SequenceGroup | None = None) -> AttentionLayout:
         """Returns the layout of a ``PackedBatch``."""
-        return cls(**{field.name: batch[field.name] for field in fields(cls) if field.name != "group"}, group=group)
+        return cls(**{field.name: batch[field.name] for field in fields(cls) if field.name in batch}, group=group)
 
 
 def shared_prompt_attention(
@@ -118,7 +119,9 @@ def shared_prompt_attention(
     if layout.shared:
         key = gather_rows(key, layout.kv_index, layout.kv_rounds)
         value = gather_rows(value, layout.kv_index, layout.kv_rounds)
-    need = Need.of(query, key, value, window, softcap, sinks, dropout, deterministic=deterministic)
+    need = Need.of(
+        query, key, value, window, softcap, sinks, dropout, deterministic=deterministic, blocks=bool(layout.blocks)
+    )
     kernel = choose_attention(backend, need)
     longest_query, longest_key = (max(lengths) for lengths in zip(*layout.segment_lengths))
     call = Call(
@@ -133,7 +136,7 @@ def shared_prompt_attention(
         deterministic=deterministic,
     )
     if isinstance(kernel, SegmentKernel):
-        out = segment_attention(kernel, query, key, value, layout.segment_lengths, call, sinks)
+        out = segment_attention(kernel, query, key, value, layout.segment_lengths, call, sinks, layout.blocks)
     else:
         out = varlen_attention(kernel, query, key, value, call, sinks)
     return out if group is None else heads_for_tokens(out, group, heads)

@@ -56,6 +56,7 @@ class Need:
     sinks: bool = False
     dropout: bool = False
     deterministic: bool = True
+    blocks: bool = False
 
     @classmethod
     def of(
@@ -69,6 +70,7 @@ class Need:
         dropout: float,
         *,
         deterministic: bool = True,
+        blocks: bool = False,
     ) -> Need:
         """Returns the needs of a call with these arguments, which are those of ``shared_prompt_attention``."""
         return cls(
@@ -82,6 +84,7 @@ class Need:
             sinks=sinks is not None,
             dropout=dropout > 0,
             deterministic=deterministic,
+            blocks=blocks,
         )
 
 
@@ -92,6 +95,7 @@ _WORDS = {
     "sinks": "sinks",
     "dropout": "dropout",
     "deterministic": "deterministic gradients",
+    "blocks": "images that attend in both directions",
 }
 
 
@@ -105,6 +109,7 @@ class Abilities:
     sinks: bool = True
     dropout: bool = True
     deterministic: bool = True
+    blocks: bool = False  # queries that see later keys, see `segments.Blocks`
     dropout_alone: bool = False  # dropout works only without soft-cap and sinks
     head_size: int | None = None  # the largest; smaller keys or values are padded to the size of the others
     dtypes: tuple[torch.dtype, ...] | None = None
