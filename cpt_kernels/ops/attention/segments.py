@@ -20,12 +20,12 @@ class SegmentKernel:
     """Attention of one segment.
 
     Attributes:
-        function: of queries (1, H, Q, D), keys (1, H, K, D), values (1, H, K, Dv), the call, sinks (H,) and blocks
-            within the segment, to the output (1, H, Q, Dv).
+        function: of queries (1, H, Q, D), keys (1, H, K, D), values (1, H, K, Dv), the call, sinks (H,) and, if
+            its abilities say so, blocks within the segment, to the output (1, H, Q, Dv).
     """
 
     name: str
-    function: Callable[[Tensor, Tensor, Tensor, Call, Tensor | None, Blocks], Tensor]
+    function: Callable[..., Tensor]
     abilities: Abilities
 
 
@@ -53,11 +53,11 @@ def segment_attention(
     if blocks:
         stops = list(accumulate(queries, initial=0))
         within = [[(a - at, b - at) for a, b in blocks if at <= a < end] for at, end in pairwise(stops)]
-    outputs = [kernel.function(q, k, v, call, sinks, inner) for (q, k, v), inner in zip(segments, within)]
+    outputs = [kernel.function(*qkv, call, sinks, *([inner] if inner else ())) for qkv, inner in zip(segments, within)]
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None, blocks: Blocks) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None, blocks: Blocks = ()) -> Tensor:
     # Without a mask PyTorch may take its fastest kernel; its causal mask is aligned at the start, which is right only
     # if there are as many queries as keys.
     causal = not blocks and q.shape[2] == k.shape[2] and (call.window is None or k.shape[2] <= call.window)
@@ -65,7 +65,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None, blo
     return F.scaled_dot_product_attention(q, k, v, mask, call.dropout, is_causal=causal, scale=call.scale)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None, blocks: Blocks) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, call: Call, sinks: Tensor | None, blocks: Blocks = ()) -> Tensor:
     # Scores (1, H, Q, K), with the sink as one more column.
     scores = q @ k.mT * call.scale
     if call.softcap is not None:
