@@ -120,7 +120,9 @@ def test_rows_equal_each_completion_alone(kind: str) -> None:
     compare(kind)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3"])
+@pytest.mark.parametrize(
+    "kind", ["gemma3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen3_vl", "idefics3"))]
+)
 def test_unshared_and_padded_rows_too(kind: str) -> None:
     compare(kind, share_prompts=False)
     compare(kind, packing="false")

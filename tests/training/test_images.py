@@ -49,6 +49,7 @@ def test_references_are_scored_ahead_by_pixels(tmp_path, caplog) -> None:
     assert "4 of 16 reference log-probs were cached; 12 were scored" in caplog.text  # two rows have no images
 
 
+@pytest.mark.slow
 def test_streams_and_checkpointing_train_alike(tmp_path) -> None:
     order = {"train_sampling_strategy": "sequential"}
     stored = make(tmp_path / "a", **order)
@@ -66,9 +67,9 @@ def test_streams_and_checkpointing_train_alike(tmp_path) -> None:
     ("target", "trained"),
     [
         (None, "model.visual"),
-        (None, "model.language_model"),
+        pytest.param(None, "model.language_model", marks=pytest.mark.slow),
         (r".*visual.*qkv", "visual"),
-        (r".*q_proj", "language_model"),
+        pytest.param(r".*q_proj", "language_model", marks=pytest.mark.slow),
     ],
 )
 def test_either_part_may_be_trained(target: str | None, trained: str, tmp_path) -> None:

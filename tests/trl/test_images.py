@@ -15,8 +15,13 @@ _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 STEPS = 10
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava", "gemma3"])
+_SLOW = [(kind, adapter) for kind in ("qwen2_5_vl", "llava", "gemma3") for adapter in (False, True)][1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [("qwen2_5_vl", False), *(pytest.param(*each, marks=pytest.mark.slow) for each in _SLOW)],
+)
 def test_every_step_is_trls(kind: str, adapter: bool, tmp_path) -> None:
     data = Dataset.from_list(image_rows(24))
     options = {"max_steps": STEPS, "per_device_train_batch_size": 4, "max_length": None}
