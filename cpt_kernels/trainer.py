@@ -202,6 +202,10 @@ class ContrastiveTrainer(PackedLoop):
         data_collator = packed_collator(data_collator, packing)
         self.collator = getattr(data_collator, "packing", data_collator)
 
+        if images is not None and args.ddp_find_unused_parameters is None:
+            # Vision towers have parameters that their model does not use, such as the last norm of LLaVA's.
+            args.ddp_find_unused_parameters = not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+
         # Data, and transformers' Trainer around model and data.
         datasets = self._prepare_datasets(train_dataset, eval_dataset, args)
         options: dict[str, Any] = dict(compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers)
