@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, Tokens
@@ -149,10 +149,17 @@ def shared_features(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None
         return output
 
     encoder.get_image_features = get_image_features
+    # DDP would wait for gradients of what it finds in the output, and the loss does not depend on all of it.
+    handle = model.register_forward_hook(_without_features)
     try:
         yield
     finally:
         del encoder.get_image_features
+        handle.remove()
+
+
+def _without_features(_module: nn.Module, _args: tuple, output: Any) -> Any:
+    return type(output)(**{name: value for name, value in output.items() if not name.startswith("image_")})
 
 
 def _encoder(model: PreTrainedModel) -> Any:
