@@ -136,7 +136,7 @@ def shared_prompt_attention(
         deterministic=deterministic,
     )
     if isinstance(kernel, SegmentKernel):
-        out = segment_attention(kernel, query, key, value, layout.segment_lengths, call, sinks, layout.blocks)
+        out = segment_attention(kernel, query, key, value, layout.segment_lengths, call, sinks, blocks=layout.blocks)
     else:
         out = varlen_attention(kernel, query, key, value, call, sinks)
     return out if group is None else heads_for_tokens(out, group, heads)

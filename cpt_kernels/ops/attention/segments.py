@@ -37,6 +37,7 @@ def segment_attention(
     segment_lengths: Sequence[tuple[int, int]],  # (queries, keys)
     call: Call,
     sinks: Tensor | None = None,  # (Hq,)
+    *,
     blocks: Blocks = (),  # in the row; each lies in a segment whose queries are its keys
 ) -> Tensor:
     """Runs ``kernel`` on each segment, (T, Hq, Dv)."""
