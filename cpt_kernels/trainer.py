@@ -174,6 +174,10 @@ class ContrastiveTrainer(PackedLoop):
             log_on_main(["this adapter changes the weights below it, so the reference is the policy at its start"])
             new_adapter = False
 
+        if has_images and args.ddp_find_unused_parameters is None:
+            # Vision towers have parameters that their model does not use, such as the last norm of LLaVA's.
+            args.ddp_find_unused_parameters = not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+
         # FSDP2 wraps the models before anything runs them, so that no process ever holds them whole.
         self.args, self.model = args, model
         with user_error():
@@ -201,10 +205,6 @@ class ContrastiveTrainer(PackedLoop):
         packing = PackedCollator(*cut, share and not self.packed.padded, self.packed.share_limit, **pads)
         data_collator = packed_collator(data_collator, packing)
         self.collator = getattr(data_collator, "packing", data_collator)
-
-        if images is not None and args.ddp_find_unused_parameters is None:
-            # Vision towers have parameters that their model does not use, such as the last norm of LLaVA's.
-            args.ddp_find_unused_parameters = not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
 
         # Data, and transformers' Trainer around model and data.
         datasets = self._prepare_datasets(train_dataset, eval_dataset, args)
