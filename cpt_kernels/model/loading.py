@@ -19,7 +19,7 @@ from ..config import ContrastiveConfig
 from ..data.stores import local_folder
 from ..errors import UserError, user_error
 from .pretrained import load_pretrained
-from .sharding import prepare_for_adapter, sliced_loading, uses_fsdp
+from .sharding import prepare_for_adapter, return_freed_memory, sliced_loading, uses_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ def engine_weights(args: ContrastiveConfig, *, is_whole: bool = False) -> Iterat
     FSDP2: each process reads its slices, see :mod:`.sharding`. ZeRO-3: DeepSpeed partitions the weights while
     transformers loads them. Else, and with ``is_whole``, each process loads all weights.
     """
+    return_freed_memory(args)
     if zero_stage(args) == 3 and not is_whole:
         yield
         return

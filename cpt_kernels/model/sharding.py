@@ -46,15 +46,19 @@ def uses_fsdp(args: ContrastiveConfig) -> bool:
 def enable_on_cpu(accelerator: Accelerator, args: ContrastiveConfig) -> None:
     """Makes accelerate shard on CPUs as on GPUs, where it would replace FSDP by DDP without a word."""
     state = accelerator.state
-    if accelerator.device.type == "cpu" and args.world_size > 1:
-        # glibc would keep the memory of a gathered layer that was freed, up to the size of the whole model.
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    return_freed_memory(args)
     if uses_fsdp(args) and state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
         if accelerator.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def return_freed_memory(args: ContrastiveConfig) -> None:
+    """Makes glibc return freed layers on CPUs; it would keep the memory of gathered ones, up to the whole model's."""
+    if args.device.type == "cpu" and args.world_size > 1:
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 # --- Loading ---
