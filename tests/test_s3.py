@@ -107,7 +107,7 @@ def score(url: str, node: Path, seeds: list[int], log: Path) -> None:
         for seed in seeds:
             if sequence(seed) not in cache:
                 os.write(scored, f"{seed}\n".encode())
-                time.sleep(0.002)
+                time.sleep(0.006)
                 cache.add(*sequence(seed), values(seed))
 
 
@@ -122,7 +122,7 @@ def test_random_kills_of_writers_while_the_store_fails(serve, tmp_path):
     running = {writer: start(writer) for writer in range(writers)}
     lost = 0
     while kills < 50:
-        time.sleep(draw.uniform(0.3, 1.5))
+        time.sleep(draw.uniform(0.2, 0.8))
         writer = draw.choice([*running])
         assert os.waitpid(running[writer], os.WNOHANG)[0] == 0, "a writer ended before 50 kills: give it more rows"
         os.kill(running[writer], signal.SIGKILL)
