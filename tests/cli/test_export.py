@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cpt_kernels.cli import main
 from tests.helpers.architectures import tiny_model
+from tests.helpers.ranks import torchrun
 from tests.helpers.toy import word_tokenizer
 
 TOKENS = torch.arange(3, 20)[None]
@@ -61,3 +64,23 @@ def test_folders_that_are_refused(tmp_path, capsys):
     for folder, said in cases.items():
         assert main(["export", str(folder), "--output", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_on_other_numbers_of_ranks(tmp_path):
+    """Saved by two ranks, resumed by three, and exported: the weights that the run has at its end."""
+    sharded = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    options = {"model": "llama-tied", "max_steps": 4, "learning_rate": 1e-3, "fsdp_config": sharded}
+    cases = {2: {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 3}}
+    cases[3] = {"per_device_train_batch_size": 2, "resume": str(tmp_path / "2/out/checkpoint-2")}
+    for ranks, more in cases.items():
+        runs = json.dumps([[str(ranks), "fsdp2", options | more]])
+        torchrun("engine_run", ranks, str(tmp_path), runs, environment={"ACCELERATE_USE_CPU": "true"})
+    two, three = (json.loads((tmp_path / f"{ranks}.json").read_text())["losses"] for ranks in (2, 3))
+    assert len(two) == 4 and three == pytest.approx(two, abs=1e-5)
+    checkpoint = tmp_path / "2/out/checkpoint-4"
+    assert not list(checkpoint.glob("*.safetensors"))
+    assert len(list(checkpoint.glob("pytorch_model_fsdp_0/*.distcp"))) == 2
+    assert main(["export", str(checkpoint), "--output", str(tmp_path / "whole")]) == 0
+    found, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "2/final"))
+    assert all(torch.equal(found[name], expected[name]) for name in found) and len(found) > 10
