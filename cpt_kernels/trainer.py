@@ -39,7 +39,7 @@ from .data.tokenize import check_same_tokenizer, check_tokenizer
 from .errors import UserError, user_error
 from .losses import Loss, user_loss
 from .model.images import image_reader
-from .model.layers import prepared_layers
+from .model.layers import not_compiled_whole, prepared_layers
 from .model.loading import engine_weights, load_models, prepare_model, tokenizer_of
 from .model.packed_model import PackedModel, Scores, base_model, embedding_rows
 from .model.pretrained import sample_base
@@ -180,7 +180,7 @@ class ContrastiveTrainer(PackedLoop):
 
         # FSDP2 wraps the models before anything runs them, so that no process ever holds them whole.
         self.args, self.model = args, model
-        with user_error():
+        with not_compiled_whole(args), user_error():
             self.create_accelerator_and_postprocess()
         check_engine(args, self.accelerator)
         for each in (model, ref_model):

@@ -49,10 +49,17 @@ def prepared_layers(model: nn.Module, args: ContrastiveConfig) -> Iterator[str]:
         args.liger_kernel_config = _LIGER_HEADS | (args.liger_kernel_config or {})
     if "compiled" in kinds:
         _compile_layers(model, args)
+    with not_compiled_whole(args):
+        yield f"layers: {', '.join(kinds) or 'eager'}{reason}"
+
+
+@contextlib.contextmanager
+def not_compiled_whole(args: ContrastiveConfig) -> Iterator[None]:
+    """Hides ``torch_compile`` from transformers' Trainer and the accelerator that it makes."""
     given = {name: getattr(args, name) for name in _COMPILE_OPTIONS}
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     try:
-        yield f"layers: {', '.join(kinds) or 'eager'}{reason}"
+        yield
     finally:
         for name, value in given.items():
             setattr(args, name, value)
