@@ -80,6 +80,7 @@ def measure_step(
     shapes.model.train()
     try:
         for _ in range(1 + accumulates):
+            gradients = live.live  # of the micro-batch before
             with mode, live:
                 moved = {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 moved["targets"] = mode.from_tensor(moved["targets"])  # their values would be checked
@@ -92,7 +93,7 @@ def measure_step(
                 del scores, moved
     except _NEEDS_VALUES:
         return None
-    return StepMemory(shapes.activations, shapes.head, live.peak)
+    return StepMemory(shapes.activations - gradients, shapes.head, live.peak)
 
 
 def set_checkpointing(model: nn.Module, args: ContrastiveConfig, on: bool, **more: Any) -> None:

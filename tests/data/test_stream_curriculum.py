@@ -39,16 +39,21 @@ def draw(option: dict, rows: list[dict], count: int = DRAWS, seed: int = 0, rows
     return taken, draws
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", sorted({*SCHEDULES} - {"sorted"}))  # which a stream refuses
 def test_shares_follow_the_schedule(schedule):
     """Shares follow the schedule even if a quarter of the stream is hard; only `none` keeps the stream's shares."""
     letters = "".join(np.random.default_rng(0).choice(["b", "c"], p=[0.75, 0.25], size=DRAWS))
     taken, draws = draw({"schedule": schedule, "levels": ["a>b", "a>c"], "buffer": 256}, rows_of(letters))
     hard = np.array([row[PLACE] for row in taken])
     t = np.arange(DRAWS) / DRAWS
-    alpha = {"linear": t, "reversed": 1 - t, "staged": (t >= 0.5).astype(float), "none": np.full(DRAWS, 0.25)}.get(
-        schedule, np.full(DRAWS, 0.5)
-    )
+    alpha = {
+        "linear": t,
+        "reversed": 1 - t,
+        "staged": (t >= 0.5).astype(float),
+        "constant": np.full(DRAWS, 0.5),
+        "none": np.full(DRAWS, 0.25),
+        "sqrt": np.clip(1 - 0.5 / np.sqrt(1e-4 + (1 - 1e-4) * t), 0, 1),  # all draws are from the easiest share
+    }[schedule]
     assert [row["rejected_model"] == "c" for row in taken] == hard.tolist()
     for part in np.array_split(np.arange(DRAWS), 20):
         deviation = np.sqrt((alpha[part] * (1 - alpha[part])).sum())

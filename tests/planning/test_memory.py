@@ -76,6 +76,18 @@ def test_a_step_allocates_what_is_predicted(tmp_path, peft, checkpointing, optio
     assert 0 < found.activations < found.peak and 0 < found.head < found.peak
 
 
+def test_gradients_of_an_earlier_micro_batch_are_no_activations(tmp_path):
+    args, loss = ContrastiveConfig(tmp_path, use_cpu=True, report_to=[]), build_loss("sigmoid", beta=0.1)
+    packed = PackedModel(AutoModelForCausalLM.from_config(CONFIG))
+    alone, second = (
+        measure_step(packed, PackedCollator()(rows(4)), args, loss, checkpointing=True, accumulates=accumulates)
+        for accumulates in (False, True)
+    )
+    gradients = sum(p.numel() * p.element_size() for p in packed.model.parameters())
+    assert (second.activations, second.head) == (alone.activations, alone.head)
+    assert alone.peak < second.peak <= alone.peak + gradients
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_layers_with_a_state_are_measured_without_values(tmp_path, name):
     args = ContrastiveConfig(tmp_path, use_cpu=True, report_to=[])
