@@ -131,7 +131,8 @@ def write_rows(file: Path, lengths: str, count: int) -> int:
             pairs = pa.ListArray.from_arrays(pa.array(range(0, 2 * rows + 1, 2), pa.int32()), completion)
             zero, one = (_cut([1] * rows, pa.array([side] * rows, pa.int32())) for side in (0, 1))
             scores = _cut([0] * rows, pa.array([], pa.float32()))
-            columns = [prompt, pairs, zero, one, zero, scores, pa.array(range(start, cut.stop))]
+            images = _cut([0] * rows, pa.array([], pa.int64()))
+            columns = [prompt, images, pairs, zero, one, zero, scores, pa.array(range(start, cut.stop))]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     return int(sides.sum())
 

@@ -127,7 +127,7 @@ def arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "loss_type": spec["loss"],
         "beta": 0.1,
         "max_length": None,
-        "precompute_ref_log_probs": not (spec["side"] == "trl" and spec["shape"].get("image")),
+        "precompute_ref_log_probs": not (spec.get("side") == "trl" and spec["shape"].get("image")),
         "logging_steps": 1,
         "bf16": cuda,
         "use_liger_kernel": spec.get("liger_layers", False),

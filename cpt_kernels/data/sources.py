@@ -51,6 +51,7 @@ def load_data(
         UserError: the data does not exist, is empty or malformed (the message gives the line of a JSON file), or has no
             such split or column. In a stream only the first row is checked; later errors come from `datasets`.
     """
+    name_or_path = str(name_or_path).removeprefix("file://")
     path = Path(name_or_path).expanduser()
     if not path.exists() and not is_remote(name_or_path) and _looks_like_path(str(name_or_path)):
         raise UserError(f"{name_or_path} does not exist (looked for {path.absolute()})")

@@ -312,9 +312,8 @@ _WRONG_COLUMNS = {
 
 @pytest.mark.parametrize("words", _WRONG_COLUMNS)
 def test_wrong_columns_are_refused_before_the_model_is_loaded(home, tmp_path, monkeypatch, capsys, words):
-    monkeypatch.setattr(
-        run_module.make_trainer, "__defaults__", (*run_module.make_trainer.__defaults__[:2], *[_loads] * 2)
-    )
+    trainer, callbacks, _, _, data = run_module.make_trainer.__defaults__
+    monkeypatch.setattr(run_module.make_trainer, "__defaults__", (trainer, callbacks, _loads, _loads, data))
     code, line = attempt(fill(f"{_TRAIN} {words}", home, tmp_path), capsys)
     assert code == 2 and _WRONG_COLUMNS[words] in line
 

@@ -41,4 +41,5 @@ def random_pairs(count: int = 16, scale: float = 40.0, seed: int = 0) -> PairLog
     logps = -scale * random(5)
     lengths = torch.randint(1, 30, (3, count), generator=generator).double()
     tails = random(4) * logps[[0, 1, 3, 4]]
-    return PairLogps(*logps[:3], *lengths, *logps[3:], 7.25, *tails, *(-5 * random(2)), 4 * random(1)[0])
+    sums, gap, hard = -5 * random(2), 4 * random(1)[0], random(1)[0] < 0.5
+    return PairLogps(*logps[:3], *lengths, *logps[3:], 7.25, *tails, *sums, gap, hard)

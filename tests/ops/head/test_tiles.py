@@ -66,6 +66,7 @@ def test_pair_logps_of_a_part():
     """A loss sees the same of a tile's pairs as of these pairs in the whole batch."""
     head = Head()
     loss = user_loss(lambda numbers: numbers.chosen, needs_tails=True, needs_log_sum_sq=True, needs_gap=True)
+    loss = replace(loss, needs_hard=True)
     pairs, sums = head.pairs(), torch.arange(len(head.lengths), dtype=torch.float64)
     tokens = VocabScore(*torch.rand(6, sum(head.lengths), dtype=torch.float64))
     whole, completion, pair = pairs.pair_logps(sums, loss=loss, tokens=tokens), 0, 0
