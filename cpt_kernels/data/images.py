@@ -269,7 +269,14 @@ def place_images(
         raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")
     if not all(image in images for image in different):
         raise UserError("the images of some prompts are not given: hand on those of `images_of`")
-    found = reader.inputs([open_image(images[image]) for image in different]) if different else reader.blank
+    pictures = [open_image(images[image]) for image in different]
+    # Prepared rows may be from a cache, with references of the earlier pixels.
+    if any(reader.image_id(picture) != image for picture, image in zip(pictures, different)):
+        raise UserError(
+            "an image has other pixels than when the rows were prepared: give a changed file another name, or remove"
+            " the prepared rows with dataset.cleanup_cache_files()"
+        )
+    found = reader.inputs(pictures) if pictures else reader.blank
     number = {image: u for u, image in enumerate(different)}
     for g, _ in places:
         have = sum(token == reader.feature_token for token in tokens[g][0])

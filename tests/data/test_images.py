@@ -135,6 +135,18 @@ def test_errors_name_the_row_and_the_mend() -> None:
         PackedCollator()(kept.to_list())
 
 
+def test_a_file_that_changes_after_preparation_is_refused(tmp_path) -> None:
+    """Its prompt key, and so the reference log-probs that are found, would be those of the earlier pixels."""
+    file = tmp_path / "a.png"
+    picture(28, 28, seed=0).save(file)
+    kept, _ = prepare(Dataset.from_list([row([IMAGE, text("w3")], [str(file)])]), PROCESSOR)
+    collator = PackedCollator(images=ImageReader(PROCESSOR))
+    assert collator(kept.to_list())["image_tokens"]
+    picture(28, 28, seed=1).save(file)
+    with pytest.raises(UserError, match="an image has other pixels than when the rows were prepared: give a changed"):
+        collator(kept.to_list())
+
+
 def test_equal_tokens_of_different_images_are_different_prompts() -> None:
     data = Dataset.from_list([row([IMAGE, text("w3")], [picture(8, 8, seed=seed)]) for seed in (0, 1, 0)])
     kept, report = prepare(data, PROCESSOR)
