@@ -26,10 +26,11 @@ FOLDERS = {
     "ops": {"losses"},
     "data": set(),
     "pairs": {"data"},
-    "config": {"data", "losses", "ops"},  # ops: the names of attention backends
+    "other_options": set(),
+    "config": {"other_options", "data", "losses", "ops"},  # ops: the names of attention backends
     "model": {"ops", "data", "config", "losses"},
     "reference": {"model", "ops", "data"},
-    "training": {"planning", "reference", "model", "ops", "data", "config", "losses"},
+    "training": {"planning", "reference", "model", "ops", "data", "config", "losses", "other_options"},
     "trainer": {"training", "planning", "reference", "model", "ops", "data", "config", "losses"},
     "planning": {"reference", "model", "ops", "data", "config", "losses"},
     "generation": {"data"},

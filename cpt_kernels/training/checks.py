@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from ..config import REMOVED_OPTIONS, ContrastiveConfig
+from ..config import ContrastiveConfig
 from ..data.curriculum import Curriculum
 from ..data.forms import Form, detect_form
 from ..data.loader import kept_columns
@@ -32,6 +32,7 @@ from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import unsaved_parameters
 from ..model.trials import auxiliary_loss, can_run, checkpointing_error, disable_config_dropout, dropout, is_random
 from ..ops.attention.select import describe_backend
+from ..other_options import REMOVED_OPTIONS
 from .metrics import METRIC_NAMES, PREFERENCE_METRICS
 
 logger = logging.getLogger(__name__)
