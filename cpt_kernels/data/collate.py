@@ -1,13 +1,15 @@
 """Collates tokenized rows into a packed batch of prompt groups.
 
 Rows of a micro-batch that have the same prompt become one group, and equal completions of a group become one. So each
-completion runs once, however many pairs contain it.
+completion runs once, however many pairs contain it. With ``minimum_shared``, sequences also share beginnings that are
+longer than their prompt, and those of different prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from .curriculum import HARD, PLACE
 from .images import ImageId, ImageReader, images_of, place_images, split_key
-from .packing import GroupLengths, pack, pair_block_boundaries, scatter_rounds
+from .packing import Span, lay_out, pair_block_boundaries, scatter_rounds, starts_of
+from .trees import Branch, find_branches
 from .truncation import TruncationMode, truncate
 
 # [(prompt ids, completion ids)] -> log-probs of the tokens of all these completions in one array, NaN where unknown.
@@ -27,14 +30,14 @@ Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt key (see :mod:`.image
 
 
 class PackedBatch(TypedDict):
-    """A packed row with T tokens, N predicted tokens, S completions, P pairs and G attention segments.
+    """A packed row with T tokens, S completions of M tokens, N predictions, P pairs and G attention segments.
 
-    Tensors move to the device, lists stay on the host. An example with two groups; ``|`` separates the pieces of the
-    packed row, the segments, or the completions:
+    Tensors move to the device, lists and arrays stay on the host. An example with two groups; ``|`` separates prompts
+    and completions in the packed row, the segments, or the completions:
 
         group 0: prompt [1, 2], chosen [3, 4], rejected [5]        group 1: prompt [6], chosen [7], rejected [8, 9]
 
-        input_ids        1 2 | 3 4 | 5 | 6 | 7 | 8 9        the pieces of both groups, each prompt once
+        input_ids        1 2 | 3 4 | 5 | 6 | 7 | 8 9        the tokens of both groups, each prompt once
         position_ids     0 1 | 2 3 | 2 | 0 | 1 | 1 2        every completion continues its prompt
         cu_seqlens_q     0 4 5 7 9                          queries of the 4 segments: 1 2 3 4 | 5 | 6 7 | 8 9
         cu_seqlens_k     0 4 7 9 12                         keys of the 4 segments: 1 2 3 4 | 1 2 5 | 6 7 | 6 8 9
@@ -57,9 +60,15 @@ class PackedBatch(TypedDict):
     segment_lengths: list[tuple[int, int]]  # (queries, keys) of every segment
     predictor_index: Tensor  # (N,) int64, place of each predictor row in the (flattened) input_ids
     predictor_rounds: list[tuple[Tensor, Tensor]]  # of predictor_index
+    predictors: NDArray[np.int64]  # (N,) predictor_index of the packed row
     targets: Tensor  # (N,) int64
     cu_completions: Tensor  # (S+1,) int64
     completion_lengths: list[int]  # S
+    # If completions have tokens in common, N is less than M; else these are None, and predictions are the M tokens.
+    token_index: Tensor | None  # (M,) int64, the prediction of each completion token
+    token_order: Tensor | None  # (M,) int64, completion tokens sorted by their prediction
+    token_offsets: Tensor | None  # (N+1,) int64, where those of each prediction begin in token_order
+    prediction_lengths: list[int]  # S, predictions of each completion that no completion before it has
     chosen: Tensor  # (P,) int64, index of a completion
     rejected: Tensor | None  # (P,) int64; None for supervised rows
     sft_targets: Tensor  # (P,) int64, the completion of SLiC's regularizer
@@ -67,18 +76,18 @@ class PackedBatch(TypedDict):
     hard: Tensor | None  # (P,) bool, which pairs a curriculum counts as hard; None if none is
     # (completions, pairs) per block: the smallest consecutive completions containing both sides of all their pairs
     pair_blocks: list[tuple[int, int]]
-    ref_token_logps: Tensor | None  # (N,) fp32; NaN where missing
+    ref_token_logps: Tensor | None  # (M,) fp32; NaN where missing
     ref_missing: list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # (completion, prompt ids, completion ids)
     num_pairs: int
     num_chosen_tokens: int  # a completion counts once per pair in which it is chosen
     num_sequence_tokens: int  # prompt and completion tokens, once per side of every pair
     places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without a curriculum
-    shared: bool  # some group runs its prompt once for several completions
+    shared: bool  # some tokens run once for several completions
     # Of U different images of the batch: what the model takes, {} without images; and (U,) tokens of their features.
     images: dict[str, Tensor]
     image_tokens: list[int]
     image_index: list[int]  # the image at each place of an image in input_ids, in order
-    # Of every prompt with images: [first token, token after it, end of its completions] in the packed row, its images.
+    # Of every prompt with images: [first token, token after it, end of its completions] in the packed row; its images.
     image_prompts: list[tuple[list[int], list[int]]]
     token_types: dict[str, Tensor]  # like input_ids: 1 at tokens of images, under the names that the model has for it
 
@@ -90,7 +99,9 @@ class PackedCollator:
     Attributes:
         max_length, truncation_mode: applied to each prompt + completion, as in TRL.
         share_prompts: run a prompt once for all its completions.
-        share_limit: sequences with more tokens do not share their prompt (for RoPE that depends on the length).
+        minimum_shared: also run other common beginnings once, where that saves at least so many tokens per sequence;
+            None: prompts alone. Sequences with images share nothing but their prompt and what follows it.
+        share_limit: sequences with more tokens share nothing (for RoPE that depends on the length).
         reference: looks up per-token reference log-probs; ``None`` if the loss needs none.
         pad_token_id: the only token of the batch that a rank without rows runs, and the pads of padded rows.
         images: reads the images of prompts.
@@ -108,6 +119,7 @@ class PackedCollator:
     padded: bool = False
     images: ImageReader | None = None
     always_images: bool = False
+    minimum_shared: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         """Truncates the rows' completions, and packs them with their pairs."""
@@ -147,30 +159,36 @@ class PackedCollator:
         """
         if not sequences:  # a rank without rows runs one token, to take part in every collective
             sequences = [((self.pad_token_id,), (self.pad_token_id,))]
-        keyed = _group(sequences)
-        words, tokens = [split_key(key)[0] for key, _ in keyed], [(split_key(key)[1], each) for key, each in keyed]
-        lengths = [self._lengths(prompt, completions) for prompt, completions in tokens]
-        layout = pack(lengths)
+        # Completions are numbered in packed order.
+        different = list(dict.fromkeys(sequence for sequence in sequences if sequence[1]))  # truncation may leave none
+        paths, prompts = _paths(different)
+        branches = self._branches(different, paths, prompts)
+        unique = [different[s] for branch in branches for s in branch.sequences]
+        ends = [len(paths[branch.sequences[-1]]) for branch in branches]
+        segment_lengths = [(end - branch.shared, end) for end, branch in zip(ends, branches)]
+        spans = [Span(g, prompts[s], len(paths[s])) for g, branch in enumerate(branches) for s in branch.sequences]
+        layout = lay_out(segment_lengths, spans)
 
-        # Completions are numbered in packed order, and pairs are sorted so that each block's are consecutive.
-        unique = [(prompt, completion) for prompt, completions in keyed for completion in completions]
+        # Pairs are sorted so that each block's are consecutive.
         index_of = {sequence: s for s, sequence in enumerate(unique)}
-        pairs, order, pair_blocks = _index_pairs(edges, index_of)
-        gaps = [gaps[p] for p in order]
-        hard = [hard[p] for p in order] if any(hard) else []
+        pairs, edge_order, pair_blocks = _index_pairs(edges, index_of, layout.ties())
+        gaps = [gaps[p] for p in edge_order]
+        hard = [hard[p] for p in edge_order] if any(hard) else []
         chosen, sft_targets, *rejected = np.array(pairs, np.int64).T if pairs else np.zeros((3, 0), np.int64)
 
         # Counts, and everything as tensors.
-        row_count = len(layout.position_ids)
-        sequence_lengths = [len(prompt) + len(each) for prompt, completions in tokens for each in completions]
+        row = np.concatenate([paths[branch.sequences[-1]][branch.shared :] for branch in branches])
         completion_lengths = np.diff(layout.cu_completions)
-        input_ids = _ints(_concatenate(tokens[g][0] if i < 0 else tokens[g][1][i] for g, i in layout.pieces))[None]
-        attention_mask, predictor_index = None, layout.predictor_index
+        input_ids, attention_mask, predictor_index = _ints(row)[None], None, layout.predictor_index
         if self.padded:
             place, attention_mask = _padded_places(np.diff(layout.cu_seqlens_q))
             input_ids = torch.full_like(attention_mask, self.pad_token_id).masked_scatter(attention_mask > 0, input_ids)
             predictor_index = place[predictor_index]
-        pictures = place_images(self.images, self.always_images, words, tokens, layout.pieces, input_ids, images or {})
+        roots = [g for g, branch in enumerate(branches) if branch.shared == 0]
+        bounds = [*layout.cu_seqlens_q[roots].tolist(), len(row)]
+        trees = [(different[branches[g].sequences[0]][0], span) for g, span in zip(roots, pairwise(bounds))]
+        pictures = place_images(self.images, self.always_images, trees, input_ids, images or {})
+        index, order, offsets = _token_arrays(layout.token_index)
         ref_token_logps, ref_missing = self._reference_logps(unique, scored=bool(edges))
         return PackedBatch(
             input_ids=input_ids,
@@ -179,13 +197,18 @@ class PackedCollator:
             cu_seqlens_q=torch.from_numpy(layout.cu_seqlens_q),
             cu_seqlens_k=torch.from_numpy(layout.cu_seqlens_k),
             kv_index=_ints(layout.kv_index),
-            kv_rounds=_rounds(layout.kv_index, row_count),
-            segment_lengths=list(zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist())),
+            kv_rounds=_rounds(layout.kv_index, len(row)),
+            segment_lengths=segment_lengths,
             predictor_index=_ints(predictor_index),
             predictor_rounds=_rounds(predictor_index, input_ids.numel()),
-            targets=_ints(_concatenate(c for _, completions in tokens for c in completions)),
+            predictors=layout.predictor_index,
+            targets=_ints(row[layout.target_index]),
             cu_completions=_ints(layout.cu_completions),
             completion_lengths=completion_lengths.tolist(),
+            token_index=index,
+            token_order=order,
+            token_offsets=offsets,
+            prediction_lengths=layout.prediction_lengths.tolist(),
             chosen=_ints(chosen),
             rejected=_ints(rejected[0]) if rejected else None,
             sft_targets=_ints(sft_targets),
@@ -196,9 +219,9 @@ class PackedCollator:
             ref_missing=ref_missing,
             num_pairs=len(pairs),
             num_chosen_tokens=int(completion_lengths[chosen].sum()),
-            num_sequence_tokens=sum(sequence_lengths[s] for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
+            num_sequence_tokens=sum(spans[s].stop for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
             places=places,
-            shared=any(g.share and len(g.completions) > 1 for g in lengths),
+            shared=any(branch.shared for branch in branches),
             **pictures,
         )
 
@@ -213,9 +236,33 @@ class PackedCollator:
         cut = (truncate(row["prompt_ids"], completion, *how) for completion in row["completion_ids"])
         return [((*words, *prompt), tuple(completion)) for prompt, completion in cut]
 
-    def _lengths(self, prompt: Sequence[int], completions: Iterable[Sequence[int]]) -> GroupLengths:
-        lengths = [len(completion) for completion in completions]
-        return GroupLengths(len(prompt), lengths, self.shares(len(prompt) + max(lengths)))
+    def _branches(
+        self, sequences: Sequence[Tokens], paths: Sequence[NDArray[np.int64]], prompts: Sequence[int]
+    ) -> list[Branch]:
+        """Returns the segments of different sequences: paths are their tokens, prompts the lengths of their prompts."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for s, (prompt, _) in enumerate(sequences):
+            groups.setdefault(prompt, []).append(s)
+        by_prompt = []
+        for group in groups.values():
+            shares = self.shares(max(len(paths[s]) for s in group))
+            by_prompt += [Branch(prompts[s] if shares and i else 0, [s]) for i, s in enumerate(group)]
+        if self.minimum_shared is None or not self.shares(0):
+            return by_prompt
+        # Sequences that may share: all texts, or those of one prompt with images.
+        sets: dict[Any, list[int]] = {}
+        for s, (prompt, _) in enumerate(sequences):
+            key = (prompt if prompt[0] < 0 else ()) if self.shares(len(paths[s])) else s
+            sets.setdefault(key, []).append(s)
+        trees = []
+        for some in sets.values():
+            found = find_branches([paths[s] for s in some], [prompts[s] for s in some], self.minimum_shared)
+            trees += [Branch(branch.shared, [some[s] for s in branch.sequences]) for branch in found]
+
+        def tokens(branches: list[Branch]) -> int:
+            return sum(len(paths[branch.sequences[-1]]) - branch.shared for branch in branches)
+
+        return trees if tokens(trees) < tokens(by_prompt) else by_prompt
 
     def _reference_logps(
         self, sequences: Sequence[Tokens], scored: bool
@@ -229,24 +276,25 @@ class PackedCollator:
         return torch.from_numpy(logps), missing
 
 
-def _group(sequences: Sequence[Tokens]) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
-    """Returns every different prompt with its different completions, in the order of their first occurrence."""
-    groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
-    for prompt, completion in sequences:
-        if completion:  # truncation may leave none; the filter has dropped the pairs of such a completion
-            groups.setdefault(prompt, {})[completion] = None
-    return [(prompt, list(completions)) for prompt, completions in groups.items()]
+def _paths(sequences: Sequence[Tokens]) -> tuple[list[NDArray[np.int64]], list[int]]:
+    """Returns the tokens of each sequence, without the numbers of images, and the number of them in its prompt."""
+    prompts = {key: np.array(split_key(key)[1], np.int64) for key in dict.fromkeys(prompt for prompt, _ in sequences)}
+    paths = [np.concatenate([prompts[prompt], np.array(completion, np.int64)]) for prompt, completion in sequences]
+    return paths, [len(prompts[prompt]) for prompt, _ in sequences]
 
 
 def _index_pairs(
-    edges: Sequence[tuple[Tokens, ...]], index_of: Mapping[Tokens, int]
+    edges: Sequence[tuple[Tokens, ...]], index_of: Mapping[Tokens, int], ties: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, ...]], list[int], list[tuple[int, int]]]:
-    """Returns the pairs as indices of completions, sorted by block; which edge each pair is; and the pair blocks."""
+    """Returns the pairs as indices of completions, sorted by block; which edge each pair is; and the pair blocks.
+
+    ``ties`` are completions that must be in one block although no pair holds both.
+    """
     pairs = [tuple(index_of[sequence] for sequence in edge) for edge in edges]
     # Blocks are ranges of completions, so sorting by the first completion makes the pairs of a block consecutive.
     order = sorted(range(len(pairs)), key=lambda p: min(pairs[p]))
     pairs = [pairs[p] for p in order]
-    boundaries = pair_block_boundaries(len(index_of), pairs)
+    boundaries = pair_block_boundaries(len(index_of), [*pairs, *ties])
     pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
     return pairs, order, list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist()))
 
@@ -267,8 +315,11 @@ def _ints(values: Any) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.int64))
 
 
-def _concatenate(pieces: Iterable[Sequence[int]]) -> list[int]:
-    return [token for piece in pieces for token in piece]
+def _token_arrays(index: NDArray[np.int64] | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns `token_index`, `token_order` and `token_offsets` of a batch."""
+    if index is None:
+        return None, None, None
+    return _ints(index), _ints(np.argsort(index, kind="stable")), _ints(starts_of(np.bincount(index)))
 
 
 def _rounds(index: NDArray[np.int64], rows: int) -> list[tuple[Tensor, Tensor]]:

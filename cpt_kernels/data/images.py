@@ -238,31 +238,25 @@ def images_of(rows: Iterable[Mapping[str, Any]]) -> dict[ImageId, Any]:
 def place_images(
     reader: ImageReader | None,
     always: bool,
-    words: Sequence[Sequence[int]],  # G: numbers of the images of each group's prompt key
-    tokens: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],  # G: prompt ids, ids of completions
-    pieces: Sequence[tuple[int, int]],  # see packing.Layout
+    trees: Sequence[tuple[Sequence[int], Sequence[int]]],  # prompt key; (first token, token after it) in the row
     input_ids: Tensor,  # (1, T), or (S, L) of padded rows
     images: Mapping[ImageId, Any],
 ) -> PlacedImages:
     """Decodes and preprocesses each different image of a batch once, and finds its places in the packed row.
 
     Args:
+        trees: of the sequences that share something; all sequences of a tree with images have one prompt.
         always: a batch without images gets one that is in no place.
 
     Raises:
         UserError: images cannot be read, or take other tokens than their prompts have.
     """
-    of_group = [ids_of(each) for each in words]
-    spans: list[tuple[int, list[int]]] = []  # group and [first token, token after it, end of its completions]
-    at = 0
-    for g, i in pieces:
-        length = len(tokens[g][0] if i < 0 else tokens[g][1][i])
-        if i < 0:
-            spans.append((g, [at, at + length, at + length]))
-        at += length
-        spans[-1][1][2] = at
-    places = [(g, span) for g, span in spans if of_group[g]]
-    different = list(dict.fromkeys(image for g, _ in places for image in of_group[g]))
+    places: list[tuple[list[ImageId], Sequence[int], list[int]]] = []  # images, tokens and span of each prompt
+    for key, (start, end) in trees:
+        words, tokens = split_key(key)
+        if words:
+            places.append((ids_of(words), tokens, [start, start + len(tokens), end]))
+    different = list(dict.fromkeys(image for each, *_ in places for image in each))
     if not different and (reader is None or not always):
         return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
     if reader is None:
@@ -278,14 +272,14 @@ def place_images(
         )
     found = reader.inputs(pictures) if pictures else reader.blank
     number = {image: u for u, image in enumerate(different)}
-    for g, _ in places:
-        have = sum(token == reader.feature_token for token in tokens[g][0])
-        if have != (need := sum(found.tokens[number[image]] for image in of_group[g])):
+    for each, tokens, _ in places:
+        have = sum(token == reader.feature_token for token in tokens)
+        if have != (need := sum(found.tokens[number[image]] for image in each)):
             raise UserError(f"a prompt has {have} tokens of images, and its images take {need}: remove the row")
     return PlacedImages(
         images=found.inputs,
         image_tokens=found.tokens,
-        image_index=[number[image] for g, _ in places for image in of_group[g]],
-        image_prompts=[(span, [number[image] for image in of_group[g]]) for g, span in places],
+        image_index=[number[image] for each, *_ in places for image in each],
+        image_prompts=[(span, [number[image] for image in each]) for each, _, span in places],
         token_types=dict.fromkeys(found.token_types, reader.mark(input_ids)),
     )

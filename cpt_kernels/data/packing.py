@@ -1,21 +1,25 @@
 """Computes where tokens, segments, predictions and completions lie in a packed row, from their lengths. Pure numpy.
 
-A packed row is a sequence of *pieces*. A group that shares its prompt is laid out as
-``[prompt, completion 1, completion 2, ...]``, any other group as ``[prompt, completion 1, prompt, completion 2, ...]``.
-An attention *segment* is a range of consecutive queries together with the keys that they see. Queries and keys are
-aligned at their ends (bottom-right causal):
+A packed row holds trees of tokens, depth first. A *path* leads from a root to a leaf: all tokens of a sequence. An
+attention *segment* is a range of consecutive queries, the last tokens of a path, together with the keys that they see,
+the whole path. Queries and keys are aligned at their ends (bottom-right causal):
 
-    first segment of a group     queries: prompt + completion 1    keys: the same tokens
-    every further segment        queries: completion i             keys: prompt + completion i, gathered by `kv_index`
+    first segment of a tree    queries: a whole path                   keys: the same tokens
+    every further segment      queries: what the path before lacks     keys: its path, gathered by `kv_index`
 
-The positions of every completion continue those of its prompt. The last prompt token predicts the first token of every
-completion of the group.
+So the keys before a segment's queries are the first tokens of the path before it, and the lengths of all segments
+determine all paths. A prompt group that shares its prompt is the smallest tree: ``[prompt, completion 1], [completion
+2], ...``. Positions are places in a path. A completion is the end of a path, or of the beginning of one.
+
+The token before it on its path predicts each token of a completion, and several completions may hold one token: a
+*prediction* is a different token of some completion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,55 +38,99 @@ class GroupLengths:
         return (1 if self.share else len(self.completions)) * self.prompt + sum(self.completions)
 
 
+class Span(NamedTuple):
+    """A completion: tokens ``start`` to ``stop`` of the path of a segment."""
+
+    segment: int
+    start: int  # tokens of its prompt
+    stop: int
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Index arrays of a packed row with T tokens, N predictions, S completions and G attention segments."""
+    """Index arrays of a packed row with T tokens, G segments, S completions of M tokens, and N predictions.
 
-    pieces: list[tuple[int, int]] = field(repr=False)  # (group, completion within the group, or -1 for the prompt)
+    Without tokens that several completions hold, N is M and `token_index` is None.
+    """
+
     position_ids: NDArray[np.int64]  # (T,)
     cu_seqlens_q: NDArray[np.int32]  # (G+1,) where the queries of each segment begin
     cu_seqlens_k: NDArray[np.int32]  # (G+1,) where the keys of each segment begin in kv_index
     kv_index: NDArray[np.int64]  # (K,) token of each key, segment after segment
-    predictor_index: NDArray[np.int64]  # (N,) token whose hidden row predicts each completion token
-    cu_completions: NDArray[np.int64]  # (S+1,) where each completion begins in the N predictions
+    predictor_index: NDArray[np.int64]  # (N,) token whose hidden row predicts, in the order of completions
+    target_index: NDArray[np.int64]  # (N,) token that it predicts
+    cu_completions: NDArray[np.int64]  # (S+1,) where each completion begins in the M
+    token_index: NDArray[np.int64] | None  # (M,) prediction of each completion token
+    prediction_lengths: NDArray[np.int64]  # (S,) predictions of each completion that none before it has
+
+    def ties(self) -> list[tuple[int, int]]:
+        """Returns each completion with the first one that holds one of its tokens, if completions share tokens."""
+        if self.token_index is None:
+            return []
+        first = np.repeat(np.arange(len(self.prediction_lengths)), self.prediction_lengths)[self.token_index]
+        parts = np.split(first, self.cu_completions[1:-1])
+        return [(int(part.min(initial=s)), s) for s, part in enumerate(parts)]
 
 
 def pack(groups: Sequence[GroupLengths]) -> Layout:
     """Lays prompt groups out one after another in one row, without padding."""
-    pieces, positions, queries, keys, kv_index, predictors, completions = [], [], [], [], [], [], []
-    start = 0  # token at which the next piece begins
-    for g, group in enumerate(groups):
+    segments: list[tuple[int, int]] = []
+    completions: list[Span] = []
+    for group in groups:
         assert group.prompt > 0 and len(group.completions) > 0 and min(group.completions) > 0
         for i, length in enumerate(group.completions):
-            # The prompt's piece. Later completions of a sharing group refer to the same tokens through `prompt`.
-            if i == 0 or not group.share:
-                pieces.append((g, -1))
-                prompt, start = np.arange(start, start + group.prompt), start + group.prompt
-                positions.append(np.arange(group.prompt))
-                queries.append(group.prompt + length)
-            else:
-                queries.append(length)
-            # The completion's piece, its keys and its predictors.
-            pieces.append((g, i))
-            completion, start = np.arange(start, start + length), start + length
-            positions.append(group.prompt + np.arange(length))
-            keys.append(group.prompt + length)
-            kv_index += [prompt, completion]
-            predictors += [prompt[-1:], completion[:-1]]
-            completions.append(length)
+            keys = group.prompt + length
+            completions.append(Span(len(segments), group.prompt, keys))
+            segments.append((length if i and group.share else keys, keys))
+    return lay_out(segments, completions)
 
+
+def lay_out(segments: Sequence[tuple[int, int]], completions: Sequence[Span]) -> Layout:
+    """Lays out a row.
+
+    Args:
+        segments: (queries, keys).
+        completions: in the order of their segments; those of one segment are in the order of their ends.
+    """
+    paths = paths_of(segments)
+    queries, keys = zip(*segments)
+    # Completion tokens and their predictors. What is not scored would be left out here.
+    targets = np.concatenate([paths[segment][start:stop] for segment, start, stop in completions])
+    predictors = np.concatenate([paths[segment][start - 1 : stop - 1] for segment, start, stop in completions])
+    cu_completions = starts_of([stop - start for _, start, stop in completions])
+    token_index, prediction_lengths = None, np.diff(cu_completions)
+    if np.bincount(targets).max() > 1:
+        # Number the different ones in the order in which they first occur.
+        _, first, token_index = np.unique(targets, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        first, token_index = first[order], np.argsort(order)[token_index]
+        targets, predictors = targets[first], predictors[first]
+        prediction_lengths = np.diff(np.searchsorted(first, cu_completions))
     return Layout(
-        pieces,
-        np.concatenate(positions),
-        _starts(queries).astype(np.int32),
-        _starts(keys).astype(np.int32),
-        np.concatenate(kv_index),
-        np.concatenate(predictors),
-        _starts(completions),
+        np.concatenate([np.arange(k - q, k) for q, k in segments]),
+        starts_of(queries).astype(np.int32),
+        starts_of(keys).astype(np.int32),
+        np.concatenate(paths),
+        predictors,
+        targets,
+        cu_completions,
+        token_index,
+        prediction_lengths,
     )
 
 
-def _starts(lengths: list[int]) -> NDArray[np.int64]:
+def paths_of(segments: Sequence[tuple[int, int]]) -> list[NDArray[np.int64]]:
+    """Returns the path of every segment, (keys,) tokens of the row; ``segments`` are (queries, keys)."""
+    paths: list[NDArray[np.int64]] = []
+    start = 0
+    for queries, keys in segments:
+        own = np.arange(start, start + queries)
+        paths.append(np.concatenate([paths[-1][: keys - queries], own]) if keys > queries else own)
+        start += queries
+    return paths
+
+
+def starts_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Returns (len(lengths) + 1,) start offsets, and the total at the end."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
@@ -95,7 +143,7 @@ def scatter_rounds(
 
     Round r holds the rows of x that occur more than r times in ``index``, and the places of their r-th occurrence
     (counted from 0). Rows are unique within a round, so adding round after round is a segment sum in a fixed order. A
-    prompt token occurs once per completion, so the number of rounds is the number of completions in the largest group.
+    token occurs once per path through it, so the number of rounds is the number of segments of the largest tree.
 
     Returns:
         For each round: (rows of x, places in ``index``).

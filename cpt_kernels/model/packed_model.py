@@ -31,7 +31,8 @@ from ..ops.attention import AttentionLayout
 from ..ops.attention.segments import SEGMENTWISE
 from ..ops.attention.select import kernels_of
 from ..ops.exchange import SequenceGroup
-from ..ops.gather import gather_rows, segment_sum
+from ..ops.gather import TokenMap, gather_rows, segment_sum
+from ..ops.head.tiles import completion_tokens
 from ..ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from ..ops.vocab_score import VocabScore
 from .adapters import check_adapters, invocations, marked_tokens
@@ -62,9 +63,9 @@ Packing = Literal["auto", "true", "false"]
 
 
 class Scores(NamedTuple):
-    """Result of :meth:`PackedModel.__call__`, for N tokens, S completions and P pairs of the batch."""
+    """Result of :meth:`PackedModel.__call__`, for S completions of M tokens and P pairs of the batch."""
 
-    tokens: VocabScore  # (N,) each
+    tokens: VocabScore  # (M,) each
     completion_logps: Tensor  # (S,)
     loss: Tensor | None = None  # () sum over the pairs; its gradient flows through the model's output
     losses: Tensor | None = None  # (P,) without gradient
@@ -449,7 +450,7 @@ class PackedModel:
             return _weigh(own.whole(tokens, self.group), batch, loss, tokens_per_pair)
         if loss is None:
             tokens = linear_logprobs(rows, weight, batch["targets"], bias, options)
-            return Scores(tokens, segment_sum(tokens.logps, batch["cu_completions"]))
+            return _weigh(tokens, batch, None, tokens_per_pair)
         pairs = _pairs(batch, tokens_per_pair)
         out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general=general)
         with torch.no_grad():
@@ -477,7 +478,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _weigh(tokens: VocabScore, batch: PackedBatch, loss: Loss | None, tokens_per_pair: Tensor | float) -> Scores:
-    """Computes the loss from differentiable log-probs of all tokens, by autograd."""
+    """Computes the loss from differentiable log-probs of all predictions, by autograd."""
+    tokens = completion_tokens(tokens, _shared_tokens(batch))
     completion_logps = segment_sum(tokens.logps, batch["cu_completions"])
     if loss is None:
         return Scores(tokens, completion_logps)
@@ -509,7 +511,14 @@ def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
         ref_token_logps=ref,
         gaps=batch["gaps"],
         hard=batch["hard"],
+        token_map=_shared_tokens(batch),
+        prediction_lengths=batch["prediction_lengths"],
     )
+
+
+def _shared_tokens(batch: PackedBatch) -> TokenMap | None:
+    index, order, offsets = batch["token_index"], batch["token_order"], batch["token_offsets"]
+    return None if index is None or order is None or offsets is None else TokenMap(index, order, offsets)
 
 
 def _aux_loss(outputs: Any, like: Tensor) -> Tensor | None:

@@ -48,8 +48,8 @@ class OwnRows(NamedTuple):
 
     @classmethod
     def of(cls, batch: PackedBatch, group: SequenceGroup) -> OwnRows:
-        """Finds a rank's rows from the lengths on the host: reading indices from a GPU would wait for it."""
-        tokens = predictors(batch["segment_lengths"], batch["completion_lengths"])
+        """Finds a rank's rows on the host: reading indices from a GPU would wait for it."""
+        tokens = batch["predictors"]
         own = np.flatnonzero(tokens % group.size == group.rank)
         places = tokens[own] // group.size
         hidden_rows = max(1, group.count(sum(queries for queries, _ in batch["segment_lengths"])))
@@ -112,17 +112,3 @@ def whole_router_logits(model: Any, group: SequenceGroup | None, tokens: int) ->
         yield
     finally:
         setattr(module, _BALANCE, own)
-
-
-def predictors(segments: list[tuple[int, int]], completion_lengths: list[int]) -> NDArray[np.int64]:
-    """Returns (N,) the token that predicts each completion token; completion i ends segment i. See ``data.packing``."""
-    queries, keys = np.array(segments, dtype=np.int64).T
-    lengths = np.array(completion_lengths, dtype=np.int64)
-    ends = np.cumsum(queries)
-    starts = ends - queries
-    # A segment whose keys are its queries begins with its prompt; others share the prompt of the last one that does.
-    prompts = np.maximum.accumulate(np.where(queries == keys, starts, 0))
-    last_of_prompt = prompts + keys - lengths - 1
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    offset = np.arange(len(owner)) - (np.cumsum(lengths) - lengths)[owner]
-    return np.where(offset == 0, last_of_prompt[owner], (ends - lengths)[owner] + offset - 1)

@@ -1,12 +1,13 @@
 """Gathers and segment sums whose gradients are deterministic: summed in a fixed order, without atomics.
 
 PyTorch's ``index_select`` and ``index_add_`` use atomics on CUDA. They matter here because a prompt's rows are gathered
-once for every completion.
+once for every completion, and a prediction that completions share once for each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,3 +65,40 @@ def segment_sum(
 ) -> Tensor:
     """Returns the sums of S consecutive segments, (S,), accumulated in fp64 in order, in the dtype of ``values``."""
     return _SegmentSum.apply(values, offsets)
+
+
+class TokenMap(NamedTuple):
+    """Which of N predictions each of the M tokens of completions is, if completions have tokens in common."""
+
+    row: Tensor  # (M,) int64, the prediction of each token
+    order: Tensor  # (M,) int64, tokens sorted by their prediction
+    offsets: Tensor  # (N+1,) int64, where the tokens of each prediction begin in ``order``
+
+    def part(self, predictions: slice, tokens: slice) -> TokenMap:
+        """Returns the map of consecutive predictions, which are those of consecutive tokens."""
+        offsets = self.offsets[predictions.start : predictions.stop + 1] - tokens.start
+        return TokenMap(self.row[tokens] - predictions.start, self.order[tokens] - tokens.start, offsets)
+
+    def sums(self, values: Tensor) -> Tensor:  # (M,) -> (N,)
+        """Returns the sums of tokens' values by prediction, accumulated in fp64 in order."""
+        return segment_sum(values[self.order], self.offsets)
+
+
+class _TokenValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        return values[parts[0]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # -> gradients of values and of the map's parts
+        return TokenMap(*ctx.saved_tensors).sums(grad), None, None, None
+
+
+def token_values(values: Tensor, token_map: TokenMap | None) -> Tensor:  # (N,) -> (M,)
+    """Returns the values of completion tokens from those of predictions, in fp32 or fp64 where they are differentiable.
+
+    Gradients are summed in order.
+    """
+    return values if token_map is None else _TokenValues.apply(values, *token_map)

@@ -44,7 +44,7 @@ from .head.passes import (
     score_rows,
     scored_gradients,
 )
-from .head.tiles import DTYPES, HeadOptions, Pairs
+from .head.tiles import DTYPES, HeadOptions, Pairs, completion_tokens
 from .pair_loss import has_kernel
 from .vocab_score import VocabScore
 
@@ -96,6 +96,8 @@ def linear_preference_loss(
 ) -> PreferenceOutput:
     """Returns the sum of a preference loss over pairs of completions whose tokens are predicted by ``hidden``.
 
+    Completions that have tokens in common share rows, see ``Pairs.token_map``.
+
     With a trained head and a separable loss, the forward finishes the gradients (3 GEMMs): then ``loss`` is the only
     differentiable output, and a backward through the log-probs raises. ``general=True`` keeps all outputs
     differentiable (4 GEMMs). A pair block with more rows than a tile takes 4 as well. Example::
@@ -122,7 +124,7 @@ def linear_preference_loss(
             run = compiled_preference if has_kernel(loss) else _outside_graph
         return run(operands, wanted, pairs, loss, options)
     # Other modes: differentiable log-probs, and autograd for the loss.
-    tokens = linear_logprobs(hidden, weight, targets, bias, options)
+    tokens = completion_tokens(linear_logprobs(hidden, weight, targets, bias, options), pairs.token_map)
     completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
     losses = loss(pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
     return PreferenceOutput(losses.sum(), losses.detach(), completion_logps, tokens)

@@ -74,7 +74,7 @@ def measure_step(
         shapes = ShapesOnly(packed, live)
     live.exclude(shapes.model)
     if loss.needs_reference:
-        batch["ref_token_logps"] = torch.zeros(len(batch["targets"]))
+        batch["ref_token_logps"] = torch.zeros(sum(batch["completion_lengths"]))
     # Random numbers have no state here that a recomputation would restore.
     set_checkpointing(shapes.model, args, checkpointing, preserve_rng_state=False)
     shapes.model.train()

@@ -525,7 +525,7 @@ def put_sums(batch: PackedBatch, chosen: torch.Tensor, rejected: torch.Tensor) -
     """
     first = batch["cu_completions"][:-1]
     assert batch["rejected"] is not None, "a loss with a reference has a rejected side"
-    tokens = torch.zeros_like(batch["targets"], dtype=torch.float32)
+    tokens = torch.zeros(sum(batch["completion_lengths"]), dtype=torch.float32, device=first.device)
     sides = [(first[batch["chosen"]], chosen.to(tokens.dtype)), (first[batch["rejected"]], rejected.to(tokens.dtype))]
     for places, logps in sides:
         tokens[places] = logps

@@ -51,9 +51,6 @@ def test_pack_by_brute_force(seed):
     layout, row = pack(groups), tokens_of(groups)
     assert len(row) == sum(group.tokens() for group in groups) == len(layout.position_ids)
     assert layout.position_ids.tolist() == [position(token, groups) for token in row]
-    runs = [(token[0], token[2]) for token in row]  # each copy of an unshared prompt is a piece
-    starts = [i for i, token in enumerate(row) if token[3] == 0]
-    assert layout.pieces == [runs[i] for i in starts]
 
     # Every token is a query of one segment, and sees its prompt and its completion up to itself, in order.
     asked: list[int] = []
@@ -94,7 +91,6 @@ def test_layout_of_one_small_row():
     assert layout.kv_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert layout.predictor_index.tolist() == [1, 1, 3, 5, 6, 8]
     assert layout.cu_completions.tolist() == [0, 1, 3, 5, 6]
-    assert layout.pieces == [(0, -1), (0, 0), (0, 1), (1, -1), (1, 0), (1, -1), (1, 1)]
     dtypes = {
         name: getattr(layout, name).dtype.name for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_index", "position_ids")
     }

@@ -277,12 +277,19 @@ def packed_result(model: nn.Module, batch: PackedBatch, scores: Scores) -> Resul
 
 
 def sequences_in(batch: PackedBatch) -> list[Key]:
-    """Returns the (prompt, completion) of every completion of a batch, read from the keys of its attention segment."""
-    keys = batch["input_ids"][0][batch["kv_index"]].split([k for _, k in batch["segment_lengths"]])
-    return [
-        (tuple(key[: len(key) - n].tolist()), tuple(key[len(key) - n :].tolist()))
-        for key, n in zip(keys, batch["completion_lengths"])
-    ]
+    """Returns the (prompt, completion) of every completion of a batch, read from its predictions and the keys."""
+    row, before = batch["input_ids"][0].tolist(), {}
+    for keys in batch["kv_index"].split([k for _, k in batch["segment_lengths"]]):
+        before |= zip(keys[1:].tolist(), keys.tolist())  # the token before each one on its path
+    index = slice(None) if batch["token_index"] is None else batch["token_index"]
+    lengths = batch["completion_lengths"]
+    found = []
+    for targets, predictors in zip(*(batch[n][index].split(lengths) for n in ("targets", "predictor_index"))):
+        at, prompt = predictors[0].item(), []
+        while at is not None:
+            prompt, at = [row[at], *prompt], before.get(at)
+        found.append((tuple(prompt), tuple(targets.tolist())))
+    return found
 
 
 def freeze_head(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpt_kernels.losses import Loss, PairLogps, build_loss
+from cpt_kernels.ops.gather import TokenMap
 from cpt_kernels.ops.head.tiles import row_stride
 from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_preference_loss
 from tests.numerics import assert_close
@@ -47,6 +49,7 @@ class Head:
     options: HeadOptions = field(default_factory=HeadOptions)
     trained: tuple[str, ...] = _GRADS
     scale: float = 1.0  # factor of the hidden rows
+    shared: bool = False  # completions of a block have up to two first tokens in common
     near: bool = False  # reference log-probs are a few nats from those of a uniform policy
     upstream: float = 1.0  # upstream gradient of the loss
     seed: int = 0
@@ -54,7 +57,15 @@ class Head:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         self.lengths = [n for lengths, _ in self.blocks for n in lengths]
-        rows, vocab = sum(self.lengths), self.options.vocab_size or self.columns
+        index = []  # the row of each completion token
+        for lengths, _ in self.blocks:
+            first = len(set(index))
+            for i, n in enumerate(lengths):
+                common = min(n, 2, lengths[0]) if self.shared and i else 0
+                new = len(set(index))
+                index += [*range(first, first + common), *range(new, new + n - common)]
+        self.index, tokens = torch.tensor(index), len(index)
+        rows, vocab = len(set(index)), self.options.vocab_size or self.columns
         normal = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in self.shapes(rows)]
         self.tensors = dict(zip(("hidden", "weight", "bias"), normal))
         self.tensors["hidden"] *= self.scale
@@ -70,7 +81,7 @@ class Head:
         edges = [[start + i for i in pair] for start, (_, pairs) in zip(starts, self.blocks) for pair in pairs]
         self.chosen, self.sft_targets, self.rejected = torch.tensor(edges).t()
         self.tokens_per_pair = sum(self.lengths[i] for i in self.chosen) / len(edges)
-        self.ref_token_logps = -torch.rand(rows, generator=generator).mul(64).round().div(16)
+        self.ref_token_logps = -torch.rand(tokens, generator=generator).mul(64).round().div(16)
         self.gaps = torch.rand(len(edges), generator=generator).mul(64).round().add(1).div(16)
         self.hard = torch.arange(len(edges)) % 3 == 0
 
@@ -87,9 +98,14 @@ class Head:
     def pairs(self) -> Pairs:
         cumulative = torch.tensor([0, *self.lengths]).cumsum(0)
         pair_blocks = [(len(lengths), len(pairs)) for lengths, pairs in self.blocks]
+        parts = self.index.split(self.lengths)
+        ends = [0, *torch.stack([part.max() + 1 for part in parts]).cummax(0).values.tolist()]
+        offsets = torch.tensor([0, *self.index.bincount().cumsum(0)])
+        shared = TokenMap(self.index, self.index.argsort(stable=True), offsets) if self.shared else None
         return Pairs(
             cumulative, self.lengths, self.chosen, self.rejected, self.sft_targets, pair_blocks, self.ref_logps,
-            self.tokens_per_pair, self.ref_token_logps, self.gaps, self.hard,
+            self.tokens_per_pair, self.ref_token_logps, self.gaps, self.hard, shared,
+            [stop - start for start, stop in pairwise(ends)] if self.shared else None,
         )  # fmt: skip
 
     def leaves(self, dtype: torch.dtype, rounded: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -119,8 +135,8 @@ class Head:
         logits = logits[:, : options.vocab_size] * options.logit_scale
         if options.softcap is not None:
             logits = torch.tanh(logits / options.softcap) * options.softcap
-        log_softmax = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
-        logps = log_softmax.gather(1, self.targets[:, None])[:, 0]
+        log_softmax = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)[self.index]
+        logps = log_softmax.gather(1, self.targets[self.index, None])[:, 0]
         completion_logps = torch.stack([part.sum() for part in logps.split(self.lengths)])
         lengths = torch.tensor(self.lengths).to(logps.dtype)
         ref = self.ref_logps.to(logps.dtype)

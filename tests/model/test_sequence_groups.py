@@ -14,9 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpt_kernels.data.packing import GroupLengths, pack
 from cpt_kernels.model.packed_model import PackedModel
-from cpt_kernels.model.sequence_groups import predictors
 from cpt_kernels.ops.exchange import SequenceGroup, heads_of_ranks
 from tests.helpers.architectures import CONFIGS, LENGTH_DEPENDENT, _config, recompute_activations, tiny_model
 from tests.helpers.exactness import (
@@ -103,19 +101,6 @@ CASES = [
 @pytest.mark.parametrize("size", [2, 4, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_cut_row_is_exact(tmp_path, size):
     run_ranks(tmp_path, size, compare, size, CASES[:5] if size == 4 else CASES)
-
-
-def test_predictor_rows_are_those_of_the_layout():
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        groups = [
-            GroupLengths(int(random.integers(1, 5)), random.integers(1, 5, random.integers(1, 5)).tolist(), share)
-            for share in random.integers(0, 2, 4).astype(bool).tolist()
-        ]
-        layout = pack(groups)
-        segments = list(zip(np.diff(layout.cu_seqlens_q).tolist(), np.diff(layout.cu_seqlens_k).tolist()))
-        found = predictors(segments, np.diff(layout.cu_completions).tolist())
-        assert found.tolist() == layout.predictor_index.tolist()
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (8, 1), (14, 2), (6, 3), (9, 3), (32, 8)])

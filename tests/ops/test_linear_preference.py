@@ -30,6 +30,18 @@ def test_every_mode_and_tile_size(mode, dtype, rows):
     check(Head().tile(rows, dtype.itemsize), mode, dtype)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "ld", "slic"])
+@pytest.mark.parametrize("rows", [7, 25, 10_000], ids="tile{}".format)
+@pytest.mark.parametrize("mode", MODES)
+def test_completions_that_have_tokens_in_common(mode, rows, loss):
+    """A token of several completions has one row of logits, and the sum of their weights."""
+    options = {"slic": {"slic_delta": 20.0}, "ld": {"ld_alpha": 0.5, "beta": 0.3}, "sigmoid": {"beta": 0.3}}[loss]
+    head = Head(build_loss("sigmoid" if loss == "ld" else loss, **options), shared=True)
+    assert len(head.targets) < len(head.index)
+    check(replace(head, bias=True).tile(rows, 8), mode, FP64)
+    check(head.tile(rows, 4), mode, FP32)
+
+
 @pytest.mark.parametrize("few_rows", [0, 1000], ids=["whole", "pieces"])
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_in_one_product_and_in_transposed_pieces(mode, few_rows, monkeypatch):

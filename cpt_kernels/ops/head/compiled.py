@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...losses import Loss
+from ..gather import TokenMap
 from ..pair_loss import flat_loss, unflatten_loss
 from ..vocab_score import VocabScore, fill_absent
 from .passes import (
@@ -32,7 +33,7 @@ from .passes import (
     score_pair_blocks,
     score_rows,
 )
-from .tiles import HeadOptions, Pairs
+from .tiles import HeadOptions, Pairs, completion_tokens
 
 REFUSAL = (
     "a gradient reached the log-probs of linear_preference_loss, which finished its gradients for the loss alone: pass"
@@ -42,9 +43,9 @@ REFUSAL = (
 _OPERANDS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
 _PAIR_TENSORS = (
     "Tensor cu_completions, Tensor chosen, Tensor? rejected, Tensor sft_targets, Tensor? ref_logps,"
-    " Tensor tokens_per_pair"
+    " Tensor tokens_per_pair, Tensor? token_index, Tensor? token_order, Tensor? token_offsets"
 )
-_PAIR_LISTS = "SymInt[] completion_lengths, SymInt[] pair_blocks"
+_PAIR_LISTS = "SymInt[] completion_lengths, SymInt[] row_lengths, SymInt[] pair_blocks"
 _LOSS = "str loss, str[] loss_options, Scalar[] loss_values"
 _OPTIONS = (
     "bool[] wanted, float logit_scale, float? softcap, SymInt? vocab_size, bool statistics, float? memory_mb,"
@@ -154,11 +155,12 @@ def _linear_preference(*tensors, wanted, loss, loss_options, loss_values, **keyw
 def _fake_linear_preference(*tensors, wanted, loss, loss_options, loss_values, **keywords) -> tuple[Tensor, ...]:
     operands, pairs, options = _unflatten(tensors, **keywords)
     x = torch.empty_like(operands.hidden, dtype=options.compute_dtype)
-    tokens = VocabScore.empty(x.shape[0], x, options.statistics)
+    rows = VocabScore.empty(x.shape[0], x, options.statistics)
+    tokens = completion_tokens(rows, pairs.token_map)
     new = tokens.logps.new_empty
     output = PreferenceOutput(new(()), new(pairs.chosen.shape[0]), new(pairs.cu_completions.shape[0] - 1), tokens)
     sums = empty_sums(x, operands, Wanted(*wanted))
-    return fill_absent(operands.hidden, _flat_result(ScoredPairs(output, torch.empty_like(tokens.logps), sums, None)))
+    return fill_absent(operands.hidden, _flat_result(ScoredPairs(output, torch.empty_like(rows.logps), sums, None)))
 
 
 def _setup_preference(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -227,15 +229,16 @@ def flat_pairs(pairs: Pairs) -> tuple[tuple[Tensor | None, ...], dict[str, list[
         pairs.sft_targets,
         pairs.ref_logps,
         tokens_per_pair,
+        *(pairs.token_map or (None, None, None)),
     )
-    pair_blocks = [count for block in pairs.pair_blocks for count in block]
-    return tensors, {"completion_lengths": list(pairs.completion_lengths), "pair_blocks": pair_blocks}
+    lists = {"completion_lengths": list(pairs.completion_lengths), "row_lengths": list(pairs.row_lengths)}
+    return tensors, lists | {"pair_blocks": [count for block in pairs.pair_blocks for count in block]}
 
 
 def _unflatten(
-    tensors: tuple, *, completion_lengths: list[int], pair_blocks: list[int], **options
+    tensors: tuple, *, completion_lengths: list[int], row_lengths: list[int], pair_blocks: list[int], **options
 ) -> tuple[Operands, Pairs, HeadOptions]:
-    cu_completions, chosen, rejected, sft_targets, ref_logps, tokens_per_pair = tensors[4:]
+    cu_completions, chosen, rejected, sft_targets, ref_logps, tokens_per_pair, *token_map = tensors[4:]
     pairs = Pairs(
         cu_completions,
         completion_lengths,
@@ -245,5 +248,7 @@ def _unflatten(
         list(zip(pair_blocks[::2], pair_blocks[1::2])),
         ref_logps,
         tokens_per_pair,
+        token_map=None if token_map[0] is None else TokenMap(*token_map),
+        prediction_lengths=row_lengths,
     )
     return Operands(*tensors[:4]), pairs, HeadOptions(**options)

@@ -22,10 +22,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...losses import Loss
 from .. import backends, pair_loss, vocab_score
-from ..gather import segment_sum
+from ..gather import segment_sum, token_values
 from ..pair_loss import PairLossInput, PairLossOutput
 from ..vocab_score import VocabScore, score_tile
-from .tiles import HeadOptions, Pairs, Tile, logits_tiles, pair_block_tiles, tile_buffer, tile_logits
+from .tiles import (
+    HeadOptions,
+    Pairs,
+    Tile,
+    completion_tokens,
+    logits_tiles,
+    pair_block_tiles,
+    tile_buffer,
+    tile_logits,
+)
 from .units import in_unit, new_unit, unit_for
 
 logger = logging.getLogger(__name__)
@@ -110,7 +119,7 @@ class PreferenceOutput(NamedTuple):
     loss: Tensor  # () sum of the losses over the pairs
     losses: Tensor  # (P,) without gradient
     completion_logps: Tensor  # (S,)
-    tokens: VocabScore  # (N,) log-probs and statistics
+    tokens: VocabScore  # (M,) log-probs and statistics
 
     def flatten(self) -> tuple[Tensor | None, ...]:
         """Returns the results as one flat tuple, as an autograd function returns them."""
@@ -241,10 +250,12 @@ def score_pair_blocks(
     if keep and len(buffer) == len(x):
         logits = tile_logits(x, w, buffer)
         tokens = score_tile(logits, targets, scoring, backend)
-        everything = Tile(slice(0, len(x)), (0, 0), (len(pairs.completion_lengths), len(pairs.chosen)))
+        ends = (len(pairs.completion_lengths), len(pairs.chosen))
+        everything = Tile(slice(0, len(x)), slice(0, sum(pairs.completion_lengths)), (0, 0), ends)
         found = _weigh_tile(everything, tokens, pairs, loss, options.backend)
         score_weight = _score_weight(logits, w[: options.vocab_size]) if wanted.hidden else None
         sums = GradientSums(score_weight, None, None, None)
+        tokens = completion_tokens(tokens, pairs.token_map)
         output = PreferenceOutput(found.losses.sum(), found.losses, found.completion_logps, tokens)
         return ScoredPairs(output, found.g, sums, logits)
 
@@ -271,7 +282,8 @@ def score_pair_blocks(
             leave = keep and wanted.weight and rows.stop == len(x)
             _add_gradients(sums, rows, logits, x[rows], w, g[rows], options, leave=leave)
             left = logits if leave else None
-    return ScoredPairs(PreferenceOutput(losses.sum(), losses, completion_logps, tokens), g, sums, left)
+    output = PreferenceOutput(losses.sum(), losses, completion_logps, completion_tokens(tokens, pairs.token_map))
+    return ScoredPairs(output, g, sums, left)
 
 
 def finished_gradients(
@@ -306,16 +318,20 @@ def _weigh_tile(
     loss: Loss,
     backend: str,
 ) -> WeighedTile:
-    offsets = pairs.cu_completions[tile.first[0] : tile.last[0] + 1] - tile.rows.start
+    offsets = pairs.cu_completions[tile.first[0] : tile.last[0] + 1] - tile.tokens.start
+    token_map = None if pairs.token_map is None else pairs.token_map.part(tile.rows, tile.tokens)
     if pair_loss.has_kernel(loss):
-        sums, losses, weights = _weigh_closed_form(tile, tokens.logps, offsets, pairs, loss, backend)
-        return WeighedTile(sums, losses, weights.repeat_interleave(offsets.diff(), output_size=len(tokens.logps)))
+        logps = token_values(tokens.logps, token_map)
+        sums, losses, weights = _weigh_closed_form(tile, logps, offsets, pairs, loss, backend)
+        g = weights.repeat_interleave(offsets.diff(), output_size=len(logps))
+        return WeighedTile(sums, losses, g if token_map is None else token_map.sums(g))
     # A loss without a kernel: autograd over the log-probs, which are few. Passes run without grad, so it is enabled.
     with torch.enable_grad():
-        tokens = tokens._replace(logps=tokens.logps.detach().requires_grad_())
+        rows = tokens.logps.detach().requires_grad_()
+        tokens = completion_tokens(tokens._replace(logps=rows), token_map)
         sums = segment_sum(tokens.logps, offsets)
         losses = loss(pairs.pair_logps(sums, tile.first, tile.last, loss, tokens))
-        (g,) = torch.autograd.grad(losses.sum(), tokens.logps)
+        (g,) = torch.autograd.grad(losses.sum(), rows)
     return WeighedTile(sums.detach(), losses.detach(), g)
 
 

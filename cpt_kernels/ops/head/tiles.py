@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...losses import Loss, PairLogps
-from ..gather import segment_sum
+from ..gather import TokenMap, segment_sum, token_values
 from ..pair_loss import check_pairs
 from ..vocab_score import TileOptions, VocabScore
 
@@ -79,9 +79,12 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which completions the N rows form, and which of them are paired; fields as in ``data.collate.PackedBatch``."""
+    """Which completions the N rows form, and which of them are paired; fields as in ``data.collate.PackedBatch``.
 
-    cu_completions: Tensor  # (S+1,) int64
+    Completions consist of M tokens. Without ``token_map`` they are the N rows.
+    """
+
+    cu_completions: Tensor  # (S+1,) int64, from 0 to M
     completion_lengths: Sequence[int]  # S, the differences of cu_completions on the host
     chosen: Tensor  # (P,) int64
     rejected: Tensor | None  # (P,)
@@ -90,9 +93,16 @@ class Pairs:
     pair_blocks: Sequence[tuple[int, int]]
     ref_logps: Tensor | None = None  # (S,) reference log-probs
     tokens_per_pair: Tensor | float = 1.0
-    ref_token_logps: Tensor | None = None  # (N,) for losses with needs_tails
+    ref_token_logps: Tensor | None = None  # (M,) for losses with needs_tails
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
     hard: Tensor | None = None  # (P,) bool, for losses with needs_hard; None: no pair is hard
+    token_map: TokenMap | None = None  # the row of each of the M tokens; completions of one row are in one block
+    prediction_lengths: Sequence[int] | None = None  # S, rows of each completion that none before it has; with the map
+
+    @property
+    def row_lengths(self) -> Sequence[int]:
+        """Rows of each completion that none before it has."""
+        return self.completion_lengths if self.prediction_lengths is None else self.prediction_lengths
 
     def check(self, loss: Loss, device: torch.device, rows: int) -> None:
         """Checks that the pairs match the number of hidden rows and the device, and have what the loss needs.
@@ -109,23 +119,26 @@ class Pairs:
         if loss.needs_gap and self.gaps is None:
             raise UserError(f"loss '{loss.name}' needs the gap of every pair")
         check_pairs(device, self.cu_completions, self.chosen, self.rejected, self.sft_targets, self.ref_logps)
-        for name, length in (("ref_token_logps", rows), ("gaps", len(self.chosen)), ("hard", len(self.chosen))):
+        tokens = rows if self.token_map is None else len(self.token_map.row)
+        for name, length in (("ref_token_logps", tokens), ("gaps", len(self.chosen)), ("hard", len(self.chosen))):
             values = getattr(self, name)
             if values is not None and (values.shape != (length,) or values.device != device):
                 raise UserError(
                     f"{name} must have shape ({length},) on {device}, not {tuple(values.shape)} on {values.device}"
                 )
         if not torch.compiler.is_compiling():
-            self._check_blocks(rows)
+            self._check_blocks(rows, tokens)
 
-    def _check_blocks(self, rows: int) -> None:
+    def _check_blocks(self, rows: int, tokens: int) -> None:
         # Rows outside all blocks would be in no tile, and their gradients would stay unwritten.
-        found = len(self.completion_lengths), sum(self.completion_lengths)
-        if found != (expected := (len(self.cu_completions) - 1, rows)):
+        lengths = len(self.completion_lengths), sum(self.completion_lengths)
+        if lengths != (given := (len(self.cu_completions) - 1, tokens)):
             raise UserError(
                 "completion_lengths describes {} completions ({} tokens), but cu_completions has {} and hidden"
-                " {} rows".format(*found, *expected)
+                " {} rows".format(*lengths, *given)
             )
+        if (new := sum(self.row_lengths)) != rows:
+            raise UserError(f"prediction_lengths has {new} rows, but hidden has {rows}")
         found = sum(completions for completions, _ in self.pair_blocks), sum(pairs for _, pairs in self.pair_blocks)
         if found != (expected := (len(self.completion_lengths), len(self.chosen))):
             raise UserError(
@@ -161,7 +174,7 @@ class Pairs:
         first: tuple[int, int] = (0, 0),
         last: tuple[int, int] | None = None,
         loss: Loss | None = None,
-        tokens: VocabScore | None = None,  # (N,) of the same completions
+        tokens: VocabScore | None = None,  # (M,) of the same completions
     ) -> PairLogps:
         """Returns what a loss sees of the pairs from ``first`` to ``last``, each a (completion, pair).
 
@@ -231,10 +244,20 @@ class Pairs:
             yield torch.where(inside, values[index], 0.0).double().sum(1).to(values.dtype)
 
 
+def completion_tokens(rows: VocabScore, token_map: TokenMap | None) -> VocabScore:
+    """Returns log-probs, with their gradients, and statistics of the M tokens of completions from those of N rows."""
+    if token_map is None:
+        return rows
+    row = token_map.row
+    others = (None if x is None else x[row] for x in rows[2:])
+    return VocabScore(token_values(rows.logps, token_map), rows.lse[row], *others)
+
+
 class Tile(NamedTuple):
     """Consecutive whole pair blocks. Usually their logits exist at one time; a large block takes several buffers."""
 
     rows: slice
+    tokens: slice  # of its completions, among the M
     first: tuple[int, int]  # (completion, pair) where it starts
     last: tuple[int, int]  # (completion, pair) where it ends
 
@@ -290,13 +313,17 @@ def logits_tiles(x: Tensor, w: Tensor, buffer: Tensor, rows: slice | None = None
 
 def pair_block_tiles(pairs: Pairs, budget: int) -> Iterator[Tile]:
     """Yields runs of whole pair blocks with at most ``budget`` rows. A block with more rows is a tile of its own."""
-    row, completion, pair = 0, 0, 0
-    start = (0, (0, 0))
+    here, start = (0, 0, 0, 0), (0, 0, 0, 0)  # (row, token, completion, pair)
+
+    def tile() -> Tile:
+        return Tile(slice(start[0], here[0]), slice(start[1], here[1]), start[2:], here[2:])
+
     for completions, block_pairs in pairs.pair_blocks:
-        rows = sum(pairs.completion_lengths[completion : completion + completions])
-        if row > start[0] and row + rows - start[0] > budget:
-            yield Tile(slice(start[0], row), start[1], (completion, pair))
-            start = (row, (completion, pair))
-        row, completion, pair = row + rows, completion + completions, pair + block_pairs
-    if row > start[0]:
-        yield Tile(slice(start[0], row), start[1], (completion, pair))
+        own = slice(here[2], here[2] + completions)
+        rows, tokens = sum(pairs.row_lengths[own]), sum(pairs.completion_lengths[own])
+        if here[0] > start[0] and here[0] + rows - start[0] > budget:
+            yield tile()
+            start = here
+        here = (here[0] + rows, here[1] + tokens, own.stop, here[3] + block_pairs)
+    if here[0] > start[0]:
+        yield tile()

@@ -72,6 +72,14 @@ def test_preference_loss(mode, loss):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_completions_that_have_tokens_in_common(mode):
+    trained, general = MODES[mode]
+    head = Head(bias=True, trained=trained, shared=True, options=HeadOptions(statistics=True)).tile(25, 4)
+    function = preference(head, general)
+    assert equal(results(torch.compile(function, fullgraph=True, backend="aot_eager"), head), results(function, head))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_fp16_has_a_unit_of_its_sums(mode):
     trained, general = MODES[mode]
     head = Head(bias=True, trained=trained).tile(25, 2)
