@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from cpt_kernels.cli import main
 from tests.helpers.architectures import tiny_model
-from tests.helpers.ranks import torchrun
+from tests.helpers.engine_run import run_rank
+from tests.helpers.forked import run_ranks
 from tests.helpers.toy import word_tokenizer
 
 TOKENS = torch.arange(3, 20)[None]
@@ -74,8 +75,7 @@ def test_a_sharded_run_resumes_on_other_numbers_of_ranks(tmp_path):
     cases = {2: {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 3}}
     cases[3] = {"per_device_train_batch_size": 2, "resume": str(tmp_path / "2/out/checkpoint-2")}
     for ranks, more in cases.items():
-        runs = json.dumps([[str(ranks), "fsdp2", options | more]])
-        torchrun("engine_run", ranks, str(tmp_path), runs, environment={"ACCELERATE_USE_CPU": "true"})
+        run_ranks(tmp_path, ranks, run_rank, tmp_path, [[str(ranks), "fsdp2", options | more]])
     two, three = (json.loads((tmp_path / f"{ranks}.json").read_text())["losses"] for ranks in (2, 3))
     assert len(two) == 4 and three == pytest.approx(two, abs=1e-5)
     checkpoint = tmp_path / "2/out/checkpoint-4"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ class Recording(ContrastiveTrainer):
 
 
 def main(folder: Path, name: str, rows: int, options: dict) -> None:
-    torch.set_num_threads(1)
     data = preference_data(rows)
     if options.pop("stream", False):
         data = data.to_iterable_dataset()
@@ -49,8 +47,3 @@ def main(folder: Path, name: str, rows: int, options: dict) -> None:
         logged = {"losses": losses(trainer), "metrics": metrics, "history": trainer.state.log_history}
         (folder / f"{name}.json").write_text(json.dumps(logged))
     trainer.accelerator.wait_for_everyone()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))
-    os._exit(0)  # at the normal exit, gloo's threads sometimes abort or block the process

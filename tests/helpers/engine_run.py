@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -114,12 +113,9 @@ def run_all(folder: Path, runs: list) -> None:
         run(folder, name, engine, dict(options))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    to_run = json.loads(sys.argv[2])
-    if to_run[0][1] == "zero3":
+def run_rank(folder: Path, runs: list) -> None:
+    if runs[0][1] == "zero3":
         # Without a GPU accelerate would find no backend for DeepSpeed, and each process would be alone.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")
-    run_all(Path(sys.argv[1]), to_run)
-    os._exit(0)  # at the normal exit, gloo's threads sometimes abort or block the process
+    run_all(folder, runs)

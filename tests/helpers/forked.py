@@ -9,15 +9,25 @@ import pickle
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 _PRELOADED = ["tests.helpers.forked_imports"]
 
 
-def run_ranks(folder: Path, ranks: int, function: Callable, *arguments: Any, timeout: float = 300) -> list[Any]:
-    """Returns what ``function(*arguments)`` returns on every rank. Fails with the traceback of a rank that raised."""
+def run_ranks(
+    folder: Path,
+    ranks: int,
+    function: Callable,
+    *arguments: Any,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> list[Any]:
+    """Returns what ``function(*arguments)`` returns on every rank. Fails with the traceback of a rank that raised.
+
+    One rank has no group. ``environment`` is set before the function runs.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -25,7 +35,7 @@ def run_ranks(folder: Path, ranks: int, function: Callable, *arguments: Any, tim
     context.set_forkserver_preload(_PRELOADED)
     results_folder = Path(tempfile.mkdtemp(dir=folder))
     files = [results_folder / f"rank-{rank}.pickle" for rank in range(ranks)]
-    common = ranks, port, function, arguments
+    common = ranks, port, function, arguments, environment or {}
     processes = [context.Process(target=_rank, args=(rank, file, *common)) for rank, file in enumerate(files)]
     for process in processes:
         process.start()
@@ -41,12 +51,16 @@ def run_ranks(folder: Path, ranks: int, function: Callable, *arguments: Any, tim
             process.kill()
 
 
-def _rank(rank: int, file: Path, ranks: int, port: int, function: Callable, arguments: tuple) -> None:
+def _rank(
+    rank: int, file: Path, ranks: int, port: int, function: Callable, arguments: tuple, environment: Mapping[str, str]
+) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    if ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", **environment}
     try:
         result = True, function(*arguments)
     except BaseException:

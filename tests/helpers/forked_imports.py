@@ -2,6 +2,7 @@
 
 import torch
 
-import tests.helpers.exactness  # noqa: F401
+import tests.helpers.exactness
+import tests.helpers.toy  # noqa: F401
 
 torch.set_num_threads(1)

@@ -1,10 +1,9 @@
-"""Runs of test_resume.py. As a script, runs each case in a process that kills itself in the middle of a step."""
+"""Runs of test_resume.py. ``run_all`` runs each case in a process that kills itself in the middle of a step."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -57,10 +56,10 @@ def make_trainer(folder: Path, case: str, cls: type[ContrastiveTrainer] = Contra
     return toy.make_trainer(folder / case, cls, train_dataset=data(case), **saving, **CASES[case])
 
 
-if __name__ == "__main__":
+def run_all(folder: Path) -> None:
     for case in CASES:
         child = os.fork()
         if child == 0:
-            make_trainer(Path(sys.argv[1]), case, Dying).train()
+            make_trainer(folder, case, Dying).train()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, case

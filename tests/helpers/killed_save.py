@@ -1,10 +1,9 @@
-"""Runs of test_checkpoints.py. As a script, runs each case in a process that kills itself while it saves step 4."""
+"""Runs of test_checkpoints.py. ``run_all`` runs each case in a process that kills itself while it saves step 4."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -60,10 +59,10 @@ def before(function, action):
     return run
 
 
-if __name__ == "__main__":
+def run_all(folder: Path) -> None:
     for case in CASES:
         child = os.fork()
         if child == 0:
-            make_trainer(Path(sys.argv[1], case), dying(case)).train()
+            make_trainer(folder / case, dying(case)).train()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, case

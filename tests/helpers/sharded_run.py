@@ -5,7 +5,6 @@ On a CPU, accelerate replaces both by DDP. So this module shards the model itsel
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -174,7 +173,6 @@ def take_over(rank: int) -> tuple[bool, str]:
 
 
 def main(folder: Path, engines: list[str]) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     PartialState(cpu=True)
@@ -184,7 +182,3 @@ def main(folder: Path, engines: list[str]) -> None:
     for engine in engines:
         for model in MODELS:
             torch.save(train(engine, model, rank, world), folder / f"{engine}-{model}-{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

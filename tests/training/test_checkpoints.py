@@ -16,9 +16,10 @@ from accelerate import FullyShardedDataParallelPlugin
 from cpt_kernels.errors import UserError
 from cpt_kernels.training.checkpoints import UNFINISHED, find_damage, run_of
 from cpt_kernels.training.run_folder import checkpoints_in
+from tests.helpers import failed_save, killed_save
 from tests.helpers.failed_save import CASES as FAILING_CASES
+from tests.helpers.forked import run_ranks
 from tests.helpers.killed_save import CASES, KILLED, SAVED, STEPS, make_trainer
-from tests.helpers.ranks import torchrun
 from tests.helpers.toy import losses, preference_data
 
 
@@ -54,7 +55,7 @@ def names(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    torchrun("killed_save", 1, str(folder))
+    run_ranks(folder, 1, killed_save.run_all, folder)
     return folder
 
 
@@ -136,8 +137,7 @@ def test_a_full_tmpfs(tmp_path, whole):
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("failed")
-    torchrun("failed_save", 2, str(folder), environment={"ACCELERATE_USE_CPU": "true"})
-    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return folder, run_ranks(folder, 2, failed_save.run_all, folder)
 
 
 @pytest.mark.parametrize("case", FAILING_CASES)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.ranks import torchrun
+from tests.helpers import distributed_run
+from tests.helpers.forked import run_ranks
 
 
 def run(folder: Path, name: str, processes: int, rows: int, **options) -> dict:
-    arguments = (str(folder), name, str(rows), json.dumps(options))
-    torchrun("distributed_run", processes, *arguments, environment={"ACCELERATE_USE_CPU": "true"})
+    run_ranks(folder, processes, distributed_run.main, folder, name, rows, options)
     return json.loads((folder / f"{name}.json").read_text())
 
 

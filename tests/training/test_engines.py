@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.architectures import CONFIGS, tiny_model
-from tests.helpers.engine_run import run_all
-from tests.helpers.ranks import torchrun
+from tests.helpers.engine_run import run_all, run_rank
+from tests.helpers.forked import run_ranks
 from tests.helpers.toy import word_tokenizer
 
 # What a run is told beside the engine; `model` and `ref_model` are names of tiny models.
@@ -64,8 +64,8 @@ def compare(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> No
     # accelerate makes one Accelerator for DeepSpeed in a process.
     parts = [{name: options} for name, options in cases.items()] if engine == "zero3" else [cases]
     for part in parts:
-        runs = json.dumps(runs_of(folder, engine, part, ranks))
-        torchrun("engine_run", ranks, str(folder), runs, environment=OF_ENGINE[engine], timeout=900)
+        runs = runs_of(folder, engine, part, ranks)
+        run_ranks(folder, ranks, run_rank, folder, runs, environment=OF_ENGINE[engine], timeout=900)
     for name in cases:
         one, many = (json.loads((folder / f"{name} {each}.json").read_text()) for each in ("alone", engine))
         assert many["fingerprint"] == one["fingerprint"], name
@@ -99,8 +99,8 @@ def test_no_process_holds_the_model(tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "model")
     del model
     cases = {"large": {"model": "model", "max_steps": 1, "measure": True}}
-    runs = json.dumps(runs_of(tmp_path, engine, cases, ranks))
-    torchrun("engine_run", ranks, str(tmp_path), runs, environment=OF_ENGINE[engine], timeout=3600)
+    runs = runs_of(tmp_path, engine, cases, ranks)
+    run_ranks(tmp_path, ranks, run_rank, tmp_path, runs, environment=OF_ENGINE[engine], timeout=3600)
     found = json.loads((tmp_path / f"large {engine}.json").read_text())
     print(engine, {name: round(found[name] / whole, 4) for name in ("loading", "step", "saved")})
     assert found["loading"] <= 0.35 * whole

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.killed_run import CASES, KILLED, SAVED, STEPS, make_trainer
-from tests.helpers.ranks import torchrun
+from tests.helpers.forked import run_ranks
+from tests.helpers.killed_run import CASES, KILLED, SAVED, STEPS, make_trainer, run_all
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    torchrun("killed_run", 1, str(folder))
+    run_ranks(folder, 1, run_all, folder)
     return folder
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.ranks import torchrun
-from tests.helpers.sharded_run import ENGINES, MODELS, train
+from tests.helpers.forked import run_ranks
+from tests.helpers.sharded_run import ENGINES, MODELS, main, train
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 SHARDED = [name for name in ENGINES if name != "alone"]
@@ -19,7 +19,7 @@ SHARDED = [name for name in ENGINES if name != "alone"]
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     engines = [name for name in SHARDED if HAS_DEEPSPEED or "zero" not in name]
-    torchrun("sharded_run", 2, str(folder), *engines, environment={"DS_ACCELERATOR": "cpu"})
+    run_ranks(folder, 2, main, folder, engines, environment={"DS_ACCELERATOR": "cpu"})
     return folder
 
 
