@@ -1,5 +1,6 @@
 """Environment variables that must be set before torch and Triton are imported, and the skip of tests for a GPU."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,3 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         elif not available and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what the imports made out of every garbage collection, which is most of all objects."""
+    gc.collect()
+    gc.freeze()

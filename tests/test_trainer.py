@@ -41,7 +41,7 @@ def test_micro_batches_do_not_change_a_step(tmp_path):
             trainer = make_trainer(
                 tmp_path,
                 rows=8,
-                num_train_epochs=3,
+                num_train_epochs=2,
                 loss_type=loss_type,
                 train_sampling_strategy="sequential",
                 **options,

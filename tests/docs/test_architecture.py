@@ -150,6 +150,7 @@ OF_LOSSES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_loss_touches_at_most_four_files(tmp_path):
     """In a copy of the repository, the recipe adds a loss with an option; the tests of all losses ask for no more."""
     tracked = subprocess.run(

@@ -56,7 +56,7 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path):
             return super().training_step(model, inputs, num_items_in_batch)
 
     options = {"max_steps": 3, "train_sampling_strategy": "sequential"}
-    found = make_trainer(tmp_path, Small, per_device_train_batch_size=8, auto_find_batch_size=True, **options)
+    found = make_trainer(tmp_path, Small, per_device_train_batch_size=4, auto_find_batch_size=True, **options)
     found.train()
     given = make_trainer(tmp_path, per_device_train_batch_size=2, **options)
     given.train()
