@@ -27,6 +27,7 @@ from ..evaluation.report import (
     difference_lines,
     draw_judged,
     draw_pairs,
+    drift_tables,
     length_lines,
     own_references,
     pair_tables,
@@ -109,6 +110,8 @@ def score_pairs(args: argparse.Namespace) -> None:
         by=args.by,
         ratio_edges=args.ratio_edges,
         length_edges=args.length_edges,
+        drift=args.drift,
+        text=None if args.text is None else _read_plain(args.text),
     )
     if PartialState().is_main_process:
         settings = {"models": models, "reference": reference, "data": args.data, **vars(args.bootstrap)}
@@ -118,18 +121,26 @@ def score_pairs(args: argparse.Namespace) -> None:
         _report_pairs(evaluation, args, settings, [*notes, *(f"options from {file}" for file in [*configs][:1])])
 
 
+def _read_plain(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path} is not a file of plain text in UTF-8 ({error.reason})") from error
+
+
 def _report_pairs(
     evaluation: PairEvaluation, args: argparse.Namespace, settings: dict[str, Any], notes: list[str]
 ) -> None:
     """Writes the files, then prints tables and notes."""
     summary, compared = evaluation.summary(args.bootstrap), evaluation.differences(args.bootstrap)
+    drifts = evaluation.drift_summary(args.bootstrap)
     reference, data_report = settings["reference"], [*evaluation.report.notes, *evaluation.report.summary()]
     rewards = f"rewards against {reference}" if reference else "rewards from log-probs alone, without a reference"
     title = f"{args.data}: {rewards}, beta {evaluation.beta:g}"
     written = [
         _write_json(
             args.output_dir / "pairs.json",
-            {"settings": settings, "data": data_report, "summary": summary, "differences": compared},
+            {"settings": settings, "data": data_report, "summary": summary, "differences": compared, "drift": drifts},
         ),
         *draw_pairs(summary, args.output_dir, title),
         *([_write_details(args.details, evaluation.table())] if args.details else []),
@@ -142,7 +153,7 @@ def _report_pairs(
         *notes,
         *data_report,
     ]
-    print_results(pair_tables(summary, args.confidence), [*lines, _written(written)])
+    print_results([*pair_tables(summary, args.confidence), *drift_tables(drifts)], [*lines, _written(written)])
 
 
 def judge_outputs(args: argparse.Namespace) -> None:
@@ -311,6 +322,13 @@ def _add_pairs_options(parser: argparse.ArgumentParser) -> None:
         help="folder or hub name, or none [from the training_config.yaml beside the models]",
     )
     add("--config", type=Path, metavar="FILE", help="training configuration with the options and the reference")
+    add = parser.add_argument_group("What training changed, against the reference").add_argument
+    add(
+        "--drift",
+        action="store_true",
+        help="on every token of the responses: KL, likeliest tokens, entropy, perplexity",
+    )
+    add("--text", type=Path, metavar="FILE", help="the same on a file of plain text, which shows what a model lost")
     add = parser.add_argument_group("Groups").add_argument
     add("--by", nargs="+", default=[], metavar="COLUMN", help="columns to group by, besides the models of a pair")
     ratios, lengths = (" ".join(map(str, edges)) for edges in (RATIO_EDGES, LENGTH_EDGES))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..pairs.build import factorize
 from .judge import Verdicts
-from .outputs import Comparisons
+from .outputs import Comparisons, distinct_bigrams
 from .win_rate import (
     DEFAULT_BOOTSTRAP,
     DEFAULT_LENGTH_PRIOR,
@@ -61,6 +61,7 @@ class OutputEvaluation:
         lengths = np.array([len(text) for text in pairs.outputs])[judged]
         baseline_lengths = np.array([len(text) for text in pairs.baseline_outputs])[judged]
         prompts = factorize(pairs.prompts)[judged]
+        distinct = distinct_bigrams(pairs.outputs, pairs.baseline_outputs)
         controlled = length_controlled_win_rate(
             wins, lengths, baseline_lengths, prompts=prompts, bootstrap=bootstrap, prior=length_prior
         )
@@ -76,6 +77,7 @@ class OutputEvaluation:
             "characters": float(lengths.mean()),
             "baseline_characters": float(baseline_lengths.mean()),
             "longer": float((lengths > baseline_lengths).mean()),
+            **dict(zip(("distinct_bigrams", "baseline_distinct_bigrams"), distinct)),
             "first_rate": self.verdicts.first_rate(),
             "consistency": self.verdicts.consistency(),
             "identical": self.verdicts.identical,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ..data.formats import RowError, Text, parse_prompt, without_nulls
@@ -174,3 +177,16 @@ def _conversation_text(content: Text) -> str:
 
 def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]} ...")
+
+
+def distinct_bigrams(*of_models: Sequence[str]) -> list[float | None]:
+    """Returns the share of different pairs of consecutive words in each model's texts, a measure of diversity.
+
+    The share falls with the number of pairs, so equally many are drawn from each model's texts, with a fixed seed.
+    None if a model has no pair.
+    """
+    split = [[re.findall(r"\w+", text.lower()) for text in texts] for texts in of_models]
+    found = [[pair for words in texts for pair in pairwise(words)] for texts in split]
+    count = min(map(len, found))
+    drawn = [random.Random(0).sample(pairs, count) for pairs in found]
+    return [len({*pairs}) / count if count else None for pairs in drawn]

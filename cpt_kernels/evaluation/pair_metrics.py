@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..data.preparation import PreparationReport
+    from .drift import Drift
 
 # Edges of the groups by tokens of chosen / tokens of rejected. GPT-4's answers are about four times as long as
 # InstructGPT's.
 RATIO_EDGES = (0.5, 0.8, 1.25, 2.0, 4.0)
 LENGTH_EDGES = (32, 64, 128, 256, 512)  # edges of the groups by tokens of chosen
 ALL = "all pairs"
+BALANCED = "rewards/length_balanced"
 MODEL_PAIR, LENGTH_RATIO, CHOSEN_LENGTH = "model pair", "chosen / rejected tokens", "chosen tokens"
 
 
@@ -48,6 +50,7 @@ class PairEvaluation:
         beta: factor of the rewards.
         per_token: rewards are of log-probs per token, as those of the loss that the models were trained with.
         report: which rows of the data were used, truncated and dropped.
+        drifts: "responses" or "text" -> model -> what training changed on their tokens, as far as it was measured.
     """
 
     rows: NDArray[np.int64]
@@ -60,6 +63,7 @@ class PairEvaluation:
     beta: float
     report: PreparationReport
     per_token: bool = False
+    drifts: dict[str, dict[str, Drift]] = field(default_factory=dict)
 
     def metrics(self, model: str) -> dict[str, NDArray[np.float64]]:
         """Returns the values of each metric for all pairs, (P,), by the trainer's name of the metric.
@@ -89,7 +93,8 @@ class PairEvaluation:
         Returns:
             A row for each model and group: ``model``, ``by``, ``value``, ``pairs``, ``prompts``, and every metric as
             ``{"mean", "low", "high"}`` with the ends of a bootstrap interval over prompts. The ends are None if there
-            is one prompt, except for accuracies: their bounds give a wide interval.
+            is one prompt, except for accuracies: their bounds give a wide interval. The row of all pairs also has
+            ``rewards/length_balanced``, see `length_balanced`.
         """
         everything = Grouping(ALL, [ALL], np.zeros(len(self.rows), np.int64))
         metrics = {model: self.metrics(model) for model in self.logps}
@@ -103,7 +108,37 @@ class PairEvaluation:
                     row |= {"pairs": len(where), "prompts": len(np.unique(prompts))}
                     found = {name: values[where] for name, values in metrics[model].items()}
                     rows.append(row | _estimates(found, prompts, bootstrap))
+                    if grouping is everything:
+                        rows[-1][BALANCED] = self.length_balanced(found["rewards/margins"], bootstrap)
         return rows
+
+    def length_balanced(self, margins: NDArray, bootstrap: Bootstrap) -> dict[str, float | None] | None:
+        """Computes the accuracy over pairs of unequal length if either side were the longer one equally often.
+
+        A model that prefers longer responses, or shorter ones, is at 1/2, however often the chosen one is longer.
+
+        Returns:
+            The mean of the accuracies over pairs with a longer chosen and over those with a longer rejected response,
+            with its interval; None if one of the two has no pair.
+        """
+        sides = np.stack([self.lengths[:, 0] > self.lengths[:, 1], self.lengths[:, 0] < self.lengths[:, 1]])
+        if not sides.any(axis=1).all():
+            return None
+        used = np.flatnonzero(sides.any(axis=0))
+        weights = (sides / sides.sum(axis=1, keepdims=True)).sum(axis=0)[used]
+        wins, prompts = (np.sign(margins[used]) + 1) / 2, self.prompts[used]
+        bounds = (0, 1) if margins.any() else (-np.inf, np.inf)  # the reference itself ties on further pairs, too
+        low, high = interval(wins, prompts=prompts, bootstrap=bootstrap, bounds=bounds, weights=weights).tolist()
+        ends = {"low": None if np.isnan(low) else low, "high": None if np.isnan(high) else high}
+        return {"mean": float(np.average(wins, weights=weights))} | ends
+
+    def drift_summary(self, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> list[dict[str, Any]]:
+        """Returns a row of `Drift.summary` for each model, on responses and on plain text as far as measured."""
+        return [
+            {"model": model, "on": on} | drift.summary(bootstrap)
+            for on, of_models in self.drifts.items()
+            for model, drift in of_models.items()
+        ]
 
     def differences(self, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> list[dict[str, Any]]:
         """Computes the metrics of every further model minus those of the first, pair by pair, as `summary` does."""

@@ -8,7 +8,7 @@ and the log-probs that training cached are reused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from ..pairs.build import factorize
 from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.missing import iter_sequences
 from ..reference.scorer import Reference
+from .drift import TEXT, Model, dataset_sequences, measure_drift, text_sequences
 from .pair_metrics import (
     CHOSEN_LENGTH,
     LENGTH_EDGES,
@@ -46,8 +47,6 @@ from .pair_metrics import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-Model = nn.Module | str | Callable[[], nn.Module]
 
 _MODELS = ("chosen_model", "rejected_model")
 _GROUPED = ("completions", "models", "pairs")
@@ -68,6 +67,8 @@ def evaluate_pairs(
     by: Sequence[str] = (),
     ratio_edges: Sequence[float] = RATIO_EDGES,
     length_edges: Sequence[float] = LENGTH_EDGES,
+    drift: bool = False,
+    text: str | None = None,
 ) -> PairEvaluation:
     """Scores pairs by every model and by the reference.
 
@@ -87,11 +88,17 @@ def evaluate_pairs(
         by: further columns to group by.
         ratio_edges: lower edges of the groups by length ratio, tokens of chosen / tokens of rejected.
         length_edges: lower edges of the groups by tokens of chosen.
+        drift: also compare each model with the reference on every token of the responses, see
+            :mod:`cpt_kernels.evaluation.drift`; both are then in memory at a time.
+        text: plain text on which each model is also compared with the reference.
 
     Raises:
-        UserError: the data is a stream, has no pairs or lacks a column, or a model does not fit the tokenizer.
+        UserError: the data is a stream, has no pairs or lacks a column, a model does not fit the tokenizer, or there is
+            no reference to compare with.
     """
     args = ContrastiveConfig() if args is None else args
+    if (drift or text is not None) and reference is None:
+        raise UserError("what training changed is measured against the reference, and there is none: give one")
     if not isinstance(data, Dataset):
         raise UserError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset (not a stream)")
     with args.main_process_first(desc="reading the held-out data"):
@@ -110,6 +117,12 @@ def evaluate_pairs(
         _buckets(CHOSEN_LENGTH, lengths[:, 0], length_edges),
     ]
 
+    # Compare whole distributions. What cannot be compared is an error before completions are scored.
+    cut = {"responses": dataset_sequences(dataset, args)} if drift else {}
+    if text is not None:
+        cut[TEXT] = text_sequences(text, scorer.tokenizer, args.max_length)
+    drifts = measure_drift(models, reference, cut, args) if cut else {}
+
     # Score every completion once per model, and gather the two sides of each pair.
     places = _places(dataset, scorer)
     return PairEvaluation(
@@ -123,6 +136,7 @@ def evaluate_pairs(
         beta=args.beta,
         per_token=args.build_loss().per_token if per_token is None else per_token,
         report=report,
+        drifts=drifts,
     )
 
 

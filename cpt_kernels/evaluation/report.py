@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..plots import color_of, cut_off_outlier, distinct, head_figure, legend_above, new_figure, save_figure, shorten
 from .judge import NO_VERDICT
-from .pair_metrics import ALL
+from .pair_metrics import ALL, BALANCED
 from .win_rate import LengthPrior
 
 SummaryRow = dict[str, Any]
@@ -29,6 +29,16 @@ _METRICS = {
     "logps/chosen": ("log-prob, chosen", 1, ".1f"),
     "logps/rejected": ("log-prob, rejected", 1, ".1f"),
 }
+# Measure of `Drift.summary` -> (title, factor, format).
+DRIFT = {
+    "kl": ("KL from the reference, nats per token", 1, ".4f"),
+    "agreement": ("same likeliest token, %", 100, ".1f"),
+    "entropy": ("entropy, nats per token", 1, ".3f"),
+    "start_entropy": ("entropy of the reference", 1, ".3f"),
+    "perplexity": ("perplexity", 1, ".2f"),
+    "start_perplexity": ("perplexity of the reference", 1, ".2f"),
+    "perplexity_ratio": ("perplexity / that of the reference", 1, ".3f"),
+}
 
 
 # --- Held-out pairs ---
@@ -43,10 +53,29 @@ def pair_tables(summary: Sequence[SummaryRow], confidence: float) -> list[Table]
         table.add_column(escape(row["model"]), justify="right", no_wrap=True)
     for metric, (title, factor, format) in _METRICS.items():
         table.add_row(title, *(_with_ends(row[metric], factor, format) for row in whole))
+        if metric == "rewards/accuracies" and all(row[BALANCED] for row in whole):
+            table.add_row(
+                "  either side longer equally often", *(_with_ends(row[BALANCED], 100, ".1f") for row in whole)
+            )
     # The groups leave out models that equal the reference, whose accuracy is 1/2 everywhere.
     tied = set(own_references(summary))
     grouped = [row for row in summary if row["by"] != ALL and row["model"] not in tied]
     return [table, *(_group_table(by, rows) for by, rows in _by_grouping(grouped).items())]
+
+
+def drift_tables(drifts: Sequence[SummaryRow]) -> list[Table]:
+    """Returns a table of what training changed for responses, and one for plain text, as far as measured."""
+    tables = []
+    for on in dict.fromkeys(row["on"] for row in drifts):
+        rows = [row for row in drifts if row["on"] == on]
+        table = _table(f"Against the reference, on {rows[0]['tokens']:,} tokens of {on}")
+        table.add_column("", no_wrap=True)
+        for row in rows:
+            table.add_column(escape(row["model"]), justify="right", no_wrap=True)
+        for measure, (title, factor, format) in DRIFT.items():
+            table.add_row(title, *(_with_ends(row[measure], factor, format) for row in rows))
+        tables.append(table)
+    return tables
 
 
 def own_references(summary: Sequence[SummaryRow]) -> list[str]:
@@ -182,6 +211,11 @@ def win_rate_notes(summary: SummaryRow) -> list[str]:
         notes.append(
             f"{model}: the judge preferred the first position in {summary['first_rate']:.1%} (50% means no bias), and"
             f" gave the same verdict in both orders in {summary['consistency']:.1%}"
+        )
+    if summary["distinct_bigrams"] is not None:
+        own, others = summary["distinct_bigrams"], summary["baseline_distinct_bigrams"]
+        notes.append(
+            f"{model}: of equally many pairs of words {own:.0%} are different, and {others:.0%} of the baseline's"
         )
     if summary["length_controlled"] is None:
         longer = "longer" if summary["longer"] else "shorter"

@@ -120,6 +120,7 @@ def interval(
     prompts: ArrayLike | None = None,
     bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
     bounds: tuple[ArrayLike, ArrayLike] = (-math.inf, math.inf),
+    weights: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
     """Computes the bootstrap interval of a mean, (2,), or of the mean of each column, (2, M).
 
@@ -133,14 +134,16 @@ def interval(
         prompts: (n,) the prompt of each value. All values of a prompt are drawn together.
         bounds: lower and upper bound of all values, or (M,) of those of each column. Without finite bounds, the
             interval of one prompt is (NaN, NaN), and that of several prompts with the same mean has no width.
+        weights: (n,) positive weight of each value in the mean; default 1.
     """
     values = np.asarray(values, np.float64)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
     index = _prompt_index(prompts, len(values))
-    counts = np.bincount(index).astype(np.float64)
+    counts = np.bincount(index, weights)
     sums = np.zeros((len(counts), *values.shape[1:]))
-    np.add.at(sums, index, values)
+    np.add.at(sums, index, (values.T * weights).T)
     means = np.concatenate([(drawn @ sums).T / (drawn @ counts) for drawn in bootstrap.draw(len(counts))], axis=-1)
-    mean = values.mean(axis=0)
+    mean = np.average(values, axis=0, weights=weights)
     ends = bootstrap.ends(mean, means, len(counts))
     lower, upper = (np.asarray(bound, np.float64) for bound in bounds)
     unseen = 1 - bootstrap.tail ** (1 / len(counts))

@@ -81,7 +81,9 @@ def test_two_ranks_give_the_results_of_one(home):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    argv = ["eval", "pairs", "--models", home / "sft", home / "dpo", "--data", home / "held_out.jsonl"]
+    argv = ["eval", "pairs", "--models", home / "sft", home / "dpo", "--data", home / "held_out.jsonl", "--drift"]
+    Path("plain.txt").write_text("w1 w2 w3 w4 w5")
+    argv += ["--text", "plain.txt"]
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*launch, "-m", "cpt_kernels.cli", *argv, "--ref_cache_dir", "two", "--output_dir", "two"],
@@ -89,8 +91,13 @@ def test_two_ranks_give_the_results_of_one(home):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("By model pair") == 1, "only one rank prints"
+    assert re.search(r"Against the reference, on \d+ tokens of responses[^A]+KL .+ 0.0000 \[", done.stdout)
     main([*map(str, argv), "--ref_cache_dir", "one", "--output_dir", "one"][1:])
-    two, one = (json.loads(Path(folder, "pairs.json").read_text())["summary"] for folder in ("two", "one"))
+    found = [json.loads(Path(folder, "pairs.json").read_text()) for folder in ("two", "one")]
+    two, one = ([*each["summary"], *each["drift"]] for each in found)
+    assert [(row["model"], row["on"]) for row in one[-4:]] == [
+        (m, on) for on in ("responses", "text") for m in ("sft", "dpo")
+    ]
     assert len(two) == len(one) > 5
     for ours, theirs in zip(two, one):
         for name, value in theirs.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from xml.etree import ElementTree
 
 from rich.console import Console
@@ -31,6 +32,7 @@ def summary(models=("a", "b")) -> list[dict]:
         for number, model in enumerate(models):
             row = {"model": model, "by": by, "value": value, "pairs": 1000 if by == "all pairs" else 500, "prompts": 40}
             row |= {"rewards/accuracies": estimate(0.6 + number / 10), "logps/accuracies": estimate(0.5)}
+            row["rewards/length_balanced"] = estimate(0.5) if by == "all pairs" else None
             names = ("rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
             row |= {name: estimate(-12.345 * place - number) for place, name in enumerate(names)}
             if model == "start":
@@ -44,6 +46,7 @@ def rates(**changes) -> dict:
     row = {"model": "m", "baseline": "base", "win_rate": rate, "length_controlled": rate | {"rate": 0.4}, "prompts": 8}
     row |= {"wins": 4, "ties": 2, "losses": 2, "characters": 1234.5, "baseline_characters": 99.0, "longer": 0.75}
     row |= {"first_rate": None, "consistency": None, "identical": 0, "not_judged": 0, "failures": {}}
+    row |= {"distinct_bigrams": 0.25, "baseline_distinct_bigrams": 0.5}
     return row | {"without_baseline": 0, "without_output": 0, "empty_outputs": 0, "empty_baseline_outputs": 0} | changes
 
 
@@ -67,6 +70,7 @@ def test_pair_tables():
     out = text(*pair_tables(summary(), 0.9))
     assert "1,000 pairs of 40 prompts, mean [90% interval]" in out and "By topic" in out
     assert "60.0 [50.0, 70.0]" in out and "-12.345 [-12.445, -12.245]" in out
+    assert re.search(r"either side longer equally often +50.0 \[40.0, 60.0\]", out)
     lines = [line.split() for line in out.splitlines()]
     assert [line[:3] for line in lines if "500" in line] == [
         ["first", "a", "500"],
@@ -99,7 +103,8 @@ def test_win_rate_table_and_notes():
     out = text(win_rate_table([rates(), rates(model="n", length_controlled=None)], 0.95))
     assert "Against base" in out and "62.5 [50.0, 75.0]" in out and "40.0 [50.0, 75.0]" in out
     assert "not identified" in out and "4 / 2 / 2" in out and "1,234" in out and "75%" in out
-    assert win_rate_notes(rates()) == []
+    distinct = "m: of equally many pairs of words 25% are different, and 50% of the baseline's"
+    assert win_rate_notes(rates()) == [distinct] and win_rate_notes(rates(distinct_bigrams=None)) == []
     notes = win_rate_notes(
         rates(
             without_baseline=3,
@@ -124,7 +129,7 @@ def test_win_rate_table_and_notes():
         "all its outputs are shorter than the baseline's",
     ):
         assert any(expected in note for note in notes), expected
-    assert len(notes) == 7
+    assert len(notes) == 8
 
 
 def test_length_lines():
