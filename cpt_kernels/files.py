@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -67,6 +69,13 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, atomically."""
     with replacing(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
+
+
+def stored_json(path: Path, compute: Callable[[], Any]) -> Any:
+    """Returns the JSON value in a file. Without the file, computes the value and writes it, atomically."""
+    if not path.exists():
+        write_text(path, json.dumps(compute()) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def create_text(path: Path, text: str) -> bool:

@@ -38,13 +38,15 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
         UserError: an unknown option or arm, or a folder that cannot be written to.
     """
     parser = Parser(prog=prog, description=(__doc__ or "").split("\n\n")[0].replace("``", ""))
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to [runs/demo, runs/STUDY]")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder to write to [%(default)s]"
+        "--study",
+        choices=["order"],
+        help="instead: which pairs, in which order, against which reference? Takes an hour of one core, and continues"
+        " in its folder when it is stopped",
     )
-    parser.add_argument(
-        "--arms", nargs="+", choices=ARM_NAMES, default=list(ARM_NAMES), metavar="ARM", help=", ".join(ARM_NAMES)
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each [0]")
+    parser.add_argument("--arms", nargs="+", choices=ARM_NAMES, metavar="ARM", help=", ".join(ARM_NAMES))
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="one run each [0; 0 to 11 with --study]")
     parser.add_argument("--quick", action="store_true", help="run every stage, too briefly to learn much")
     parser.add_argument(
         "--quickstart",
@@ -53,6 +55,11 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
         help="only write the files of the README's quickstart to DIR: 51 responses and a small random model",
     )
     options = parser.parse_args(argv)
+    if options.study and (options.arms or options.quickstart):
+        raise UserError(f"--{'arms' if options.arms else 'quickstart'} has no meaning with --study: leave it out")
+    options.output = options.output or Path("runs", options.study or "demo")
+    options.arms = options.arms or list(ARM_NAMES)
+    options.seeds = options.seeds or list(range(12 if options.study else 1))
     for seed in options.seeds:
         if not 0 <= seed < 2**32:
             raise UserError(f"--seeds {seed}: must be at least 0 and below 2**32")
@@ -86,6 +93,9 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
     torch.set_num_threads(1)  # more threads gain little on matrices this small, and lose much on a busy machine
     logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # the demo makes its own data: its warnings help nobody
     datasets.disable_progress_bars()
+    if options.study:
+        run_order_study(options.seeds, options.quick, options.output, console)
+        return
     size = QUICK if options.quick else FULL
     started = time.perf_counter()
     results = run_seeds(options.seeds, options.arms, size, options.output, console)
@@ -99,6 +109,16 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
         console.print("This run was too short to learn the exercises: it only shows that every stage runs.")
     console.print(f"{seconds:.0f} s. Curves, responses side by side, and the limits of this experiment: ", end="")
     console.print(options.output / "report.html")
+
+
+def run_order_study(seeds: Sequence[int], quick: bool, output: Path, console: Console) -> None:
+    """Runs what is missing of the study of the order of pairs, and reports on it after each block."""
+    from .order import FULL_ORDER, QUICK_ORDER, OrderStudy
+
+    study = OrderStudy(output, seeds, QUICK_ORDER if quick else FULL_ORDER, console.print)
+    console.print(study.cost())
+    for block in study.run():
+        console.print(f"complete: {block}")
 
 
 @contextmanager

@@ -52,14 +52,14 @@ ARMS = {
 }
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """Returns a Llama with random weights (0.6 million parameters), small enough to train on a CPU."""
+def make_model(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int = 128, layers: int = 3) -> LlamaForCausalLM:
+    """Returns a Llama with random weights (0.6 million parameters by default), small enough to train on a CPU."""
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,
@@ -80,6 +80,26 @@ class Trained:
     scored: int  # completions that the reference had to score
 
 
+def demo_config(folder: Path, **options: Any) -> ContrastiveConfig:
+    """Returns the options of a run of the demo, which writes to ``folder`` and saves no checkpoint."""
+    fixed = {"max_length": 128, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none"}
+    return ContrastiveConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **(fixed | options))
+
+
+def demo_trainer(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    args: ContrastiveConfig,
+    callbacks: Sequence[TrainerCallback],
+) -> ContrastiveTrainer:
+    """Returns the trainer of a run of the demo, which prints nothing."""
+    data, given = Dataset.from_list(list(rows)), {"processing_class": tokenizer, "callbacks": list(callbacks)}
+    trainer = ContrastiveTrainer(model, args=args, train_dataset=data, **given)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def train_in_place(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,24 +118,8 @@ def train_in_place(
         options: of :class:`ContrastiveConfig`; ``max_steps`` is required.
     """
     report = RunReport(folder, title)
-    trainer = ContrastiveTrainer(
-        model,
-        args=ContrastiveConfig(
-            output_dir=str(folder),
-            max_length=128,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            logging_steps=max(1, options["max_steps"] // 15),
-            **options,
-        ),
-        train_dataset=Dataset.from_list(list(rows)),
-        processing_class=tokenizer,
-        callbacks=[report, _StepCallback(on_step)],
-    )
-    trainer.remove_callback(PrinterCallback)
+    args = demo_config(folder, logging_steps=max(1, options["max_steps"] // 15), **options)
+    trainer = demo_trainer(model, tokenizer, rows, args, [report, _StepCallback(on_step)])
     cache = None if trainer.reference is None else trainer.reference.cache
     # The trainer's constructor fills the cache, so the counts are final before training starts.
     found, scored = (0, 0) if cache is None else (cache.hits, cache.misses)

@@ -37,12 +37,16 @@ Progress = Callable[[str, int], object]
 
 @dataclass(frozen=True)
 class Size:
-    """Steps of each stage, and the number of held-out prompts."""
+    """Steps of each stage, the number of held-out prompts, and the sizes of model and exercises."""
 
     pretraining_steps: int
     sft_steps: int
     arm_steps: int
     held_out: int
+    hidden: int = 128
+    layers: int = 3
+    longest: int = 5  # letters of the longest word
+    two_steps: float = 0.6  # probability of a second step
 
     def work(self, arms: Sequence[str]) -> int:
         """Returns the number of sequences that are trained on or generated; each takes about the same time."""
@@ -108,7 +112,7 @@ class Experiment:
             "arms": ARM_BATCH * size.arm_steps,
             "held out": size.held_out,
         }
-        exercises = iter(make_exercises(sum(counts.values()), self.rng))
+        exercises = iter(make_exercises(sum(counts.values()), self.rng, size.longest, size.two_steps))
         # All exercises differ, so no prompt is used in two stages.
         self.exercises = {name: list(islice(exercises, count)) for name, count in counts.items()}
         self.prompts = [exercise.prompt for exercise in self.exercises["held out"]]
@@ -117,26 +121,26 @@ class Experiment:
     def run(self, arms: Sequence[str]) -> SeedResult:
         """Trains the start model and the named arms of ``ARMS``, and judges the responses of all of them."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        start = self._train_start()
+        start = self.train_start()
         # Pairs from the teachers' responses, by the order of strength alone.
-        responses = self._ask_teachers()
+        responses = self.ask_teachers()
         pairs = make_pairs(responses)
-        self._write("responses.jsonl", responses)
-        self._write("pairs.jsonl", pairs)
-        self._write("held_out.jsonl", _as_responses(self.prompts, _MEDIUM, self.baseline))
+        self.write("responses.jsonl", responses)
+        self.write("pairs.jsonl", pairs)
+        self.write("held_out.jsonl", _as_responses(self.prompts, _MEDIUM, self.baseline))
         # SFT trains on the strong teacher's responses; SLiC regularizes on samples of the start model.
         strong = (row for row in responses if row["model"] == _STRONG.name)
         completions = [{"prompt": row["prompt"], "completion": row["response"]} for row in strong]
         if _need_targets(arms):
             prompts = [row["prompt"] for row in completions]
-            targets = dict(zip(prompts, self._generate(start, prompts, 1.0, "targets of SLiC")))
+            targets = dict(zip(prompts, self.generate(start, prompts, 1.0, "targets of SLiC")))
             pairs = [pair | {"sampled": targets[pair["prompt"]]} for pair in pairs]
         # Train and examine.
         results = {"start": Result(self._examine(start, "start"))}
         for name in arms:
             results[name] = self._run_arm(name, [p for p in pairs if pair_kind(p) in ARMS[name].pairs] or completions)
-        self._write("outputs.jsonl", self._response_rows(results))
-        teachers = {teacher.name: Result({"sampled": self._judge(self._respond(teacher))}) for teacher in TEACHERS}
+        self.write("outputs.jsonl", self._response_rows(results))
+        teachers = {teacher.name: Result({"sampled": self.judge_texts(self._respond(teacher))}) for teacher in TEACHERS}
         return SeedResult(
             self.seed, self.prompts, self.baseline, count_pairs(pairs), teachers, results.pop("start"), results
         )
@@ -146,20 +150,20 @@ class Experiment:
     def _respond(self, teacher: Teacher) -> list[str]:
         return [teacher.respond(exercise, self.rng) for exercise in self.exercises["held out"]]
 
-    def _ask_teachers(self) -> list[DemoRow]:
+    def ask_teachers(self) -> list[DemoRow]:
         """Returns every teacher's response to every prompt of the arms, as rows that ``cpt pairs`` reads."""
         exercises = self.exercises["arms"]
         prompts = [exercise.prompt for exercise in exercises]
         answered = (_as_responses(prompts, t, [t.respond(e, self.rng) for e in exercises]) for t in TEACHERS)
         return [row for rows in answered for row in rows]
 
-    def _write(self, name: str, rows: Iterable[DemoRow]) -> None:
+    def write(self, name: str, rows: Iterable[DemoRow]) -> None:
         (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     # --- Training ---
 
-    def _train_start(self) -> LlamaForCausalLM:
-        model = make_model(self.tokenizer, self.seed)
+    def train_start(self) -> LlamaForCausalLM:
+        model = make_model(self.tokenizer, self.seed, self.size.hidden, self.size.layers)
         self._supervise(model, "pretraining", TEACHERS, self.size.pretraining_steps, _PRETRAINING)
         self._supervise(model, "sft", [_STRONG], self.size.sft_steps, _SFT)
         return model
@@ -203,24 +207,27 @@ class Experiment:
 
     # --- Examination ---
 
-    def _generate(self, model: LlamaForCausalLM, prompts: Sequence[str], temperature: float, title: str) -> list[str]:
+    def generate(
+        self, model: LlamaForCausalLM, prompts: Sequence[str], temperature: float, title: str = "", n: int = 1
+    ) -> list[str]:
         sampling = Sampling(max_new_tokens=40, temperature=temperature, seed=self.seed)
         return generate_local(
             model,
             self.tokenizer,
             prompts,
             sampling,
-            batch_size=256,
+            n=n,
+            batch_size=256 * n,
             progress=lambda count: self.progress(title, count),
         )
 
     def _examine(self, model: LlamaForCausalLM, title: str) -> dict[str, JudgedResponses]:
         return {
-            decoding: self._judge(self._generate(model, self.prompts, temperature, title))
+            decoding: self.judge_texts(self.generate(model, self.prompts, temperature, title))
             for decoding, temperature in DECODINGS.items()
         }
 
-    def _judge(self, texts: list[str]) -> JudgedResponses:
+    def judge_texts(self, texts: list[str]) -> JudgedResponses:
         verdicts = [judge(prompt, text) for prompt, text in zip(self.prompts, texts)]
         wins = [prefer(prompt, text, other) for prompt, text, other in zip(self.prompts, texts, self.baseline)]
         return JudgedResponses(texts, verdicts, np.array(wins))

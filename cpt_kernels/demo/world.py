@@ -70,13 +70,18 @@ def solution(steps: tuple[str, ...], results: list[str]) -> str:
     return "".join(f"{step}: {result}; " for step, result in zip(steps, results)) + f"answer: {results[-1]}."
 
 
-def make_exercises(count: int, rng: random.Random) -> list[Exercise]:
-    """Returns ``count`` exercises with different prompts."""
+def make_exercises(count: int, rng: random.Random, longest: int = 5, two_steps: float = 0.6) -> list[Exercise]:
+    """Returns ``count`` exercises with different prompts.
+
+    Args:
+        longest: letters of the longest word; the shortest has 3.
+        two_steps: the probability of a second step, where the first one is not ``count``.
+    """
     found: dict[Exercise, None] = {}
     while len(found) < count:
-        word = "".join(rng.choices(LETTERS, k=rng.randint(3, 5)))
+        word = "".join(rng.choices(LETTERS, k=rng.randint(3, longest)))
         names = [rng.choice(list(OPERATIONS))]
-        if names[0] != "count" and rng.random() < 0.6:
+        if names[0] != "count" and rng.random() < two_steps:
             names.append(rng.choice([name for name in OPERATIONS if name != names[0]]))
         steps: list[str] = []
         value = word

@@ -230,6 +230,7 @@ class _Scorer:
             keep=False,
             accelerator=self.accelerator,
             cache_dir=args.ref_cache_dir or default_cache_dir(),
+            progress=not args.disable_tqdm,
         )
         share = args.share_prompts != "false"
         collator = PackedCollator(*self.cut, share, packed.share_limit, padded=packed.padded, images=images)

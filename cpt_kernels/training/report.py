@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from ..files import write_text
 from ..plots import color_of, cut_off_outlier, distinct, legend_above, new_figure, save_figure, shorten
 
+Point = dict[str, Any]  # numbers by name, of a model after some optimizer steps
 LogRecord = dict[str, Any]  # one log: "step" and metrics by name; names of evaluations start with "eval_"
 
 # Panel title -> metrics drawn in it. Token accuracy is drawn only for data without pairs, which has no reward accuracy.
@@ -119,6 +121,34 @@ class RunReport(TrainerCallback):
             return None
         evaluating = sum(record.get("eval_runtime", 0.0) for record in records[:end])
         return self.tokens / max(records[end]["train_runtime"] - evaluating, 1e-9)
+
+
+class Curve(TrainerCallback):
+    """Examines the model after some of the optimizer steps of a run.
+
+    Args:
+        steps: the steps.
+        examine: model and step -> numbers by name.
+        file: keeps the points, so that a run that resumes from a checkpoint has those of the steps before it.
+
+    Attributes:
+        points: what was found, each with its ``step``, in order.
+    """
+
+    def __init__(self, steps: Container[int], examine: Callable[[Any, int], Point], file: Path | None = None) -> None:
+        self.steps, self.examine, self.file = steps, examine, file
+        self.points: list[Point] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.file is not None and self.file.exists():
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            self.points = [point for point in found if point["step"] <= state.global_step]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step in self.steps:
+            self.points.append({"step": state.global_step} | self.examine(model, state.global_step))
+            if self.file is not None:
+                write_text(self.file, json.dumps(self.points) + "\n")
 
 
 class ProgressLines(ProgressCallback):

@@ -28,9 +28,9 @@ def auc(planted: np.ndarray, difficulty: np.ndarray) -> float:
 def measure(folder: Path, seed: int = 0, **options: Any) -> dict[str, float]:
     """Trains the start, plants wrong labels and scores the pairs twice, with seeds that share no run."""
     experiment = Experiment(seed, SIZE, folder, lambda *_: None)
-    experiment._train_start()
+    experiment.train_start()
     # The order of the teachers mislabels some pairs itself, and ties in others; those are left out.
-    pairs = [p for p in make_pairs(experiment._ask_teachers()) if prefer(p["prompt"], p["chosen"], p["rejected"]) == 1]
+    pairs = [p for p in make_pairs(experiment.ask_teachers()) if prefer(p["prompt"], p["chosen"], p["rejected"]) == 1]
     rng = np.random.default_rng(seed)
     planted = np.zeros(len(pairs), bool)
     planted[rng.choice(len(pairs), round(PLANTED * len(pairs)), replace=False)] = True
