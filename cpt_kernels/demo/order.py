@@ -165,6 +165,7 @@ class OrderStudy:
             rates = {setting: self.rate(setting) for setting in settings}
             for seed in self.seeds:  # the outer loop: a start is opened once
                 for setting in settings:
+                    self.examine_start(setting.start, seed)
                     for arm in self.arms(setting):
                         self.result(Cell(setting, rates[setting], arm, seed))
             yield block
@@ -185,6 +186,17 @@ class OrderStudy:
         if is_new:
             self.say(f"{path.stem}: {found['seconds']} s, win rate {100 * found['curve'][-1]['win']:.1f}")
         return found
+
+    def examine_start(self, start: str, seed: int) -> Point:
+        """Returns what is found of a start model itself, as of an arm at its end."""
+
+        def examine() -> Point:
+            experiment = self._experiment(seed)
+            model = load_whole(LlamaForCausalLM, str(experiment.folder / start))
+            found = self._examine(experiment, model, self.size.samples)
+            return {"start": start, "seed": seed} | found | {"greedy": self._examine(experiment, model, 0)}
+
+        return stored_json(self.folder / "examined" / f"{start}_seed-{seed}.json", examine)
 
     # --- Starts ---
 
