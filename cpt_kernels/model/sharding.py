@@ -203,8 +203,13 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
                 values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 empty[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             module._parameters[name] = empty[id(parameter)]
-    # FSDP2 wraps the layers.
+    # FSDP2 wraps the layers. An image model may name layers of a vision model that it does not have.
     plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        classes = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = [
+            name for name in getattr(model, "_no_split_modules", None) or () if name in classes
+        ]
     is_efficient = plugin.cpu_ram_efficient_loading
     if slices:
         plugin.cpu_ram_efficient_loading = False  # it would broadcast rank 0's weights

@@ -9,9 +9,12 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.errors import UserError
+from cpt_kernels.model.conditions import is_sharded
+from tests.helpers.forked import run_ranks
 from tests.helpers.image_models import image_rows, picture, tiny_image_model, tiny_processor
 from tests.helpers.toy import config, losses
 
@@ -98,6 +101,36 @@ def test_a_saved_run_is_loaded_by_name(tmp_path) -> None:
     resumed = make(tmp_path, kind="llava", max_steps=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
     assert losses(resumed)[:2] == losses(trainer)[:2]
+
+
+def train_rank(folder: Path, kind: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Trains as a rank or alone, and saves the model."""
+    torch.manual_seed(0)
+    common = {"max_steps": 3, "train_sampling_strategy": "sequential", "learning_rate": 1e-3}
+    trainer = make(folder / name, model=str(folder / kind), kind=kind, **common, **options)
+    trainer.train()
+    trainer.save_model(str(folder / name / "final"))
+    sharded = sum(map(is_sharded, trainer.model.parameters()))
+    found = trainer.packed.padded, trainer.reference.cache.fingerprint
+    return {"losses": losses(trainer), "found": found, "sharded": sharded}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_two_ranks_take_the_steps_of_one(kind: str, engine: str, tmp_path) -> None:
+    """Some batches have no images."""
+    tiny_image_model(kind, torch.float32).save_pretrained(tmp_path / kind)
+    options = {"fsdp": True, "fsdp_config": {"version": 2}} if engine == "fsdp2" else {}
+    (one,) = run_ranks(tmp_path, 1, train_rank, tmp_path, kind, "one", {"per_device_train_batch_size": 4})
+    two = {**options, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    ranks = run_ranks(tmp_path, 2, train_rank, tmp_path, kind, "two", two)
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(one["losses"], abs=1e-4) and rank["found"] == one["found"]
+        assert (rank["sharded"] > 0) == (engine == "fsdp2")
+    weights = [load_file(tmp_path / name / "final/model.safetensors") for name in ("one", "two")]
+    assert weights[1].keys() - weights[0].keys() <= {"lm_head.weight"}  # FSDP2 saves a tied head beside the embeddings
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_models_and_collators_that_read_no_images(tmp_path) -> None:
