@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from ..files import write_text
 from ..plots import color_of, cut_off_outlier, distinct, head_figure, legend_above, new_figure, save_figure, shorten
 from .judge import NO_VERDICT
 from .pair_metrics import ALL, BALANCED
@@ -257,6 +261,53 @@ def draw_judged(summaries: Sequence[SummaryRow], folder: Path) -> list[Path]:
     figure.supxlabel(f"% preferred over {shorten(summaries[0]['baseline'])} (prompts)", fontsize="medium")
     legend_above(axis, 8)
     return save_figure(figure, *(folder / f"win_rate.{format}" for format in _FORMATS))
+
+
+# --- Pages ---
+
+_STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
+th:first-child, td:first-child, .texts td, .texts th { text-align: left } .texts td { white-space: pre-wrap }
+img { max-width: 100% } code { background: #f5f5f5 }"""
+
+
+def table_cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of a table as plain text."""
+    columns = [[column.header, *column.cells] for column in table.columns]
+    head, *rows = ([Text.from_markup(str(cell)).plain for cell in row] for row in zip(*columns))
+    return head, rows
+
+
+def to_markdown(table: Table) -> str:
+    """Returns a table in Markdown, with its title in front."""
+    head, rows = table_cells(table)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return f"{table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def write_page(path: Path, title: str, parts: Iterable[str | Table | Path | Sequence[Sequence[str]]]) -> None:
+    """Writes a self-contained HTML page.
+
+    Args:
+        parts: paragraphs, tables, SVG files, and rows of texts with their header, in the order of the page. A
+            paragraph that starts with "# " is a heading.
+    """
+    found = []
+    for part in parts:
+        if isinstance(part, str):
+            tag, text = ("h2", part[2:]) if part.startswith("# ") else ("p", part)
+            found.append(f"<{tag}>{html.escape(text)}</{tag}>")
+        elif isinstance(part, Path):
+            found.append(f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(part.read_bytes()).decode()}">')
+        else:
+            head, rows = table_cells(part) if isinstance(part, Table) else (part[0], part[1:])
+            name = f"<p><em>{html.escape(str(part.title))}</em></p><table>" if isinstance(part, Table) else None
+            cells = [[("th" if row is head else "td", html.escape(cell)) for cell in row] for row in (head, *rows)]
+            lines = ["<tr>" + "".join(f"<{tag}>{text}</{tag}>" for tag, text in row) + "</tr>" for row in cells]
+            found.append(f"{name or '<table class=texts>'}{''.join(lines)}</table>")
+    top = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    write_text(path, "\n".join([top, f"<h1>{html.escape(title)}</h1>", *found]) + "\n")
 
 
 # --- Shared by both ---

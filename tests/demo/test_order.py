@@ -6,10 +6,13 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cpt_kernels.demo import order
-from cpt_kernels.demo.order import MAIN, ORDER_ARMS, QUICK_ORDER, Cell, OrderStudy, Setting
+from cpt_kernels.demo.order import MAIN, ORDER_ARMS, QUICK_ORDER, TUNING_SEEDS, Cell, OrderStudy, Setting
+from cpt_kernels.demo.order_report import COMPARISONS, Outcomes, write_order_report
+from cpt_kernels.evaluation.report import table_cells
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +89,46 @@ def test_a_pool_that_is_too_small_is_refused(tmp_path):
     ours.size = replace(ours.size, steps=100)
     with pytest.raises(ValueError, match="too few pairs"):
         ours._start(0)
+
+
+# --- The report ---
+
+
+def cell(arm: str, seed: int, win: float, **setting) -> dict:
+    points = [{"step": step, "win": win, "right": win / 2, "characters": 20.0} for step in (12, 48)]
+    setting = {"beta": 0.1, "noise": 0.0, "start": "sft", "learning_rate": 1e-4} | setting
+    return {"arm": arm, "seed": seed, **setting, "curve": points, "greedy": points[0], "seconds": 1.0}
+
+
+def write_cells(folder, cells) -> None:
+    (folder / "cells").mkdir()
+    for number, each in enumerate(cells):
+        (folder / "cells" / f"{number}.json").write_text(json.dumps(each))
+
+
+def test_differences_are_paired_by_seed_and_corrected_for_their_number():
+    """Seeds differ by 10 points, arms by 2 points in each seed."""
+    random = np.random.default_rng(0)
+    base, noise = random.normal(0.5, 0.1, 12), random.normal(0, 0.01, 12)
+    cells = [cell("random-all", seed, base[seed]) for seed in range(12)]
+    cells += [cell("sorted-all", seed, base[seed] + 0.02 + noise[seed]) for seed in range(11)]
+    found = Outcomes([*cells, cell("sorted-all", TUNING_SEEDS[0], 0.0)]).difference(MAIN, "sorted-all", "random-all")
+    values = 0.02 + noise[:11]
+    assert found.seeds == 11 and found.mean == pytest.approx(values.mean())
+    # Student's t of 10 degrees of freedom: 2.228 for 95 %, 4.33 for 1 - 0.05 / 36.
+    error = values.std(ddof=1) / 11**0.5
+    assert found.high - found.mean == pytest.approx(2.228 * error, rel=0.1)
+    assert found.all_high - found.mean == pytest.approx(4.33 * error, rel=0.2) and len(COMPARISONS) == 36
+    assert found.is_found == (found.all_low > 0)
+
+
+def test_the_report_of_a_study_that_has_not_ended(tmp_path):
+    cells = [cell(arm, seed, 0.5 + 0.01 * seed) for arm in ("random-all", "easy-only") for seed in (0, 1)]
+    write_cells(tmp_path, [*cells, cell("random-all", 0, 0.4, beta=0.5), cell("random-all", 100, 0.6)])
+    tables = [table_cells(table)[1] for table in write_order_report(tmp_path)]
+    assert [row[:3] for row in tables[0]] == [["random-all", "50.5", ""], ["easy-only", "50.5", "+0.0 [+0.0, +0.0]"]]
+    assert tables[1] == [] and tables[2] == [["beta-0.1, noise-0, start-sft", "60.0"]]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 2 and "easy-only" in page
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 6
+    assert "| easy-only | 50.5 |" in (tmp_path / "results.md").read_text()
