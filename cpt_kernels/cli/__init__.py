@@ -24,6 +24,7 @@ COMMANDS = {
     "train": (".train", "train a model on preference pairs or on their chosen side"),
     "plan": (".plan", "count the rows, steps, tokens and memory of a training run before it starts"),
     "difficulty": (".difficulty", "score how difficult each pair is for a model, for a curriculum"),
+    "study": (".study", "compare SFT, SLiC, DPO and curricula on your model and your responses, with intervals"),
     "pairs": (".pairs", "build preference pairs from the responses of models of different strength"),
     "cache": (".cache", "build, inspect, verify, prune, export and import reference log-probs"),
     "generate": (".generate", "generate a model's responses to a set of prompts, locally or through an endpoint"),

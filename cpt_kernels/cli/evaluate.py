@@ -159,7 +159,7 @@ def _report_pairs(
 def judge_outputs(args: argparse.Namespace) -> None:
     """Lets a judge compare outputs with a baseline's."""
     prior = LengthPrior(*args.length_prior)
-    ask = _make_judge(args)
+    ask = make_judge(args)
     evaluations = [OutputEvaluation(each, ask(each)) for each in _read_comparisons(args)]
     summaries = [evaluation.summary(args.bootstrap, prior) for evaluation in evaluations]
     compared = win_rate_differences(evaluations, args.bootstrap)
@@ -216,10 +216,14 @@ def _read_comparisons(args: argparse.Namespace) -> list[Comparisons]:
     return [join(each, baseline) for each in outputs]
 
 
-def _make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
-    """Returns a function that asks the judge for its verdicts."""
+def make_judge(args: argparse.Namespace) -> Callable[[Comparisons], Verdicts]:
+    """Returns a function that asks the judge for its verdicts.
+
+    Args:
+        args: has the options of :func:`add_judge_options`, and ``output_dir``.
+    """
     if args.judge:
-        given = [name for name, default in _JUDGE_MODEL_DEFAULTS.items() if getattr(args, name) != default]
+        given = [name for name, default in JUDGE_MODEL_DEFAULTS.items() if getattr(args, name) != default]
         if given:
             raise UserError(f"{given[0]} has no effect with a Python function as judge, only with --judge_model")
         judge = load_judge(args.judge)
@@ -272,7 +276,7 @@ _COMMANDS = {
     "win-rate": (judge_outputs, "win rate against a baseline's outputs, plain and length-controlled"),
     "export": (export_outputs, "outputs in the form of alpaca_eval's model_outputs.json"),
 }
-_JUDGE_MODEL_DEFAULTS = {
+JUDGE_MODEL_DEFAULTS = {
     **ENDPOINT_DEFAULTS,
     "judge_file": None,
     "judge_template": TEMPLATE,
@@ -350,8 +354,22 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
     add("--baseline", required=True, metavar="FILE", help="the baseline's outputs")
     add("--models", nargs="+", metavar="NAME", help="use only the outputs of these models")
     add("--baseline_model", metavar="NAME", help="the baseline, if its file has several models")
+    add_judge_options(parser, required=True)
+    parser.add_argument(
+        "--length_prior",
+        nargs=2,
+        type=float,
+        default=(DEFAULT_LENGTH_PRIOR.mean, DEFAULT_LENGTH_PRIOR.sd),
+        metavar=("MEAN", "SD"),
+        help="the judge's preference for length in log-odds, for the length-controlled rate; 0 0.1: it has none"
+        f" [{DEFAULT_LENGTH_PRIOR.mean:g} {DEFAULT_LENGTH_PRIOR.sd:g}, GPT-4's]",
+    )
+
+
+def add_judge_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Adds the options of a judge, which :func:`make_judge` reads with ``output_dir``."""
     group = parser.add_argument_group("The judge")
-    judge = group.add_mutually_exclusive_group(required=True)
+    judge = group.add_mutually_exclusive_group(required=required)
     judge.add_argument(
         "--judge",
         metavar="MODULE:FUNCTION",
@@ -363,15 +381,6 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
         "--both_orders",
         action="store_true",
         help="also ask with the outputs swapped [always for --judge_model]",
-    )
-    group.add_argument(
-        "--length_prior",
-        nargs=2,
-        type=float,
-        default=(DEFAULT_LENGTH_PRIOR.mean, DEFAULT_LENGTH_PRIOR.sd),
-        metavar=("MEAN", "SD"),
-        help="the judge's preference for length in log-odds, for the length-controlled rate; 0 0.1: it has none"
-        f" [{DEFAULT_LENGTH_PRIOR.mean:g} {DEFAULT_LENGTH_PRIOR.sd:g}, GPT-4's]",
     )
     group = parser.add_argument_group("The judging model")
     add = group.add_argument
@@ -390,4 +399,4 @@ def _add_win_rate_options(parser: argparse.ArgumentParser) -> None:
     add("--max_new_tokens", type=int, metavar="N", help="[%(default)s]")
     add("--temperature", type=or_none(float), metavar="T", help="none: leave it to the endpoint [%(default)s]")
     add_endpoint_options(group)
-    parser.set_defaults(**_JUDGE_MODEL_DEFAULTS)
+    parser.set_defaults(**JUDGE_MODEL_DEFAULTS)

@@ -11,13 +11,13 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..evaluation.report import to_markdown, write_page
+from ..evaluation.report import draw_lines, to_markdown, write_page
 from ..evaluation.win_rate import Bootstrap, interval
 from ..files import write_text
-from ..plots import color_of, legend_above, new_figure, save_figure
+from ..plots import new_figure, save_figure
 from .order import BASELINE, BLOCKS, FEW, MAIN, ORDER_ARMS, TUNING_SEEDS, Setting
 
-Result = dict[str, Any]
+CellResult = dict[str, Any]
 # Comparisons of two arms at the main setting besides those with the baseline: order among the easiest, the direction
 # of the order, the renewed reference with the same order, and order with a renewed reference.
 _FURTHER = (
@@ -59,7 +59,7 @@ class Difference(NamedTuple):
         return self.all_low > 0 or self.all_high < 0
 
 
-def read_results(folder: Path) -> list[Result]:
+def read_results(folder: Path) -> list[CellResult]:
     """Returns the results of all cells so far, those of the tuning too."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
 
@@ -67,14 +67,14 @@ def read_results(folder: Path) -> list[Result]:
 class Outcomes:
     """The results of the arms by setting, arm and seed."""
 
-    def __init__(self, results: Iterable[Result]) -> None:
-        self.results: dict[tuple[Setting, str], dict[int, Result]] = {}
+    def __init__(self, results: Iterable[CellResult]) -> None:
+        self.results: dict[tuple[Setting, str], dict[int, CellResult]] = {}
         for result in results:
             if result["seed"] not in TUNING_SEEDS:
                 setting = Setting(result["beta"], result["noise"], result["start"])
                 self.results.setdefault((setting, result["arm"]), {})[result["seed"]] = result
 
-    def of(self, setting: Setting, arm: str) -> Mapping[int, Result]:
+    def of(self, setting: Setting, arm: str) -> Mapping[int, CellResult]:
         """Returns the results of an arm by seed; none if it has not run."""
         return self.results.get((setting, arm), {})
 
@@ -94,7 +94,7 @@ class Outcomes:
 # --- Tables ---
 
 
-def _points(difference: Difference | None, corrected: bool = False) -> str:
+def _in_points(difference: Difference | None, corrected: bool = False) -> str:
     if difference is None:
         return ""
     low, high = difference[3:5] if corrected else difference[1:3]
@@ -121,7 +121,7 @@ def arms_table(outcomes: Outcomes) -> Table:
             ends = [result["curve"][-1] for result in results]
             rate, characters = (np.mean([end[name] for end in ends]) for name in ("win", "characters"))
             found = [None if arm == BASELINE else outcomes.difference(MAIN, arm, BASELINE, name) for name in measures]
-            cells = [_points(found[0]), _points(found[0], corrected=True), *map(_points, found[1:])]
+            cells = [_in_points(found[0]), _in_points(found[0], corrected=True), *map(_in_points, found[1:])]
             table.add_row(arm, f"{100 * rate:.1f}", *cells, f"{characters:.1f}")
     return table
 
@@ -136,12 +136,12 @@ def comparisons_table(outcomes: Outcomes) -> Table:
         found = outcomes.difference(setting, arm, minus)
         if found is not None and (setting != MAIN or minus != BASELINE):
             rate = next(iter(outcomes.of(setting, arm).values()))["learning_rate"]
-            cells = _points(found), _points(found, corrected=True), f"{rate:g}"
+            cells = _in_points(found), _in_points(found, corrected=True), f"{rate:g}"
             table.add_row(str(setting).replace("_", ", "), arm, minus, str(found.seeds), *cells)
     return table
 
 
-def rates_table(results: Sequence[Result]) -> Table:
+def rates_table(results: Sequence[CellResult]) -> Table:
     """Returns the win rates of random-all on the tuning seeds, for every learning rate and setting."""
     tuned = [result for result in results if result["seed"] in TUNING_SEEDS]
     rates = sorted({result["learning_rate"] for result in tuned})
@@ -185,17 +185,13 @@ def draw_map(outcomes: Outcomes, folder: Path) -> list[Path]:
 
 def draw_order_curves(outcomes: Outcomes, folder: Path) -> list[Path]:
     """Draws the win rate of every arm of the main setting along its steps, the mean over seeds."""
-    figure = new_figure(9, 5)
-    axis = figure.subplots()
-    for number, arm in enumerate(ORDER_ARMS):
-        if results := list(outcomes.of(MAIN, arm).values()):
-            steps = [point["step"] for point in results[0]["curve"]]
-            rates = np.mean([[100 * point["win"] for point in result["curve"]] for result in results], axis=0)
-            axis.plot(steps, rates, marker="o", label=arm, color=color_of(number), lw=3 if arm == BASELINE else 1.3)
-    axis.set(xlabel="step", ylabel="win rate against the medium teacher, %")
-    axis.grid(alpha=0.3)
-    legend_above(axis, 9)
-    return save_figure(figure, *(folder / f"curves.{kind}" for kind in ("png", "svg")))
+    curves = {}
+    for arm in ORDER_ARMS:
+        if results := [each["curve"] for each in outcomes.of(MAIN, arm).values()]:
+            curves[arm] = [
+                (of[0]["step"], 100 * float(np.mean([point["win"] for point in of]))) for of in zip(*results)
+            ]
+    return draw_lines({"win rate against the medium teacher, %": curves}, folder / "curves", bold=BASELINE)
 
 
 # --- Files ---

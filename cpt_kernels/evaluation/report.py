@@ -165,6 +165,57 @@ def draw_pairs(summary: Sequence[SummaryRow], folder: Path, title: str) -> list[
 # --- Judged outputs ---
 
 
+def arms_of_study(
+    summary: Sequence[SummaryRow], differences: Sequence[Sequence[SummaryRow]], lengths: dict[str, dict[str, float]]
+) -> Table:
+    """Returns a table with a line for each arm of a study: held-out pairs, and the length of its answers.
+
+    Args:
+        differences: from the first arm, once with 95 % intervals and once corrected for their number.
+        lengths: arm -> mean length of its answers in characters; ``start`` is the model before training.
+    """
+    whole = [row for row in summary if row["by"] == ALL]
+    minus = f"minus {escape(whole[0]['model'])}"
+    table = _table(f"{whole[0]['pairs']:,} held-out pairs of {whole[0]['prompts']:,} prompts, mean [95 % interval]")
+    table.add_column("arm", no_wrap=True)
+    corrected = f"corrected for {len(differences[0])}"
+    names = ("reward accuracy, %", minus, corrected, "reward margin", minus, corrected, "characters")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    compared = [{row["model"]: row for row in rows} for rows in differences]
+    for row in whole:
+        cells = []
+        for metric, factor, format in (("rewards/accuracies", 100, ".1f"), ("rewards/margins", 1, ".3f")):
+            cells.append(_with_ends(row[metric], factor, format))
+            found = [rows[row["model"]][metric] if row["model"] in rows else None for rows in compared]
+            cells += ["" if each is None else _with_ends(each, factor, f"+{format}") for each in found]
+        table.add_row(escape(row["model"]), *cells, f"{lengths[row['model']]['mean']:,.0f}")
+    table.caption = f"The start's answers have {lengths['start']['mean']:,.0f} characters."
+    return table
+
+
+def draw_lines(
+    panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path, x: str = "step", bold: str = ""
+) -> list[Path]:
+    """Draws curves, and returns the files.
+
+    Args:
+        panels: label of a panel -> name of a curve -> its points.
+        path: of the files, without suffix.
+        bold: the name of a curve that is drawn in bold.
+    """
+    figure = new_figure(6.5 * len(panels), 4.8)
+    short = distinct(name for curves in panels.values() for name in curves)
+    for axis, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for number, (name, points) in enumerate(curves.items()):
+            width = 3 if name == bold else 1.3
+            axis.plot(*zip(*points), marker="o", label=short[name], color=color_of(number), linewidth=width)
+        axis.set(xlabel=x, ylabel=label)
+        axis.grid(alpha=0.3)
+        legend_above(axis, 6)
+    return save_figure(figure, *(path.with_name(f"{path.name}.{format}") for format in _FORMATS))
+
+
 def win_rate_table(summaries: Sequence[SummaryRow], confidence: float) -> Table:
     """Returns a table with a line for each model."""
     table = _table(f"Against {escape(summaries[0]['baseline'])}, mean [{confidence:.0%} interval]")
