@@ -78,6 +78,7 @@ class PackedBatch(TypedDict):
     pair_blocks: list[tuple[int, int]]
     ref_token_logps: Tensor | None  # (M,) fp32; NaN where missing
     ref_missing: list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # (completion, prompt ids, completion ids)
+    order: list[int]  # S, the number of each completion among the different ones in the order of the rows
     num_pairs: int
     num_chosen_tokens: int  # a completion counts once per pair in which it is chosen
     num_sequence_tokens: int  # prompt and completion tokens, once per side of every pair
@@ -163,7 +164,8 @@ class PackedCollator:
         different = list(dict.fromkeys(sequence for sequence in sequences if sequence[1]))  # truncation may leave none
         paths, prompts = _paths(different)
         branches = self._branches(different, paths, prompts)
-        unique = [different[s] for branch in branches for s in branch.sequences]
+        order = [s for branch in branches for s in branch.sequences]
+        unique = [different[s] for s in order]
         ends = [len(paths[branch.sequences[-1]]) for branch in branches]
         segment_lengths = [(end - branch.shared, end) for end, branch in zip(ends, branches)]
         spans = [Span(g, prompts[s], len(paths[s])) for g, branch in enumerate(branches) for s in branch.sequences]
@@ -188,7 +190,7 @@ class PackedCollator:
         bounds = [*layout.cu_seqlens_q[roots].tolist(), len(row)]
         trees = [(different[branches[g].sequences[0]][0], span) for g, span in zip(roots, pairwise(bounds))]
         pictures = place_images(self.images, self.always_images, trees, input_ids, images or {})
-        index, order, offsets = _token_arrays(layout.token_index)
+        token_index, token_order, token_offsets = _token_arrays(layout.token_index)
         ref_token_logps, ref_missing = self._reference_logps(unique, scored=bool(edges))
         return PackedBatch(
             input_ids=input_ids,
@@ -205,9 +207,9 @@ class PackedCollator:
             targets=_ints(row[layout.target_index]),
             cu_completions=_ints(layout.cu_completions),
             completion_lengths=completion_lengths.tolist(),
-            token_index=index,
-            token_order=order,
-            token_offsets=offsets,
+            token_index=token_index,
+            token_order=token_order,
+            token_offsets=token_offsets,
             prediction_lengths=layout.prediction_lengths.tolist(),
             chosen=_ints(chosen),
             rejected=_ints(rejected[0]) if rejected else None,
@@ -217,6 +219,7 @@ class PackedCollator:
             pair_blocks=pair_blocks,
             ref_token_logps=ref_token_logps,
             ref_missing=ref_missing,
+            order=order,
             num_pairs=len(pairs),
             num_chosen_tokens=int(completion_lengths[chosen].sum()),
             num_sequence_tokens=sum(spans[s].stop for chosen, _, *rejected in pairs for s in (chosen, *rejected)),

@@ -16,7 +16,7 @@ from .heads import logits_logps
 from .hooks import in_training_mode
 from .images import own_inputs
 from .packed_model import PackedModel, base_model
-from .proof import Probe, Truth, rounding_of
+from .proof import Probe, Truth, in_given_order, rounding_of, run_parts
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def compare_rows(
     """Compares the log-probs of sequences under the model as it is, without noise; nothing of it changes.
 
     Args:
-        sequences: (prompt key, completion ids), truncated; those of one prompt are consecutive.
+        sequences: (prompt key, completion ids), truncated.
         collator: the run's; says how they are laid out.
         images: of the prompts, by identity.
 
@@ -61,8 +61,6 @@ def compare_rows(
         truth = Truth(logps, noise, epsilon, fault=float("inf"), look_ahead=0.0, is_coarse=is_coarse)
         # The same sequences as in training.
         batch = collator.pack(sequences, [], [], [], images)
-        shared = [] if packed.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
-        parts = [(*split_key(prompt)[1], *completion) for prompt, completion in sequences]
-        with routing.follow(parts, shared, len(batch["input_ids"]), packed.own_tokens(batch)):
-            found = packed(send_to_device(batch, device)).tokens.logps
+        with routing.follow(*run_parts(batch), len(batch["input_ids"]), packed.own_tokens(batch)):
+            found = in_given_order(packed(send_to_device(batch, device)).tokens.logps, batch)
     return truth.difference(found), truth.bound

@@ -53,7 +53,7 @@ from .hooks import (
     set_attention,
 )
 from .images import image_blocks, image_inputs, image_probe, own_inputs, packed_positions, shared_features
-from .proof import Probe, Truth, find_truth, projected_gradients
+from .proof import Probe, Truth, find_truth, in_given_order, projected_gradients, run_parts
 from .sequence_groups import OwnRows, whole_router_logits
 from .states import StateLayout, prepare_state_layers, unpackable_layers
 
@@ -89,6 +89,7 @@ class PackedModel:
 
     Attributes:
         padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
+        trees: whether sequences may share other beginnings than prompts in a packed row; `tree_failure` says why not.
         bidirectional: whether the tokens of an image attend to each other in both directions in a packed row.
         has_gradient: whether a trained parameter changes log-probs, as far as the proof has compared gradients.
         noisy: whether the model adds noise to itself in training mode; the trainer measures and sets it.
@@ -108,6 +109,8 @@ class PackedModel:
     images: ImageReader | None = None
     group: SequenceGroup | None = None
     padded: bool = field(default=False, init=False)
+    trees: bool = field(default=False, init=False)
+    tree_failure: str = field(default="", init=False)
     noisy: bool = field(default=False, init=False)
     bidirectional: bool = field(default=False, init=False)
     has_gradient: bool = field(default=True, init=False)
@@ -128,6 +131,7 @@ class PackedModel:
         self._check_group(base)
         unpackable = bool(unpackable_layers(base))
         self.padded = self.packing == "false" or (self.packing == "auto" and unpackable)
+        self.trees = not self.padded
         # Ranks of a group run the proof together, which shows that the model can be cut. A rank with weights that has
         # a rank without them in its group runs it alone.
         group = self.group
@@ -172,13 +176,15 @@ class PackedModel:
             UserError: no rank has weights to run a proof with.
         """
         base = base_model(self.model)
-        found = gather_object([(self.padded, self.options, self.bidirectional) if self.is_proven else None])
+        own = (self.padded, self.options, self.bidirectional, self.trees)
+        found = gather_object([own if self.is_proven else None])
         proven = [each for each in found if each is not None]
         if not proven:
             raise UserError(
                 f"no process holds the weights of {type(base).__name__}: load them before the model is prepared"
             )
-        self.padded, self.options, self.bidirectional = max(proven, key=lambda each: (each[0], each[1] is None))
+        self.padded, self.options, self.bidirectional, _ = max(proven, key=lambda each: (each[0], each[1] is None))
+        self.trees = all(each[3] for each in proven)
         self._check_group(base)
         if not self.is_proven and not self.padded:
             base.set_attn_implementation(attention_over(base.config._attn_implementation))
@@ -248,13 +254,13 @@ class PackedModel:
 
         # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
         options = find_head_options(base, head_options(base, self.head_memory_mb), own, probes[0])
-        ways = [(False, options, False)] if self.packing != "false" else []
-        if ways and self.images is not None and self.images.marks_blocks:
-            ways.insert(0, (False, options, True))
+        marks = self.images is not None and self.images.marks_blocks
+        blocks = [*([True] if marks else []), False] if self.packing != "false" else []
+        ways = [(False, options, both, trees) for both in blocks for trees in (True, False)]
         if self.packing != "true" and self.group is None:
-            ways += [(True, options, False)] + [(True, None, False)] * (options is not None)
+            ways += [(True, options, False, False)] + [(True, None, False, False)] * (options is not None)
         failures: list[str] = []
-        for self.padded, self.options, self.bidirectional in ways:
+        for self.padded, self.options, self.bidirectional, self.trees in ways:
             set_attention(base, runnable if self.padded else attention_over(runnable))
             tries = (self._try(base, *each, parameters) for each in zip(probes, routings, truths))
             failure = next(filter(None, tries), None)
@@ -262,7 +268,10 @@ class PackedModel:
                 return True, failures
             if may_repeat and truths[0].is_coarse:  # rounding of bf16 and fp16 is as large as a small fault
                 return None
-            failures.append(failure)
+            if self.trees:
+                self.tree_failure = failure
+            else:
+                failures.append(failure)
         return False, failures
 
     def _compared_parameters(self, base: PreTrainedModel) -> list[nn.Parameter]:
@@ -301,12 +310,11 @@ class PackedModel:
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
         batch = self.probe_batch(probe)
-        shared = [] if self.padded else [keys - queries for queries, keys in batch["segment_lengths"]]
         try:
             with recorded_windows() as windows, torch.set_grad_enabled(bool(parameters)):
                 rows, cut = len(batch["input_ids"]), self.own_tokens(batch)
-                with routing.follow([p + c for p, c in probe.tokens], shared, rows, cut):
-                    logps = self(batch).tokens.logps
+                with routing.follow(*run_parts(batch), rows, cut):
+                    logps = in_given_order(self(batch).tokens.logps, batch)
                 gradients = projected_gradients(logps, probe, parameters) if parameters else []
                 if self.group is not None:
                     gradients = [None if g is None else self.group.sum(g) / self.group.size for g in gradients]
@@ -335,7 +343,11 @@ class PackedModel:
     def probe_batch(self, probe: Probe) -> PackedBatch:
         """Returns the tokens of a proof as a batch on the model's device, packed or padded as in training."""
         collator = PackedCollator(
-            padded=self.padded, share_limit=self.share_limit, pad_token_id=probe.pad, images=self.images
+            padded=self.padded,
+            share_limit=self.share_limit,
+            pad_token_id=probe.pad,
+            images=self.images,
+            minimum_shared=1 if self.trees else None,
         )
         batch = collator.pack(probe.sequences, [], [], [], probe.images)
         return cast("PackedBatch", send_to_device(batch, base_model(self.model).device))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.collate import Tokens
+from ..data.collate import PackedBatch, Tokens
 from ..data.images import ImageId, split_key
+from ..data.packing import paths_of
 from ..errors import UserError
 from .conditions import PinnedRouting
 
@@ -29,9 +30,10 @@ _GRADED = 2  # gradients are compared for the first completions of a probe, whic
 
 @dataclass(frozen=True)
 class Probe:
-    """The tokens of a proof: two prompts, one of them with three uneven completions.
+    """The tokens of a proof: two prompts, one of them with three uneven completions, which part one after the other.
 
-    They are longer than a convolution's kernel, and the tokens are drawn by a fixed seed.
+    So they are a tree of four levels. Sequences are longer than a convolution's kernel, and the tokens are drawn by a
+    fixed seed.
     """
 
     sequences: list[Tokens]  # with the keys of prompts
@@ -51,7 +53,10 @@ class Probe:
         first, second = draw(4) + tuple(mark) + draw(5), draw(4)
         pad = getattr(model.config.get_text_config(), "pad_token_id", None)
         pad = pad if isinstance(pad, int) and 0 <= pad < _vocabulary(model) else 0
-        sequences = [(first, draw(5)), (first, draw(8)), (first, draw(3)), (second, draw(2) + tuple(mark) + draw(4))]
+        one, two, three = draw(5), draw(8), draw(3)
+        two = one[:1] + two[1:]
+        three = two[:2] + three[2:]
+        sequences = [(first, one), (first, two), (first, three), (second, draw(2) + tuple(mark) + draw(4))]
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
         return cls(sequences, pad, model.device, max(dtypes, key=_eps, default=torch.float32))
 
@@ -206,6 +211,25 @@ def find_truth(
         is_coarse=is_coarse,
         gradients=gradients,
     )
+
+
+def run_parts(batch: PackedBatch) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Returns what a batch runs, as :meth:`PinnedRouting.follow` takes it.
+
+    That is the tokens up to the end of each part, and how many of them an earlier part has run.
+    """
+    rows, segments = batch["input_ids"].cpu().numpy(), batch["segment_lengths"]
+    if batch["attention_mask"] is not None:
+        return [tuple(row[:queries].tolist()) for row, (queries, _) in zip(rows, segments)], []
+    return [tuple(rows[0][path].tolist()) for path in paths_of(segments)], [
+        keys - queries for queries, keys in segments
+    ]
+
+
+def in_given_order(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Returns values of completion tokens (M,) of a batch in the order of the sequences that it was made of."""
+    parts = dict(zip(batch["order"], values.split(batch["completion_lengths"])))
+    return torch.cat([parts[s] for s in range(len(parts))])
 
 
 def projected_gradients(logps: Tensor, probe: Probe, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:

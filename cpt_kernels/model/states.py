@@ -1,4 +1,4 @@
-"""Runs layers that carry a state on packed rows: a prompt once, and its final state forked to every completion.
+"""Runs layers that carry a state on packed rows: what sequences share once, its final state forked where they part.
 
 The state of a layer is the last inputs of its causal convolution, the memory of its recurrence, or both. Functions in
 transformers' modules compute them. They are wrapped here, and run as before outside packed rows. The projections around
@@ -81,36 +81,44 @@ class _Gather(NamedTuple):
 
 @dataclass
 class StateLayout:
-    """The sequences of a packed row of T tokens, for layers that carry a state.
+    """The trees of a packed row of T tokens, for layers that carry a state, cut into nodes where sequences part.
 
-    A trunk starts without a state: the prompt of several completions, or a sequence that shares nothing. A branch is a
-    completion that starts with the state behind its trunk.
+    A trunk starts without a state: the root of a tree, or a sequence that shares nothing. Every other node starts with
+    the state behind its parent: a branch is a leaf, and a fork has children.
 
     Args:
-        segment_lengths: (queries, keys) of the attention's segments, see ``data.collate.PackedBatch``.
+        segment_lengths: (queries, keys) of the attention's segments, see ``data.packing``.
     """
 
     segment_lengths: Sequence[tuple[int, int]]
     device: torch.device
     trunks: list[tuple[int, int]] = field(init=False)  # (start, stop) of each in the packed row
-    branches: list[tuple[int, int, int]] = field(init=False)  # (start, stop, trunk)
+    # (start, stop, parent) in the order in which they run: parents are numbered through trunks, forks and branches.
+    # Forks of one list have one length and one depth, so that none needs pads, which would change its state.
+    forks: list[list[tuple[int, int, int]]] = field(init=False)
+    branches: list[tuple[int, int, int]] = field(init=False)
     tokens: int = field(init=False)  # T
     _rows_of_width: dict[int, tuple[_Gather, _Gather]] = field(default_factory=dict, init=False)  # of `convolved`
 
     def __post_init__(self) -> None:
-        starts = np.cumsum([0, *(queries for queries, _ in self.segment_lengths)]).tolist()
-        self.trunks, self.branches = [], []
-        for start, stop, (queries, keys) in zip(starts, starts[1:], self.segment_lengths):
-            if queries == keys:  # the first segment of a group
-                self.trunks.append((start, stop))
-                continue
-            first, end = self.trunks[-1]
-            prompt = first + keys - queries
-            if end > prompt:  # the prompt is the trunk, and the first completion is a branch like the others
-                self.trunks[-1] = (first, prompt)
-                self.branches.append((prompt, end, len(self.trunks) - 1))
-            self.branches.append((start, stop, len(self.trunks) - 1))
-        self.tokens = starts[-1]
+        nodes = _find_nodes(self.segment_lengths)
+        self.tokens = nodes[-1][1]
+        parents, depths = {parent for *_, parent in nodes}, list[int]()
+        for *_, parent in nodes:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+
+        def kind(n: int) -> tuple[int, int, int]:
+            start, stop, parent = nodes[n]
+            return (0, 0, 0) if parent < 0 else (1, depths[n], stop - start) if n in parents else (2, 0, 0)
+
+        order = sorted(range(len(nodes)), key=kind)
+        number = {n: i for i, n in enumerate(order)}
+        groups = [
+            [(*nodes[n][:2], number.get(nodes[n][2], -1)) for n in group] for _, group in itertools.groupby(order, kind)
+        ]
+        self.trunks = [node[:2] for node in groups.pop(0)]
+        self.branches = groups.pop() if groups else []
+        self.forks = groups
 
     @functools.cached_property
     def trunk_tokens(self) -> _Gather:
@@ -123,20 +131,30 @@ class StateLayout:
         return self._gather([range(start, stop) for start, stop, _ in self.branches])
 
     @functools.cached_property
-    def sequence_tokens(self) -> _Gather:
-        """Tokens of the trunks, and of the branches behind their trunks, with zeros behind them."""
-        trunks = [range(*trunk) for trunk in self.trunks]
-        return self._gather([*trunks, *((*trunks[trunk], *range(start, stop)) for start, stop, trunk in self.branches)])
+    def fork_tokens(self) -> list[_Gather]:
+        """Tokens of each list of forks."""
+        return [self._gather([range(start, stop) for start, stop, _ in forks]) for forks in self.forks]
 
     @functools.cached_property
-    def branch_trunks(self) -> _Gather:
-        """The trunk of every branch, a (1, S) batch."""
-        return _Gather.of(np.array([[trunk for *_, trunk in self.branches]]), len(self.trunks), self.device)
+    def sequence_tokens(self) -> _Gather:
+        """Tokens of the trunks, and of the branches behind their ancestors, with zeros behind them."""
+        paths = self._paths()
+        return self._gather([*paths[: len(self.trunks)], *paths[len(paths) - len(self.branches) :]])
+
+    @functools.cached_property
+    def starts(self) -> list[_Gather]:
+        """The parent of every fork of each list, and of every branch: a (1, nodes) batch each."""
+        found, count = [], len(self.trunks)
+        for nodes in (*self.forks, self.branches):
+            found.append(_Gather.of(np.array([[parent for *_, parent in nodes]]), count, self.device))
+            count += len(nodes)
+        return found
 
     @functools.cached_property
     def forked_places(self) -> _Gather:
-        """Place of every token among the outputs of trunks and branches, (G * L + S * M), a (1, T) batch."""
-        return self._places([self.trunk_tokens, self.branch_tokens] if self.branches else [self.trunk_tokens])
+        """Place of every token among the outputs of trunks, forks and branches, a (1, T) batch."""
+        branches = [*self.fork_tokens, self.branch_tokens] if self.branches else []
+        return self._places([self.trunk_tokens, *branches])
 
     @functools.cached_property
     def sequence_places(self) -> _Gather:
@@ -146,13 +164,12 @@ class StateLayout:
     def convolved(self, width: int) -> tuple[_Gather, _Gather]:
         """Returns the row a convolution runs on, (1, T'), and the place of every token in it, (1, T).
 
-        Each trunk follows ``width - 1`` zeros there, and each branch the tokens before it.
+        Each trunk follows ``width - 1`` zeros there, and each other node the tokens before it.
         """
         if width not in self._rows_of_width:
             before = [self.tokens] * (width - 1)
-            tails = [(*before, *range(*trunk))[len(range(*trunk)) :] for trunk in self.trunks]
-            pieces = [(*before, *range(*trunk)) for trunk in self.trunks]
-            pieces += [(*tails[trunk], *range(start, stop)) for start, stop, trunk in self.branches]
+            lengths = [stop - start for start, stop, *_ in self._nodes()]
+            pieces = [[*before, *path][-length - width + 1 :] for path, length in zip(self._paths(), lengths)]
             row = np.concatenate(pieces)
             own = np.concatenate([np.arange(len(piece)) >= width - 1 for piece in pieces])
             places = np.empty(self.tokens, np.int64)
@@ -162,6 +179,17 @@ class StateLayout:
                 _Gather.of(places[None], len(row), self.device),
             )
         return self._rows_of_width[width]
+
+    def _nodes(self) -> list[tuple[int, int, int]]:
+        trunks = [(*trunk, -1) for trunk in self.trunks]
+        return [*trunks, *itertools.chain.from_iterable(self.forks), *self.branches]
+
+    def _paths(self) -> list[list[int]]:
+        """Returns the tokens of every node behind those of its ancestors."""
+        paths: list[list[int]] = []
+        for start, stop, parent in self._nodes():
+            paths.append([*(paths[parent] if parent >= 0 else ()), *range(start, stop)])
+        return paths
 
     def _gather(self, pieces: Sequence[Sequence[int]], pads_first: bool = False) -> _Gather:
         longest = max(map(len, pieces))
@@ -175,6 +203,32 @@ class StateLayout:
         places = np.empty(self.tokens + 1, np.int64)
         places[row[::-1]] = np.arange(len(row))[::-1]  # the first of several places stays
         return _Gather.of(places[None, :-1], len(row), self.device)
+
+
+def _find_nodes(segment_lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Returns (start, stop, parent) of the nodes in the order of the row; the parent of a trunk is -1."""
+    ends: list[set[int]] = []  # of each segment, the lengths of its path at which nodes end
+    parents: list[tuple[int, int]] = []  # of each segment, (segment, length of its path) where it begins
+    path: list[tuple[int, int]] = []  # (segment, tokens of the path before it) that the current path goes through
+    for segment, (queries, keys) in enumerate(segment_lengths):
+        shared = keys - queries
+        while path and path[-1][1] >= shared:
+            path.pop()
+        parents.append((path[-1][0], shared) if path else (-1, 0))
+        if path:
+            ends[path[-1][0]].add(shared)
+        ends.append({keys})
+        path.append((segment, shared))
+    nodes: list[tuple[int, int, int]] = []
+    number = {(-1, 0): -1}
+    row = 0  # token at which the segment begins
+    for segment, (queries, keys) in enumerate(segment_lengths):
+        start, parent = keys - queries, number[parents[segment]]
+        for end in sorted(ends[segment]):
+            number[segment, end] = len(nodes)
+            nodes.append((row, row + end - start, parent))
+            row, start, parent = row + end - start, end, len(nodes) - 1
+    return nodes
 
 
 # The layout of the packed row that the layer at hand runs on.
@@ -276,7 +330,7 @@ def _convolve(layout: StateLayout, own: Callable, args: Sequence[Any], kwargs: d
 def _recur(
     layout: StateLayout, recurrence: Recurrence, own: Callable, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """Runs a recurrence over the trunks, and then over the branches from the states behind their trunks."""
+    """Runs a recurrence over the trunks, and then over forks and branches from the states behind their parents."""
     names = list(inspect.signature(own).parameters)
     given = dict(zip(names, args)) | kwargs
 
@@ -298,9 +352,15 @@ def _recur(
     else:
         outputs, states = run(layout.trunk_tokens, **{recurrence.final_state: bool(layout.branches)})
         if layout.branches:
-            start = layout.branch_trunks(states)[0]
-            ends, _ = run(layout.branch_tokens, **{recurrence.initial_state: start, recurrence.final_state: False})
-            outputs = torch.cat([outputs, ends])
+            *forks, branches = layout.starts
+            parts = [outputs]
+            for tokens, starts in zip(layout.fork_tokens, forks):
+                begin = {recurrence.initial_state: starts(states)[0], recurrence.final_state: True}
+                outputs, behind = run(tokens, **begin)
+                states = torch.cat([states, behind])
+                parts.append(outputs)
+            begin = {recurrence.initial_state: branches(states)[0], recurrence.final_state: False}
+            outputs = torch.cat([*parts, run(layout.branch_tokens, **begin)[0]])
         places = layout.forked_places
     result = places(outputs).movedim(1, recurrence.time)
     return (result, None) if recurrence.returns_pair else result

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from ..data.batches import pack_padded, pack_rows
 from ..data.collate import PackedCollator, Tokens
@@ -22,6 +22,7 @@ from .keys import TokenIds
 from .shards import KEY_BYTES
 
 _CHUNK = 1000  # rows of a dataset that are read at a time
+_BEGINNINGS = [64 << i for i in range(9)]  # lengths of the beginnings by which sequences that share them are found
 
 _Arrays = tuple[NDArray[np.int64], NDArray[np.int64]]
 _truncate_arrays = cast("Callable[..., _Arrays]", truncate)  # it slices arrays like lists
@@ -50,6 +51,7 @@ class Missing:
     Attributes:
         keys: (n,) 16 bytes, keys in the cache.
         prompts: (n,) 16 bytes, equal for equal truncated prompts.
+        beginnings: (n, 9) digests of the first 64, 128, ... tokens of prompt + completion, 0 beyond its end.
         rows, positions: (n,) where the dataset has the completion, see `DatasetCompletion`.
         prompt_lengths, lengths: (n,) tokens of prompt and completion after truncation.
         completions: number of completions in the dataset, including repetitions and those that are stored.
@@ -58,6 +60,7 @@ class Missing:
 
     keys: NDArray[np.void]
     prompts: NDArray[np.void]
+    beginnings: NDArray[np.uint64]
     rows: NDArray[np.int64]
     positions: NDArray[np.int64]
     prompt_lengths: NDArray[np.int64]
@@ -100,6 +103,7 @@ def find_missing(
     """Returns the completions of a prepared dataset that the cache lacks."""
     keys: list[bytes] = []
     prompts: list[bytes] = []
+    beginnings: list[list[int]] = []
     numbers: list[tuple[int, int, int, int]] = []
     completions = 0
     for sequences in iter_sequences(dataset, max_length, truncation_mode):
@@ -109,7 +113,10 @@ def find_missing(
         for key, is_stored, each in zip(found_keys, found, sequences):
             if not is_stored:
                 keys.append(key)
-                prompts.append(xxh3_128_digest(each.image_ids.tobytes() + each.prompt_ids.tobytes()))
+                prompt = each.image_ids.tobytes() + each.prompt_ids.tobytes()
+                prompts.append(xxh3_128_digest(prompt))
+                shared = b"" if len(each.image_ids) else prompt + each.completion_ids.tobytes()  # see `PackedCollator`
+                beginnings.append(_digest_beginnings(shared))
                 numbers.append((each.row, each.position, len(each.prompt_ids), len(each.completion_ids)))
     # A completion that occurs several times is scored once, where it occurs first.
     first = np.sort(np.unique(_digest_array(keys), return_index=True)[1])
@@ -117,6 +124,7 @@ def find_missing(
     return Missing(
         keys=_digest_array(keys)[first],
         prompts=_digest_array(prompts)[first],
+        beginnings=np.array(beginnings, np.uint64).reshape(-1, len(_BEGINNINGS))[first],
         rows=rows,
         positions=positions,
         prompt_lengths=prompt_lengths,
@@ -131,32 +139,36 @@ def scoring_batches(
 ) -> list[list[NDArray[np.int64]]]:
     """Packs the missing completions into micro-batches of at most ``budget`` tokens, longest prompt groups first.
 
-    A group holds completions of one prompt, as indices into ``missing``. Only a single completion that is longer than
-    the budget exceeds it.
+    A group holds completions of one prompt, or of prompts with a common beginning, as indices into ``missing``. Only a
+    single completion that is longer than the budget exceeds it.
 
     Args:
-        collator: says which completions share their prompt.
+        collator: says which sequences share what they begin with.
         world: number of ranks; the number of micro-batches is a multiple of it.
     """
     if collator.padded:
         count, longest = len(missing), missing.prompt_lengths + missing.lengths
         batches = pack_padded(range(count), longest, np.ones(count, np.int64), max(budget, int(longest.max())), world)
         return [[np.array(batch)] if batch else [] for batch in batches]
-    # Collect the completions of each prompt, and split them where they exceed the budget.
+    # Collect the completions that share something, and split them where they exceed the budget.
     groups: list[NDArray[np.int64]] = []
-    tokens: list[int] = []  # of each group in a packed row
+    tokens: list[int] = []  # of each group in a packed row, at most
     order = np.argsort(missing.prompts, kind="stable")
-    edges = np.flatnonzero(missing.prompts[order][1:] != missing.prompts[order][:-1]) + 1
+    if collator.minimum_shared is not None:
+        order = order[np.lexsort(missing.beginnings[order].T[::-1])]
+    first, prompts = missing.beginnings[order, 0], missing.prompts[order]
+    together = collator.minimum_shared is not None and (first[1:] == first[:-1]) & (first[1:] > 0)
+    edges = np.flatnonzero((prompts[1:] != prompts[:-1]) & np.logical_not(together)) + 1
     for members in np.split(order, edges):
-        prompt, lengths = int(missing.prompt_lengths[members[0]]), missing.lengths[members]
-        shares = collator.shares(prompt + int(lengths.max()))
+        lengths = (missing.prompt_lengths + missing.lengths)[members]
+        shared = _shared_tokens(missing, members, collator)
         start, total = 0, 0
         for i, length in enumerate(lengths.tolist()):
-            more = length if shares and total else prompt + length
+            more = length - (shared[i] if total else 0)
             if total and total + more > budget:
                 groups.append(members[start:i])
                 tokens.append(total)
-                start, total, more = i, 0, prompt + length
+                start, total, more = i, 0, length
             total += more
         groups.append(members[start:])
         tokens.append(total)
@@ -167,24 +179,36 @@ def scoring_batches(
     return [[groups[number] for number in batch] for batch in batches]
 
 
+def _shared_tokens(missing: Missing, members: NDArray[np.int64], collator: PackedCollator) -> list[int]:
+    """Returns how many tokens each member of a group shares with the one before it, at least."""
+    prompts, minimum = missing.prompt_lengths[members], collator.minimum_shared
+    lengths = prompts + missing.lengths[members]
+    same = missing.prompts[members][1:] == missing.prompts[members][:-1]
+    if minimum is None:
+        return [0, *np.where(same & collator.shares(int(lengths.max())), prompts[1:], 0).tolist()]
+    digests = missing.beginnings[members]
+    equal = (digests[1:] == digests[:-1]) & (digests[1:] > 0)
+    longest = (equal * np.array(_BEGINNINGS)).max(axis=1, initial=0)
+    base = np.where(same | (prompts[1:] <= longest), prompts[1:], 0)
+    shared = np.where(longest - base >= minimum, longest, base)
+    return [0, *(n if collator.shares(length) else 0 for n, length in zip(shared.tolist(), lengths[1:].tolist()))]
+
+
+def _digest_beginnings(tokens: bytes) -> list[int]:
+    """Returns the digests of the beginnings of a sequence of int64 tokens; 0 for those longer than it."""
+    return [xxh3_64_intdigest(tokens[: 8 * n]) if 8 * n <= len(tokens) else 0 for n in _BEGINNINGS]
+
+
 def read_sequences(
     dataset: Dataset, missing: Missing, groups: Sequence[NDArray[np.int64]], collator: PackedCollator
 ) -> tuple[list[Tokens], dict[ImageId, Any]]:
-    """Reads the (prompt key, completion ids) of a micro-batch, truncated, and the images of their prompts.
-
-    Sequences of one prompt are consecutive.
-    """
+    """Reads the (prompt key, completion ids) of a micro-batch, truncated, and the images of their prompts."""
     wanted = sorted({int(row) for members in groups for row in missing.rows[members]})
     names = ("prompt_ids", "completion_ids", "image_ids", IMAGES)
     rows = dataset.select_columns([name for name in names if name in dataset.column_names]).select(wanted).to_list()
     stored = {number: collator.truncated(row) for number, row in zip(wanted, rows)}
-    # A group that was split may have two parts in the same micro-batch.
-    by_prompt: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for row, position in ((missing.rows[i], missing.positions[i]) for members in groups for i in members):
-        prompt, completion = stored[int(row)][int(position)]
-        by_prompt.setdefault(prompt, []).append(completion)
-    sequences = [(prompt, completion) for prompt, completions in by_prompt.items() for completion in completions]
-    return sequences, images_of(rows)
+    places = ((int(missing.rows[i]), int(missing.positions[i])) for members in groups for i in members)
+    return [stored[row][position] for row, position in places], images_of(rows)
 
 
 def _list_items(lists: pa.ChunkedArray | pa.Array) -> list[NDArray[np.int64]]:

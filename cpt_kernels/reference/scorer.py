@@ -343,8 +343,7 @@ class Reference:
         """Scores different completions in one packed row, without the cache. All ranks must call it together.
 
         Args:
-            sequences: (prompt key, completion ids), truncated; those of one prompt are consecutive. May be empty on a
-                rank that has nothing left to score.
+            sequences: (prompt key, completion ids), truncated. May be empty on a rank that has nothing left to score.
             collator: says which sequences share their prompt, and reads images.
             images: of the prompts, see `data.images.images_of`.
 
@@ -353,7 +352,8 @@ class Reference:
         """
         collator = replace(collator, reference=None, padded=self._model().padded)
         batch = send_to_device(collator.pack(sequences, [], [], [], images), self.accelerator.device)
-        return self._score(batch)[: len(sequences)]  # a batch without sequences holds one pad token
+        found = dict(zip(batch["order"], self._score(batch)))
+        return [found[s] for s in range(len(sequences))]  # a batch without sequences holds one pad token
 
     def _check_shared(self, missing: Missing) -> None:
         """Checks that this rank sees the rows that the other ranks wrote."""

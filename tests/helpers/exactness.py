@@ -159,7 +159,7 @@ def _tokens_per_pair(rows: Sequence[Row]) -> float:
     return sum(lengths) / max(len(lengths), 1)
 
 
-class _WithoutFp32(TorchFunctionMode):
+class WithoutFp32(TorchFunctionMode):
     """Runs in fp64 what transformers computes in fp32 whatever the weights are.
 
     Else the reference of a recurrence would be rounded as eager's is, and not as that of a packed row.
@@ -184,7 +184,7 @@ def alone(name: str, weights: torch.dtype, dtype: torch.dtype, loss: str) -> tup
             recorded = None if dtype == torch.float64 else alone(name, weights, torch.float64, loss)[1][seed]
             routing = Routing(model, recorded)
         model.zero_grad()
-        with _WithoutFp32() if name in STATES and dtype == torch.float64 else contextlib.nullcontext():
+        with WithoutFp32() if name in STATES and dtype == torch.float64 else contextlib.nullcontext():
             results.append(run_alone(model, rows, LOSSES[loss], routing))
         routings.append(routing)
     return results, routings

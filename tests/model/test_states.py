@@ -40,10 +40,24 @@ def test_trunks_and_branches():
     assert torch.equal(places(row(tokens)[0])[0], tokens)
 
 
-def test_outputs_return_to_their_tokens():
-    layout = StateLayout(SEGMENTS, torch.device("cpu"))
-    tokens = torch.arange(T, dtype=torch.float64)[:, None] + 1
-    batches = [layout.trunk_tokens(tokens).flatten(0, 1), layout.branch_tokens(tokens).flatten(0, 1)]
+def test_forks():
+    """a b [c d [e | f] | g], then [h]: the tree of the paths abcde, abcdf, abg and h."""
+    layout = StateLayout([(5, 5), (1, 5), (1, 3), (1, 1)], torch.device("cpu"))
+    assert layout.trunks == [(0, 2), (7, 8)] and layout.forks == [[(2, 4, 0)]]
+    assert layout.branches == [(4, 5, 2), (5, 6, 2), (6, 7, 0)]
+    tokens = torch.arange(8, dtype=torch.float64)[:, None] + 1
+    assert layout.sequence_tokens(tokens)[2:, :, 0].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 7, 0, 0]]
+    row, places = layout.convolved(3)
+    assert row(tokens)[0, :, 0].tolist() == [0, 0, 1, 2, 0, 0, 8, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 1, 2, 7]
+    assert torch.equal(places(row(tokens)[0])[0], tokens)
+
+
+@pytest.mark.parametrize("segments", [SEGMENTS, [(5, 5), (1, 5), (1, 3), (1, 1), (1, 1)]])
+def test_outputs_return_to_their_tokens(segments):
+    layout = StateLayout(segments, torch.device("cpu"))
+    tokens = torch.arange(T + len(layout.forks), dtype=torch.float64)[:, None] + 1
+    gathers = [layout.trunk_tokens, *layout.fork_tokens, layout.branch_tokens]
+    batches = [gather(tokens).flatten(0, 1) for gather in gathers]
     assert torch.equal(layout.forked_places(torch.cat(batches))[0], tokens)
     assert torch.equal(layout.sequence_places(layout.sequence_tokens(tokens).flatten(0, 1))[0], tokens)
 
@@ -53,7 +67,7 @@ def test_the_indices_of_a_gather_are_copied_to_the_device_at_once(monkeypatch):
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: copied.append(x) or to(x, *args, **kwargs))
     layout = StateLayout(SEGMENTS, torch.device("meta"))
-    gathers = [layout.trunk_tokens, layout.branch_tokens, layout.branch_trunks, layout.forked_places]
+    gathers = [layout.trunk_tokens, layout.branch_tokens, layout.starts[0], layout.forked_places]
     gathers += layout.convolved(4)
     assert len(copied) == len(gathers) == 6
     assert sum(1 + 2 * len(gather.rounds) for gather in gathers) == 24

@@ -292,6 +292,31 @@ def test_a_prompt_is_run_once_and_a_completion_scored_once(tmp_path):
     assert {c for batch in sequences for _, c in batch} == {(p, 1, a) for p in range(5) for a in range(4)}
 
 
+def test_conversations_are_scored_together(tmp_path):
+    """Turn k's prompt holds the turns before it. Rows are shuffled, and all begin with 70 tokens of a system prompt."""
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(6):
+        prompt = [3] * 70
+        for _ in range(4):
+            prompt = [*prompt, *random.integers(5, 1000, 60).tolist()]
+            completions = [random.integers(5, 1000, 100).tolist() for _ in range(2)]
+            rows.append({"prompt_ids": prompt, "completion_ids": completions})
+            prompt = prompt + completions[0]
+    data = Dataset.from_list([rows[i] for i in random.permutation(len(rows))])
+    missing = find_missing(data, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
+    trees, tokens = PackedCollator(minimum_shared=64), []
+    for collator in (trees, PackedCollator()):
+        batches = scoring_batches(missing, collator, 4000, 1)
+        assert sorted(i for batch in batches for group in batch for i in group) == list(range(len(missing)))
+        read = [read_sequences(data, missing, batch, collator)[0] for batch in batches]
+        tokens.append([collator.pack(batch, [], [], [])["input_ids"].numel() for batch in read])
+        assert max(tokens[-1]) <= 4000
+    everything = read_sequences(data, missing, [np.arange(len(missing))], trees)[0]
+    once = trees.pack(everything, [], [], [])["input_ids"].numel()
+    assert sum(tokens[0]) < 1.3 * once < 0.6 * sum(tokens[1])
+
+
 def test_a_group_beyond_the_budget_is_split(tmp_path):
     data = Dataset.from_list([{"prompt_ids": [5] * 10, "completion_ids": [[i] * 10 for i in range(20)]}])
     missing = find_missing(data, ReferenceCache(tmp_path, FINGERPRINT), None, "keep_start")
