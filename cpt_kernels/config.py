@@ -53,6 +53,7 @@ _NUMBERS -= {"max_tokens_per_batch"}
 # Keywords of torch.utils.checkpoint, and two of transformers.
 _CHECKPOINT_KEYWORDS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 _CHECKPOINT_KEYWORDS |= {"every_n_layers", "offload"}
+_SHARING = {"auto": "auto", "true": "prompt", "false": "none"}  # share_prompts -> sharing
 _LAYERS = ("auto", "eager", "compiled", "liger")
 # Options of transformers that ask for layers -> which.
 _LAYERS_BY_OPTION = {
@@ -119,7 +120,12 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     )
 
     # Batches
-    share_prompts: str = option("auto", "Run a prompt once for all its completions: auto, true or false.")
+    sharing: str = option(
+        "auto",
+        "Run once what several sequences begin with: tree (any beginning), prompt, none, or auto (prompts, and longer"
+        " beginnings where that saves 64 tokens).",
+    )
+    share_prompts: str | None = option(None, "Older name of sharing: auto, true (prompt) or false (none).")
     packing: str = option(
         "auto",
         "Run all completions of a micro-batch in one packed row (true), each in a padded row of its own (false), or"
@@ -212,6 +218,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         super().__setattr__(name, value)
         if self._renamed_agree and name in _CHECKPOINTING:
             self.chooses_checkpointing = False
+        if self._renamed_agree and name == "share_prompts" and value is not None:
+            super().__setattr__("sharing", _SHARING[str(value).lower()])
         if self._renamed_agree and name in _OTHER_NAME:
             super().__setattr__(_OTHER_NAME[name], value)
 
@@ -219,8 +227,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         self.output_dir = self.output_dir and local_name(self.output_dir)  # its files are uploaded by training.saving
         # Values as a YAML file may have them.
         self.loss_type = loss_names(self.loss_type)
-        for name in ("share_prompts", "packing"):  # YAML reads true and false as booleans
-            setattr(self, name, str(getattr(self, name)).lower())
+        self.packing = str(self.packing).lower()  # YAML reads true and false as booleans
+        self._read_sharing()
 
         if isinstance(self.max_tokens_per_batch, str):  # a flag or YAML may have a number as text
             self._read_budget(self.max_tokens_per_batch)
@@ -319,7 +327,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         if self.ranked_pairs is not None:
             _check_choice("ranked_pairs", self.ranked_pairs, get_args(RankedPairs))
         _check_choice("prompt_format", self.prompt_format, get_args(PromptFormat))
-        _check_choice("share_prompts", self.share_prompts, ("auto", "true", "false"))
+        _check_choice("sharing", self.sharing, ("auto", "tree", "prompt", "none"))
         _check_choice("packing", self.packing, ("auto", "true", "false"))
         _check_choice("head_mode", self.head_mode, ("auto", "general"))
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
@@ -388,6 +396,19 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = True
         return "auto" in values
+
+    def _read_sharing(self) -> None:
+        """Sets ``sharing`` to what ``share_prompts`` says, if that is given."""
+        self.sharing = str(self.sharing).lower()
+        if self.share_prompts is None:
+            return
+        self.share_prompts = str(self.share_prompts).lower()
+        _check_choice("share_prompts", self.share_prompts, tuple(_SHARING))
+        if self.sharing not in ("auto", _SHARING[self.share_prompts]):
+            raise UserError(
+                f"share_prompts={self.share_prompts} contradicts sharing={self.sharing}: leave share_prompts out"
+            )
+        self.sharing = _SHARING[self.share_prompts]
 
     def _check_batches(self) -> None:
         """Raises UserError for options of batches of rows where batches are filled by tokens."""

@@ -45,6 +45,7 @@ from .model.packed_model import PackedModel, Scores, base_model, embedding_rows
 from .model.pretrained import sample_base
 from .model.sequence_groups import join_group
 from .model.sharding import shard
+from .model.sharing import sharing_options
 from .model.trials import disable_dropout
 from .ops.attention.select import describe_backend
 from .ops.gather import segment_sum
@@ -69,7 +70,6 @@ from .training.checks import (
     checked_tokenizer,
     is_noisy,
     is_overridden,
-    may_share_prompts,
     mend_generation_config,
     reading_options,
 )
@@ -198,11 +198,11 @@ class ContrastiveTrainer(PackedLoop):
         check_checkpointing(model, args)
         self.router_aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
         self.packed.noisy = is_noisy(model, args)
-        share = may_share_prompts(self.packed, args)
+        sharing = sharing_options(self.packed, args)
         cut = (args.max_length, args.truncation_mode)
         pads = dict(pad_token_id=self._tokenizer.pad_token_id or 0, padded=self.packed.padded)
         pads |= dict(images=images, always_images=args.world_size > 1)
-        packing = PackedCollator(*cut, share and not self.packed.padded, self.packed.share_limit, **pads)
+        packing = PackedCollator(*cut, share_limit=self.packed.share_limit, **pads, **sharing)
         data_collator = packed_collator(data_collator, packing)
         self.collator = getattr(data_collator, "packing", data_collator)
 

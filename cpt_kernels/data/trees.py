@@ -9,6 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+# Tokens that `sharing=auto` wants to save beyond a shared prompt. A branch may add a round to the sums of the gradients
+# of keys and values (`packing.scatter_rounds`): ten small kernels, some 50 microseconds a layer on a GPU that waits for
+# them, in which a layer of 2048 dimensions runs 67 tokens (6 * 12 * 2048^2 operations each, at 400 TFLOP/s).
+MINIMUM_SHARED = 64
+
 
 class Branch(NamedTuple):
     """A segment of a packed row.

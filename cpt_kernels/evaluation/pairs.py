@@ -30,6 +30,7 @@ from ..errors import UserError
 from ..model.images import image_reader
 from ..model.loading import load_model
 from ..model.packed_model import PackedModel, base_model, embedding_rows
+from ..model.sharing import sharing_options
 from ..pairs.build import factorize
 from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.missing import iter_sequences
@@ -232,8 +233,9 @@ class _Scorer:
             cache_dir=args.ref_cache_dir or default_cache_dir(),
             progress=not args.disable_tqdm,
         )
-        share = args.share_prompts != "false"
-        collator = PackedCollator(*self.cut, share, packed.share_limit, padded=packed.padded, images=images)
+        sharing = sharing_options(packed, args, training=False)
+        how = {"share_limit": packed.share_limit, "padded": packed.padded, "images": images} | sharing
+        collator = PackedCollator(*self.cut, **how)
         reference.fill(self.dataset, collator, args.max_tokens_per_batch, "held-out", name)
         return np.concatenate(list(self._sums(reference.cache)))
 

@@ -161,7 +161,7 @@ def scoring_batches(
     edges = np.flatnonzero((prompts[1:] != prompts[:-1]) & np.logical_not(together)) + 1
     for members in np.split(order, edges):
         lengths = (missing.prompt_lengths + missing.lengths)[members]
-        shared = _shared_tokens(missing, members, collator)
+        shared = _least_shared(missing, members, collator)
         start, total = 0, 0
         for i, length in enumerate(lengths.tolist()):
             more = length - (shared[i] if total else 0)
@@ -179,7 +179,7 @@ def scoring_batches(
     return [[groups[number] for number in batch] for batch in batches]
 
 
-def _shared_tokens(missing: Missing, members: NDArray[np.int64], collator: PackedCollator) -> list[int]:
+def _least_shared(missing: Missing, members: NDArray[np.int64], collator: PackedCollator) -> list[int]:
     """Returns how many tokens each member of a group shares with the one before it, at least."""
     prompts, minimum = missing.prompt_lengths[members], collator.minimum_shared
     lengths = prompts + missing.lengths[members]

@@ -386,28 +386,6 @@ def is_noisy(model: nn.Module, args: ContrastiveConfig) -> bool:
     return any(gather_object([random or dropout(model) > 0]))
 
 
-def may_share_prompts(model: PackedModel, args: ContrastiveConfig) -> bool:
-    """Whether the completions of a prompt may share one run of the prompt, given the model's noise and ``args``.
-
-    Raises:
-        UserError: ``share_prompts=true`` with dropout or NEFTune noise, which sharing would correlate.
-    """
-    random = args.neftune_noise_alpha is not None or model.noisy
-    if args.share_prompts == "true" and random:
-        raise UserError(
-            "share_prompts=true with dropout, NEFTune noise, or a router or adapter that samples, would give all"
-            " completions of a prompt the same noise: set disable_dropout=true and leave out neftune_noise_alpha, or"
-            " set share_prompts=false"
-        )
-    if args.share_prompts == "auto" and model.noisy and not model.padded and args.process_index == 0:
-        missed = ", which disable_dropout=true does not reach" if args.disable_dropout else ""
-        logger.warning(
-            f"every completion runs its own copy of the prompt: {type(base_model(model.model)).__name__} adds noise in"
-            f" training mode{missed}, and completions that share a prompt would have the same noise"
-        )
-    return args.share_prompts == "true" or (args.share_prompts == "auto" and not random)
-
-
 def aux_loss_coef(model: nn.Module, option: float | None) -> float:
     """Returns the weight of the load-balancing loss: ``option``, else the model's own; 0 for a model without one.
 

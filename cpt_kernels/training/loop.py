@@ -165,6 +165,9 @@ class PackedLoop(CheckpointLoop):
                 output = super().train(checkpoint, *args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
+        run, whole = self._sum(self._shared.to(self.args.device)).tolist()
+        if 0 < run < whole:
+            log_on_main([f"{run:,} tokens ran for the {whole:,} of the sides of all pairs ({run / whole:.0%})"])
         # A stream's drops are known only after reading. The report is missing if _prepare_dataset is overridden.
         if isinstance(self.train_dataset, IterableDataset) and "train" in self.reports:
             log_on_main(report_stream(self.reports["train"], self.draws, self.args, self.state.global_step))
@@ -202,6 +205,7 @@ class PackedLoop(CheckpointLoop):
         if self.place_metrics is not None:
             self.place_metrics.add(inputs)
         self.num_tokens += inputs["num_sequence_tokens"]
+        self._shared += torch.tensor([inputs["input_ids"].numel(), inputs["num_sequence_tokens"]])
         self._trained_pairs += inputs["num_pairs"]
         if self._first_step is None:
             self._first_step = self.state.global_step
@@ -237,6 +241,7 @@ class PackedLoop(CheckpointLoop):
 
     def _reset_counts(self) -> None:
         self.num_tokens, self._trained_pairs, self._first_step = 0, 0, None
+        self._shared = torch.zeros(2, dtype=torch.int64)  # tokens that ran, and those of the sides of all pairs
         self.metrics["train"].reset()
         if self.place_metrics is not None:
             self.place_metrics.reset()

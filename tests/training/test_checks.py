@@ -8,6 +8,7 @@ import pytest
 from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 
+from cpt_kernels.config import ContrastiveConfig
 from cpt_kernels.training.checks import check_engine, check_reference_model
 from tests.helpers.architectures import tiny_model
 from tests.helpers.toy import config
@@ -54,3 +55,32 @@ def test_dropout_is_disabled_or_prompts_are_not_shared(tmp_path):
     assert not on.collator.share_prompts
     with pytest.raises(ValueError, match="share_prompts=true with dropout"):
         make_trainer(tmp_path, model=model(), disable_dropout=False, share_prompts="true")
+    with pytest.raises(ValueError, match="sharing=tree with dropout"):
+        make_trainer(tmp_path, model=model(), disable_dropout=False, sharing="tree")
+
+
+def test_what_sequences_share(tmp_path, caplog):
+    def shared(**options):
+        collator = make_trainer(tmp_path, model=tiny_model("llama"), max_steps=1, **options).collator
+        return collator.share_prompts, collator.minimum_shared
+
+    expected = {"auto": (True, 64), "tree": (True, 1), "prompt": (True, None), "none": (False, None)}
+    assert {how: shared(sharing=how) for how in expected} == expected
+    assert {how: shared(share_prompts=how) for how in ("auto", "true", "false")} == {
+        "auto": (True, 64),
+        "true": (True, None),
+        "false": (False, None),
+    }
+    with pytest.raises(ValueError, match=r"sharing=tree: LlamaForCausalLM does not run trees .*padded row"):
+        shared(sharing="tree", packing="false")
+
+
+def test_both_names_of_sharing():
+    args = ContrastiveConfig("out", share_prompts=False)
+    assert args.sharing == "none"
+    args.share_prompts = "true"
+    assert args.sharing == "prompt"
+    with pytest.raises(ValueError, match="share_prompts=true contradicts sharing=tree"):
+        ContrastiveConfig("out", share_prompts=True, sharing="tree")
+    with pytest.raises(ValueError, match="sharing"):
+        ContrastiveConfig("out", sharing="trees")
