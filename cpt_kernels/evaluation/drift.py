@@ -176,7 +176,7 @@ def _token_sums(
             packed(inputs)
         packed.model.train(was_training)
     targets, lengths = inputs["targets"], [len(completion) for _, completion in sequences]
-    assert inputs["completion_lengths"] == lengths
+    assert inputs["completion_lengths"] == lengths and inputs["token_index"] is None
     columns = model.vocabulary
     if columns != start.vocabulary:
         raise UserError(

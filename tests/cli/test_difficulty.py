@@ -98,6 +98,12 @@ def test_scores_are_held_out_losses_of_runs_on_the_other_folds(home, tmp_path, c
     assert abs(expected - start[held_out]).max() > 0.1
 
 
+def test_runs_under_autocast(home, tmp_path):
+    """The trained model is scored without the autocast that accelerate puts around its forward in training."""
+    rows = difficulty(home, tmp_path / "scored.jsonl", "--seeds", "1", "--max_steps", "1", "--bf16")
+    assert sum(row.get("difficulty") is not None for row in rows) == 15
+
+
 def test_a_stopped_command_continues_and_other_options_begin_anew(home, tmp_path, monkeypatch):
     done, own_run = [], command.CrossFit._run
 

@@ -243,7 +243,7 @@ def test_cpt_lists_its_commands(capsys):
     assert cli.main(["--version"]) == 0
     assert re.fullmatch(r"cpt-kernels \S+, torch \d\S+, transformers \d\S+\n", capsys.readouterr().out)
     assert cli.main(["--help"]) == 0 and cli.main([]) == 2
-    assert capsys.readouterr().out.count("cpt demo") == 2
+    assert capsys.readouterr().out.count("cpt demo-real") == 2
     assert cli.main(["trian"]) == 2 and "did you mean train?" in capsys.readouterr().err
     assert cli.main(["train", "--betta", "1"]) == 2 and "cpt train: error: unknown" in capsys.readouterr().err
 
