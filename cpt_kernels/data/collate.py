@@ -73,6 +73,7 @@ class PackedBatch(TypedDict):
     rejected: Tensor | None  # (P,) int64; None for supervised rows
     sft_targets: Tensor  # (P,) int64, the completion of SLiC's regularizer
     gaps: Tensor | None  # (P,) fp32, by how much chosen is better; None unless every pair has a gap
+    weights: Tensor | None  # (P,) fp32, factors of the pairs' losses; None if each is 1
     hard: Tensor | None  # (P,) bool, which pairs a curriculum counts as hard; None if none is
     # (completions, pairs) per block: the smallest consecutive completions containing both sides of all their pairs
     pair_blocks: list[tuple[int, int]]
@@ -128,6 +129,7 @@ class PackedCollator:
         edges: list[tuple[Tokens, ...]] = []
         gaps: list[float | None] = []
         hard: list[bool] = []
+        weights: list[float] = []
         for row in rows:
             cut = self.truncated(row)
             rejected_columns = [row["rejected"]] if row["rejected"] else []  # supervised rows have none
@@ -136,8 +138,9 @@ class PackedCollator:
                 gaps.append(gap_of(row, chosen, *rejected))
                 hard.append(row.get(HARD, False))
             sequences += cut
+            weights += row.get("weights") or [1.0] * len(row["chosen"])
         places = [row[PLACE] for row in rows if PLACE in row]
-        return self.pack(sequences, edges, gaps, places, images_of(rows), hard)
+        return self.pack(sequences, edges, gaps, places, images_of(rows), hard, weights=weights)
 
     def pack(
         self,
@@ -147,6 +150,8 @@ class PackedCollator:
         places: list[float],
         images: Mapping[ImageId, Any] | None = None,
         hard: Sequence[bool] = (),
+        *,
+        weights: Sequence[float] = (),
     ) -> PackedBatch:
         """Packs sequences and their pairs into one batch.
 
@@ -157,6 +162,7 @@ class PackedCollator:
             places: see :class:`PackedBatch`.
             images: the images of the prompts, see :func:`images.images_of`.
             hard: which pairs are hard; default none.
+            weights: of the pairs; default 1.
         """
         if not sequences:  # a rank without rows runs one token, to take part in every collective
             sequences = [((self.pad_token_id,), (self.pad_token_id,))]
@@ -176,6 +182,7 @@ class PackedCollator:
         pairs, edge_order, pair_blocks = _index_pairs(edges, index_of, layout.ties())
         gaps = [gaps[p] for p in edge_order]
         hard = [hard[p] for p in edge_order] if any(hard) else []
+        weights = [weights[p] for p in edge_order] if any(weight != 1 for weight in weights) else []
         chosen, sft_targets, *rejected = np.array(pairs, np.int64).T if pairs else np.zeros((3, 0), np.int64)
 
         # Counts, and everything as tensors.
@@ -215,6 +222,7 @@ class PackedCollator:
             rejected=_ints(rejected[0]) if rejected else None,
             sft_targets=_ints(sft_targets),
             gaps=None if None in gaps else torch.tensor(gaps, dtype=torch.float32),
+            weights=torch.tensor(weights, dtype=torch.float32) if weights else None,
             hard=torch.tensor(hard) if hard else None,
             pair_blocks=pair_blocks,
             ref_token_logps=ref_token_logps,

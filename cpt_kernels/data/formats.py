@@ -34,6 +34,7 @@ PromptFormat = Literal["auto", "chat", "text"]  # chat: text becomes turns of th
 PROMPT_FILLS = "prompt fills max_length"
 EMPTY = "empty completion"
 IDENTICAL = "identical sides"
+UNSCORED = "completion without a scored token"
 TIED = "tied scores"
 IMAGE_CUT = "max_length would cut an image"
 NO_ASSISTANT = "no assistant turn"
@@ -60,6 +61,9 @@ class Example:
     pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None leaves the choice to `ranked_pairs`
     images: list = field(default_factory=list)  # of the prompt, as the row holds them
     asked: list = field(default_factory=list)  # `pairs` if given, else `scores`, before empty completions were removed
+    # For each completion which of its turns are scored, None for those of the assistant; None: no row says so
+    train_on: list[list[bool] | None] | None = None
+    weights: list[float] | float = 1.0  # of all pairs, or of each of `pairs`
 
     @property
     def is_chat(self) -> bool:
@@ -77,19 +81,28 @@ def parse_row(
     gap_column: str | None = None,
     roles: Roles | None = None,
     prompt_format: PromptFormat = "auto",
+    *,
+    weight_column: str | None = None,
+    all_turns: bool = False,
 ) -> Example:
     """Parses one row of the form PREFERENCE, RANKED, SUPERVISED or MESSAGES.
 
     Empty completions (null, no text, no messages) are removed from a ranked row; rows of other forms must have none.
     With `gap_column`, the ratings of a pair are that column's value and 0. `roles` names the columns that do not have
-    our names. A row with a system prompt or a history is a conversation; see `PromptFormat` for other rows.
+    our names. A row with a system prompt or a history is a conversation; see `PromptFormat` for other rows. With
+    `all_turns`, the completion of a row of MESSAGES begins with the assistant's first turn, else with its last. With
+    `train_on`, it begins with the first turn that is scored.
 
     Raises:
         RowError: the row cannot be used; its reason and detail say why.
     """
     # The ranked completions. `names` are what errors call them.
     roles = roles or {}
+    if row.get("completion_mask") is not None:
+        mend = "give token ids (`prompt_ids`, ...), or `train_on`, a 0 or a 1 per turn of messages"
+        raise RowError(MALFORMED, f"`completion_mask` is for tokens, and the row is not tokenized: {mend}")
     names, sides, scores = _read_sides(row, form, roles)
+    train_on = _read_train_on(row, form, names, sides)
     if gap_column is not None:
         scores = [read_gap(row, gap_column), 0.0]
     filled = [i for i, side in enumerate(sides) if not _is_empty(side)]
@@ -102,8 +115,9 @@ def parse_row(
     all_scores = scores
     names, scores = [names[i] for i in filled], [scores[i] for i in filled]
     completions = cast("list[Text]", [sides[i] for i in filled])
-    pairs = _read_pairs(row, names, _column(roles, "completions")) if form is Form.RANKED else None
+    pairs, weights = _read_pairs(row, names, _column(roles, "completions"), weight_column, form)
     asked = all_scores if pairs is None else row["pairs"]
+    flags: list = [None] * len(filled) if train_on is None else [train_on[i] for i in filled]
 
     # The target, a further completion.
     if target_column is not None:
@@ -112,6 +126,7 @@ def parse_row(
             raise RowError(EMPTY, f"`{target_column}` without text")
         names.append(target_column)
         completions.append(target)
+        flags.append(None)
     if len({isinstance(completion, str) for completion in completions}) > 1:
         raise RowError(MALFORMED, f"{in_backticks(names)} mix text and messages")
 
@@ -121,7 +136,9 @@ def parse_row(
         column = _column(roles, "prompt")
         if form is not Form.PREFERENCE or (column in row and not are_whole(completions)):
             raise RowError(NO_PROMPT, f"`{column}` is null")
-    prompt, completions = _split_prompt(given, names, completions, ranked=len(scores))
+    first = _first_scored(completions[0], flags[0], all_turns) if form is Form.MESSAGES else None
+    prompt, completions = _split_prompt(given, names, completions, ranked=len(scores), cut=first)
+    flags = [turns if turns is None else turns[-len(side) :] for turns, side in zip(flags, completions)]
     for name, completion in zip(names, completions):
         if _is_empty(completion):  # for instance a conversation whose last message has no content
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
@@ -131,6 +148,8 @@ def parse_row(
         *(prompt, completions, scores, target_column is not None, tools, template_kwargs, pairs),
         images=_read_images(row, roles),
         asked=asked,
+        train_on=None if train_on is None else flags,
+        weights=weights,
     )
 
 
@@ -234,6 +253,18 @@ def read_gap(row: Mapping[str, Any], column: str) -> float:
     return gap
 
 
+def read_weight(value: Any, column: str) -> float:
+    """Returns the weight of a pair.
+
+    Raises:
+        RowError: the value is not a finite number of at least 0.
+    """
+    weight = read_number(value)
+    if weight is None or not 0 <= weight < math.inf:
+        raise RowError(MALFORMED, f"`{column}` is {value!r}; expected a weight: a finite number of at least 0")
+    return weight
+
+
 def _column(roles: Roles, role: str) -> str:
     return roles.get(role, role)
 
@@ -292,18 +323,61 @@ def _first_of(item: Mapping[str, Any], keys: Iterable[str]) -> Any:
     return next((item[key] for key in keys if item.get(key) is not None), None)
 
 
-def _read_pairs(row: Mapping[str, Any], names: list[str], column: str) -> list[tuple[int, int]] | None:
-    """Returns the row's `pairs` as positions in `names`, without pairs of removed completions; None without `pairs`."""
-    if (pairs := row.get("pairs")) is None:
-        return None
+def _read_pairs(
+    row: Mapping[str, Any], names: list[str], column: str, weight_column: str | None, form: Form
+) -> tuple[list[tuple[int, int]] | None, list[float] | float]:
+    """Returns the row's `pairs` as positions in `names`, without pairs of removed completions, and the pairs' weights.
+
+    Without `pairs` the first is None, and one weight counts for all pairs.
+    """
+    weight = 1.0 if weight_column is None else row.get(weight_column)
+    if form is not Form.RANKED or (pairs := row.get("pairs")) is None:
+        return None, read_weight(weight, str(weight_column))
     given, position = range(len(row[column])), {name: i for i, name in enumerate(names)}
     if not isinstance(pairs, list) or not pairs or not all(_is_edge(pair, given) for pair in pairs):
         raise RowError(MALFORMED, f"`pairs` is not a list of [better, worse] positions in the {len(given)} completions")
     found = [(position.get(f"{column}[{better}]"), position.get(f"{column}[{worse}]")) for better, worse in pairs]
-    left = [(better, worse) for better, worse in found if better is not None and worse is not None]
+    if isinstance(weight, list) and len(weight) != len(pairs):
+        raise RowError(MALFORMED, f"`{weight_column}` holds {len(weight)} weights for {len(pairs)} `pairs`")
+    each = weight if isinstance(weight, list) else [weight] * len(pairs)
+    weights = [read_weight(value, str(weight_column)) for value in each]
+    left = [(b, w, weight) for (b, w), weight in zip(found, weights) if b is not None and w is not None]
     if not left:
         raise RowError(EMPTY, "each of `pairs` has a completion without text")
-    return left
+    return [(better, worse) for better, worse, _ in left], [weight for *_, weight in left]
+
+
+def _read_train_on(
+    row: Mapping[str, Any], form: Form, names: list[str], sides: Sequence[Text | None]
+) -> list[list[bool]] | None:
+    """Returns which turns of each side are scored, by the row's `train_on`; None without it.
+
+    `train_on` holds a list of 0 and 1 for each side, in the order of the row, one number per turn; a row with one side
+    may hold the numbers themselves.
+    """
+    if (given := row.get("train_on")) is None:
+        return None
+    if len(sides) == 1 and isinstance(given, list) and not any(isinstance(flags, list) for flags in given):
+        given = [given]
+    if not isinstance(given, list) or len(given) != len(sides):
+        raise RowError(MALFORMED, f"`train_on` is not a list of {len(sides)} lists, one for each of the completions")
+    if form is Form.RANKED:  # the sides are sorted
+        given = [given[int(name.rpartition("[")[2][:-1])] for name in names]
+    for name, flags, side in zip(names, given, sides):
+        if isinstance(side, str):
+            raise RowError(MALFORMED, f"`train_on` names turns of messages, and `{name}` is text")
+        if not isinstance(flags, list) or len(flags) != len(side or ()) or any(flag not in (0, 1) for flag in flags):
+            raise RowError(
+                MALFORMED, f"`train_on` does not hold a 0 or a 1 for each of the {len(side or ())} turns of `{name}`"
+            )
+    return [[bool(flag) for flag in flags] for flags in given]
+
+
+def _first_scored(messages: Text, flags: Sequence[bool] | None, all_turns: bool) -> int | None:
+    """Returns the first turn of a conversation that is scored; None for the last turn."""
+    if flags is None:
+        flags = [isinstance(turn, dict) and turn["role"] == "assistant" for turn in messages] if all_turns else []
+    return next((i for i, flag in enumerate(flags) if flag), None)
 
 
 def _is_edge(pair: Any, given: range) -> bool:
@@ -355,12 +429,14 @@ def are_whole(sides: Sequence[Text]) -> bool:
     return bool(starts) and not {"assistant", "tool"} & {*starts}
 
 
-def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], ranked: int) -> tuple[Text, list[Text]]:
+def _split_prompt(
+    prompt: Text | None, names: list[str], sides: list[Text], ranked: int, cut: int | None = None
+) -> tuple[Text, list[Text]]:
     """Splits sides into the prompt and the completions that follow it.
 
     An explicit prompt of the sides' own kind (text or messages) is returned with the sides as they are. Otherwise the
     prompt is the common start of the first `ranked` sides. This includes a prompt beside whole conversations, which
-    only repeats their start. Transcripts are cut before an answer.
+    only repeats their start. Transcripts are cut before an answer. `cut` is the prompt's number of turns, if known.
     """
     is_chat = not isinstance(sides[0], str)
     # Arrow adds null keys to messages, and not the same ones in every column.
@@ -381,7 +457,7 @@ def _split_prompt(prompt: Text | None, names: list[str], sides: list[Text], rank
             f"`prompt` is text, but `{names[0]}` is a list of messages, and no turn comes before the completion: give"
             " the prompt as a message of the user, or the sides as text",
         )
-    cut = None if is_chat else transcript_prompt(cast("list[str]", sides[:ranked]))
+    cut = cut if is_chat else transcript_prompt(cast("list[str]", sides[:ranked]))
     cut = _shared_length(bare[:ranked]) if cut is None else cut
     if is_chat and cut == 0:
         raise RowError(MALFORMED, f"no turn comes before the completion in {in_backticks(names[:ranked])}: no prompt")

@@ -62,7 +62,8 @@ _CONVERSATIONS = ("conversations", "messages")
 _BEFORE_PROMPT = {"system": ("system", "system_prompt"), "history": ("history",)}  # role -> columns
 
 IMAGE_COLUMNS = ("images", "image")  # TRL's: a list of images, or one
-_READ = ("pairs", "tools", "chat_template_kwargs", "row", "image_ids")  # columns that are read under these names
+# Columns that are read under these names.
+_READ = ("pairs", "tools", "chat_template_kwargs", "row", "image_ids", "completion_mask", "train_on")
 REFERENCE_SUMS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's, which `cpt cache import` reads
 _UNPAIRED = ("label", "kto_tag")
 _SIDES = {name for form, names in _FORMS if form is Form.PREFERENCE for name in names} - {"messages", "response"}
@@ -156,8 +157,8 @@ def find_prompt(columns: Collection[str], form: Form | None = None) -> dict[str,
 
 def read_by(form: Form, roles: Roles) -> set[str]:
     """Returns the columns that are read of rows with these roles; without roles, columns have our names."""
-    named = roles.values() if form not in (Form.GROUP, Form.TOKENS) else ()
-    return {*(named or ("prompt", *FORM_COLUMNS[form])), *_READ}
+    named = [*roles.values()] if form not in (Form.GROUP, Form.TOKENS) else []
+    return {*(named or ("prompt", *FORM_COLUMNS[form])), *_READ, *(("scored", "weights") if form is Form.GROUP else ())}
 
 
 def unused_columns(

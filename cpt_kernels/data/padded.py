@@ -37,7 +37,9 @@ class UnpaddingCollator:
         edges = [(chosen, chosen, rejected) for chosen, rejected in zip(sides, sides[len(examples) :])]
         gaps = [gap_of(row, *edge) for row in rows for edge in zip(row["chosen"], row["rejected"])]
         hard = [row.get(HARD, False) for row in rows for _ in row["chosen"]]
-        return self.packing.pack(sides, edges, gaps, [row[PLACE] for row in rows if PLACE in row], hard=hard)
+        weights = [weight for row in rows for weight in row.get("weights") or [1.0] * len(row["chosen"])]
+        places = [row[PLACE] for row in rows if PLACE in row]
+        return self.packing.pack(sides, edges, gaps, places, hard=hard, weights=weights)
 
 
 def packed_collator(given: Callable | None, default: PackedCollator) -> PackedCollator | UnpaddingCollator:
@@ -60,6 +62,11 @@ def _pair_examples(row: Mapping[str, Any]) -> list[dict]:
     if row.get("image_ids"):
         raise UserError(
             f"row {row['row']} has images, which a data_collator for padded batches does not hand on: leave it out"
+        )
+    if row.get("scored"):
+        raise UserError(
+            f"row {row['row']} has tokens that are not scored, which a data_collator for padded batches does not know:"
+            " leave data_collator out, or set assistant_only_loss=false and remove the column of masks"
         )
     if not row["rejected"] or row["targets"] != row["chosen"]:
         raise UserError(

@@ -12,11 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from ..errors import UserError
 from .first_row import FirstRow, read_first_row
-from .formats import EMPTY, IDENTICAL, IMAGE_CUT, PROMPT_FILLS, PromptFormat, RankedPairs, check_ranked_pairs
+from .formats import EMPTY, IDENTICAL, IMAGE_CUT, PROMPT_FILLS, UNSCORED, PromptFormat, RankedPairs, check_ranked_pairs
 from .forms import REFERENCE_SUMS, Form, Roles, find_roles, in_backticks, read_by, unused_columns
 from .images import IMAGES, ImageReader, is_processor, undecoded
 from .rows import ExactJson, NullPlaces, find_null_places, read_columns, visible_rows
@@ -28,15 +28,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_EDGES = ("chosen", "rejected", "targets")
+_EDGES = ("chosen", "rejected", "targets", "weights")
 _DECISION_FEATURES = Features(
     {
-        **{name: List(Value("int32")) for name in _EDGES},
+        **{name: GROUP_FEATURES[name] for name in _EDGES},
         **REMARK_FEATURES,
         "row": Value("int64"),
         "truncated": Value("int32"),
         "promptless": Value("int32"),
         "max_token_id": Value("int64"),
+        "completion_tokens": Value("int64"),
+        "scored_tokens": Value("int64"),
     }
 )
 _EXAMPLE_ROWS = 5
@@ -77,6 +79,8 @@ class PreparationReport:
     pairs: int = 0  # in kept rows
     pairs_dropped: int = 0  # in kept rows: equal sides, a side without tokens, or a repeated pair
     truncated: int = 0  # sequences (prompt + completion) of kept rows that max_length cuts
+    completion_tokens: int = 0  # of kept rows, before truncation
+    scored_tokens: int = 0  # of these
     promptless: int = 0  # sequences of kept rows whose first completion token serves as the prompt
     texts: int = 0  # kept rows of text
     chats: int = 0  # kept rows that the chat template renders
@@ -108,6 +112,8 @@ class PreparationReport:
         self.pairs_dropped += decision["pairs_given"] - len(decision["rejected"])
         self.truncated += decision["truncated"]
         self.promptless += decision["promptless"]
+        self.completion_tokens += decision["completion_tokens"]
+        self.scored_tokens += decision["scored_tokens"]
         self.max_token_id = max(self.max_token_id, decision["max_token_id"])
         self.chats += decision["is_chat"]
         self.texts += not decision["is_chat"]
@@ -150,6 +156,8 @@ class PreparationReport:
         lines += [f"dropped, {reason}: {drop}" for reason, drop in self.dropped.items()]
         if self.pairs_dropped:
             lines.append(f"{self.pairs_dropped} pairs of kept rows dropped: equal sides, or a side without tokens")
+        if self.scored_tokens < self.completion_tokens:
+            lines.append(f"{self.scored_tokens / self.completion_tokens:.1%} of the completions' tokens are scored")
         if self.truncated:
             lines.append(f"{self.truncated} sequences truncated to max_length={self.max_length}")
         if self.promptless:
@@ -178,37 +186,44 @@ class Filter:
 
     max_length: int | None
     truncation_mode: TruncationMode
-    version: int = 2
+    version: int = 3
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         decisions = [self._decide(row) for row in _rows(batch, [*GROUP_FEATURES, *REMARK_FEATURES])]
         return {name: [decision[name] for decision in decisions] for name in _DECISION_FEATURES}
 
     def _decide(self, row: dict[str, Any]) -> dict[str, Any]:
-        prompt_ids, completions = row["prompt_ids"], row["completion_ids"]
+        prompt_ids, completions, masks = row["prompt_ids"], row["completion_ids"], row["scored"]
         lengths = [len(prompt_ids) + len(ids) for ids in completions]
         decision = {
             **{name: row[name] for name in (*_EDGES, *REMARK_FEATURES, "row")},
             "truncated": sum(self.max_length is not None and length > self.max_length for length in lengths),
             "promptless": sum(self._loses_prompt(prompt_ids, ids) for ids in completions),
             "max_token_id": max((max(ids) for ids in (prompt_ids, *completions) if ids), default=-1),
+            "completion_tokens": sum(map(len, completions)),
+            "scored_tokens": sum(map(sum, masks)) if masks else sum(map(len, completions)),
         }
-        if row["reason"] or (prompt_ids and not decision["truncated"]):
+        if row["reason"] or (prompt_ids and not decision["truncated"] and not masks):
             return decision  # dropped already, or nothing to cut
         if self.max_length is not None and self.truncation_mode == "keep_start" and len(prompt_ids) >= self.max_length:
             return decision | {"reason": PROMPT_FILLS, "detail": f"{len(prompt_ids)} tokens"}
         how = (self.max_length, self.truncation_mode, bool(row["image_ids"]))
         cut = [truncate(prompt_ids, ids, *how) for ids in completions]
-        # A pair stays if all its completions keep some tokens and its two sides still differ.
+        seen = (
+            [any(truncate(prompt_ids, mask, *how)[1]) for mask in masks] if masks else [len(ids) > 0 for _, ids in cut]
+        )
+        # A pair stays if all its completions keep some scored tokens and its two sides still differ.
         edges = list(zip(row["chosen"], row["targets"], *([row["rejected"]] if row["rejected"] else [])))
-        scored = [edge for edge in edges if all(cut[i][1] for i in edge)]
-        different = [edge for edge in scored if len(edge) < 3 or cut[edge[0]] != cut[edge[2]]]
+        scored = [e for e, edge in enumerate(edges) if all(seen[i] for i in edge)]
+        different = [e for e in scored if len(edges[e]) < 3 or cut[edges[e][0]] != cut[edges[e][2]]]
         if not different:
-            reason = IDENTICAL if scored else IMAGE_CUT if row["image_ids"] else EMPTY
+            unscored = masks and any(all(len(cut[i][1]) > 0 for i in edge) for edge in edges)
+            reason = IDENTICAL if scored else UNSCORED if unscored else IMAGE_CUT if row["image_ids"] else EMPTY
             detail = f"when cut to max_length={self.max_length}" if decision["truncated"] else "one token and no prompt"
+            if unscored and not decision["truncated"]:
+                detail = "its mask scores nothing"
             return decision | {"reason": reason, "detail": detail}
-        chosen, targets, *rejected = map(list, zip(*different))
-        return decision | {"chosen": chosen, "targets": targets, "rejected": rejected[0] if rejected else []}
+        return decision | {name: [row[name][e] for e in different] if row[name] else [] for name in _EDGES}
 
     def _loses_prompt(self, prompt_ids: list[int], completion_ids: list[int]) -> bool:
         cut_away = self.truncation_mode == "keep_end" and len(completion_ids) >= (self.max_length or math.inf)
@@ -265,6 +280,8 @@ def examine(
     gap_column: str | None = None,
     ranked_pairs: RankedPairs = "all",
     prompt_format: PromptFormat = "auto",
+    weight_column: str | None = None,
+    assistant_only_loss: bool = False,
     keep_columns: Sequence[str] = (),
     name: str = "train",
 ) -> Examined:
@@ -289,10 +306,16 @@ def examine(
         reader = _make_reader(processor, form, roles, name)
         dataset, roles = undecoded(dataset, roles["images"]), {**roles, "images": IMAGES}
         columns = [IMAGES if column == "image" else column for column in columns]
-    keep = _kept_columns(columns, form, target_column, gap_column, keep_columns)
-    named = [*filter(None, [target_column, gap_column]), *keep, *((IMAGES,) if IMAGES in columns else ())]
+    single = {"target_column": target_column, "gap_column": gap_column, "weight_column": weight_column}
+    keep = _kept_columns(columns, form, single, keep_columns)
+    named = [*filter(None, single.values()), *keep, *((IMAGES,) if IMAGES in columns else ())]
     nulls = find_null_places(dataset.features, {*read_by(form, roles), *named} if form not in _TOKENIZED else ())
     first = read_first_row(dataset, form, roles, prompt_format, processor if reader else tokenizer, nulls)
+    if assistant_only_loss and (first.is_chat is False or form in _TOKENIZED):
+        raise UserError(
+            f"assistant_only_loss=true finds the assistant's turns in messages, and the {name} data holds"
+            f" {'tokens' if form in _TOKENIZED else 'text'}: give messages, set prompt_format=chat, or leave it out"
+        )
     unused = unused_columns(columns, form, roles, named, first.is_whole)
     return Examined(dataset, columns, form, roles, keep, nulls, first, unused, reader)
 
@@ -326,6 +349,8 @@ def prepare(
     gap_column: str | None = None,
     ranked_pairs: RankedPairs = "all",
     prompt_format: PromptFormat = "auto",
+    weight_column: str | None = None,
+    assistant_only_loss: bool = False,
     keep_columns: Sequence[str] = (),
     num_proc: int | None = None,
     batch_size: int = 1000,
@@ -340,6 +365,8 @@ def prepare(
             - `prompt, completion`; or `messages`;
             - `prompt_ids, chosen_ids, rejected_ids`;
             - the output of this function.
+            Rows of tokens may have `completion_mask`, a list for each completion of a 0 or a 1 per token: the tokens
+            that are scored. Rows of messages may have `train_on`, the same per turn.
             Rows of text or messages may have `tools` (a list or its JSON) and `chat_template_kwargs`. :mod:`.forms`
             lists the forms of other trainers that are read, too. Prompts of text or messages may have images, in a
             column `images` or `image`, as PIL images, paths, URLs or bytes.
@@ -351,6 +378,10 @@ def prepare(
         ranked_pairs: which pairs a ranked row without `pairs` has, see `formats.ranked_pairs`.
         prompt_format: `auto` renders rows of messages, or with a system prompt or history, by the chat template, and
             continues text as it is. `chat` also makes turns of text. `text` drops rows that are conversations.
+        weight_column: the weights of the pairs, numbers of at least 0: one for all pairs of a row, or a list of one for
+            each of its `pairs`.
+        assistant_only_loss: score the assistant's turns only, see :mod:`.masks`. Then the completion of a row of
+            `messages` begins with the assistant's first turn.
         keep_columns: columns to keep as they are.
         num_proc: number of processes that tokenize a map-style dataset. A stream is tokenized where it is read.
         batch_size: number of rows that are tokenized together.
@@ -373,6 +404,8 @@ def prepare(
         gap_column=gap_column,
         ranked_pairs=ranked_pairs,
         prompt_format=prompt_format,
+        weight_column=weight_column,
+        assistant_only_loss=assistant_only_loss,
         keep_columns=keep_columns,
         name=name,
     )
@@ -387,6 +420,8 @@ def prepare(
         roles=dict(read.roles),
         prompt_format=first.prompt_format,
         reader=read.reader,
+        weight_column=weight_column,
+        assistant_only_loss=assistant_only_loss,
     )
     images = (IMAGES,) if IMAGES in read.columns and (read.reader or form is Form.GROUP) else ()
     if images:
@@ -511,12 +546,11 @@ def _rows(batch: Mapping[str, list], names: Iterable[str] | None = None) -> list
 def _kept_columns(
     columns: Sequence[str],
     form: Form,
-    target_column: str | None,
-    gap_column: str | None,
+    single: Mapping[str, str | None],  # option -> the column that it names
     keep_columns: Sequence[str],
 ) -> tuple[str, ...]:
     """Checks the columns that options name, and returns those to keep, including TRL's reference log-probs."""
-    single = {"target_column": target_column, "gap_column": gap_column}
+    target_column, gap_column, weight_column = single.values()
     named = {option: [name] if name else [] for option, name in single.items()} | {"keep_columns": keep_columns}
     for option, names in named.items():
         if missing := [name for name in names if name not in columns]:
@@ -525,6 +559,8 @@ def _kept_columns(
         raise UserError(f"target_column={target_column!r} needs rows of pairs; the dataset's form is {form.value}")
     if gap_column and form not in (Form.PREFERENCE, Form.TOKENS):
         raise UserError(f"gap_column={gap_column!r} needs rows of one pair; the dataset's form is {form.value}")
+    if weight_column and form is Form.GROUP:
+        raise UserError(f"weight_column={weight_column!r}: prepared rows have their `weights` already; leave it out")
     if taken := set(keep_columns) & {*GROUP_FEATURES, *REMARK_FEATURES}:
         raise UserError(f"keep_columns names {sorted(taken)}, which the prepared dataset uses itself: rename them")
     references = REFERENCE_SUMS if form is Form.TOKENS else ()

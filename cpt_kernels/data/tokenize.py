@@ -6,6 +6,8 @@ A prompt group is the row that the filter, the packer and the collator work on:
     completion_ids      list[list[int]]  K different completions, each used by some pair
     chosen, rejected    list[int]        P pairs, as indices into completion_ids; a supervised row has no `rejected`
     targets             list[int]        P completions for SLiC's regularizer (y_ref): the target column, else `chosen`
+    scored              list[list[bool]] K masks, which tokens of each completion are scored; empty if all of them are
+    weights             list[float]      P weights of the pairs' losses; empty if each is 1
     image_ids           list[int]        identities of the prompt's images, see `images.ImageReader.image_id`
     scores              list[float]      K ratings whose differences are the gaps. Ranked rows have them (without a
                                          column `scores`, the negated rank) and pairs with a gap column; else empty
@@ -20,7 +22,7 @@ import contextlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
@@ -41,11 +43,13 @@ from .formats import (
     parse_row,
     ranked_pairs,
     read_gap,
+    read_weight,
 )
 from .forms import Form, Roles, read_by
 from .image_files import open_image
 from .images import ImageReader
-from .messages import MALFORMED, RowError, has_images
+from .masks import UNJOINED, scored_tokens, text_mask, turn_spans
+from .messages import MALFORMED, RowError, has_images, with_images
 from .rows import ExactJson, NullPlaces, drop_nulls
 
 if TYPE_CHECKING:
@@ -57,9 +61,11 @@ GROUP_FEATURES = Features(
         "prompt_ids": List(Value("int32")),
         "image_ids": List(Value("int64")),
         "completion_ids": List(List(Value("int32"))),
+        "scored": List(List(Value("bool"))),
         "chosen": _INDICES,
         "rejected": _INDICES,
         "targets": _INDICES,
+        "weights": List(Value("float32")),
         "scores": List(Value("float32")),
         "row": Value("int64"),
     }
@@ -84,7 +90,8 @@ REMARK_FEATURES = Features(
 _LARGEST_ID = 2**31 - 1  # GROUP_FEATURES store ids as int32
 _PART = 250  # rows that are encoded together
 
-_GROUP_REST = ("image_ids", "chosen", "rejected", "targets", "scores")
+_OPTIONAL = ("image_ids", "scores", "scored", "weights")  # lists that a prepared row may lack
+_GROUP_REST = ("chosen", "rejected", "targets", *_OPTIONAL)
 _GROUP_LISTS = ("prompt_ids", "completion_ids", *_GROUP_REST)
 
 
@@ -110,10 +117,14 @@ class Tokenization:
     roles: Roles = field(default_factory=dict)
     prompt_format: PromptFormat = "auto"
     reader: ImageReader | None = None  # of a dataset with a column of images
-    version: int = 8
+    weight_column: str | None = None
+    assistant_only_loss: bool = False
+    version: int = 9
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        read = read_by(self.form, self.roles).union([self.target_column, self.gap_column, "scores"], self.keep)
+        read = read_by(self.form, self.roles).union(
+            [self.target_column, self.gap_column, self.weight_column, "scores"], self.keep
+        )
         columns = {name: batch[name] for name in batch if name in read}
         for name, places in self.nulls.items():
             if name in columns:
@@ -127,6 +138,8 @@ class Tokenization:
             groups = self._encode_groups(rows)
         output: dict[str, list] = {name: [] for name in (*GROUP_FEATURES, *REMARK_FEATURES)}
         for index, row, group in zip(indices, rows, groups):
+            if isinstance(group, RowError) and group.reason == UNJOINED:
+                raise UserError(f"row {index}: {group.detail}")
             if isinstance(group, RowError):
                 group = {**{name: [] for name in _GROUP_LISTS}, "reason": group.reason, "detail": group.detail}
             filled = {"row": index, "reason": "", "detail": "", "seam": "", "pairs_given": len(group["rejected"])}
@@ -148,9 +161,11 @@ class Tokenization:
             names = ["chosen_ids", "rejected_ids"] + ([self.target_column] if self.target_column else [])
             completions = [_token_list(row[name], name) for name in names]
             scores = [1.0 if self.gap_column is None else read_gap(row, self.gap_column), 0.0]
-            return self._build_group(prompt_ids, completions, scores, self.target_column is not None)
-        group = {name: row[name] for name in _GROUP_LISTS if name not in ("scores", "image_ids")}
-        group |= {name: row.get(name) or [] for name in ("scores", "image_ids")}
+            weights = 1.0 if self.weight_column is None else read_weight(row[self.weight_column], self.weight_column)
+            has_target, masks = self.target_column is not None, _read_masks(row, completions)
+            return self._build_group(prompt_ids, completions, scores, has_target, scored=masks, weights=weights)
+        group = {name: row[name] for name in _GROUP_LISTS if name not in _OPTIONAL}
+        group |= {name: row.get(name) or [] for name in _OPTIONAL}
         if not isinstance(group["completion_ids"], list):
             raise RowError(MALFORMED, "`completion_ids` is not a list of token lists")
         group["completion_ids"] = [_token_list(ids, "completion_ids") for ids in group["completion_ids"]]
@@ -166,6 +181,12 @@ class Tokenization:
             raise RowError(MALFORMED, f"`scores` holds {len(group['scores'])} for {len(valid)} completions")
         if group["scores"] and not _has_gaps(group["scores"], zip(group["chosen"], group["rejected"])):
             group["scores"] = []
+        group["scored"] = _read_masks(row, group["completion_ids"], "scored") or _read_masks(
+            row, group["completion_ids"]
+        )
+        group["weights"] = [read_weight(weight, "weights") for weight in group["weights"]]
+        if len(group["weights"]) not in (0, len(group["chosen"])):
+            raise RowError(MALFORMED, f"`weights` holds {len(group['weights'])} for {len(group['chosen'])} pairs")
         return group
 
     # --- Rows with images ---
@@ -178,7 +199,7 @@ class Tokenization:
             UserError: a completion has an image.
         """
         assert self.reader is not None
-        example = parse_row(row, self.form, self.target_column, self.gap_column, self.roles, self.prompt_format)
+        example = self._parse(row)
         if any(has_images(completion) for completion in example.completions):
             raise UserError(f"row {index} has an image in a completion: only prompts may have images; remove the row")
         try:
@@ -195,11 +216,37 @@ class Tokenization:
         sides = encode_texts(self.tokenizer, completions, add_special_tokens=False)
         if not all(map(reserved.isdisjoint, sides)):
             raise UserError(f"row {index} has the token of an image in a completion: remove the row")
-        group = self._build_group(prompt_ids, sides, example.scores, example.has_target, example.pairs)
+        group = self._build_group(
+            *(prompt_ids, sides, example.scores, example.has_target, example.pairs),
+            scored=self._image_masks(example, prompt, completions),
+            weights=example.weights,
+        )
         group["image_ids"] = [word for image in images for word in self.reader.image_id(image)]
         return group | {"pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
 
+    def _image_masks(self, example: Example, prompt: str, completions: list[str]) -> list[list[bool]]:
+        """Returns the masks of completions that were rendered with images in their prompt; empty without masks."""
+        if not self.assistant_only_loss and example.train_on is None:
+            return []
+        assert self.reader is not None
+        options = {"tools": example.tools, **example.template_kwargs, "tokenize": False}
+        render = partial(self.reader.processor.apply_chat_template, **options)
+        messages = None
+        if isinstance(example.prompt, list):
+            messages = with_images(example.prompt, len(example.images))
+            example = replace(example, completions=[with_images(list(side), 0) for side in example.completions])
+        masks = []
+        for i, text in enumerate(completions):
+            spans = turn_spans(render, example, i, prompt + text, messages)
+            inside = [(max(0, start - len(prompt)), stop - len(prompt)) for start, stop in spans]
+            masks.append(text_mask(self.tokenizer, text, inside)[1])
+        return masks
+
     # --- Rows of text and messages ---
+
+    def _parse(self, row: dict[str, Any]) -> Example:
+        how = (self.form, self.target_column, self.gap_column, self.roles, self.prompt_format)
+        return parse_row(row, *how, weight_column=self.weight_column, all_turns=self.assistant_only_loss)
 
     def _encode_groups(self, rows: list[dict]) -> list[dict | RowError]:
         parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
@@ -213,8 +260,7 @@ class Tokenization:
 
     def _encode(self, rows: list[dict]) -> list[tuple[Example, list[int], list[list[int]]] | RowError]:
         """Parses and encodes rows: each becomes (example, prompt ids, ids of each prompt + completion) or an error."""
-        how = (self.form, self.target_column, self.gap_column, self.roles, self.prompt_format)
-        results: list[Any] = [_attempt(parse_row, row, *how) for row in rows]
+        results: list[Any] = [_attempt(self._parse, row) for row in rows]
         examples = {i: result for i, result in enumerate(results) if isinstance(result, Example)}
         encoded = self._encode_texts({i: example for i, example in examples.items() if not example.is_chat})
         for chats in _group_by_template_arguments({i: e for i, e in examples.items() if e.is_chat}):
@@ -271,7 +317,16 @@ class Tokenization:
         length = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
         seam = repr(self.tokenizer.decode(prompt_ids[length:])) if length < len(prompt_ids) else ""
         completions = [whole[length:] for whole in wholes]
-        group = self._build_group(prompt_ids[:length], completions, example.scores, example.has_target, example.pairs)
+        masks: list[list[bool]] = []
+        if self.assistant_only_loss or example.train_on is not None:
+            if not has_own_backend(self.tokenizer):
+                raise UserError("scoring some turns needs a tokenizer of transformers with a Rust backend: use one")
+            masks = [mask[length:] for mask in scored_tokens(self.tokenizer, example, wholes)]
+        group = self._build_group(
+            *(prompt_ids[:length], completions, example.scores, example.has_target, example.pairs),
+            scored=masks,
+            weights=example.weights,
+        )
         remarks = {"seam": seam, "pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
         return group | remarks
 
@@ -290,11 +345,14 @@ class Tokenization:
         scores: list[float],
         has_target: bool,
         pairs: list[tuple[int, int]] | None = None,
+        *,
+        scored: list[list[bool]],
+        weights: list[float] | float,
     ) -> dict[str, Any]:
         """Builds a prompt group from completions with descending ratings, then the target if there is one.
 
         Pairs are those given, or follow from the ratings. A completion that occurs several times counts once, with its
-        best rating.
+        best rating. A pair that is given several times counts once, with its first weight.
 
         Raises:
             RowError: no pair is left, or a completion of a pair has no tokens.
@@ -303,6 +361,10 @@ class Tokenization:
         sides = [tuple(ids) for ids in completions]
         index_of: dict[tuple[int, ...], int] = {}
         ranked_scores: list[float] = []
+        masks: dict[tuple[int, ...], list[bool]] = {}
+        for ids, mask in zip(sides, scored):
+            if masks.setdefault(ids, mask) != mask:
+                raise RowError(MALFORMED, "two completions have the same tokens, but not the same scored tokens")
         for ids, score in zip(sides, scores):
             if ids and ids not in index_of:
                 index_of[ids] = len(index_of)
@@ -313,8 +375,12 @@ class Tokenization:
         if self.form in (Form.SUPERVISED, Form.MESSAGES):
             edges = [(i,) for i in range(len(index_of))]
         elif pairs is not None:
-            asked = dict.fromkeys((sides[better], sides[worse]) for better, worse in pairs)
-            edges = [(index_of[a], index_of[b]) for a, b in asked if a in index_of and b in index_of and a != b]
+            each = weights if isinstance(weights, list) else [weights] * len(pairs)
+            asked: dict[tuple, float] = {}
+            for (better, worse), weight in zip(pairs, each):
+                asked.setdefault((sides[better], sides[worse]), weight)
+            asked = {(a, b): w for (a, b), w in asked.items() if a in index_of and b in index_of and a != b}
+            edges, weights = [(index_of[a], index_of[b]) for a, b in asked], list(asked.values())
         else:
             edges = [*ranked_pairs(ranked_scores, self.ranked_pairs)]
         if (has_target and not sides[-1]) or (not edges and not all(sides)):
@@ -336,7 +402,16 @@ class Tokenization:
             ranked_scores.append(0.0)  # for a target that is in no pair, so its value is never used
             group["scores"] = [ranked_scores[i] for i in used]
         tokens = list(index_of)
-        found = {"prompt_ids": prompt_ids, "image_ids": [], "completion_ids": [list(tokens[i]) for i in used]}
+        found: dict[str, Any] = {
+            "prompt_ids": prompt_ids,
+            "image_ids": [],
+            "completion_ids": [list(tokens[i]) for i in used],
+        }
+        found["scored"] = [masks[tokens[i]] for i in used] if masks else []
+        if all(map(all, found["scored"])):
+            found["scored"] = []
+        each = weights if isinstance(weights, list) else [weights] * len(edges)
+        found["weights"] = [] if all(weight == 1 for weight in each) else each
         return found | group
 
 
@@ -424,6 +499,17 @@ def _group_by_template_arguments(examples: dict[int, Example]) -> list[dict[int,
     for i, example in examples.items():
         groups.setdefault(repr((example.tools, example.template_kwargs)), {})[i] = example
     return list(groups.values())
+
+
+def _read_masks(row: Mapping[str, Any], completions: Sequence[Sequence[int]], column: str = "completion_mask") -> list:
+    """Returns which tokens of each completion are scored, by a column of 0 and 1; empty without it, or if all are."""
+    masks = row.get(column)
+    if not masks:
+        return []
+    lengths = [len(mask) if isinstance(mask, list) else -1 for mask in masks]
+    if lengths != [len(ids) for ids in completions] or any(value not in (0, 1) for mask in masks for value in mask):
+        raise RowError(MALFORMED, f"`{column}` does not hold a list of 0 and 1 per completion, with one for each token")
+    return [] if all(map(all, masks)) else [[bool(value) for value in mask] for mask in masks]
 
 
 def _token_list(value: Any, field: str) -> list[int]:

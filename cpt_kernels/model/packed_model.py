@@ -498,7 +498,7 @@ def _weigh(tokens: VocabScore, batch: PackedBatch, loss: Loss | None, tokens_per
     pairs = _pairs(batch, tokens_per_pair)
     pairs.check(loss, completion_logps.device, len(tokens.logps))
     pair_logps = pairs.pair_logps(completion_logps, loss=loss, tokens=tokens)
-    losses = loss(pair_logps)
+    losses = pairs.losses(loss, pair_logps)
     return Scores(tokens, completion_logps, losses.sum(), losses.detach(), pair_logps=pair_logps)
 
 
@@ -523,6 +523,7 @@ def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
         ref_token_logps=ref,
         gaps=batch["gaps"],
         hard=batch["hard"],
+        weights=batch["weights"],
         token_map=_shared_tokens(batch),
         prediction_lengths=batch["prediction_lengths"],
     )

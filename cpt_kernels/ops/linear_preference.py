@@ -121,12 +121,12 @@ def linear_preference_loss(
     if wanted.head and loss.separable and not general:
         run = _run_preference
         if torch.compiler.is_compiling():
-            run = compiled_preference if has_kernel(loss) else _outside_graph
+            run = compiled_preference if has_kernel(loss) and pairs.weights is None else _outside_graph
         return run(operands, wanted, pairs, loss, options)
     # Other modes: differentiable log-probs, and autograd for the loss.
     tokens = completion_tokens(linear_logprobs(hidden, weight, targets, bias, options), pairs.token_map)
     completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
-    losses = loss(pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
+    losses = pairs.losses(loss, pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
     return PreferenceOutput(losses.sum(), losses.detach(), completion_logps, tokens)
 
 
@@ -139,7 +139,7 @@ def _run_preference(
 def _outside_graph(
     operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions
 ) -> PreferenceOutput:
-    """Breaks the graph once for losses without an operator; Dynamo would break it at many lines of the pass."""
+    """Breaks the graph once for losses without an operator, and for weighted pairs; Dynamo would break it at many lines of the pass."""
     # Disabled here and not by a decorator, which would import Dynamo with this module.
     return torch.compiler.disable(_run_preference)(operands, wanted, pairs, loss, options)
 

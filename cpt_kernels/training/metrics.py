@@ -51,8 +51,8 @@ def pair_rewards(pair_logps: PairLogps, beta: float, per_token: bool = False) ->
 class Metrics:
     """Running sums of the metrics of training or of evaluation.
 
-    Every pair has weight 1, and every token has weight 1 in each pair of its completion, so the means do not depend on
-    how pairs are packed into micro-batches.
+    Every pair has the weight that its loss has, by default 1, and every token has that weight in each pair of its
+    completion, so the means do not depend on how pairs are packed into micro-batches.
 
     Args:
         beta: factor of the rewards.
@@ -82,38 +82,44 @@ class Metrics:
         lengths = offsets.diff().float()
         pair_logps = self.pair_logps(scores)
         rewards = self.rewards(scores).unbind(1)
+        weights = lengths.new_ones(len(chosen)) if batch["weights"] is None else batch["weights"]
         # Sums over the tokens of each completion, (S,).
         per_completion = {
             "entropy": segment_sum(scores.tokens.entropy, offsets),
             "logits": segment_sum(scores.tokens.mean_logit, offsets),
             "correct": segment_sum(scores.tokens.correct.float(), offsets),
         }
+
+        def total(values: Tensor, of: Tensor = weights) -> Tensor:
+            return (of * values).sum()
+
         sums = {
-            "pairs": lengths.new_full((), batch["num_pairs"]),
-            "chosen_tokens": lengths[chosen].sum(),
-            "logps/chosen": pair_logps.chosen.sum(),
-            "rewards/chosen": rewards[0].sum(),
-            "logits/chosen": per_completion["logits"][chosen].sum(),
-            "mean_token_accuracy": per_completion["correct"][chosen].sum(),
+            "pairs": weights.sum(),
+            "chosen_tokens": total(lengths[chosen]),
+            "logps/chosen": total(pair_logps.chosen),
+            "rewards/chosen": total(rewards[0]),
+            "logits/chosen": total(per_completion["logits"][chosen]),
+            "mean_token_accuracy": total(per_completion["correct"][chosen]),
         }
         sides = [chosen]
         if scores.aux_loss is not None:
             # A micro-batch counts with its pairs, as in the loss; the pad of a batch without pairs counts 0.
-            sums |= {"aux_pairs": sums["pairs"], "aux_loss": scores.aux_loss.detach() * batch["num_pairs"]}
+            pairs = lengths.new_full((), batch["num_pairs"])
+            sums |= {"aux_pairs": pairs, "aux_loss": scores.aux_loss.detach() * pairs}
         if rejected is not None:
             margins = rewards[0] - rewards[1]
             sums |= {
                 "preferences": sums["pairs"],
-                "rejected_tokens": lengths[rejected].sum(),
-                "logps/rejected": pair_logps.rejected.sum(),
-                "rewards/rejected": rewards[1].sum(),
-                "logits/rejected": per_completion["logits"][rejected].sum(),
-                "rewards/margins": margins.sum(),
-                "rewards/accuracies": (margins > 0).sum(),
+                "rejected_tokens": total(lengths[rejected]),
+                "logps/rejected": total(pair_logps.rejected),
+                "rewards/rejected": total(rewards[1]),
+                "logits/rejected": total(per_completion["logits"][rejected]),
+                "rewards/margins": total(margins),
+                "rewards/accuracies": total((margins > 0).float()),
             }
             sides.append(rejected)
-        both = torch.cat(sides)
-        sums |= {"all_tokens": lengths[both].sum(), "entropy": per_completion["entropy"][both].sum()}
+        both, twice = torch.cat(sides), torch.cat([weights] * len(sides))
+        sums |= {"all_tokens": total(lengths[both], twice), "entropy": total(per_completion["entropy"][both], twice)}
         # One vector, so that compute() needs one collective and one copy. What the batch lacks counts 0.
         zero = lengths.new_zeros(())
         vector = torch.stack([sums.get(name, zero).float() for name in _NAMES])

@@ -320,7 +320,7 @@ def _weigh_tile(
 ) -> WeighedTile:
     offsets = pairs.cu_completions[tile.first[0] : tile.last[0] + 1] - tile.tokens.start
     token_map = None if pairs.token_map is None else pairs.token_map.part(tile.rows, tile.tokens)
-    if pair_loss.has_kernel(loss):
+    if pair_loss.has_kernel(loss) and pairs.weights is None:
         logps = token_values(tokens.logps, token_map)
         sums, losses, weights = _weigh_closed_form(tile, logps, offsets, pairs, loss, backend)
         g = weights.repeat_interleave(offsets.diff(), output_size=len(logps))
@@ -330,7 +330,7 @@ def _weigh_tile(
         rows = tokens.logps.detach().requires_grad_()
         tokens = completion_tokens(tokens._replace(logps=rows), token_map)
         sums = segment_sum(tokens.logps, offsets)
-        losses = loss(pairs.pair_logps(sums, tile.first, tile.last, loss, tokens))
+        losses = pairs.losses(loss, pairs.pair_logps(sums, tile.first, tile.last, loss, tokens), tile.pairs)
         (g,) = torch.autograd.grad(losses.sum(), rows)
     return WeighedTile(sums.detach(), losses.detach(), g)
 

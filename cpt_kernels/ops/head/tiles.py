@@ -96,6 +96,7 @@ class Pairs:
     ref_token_logps: Tensor | None = None  # (M,) for losses with needs_tails
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
     hard: Tensor | None = None  # (P,) bool, for losses with needs_hard; None: no pair is hard
+    weights: Tensor | None = None  # (P,) fp32, factors of the pairs' losses; None: 1 each
     token_map: TokenMap | None = None  # the row of each of the M tokens; completions of one row are in one block
     prediction_lengths: Sequence[int] | None = None  # S, rows of each completion that none before it has; with the map
 
@@ -120,7 +121,8 @@ class Pairs:
             raise UserError(f"loss '{loss.name}' needs the gap of every pair")
         check_pairs(device, self.cu_completions, self.chosen, self.rejected, self.sft_targets, self.ref_logps)
         tokens = rows if self.token_map is None else len(self.token_map.row)
-        for name, length in (("ref_token_logps", tokens), ("gaps", len(self.chosen)), ("hard", len(self.chosen))):
+        of_pairs = dict.fromkeys(("gaps", "hard", "weights"), len(self.chosen))
+        for name, length in {"ref_token_logps": tokens, **of_pairs}.items():
             values = getattr(self, name)
             if values is not None and (values.shape != (length,) or values.device != device):
                 raise UserError(
@@ -206,6 +208,11 @@ class Pairs:
             tokens_per_pair=self.tokens_per_pair,
             **({} if loss is None or tokens is None else self._more(loss, tokens, first, last)),
         )
+
+    def losses(self, loss: Loss, logps: PairLogps, some: slice = slice(None)) -> Tensor:
+        """Returns the losses of pairs, each times the weight of its pair."""
+        losses = loss(logps)
+        return losses if self.weights is None else losses * self.weights[some].to(losses.dtype)
 
     def _more(self, loss: Loss, tokens: VocabScore, first: tuple[int, int], last: tuple[int, int]) -> dict[str, Tensor]:
         """Fields of ``PairLogps`` that are made of single tokens, or are properties of pairs."""
