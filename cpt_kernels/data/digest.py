@@ -14,6 +14,7 @@ from ..errors import UserError
 
 # The row's number in the given data, which does not change what is trained, and images, which `image_ids` identify.
 _LEFT_OUT = ("row", "images")
+_IF_ANY = ("scored", "weights")  # left out where they are empty, as in rows that were prepared without them
 _BATCH = 10_000  # rows that are digested together; a digest depends on it
 
 
@@ -26,8 +27,10 @@ def digest_rows(dataset: Dataset) -> str:
     names = sorted(name for name in dataset.column_names if name not in _LEFT_OUT)
     for table in dataset.with_format("arrow").select_columns(names).iter(_BATCH):
         for name in names:
-            digest.update(name.encode())
-            _update(digest, table[name].combine_chunks())
+            values = table[name].combine_chunks()
+            if name not in _IF_ANY or len(values.flatten()):
+                digest.update(name.encode())
+                _update(digest, values)
     return digest.hexdigest()
 
 
@@ -76,7 +79,8 @@ class StreamDigest:
             UserError: the stream does not begin with the expected rows.
         """
         for row in rows:
-            self._digest.update(str([row[name] for name in sorted(row) if name not in _LEFT_OUT]).encode())
+            left_out = {*_LEFT_OUT, *(name for name in _IF_ANY if not row.get(name))}
+            self._digest.update(str([row[name] for name in sorted(row) if name not in left_out]).encode())
             self.count += 1
             if self.expected is not None and self.count == self.expected.number and self.rows != self.expected:
                 raise UserError(

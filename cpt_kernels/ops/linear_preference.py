@@ -139,7 +139,7 @@ def _run_preference(
 def _outside_graph(
     operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions
 ) -> PreferenceOutput:
-    """Breaks the graph once for losses without an operator, and for weighted pairs; Dynamo would break it at many lines of the pass."""
+    """Breaks the graph once for weighted pairs and losses without an operator; Dynamo would break it at many lines."""
     # Disabled here and not by a decorator, which would import Dynamo with this module.
     return torch.compiler.disable(_run_preference)(operands, wanted, pairs, loss, options)
 
