@@ -15,7 +15,10 @@ of the prompt: paths, relative to the file, URLs, base64 text or bytes. Then pro
 Output rows are prompt, chosen, rejected, chosen_model, rejected_model, and gap: the difference of ranks, win rates or
 ratings, always above 0. With --grouped they are prompt, completions (best first), scores, models, and pairs: a list of
 [chosen, rejected] positions among the completions. cpt-train reads both. With --sft, each chosen response is also
-written once, as prompt, completion and model, for supervised training (NAME.sft.jsonl).
+written once, as prompt, completion and model, for supervised training (NAME.sft.jsonl). With --steps, every answer of
+the stronger model is paired with the answer of the weaker one that shares its longest beginning, in whole steps. Rows
+are then prompt, initial_steps, chosen_step, chosen_rest, rejected_step and rejected_rest: remove the rests to compare
+the steps alone.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +60,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     from ..pairs.build import build_pairs, held_out
     from ..pairs.files import is_conversational, load_responses
     from ..pairs.report import make_report
+    from ..pairs.steps import step_pairs
 
     # Read the responses.
     which = parse_which(args.pairs or "all") if args.base is None else Which("base", base=args.base)
@@ -78,8 +83,13 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         ranking = _choose_ranked(ranking or {}, responses.models, args.win_rates)
     strength = responses.numbers("rating") if ranking is None else ranking
     pairs = build_pairs(
-        responses.prompt_keys, responses.models, responses.response_keys, strength, which, drops=responses.drops
+        *(responses.prompt_keys, responses.models, responses.response_keys, strength, which),
+        drops=responses.drops,
+        several=args.steps is not None,
     )
+    cuts = None
+    if args.steps is not None:
+        pairs, cuts = step_pairs(responses, pairs, args.steps)
     for_validation = held_out(responses.prompt_keys[pairs.chosen], args.validation)
     chat = args.conversational or is_conversational(responses) or responses.has_images
 
@@ -90,9 +100,10 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         "gap": f"difference in {meaning}",
         "strength": ranking,
         "form": "messages" if chat else "text",
+        **({} if cuts is None else {"common_characters": float(cuts.mean())}),
     }
     report = make_report(responses, pairs, for_validation, "tokens" if args.tokenizer else "characters", about)
-    _write_files(args, files, responses, pairs, for_validation, chat, report)
+    _write_files(args, files, responses, pairs, for_validation, chat, report, cuts=cuts)
     _print_report(report, files)
 
 
@@ -104,13 +115,18 @@ def _write_files(
     for_validation: NDArray,  # (P,)
     chat: bool,
     report: dict[str, Any],
+    *,
+    cuts: NDArray | None,  # (P,) of pairs of steps
 ) -> None:
     """Writes all files, or none if one cannot be written."""
     from ..pairs.files import group_batches, pair_batches, sft_batches, sft_rows, write_batches
     from ..pairs.report import write_report
+    from ..pairs.steps import step_batches
 
     parts = [~for_validation, *([for_validation] if args.validation else [])]
-    batches = group_batches if args.grouped else pair_batches
+    batches: Any = group_batches if args.grouped else pair_batches
+    if cuts is not None:
+        batches = partial(step_batches, cuts=cuts, separator=args.steps)
     with replacing(*files) as temporary:
         for written, path, part in zip(temporary, files, parts):
             total, title = pairs.count_prompts(part) if args.grouped else int(part.sum()), f"Writing {path.name}"
@@ -141,6 +157,10 @@ def _check_options(args: argparse.Namespace) -> list[Path]:
         raise UserError("--base and --pairs both choose the pairs: give only one of them")
     if not 0 <= args.validation < 1:
         raise UserError(f"--validation {args.validation}: expected a share of the pairs, at least 0 and below 1")
+    if args.steps is not None and args.grouped:
+        raise UserError("--steps writes a row for each pair, and --grouped one for each prompt: give only one of them")
+    if args.steps == "":
+        raise UserError("--steps '': give the text with which a step ends, or no text for a line break")
     for option in ("max_characters", "max_tokens", "num_proc"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise UserError(f"--{option} {value}: expected at least 1")
@@ -252,6 +272,15 @@ def _pairs_parser(prog: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--grouped", action="store_true", help="write one row per prompt, with each of its responses once"
+    )
+    group.add_argument(
+        "--steps",
+        nargs="?",
+        const="\n",
+        type=lambda text: text.replace("\\n", "\n"),
+        metavar="TEXT",
+        help="pair the answers, of all that each model gave, that begin with the same steps, and write this beginning,"
+        " the next step and the rest; TEXT ends a step [a line break]",
     )
     group.add_argument(
         "--sft", action="store_true", help="also write each chosen response once, to NAME.sft.jsonl or .parquet"

@@ -44,6 +44,7 @@ NO_PROMPT = "no prompt"
 _RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
 
 
+_SIDES = ("chosen", "rejected")
 # The keys that may hold the rating of an item of `completions`.
 _RATINGS = ("overall_score", "rating", "score", "fine-grained_score")
 
@@ -64,6 +65,8 @@ class Example:
     # For each completion which of its turns are scored, None for those of the assistant; None: no row says so
     train_on: list[list[bool] | None] | None = None
     weights: list[float] | float = 1.0  # of all pairs, or of each of `pairs`
+    beginning: str = ""  # the text with which all completions begin, which belongs to the prompt
+    is_open: bool = False  # the completions are steps, after which an answer goes on
 
     @property
     def is_chat(self) -> bool:
@@ -112,6 +115,9 @@ def parse_row(
     if len(filled) < needed:
         empty = [f"`{names[i]}`" for i in range(len(sides)) if i not in filled]
         raise RowError(EMPTY, f"{', '.join(empty)} without text")
+    beginning, is_open = "", False
+    if "initial" in roles:
+        beginning, is_open, sides = _read_steps(row, roles, names, sides)
     all_scores = scores
     names, scores = [names[i] for i in filled], [scores[i] for i in filled]
     completions = cast("list[Text]", [sides[i] for i in filled])
@@ -150,6 +156,8 @@ def parse_row(
         asked=asked,
         train_on=None if train_on is None else flags,
         weights=weights,
+        beginning=beginning,
+        is_open=is_open,
     )
 
 
@@ -290,6 +298,27 @@ def _read_sides(row: Mapping[str, Any], form: Form, roles: Roles) -> tuple[list[
             raise RowError(NO_ASSISTANT, f"`{name}` does not end with an assistant turn")
         return [name], [messages], [0.0]  # `_split_prompt` cuts before the last turn
     return _read_ranked_sides(row, roles)
+
+
+def _read_steps(
+    row: Mapping[str, Any], roles: Roles, names: list[str], sides: list[Text | None]
+) -> tuple[str, bool, list[Text | None]]:
+    """Returns the beginning of the answers, whether they go on after the given steps, and the answers from their start.
+
+    An answer is the beginning, a step, and the rest if the row has one. Without a rest the answer is not finished, so
+    no end of the answer follows the step.
+    """
+    beginning, rests = row.get(roles["initial"]) or "", [row.get(roles.get(f"{side}_rest", "")) for side in _SIDES]
+    if not all(isinstance(text, str) for text in (beginning, *(rest or "" for rest in rests))) or "images" in roles:
+        raise RowError(MALFORMED, f"`{roles['initial']}` and the rests of answers must be text, in rows without images")
+    if any(isinstance(side, list) for side in sides):
+        raise RowError(MALFORMED, f"{in_backticks(names)} must be text, because they continue `{roles['initial']}`")
+    if (rests[0] is None) != (rests[1] is None):
+        raise RowError(MALFORMED, "one of `chosen_rest` and `rejected_rest` is null: give both, or none")
+    whole: list = [side and f"{beginning}{side}{rest or ''}" for side, rest in zip(sides, rests)]
+    if not isinstance(row.get(_column(roles, "prompt")), (str, type(None))):  # the prompt is messages
+        whole = [side and [{"role": "assistant", "content": side}] for side in whole]
+    return beginning, rests[0] is None, whole
 
 
 def _read_ranked_sides(row: Mapping[str, Any], roles: Roles) -> tuple[list[str], list[Text | None], list[float]]:

@@ -40,6 +40,7 @@ _FORMS: tuple[tuple[Form, tuple[str, ...]], ...] = (
     (Form.GROUP, FORM_COLUMNS[Form.GROUP]),
     (Form.TOKENS, FORM_COLUMNS[Form.TOKENS]),
     (Form.PREFERENCE, ("chosen", "rejected")),  # TRL, LLaMA-Factory, HH, UltraFeedback binarized, Orca pairs
+    (Form.PREFERENCE, ("chosen_step", "rejected_step")),  # Step-DPO
     (Form.PREFERENCE, ("chosen_response", "rejected_response")),  # Argilla, NeMo
     (Form.PREFERENCE, ("preferred_output", "non_preferred_output")),  # OpenAI
     (Form.PREFERENCE, ("chosen_conversations", "rejected_conversations")),  # torchtune
@@ -60,6 +61,11 @@ _FORMS: tuple[tuple[Form, tuple[str, ...]], ...] = (
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
 _CONVERSATIONS = ("conversations", "messages")
 _BEFORE_PROMPT = {"system": ("system", "system_prompt"), "history": ("history",)}  # role -> columns
+_AROUND_STEP = {  # role -> columns, of rows that compare two steps of an answer
+    "initial": ("initial_steps", "initial_reason_steps"),  # with which the answer begins
+    "chosen_rest": ("chosen_rest",),  # what follows the step
+    "rejected_rest": ("rejected_rest",),
+}
 
 IMAGE_COLUMNS = ("images", "image")  # TRL's: a list of images, or one
 # Columns that are read under these names.
@@ -71,7 +77,7 @@ _SIDES = {name for form, names in _FORMS if form is Form.PREFERENCE for name in 
 _PROMPT_WORDS = {*PROMPT_NAMES, "system", "history", "context", "problem", "task", "trajectory", "user"}
 _OTHER_WORDS = {"id", "ids", "idx", "hash", "len", "length", "tokens", "count", "model", "source", "type", "name"}
 
-# Role -> column; the roles are prompt, input, system, history, images, and those of FORM_COLUMNS.
+# Role -> column; the roles are prompt, input, system, history, images, initial, and those of FORM_COLUMNS.
 Roles = Mapping[str, str]
 
 
@@ -140,7 +146,7 @@ def match_roles(columns: Collection[str]) -> tuple[Form, Roles] | None:
 
 
 def find_prompt(columns: Collection[str], form: Form | None = None) -> dict[str, str]:
-    """Returns the columns that make the prompt of a row, by role: `prompt`, `input`, `system` and `history`.
+    """Returns the columns that make the prompt of a row, by role: `prompt`, `input`, `system`, `history` and `initial`.
 
     Rows of MESSAGES have their prompt in the messages. Rows of other forms may have it as a conversation.
     """
@@ -148,6 +154,8 @@ def find_prompt(columns: Collection[str], form: Form | None = None) -> dict[str,
     if form is Form.MESSAGES:
         return roles
     prompt = _first_name((*PROMPT_NAMES[:-1], *(() if form is Form.SUPERVISED else _CONVERSATIONS), "input"), columns)
+    if form is Form.PREFERENCE:
+        roles |= {role: name for role, names in _AROUND_STEP.items() if (name := _first_name(names, columns))}
     if prompt is not None:
         roles["prompt"] = prompt
     if prompt == "instruction" and "input" in columns:

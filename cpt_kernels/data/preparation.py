@@ -20,6 +20,7 @@ from .formats import EMPTY, IDENTICAL, IMAGE_CUT, PROMPT_FILLS, UNSCORED, Prompt
 from .forms import REFERENCE_SUMS, Form, Roles, find_roles, in_backticks, read_by, unused_columns
 from .images import IMAGES, ImageReader, is_processor, undecoded
 from .rows import ExactJson, NullPlaces, find_null_places, read_columns, visible_rows
+from .split_rows import split_rows
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
 
@@ -291,7 +292,7 @@ def examine(
         UserError: the columns, an option or the tokenizer cannot be used.
     """
     _check_type(dataset, name)
-    dataset = visible_rows(dataset)
+    dataset = split_rows(visible_rows(dataset))
     columns = read_columns(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise UserError(f"the {name} data has no rows")
@@ -363,6 +364,9 @@ def prepare(
             - `prompt, chosen, rejected`, text or messages; without `prompt`, the common start is the prompt;
             - `prompt, completions`, best first, or with `scores`, or with `pairs`, a list of [better, worse] positions;
             - `prompt, completion`; or `messages`;
+            - `prompt, initial_steps, chosen_step, rejected_step`: two steps after the same beginning of an answer; with
+              `chosen_rest` and `rejected_rest`, two whole answers;
+            - `turns` or `paths`: several preferences of a conversation or a tree, see :mod:`.split_rows`;
             - `prompt_ids, chosen_ids, rejected_ids`;
             - the output of this function.
             Rows of tokens may have `completion_mask`, a list for each completion of a 0 or a 1 per token: the tokens

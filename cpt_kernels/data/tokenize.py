@@ -277,7 +277,8 @@ class Tokenization:
         texts = []
         for example in examples.values():
             prompt, completions = cast("str", example.prompt), cast("list[str]", example.completions)
-            texts.append([prompt, *(prompt + (c if c.endswith(eos) else c + eos) for c in completions)])
+            ends = ["" if example.is_open or c.endswith(eos) else eos for c in completions]
+            texts.append([prompt + example.beginning, *(prompt + c + end for c, end in zip(completions, ends))])
         return {i: (ids[0], ids[1:]) for i, ids in zip(examples, encode_groups(self.tokenizer, texts))}
 
     def _encode_chats(self, examples: dict[int, Example]) -> dict[int, Any]:
@@ -302,9 +303,16 @@ class Tokenization:
                 detail = f"the chat template cannot render it: {type(error).__name__}: {error}"
                 return {i: RowError(MALFORMED, detail) for i in examples}
             return {j: tokens for i in examples for j, tokens in self._encode_chats({i: examples[i]}).items()}
+        if not as_text and any(example.beginning or example.is_open for example in examples.values()):
+            raise UserError("rows of steps need a tokenizer of transformers with a Rust backend: use one")
         starts, ends = rendered if as_text else [cast("dict", tokens)["input_ids"] for tokens in rendered]
         rest = iter(ends)
         groups = [[start, *islice(rest, len(e.completions))] for start, e in zip(starts, examples.values())]
+        for group, example in zip(groups, examples.values()):
+            if example.is_open:  # without the template's end of a turn
+                group[1:] = [group[0] + turns[0]["content"] for turns in cast("list[list]", example.completions)]
+            if example.beginning:
+                group[0] += example.beginning
         if as_text:
             groups = encode_groups(self.tokenizer, groups, add_special_tokens=False)
         return {i: (ids[0], ids[1:]) for i, ids in zip(examples, groups)}
@@ -318,7 +326,7 @@ class Tokenization:
         seam = repr(self.tokenizer.decode(prompt_ids[length:])) if length < len(prompt_ids) else ""
         completions = [whole[length:] for whole in wholes]
         masks: list[list[bool]] = []
-        if self.assistant_only_loss or example.train_on is not None:
+        if (self.assistant_only_loss and not (example.is_chat and example.is_open)) or example.train_on is not None:
             if not has_own_backend(self.tokenizer):
                 raise UserError("scoring some turns needs a tokenizer of transformers with a Rust backend: use one")
             masks = [mask[length:] for mask in scored_tokens(self.tokenizer, example, wholes)]

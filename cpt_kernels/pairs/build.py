@@ -123,6 +123,7 @@ def build_pairs(
     which: Which | str = "all",
     *,
     drops: NDArray[np.int8] | None = None,  # (n,)
+    several: bool = False,
 ) -> PairTable:
     """Pairs the responses to equal prompts; the stronger response is chosen.
 
@@ -135,6 +136,7 @@ def build_pairs(
             difference of ranks, win rates or ratings.
         which: the pairs asked for. `all`, `adjacent` or `"a>b, c>d"` may be given as text.
         drops: responses that are dropped already. The default drops empty prompts and responses.
+        several: count all different responses of a model to a prompt, not only its first.
 
     Raises:
         UserError: the input cannot be used, or there is no pair; the message says why.
@@ -160,7 +162,8 @@ def build_pairs(
         drop_where(drops, np.isnan(strengths), DropReason.NO_RATING)
     _drop_repeats(drops, [content, model], DropReason.DUPLICATE)
     if ranking is not None:
-        _drop_repeats(drops, [prompt, model], DropReason.SECOND_RESPONSE)
+        if not several:
+            _drop_repeats(drops, [prompt, model], DropReason.SECOND_RESPONSE)
         _check_models_left(ranking, names, model, drops)
 
     # Sort the usable responses by prompt, the best response of each prompt first.
