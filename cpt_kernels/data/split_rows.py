@@ -58,21 +58,15 @@ def split_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
             if found and {*found[0]} != {*written}:
                 raise UserError(f"row {index}: the nodes of `paths` are of another kind than in the first row")
             for name in written:
-                output[name] += [ExactJson().encode_example(pair[name]) for pair in found]
+                output[name] += [pair[name] for pair in found]
             for name in kept:
                 output[name] += [batch[name][i]] * len(found)
-        return output
+        return output | {name: list(map(ExactJson().encode_example, output[name])) for name in exact}
 
-    features = None
+    features, exact = None, []
     if isinstance(dataset, Dataset):
         features = Features({**{name: dataset.features[name] for name in kept}, **dict.fromkeys(written, ExactJson())})
-        exact = [name for name in kept if isinstance(features[name], ExactJson)]
-        plain = split
-
-        def split(batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
-            output = plain(batch, indices)
-            return output | {name: list(map(ExactJson().encode_example, output[name])) for name in exact}
-
+        exact = [name for name in features if isinstance(features[name], ExactJson)]
     options: dict[str, Any] = {"desc": "Splitting rows into pairs"} if isinstance(dataset, Dataset) else {}
     options |= {"batched": True, "with_indices": True, "batch_size": _BATCH, "features": features}
     found = dataset.map(split, remove_columns=columns, **options)

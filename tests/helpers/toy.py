@@ -14,6 +14,17 @@ from transformers import PreTrainedTokenizerFast
 from cpt_kernels import ContrastiveConfig, ContrastiveTrainer
 from tests.helpers.architectures import CONFIGS, VOCAB, tiny_model
 
+# A header, the content and </s> for each turn; MARKED_TEMPLATE says what the assistant writes.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ {'user': 'w0 ', 'assistant': 'w1 '}.get(m.role, 'w2 ') }}"
+    "{{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}w1 {% endif %}"
+)
+MARKED_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{ m.content }} </s> ",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s> {% endgeneration %}"
+    "{% else %}{{ m.content }} </s> {% endif %}",
+)
 WORDS = [f"w{i}" for i in range(VOCAB - 3)]
 
 

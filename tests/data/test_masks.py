@@ -1,0 +1,141 @@
+"""Tests which tokens are scored (assistant's turns, own masks), weights of pairs, and rows dropped for them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from datasets import Dataset
+
+from cpt_kernels.data.formats import UNSCORED
+from cpt_kernels.data.preparation import prepare
+from cpt_kernels.errors import UserError
+from tests.helpers.toy import CHAT_TEMPLATE, MARKED_TEMPLATE, word_tokenizer
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+# prompt: w0 w10 </s> w1       chosen: w11 w12 </s> | w0 w13 </s> | w2 w14 </s> | w1 w15 </s>       rejected: w16 </s>
+ROW = {
+    "prompt": [turn("user", "w10")],
+    "chosen": [turn("assistant", "w11 w12"), turn("user", "w13"), turn("tool", "w14"), turn("assistant", "w15")],
+    "rejected": [turn("assistant", "w16")],
+}
+CHOSEN_MASK = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.fixture(params=[CHAT_TEMPLATE, MARKED_TEMPLATE], ids=["turn by turn", "marked"])
+def tokenizer(request):
+    found = word_tokenizer()
+    found.chat_template = request.param
+    return found
+
+
+def prepared(rows: list[dict], tokenizer=None, **options):
+    if tokenizer is None:
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return prepare(Dataset.from_list(rows), tokenizer, **options)
+
+
+def test_the_turns_of_the_assistant(tokenizer):
+    (row,), report = prepared([ROW], tokenizer, assistant_only_loss=True)
+    assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == ["w0", "w10", "</s>", "w1"]
+    assert tokenizer.convert_ids_to_tokens(row["completion_ids"][0]) == (
+        ["w11", "w12", "</s>", "w0", "w13", "</s>", "w2", "w14", "</s>", "w1", "w15", "</s>"]
+    )
+    assert [[int(scored) for scored in mask] for mask in row["scored"]] == [CHOSEN_MASK, [1, 1]]
+    assert (report.scored_tokens, report.completion_tokens) == (7, 14)
+    assert "50.0% of the completions' tokens are scored" in report.summary()
+    # Without the option, and where every turn is the assistant's, all tokens are scored.
+    (row,), _ = prepared([ROW], tokenizer)
+    assert row["scored"] == []
+    (row,), _ = prepared([ROW | {"chosen": ROW["chosen"][:1]}], tokenizer, assistant_only_loss=True)
+    assert row["scored"] == []
+
+
+def test_all_turns_of_a_conversation_as_in_trl(tokenizer):
+    messages = [*ROW["prompt"], *ROW["chosen"]]
+    (row,), _ = prepared([{"messages": messages}], tokenizer, assistant_only_loss=True)
+    tokenizer.chat_template = MARKED_TEMPLATE
+    trls = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert row["prompt_ids"] + row["completion_ids"][0] == trls["input_ids"]
+    assert [0] * len(row["prompt_ids"]) + row["scored"][0] == trls["assistant_masks"]
+    (row,), _ = prepared([{"messages": messages}], tokenizer)
+    assert tokenizer.decode(row["completion_ids"][0]) == "w15 </s>"  # the last turn alone
+
+
+def test_turns_that_a_row_names():
+    rows = [ROW | {"train_on": [[0, 0, 0, 1], [1]]}, ROW | {"train_on": [[0, 0, 0, 0], [1]]}, ROW | {"train_on": [[1]]}]
+    data, report = prepared(rows)
+    assert [int(scored) for scored in data[0]["scored"][0]] == [0] * 10 + [1, 1]
+    assert report.dropped[UNSCORED].count == 1 and report.dropped["malformed row"].count == 1
+    (row,), _ = prepared([{"messages": [*ROW["prompt"], *ROW["chosen"]], "train_on": [0, 1, 0, 0, 0]}])
+    assert [int(scored) for scored in row["scored"][0]] == [1, 1, 1] + [0] * 9
+
+
+def test_masks_of_tokens():
+    tokens = {"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
+    masks = ([[0, 1, 1], [0, 1]], [[1, 1, 1], [1, 1]], [[0, 1], [0, 1]], [[0, 0, 0], [0, 1]])
+    data, report = prepared([tokens | {"completion_mask": mask} for mask in masks])
+    assert data["scored"][:] == [[[False, True, True], [False, True]], []]
+    assert report.dropped["malformed row"].count == report.dropped[UNSCORED].count == 1
+    again, _ = prepare(data, word_tokenizer())
+    assert again["scored"][:] == data["scored"][:] and again["chosen"][:] == data["chosen"][:]
+
+
+@pytest.mark.parametrize(("max_length", "scored"), [(16, CHOSEN_MASK), (8, [1, 1, 1, 0])])
+def test_a_mask_is_cut_with_its_completion(max_length, scored):
+    (row,), _ = prepared([ROW], max_length=max_length, assistant_only_loss=True)
+    assert [int(value) for value in row["scored"][0]][: max_length - 4] == scored
+    late = ROW | {"train_on": [[0, 0, 0, 1], [1]]}
+    if max_length == 8:
+        with pytest.raises(UserError, match=f"{UNSCORED}: 1 .*when cut to max_length=8"):
+            prepared([late], max_length=max_length)
+
+
+def test_a_template_whose_turns_do_not_join_is_refused():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "w{{ messages | length }} " + CHAT_TEMPLATE
+    with pytest.raises(UserError, match=r"row 1: turn 1 of the conversation cannot be told apart.*generation"):
+        prepared([ROW | {"chosen": ROW["chosen"][:1]}, ROW], tokenizer, assistant_only_loss=True)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "w1", "chosen": "w2", "rejected": "w3"},
+        {"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5]},
+    ],
+    ids=["text", "tokens"],
+)
+def test_rows_without_turns_are_refused(row):
+    with pytest.raises(UserError, match="assistant_only_loss=true finds the assistant's turns in messages"):
+        prepared([row], assistant_only_loss=True)
+    if "prompt" in row:
+        (found,), _ = prepared([row], assistant_only_loss=True, prompt_format="chat")
+        assert found["scored"] == []
+
+
+@pytest.mark.parametrize("weight", [-0.5, math.nan, math.inf, None, "heavy"])
+def test_weights_that_are_none(weight):
+    text = {"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}
+    weights = [2.0, weight] if not isinstance(weight, str) else ["2", weight]
+    data, report = prepared([text | {"weight": value} for value in weights], weight_column="weight")
+    assert data["weights"][:] == [[2.0]]
+    (drop,) = report.dropped.values()
+    assert drop.count == 1 and "expected a weight: a finite number of at least 0" in drop.detail
+
+
+def test_weights_of_ranked_rows():
+    ranked = {"prompt": "w1 ", "completions": ["w2", "w3", "w4"], "pairs": [[0, 2], [1, 2], [0, 2]]}
+    data, _ = prepared([ranked | {"weight": [1.0, 0.0, 5.0]}, ranked | {"weight": [3.0] * 3}], weight_column="weight")
+    assert data["weights"][:] == [[1.0, 0.0], [3.0, 3.0]]  # of a repeated pair the first counts
+    data, _ = prepared([ranked | {"weight": 1.0}], weight_column="weight")
+    assert data["weights"][:] == [[]]
+    with pytest.raises(UserError, match="`weight` holds 2 weights for 3 `pairs`"):
+        prepared([ranked | {"weight": [1.0, 2.0]}], weight_column="weight")
+    with pytest.raises(UserError, match="weight_column"):
+        prepared([ranked], weight_column="missing")

@@ -1,0 +1,101 @@
+"""Tests rows with preferences at several turns, steps, and trees."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from cpt_kernels.data.preparation import prepare
+from cpt_kernels.errors import UserError
+from tests.helpers.toy import CHAT_TEMPLATE, word_tokenizer
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def decoded(rows, stream: bool = False, **options) -> list[tuple[str, str, str]]:
+    """Returns (prompt, chosen, rejected) of the prepared rows, as text."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    data = IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+    found, _ = prepare(data, tokenizer, **options)
+    assert all(row["chosen"] == [0] and row["rejected"] == [1] for row in found)
+    return [tuple(map(tokenizer.decode, (row["prompt_ids"], *row["completion_ids"]))) for row in found]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_preference_at_several_turns(stream):
+    turns = [{"prompt": f"w{p}", "chosen": "w11", "rejected": r} for p, r in ((10, "w12"), (13, None), (15, "w17"))]
+    assert decoded([{"turns": turns}], stream) == [
+        ("w0 w10 </s> w1", "w11 </s>", "w12 </s>"),
+        ("w0 w10 </s> w1 w11 </s> w0 w13 </s> w1 w11 </s> w0 w15 </s> w1", "w11 </s>", "w17 </s>"),
+    ]
+
+
+def test_turns_after_a_prompt_with_several_rejected_answers():
+    row = {
+        "prompt": [user("w9"), assistant("w8")],
+        "turns": [{"prompt": "w10", "chosen": "w11", "rejected": ["w12", "w13"]}],
+    }
+    start = "w0 w9 </s> w1 w8 </s> w0 w10 </s> w1"
+    assert decoded([row]) == [(start, "w11 </s>", "w12 </s>"), (start, "w11 </s>", "w13 </s>")]
+
+
+STEP = {"prompt": "w20 ", "initial_reason_steps": "w21 ", "chosen": "w22", "rejected": "w23", "full_chosen": "w22 w24"}
+
+
+def test_steps_end_no_answer():
+    assert decoded([STEP]) == [("w20 w21", "w22", "w23")]
+    assert decoded([STEP | {"initial_reason_steps": ""}]) == [("w20", "w22", "w23")]
+    assert decoded([STEP], prompt_format="chat", assistant_only_loss=True) == [("w0 w20 </s> w1 w21", "w22", "w23")]
+    names = {"initial_reason_steps": "initial_steps", "chosen": "chosen_step", "rejected": "rejected_step"}
+    assert decoded([{names.get(name, name): value for name, value in STEP.items()}]) == [("w20 w21", "w22", "w23")]
+
+
+def test_steps_with_the_rest_of_the_answers_end():
+    row = STEP | {"prompt": [user("w20")], "chosen_rest": " w24", "rejected_rest": ""}
+    assert decoded([row]) == [("w0 w20 </s> w1 w21", "w22 w24 </s>", "w23 </s>")]
+    with pytest.raises(UserError, match="one of `chosen_rest` and `rejected_rest` is null"):
+        decoded([row | {"rejected_rest": None}])
+
+
+PATHS = [[user("w30"), assistant("w31"), user("w32"), assistant("w33")]]
+PATHS += [[*PATHS[0][:3], assistant("w34")], [user("w30"), assistant("w35")]]
+
+
+@pytest.mark.parametrize("named", [{"scores": [2.0, 3.0, 1.0]}, {"pairs": [[1, 0], [1, 2], [0, 2]]}])
+def test_paths_of_messages(named):
+    long, short = "w0 w30 </s> w1 w31 </s> w0 w32 </s> w1", "w0 w30 </s> w1"
+    rest = long.removeprefix(short).strip()
+    assert decoded([{"paths": PATHS, **named}]) == [
+        (long, "w34 </s>", "w33 </s>"),
+        (short, f"{rest} w34 </s>", "w35 </s>"),
+        (short, f"{rest} w33 </s>", "w35 </s>"),
+    ]
+
+
+def test_paths_of_steps():
+    row = {"prompt": "w20 ", "paths": [["w21 ", "w22 ", "w24"], ["w21 ", "w23"]], "pairs": [[0, 1]], "id": 5}
+    assert decoded([row]) == [("w20 w21", "w22 w24 </s>", "w23 </s>")]
+    tokenizer = word_tokenizer()
+    (kept,), _ = prepare(Dataset.from_list([row]), tokenizer, keep_columns=["id"])
+    assert kept["id"] == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"turns": [{"prompt": "w1", "rejected": "w2"}]}, "row 0: `turns` cannot be read: lacks 'chosen'"),
+        ({"paths": PATHS, "pairs": [[0, 3]]}, "names a path beyond the 3"),
+        ({"paths": PATHS, "scores": [1.0]}, "1 scores for 3 paths"),
+        ({"turns": [{"prompt": "w1", "chosen": "w2"}]}, "no row of `turns` has a pair"),
+    ],
+)
+def test_rows_that_cannot_be_split(row, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        decoded([row])
