@@ -126,6 +126,9 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         " beginnings where that saves 64 tokens).",
     )
     share_prompts: str | None = option(None, "Older name of sharing: auto, true (prompt) or false (none).")
+    group_by_prefix: bool = option(
+        False, "Keep rows together whose prompts begin alike, such as the turns of one conversation, to run it once."
+    )
     packing: str = option(
         "auto",
         "Run all completions of a micro-batch in one packed row (true), each in a padded row of its own (false), or"

@@ -98,8 +98,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         *("prompt_format", "dataset_num_proc"),
     ),
     "Batches": (
-        *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps"),
-        *("sharing", "share_prompts", "packing", "sp_size", "per_device_eval_batch_size"),
+        *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps", "sharing"),
+        *("share_prompts", "group_by_prefix", "packing", "sp_size", "per_device_eval_batch_size"),
     ),
     "Head": ("head_memory_mb", "head_mode"),
     "Reference": (

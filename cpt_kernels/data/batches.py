@@ -43,6 +43,9 @@ class BatchSampler:
         draws: the curriculum's rows of each epoch in order, instead of all rows shuffled.
         sequences: (rows,) number of completions of each row if they run in padded rows; ``tokens`` are then those of
             the row's longest sequence, and rows of similar length share a micro-batch.
+        trees: (rows,) code of the tree of each row. Rows of a tree stay together, and trees are shuffled. With a budget
+            and no curriculum, a micro-batch holds whole trees, unless a tree alone exceeds the budget.
+        tree_tokens: (trees,) tokens that the rows of each tree take in one micro-batch.
         step_rows: rows of a step on all ranks. With ``max_tokens``, these rows fill as few micro-batches as possible;
             ``micro_batches`` becomes the number that every step needs.
 
@@ -62,6 +65,8 @@ class BatchSampler:
     draws: Draws | None = None
     sequences: NDArray[np.int64] | None = None
     step_rows: int | None = None
+    trees: NDArray[np.int64] | None = None
+    tree_tokens: NDArray[np.int64] | None = None
     epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -126,11 +131,33 @@ class BatchSampler:
     def _rows(self, epoch: int, random: np.random.Generator | None = None) -> NDArray[np.int64]:
         """Returns the rows of an epoch in order; ``random`` is the epoch's generator, from its start."""
         if self.draws is not None:
-            return self.draws.epoch(epoch)
+            return self._by_tree(self.draws.epoch(epoch))
         rows = np.arange(len(self.tokens))
+        random = random or np.random.default_rng([self.seed, epoch])
+        if self.shuffle and self.trees is not None:
+            return np.argsort(random.permutation(self.trees.max() + 1)[self.trees], kind="stable")
         if self.shuffle:
-            (random or np.random.default_rng([self.seed, epoch])).shuffle(rows)
-        return rows
+            random.shuffle(rows)
+        return self._by_tree(rows)
+
+    def _by_tree(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns rows in the same order, except that those of a tree follow the first one of them."""
+        if self.trees is None:
+            return rows
+        _, first, codes = np.unique(self.trees[rows], return_index=True, return_inverse=True)
+        return rows[np.argsort(first[codes], kind="stable")]
+
+    def _pack_trees(self, rows: NDArray[np.int64], random: np.random.Generator | None) -> list[list[int]]:
+        """Packs whole trees into micro-batches; of a tree that exceeds the budget, every row."""
+        assert self.trees is not None and self.tree_tokens is not None and self.max_tokens is not None
+        codes = self.trees[rows]
+        fits = self.tree_tokens[codes] <= self.max_tokens
+        # Rows between two changes of the tree are a unit, and so is every row of a tree that is too large.
+        starts = np.flatnonzero((np.diff(codes, prepend=-1) != 0) | ~fits)
+        sizes = np.where(fits, self.tree_tokens[codes], self.tokens[rows])[starts]
+        units = np.split(rows, starts[1:])
+        packed = pack_rows(range(len(units)), sizes, self.max_tokens, self._multiple, random)
+        return [[int(row) for unit in batch for row in units[unit]] for batch in packed]
 
     def _steps(self, rows: NDArray[np.int64]) -> list[list[list[int]]]:
         """Packs the rows of each step into as few micro-batches of all ranks as possible."""
@@ -153,6 +180,8 @@ class BatchSampler:
         if self.max_tokens and self.draws is not None:
             *full, last = pack_in_order(rows.tolist(), self.tokens.__getitem__, self.max_tokens)
             return _with_even_end(full, [last], self.tokens, self.max_tokens, self._multiple)
+        if self.max_tokens and self.trees is not None:
+            return self._pack_trees(rows, random if self.shuffle else None)
         if self.max_tokens:
             return pack_rows(rows, self.tokens, self.max_tokens, self._multiple, random if self.shuffle else None)
         batches = [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
@@ -160,7 +189,8 @@ class BatchSampler:
             whole = len(rows) // (self.batch_size * self.world_size) * self.world_size
             batches = batches[:whole]
         batches += [[]] * (-len(batches) % self.world_size)
-        if self.world_size == 1 or self.sequences is not None or not (self.shuffle or self.draws):
+        in_order = self.sequences is not None or self.trees is not None or not (self.shuffle or self.draws)
+        if self.world_size == 1 or in_order:
             return batches
         step = self.world_size * self.micro_batches
         cuts = range(0, len(batches), step)

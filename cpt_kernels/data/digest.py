@@ -12,8 +12,9 @@ from xxhash import xxh3_128
 
 from ..errors import UserError
 
-# The row's number in the given data, which does not change what is trained, and images, which `image_ids` identify.
-_LEFT_OUT = ("row", "images")
+# The row's number in the given data and what its prompt begins with, which do not change what is trained, and images,
+# which `image_ids` identify.
+_LEFT_OUT = ("row", "tree", "images")
 _IF_ANY = ("scored", "weights")  # left out where they are empty, as in rows that were prepared without them
 _BATCH = 10_000  # rows that are digested together; a digest depends on it
 

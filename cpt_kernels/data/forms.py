@@ -166,7 +166,11 @@ def find_prompt(columns: Collection[str], form: Form | None = None) -> dict[str,
 def read_by(form: Form, roles: Roles) -> set[str]:
     """Returns the columns that are read of rows with these roles; without roles, columns have our names."""
     named = [*roles.values()] if form not in (Form.GROUP, Form.TOKENS) else []
-    return {*(named or ("prompt", *FORM_COLUMNS[form])), *_READ, *(("scored", "weights") if form is Form.GROUP else ())}
+    return {
+        *(named or ("prompt", *FORM_COLUMNS[form])),
+        *_READ,
+        *(("scored", "weights", "tree") if form is Form.GROUP else ()),
+    }
 
 
 def unused_columns(

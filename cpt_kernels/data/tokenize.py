@@ -11,6 +11,7 @@ A prompt group is the row that the filter, the packer and the collator work on:
     image_ids           list[int]        identities of the prompt's images, see `images.ImageReader.image_id`
     scores              list[float]      K ratings whose differences are the gaps. Ranked rows have them (without a
                                          column `scores`, the negated rank) and pairs with a gap column; else empty
+    tree                int              equal for rows whose prompts begin alike: see `_tree`
     row                 int              index in the source dataset; of a stream, in the rows that this process reads
 
 Nothing here depends on `max_length`: tokens cached by `datasets` are reused when it changes.
@@ -67,6 +68,7 @@ GROUP_FEATURES = Features(
         "targets": _INDICES,
         "weights": List(Value("float32")),
         "scores": List(Value("float32")),
+        "tree": Value("int64"),
         "row": Value("int64"),
     }
 )
@@ -144,8 +146,9 @@ class Tokenization:
                 group = {**{name: [] for name in _GROUP_LISTS}, "reason": group.reason, "detail": group.detail}
             filled = {"row": index, "reason": "", "detail": "", "seam": "", "pairs_given": len(group["rejected"])}
             filled |= {"is_chat": False, "doubled": self._doubled(group), "digest": _group_digest(group)}
-            if self.form is Form.GROUP and row.get("row") is not None:
-                filled["row"] = row["row"]
+            filled["tree"] = _digest_ids(group["prompt_ids"])
+            if self.form is Form.GROUP:
+                filled |= {name: row[name] for name in ("row", "tree") if row.get(name) is not None}
             for name, value in (filled | group).items():
                 output[name].append(value)
         for name in self.keep:
@@ -222,7 +225,7 @@ class Tokenization:
             weights=example.weights,
         )
         group["image_ids"] = [word for image in images for word in self.reader.image_id(image)]
-        return group | {"pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
+        return group | {"pairs_given": example.count_pairs(self.ranked_pairs), **_of_prompt(example)}
 
     def _image_masks(self, example: Example, prompt: str, completions: list[str]) -> list[list[bool]]:
         """Returns the masks of completions that were rendered with images in their prompt; empty without masks."""
@@ -335,7 +338,7 @@ class Tokenization:
             scored=masks,
             weights=example.weights,
         )
-        remarks = {"seam": seam, "pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
+        remarks = {"seam": seam, "pairs_given": example.count_pairs(self.ranked_pairs), **_of_prompt(example)}
         return group | remarks
 
     def _doubled(self, group: Mapping[str, Any]) -> str:
@@ -421,6 +424,21 @@ class Tokenization:
         each = weights if isinstance(weights, list) else [weights] * len(edges)
         found["weights"] = [] if all(weight == 1 for weight in each) else each
         return found | group
+
+
+def _of_prompt(example: Example) -> dict[str, Any]:
+    """Returns `is_chat` and `tree`: conversations are of one tree if they are equal up to the user's first turn, and
+    texts if their prompts are equal without the steps with which an answer begins.
+    """
+    start: Any = example.prompt
+    if example.is_chat:
+        first = next((i for i, turn in enumerate(start) if turn["role"] == "user"), len(start) - 1)
+        start = start[: first + 1]
+    return {"is_chat": example.is_chat, "tree": xxh3_64_intdigest(repr(start).encode("utf-8", "surrogatepass")) >> 1}
+
+
+def _digest_ids(ids: Sequence[int]) -> int:
+    return xxh3_64_intdigest(array("i", ids).tobytes()) >> 1
 
 
 def _group_digest(group: Mapping[str, Any]) -> int:

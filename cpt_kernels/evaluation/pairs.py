@@ -184,7 +184,7 @@ class _Scorer:
     """Scores the C completions of a prepared dataset, to which P pairs refer.
 
     Attributes:
-        lengths: (C,) tokens of each completion, in the order of `iter_sequences`.
+        lengths: (C,) scored tokens of each completion, in the order of `iter_sequences`.
         rows: (P,) row of each pair in the prepared dataset.
         sides: (P, 2) positions of chosen and rejected among the completions of that row.
         members: (P, 2) positions of chosen and rejected among the C completions.
@@ -203,7 +203,10 @@ class _Scorer:
         self.cut = (args.max_length, args.truncation_mode)
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=args.mixed_precision)
         completions = (each for part in iter_sequences(dataset, *self.cut) for each in part)
-        found = [(each.row, each.position, len(each.completion_ids)) for each in completions]
+        found = [
+            (each.row, each.position, len(each.completion_ids) if each.scored is None else each.scored.sum())
+            for each in completions
+        ]
         rows, positions, self.lengths = np.array(found, np.int64).T
         edges = dataset.with_format("arrow").select_columns(["chosen", "rejected", "row"])[:]
         self.source = edges["row"].to_numpy()
@@ -245,7 +248,8 @@ class _Scorer:
             found = cache.get_many([each.ids for each in sequences])
             if any(values is None for values in found):
                 raise UserError(f"log-probs have disappeared from {cache.folder} during the run: start it again")
-            yield np.array([values.sum(dtype=np.float64) for values in found])
+            masks = [slice(None) if each.scored is None else each.scored for each in sequences]
+            yield np.array([values[mask].sum(dtype=np.float64) for values, mask in zip(found, masks)])
 
 
 def _split_groups(data: Dataset) -> Dataset:

@@ -89,7 +89,7 @@ class RowLengths:
         lengths: list[dict[int, tuple[int, int]]] = [{} for _ in range(len(dataset))]  # by position in the row
         self.images: list[dict[ImageId, float]] = [{} for _ in range(len(dataset))]  # tokens of each row's images
         for chunk in iter_sequences(dataset, collator.max_length, collator.truncation_mode):
-            for row, position, prompt, completion, words in chunk:
+            for row, position, prompt, completion, words, _ in chunk:
                 key = hash((prompt.tobytes(), words.tobytes()))
                 of_row = self.prompts[row].setdefault(key, (len(prompt), {}))
                 of_row[1][hash(completion.tobytes())] = len(completion)

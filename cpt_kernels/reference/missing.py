@@ -36,6 +36,7 @@ class DatasetCompletion(NamedTuple):
     prompt_ids: NDArray[np.int64]
     completion_ids: NDArray[np.int64]
     image_ids: NDArray[np.int64]  # identities of the prompt's images, see `data.images`
+    scored: NDArray[np.bool_] | None = None  # which of the completion's tokens are scored; None for all
 
     @property
     def ids(self) -> tuple[TokenIds, TokenIds]:
@@ -80,7 +81,7 @@ def iter_sequences(
     Completions of which truncation leaves no token are left out.
     """
     start, cut = 0, (max_length, truncation_mode)
-    names = [name for name in ("prompt_ids", "completion_ids", "image_ids") if name in dataset.column_names]
+    names = [name for name in ("prompt_ids", "completion_ids", "image_ids", "scored") if name in dataset.column_names]
     for table in dataset.with_format("arrow").select_columns(names).iter(_CHUNK):
         prompts = _list_items(table["prompt_ids"])
         images = _list_items(table["image_ids"]) if "image_ids" in names else [np.empty(0, np.int64)] * len(prompts)
@@ -93,6 +94,13 @@ def iter_sequences(
             for row, (prompt, count, words) in enumerate(zip(prompts, counts.tolist(), images))
             for position in range(count)
         ]
+        if "scored" in names and len(masks := _list_items(pc.list_flatten(table["scored"]))):
+            has_mask = np.repeat(pc.list_value_length(table["scored"]).to_numpy() > 0, counts)
+            for i, mask in zip(np.flatnonzero(has_mask).tolist(), masks):
+                each = sequences[i]
+                prompt = prompts[each.row - start]
+                kept = _truncate_arrays(prompt, mask, *cut, len(each.image_ids))[1]
+                sequences[i] = each._replace(scored=kept.astype(bool))
         yield [sequence for sequence in sequences if len(sequence.completion_ids)]
         start += len(prompts)
 
