@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .curriculum import HARD, PLACE
 from .images import ImageId, ImageReader, images_of, place_images, split_key
-from .packing import Span, lay_out, pair_block_boundaries, scatter_rounds, starts_of
+from .packing import Layout, Span, concatenate_masks, lay_out, pair_block_boundaries, scatter_rounds, starts_of
 from .trees import Branch, find_branches
 from .truncation import TruncationMode, truncate
 
@@ -27,9 +27,27 @@ from .truncation import TruncationMode, truncate
 ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], "NDArray[np.float32]"]
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt key (see :mod:`.images`), completion
+# A completion with a mask is another one than the same tokens with another mask, or without.
+ScoredTokens = tuple[tuple[int, ...], ...]  # prompt key, completion and, unless all of it is scored, its mask
 
 
-class PackedBatch(TypedDict):
+class Predictions(TypedDict):
+    """Which tokens are predicted, and from where; dimensions as of :class:`PackedBatch`."""
+
+    predictor_index: Tensor  # (N,) int64, place of each predictor row in the (flattened) input_ids
+    predictor_rounds: list[tuple[Tensor, Tensor]]  # of predictor_index
+    predictors: NDArray[np.int64]  # (N,) predictor_index of the packed row
+    targets: Tensor  # (N,) int64
+    cu_completions: Tensor  # (S+1,) int64
+    completion_lengths: list[int]  # S
+    # If completions have tokens in common, N is less than M; else these are None, and predictions are the M tokens.
+    token_index: Tensor | None  # (M,) int64, the prediction of each completion token
+    token_order: Tensor | None  # (M,) int64, completion tokens sorted by their prediction
+    token_offsets: Tensor | None  # (N+1,) int64, where those of each prediction begin in token_order
+    prediction_lengths: list[int]  # S, predictions of each completion that no completion before it has
+
+
+class PackedBatch(Predictions):
     """A packed row with T tokens, S completions of M tokens, N predictions, P pairs and G attention segments.
 
     Tensors move to the device, lists and arrays stay on the host. An example with two groups; ``|`` separates prompts
@@ -58,17 +76,9 @@ class PackedBatch(TypedDict):
     kv_index: Tensor  # (K,) int64, place of each key in the packed row
     kv_rounds: list[tuple[Tensor, Tensor]]  # of kv_index, see packing.scatter_rounds
     segment_lengths: list[tuple[int, int]]  # (queries, keys) of every segment
-    predictor_index: Tensor  # (N,) int64, place of each predictor row in the (flattened) input_ids
-    predictor_rounds: list[tuple[Tensor, Tensor]]  # of predictor_index
-    predictors: NDArray[np.int64]  # (N,) predictor_index of the packed row
-    targets: Tensor  # (N,) int64
-    cu_completions: Tensor  # (S+1,) int64
-    completion_lengths: list[int]  # S
-    # If completions have tokens in common, N is less than M; else these are None, and predictions are the M tokens.
-    token_index: Tensor | None  # (M,) int64, the prediction of each completion token
-    token_order: Tensor | None  # (M,) int64, completion tokens sorted by their prediction
-    token_offsets: Tensor | None  # (N+1,) int64, where those of each prediction begin in token_order
-    prediction_lengths: list[int]  # S, predictions of each completion that no completion before it has
+    # In this batch "tokens of completions" are those that are scored, unless these fields say otherwise.
+    spans: NDArray[np.int64]  # (S, 3) segment of each completion, and its first token and its end in the segment's path
+    scored: NDArray[np.bool_] | None  # which tokens of all completions, one after another, are scored; None for all
     chosen: Tensor  # (P,) int64, index of a completion
     rejected: Tensor | None  # (P,) int64; None for supervised rows
     sft_targets: Tensor  # (P,) int64, the completion of SLiC's regularizer
@@ -125,13 +135,13 @@ class PackedCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         """Truncates the rows' completions, and packs them with their pairs."""
-        sequences: list[Tokens] = []
-        edges: list[tuple[Tokens, ...]] = []
+        sequences: list[ScoredTokens] = []
+        edges: list[tuple[ScoredTokens, ...]] = []
         gaps: list[float | None] = []
         hard: list[bool] = []
         weights: list[float] = []
         for row in rows:
-            cut = self.truncated(row)
+            cut = self._masked(row, self.truncated(row))
             rejected_columns = [row["rejected"]] if row["rejected"] else []  # supervised rows have none
             for chosen, target, *rejected in zip(row["chosen"], row["targets"], *rejected_columns):
                 edges.append(tuple(cut[i] for i in (chosen, target, *rejected)))
@@ -144,8 +154,8 @@ class PackedCollator:
 
     def pack(
         self,
-        sequences: Sequence[Tokens],
-        edges: Sequence[tuple[Tokens, ...]],
+        sequences: Sequence[ScoredTokens],
+        edges: Sequence[tuple[ScoredTokens, ...]],
         gaps: Sequence[float | None],
         places: list[float],
         images: Mapping[ImageId, Any] | None = None,
@@ -156,7 +166,7 @@ class PackedCollator:
         """Packs sequences and their pairs into one batch.
 
         Args:
-            sequences: (prompt key, completion ids), repeated or not.
+            sequences: (prompt key, completion ids) and, if not all of it is scored, its mask; repeated or not.
             edges: the sequences of each pair: chosen, target of SLiC's regularizer, and rejected if there is one.
             gaps: one per pair, see :func:`gap_of`.
             places: see :class:`PackedBatch`.
@@ -167,15 +177,19 @@ class PackedCollator:
         if not sequences:  # a rank without rows runs one token, to take part in every collective
             sequences = [((self.pad_token_id,), (self.pad_token_id,))]
         # Completions are numbered in packed order.
-        different = list(dict.fromkeys(sequence for sequence in sequences if sequence[1]))  # truncation may leave none
-        paths, prompts = _paths(different)
-        branches = self._branches(different, paths, prompts)
+        # Truncation may leave no token of a completion, or none that is scored; then no pair has it.
+        different = list(dict.fromkeys(each for each in sequences if each[1] and all(map(any, each[2:]))))
+        tokens = [(prompt, completion) for prompt, completion, *_ in different]
+        paths, prompts = _paths(tokens)
+        branches = self._branches(tokens, paths, prompts)
         order = [s for branch in branches for s in branch.sequences]
         unique = [different[s] for s in order]
         ends = [len(paths[branch.sequences[-1]]) for branch in branches]
         segment_lengths = [(end - branch.shared, end) for end, branch in zip(ends, branches)]
         spans = [Span(g, prompts[s], len(paths[s])) for g, branch in enumerate(branches) for s in branch.sequences]
-        layout = lay_out(segment_lengths, spans)
+        masks: list[Any] = [sequence[2] if len(sequence) > 2 else None for sequence in unique]
+        scored = concatenate_masks(spans, masks) if any(masks) else None
+        layout = lay_out(segment_lengths, spans, masks if any(masks) else None)
 
         # Pairs are sorted so that each block's are consecutive.
         index_of = {sequence: s for s, sequence in enumerate(unique)}
@@ -188,17 +202,15 @@ class PackedCollator:
         # Counts, and everything as tensors.
         row = np.concatenate([paths[branch.sequences[-1]][branch.shared :] for branch in branches])
         completion_lengths = np.diff(layout.cu_completions)
-        input_ids, attention_mask, predictor_index = _ints(row)[None], None, layout.predictor_index
+        input_ids, attention_mask, place = _ints(row)[None], None, None
         if self.padded:
             place, attention_mask = _padded_places(np.diff(layout.cu_seqlens_q))
             input_ids = torch.full_like(attention_mask, self.pad_token_id).masked_scatter(attention_mask > 0, input_ids)
-            predictor_index = place[predictor_index]
         roots = [g for g, branch in enumerate(branches) if branch.shared == 0]
         bounds = [*layout.cu_seqlens_q[roots].tolist(), len(row)]
         trees = [(different[branches[g].sequences[0]][0], span) for g, span in zip(roots, pairwise(bounds))]
         pictures = place_images(self.images, self.always_images, trees, input_ids, images or {})
-        token_index, token_order, token_offsets = _token_arrays(layout.token_index)
-        ref_token_logps, ref_missing = self._reference_logps(unique, scored=bool(edges))
+        ref_token_logps, ref_missing = self._reference_logps([(p, c) for p, c, *_ in unique], bool(edges), scored)
         return PackedBatch(
             input_ids=input_ids,
             position_ids=None if self.padded else _ints(layout.position_ids)[None],
@@ -208,16 +220,9 @@ class PackedCollator:
             kv_index=_ints(layout.kv_index),
             kv_rounds=_rounds(layout.kv_index, len(row)),
             segment_lengths=segment_lengths,
-            predictor_index=_ints(predictor_index),
-            predictor_rounds=_rounds(predictor_index, input_ids.numel()),
-            predictors=layout.predictor_index,
-            targets=_ints(row[layout.target_index]),
-            cu_completions=_ints(layout.cu_completions),
-            completion_lengths=completion_lengths.tolist(),
-            token_index=token_index,
-            token_order=token_order,
-            token_offsets=token_offsets,
-            prediction_lengths=layout.prediction_lengths.tolist(),
+            **_predictions(layout, place, input_ids),
+            spans=np.array(spans, np.int64),
+            scored=scored,
             chosen=_ints(chosen),
             rejected=_ints(rejected[0]) if rejected else None,
             sft_targets=_ints(sft_targets),
@@ -246,6 +251,14 @@ class PackedCollator:
         how = (self.max_length, self.truncation_mode, bool(words))
         cut = (truncate(row["prompt_ids"], completion, *how) for completion in row["completion_ids"])
         return [((*words, *prompt), tuple(completion)) for prompt, completion in cut]
+
+    def _masked(self, row: Mapping[str, Any], cut: list[Tokens]) -> Sequence[ScoredTokens]:
+        """Returns a row's truncated completions with their masks."""
+        if not row.get("scored"):
+            return cut
+        how = (self.max_length, self.truncation_mode, bool(row.get("image_ids")))
+        masks = [tuple(truncate(row["prompt_ids"], mask, *how)[1]) for mask in row["scored"]]
+        return [tokens if all(mask) else (*tokens, mask) for tokens, mask in zip(cut, masks)]
 
     def _branches(
         self, sequences: Sequence[Tokens], paths: Sequence[NDArray[np.int64]], prompts: Sequence[int]
@@ -276,15 +289,15 @@ class PackedCollator:
         return trees if tokens(trees) < tokens(by_prompt) else by_prompt
 
     def _reference_logps(
-        self, sequences: Sequence[Tokens], scored: bool
+        self, sequences: Sequence[Tokens], looked_up: bool, scored: NDArray[np.bool_] | None
     ) -> tuple[Tensor | None, list[tuple[int, tuple[int, ...], tuple[int, ...]]]]:
         """Returns `ref_token_logps` and `ref_missing` of the batch. A batch without pairs is not looked up."""
         if self.reference is None:
             return None, []
         stops = np.cumsum([len(completion) for _, completion in sequences])
-        logps = self.reference(sequences) if scored else np.zeros(stops[-1], np.float32)
+        logps = self.reference(sequences) if looked_up else np.zeros(stops[-1], np.float32)
         missing = [(s, *sequences[s]) for s in np.flatnonzero(np.isnan(logps[stops - 1])).tolist()]
-        return torch.from_numpy(logps), missing
+        return torch.from_numpy(logps if scored is None else logps[scored]), missing
 
 
 def _paths(sequences: Sequence[Tokens]) -> tuple[list[NDArray[np.int64]], list[int]]:
@@ -295,7 +308,7 @@ def _paths(sequences: Sequence[Tokens]) -> tuple[list[NDArray[np.int64]], list[i
 
 
 def _index_pairs(
-    edges: Sequence[tuple[Tokens, ...]], index_of: Mapping[Tokens, int], ties: Sequence[tuple[int, int]]
+    edges: Sequence[tuple[ScoredTokens, ...]], index_of: Mapping[ScoredTokens, int], ties: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, ...]], list[int], list[tuple[int, int]]]:
     """Returns the pairs as indices of completions, sorted by block; which edge each pair is; and the pair blocks.
 
@@ -308,6 +321,36 @@ def _index_pairs(
     boundaries = pair_block_boundaries(len(index_of), [*pairs, *ties])
     pairs_below = np.searchsorted([min(pair) for pair in pairs], boundaries)
     return pairs, order, list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist()))
+
+
+def _predictions(layout: Layout, place: NDArray[np.int64] | None, input_ids: Tensor) -> Predictions:
+    """Returns the fields of a batch that say which tokens are predicted, and from where.
+
+    Args:
+        place: where the tokens of the packed row lie in the (flattened) input_ids; None: where they are.
+    """
+    found = layout.predictor_index if place is None else place[layout.predictor_index]
+    targets = _ints(layout.target_index if place is None else place[layout.target_index]).to(input_ids.device)
+    index, order, offsets = _token_arrays(layout.token_index)
+    return {
+        "predictor_index": _ints(found),
+        "predictor_rounds": _rounds(found, input_ids.numel()),
+        "predictors": layout.predictor_index,
+        "targets": input_ids.flatten()[targets],
+        "cu_completions": _ints(layout.cu_completions),
+        "completion_lengths": np.diff(layout.cu_completions).tolist(),
+        "token_index": index,
+        "token_order": order,
+        "token_offsets": offsets,
+        "prediction_lengths": layout.prediction_lengths.tolist(),
+    }
+
+
+def with_all_scored(batch: PackedBatch) -> Predictions:
+    """Returns the fields of a batch that differ if all tokens of its completions are scored; tensors on the host."""
+    segments = batch["segment_lengths"]
+    place = None if batch["attention_mask"] is None else _padded_places(np.array([q for q, _ in segments], np.int32))[0]
+    return _predictions(lay_out(segments, [Span(*span) for span in batch["spans"].tolist()]), place, batch["input_ids"])
 
 
 def _padded_places(lengths: NDArray[np.int32]) -> tuple[NDArray[np.int64], Tensor]:

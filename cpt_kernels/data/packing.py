@@ -85,19 +85,28 @@ def pack(groups: Sequence[GroupLengths]) -> Layout:
     return lay_out(segments, completions)
 
 
-def lay_out(segments: Sequence[tuple[int, int]], completions: Sequence[Span]) -> Layout:
+def lay_out(
+    segments: Sequence[tuple[int, int]],
+    completions: Sequence[Span],
+    masks: Sequence[Sequence[bool] | None] | None = None,
+) -> Layout:
     """Lays out a row.
 
     Args:
         segments: (queries, keys).
         completions: in the order of their segments; those of one segment are in the order of their ends.
+        masks: which tokens of each completion are scored, at least one; None for all. Others are in no array of M or N.
     """
     paths = paths_of(segments)
     queries, keys = zip(*segments)
-    # Completion tokens and their predictors. What is not scored would be left out here.
+    # Completion tokens and their predictors, without those that are not scored.
     targets = np.concatenate([paths[segment][start:stop] for segment, start, stop in completions])
     predictors = np.concatenate([paths[segment][start - 1 : stop - 1] for segment, start, stop in completions])
     cu_completions = starts_of([stop - start for _, start, stop in completions])
+    if masks is not None:
+        scored = concatenate_masks(completions, masks)
+        targets, predictors = targets[scored], predictors[scored]
+        cu_completions = starts_of(np.add.reduceat(scored, cu_completions[:-1], dtype=np.int64))
     token_index, prediction_lengths = None, np.diff(cu_completions)
     if np.bincount(targets).max() > 1:
         # Number the different ones in the order in which they first occur.
@@ -117,6 +126,14 @@ def lay_out(segments: Sequence[tuple[int, int]], completions: Sequence[Span]) ->
         token_index,
         prediction_lengths,
     )
+
+
+def concatenate_masks(completions: Sequence[Span], masks: Sequence[Sequence[bool] | None]) -> NDArray[np.bool_]:
+    """Returns whether each token of all completions, one after another, is scored."""
+    parts = (
+        np.ones(stop - start, bool) if mask is None else mask for (_, start, stop), mask in zip(completions, masks)
+    )
+    return np.concatenate([np.asarray(part, bool) for part in parts])
 
 
 def paths_of(segments: Sequence[tuple[int, int]]) -> list[NDArray[np.int64]]:

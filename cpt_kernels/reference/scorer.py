@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens
+from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens, with_all_scored
 from ..data.images import ImageId
 from ..data.stores import display_name, local_path
 from ..errors import UserError
@@ -268,9 +268,13 @@ class Reference:
         if not is_missing:
             return
         started = time.perf_counter()
-        scored = self._score(batch)
+        # The cache holds the log-prob of every token, whichever are scored in this run.
+        mask, device = batch["scored"], batch["input_ids"].device
+        whole = batch if mask is None else {**batch, **send_to_device(with_all_scored(batch), device)}
+        scored = self._score(cast("PackedBatch", whole))
         self.cache.add_many([(prompt, ids) for _, prompt, ids in missing], [scored[s] for s, *_ in missing])
-        batch["ref_token_logps"] = torch.from_numpy(np.concatenate(scored)).to(batch["input_ids"].device)
+        values = np.concatenate(scored)
+        batch["ref_token_logps"] = torch.from_numpy(values if mask is None else values[mask]).to(device)
         batch["ref_missing"] = []
         self.scored += len(missing)
         self.seconds += time.perf_counter() - started
