@@ -108,6 +108,13 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     gap_column: str | None = option(
         None, "Column of numbers by how much chosen is better, for ODPO. Default: the difference of ranked scores."
     )
+    weight_column: str | None = option(
+        None,
+        "Column of weights of the pairs' losses: numbers of at least 0, one for a row or for each of its pairs.",
+    )
+    assistant_only_loss: bool = option(
+        False, "Score the assistant's turns only: no turns of users and tools within a completion."
+    )
     ranked_pairs: str | None = option(
         None, "Pairs of a row with K ranked completions: all, adjacent or extremes. Default: the row's own, else all."
     )

@@ -94,7 +94,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Loss": tuple(f.name for f in fields(LossOptions)),
     "Data": (
-        *("max_length", "truncation_mode", "target_column", "gap_column", "ranked_pairs", "curriculum"),
+        *("max_length", "truncation_mode", "target_column", "gap_column", "weight_column", "ranked_pairs"),
+        *("assistant_only_loss", "curriculum"),
         *("prompt_format", "dataset_num_proc"),
     ),
     "Batches": (

@@ -171,6 +171,7 @@ def _tokenize_pairs(
             truncation_mode=args.truncation_mode,
             ranked_pairs=args.ranked_pairs or "all",
             prompt_format=args.prompt_format,
+            assistant_only_loss=args.assistant_only_loss,
             keep_columns=list(dict.fromkeys([*_present(_MODELS, data), *by, *_present(_ORIGIN, data)])),
             num_proc=args.dataset_num_proc,
             name="held-out",
@@ -248,6 +249,10 @@ class _Scorer:
             found = cache.get_many([each.ids for each in sequences])
             if any(values is None for values in found):
                 raise UserError(f"log-probs have disappeared from {cache.folder} during the run: start it again")
+            if any(each.scored is not None for each in sequences) and cache.imported_keys:
+                raise UserError(
+                    f"{cache.folder} holds imported sums, and not all tokens are scored: choose another one"
+                )
             masks = [slice(None) if each.scored is None else each.scored for each in sequences]
             yield np.array([values[mask].sum(dtype=np.float64) for values, mask in zip(found, masks)])
 

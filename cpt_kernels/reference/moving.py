@@ -146,6 +146,7 @@ class StagedReference(Reference):
                     " since: evaluate on data that the trainer was made with, and use its own data_collator"
                 )
             self.found += len(missing)
+            logps = logps if batch["scored"] is None else logps[batch["scored"]]  # all completions are missing
             batch["ref_token_logps"] = torch.from_numpy(logps).to(batch["input_ids"].device)
             batch["ref_missing"] = []
 

@@ -202,15 +202,18 @@ class Reference:
             logger.warning(f"the reference has a folder of its own: {rival}")
         return folder
 
-    def check_tokens(self) -> None:
+    def check_tokens(self, why: str = "ld_alpha needs") -> None:
         """Checks that the cache holds the log-prob of every token.
+
+        Args:
+            why: who needs it, for the message.
 
         Raises:
             UserError: it holds imported sums, whose single tokens are meaningless.
         """
         if self.cache.imported_keys:
             raise UserError(
-                f"ld_alpha needs the reference log-prob of every token, but {self.cache.folder} holds imported sums:"
+                f"{why} the reference log-prob of every token, but {self.cache.folder} holds imported sums:"
                 " choose another ref_cache_dir, or remove them with cpt cache prune"
             )
 
@@ -256,6 +259,8 @@ class Reference:
     def complete(self, batch: PackedBatch) -> None:
         """Scores the completions whose log-probs a batch lacks, and puts these into the batch and into the cache."""
         missing, group = batch["ref_missing"], self.policy.group
+        if batch["scored"] is not None:
+            self.check_tokens("tokens that are not scored need")
         if batch["num_pairs"]:
             self.found += len(batch["completion_lengths"]) - len(missing)
         is_missing = bool(missing)

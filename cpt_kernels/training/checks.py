@@ -425,7 +425,8 @@ def reading_options(args: ContrastiveConfig, dataset: Any, is_training: bool) ->
     if is_training:
         check_ranked_pairs_apply(dataset, args.ranked_pairs)
         curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
-    names = ("max_length", "truncation_mode", "target_column", "gap_column", "prompt_format")
+    names = ("max_length", "truncation_mode", "target_column", "gap_column", "prompt_format", "weight_column")
+    names += ("assistant_only_loss",)
     options = {name: getattr(args, name) for name in names}
     return {**options, "ranked_pairs": args.ranked_pairs or "all", "keep_columns": kept_columns(curriculum, dataset)}
 

@@ -23,11 +23,7 @@ METRIC_TOLERANCE = 1e-3
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 LOGPS = ("logps/chosen", "logps/rejected")
 TOKEN_MEANS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-# A role is one word, and every message ends with </s>.
-TEMPLATE = (
-    "{% for message in messages %}{{ 'w0 ' if message['role'] == 'user' else 'w1 ' }}{{ message['content'] }} </s> "
-    "{% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
-)
+TEMPLATE = toy.CHAT_TEMPLATE
 
 
 def one_thread() -> Iterator[None]:

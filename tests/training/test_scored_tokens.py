@@ -1,0 +1,183 @@
+"""Tests losses and log-probs of conversations in which only some tokens are scored, and of weighted pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, IterableDataset
+
+from cpt_kernels.errors import UserError
+from cpt_kernels.losses import LOSSES, build_loss
+from cpt_kernels.ops.linear_preference import Pairs, linear_preference_loss
+from tests.helpers.architectures import tiny_model
+from tests.helpers.toy import CHAT_TEMPLATE, MARKED_TEMPLATE, make_trainer, word_tokenizer
+from tests.helpers.trl_runs import LOGPS, REWARDS, assert_same_steps, run_ours, run_trl
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def conversations(count: int = 6) -> list[dict]:
+    """Returns pairs of which every second has answers of several turns, with a tool's result."""
+    rows = []
+    for i in range(count):
+        chosen = [turn("assistant", f"w{10 + i} w{20 + i}")]
+        if i % 2:
+            chosen += [turn("user", f"w{30 + i}"), turn("tool", f"w{40 + i} w1"), turn("assistant", f"w{i} w2")]
+        rejected = [turn("assistant", f"w{15 + i}"), turn("user", "w9"), turn("assistant", f"w{25 + i} w8")]
+        rows.append({"prompt": [turn("user", f"w{i + 3} w5")], "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def trainer_of(folder, rows=None, model="llama", **options):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    data = Dataset.from_list(rows or conversations()) if not isinstance(rows, IterableDataset) else rows
+    return make_trainer(folder, train_dataset=data, processing_class=tokenizer, model=model, **options)
+
+
+def by_hand(model, row: dict, side: str) -> tuple[float, int]:
+    """Returns the log-prob of the assistant's words and </s> of one conversation, and their number."""
+    tokens, scored = [], []
+    for place, message in enumerate([*row["prompt"], *row[side]]):
+        words = [*message["content"].split(), "</s>"]
+        is_answer = place >= len(row["prompt"]) and message["role"] == "assistant"
+        tokens += [{"user": "w0", "assistant": "w1"}.get(message["role"], "w2"), *words]
+        scored += [False, *[is_answer] * len(words)]
+    ids = torch.tensor([word_tokenizer().convert_tokens_to_ids(tokens)])
+    with torch.no_grad():
+        logps = F.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])[:, 0]
+    return logps[torch.tensor(scored[1:])].sum().item(), sum(scored)
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_log_probs_are_those_of_the_assistants_words(packing, tmp_path):
+    model = tiny_model("llama", torch.float64)
+    trainer = trainer_of(tmp_path, model=model, assistant_only_loss=True, packing=packing, loss_type=["ipo"])
+    (batch,) = trainer.get_eval_dataloader(trainer.train_dataset.select(range(4)))
+    rows = conversations()[:4]
+    expected = {(side, i): by_hand(model, row, side) for i, row in enumerate(rows) for side in ("chosen", "rejected")}
+    scores = trainer.score(model, trainer._prepare_inputs(batch))
+    for side in ("chosen", "rejected"):
+        found = zip(getattr(scores.pair_logps, side).tolist(), getattr(scores.pair_logps, f"{side}_length").tolist())
+        mine = [expected[side, i] for i in range(4)]
+        assert [length for _, length in found] == [length for _, length in mine]
+        torch.testing.assert_close(getattr(scores.pair_logps, side), torch.tensor([logp for logp, _ in mine]).double())
+        # The policy is the reference, whose cached log-probs are those of all tokens.
+        reference = getattr(scores.pair_logps, f"ref_{side}")
+        torch.testing.assert_close(reference.double(), getattr(scores.pair_logps, side), rtol=0, atol=1e-5)
+    assert batch["num_chosen_tokens"] == sum(expected["chosen", i][1] for i in range(4))
+    whole = trainer.train_dataset[1]
+    assert trainer.reference.cache.get(whole["prompt_ids"], whole["completion_ids"][0]).shape == (
+        len(whole["completion_ids"][0]),
+    )
+
+
+def test_a_run_that_scores_all_tokens_uses_the_same_cache(tmp_path):
+    trainer_of(tmp_path, assistant_only_loss=True)
+    rows = trainer_of(tmp_path).reference.cache.num_rows
+    assert rows == trainer_of(tmp_path, assistant_only_loss=True).reference.cache.num_rows == 12
+
+
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"use_weighting": True}])
+def test_a_stream_scores_what_a_stored_dataset_scores(options, tmp_path):
+    rows = conversations()
+    given = {"assistant_only_loss": True, "train_sampling_strategy": "sequential", "max_steps": 2, **options}
+    stored = trainer_of(tmp_path / "stored", rows, **given)
+    stream = trainer_of(tmp_path / "stream", IterableDataset.from_generator(lambda: iter(rows)), **given)
+    for trainer in (stored, stream):
+        trainer.train()
+    a, b = (trainer.state.log_history for trainer in (stored, stream))
+    for name in ("loss", "rewards/margins", "logps/rejected", "mean_token_accuracy"):
+        if name in a[0]:
+            assert a[0][name] == pytest.approx(b[0][name], abs=2e-5), name
+
+
+def test_supervised_steps_are_trls(tmp_path):
+    """TRL scores the assistant's turns, with the marks of the template; ours finds them without marks as well."""
+    trl = pytest.importorskip("trl", reason="parity needs TRL: pip install trl==1.16.0")
+    messages = [{"messages": [*row["prompt"], *row["rejected"]]} for row in conversations(8)]
+    options = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "use_cpu": True}
+    options |= {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "bf16": False}
+    options |= {"assistant_only_loss": True, "train_sampling_strategy": "sequential", "gradient_checkpointing": False}
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = MARKED_TEMPLATE
+    config = trl.SFTConfig(output_dir=str(tmp_path / "trl"), **options)
+    theirs = trl.SFTTrainer(
+        tiny_model("llama"), args=config, train_dataset=Dataset.from_list(messages), processing_class=tokenizer
+    )
+    theirs.train()
+    ours = trainer_of(tmp_path, messages, loss_type=["sft"], **options)
+    ours.train()
+    a, b = ([log["loss"] for log in each.state.log_history if "loss" in log] for each in (ours, theirs))
+    assert a == pytest.approx(b, abs=1e-4) and a[-1] < a[0]
+
+
+def test_answers_of_one_turn_train_as_in_trl(tmp_path):
+    """Where all tokens are the assistant's, the option changes nothing; TRL's DPO trainer has no such option."""
+    rows = Dataset.from_list([row | {"rejected": row["rejected"][:1]} for row in conversations(16)[::2]])
+    options = {"max_steps": 2}
+    theirs = run_trl(tmp_path / "trl", rows, **options)
+    assert_same_steps(
+        run_ours(tmp_path / "ours", rows, assistant_only_loss=True, **options), theirs, (*REWARDS, *LOGPS)
+    )
+
+
+def text_rows(weights) -> list[dict]:
+    texts = [
+        {"prompt": f"w{i + 3} ", "chosen": f"w{10 + i} w{i}", "rejected": f"w{20 + i}"} for i in range(len(weights))
+    ]
+    return [row | {"weight": weight, "gap": 1.0 + i} for i, (row, weight) in enumerate(zip(texts, weights))]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_weight_multiplies_the_loss_of_its_pair(loss):
+    """In every mode of the head: frozen, trained and general."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, weights = [3, 2, 1, 4, 2, 3], torch.tensor([0.0, 2.0, 0.5])
+    hidden, head = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (sum(lengths), 11))
+    targets = torch.randint(0, 11, (sum(lengths),), generator=generator)
+    offsets, places = torch.tensor([0, *lengths]).cumsum(0), torch.arange(0, 6, 2)
+    given = (offsets, lengths, places, places + 1, places, [(2, 1)] * 3, torch.randn(6, generator=generator).double())
+    pairs = Pairs(*given, tokens_per_pair=2.0, gaps=torch.tensor([1.0, 2.0, 3.0]))
+    built = build_loss(loss, **({"label_smoothing": 0.1} if loss == "exo_pair" else {}))
+
+    def run(pairs: Pairs, trained: bool, general: bool):
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_(trained)
+        out = linear_preference_loss(*leaves, targets, pairs, built, general=general)
+        return out, torch.autograd.grad(out.loss, leaves if trained else leaves[:1])
+
+    losses = run(pairs, False, False)[0].losses * weights
+    leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    logps = (leaves[0] @ leaves[1].T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    seen = pairs.pair_logps(torch.stack([part.sum() for part in logps.split(lengths)]))
+    expected = torch.autograd.grad((built(replace(seen, gap=pairs.gaps)) * weights).sum(), leaves)
+    for mode in ((False, False), (True, False), (True, True)):
+        out, gradients = run(replace(pairs, weights=weights), *mode)
+        torch.testing.assert_close(out.losses, losses)
+        torch.testing.assert_close(out.loss, losses.sum())
+        torch.testing.assert_close(gradients, expected[: len(gradients)])
+
+
+def test_metrics_are_weighted_means(tmp_path):
+    rows = text_rows([1.0, 0.0, 3.0])
+    trainer = trainer_of(tmp_path, rows, weight_column="weight", eval_dataset=Dataset.from_list(rows))
+    alone = [trainer.evaluate(Dataset.from_list([row])) for row in (rows[0], rows[2])]
+    both = trainer.evaluate()
+    for name in ("eval_logps/chosen", "eval_logps/rejected", "eval_rewards/margins"):
+        assert both[name] == pytest.approx((alone[0][name] + 3 * alone[1][name]) / 4, abs=1e-4), name
+    assert both["eval_loss"] == pytest.approx((alone[0]["eval_loss"] + alone[1]["eval_loss"]) / 3, rel=1e-5)
+
+
+def test_a_padding_collator_knows_no_masks(tmp_path):
+    pytest.importorskip("trl")
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    collator = DataCollatorForPreference(pad_token_id=0)
+    with pytest.raises(UserError, match="has tokens that are not scored, which a data_collator for padded batches"):
+        trainer = trainer_of(tmp_path, assistant_only_loss=True, data_collator=collator)
+        next(iter(trainer.get_train_dataloader()))
