@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .data.curriculum import Curriculum
 from .data.formats import PromptFormat, RankedPairs
+from .data.other_options import FOREIGN_OPTIONS, IGNORED_OPTIONS, REMOVED_OPTIONS
 from .data.stores import local_name
 from .data.truncation import TruncationMode
 from .errors import UserError, user_error
@@ -31,7 +32,6 @@ from .losses.build import with_hard_pairs
 from .losses.functions import loss_options
 from .losses.options import option
 from .ops.attention.select import ATTENTION_BACKENDS
-from .other_options import FOREIGN_OPTIONS, IGNORED_OPTIONS, REMOVED_OPTIONS
 
 logger = logging.getLogger(__name__)
 

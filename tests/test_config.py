@@ -14,9 +14,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from cpt_kernels import ContrastiveConfig, DPOConfig
+from cpt_kernels.data.other_options import IGNORED_OPTIONS, REMOVED_OPTIONS
 from cpt_kernels.errors import UserError
 from cpt_kernels.losses import LOSSES
-from cpt_kernels.other_options import IGNORED_OPTIONS, REMOVED_OPTIONS
 
 # Options whose default differs from TRL's on purpose: (TRL's, ours).
 DIFFERENT_DEFAULTS = {

@@ -26,11 +26,10 @@ FOLDERS = {
     "ops": {"losses"},
     "data": set(),
     "pairs": {"data"},
-    "other_options": set(),
-    "config": {"other_options", "data", "losses", "ops"},  # ops: the names of attention backends
+    "config": {"data", "losses", "ops"},  # ops: the names of attention backends
     "model": {"ops", "data", "config", "losses"},
     "reference": {"model", "ops", "data"},
-    "training": {"planning", "reference", "model", "ops", "data", "config", "losses", "other_options"},
+    "training": {"planning", "reference", "model", "ops", "data", "config", "losses"},
     "trainer": {"training", "planning", "reference", "model", "ops", "data", "config", "losses"},
     "planning": {"reference", "model", "ops", "data", "config", "losses"},
     "generation": {"data"},

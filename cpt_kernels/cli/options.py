@@ -17,10 +17,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..config import ContrastiveConfig
+from ..data.other_options import ALIASES, FOREIGN_OPTIONS, IGNORED_OPTIONS, REMOVED_OPTIONS
 from ..errors import UserError
 from ..losses import LOSSES, LossOptions, loss_names
 from ..losses.options import default_of, option
-from ..other_options import ALIASES, FOREIGN_OPTIONS, IGNORED_OPTIONS, REMOVED_OPTIONS
 from .launch import launch_options
 from .option_types import Option, OptionTable
 

@@ -121,12 +121,12 @@ def _write_files(
     """Writes all files, or none if one cannot be written."""
     from ..pairs.files import group_batches, pair_batches, sft_batches, sft_rows, write_batches
     from ..pairs.report import write_report
-    from ..pairs.steps import step_batches
+    from ..pairs.steps import step_pair_batches
 
     parts = [~for_validation, *([for_validation] if args.validation else [])]
     batches: Any = group_batches if args.grouped else pair_batches
     if cuts is not None:
-        batches = partial(step_batches, cuts=cuts, separator=args.steps)
+        batches = partial(step_pair_batches, cuts=cuts, separator=args.steps)
     with replacing(*files) as temporary:
         for written, path, part in zip(temporary, files, parts):
             total, title = pairs.count_prompts(part) if args.grouped else int(part.sum()), f"Writing {path.name}"

@@ -19,8 +19,8 @@ from .first_row import FirstRow, read_first_row
 from .formats import EMPTY, IDENTICAL, IMAGE_CUT, PROMPT_FILLS, UNSCORED, PromptFormat, RankedPairs, check_ranked_pairs
 from .forms import REFERENCE_SUMS, Form, Roles, find_roles, in_backticks, read_by, unused_columns
 from .images import IMAGES, ImageReader, is_processor, undecoded
+from .pair_rows import one_pair_rows
 from .rows import ExactJson, NullPlaces, find_null_places, read_columns, visible_rows
-from .split_rows import split_rows
 from .tokenize import GROUP_FEATURES, REMARK_FEATURES, Tokenization, check_tokenizer
 from .truncation import TruncationMode, check_truncation, truncate
 
@@ -292,7 +292,7 @@ def examine(
         UserError: the columns, an option or the tokenizer cannot be used.
     """
     _check_type(dataset, name)
-    dataset = split_rows(visible_rows(dataset))
+    dataset = one_pair_rows(visible_rows(dataset))
     columns = read_columns(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise UserError(f"the {name} data has no rows")
@@ -366,7 +366,7 @@ def prepare(
             - `prompt, completion`; or `messages`;
             - `prompt, initial_steps, chosen_step, rejected_step`: two steps after the same beginning of an answer; with
               `chosen_rest` and `rejected_rest`, two whole answers;
-            - `turns` or `paths`: several preferences of a conversation or a tree, see :mod:`.split_rows`;
+            - `turns` or `paths`: several preferences of a conversation or a tree, see :mod:`.pair_rows`;
             - `prompt_ids, chosen_ids, rejected_ids`;
             - the output of this function.
             Rows of tokens may have `completion_mask`, a list for each completion of a 0 or a 1 per token: the tokens

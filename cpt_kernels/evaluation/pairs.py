@@ -23,9 +23,9 @@ from ..config import ContrastiveConfig
 from ..data.collate import PackedCollator
 from ..data.image_files import as_files
 from ..data.images import IMAGES
+from ..data.pair_rows import one_pair_rows
 from ..data.preparation import PreparationReport, prepare
 from ..data.rows import ExactJson, visible_rows
-from ..data.split_rows import split_rows
 from ..data.tokenize import check_tokenizer
 from ..errors import UserError
 from ..model.images import image_reader
@@ -104,7 +104,7 @@ def evaluate_pairs(
     if not isinstance(data, Dataset):
         raise UserError(f"the held-out data is {type(data).__name__}, expected a datasets.Dataset (not a stream)")
     with args.main_process_first(desc="reading the held-out data"):
-        data = as_files(split_rows(visible_rows(data)))
+        data = as_files(one_pair_rows(visible_rows(data)))
         _check_arguments(models, data, by)
         if _present(_GROUPED, data):
             data = _split_groups(data)

@@ -59,7 +59,7 @@ def step_pairs(responses: Responses, pairs: PairTable, separator: str) -> tuple[
     return replace(pairs, chosen=chosen, rejected=rejected, gap=gap, drops=drops), np.array([cut for cut, _ in found])
 
 
-def step_batches(
+def step_pair_batches(
     responses: Responses,
     pairs: PairTable,
     part: NDArray,  # (P,) bool

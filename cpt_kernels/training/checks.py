@@ -23,6 +23,7 @@ from ..config import ContrastiveConfig
 from ..data.curriculum import Curriculum
 from ..data.forms import Form, detect_form
 from ..data.loader import kept_columns
+from ..data.other_options import REMOVED_OPTIONS
 from ..data.preparation import examine
 from ..data.rows import read_columns, visible_rows
 from ..errors import UserError
@@ -32,7 +33,6 @@ from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import unsaved_parameters
 from ..model.trials import auxiliary_loss, can_run, checkpointing_error, disable_config_dropout, dropout, is_random
 from ..ops.attention.select import describe_backend
-from ..other_options import REMOVED_OPTIONS
 from .metrics import METRIC_NAMES, PREFERENCE_METRICS
 
 logger = logging.getLogger(__name__)

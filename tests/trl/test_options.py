@@ -15,7 +15,7 @@ from cpt_kernels.cli import parsing
 from cpt_kernels.cli import run as run_module
 from cpt_kernels.cli.option_table import option_table
 from cpt_kernels.cli.parsing import parse
-from cpt_kernels.other_options import REMOVED_OPTIONS
+from cpt_kernels.data.other_options import REMOVED_OPTIONS
 from tests.helpers.command import NEEDED, bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_rows
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl==1.16.0")

@@ -28,7 +28,7 @@ _WRITTEN = {"turns": ("prompt", "chosen", "rejected"), "paths": ("prompt", "chos
 _BATCH = 200  # rows that are split together
 
 
-def split_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def one_pair_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Returns the dataset with a row for each pair, in order, and all other columns; other datasets as they are.
 
     Raises:
