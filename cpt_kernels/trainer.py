@@ -31,6 +31,7 @@ from .data.loader import (
     make_loader,
     order_seed,
     report_draws,
+    report_trees,
 )
 from .data.padded import UnpaddingCollator, packed_collator, with_reference
 from .data.preparation import PreparationReport, prepare
@@ -368,6 +369,7 @@ class ContrastiveTrainer(PackedLoop):
         if self.train_dataset is None:
             raise UserError("training needs data: give the trainer a train_dataset")
         loader = self._loader(self.train_dataset, training=True)
+        log_on_main(report_trees(loader) if self.args.group_by_prefix else [])
         if isinstance(self.draws, Draws) and self.is_world_process_zero():
             log_on_main(report_draws(loader, self.draws, self.args))
         return loader

@@ -116,6 +116,8 @@ class BatchSampler:
     @property
     def fill(self) -> float:
         """Share of the current epoch's token budget that rows fill; 1 without a budget. Pads within a row count."""
+        if self.max_tokens and self.tree_tokens is not None and self.draws is None:
+            return self.tree_tokens.sum() / (self._batches * self.max_tokens)
         tokens = self.tokens if self.sequences is None else self.tokens * self.sequences
         tokens = tokens if self.draws is None else tokens[self.draws.epoch(self.epoch)]
         return tokens.sum() / (self._batches * self.max_tokens) if self.max_tokens else 1.0

@@ -245,6 +245,13 @@ class PackedCollator:
         """Returns whether a group runs its prompt once, if its longest prompt + completion has ``longest`` tokens."""
         return self.share_prompts and not self.padded and (self.share_limit is None or longest <= self.share_limit)
 
+    def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Returns the tokens that rows take together in a packed row."""
+        different = list(dict.fromkeys(each for row in rows for each in self.truncated(row) if each[1]))
+        paths, prompts = _paths(different)
+        branches = self._branches(different, paths, prompts)
+        return sum(len(paths[branch.sequences[-1]]) - branch.shared for branch in branches)
+
     def truncated(self, row: Mapping[str, Any]) -> list[Tokens]:
         """Returns the prompt key and the token ids of each completion of a prepared row, truncated."""
         words = row.get("image_ids") or ()

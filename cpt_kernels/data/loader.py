@@ -146,6 +146,9 @@ def make_loader(
             "max_tokens_per_batch with a curriculum or a stream needs max_length for this model, whose completions run"
             " in padded rows: set max_length, or per_device_train_batch_size instead"
         )
+    grouped = training and args.group_by_prefix
+    if grouped:
+        _check_grouping(dataset, layout)
     workers = _worker_options(args)
 
     # A stream: batches are cut from it as it is read.
@@ -161,6 +164,7 @@ def make_loader(
     tokens, sequences = (count_tokens(dataset), None) if draws is not None else micro_batch_tokens(dataset, layout)
     max_tokens = args.max_tokens_per_batch if budget is None else budget.tokens
     _check_budget(dataset, tokens if sequences is None else tokens * sequences, max_tokens)
+    trees, tree_tokens = _trees(dataset, tokens, layout) if grouped else (None, None)
     sampler = BatchSampler(
         tokens,
         batch_size=batch_size,
@@ -174,6 +178,8 @@ def make_loader(
         drop_last=training and args.dataloader_drop_last,
         draws=draws,
         sequences=sequences,
+        trees=trees,
+        tree_tokens=tree_tokens,
     )
     if training:
         _plan_run(sampler, args)
@@ -225,6 +231,41 @@ def micro_batch_tokens(dataset: Dataset, layout: PackedCollator) -> tuple[NDArra
     _, lengths, sequences = _sequence_lengths(dataset)
     lengths = lengths if layout.max_length is None else np.minimum(lengths, layout.max_length)
     return np.maximum.reduceat(lengths, np.cumsum(sequences) - sequences) if len(sequences) else sequences, sequences
+
+
+def _check_grouping(dataset: Dataset | IterableDataset, layout: PackedCollator) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise UserError("group_by_prefix=true needs all rows, which a stream does not know: store the data")
+    if layout.padded or not layout.share_prompts:
+        raise UserError("group_by_prefix=true has no effect here, because no two sequences share tokens: leave it out")
+    if "tree" not in dataset.column_names:
+        raise UserError("group_by_prefix=true needs the column `tree` of prepared rows: prepare the data again")
+
+
+def _trees(
+    dataset: Dataset, tokens: NDArray[np.int64], layout: PackedCollator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns (rows,) the code of each row's tree, and (trees,) the tokens that the rows of each take together."""
+    column = dataset.with_format("arrow").select_columns(["tree"])[:]["tree"].to_numpy()
+    _, codes, counts = np.unique(column, return_inverse=True, return_counts=True)
+    together = np.bincount(codes, weights=tokens).astype(np.int64)
+    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(counts)[:-1])
+    for tree in np.flatnonzero(counts > 1).tolist():
+        together[tree] = min(together[tree], layout.count_tokens(dataset.__getitems__(members[tree].tolist())))
+    return codes, together
+
+
+def report_trees(loader: DataLoader) -> list[str]:
+    """Returns a line about the rows that run together with ``group_by_prefix``, and what that saves."""
+    sampler = cast("BatchSampler", loader.batch_sampler)
+    if sampler.trees is None or sampler.tree_tokens is None:
+        return []
+    rows, trees, alone, together = len(sampler.trees), len(sampler.tree_tokens), sampler.tokens, sampler.tree_tokens
+    share = together.sum() / max(alone.sum(), 1)
+    return [
+        f"group_by_prefix: {rows} rows are {trees} trees, the largest of {np.bincount(sampler.trees).max()} rows; whole"
+        f" trees take {together.sum()} tokens, {share:.1%} of the {alone.sum()} that their rows take apart"
+    ]
 
 
 def _stream_batches(

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 
 from cpt_kernels.data.preparation import prepare
 from cpt_kernels.errors import UserError
-from tests.helpers.toy import CHAT_TEMPLATE, word_tokenizer
+from tests.helpers.toy import CHAT_TEMPLATE, make_trainer, word_tokenizer
 
 
 def user(content: str) -> dict:
@@ -99,3 +99,42 @@ def test_paths_of_steps():
 def test_rows_that_cannot_be_split(row, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         decoded([row])
+
+
+def conversations(count: int, turns: int) -> list[dict]:
+    """Returns conversations with a preference at each turn."""
+    texts = [[f"w{(7 * i + 3 * turn) % 50} w{turn}" for turn in range(turns)] for i in range(count)]
+    return [{"turns": [{"prompt": text, "chosen": "w51 w52", "rejected": "w53"} for text in row]} for row in texts]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_tokens_per_batch": 90}, {"curriculum": {"column": "level", "levels": 2}}]
+)
+def test_rows_of_one_tree_stay_together(options, tmp_path):
+    rows = [row | {"level": float(i)} for i, row in enumerate(conversations(6, 4))]
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    data = Dataset.from_list(rows)
+    trainers = [
+        make_trainer(
+            tmp_path, train_dataset=data, processing_class=tokenizer, group_by_prefix=True, seed=seed, **options
+        )
+        for seed in (0, 0, 1)
+    ]
+    orders = [[row for batch in trainer.get_train_dataloader().batch_sampler for row in batch] for trainer in trainers]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == list(range(24))
+    for order in orders:
+        trees = [row // 4 for row in order]
+        assert len([tree for tree, before in zip(trees, [-1, *trees]) if tree != before]) == 6, order
+
+
+def test_trees_need_stored_rows_that_share(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    given = {"processing_class": tokenizer, "group_by_prefix": True, "loss_type": ["simpo"], "max_steps": 1}
+    rows = conversations(2, 2)
+    with pytest.raises(UserError, match="group_by_prefix=true needs all rows"):
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+        make_trainer(tmp_path, train_dataset=stream, **given).get_train_dataloader()
+    with pytest.raises(UserError, match="group_by_prefix=true has no effect here"):
+        make_trainer(tmp_path, train_dataset=Dataset.from_list(rows), packing="false", **given).get_train_dataloader()
