@@ -54,6 +54,37 @@ PRESETS = {
     "long-prompt": Lengths(uniform(512, 1024), uniform(32, 128)),
     "tiny": Lengths(uniform(4, 12), uniform(2, 12)),
 }
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Lengths of rows whose sequences begin alike.
+
+    A tree is a first question and ``turns`` turns, each an answer and what follows it: the next question, or the result
+    of a tool. Without ``pairs_at_turns`` it is one pair, whose sides have the turns before ``parting`` in common.
+    """
+
+    first: Draw
+    answer: Draw
+    between: Draw
+    turns: int
+    parting: int = 0
+    pairs_at_turns: bool = False
+
+
+# multi-turn: 6 turns with a pair at each. The means of the lengths, 69 and 215 tokens, are those of LMSYS-Chat-1M: its
+# Table 1 gives 69.5 tokens per prompt and 214.5 per response (arXiv 2309.11998). steps: two answers that have the first half
+# of their 10 steps in common; PRM800K has 800,000 labels of steps of 75,000 solutions, 10.7 each (arXiv 2305.20050).
+# agents: two trajectories of 16 calls that part at the thirteenth. Of seven collections of trajectories, the README of
+# nebius/SWE-rebench-openhands-trajectories gives means from 16.1 to 64.3 turns; 16 fit on a small machine. The tokens
+# of a step, of a call and of a tool's result are assumed.
+_USER, _ANSWER = lognormal(50, 0.8, 8, 512), lognormal(156, 0.8, 8, 1024)
+TREES = {
+    "multi-turn": Trees(_USER, _ANSWER, _USER, turns=6, pairs_at_turns=True),
+    "steps": Trees(lognormal(70, 0.6, 16, 256), lognormal(25, 0.5, 5, 80), uniform(1, 1), 10, 5),
+    "agents": Trees(lognormal(300, 0.5, 64, 1024), lognormal(50, 0.6, 10, 200), lognormal(120, 0.9, 10, 600), 16, 12),
+}
+TREE_HELP = f"{', '.join(TREES)} (sequences that begin alike)"
 _RESPONSES = Path(__file__).with_name("responses_lengths.csv")
 HELP = f"{', '.join(PRESETS)}, responses, uniform:P:C (P tokens per prompt and C per completion), or a JSONL file"
 
@@ -71,6 +102,8 @@ def preference_rows(
         seed: The seed of lengths and ids.
     """
     random = np.random.default_rng(seed)
+    if lengths in TREES:
+        return _tree_rows(TREES[lengths], prompts, vocab, random)
     rows = []
     for prompt, sides in draw_groups(lengths, prompts, completions, random):
         prompt, *texts = (random.integers(FIRST_TOKEN, vocab, length).tolist() for length in (prompt, *sides))
@@ -79,6 +112,30 @@ def preference_rows(
             for chosen, rejected in combinations(texts, 2)
         ]
     return rows
+
+
+def _tree_rows(shape: Trees, count: int, vocab: int, random: np.random.Generator) -> list[dict[str, list[int]]]:
+    """Returns pairs, those of one tree one after another."""
+
+    def tokens(draw: Draw) -> list[int]:
+        return random.integers(FIRST_TOKEN, vocab, int(draw(random, 1)[0])).tolist()
+
+    def turns(number: int) -> list[int]:
+        return [token for _ in range(number) for token in (*tokens(shape.answer), *tokens(shape.between))]
+
+    rows: list[dict[str, list[int]]] = []
+    while len(rows) < count:
+        so_far = tokens(shape.first)
+        if not shape.pairs_at_turns:
+            common, rest = turns(shape.parting), shape.turns - shape.parting
+            sides = ([*common, *turns(rest)] for _ in range(2))
+            rows.append(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (so_far, *sides))))
+            continue
+        for _ in range(shape.turns):
+            chosen, rejected = tokens(shape.answer), tokens(shape.answer)
+            rows.append({"prompt_ids": so_far, "chosen_ids": chosen, "rejected_ids": rejected})
+            so_far = [*so_far, *chosen, *tokens(shape.between)]
+    return rows[:count]
 
 
 def rows_of(spec: Mapping[str, Any]) -> list[dict[str, list[int]]]:
@@ -135,6 +192,10 @@ def checked(lengths: str, completions: int, folder: Path) -> str:
     Raises:
         ValueError: See :func:`draw_groups`.
     """
+    if lengths in TREES:
+        if completions != 2:
+            raise ValueError(f"--lengths {lengths}: has pairs of two completions, not {completions}")
+        return lengths
     path = Path(lengths)
     if path.is_file() and path.suffix != ".csv":
         groups = groups_of(lengths)

@@ -41,7 +41,7 @@ from typing import Any
 
 from cpt_kernels.planning.work import Pair, Work, packed, padded
 
-from .lengths import HELP, checked, pair_of, rows_of
+from .lengths import HELP, TREE_HELP, checked, pair_of, rows_of
 from .shapes import SHAPES, Shape
 from .timing import Worker, add_output_options, close_all, finish, interleave, summarize, table
 
@@ -108,7 +108,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--completions", type=int, default=2, help="completions per prompt; all their pairs are trained"
     )
-    parser.add_argument("--lengths", help=f"{HELP}; default mixed, with --quick tiny")
+    parser.add_argument("--lengths", help=f"{TREE_HELP}, {HELP}; default mixed, with --quick tiny")
     add_model_options(parser)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--loss", choices=["sigmoid", "hinge", "ipo", "sft"], default="sigmoid")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SETTINGS = (
     *("beta", "max_length", "truncation_mode", "ranked_pairs", "prompt_format", "dataset_num_proc"),
     *("sharing", "share_prompts", "packing", "max_tokens_per_batch", "head_memory_mb", "attention_backend"),
-    "ref_cache_dir",
+    *("ref_cache_dir", "assistant_only_loss"),
     *("tokenizer_name", "dtype", "attn_implementation", "model_init_kwargs", "trust_remote_code"),
     *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bf16", "fp16", "use_cpu"),
 )

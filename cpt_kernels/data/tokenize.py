@@ -11,7 +11,7 @@ A prompt group is the row that the filter, the packer and the collator work on:
     image_ids           list[int]        identities of the prompt's images, see `images.ImageReader.image_id`
     scores              list[float]      K ratings whose differences are the gaps. Ranked rows have them (without a
                                          column `scores`, the negated rank) and pairs with a gap column; else empty
-    tree                int              equal for rows whose prompts begin alike: see `_tree`
+    tree                int              equal for rows whose prompts begin alike: see `_of_prompt`
     row                 int              index in the source dataset; of a stream, in the rows that this process reads
 
 Nothing here depends on `max_length`: tokens cached by `datasets` are reused when it changes.
@@ -225,7 +225,7 @@ class Tokenization:
             weights=example.weights,
         )
         group["image_ids"] = [word for image in images for word in self.reader.image_id(image)]
-        return group | {"pairs_given": example.count_pairs(self.ranked_pairs), **_of_prompt(example)}
+        return group | {"pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
 
     def _image_masks(self, example: Example, prompt: str, completions: list[str]) -> list[list[bool]]:
         """Returns the masks of completions that were rendered with images in their prompt; empty without masks."""
@@ -428,7 +428,8 @@ class Tokenization:
 
 def _of_prompt(example: Example) -> dict[str, Any]:
     """Returns `is_chat` and `tree`: conversations are of one tree if they are equal up to the user's first turn, and
-    texts if their prompts are equal without the steps with which an answer begins.
+    texts if their prompts are equal without the steps with which an answer begins. Rows with images or token ids are of
+    one tree if their prompts have equal tokens.
     """
     start: Any = example.prompt
     if example.is_chat:

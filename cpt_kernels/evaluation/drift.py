@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from xxhash import xxh3_64_intdigest
 
 from ..config import ContrastiveConfig
-from ..data.collate import PackedCollator, Tokens
+from ..data.collate import PackedCollator, ScoredTokens, Tokens
 from ..data.images import IMAGES
 from ..errors import UserError
 from ..model.heads import head_operands
@@ -90,8 +90,8 @@ def text_sequences(text: str, tokenizer: PreTrainedTokenizerBase, max_length: in
     return sequences
 
 
-def dataset_sequences(dataset: Dataset, args: ContrastiveConfig) -> list[Tokens]:
-    """Returns all completions of a prepared dataset with their prompts, truncated as in training.
+def dataset_sequences(dataset: Dataset, args: ContrastiveConfig) -> list[ScoredTokens]:
+    """Returns all completions of a prepared dataset with their prompts and masks, truncated as in training.
 
     Raises:
         UserError: prompts have images.
@@ -99,19 +99,25 @@ def dataset_sequences(dataset: Dataset, args: ContrastiveConfig) -> list[Tokens]
     if IMAGES in dataset.column_names:
         raise UserError("the change of a model is measured on text alone, and this data has images")
     parts = iter_sequences(dataset, args.max_length, args.truncation_mode)
-    return [(tuple(each.prompt_ids.tolist()), tuple(each.completion_ids.tolist())) for part in parts for each in part]
+    return [
+        (tuple(each.prompt_ids.tolist()), tuple(each.completion_ids.tolist()), *mask)
+        for part in parts
+        for each in part
+        if (mask := () if each.scored is None else (tuple(each.scored.tolist()),)) == () or any(*mask)
+    ]
 
 
 def measure_drift(
-    models: Mapping[str, Model], start: Model, sequences: Mapping[str, Sequence[Tokens]], args: ContrastiveConfig
+    models: Mapping[str, Model], start: Model, sequences: Mapping[str, Sequence[ScoredTokens]], args: ContrastiveConfig
 ) -> dict[str, dict[str, Drift]]:
     """Compares every model with the start on the same sequences; two models are in memory at a time.
 
     Works on any number of ranks with whole models on each; every rank gets the result.
 
     Args:
-        sequences: name -> (prompt ids, completion ids); the tokens of completions are compared. Repeated ones count
-            once. Intervals resample prompts, and those of ``TEXT`` its windows.
+        sequences: name -> (prompt ids, completion ids) and, if not all are scored, a mask; the scored tokens of
+            completions are compared. Repeated ones count once. Intervals resample prompts, and those of ``TEXT`` its
+            windows.
 
     Returns:
         name -> model -> :class:`Drift`.
@@ -132,8 +138,8 @@ def measure_drift(
             sums = {place: row for batch in own for place, row in _token_sums(packed, reference, batch, accelerator)}
             for others in gather_object([sums]):
                 sums |= others
-            groups = [xxh3_64_intdigest(np.array(p + c if name == TEXT else p).tobytes()) for p, c in unique]
-            tokens = np.array([len(completion) for _, completion in unique])
+            groups = [xxh3_64_intdigest(np.array(p + c if name == TEXT else p).tobytes()) for p, c, *_ in unique]
+            tokens = np.array([_scored(each) for each in unique])
             rows = np.stack([sums[place] for place in range(len(unique))])
             found[name][model_name] = Drift(tokens, np.array(groups, np.uint64), rows)
     return found
@@ -147,9 +153,14 @@ def _logits_model(model: Model, args: ContrastiveConfig, accelerator: Accelerato
     return _LogitsModel(model, args.head_memory_mb, args.attention_backend, args.packing)
 
 
-def _batches(sequences: Sequence[Tokens], budget: int) -> Iterator[list[tuple[int, Tokens]]]:
+def _scored(sequence: ScoredTokens) -> int:
+    """Returns the number of scored tokens of a sequence's completion."""
+    return sum(sequence[2]) if len(sequence) > 2 else len(sequence[1])
+
+
+def _batches(sequences: Sequence[ScoredTokens], budget: int) -> Iterator[list[tuple[int, ScoredTokens]]]:
     """Yields numbered sequences in parts of at most ``budget`` tokens, or of one sequence."""
-    part: list[tuple[int, Tokens]] = []
+    part: list[tuple[int, ScoredTokens]] = []
     longest = 0
     for place, each in enumerate(sequences):
         longest = max(longest, len(each[0]) + len(each[1]))
@@ -163,7 +174,7 @@ def _batches(sequences: Sequence[Tokens], budget: int) -> Iterator[list[tuple[in
 
 @torch.no_grad()
 def _token_sums(
-    model: _LogitsModel, start: _LogitsModel, batch: Sequence[tuple[int, Tokens]], accelerator: Accelerator
+    model: _LogitsModel, start: _LogitsModel, batch: Sequence[tuple[int, ScoredTokens]], accelerator: Accelerator
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Yields the place of each sequence and the sums of `NAMES` over its tokens."""
     sequences = [each for _, each in batch]
@@ -175,7 +186,7 @@ def _token_sums(
         with accelerator.autocast():
             packed(inputs)
         packed.model.train(was_training)
-    targets, lengths = inputs["targets"], [len(completion) for _, completion in sequences]
+    targets, lengths = inputs["targets"], [*map(_scored, sequences)]
     assert inputs["completion_lengths"] == lengths and inputs["token_index"] is None
     columns = model.vocabulary
     if columns != start.vocabulary:

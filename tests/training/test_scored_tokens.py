@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 
 from cpt_kernels.errors import UserError
+from cpt_kernels.evaluation.pairs import evaluate_pairs
 from cpt_kernels.losses import LOSSES, build_loss
 from cpt_kernels.ops.linear_preference import Pairs, linear_preference_loss
 from tests.helpers.architectures import tiny_model
-from tests.helpers.toy import CHAT_TEMPLATE, MARKED_TEMPLATE, make_trainer, word_tokenizer
+from tests.helpers.toy import CHAT_TEMPLATE, MARKED_TEMPLATE, config, make_trainer, word_tokenizer
 from tests.helpers.trl_runs import LOGPS, REWARDS, assert_same_steps, run_ours, run_trl
 
 
@@ -75,6 +76,18 @@ def test_log_probs_are_those_of_the_assistants_words(packing, tmp_path):
     assert trainer.reference.cache.get(whole["prompt_ids"], whole["completion_ids"][0]).shape == (
         len(whole["completion_ids"][0]),
     )
+
+
+def test_held_out_pairs_are_scored_alike(tmp_path):
+    model, rows = tiny_model("llama", torch.float64), conversations(3)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    args = config(tmp_path, assistant_only_loss=True)
+    found = evaluate_pairs({"model": model}, Dataset.from_list(rows), tokenizer, args=args)
+    for side, name in enumerate(("chosen", "rejected")):
+        expected = [by_hand(model, row, name) for row in rows]
+        assert found.lengths[:, side].tolist() == [length for _, length in expected]
+        assert found.logps["model"][:, side] == pytest.approx([logp for logp, _ in expected], abs=1e-4)
 
 
 def test_a_run_that_scores_all_tokens_uses_the_same_cache(tmp_path):
