@@ -73,11 +73,11 @@ class Trees:
 
 
 # multi-turn: 6 turns with a pair at each. The means of the lengths, 69 and 215 tokens, are those of LMSYS-Chat-1M: its
-# Table 1 gives 69.5 tokens per prompt and 214.5 per response (arXiv 2309.11998). steps: two answers that have the first half
-# of their 10 steps in common; PRM800K has 800,000 labels of steps of 75,000 solutions, 10.7 each (arXiv 2305.20050).
-# agents: two trajectories of 16 calls that part at the thirteenth. Of seven collections of trajectories, the README of
-# nebius/SWE-rebench-openhands-trajectories gives means from 16.1 to 64.3 turns; 16 fit on a small machine. The tokens
-# of a step, of a call and of a tool's result are assumed.
+# Table 1 gives 69.5 tokens per prompt and 214.5 per response (arXiv 2309.11998). steps: two answers that have the
+# first half of their 10 steps in common; PRM800K has 800,000 labels of steps of 75,000 solutions, 10.7 each (arXiv
+# 2305.20050). agents: two trajectories of 16 calls that part at the thirteenth. Of seven collections of trajectories,
+# the README of nebius/SWE-rebench-openhands-trajectories gives means from 16.1 to 64.3 turns; 16 fit on a small
+# machine. The tokens of a step, of a call and of a tool's result are assumed.
 _USER, _ANSWER = lognormal(50, 0.8, 8, 512), lognormal(156, 0.8, 8, 1024)
 TREES = {
     "multi-turn": Trees(_USER, _ANSWER, _USER, turns=6, pairs_at_turns=True),

@@ -119,7 +119,8 @@ def _with_adapters(base: nn.Module, adapters: SavedAdapters) -> nn.Module:
 
 
 def _row_counts(report: Any) -> dict[str, Any]:
-    names = ("rows_in", "kept", "pairs", "pairs_dropped", "truncated", "promptless")
+    names = ("rows_in", "kept", "pairs", "pairs_dropped", "truncated", "promptless", "completion_tokens")
+    names += ("scored_tokens",)
     dropped = {reason: drop.count for reason, drop in report.dropped.items()}
     return {name: getattr(report, name) for name in names} | {"dropped": dropped}
 

@@ -129,6 +129,24 @@ def test_the_tokens_of_an_image_are_shown_once():
     assert "  prompt, 11 tokens: w0 w1 <image> x 9" in lines
 
 
+def test_tokens_that_are_not_scored_are_in_brackets():
+    tokenizer = tiny_processor("llava").tokenizer
+    prompt, *sides = (tokenizer(text)["input_ids"] for text in ("w0", "w1 w2 w3", "w4 w5"))
+    row = {"row": 0, "prompt_ids": prompt, "completion_ids": sides, "chosen": [0], "rejected": [1]}
+    row["scored"] = [[True, False, True], [True, True]]
+    lines = [line.plain for line in decoded_pair(row, tokenizer, PackedCollator(4))]
+    assert lines[1:] == [
+        "  prompt, 1 tokens: w0",
+        "  chosen (2 scored), 3 tokens: w1[w2]w3",
+        "  rejected (scored), 2 tokens: w4 w5",
+    ]
+    lines = [line.plain for line in decoded_pair(row, tokenizer, PackedCollator(3))]
+    assert lines[2:4] == [
+        "  chosen (1 scored), 2 tokens: w1[w2]",
+        "  chosen, cut by max_length (not scored), 1 tokens: w3",
+    ]
+
+
 def test_images_need_a_processor(home, tmp_path, capsys):
     tiny_processor("llava").tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert run(home, "train", output_dir=tmp_path / "out", tokenizer_name=tmp_path / "tokenizer") == 2

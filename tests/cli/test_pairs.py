@@ -329,6 +329,8 @@ def test_help_imports_no_data_library():
         (("--order", ORDER, "--columns", "modle=model"), "columns names `modle`, which no source has; "),
         (("--order", ORDER, "--ordr", "x"), "unknown option --ordr; did you mean --order?"),
         (("--win_rates", "no.csv"), "no.csv does not exist"),
+        (("--order", ORDER, "--steps", "--grouped"), "--steps writes a row for each pair, and --grouped one for each"),
+        (("--order", ORDER, "--steps"), "no two answers to a prompt have a first step in common"),
     ],
 )
 def test_mistakes_are_one_line_errors(source, tmp_path, capsys, options, message):
@@ -422,6 +424,28 @@ def test_chosen_responses_for_sft(source, tmp_path, output):
     assert set(sft[0]) == {"prompt", "completion", "model"}
     build(source, *options[:2], "--sft", "--conversational", "--grouped", "--output", tmp_path / f"chat_{output}")
     assert read(tmp_path / f"chat_pairs.sft{path.suffix}")[0]["completion"][0]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("options", [(), ("--conversational",)])
+def test_steps(tmp_path, options):
+    """Every answer of the better model meets the answer of the other that shares its longest beginning, in lines."""
+    better, worse = ["a\nb\nc", "d\ne", "x\ny"], ["a\nz", "a\nb\nz\nw", "d\ne\nf", "q"]
+    answers = [*(("gpt4", text) for text in better), *(("td003", text) for text in worse)]
+    rows = [{"prompt": "p", "model": model, "response": text} for model, text in answers]
+    source = write_rows(tmp_path / "answers.jsonl", rows)
+    (row,) = build(source, "--order", "gpt4 > td003", "--steps", "--output", tmp_path / "steps.jsonl", *options)
+    steps = {
+        "initial_steps": "a\nb\n",
+        "chosen_step": "c",
+        "chosen_rest": "",
+        "rejected_step": "z\n",
+        "rejected_rest": "w",
+    }
+    prompt = [{"role": "user", "content": "p"}] if options else "p"
+    assert row == {"prompt": prompt, **steps, "chosen_model": "gpt4", "rejected_model": "td003", "gap": 1.0}
+    assert report_of(tmp_path / "steps.jsonl")["common_characters"] == 4.0
+    spaced = build(source, "--order", "gpt4 > td003", "--steps", "\\n", "--output", tmp_path / "same.parquet", *options)
+    assert spaced == [row]
 
 
 def test_prompts_in_parts(tmp_path):
