@@ -96,9 +96,9 @@ class Pairs:
     ref_token_logps: Tensor | None = None  # (M,) for losses with needs_tails
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
     hard: Tensor | None = None  # (P,) bool, for losses with needs_hard; None: no pair is hard
-    weights: Tensor | None = None  # (P,) fp32, factors of the pairs' losses; None: 1 each
     token_map: TokenMap | None = None  # the row of each of the M tokens; completions of one row are in one block
     prediction_lengths: Sequence[int] | None = None  # S, rows of each completion that none before it has; with the map
+    weights: Tensor | None = None  # (P,) fp32, factors of the pairs' losses; None: 1 each
 
     @property
     def row_lengths(self) -> Sequence[int]:
