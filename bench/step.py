@@ -13,6 +13,7 @@ encodes in a step.
     trl-tuned           TRL with its head limited to completion rows (off by default on a CPU), and a tuned allocator
     trl-completion-rows, trl-allocator    only one of these two settings
     ours, ours-tuned    cpt_kernels as installed, and with the same tuned allocator
+    ours-prompts        packed, a prompt runs once, and no other beginning
     ours-unshared       packed, each completion after its own copy of the prompt
     ours-padded         as ours-unshared, but right-padded to the longest sequence of the step
 
@@ -39,6 +40,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_kernels.data.collate import PackedCollator
+from cpt_kernels.data.trees import MINIMUM_SHARED
 from cpt_kernels.planning.work import Pair, Work, packed, padded
 
 from .lengths import HELP, TREE_HELP, checked, pair_of, rows_of
@@ -66,7 +69,7 @@ class Entry:
 
     side: str  # "trl" or "ours"
     completion_rows_only: bool = True
-    share_prompts: bool = True
+    sharing: str = "auto"
     padded: bool = False
     tuned_allocator: bool = False
 
@@ -74,21 +77,24 @@ class Entry:
         """Returns the settings for the worker."""
         if self.side == "trl":
             return {"side": "trl", "completion_rows_only": self.completion_rows_only}
-        options = {} if self.share_prompts else {"share_prompts": "false"}
+        options = {} if self.sharing == "auto" else {"sharing": self.sharing}
         return {"side": "ours", "options": options, "padded": self.padded}
 
     def work(self, pairs: Sequence[Pair], cuda: bool) -> Work:
         """Returns the work of one step on these pairs. On CUDA, TRL always limits its head to completion rows."""
         if self.side == "trl":
             return padded(pairs, self.completion_rows_only or cuda)
-        return padded(pairs, True, head_gemms=3) if self.padded else packed(pairs, self.share_prompts)
+        if self.padded:
+            return padded(pairs, True, head_gemms=3)
+        return tree_work(pairs) if self.sharing == "auto" else packed(pairs, self.sharing == "prompt")
 
 
 CONTESTANTS = {
     "ours": Entry("ours"),
     "ours-tuned": Entry("ours", tuned_allocator=True),
-    "ours-unshared": Entry("ours", share_prompts=False),
-    "ours-padded": Entry("ours", share_prompts=False, padded=True),
+    "ours-prompts": Entry("ours", sharing="prompt"),
+    "ours-unshared": Entry("ours", sharing="none"),
+    "ours-padded": Entry("ours", sharing="none", padded=True),
     "trl": Entry("trl", completion_rows_only=False),
     "trl-tuned": Entry("trl", tuned_allocator=True),
     "trl-completion-rows": Entry("trl"),
@@ -284,6 +290,14 @@ def predict(
         mean["floor_s"] = rest / rates["layers"] + mean["head_gflop"] / rates["head"]
         predicted[name] = mean
     return predicted
+
+
+def tree_work(pairs: Sequence[Pair]) -> Work:
+    """Returns the work of a packed row in which sequences share what they begin with, counted from such a row."""
+    sequences = [(tuple(prompt), tuple(side)) for prompt, *sides in pairs for side in sides]
+    batch = PackedCollator(minimum_shared=MINIMUM_SHARED).pack(sequences, [], [], [])
+    attended = sum(queries * keys - queries * (queries - 1) // 2 for queries, keys in batch["segment_lengths"])
+    return Work(batch["input_ids"].numel(), attended, len(batch["targets"]), head_gemms=3)
 
 
 def with_images(entry: Entry, work: Work, pairs: Sequence[Pair], shape: Shape) -> Work:
