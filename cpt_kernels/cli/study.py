@@ -165,7 +165,7 @@ class Study:
             self._report(results)
 
     def _file(self, arm: str) -> Path:
-        return self.output / "arms" / f"{_file_name(arm)}.json"
+        return self.output / "arms" / f"{_arm_file(arm)}.json"
 
     # --- Data ---
 
@@ -186,7 +186,7 @@ class Study:
     def _arms(self) -> dict[str, StudyArm]:
         """Returns the arms that were asked for."""
         rank = {name: number for number, name in enumerate(self.order)}
-        rows = {(row["chosen_model"], row["rejected_model"]) for row in _read(self.output / "pairs.jsonl")}
+        rows = {(row["chosen_model"], row["rejected_model"]) for row in _read_rows(self.output / "pairs.jsonl")}
         pairs = sorted(rows, key=lambda pair: (rank[pair[0]] - rank[pair[1]], rank[pair[0]]))
         arms = make_arms(self.order, [">".join(pair) for pair in pairs])
         if unknown := [name for name in self.own.arms or () if name not in arms]:
@@ -250,7 +250,7 @@ class Study:
         return generate_local(model, tokenizer, self._prompts(), sampling, batch_size=self.own.batch_size)
 
     def _prompts(self) -> list[Any]:
-        rows = _read(self.output / "pairs.validation.jsonl")
+        rows = _read_rows(self.output / "pairs.validation.jsonl")
         prompts = {json.dumps(row["prompt"]): row["prompt"] for row in rows}
         return list(prompts.values())[: self.own.prompts]
 
@@ -260,7 +260,7 @@ class Study:
         from ..training.run_folder import checkpoints_in
         from .run import make_trainer, quieten, use_progress_lines
 
-        folder, every = self.output / "arms" / _file_name(name), -(-self.own.steps // _CURVE)
+        folder, every = self.output / "arms" / _arm_file(name), -(-self.own.steps // _CURVE)
         more = {"save_strategy": "steps", "save_steps": every, "save_total_limit": 2} | arm.options
         if name == BASE_ARM and self.own.sft_learning_rate is not None:
             more["learning_rate"] = self.own.sft_learning_rate
@@ -289,7 +289,7 @@ class Study:
         held_out = self._score(trainer.model, trainer.processing_class, scoring)
         answers = self._answer(trainer.model, trainer.processing_class)
         if self.own.keep_models:
-            trainer.save_model(str(self.output / "models" / _file_name(name)))
+            trainer.save_model(str(self.output / "models" / _arm_file(name)))
         shutil.rmtree(folder)
         return {"curve": curve.points, "logps": held_out.logps["model"].tolist(), "answers": answers}
 
@@ -327,7 +327,7 @@ class Study:
         texts = [("prompt", "model", "response")]
         for number, prompt in enumerate(self._prompts()[:_SHOWN]):
             answers = {"start": self.answers, **{name: each["answers"] for name, each in arms.items()}}
-            texts += [("" if i else _text(prompt), n, each[number]) for i, (n, each) in enumerate(answers.items())]
+            texts += [("" if i else _as_text(prompt), n, each[number]) for i, (n, each) in enumerate(answers.items())]
         svg = [path for path in figures if path.suffix == ".svg"]
         parts = [_LIMITS, "# Held-out pairs", *tables, "# Curves and groups", *svg, "# Answers", texts]
         write_page(self.output / "report.html", f"{self.own.model}: arms of {self.own.steps} steps", parts)
@@ -338,7 +338,7 @@ class Study:
         if not (self.own.judge or self.own.judge_model) or not self.answers:
             return None
         ask = make_judge(self.own)
-        prompts = [_text(prompt) for prompt in self._prompts()]
+        prompts = [_as_text(prompt) for prompt in self._prompts()]
         evaluations = []
         for name, each in arms.items():
             compared = Comparisons(name, "start", prompts, each["answers"], self.answers, 0, 0)
@@ -365,18 +365,18 @@ def _deadline(ends: float) -> Any:
     return Deadline()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def _file_name(arm: str) -> str:
+def _arm_file(arm: str) -> str:
     """Returns a name for the files of an arm, with a digest if the arm's own name has other characters."""
     plain = re.sub(r"[^\w.-]+", "-", arm)
     return plain if plain == arm else f"{plain[:80]}-{xxh3_64_hexdigest(arm.encode())[:8]}"
 
 
-def _text(prompt: Any) -> str:
+def _as_text(prompt: Any) -> str:
     """Returns a prompt as text; of messages, those in order."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
         " in its folder when it is stopped",
     )
     parser.add_argument("--arms", nargs="+", choices=ARM_NAMES, metavar="ARM", help=", ".join(ARM_NAMES))
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="one run each [0; 0 to 11 with --study]")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="one run each [0; 0 to 9 with --study]")
     parser.add_argument("--quick", action="store_true", help="run every stage, too briefly to learn much")
     parser.add_argument(
         "--quickstart",
@@ -59,7 +59,7 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
         raise UserError(f"--{'arms' if options.arms else 'quickstart'} has no meaning with --study: leave it out")
     options.output = options.output or Path("runs", options.study or "demo")
     options.arms = options.arms or list(ARM_NAMES)
-    options.seeds = options.seeds or list(range(12 if options.study else 1))
+    options.seeds = options.seeds or list(range(10 if options.study else 1))
     for seed in options.seeds:
         if not 0 <= seed < 2**32:
             raise UserError(f"--seeds {seed}: must be at least 0 and below 2**32")
