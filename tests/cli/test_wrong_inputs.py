@@ -586,7 +586,7 @@ def test_eval_finds_the_reference_from_any_folder(home, tmp_path, monkeypatch, c
         (RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"), 1),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "pairs", "cache", "generate", "eval", "demo"])
+@pytest.mark.parametrize("command", ["train", "pairs", "cache", "generate", "eval", "study", "demo"])
 def test_a_full_disk_is_no_traceback(monkeypatch, capsys, command, error, code):
     def fails(*_):
         raise error

@@ -48,6 +48,7 @@ def test_a_cell_run_again_gives_the_same_numbers(tmp_path, started, monkeypatch)
     assert found[0] == found[1] and len(set(found[0].values())) == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_study_continues(tmp_path, started, monkeypatch):
     """It is stopped in its third cell; then it finds two cells and runs the others."""
     monkeypatch.setattr(order, "BLOCKS", {"arms": (MAIN,)})
@@ -84,6 +85,7 @@ def test_noise_swaps_the_same_pairs_and_more(started):
     assert all(pair["chosen_model"] == other["chosen_model"] for pair, other in zip(clean, more))
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_too_small_is_refused(tmp_path):
     ours = study(tmp_path)
     ours.size = replace(ours.size, steps=100)
