@@ -31,7 +31,7 @@ from xxhash import xxh3_64_hexdigest
 from ..errors import UserError
 from ..evaluation.judged import OutputEvaluation, win_rate_differences
 from ..evaluation.outputs import Comparisons
-from ..evaluation.report import arms_of_study, draw_lines, draw_pairs, win_rate_table, write_page
+from ..evaluation.report import arms_of_study, difference_lines, draw_lines, draw_pairs, win_rate_table, write_page
 from ..evaluation.win_rate import Bootstrap
 from ..files import stored_json, write_text
 from ..pairs.order import parse_order
@@ -304,13 +304,16 @@ class Study:
         held_out = replace(self.held_out, logps={name: np.array(each["logps"]) for name, each in arms.items()})
         summary = held_out.summary()
         differences = [held_out.differences(bootstrap) for bootstrap in intervals]
-        lengths = {
-            name: _lengths(each["answers"]) for name, each in {"start": {"answers": self.answers}, **arms}.items()
-        }
+        answers = {"start": self.answers, **{name: each["answers"] for name, each in arms.items()}}
+        lengths = {name: float(np.mean([*map(len, texts)] or [0])) for name, texts in answers.items()}
         tables = [arms_of_study(summary, differences, lengths)]
         judged = self._judge(arms, intervals)
+        lines = []
         if judged:
             tables.append(win_rate_table(judged["models"], 0.95))
+            for rows, kind in zip(judged["differences"], ("95 %", f"corrected for {len(arms) - 1}")):
+                shown = difference_lines(rows, {"win_rate": ("win rate", 100, "+.1f")})
+                lines += [f"{line} ({kind})" for line in shown]
         curves = {
             metric: {name: [(point["step"], point[metric]) for point in each["curve"]] for name, each in arms.items()}
             for metric in ("rewards/accuracies", "rewards/margins")
@@ -326,12 +329,11 @@ class Study:
         write_text(self.output / "results.json", json.dumps(found, indent=1) + "\n")
         texts = [("prompt", "model", "response")]
         for number, prompt in enumerate(self._prompts()[:_SHOWN]):
-            answers = {"start": self.answers, **{name: each["answers"] for name, each in arms.items()}}
             texts += [("" if i else _as_text(prompt), n, each[number]) for i, (n, each) in enumerate(answers.items())]
         svg = [path for path in figures if path.suffix == ".svg"]
-        parts = [_LIMITS, "# Held-out pairs", *tables, "# Curves and groups", *svg, "# Answers", texts]
+        parts = [_LIMITS, "# Held-out pairs", *tables, *lines, "# Curves and groups", *svg, "# Answers", texts]
         write_page(self.output / "report.html", f"{self.own.model}: arms of {self.own.steps} steps", parts)
-        print_results(tables, [_LIMITS, f"written: {self.output / 'report.html'}, results.json, figures"])
+        print_results(tables, [*lines, _LIMITS, f"written: {self.output / 'report.html'}, results.json, figures"])
 
     def _judge(self, arms: dict[str, Any], intervals: Sequence[Bootstrap]) -> dict[str, Any] | None:
         """Compares the answers of every arm with those of the start; ``None`` without a judge."""
@@ -379,12 +381,6 @@ def _arm_file(arm: str) -> str:
 def _as_text(prompt: Any) -> str:
     """Returns a prompt as text; of messages, those in order."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-
-
-def _lengths(answers: Sequence[str]) -> dict[str, float]:
-    """Returns the mean and the median length of answers in characters."""
-    found = [len(answer) for answer in answers] or [0]
-    return {"mean": float(np.mean(found)), "median": float(np.median(found))}
 
 
 # --- Options ---

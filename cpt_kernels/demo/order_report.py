@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..evaluation.report import draw_lines, to_markdown, write_page
+from ..evaluation.report import draw_lines, new_table, to_markdown, write_page
 from ..evaluation.win_rate import Bootstrap, interval
 from ..files import write_text
 from ..plots import new_figure, save_figure
@@ -59,11 +58,6 @@ class Difference(NamedTuple):
         return self.all_low > 0 or self.all_high < 0
 
 
-def read_results(folder: Path) -> list[CellResult]:
-    """Returns the results of all cells so far, those of the tuning too."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
-
-
 class Outcomes:
     """The results of the arms by setting, arm and seed."""
 
@@ -94,50 +88,39 @@ class Outcomes:
 # --- Tables ---
 
 
-def _in_points(difference: Difference | None, corrected: bool = False) -> str:
-    if difference is None:
-        return ""
+def _in_points(difference: Difference, corrected: bool = False) -> str:
     low, high = difference[3:5] if corrected else difference[1:3]
     return f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def _new_table(title: str, *names: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, name in enumerate(names):
-        table.add_column(name, no_wrap=True, justify="right" if number else "left")
-    return table
-
-
-def arms_table(outcomes: Outcomes) -> Table:
-    """Returns the arms of the main setting with their differences from random-all."""
-    seeds, measures = len(outcomes.of(MAIN, BASELINE)), list(MEASURES_OF_ARMS)
-    table = _new_table(
-        f"beta 0.1, no noise, from SFT; {seeds} seeds; in points, minus {BASELINE} [95 %]",
-        *("arm", "win rate, %", f"minus {BASELINE}", f"corrected for {len(COMPARISONS)}", *measures[1:], "characters"),
-    )
-    for arm in ORDER_ARMS:
-        results = list(outcomes.of(MAIN, arm).values())
-        if results:
-            ends = [result["curve"][-1] for result in results]
-            rate, characters = (np.mean([end[name] for end in ends]) for name in ("win", "characters"))
-            found = [None if arm == BASELINE else outcomes.difference(MAIN, arm, BASELINE, name) for name in measures]
-            cells = [_in_points(found[0]), _in_points(found[0], corrected=True), *map(_in_points, found[1:])]
-            table.add_row(arm, f"{100 * rate:.1f}", *cells, f"{characters:.1f}")
-    return table
+def _name(setting: Setting) -> str:
+    start = "SFT" if setting.start == "sft" else "base"
+    return f"β {setting.beta:g}, noise {setting.noise:.0%}, from {start}"
 
 
 def comparisons_table(outcomes: Outcomes) -> Table:
-    """Returns all comparisons but those of the first table, each with both intervals."""
-    table = _new_table(
-        "Win rate, differences in points [95 %]",
-        *("setting", "arm", "minus", "seeds", "difference", f"corrected for {len(COMPARISONS)}", "learning rate"),
+    """Returns all comparisons that have run: the difference in win rate with both intervals, and other measures."""
+    first, *others = MEASURES_OF_ARMS
+    names = (
+        "setting",
+        "arm",
+        f"{first}, %",
+        "minus",
+        "seeds",
+        "difference",
+        f"corrected for {len(COMPARISONS)}",
+        *others,
     )
+    table = new_table("Differences in points [95 %]", *names, "characters")
     for setting, arm, minus in COMPARISONS:
-        found = outcomes.difference(setting, arm, minus)
-        if found is not None and (setting != MAIN or minus != BASELINE):
-            rate = next(iter(outcomes.of(setting, arm).values()))["learning_rate"]
-            cells = _in_points(found), _in_points(found, corrected=True), f"{rate:g}"
-            table.add_row(str(setting).replace("_", ", "), arm, minus, str(found.seeds), *cells)
+        if (found := outcomes.difference(setting, arm, minus)) is not None:
+            ends = [result["curve"][-1] for result in outcomes.of(setting, arm).values()]
+            rate, characters = (np.mean([end[name] for end in ends]) for name in ("win", "characters"))
+            cells = [_in_points(found), _in_points(found, corrected=True)]
+            cells += [_in_points(outcomes.difference(setting, arm, minus, measure)) for measure in others]
+            table.add_row(
+                _name(setting), arm, f"{100 * rate:.1f}", minus, str(found.seeds), *cells, f"{characters:.1f}"
+            )
     return table
 
 
@@ -146,13 +129,13 @@ def rates_table(results: Sequence[CellResult]) -> Table:
     tuned = [result for result in results if result["seed"] in TUNING_SEEDS]
     rates = sorted({result["learning_rate"] for result in tuned})
     title = f"Win rate of {BASELINE} by learning rate on seeds {', '.join(map(str, TUNING_SEEDS))}, %"
-    table = _new_table(title, "setting", *(f"{rate:g}" for rate in rates))
+    table = new_table(title, "setting", *(f"{rate:g}" for rate in rates))
     for setting in _SETTINGS:
         of = [r for r in tuned if Setting(r["beta"], r["noise"], r["start"]) == setting]
         won = [[r["curve"][-1]["win"] for r in of if r["learning_rate"] == rate] for rate in rates]
         if of:
             cells = (f"{100 * np.mean(each):.1f}" if each else "" for each in won)
-            table.add_row(str(setting).replace("_", ", "), *cells)
+            table.add_row(_name(setting), *cells)
     return table
 
 
@@ -174,7 +157,7 @@ def draw_map(outcomes: Outcomes, folder: Path) -> list[Path]:
                 text = f"{100 * each.mean:+.1f}{'*' if each.is_found else ''}"
                 color = "white" if abs(100 * each.mean) > 0.6 * most else "black"
                 axis.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
-    names = [f"β {s.beta:g}\nnoise {s.noise:.0%}\nfrom {'SFT' if s.start == 'sft' else 'base'}" for s in _SETTINGS]
+    names = [_name(setting).replace(", ", "\n") for setting in _SETTINGS]
     axis.set_xticks(range(len(names)), names, fontsize="small")
     axis.set_yticks(range(len(arms)), arms)
     mark = f"* the interval corrected for {len(COMPARISONS)} comparisons excludes 0"
@@ -199,14 +182,18 @@ def draw_order_curves(outcomes: Outcomes, folder: Path) -> list[Path]:
 
 def write_order_report(folder: Path) -> list[Table]:
     """Writes cells.jsonl, results.md, figures and report.html of the cells in a folder, and returns the tables."""
-    results = read_results(folder)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
     outcomes = Outcomes(results)
-    tables = [arms_table(outcomes), comparisons_table(outcomes), rates_table(results)]
-    write_text(folder / "cells.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    tables = [comparisons_table(outcomes), rates_table(results)]
+    starts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "examined").glob("*.json"))]
+    write_text(folder / "cells.jsonl", "".join(json.dumps(result) + "\n" for result in [*starts, *results]))
     write_text(folder / "results.md", "\n".join(map(to_markdown, tables)))
     figures = [draw_map(outcomes, folder)[1], draw_order_curves(outcomes, folder)[1]]
+    won = {kind: [100 * each["win"] for each in starts if each["start"] == kind] for kind in ("sft", "pretraining")}
+    shown = [f"{np.mean(rates):.1f} % from {kind}" for kind, rates in won.items() if rates]
     about = (
-        "Differences are paired by seed: a seed has its own start model, pairs, difficulties and held-out prompts."
+        f"Win rates before training: {', '.join(shown) or 'not known yet'}."
+        " Differences are paired by seed: a seed has its own start model, pairs, difficulties and held-out prompts."
         " Intervals are bootstrap intervals over seeds, as wide as Student's t. A difference is a finding if its"
         f" interval for all {len(COMPARISONS)} comparisons together excludes 0. Only the win rate at the end is tested."
     )

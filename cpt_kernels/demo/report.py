@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from rich.box import SIMPLE
 from rich.table import Table
 
+from ..evaluation.report import draw_lines, write_page
 from ..evaluation.win_rate import WinRate
-from ..plots import color_of, cut_off_outlier, legend_above, new_figure
+from ..plots import legend_above, new_figure, save_figure
 from ..training.report import train_records
 from .arms import ARM_OPTIONS, ARMS, HARD
 from .experiment import ARM_BATCH, BATCH, DECODINGS, FULL, SeedResult, Size
@@ -26,7 +24,6 @@ from .teachers import STYLE_FAULTS, TEACHERS, TEMPTATIONS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _EXAMPLES = 6  # held-out prompts whose responses report.html shows
 _CURVES = {
     "reward margin": "rewards/margins",
@@ -97,85 +94,133 @@ def draw_arm_win_rates(findings: Findings) -> Figure:
     return figure
 
 
-def draw_arm_curves(result: SeedResult) -> Figure | None:
-    """Draws margins, accuracies and the share of hard pairs of a seed's DPO arms; ``None`` without such an arm."""
+def draw_arm_curves(result: SeedResult, folder: Path) -> list[Path]:
+    """Draws margins, accuracies and the share of hard pairs of a seed's DPO arms, and returns the files, if any."""
     # SLiC has no reference, so its rewards are not comparable with those of DPO.
     arms = {name: arm for name, arm in result.arms.items() if ARMS[name].options["loss_type"] == "sigmoid"}
-    if not arms:
-        return None
-    records = {name: train_records(arm.training.records) for name, arm in arms.items()}
-    shown = {t: m for t, m in _CURVES.items() if any(m in record for each in records.values() for record in each)}
-    if not shown:
-        return None
-    figure = new_figure(4 * len(shown), 3.4)
-    for axis, (title, metric) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items()):
-        for number, (name, each) in enumerate(records.items()):
-            points = [(record["step"], record[metric]) for record in each if metric in record]
-            if points:
-                axis.plot(*zip(*points), label=ARMS[name].title, color=color_of(number))
-        axis.set(xlabel="step", ylabel=title)
-        axis.grid(alpha=0.3)
-        legend_above(axis, 4)
-        cut_off_outlier(axis, "y", [[record.get(metric)] for each in records.values() for record in each])
-    return figure
-
-
-def _embedded(figure: Figure | None) -> str | None:
-    """Returns a figure as a data URL for an HTML image."""
-    if figure is None:
-        return None
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    panels = {
+        title: {
+            ARMS[name].title: points
+            for name, arm in arms.items()
+            if (points := [(r["step"], r[metric]) for r in train_records(arm.training.records) if metric in r])
+        }
+        for title, metric in _CURVES.items()
+    }
+    shown = {title: curves for title, curves in panels.items() if curves}
+    return draw_lines(shown, folder / "curves") if shown else []
 
 
 # --- Files ---
+
+_LIMITS = (
+    "Anything about large models or people's preferences. The model is tiny, a prompt has a dozen tokens, and a program"
+    " decides which response is better.",
+    "How results vary between trainings. The intervals cover the choice of prompts; each seed has one start model, one"
+    " draw of faults and one order of data. --seeds 0 1 2 shows the variation.",
+    "That contrast teaches right answers. Slips differ each time, while faults of style recur; the table shows the two"
+    " separately.",
+    "A fair race between losses. All arms have the same number of steps and of prompts per step, but not of tokens: a"
+    " pair has two responses, an SFT row one. The learning rate, β, δ and λ come from a few trials on seeds 100 to 102."
+    " The teachers' faults were chosen so that imitation keeps some of them. The judge was never changed for an arm.",
+    "That decoding does not matter. At temperature 1 a sharper distribution alone wins more often, so the table shows"
+    " both decodings.",
+)
+_TASK = (
+    "An exercise is one or two steps on a word. The model solution shows each step's result, then the answer:",
+    "    reverse, then count c: cadcb\nreverse: bcdac; count c: 2; answer: 2.",
+    "Three teachers solve it with independent faults. A slip in a step makes the answer wrong. The faults of style are"
+    f" {', '.join(STYLE_FAULTS)}. The first step of some exercises tempts all teachers to one of these faults:"
+    f" {', '.join(f'{step} to {fault}' for step, fault in TEMPTATIONS.items())}. On such exercises the strong teacher"
+    " has the fault more often than not, so imitation learns it.",
+)
+_JUDGED = (
+    "The judge gives one point each if all steps are shown and right, if the answer has its format, and if there is no"
+    " further text. A right answer beats a wrong one; between two right or two wrong answers the points decide. Pairs"
+    " follow the teachers' order alone, so in some of them the rejected response is the better one:"
+)
+_BY_HAND = """    cpt pairs responses.jsonl --order "strong > medium > weak" --pairs "strong > weak" --output easy.jsonl
+cpt-train --model_name_or_path sft --dataset_name easy.jsonl --loss_type sigmoid --beta 0.5 --learning_rate 5e-5 \\
+          --lr_scheduler_type constant --per_device_train_batch_size {batch} --max_steps {steps} --output_dir mine
+cpt generate --model_name_or_path mine --dataset_name held_out.jsonl --max_new_tokens 40 --output mine.jsonl
+cpt eval win-rate --outputs mine.jsonl --baseline held_out.jsonl --judge cpt_kernels.demo.judge:prefer"""
 
 
 def write_findings(
     findings: Findings, results: Sequence[SeedResult], size: Size, seconds: float, folder: Path, command: str
 ) -> None:
-    """Writes results.json and a self-contained report.html to ``folder``.
+    """Writes results.json, figures and a self-contained report.html to ``folder``.
 
     Args:
         seconds: duration of the whole run.
         command: the command line, as typed.
     """
-    about = {"command": command, "seeds": [result.seed for result in results], "seconds": round(seconds, 1)}
-    about |= {"size": asdict(size), "pairs": {str(result.seed): result.pairs for result in results}}
-    text = json.dumps(about | findings.to_json(), indent=2) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        about,
-        first=results[0],
-        is_quick=size != FULL,
-        findings=findings,
-        shares=SHARES,
-        decodings=DECODINGS,
-        rate_text=_rate,
-        examples=_example_responses(results[0]),
-        arms={name: ARMS[name] for name in results[0].arms},
-        arm_options=ARM_OPTIONS,
-        teachers=TEACHERS,
-        style_faults=STYLE_FAULTS,
-        temptations=TEMPTATIONS,
-        batch=BATCH,
-        arm_batch=ARM_BATCH,
-        win_rates=_embedded(draw_arm_win_rates(findings)),
-        curves=_embedded(draw_arm_curves(results[0])),
+    seeds, first = [result.seed for result in results], results[0]
+    about = {"command": command, "seeds": seeds, "seconds": round(seconds, 1), "size": asdict(size)}
+    about |= {"pairs": {str(result.seed): result.pairs for result in results}}
+    (folder / "results.json").write_text(json.dumps(about | findings.to_json(), indent=2) + "\n", encoding="utf-8")
+    rates = save_figure(draw_arm_win_rates(findings), folder / "win_rates.svg")
+    curves = [path for path in draw_arm_curves(first, folder) if path.suffix == ".svg"]
+    shown = findings.sentences()
+    if size != FULL:
+        shown = ["Nothing: the run was too short to learn the exercises. Leave out --quick.", *shown]
+    intervals = (
+        f"Win rates are against the medium teacher's responses to the same {len(first.prompts)} held-out prompts of"
+        " each seed, and a tie counts one half. Sampled: one response at temperature 1; the teachers' responses are"
+        " random draws, too. Greedy: the likeliest token each time. Brackets hold 95 % intervals over prompts."
     )
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    training = (
+        f"DPO arms of seed {first.seed}, on the training batches. The pairs differ between arms: hard pairs are harder"
+        " to tell apart for any model."
+    )
+    settings = (
+        f"A Llama of {size.layers} layers and hidden size {size.hidden}, from random weights:"
+        f" {size.pretraining_steps} steps of {BATCH} responses of all teachers, then {size.sft_steps} steps of {BATCH}"
+        f" responses of the strong teacher. Every arm starts from that model and runs {size.arm_steps} steps of"
+        f" {ARM_BATCH} prompts, which are the same for all arms, with {_options_text(ARM_OPTIONS)}:"
+    )
+    by_hand = "Models, data, metrics and curves are beside this file. To train an arm by hand, run in a seed's folder:"
+    arms = [(name, ARMS[name].title, _options_text(ARMS[name].options)) for name in first.arms]
+    parts = [
+        f"Made by {command} in {seconds:.0f} s, seeds {', '.join(map(str, seeds))}. After Xu et al., arXiv 2310.02263:"
+        " preference pairs without a judge, the stronger model's response chosen and the weaker one's rejected.",
+        *("# What this run shows", *shown, intervals, *rates, make_table(findings)),
+        *("# What it does not show", *_LIMITS),
+        *(("# Training", *curves, training) if curves else ()),
+        *("# Responses to the first held-out prompts, sampled", _example_responses(first)),
+        *("# The task", *_TASK, _teacher_rates(), _JUDGED, _pair_shares(first)),
+        *("# Settings", settings, [("arm", "", "options"), *arms]),
+        *(by_hand, _BY_HAND.format(batch=ARM_BATCH, steps=size.arm_steps)),
+    ]
+    write_page(folder / "report.html", "Contrastive post-training in miniature", parts)
 
 
-def _example_responses(result: SeedResult) -> list[tuple[str, list[tuple[Any, ...]]]]:
-    """Returns the first held-out prompts, each with (title, response, verdict, win) of every model."""
+def _options_text(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in options.items())
+
+
+def _teacher_rates() -> list[tuple[str, ...]]:
+    rates = [(t.name, *(f"{100 * rate:.0f} %" for rate in (t.wrong, t.sloppy, t.tempted))) for t in TEACHERS]
+    return [("teacher", "slip", "each fault of style", "where tempted"), *rates]
+
+
+def _pair_shares(result: SeedResult) -> list[tuple[str, ...]]:
+    rows = [("chosen > rejected", "pairs", "the judge agrees", "disagrees", "sees a tie")]
+    for kind, counts in result.pairs.items():
+        agrees, disagrees = counts["judge agrees"], counts["judge disagrees"]
+        shares = (agrees, disagrees, 1 - agrees - disagrees)
+        rows.append((kind, f"{counts['pairs']:,}", *(f"{100 * share:.0f} %" for share in shares)))
+    return rows
+
+
+def _example_responses(result: SeedResult) -> list[tuple[str, ...]]:
+    """Returns the first held-out prompts, each with every model's response and its verdict."""
     models = {"SFT (start)": result.start} | {ARMS[name].title: arm for name, arm in result.arms.items()}
-    examples = []
+    rows = [("prompt", "model", "response", "verdict")]
     for at, prompt in enumerate(result.prompts[:_EXAMPLES]):
-        responses = [("medium teacher", result.baseline[at], None, None)]
+        rows.append((prompt, "medium teacher", result.baseline[at], ""))
         for title, each in models.items():
             judged = each.responses["sampled"]
-            responses.append((title, judged.texts[at], judged.verdicts[at], judged.wins[at]))
-        examples.append((prompt, responses))
-    return examples
+            verdict, win = judged.verdicts[at], {0.0: "loses", 1.0: "wins"}.get(float(judged.wins[at]), "tie")
+            right = "right" if verdict.exact else "wrong"
+            rows.append(("", title, judged.texts[at], f"{right}, {verdict.rank[1]} of 3 for style, {win}"))
+    return rows

@@ -166,7 +166,7 @@ def draw_pairs(summary: Sequence[SummaryRow], folder: Path, title: str) -> list[
 
 
 def arms_of_study(
-    summary: Sequence[SummaryRow], differences: Sequence[Sequence[SummaryRow]], lengths: dict[str, dict[str, float]]
+    summary: Sequence[SummaryRow], differences: Sequence[Sequence[SummaryRow]], lengths: dict[str, float]
 ) -> Table:
     """Returns a table with a line for each arm of a study: held-out pairs, and the length of its answers.
 
@@ -176,12 +176,9 @@ def arms_of_study(
     """
     whole = [row for row in summary if row["by"] == ALL]
     minus = f"minus {escape(whole[0]['model'])}"
-    table = _table(f"{whole[0]['pairs']:,} held-out pairs of {whole[0]['prompts']:,} prompts, mean [95 % interval]")
-    table.add_column("arm", no_wrap=True)
-    corrected = f"corrected for {len(differences[0])}"
-    names = ("reward accuracy, %", minus, corrected, "reward margin", minus, corrected, "characters")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"{whole[0]['pairs']:,} held-out pairs of {whole[0]['prompts']:,} prompts, mean [95 % interval]"
+    of_metric = (minus, f"corrected for {len(differences[0])}")
+    table = new_table(title, "arm", "reward accuracy, %", *of_metric, "reward margin", *of_metric, "characters")
     compared = [{row["model"]: row for row in rows} for rows in differences]
     for row in whole:
         cells = []
@@ -189,8 +186,8 @@ def arms_of_study(
             cells.append(_with_ends(row[metric], factor, format))
             found = [rows[row["model"]][metric] if row["model"] in rows else None for rows in compared]
             cells += ["" if each is None else _with_ends(each, factor, f"+{format}") for each in found]
-        table.add_row(escape(row["model"]), *cells, f"{lengths[row['model']]['mean']:,.0f}")
-    table.caption = f"The start's answers have {lengths['start']['mean']:,.0f} characters."
+        table.add_row(escape(row["model"]), *cells, f"{lengths[row['model']]:,.0f}")
+    table.caption = f"The start's answers have {lengths['start']:,.0f} characters."
     return table
 
 
@@ -316,6 +313,15 @@ def draw_judged(summaries: Sequence[SummaryRow], folder: Path) -> list[Path]:
 
 # --- Pages ---
 
+
+def new_table(title: str, *names: str) -> Table:
+    """Returns a table whose first column is aligned to the left, and the others to the right."""
+    table = _table(title)
+    for number, name in enumerate(names):
+        table.add_column(name, no_wrap=True, justify="right" if number else "left")
+    return table
+
+
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
@@ -342,13 +348,13 @@ def write_page(path: Path, title: str, parts: Iterable[str | Table | Path | Sequ
 
     Args:
         parts: paragraphs, tables, SVG files, and rows of texts with their header, in the order of the page. A
-            paragraph that starts with "# " is a heading.
+            paragraph that starts with "# " is a heading, one that starts with four spaces is code.
     """
     found = []
     for part in parts:
         if isinstance(part, str):
-            tag, text = ("h2", part[2:]) if part.startswith("# ") else ("p", part)
-            found.append(f"<{tag}>{html.escape(text)}</{tag}>")
+            tag = "h2" if part.startswith("# ") else "pre" if part.startswith("    ") else "p"
+            found.append(f"<{tag}>{html.escape(part.removeprefix('# ').removeprefix('    '))}</{tag}>")
         elif isinstance(part, Path):
             found.append(f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(part.read_bytes()).decode()}">')
         else:
@@ -358,7 +364,7 @@ def write_page(path: Path, title: str, parts: Iterable[str | Table | Path | Sequ
             lines = ["<tr>" + "".join(f"<{tag}>{text}</{tag}>" for tag, text in row) + "</tr>" for row in cells]
             found.append(f"{name or '<table class=texts>'}{''.join(lines)}</table>")
     top = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    write_text(path, "\n".join([top, f"<h1>{html.escape(title)}</h1>", *found]) + "\n")
+    write_text(path, "\n".join([top, f"<h1>{html.escape(title)}</h1>", *found, "</html>"]) + "\n")
 
 
 # --- Shared by both ---

@@ -127,10 +127,12 @@ def test_differences_are_paired_by_seed_and_corrected_for_their_number():
 def test_the_report_of_a_study_that_has_not_ended(tmp_path):
     cells = [cell(arm, seed, 0.5 + 0.01 * seed) for arm in ("random-all", "easy-only") for seed in (0, 1)]
     write_cells(tmp_path, [*cells, cell("random-all", 0, 0.4, beta=0.5), cell("random-all", 100, 0.6)])
-    tables = [table_cells(table)[1] for table in write_order_report(tmp_path)]
-    assert [row[:3] for row in tables[0]] == [["random-all", "50.5", ""], ["easy-only", "50.5", "+0.0 [+0.0, +0.0]"]]
-    assert tables[1] == [] and tables[2] == [["beta-0.1, noise-0, start-sft", "60.0"]]
+    compared, tuned = (table_cells(table)[1] for table in write_order_report(tmp_path))
+    assert [row[:6] for row in compared] == [
+        ["β 0.1, noise 0%, from SFT", "easy-only", "50.5", "random-all", "2", "+0.0 [+0.0, +0.0]"]
+    ]
+    assert tuned == [["β 0.1, noise 0%, from SFT", "60.0"]]
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2 and "easy-only" in page
     assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 6
-    assert "| easy-only | 50.5 |" in (tmp_path / "results.md").read_text()
+    assert "| easy-only | 50.5 | random-all |" in (tmp_path / "results.md").read_text()
