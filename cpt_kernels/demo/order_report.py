@@ -93,7 +93,7 @@ def _in_points(difference: Difference, corrected: bool = False) -> str:
     return f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def _name(setting: Setting) -> str:
+def _setting_name(setting: Setting) -> str:
     start = "SFT" if setting.start == "sft" else "base"
     return f"β {setting.beta:g}, noise {setting.noise:.0%}, from {start}"
 
@@ -119,7 +119,7 @@ def comparisons_table(outcomes: Outcomes) -> Table:
             cells = [_in_points(found), _in_points(found, corrected=True)]
             cells += [_in_points(outcomes.difference(setting, arm, minus, measure)) for measure in others]
             table.add_row(
-                _name(setting), arm, f"{100 * rate:.1f}", minus, str(found.seeds), *cells, f"{characters:.1f}"
+                _setting_name(setting), arm, f"{100 * rate:.1f}", minus, str(found.seeds), *cells, f"{characters:.1f}"
             )
     return table
 
@@ -135,7 +135,7 @@ def rates_table(results: Sequence[CellResult]) -> Table:
         won = [[r["curve"][-1]["win"] for r in of if r["learning_rate"] == rate] for rate in rates]
         if of:
             cells = (f"{100 * np.mean(each):.1f}" if each else "" for each in won)
-            table.add_row(_name(setting), *cells)
+            table.add_row(_setting_name(setting), *cells)
     return table
 
 
@@ -157,7 +157,7 @@ def draw_map(outcomes: Outcomes, folder: Path) -> list[Path]:
                 text = f"{100 * each.mean:+.1f}{'*' if each.is_found else ''}"
                 color = "white" if abs(100 * each.mean) > 0.6 * most else "black"
                 axis.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
-    names = [_name(setting).replace(", ", "\n") for setting in _SETTINGS]
+    names = [_setting_name(setting).replace(", ", "\n") for setting in _SETTINGS]
     axis.set_xticks(range(len(names)), names, fontsize="small")
     axis.set_yticks(range(len(arms)), arms)
     mark = f"* the interval corrected for {len(COMPARISONS)} comparisons excludes 0"
