@@ -7,7 +7,7 @@ longer than their prompt, and those of different prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypedDict
@@ -181,7 +181,8 @@ class PackedCollator:
         different = list(dict.fromkeys(each for each in sequences if each[1] and all(map(any, each[2:]))))
         tokens = [(prompt, completion) for prompt, completion, *_ in different]
         paths, prompts = _paths(tokens)
-        branches = self._branches(tokens, paths, prompts)
+        keys = [prompt for prompt, _ in tokens]
+        branches = self.branches(paths, prompts, keys, [key[0] < 0 for key in keys])
         order = [s for branch in branches for s in branch.sequences]
         unique = [different[s] for s in order]
         ends = [len(paths[branch.sequences[-1]]) for branch in branches]
@@ -249,7 +250,8 @@ class PackedCollator:
         """Returns the tokens that rows take together in a packed row."""
         different = list(dict.fromkeys(each for row in rows for each in self.truncated(row) if each[1]))
         paths, prompts = _paths(different)
-        branches = self._branches(different, paths, prompts)
+        keys = [prompt for prompt, _ in different]
+        branches = self.branches(paths, prompts, keys, [key[0] < 0 for key in keys])
         return sum(len(paths[branch.sequences[-1]]) - branch.shared for branch in branches)
 
     def truncated(self, row: Mapping[str, Any]) -> list[Tokens]:
@@ -267,26 +269,25 @@ class PackedCollator:
         masks = [tuple(truncate(row["prompt_ids"], mask, *how)[1]) for mask in row["scored"]]
         return [tokens if all(mask) else (*tokens, mask) for tokens, mask in zip(cut, masks)]
 
-    def _branches(
-        self, sequences: Sequence[Tokens], paths: Sequence[NDArray[np.int64]], prompts: Sequence[int]
+    def branches(
+        self,
+        paths: Sequence[NDArray[Any]],  # tokens of different sequences
+        prompts: Sequence[int],  # tokens of the prompt of each
+        keys: Sequence[Hashable],  # equal for equal prompts
+        have_images: Sequence[bool],
     ) -> list[Branch]:
-        """Returns the segments of different sequences: paths are their tokens, prompts the lengths of their prompts."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for s, (prompt, _) in enumerate(sequences):
-            groups.setdefault(prompt, []).append(s)
+        """Returns the segments of a packed row: by prompts, or as trees where that saves tokens."""
         by_prompt = []
-        for group in groups.values():
+        for group in _equal(keys):
             shares = self.shares(max(len(paths[s]) for s in group))
             by_prompt += [Branch(prompts[s] if shares and i else 0, [s]) for i, s in enumerate(group)]
         if self.minimum_shared is None or not self.shares(0):
             return by_prompt
-        # Sequences that may share: all texts, or those of one prompt with images.
-        sets: dict[Any, list[int]] = {}
-        for s, (prompt, _) in enumerate(sequences):
-            key = (prompt if prompt[0] < 0 else ()) if self.shares(len(paths[s])) else s
-            sets.setdefault(key, []).append(s)
         trees = []
-        for some in sets.values():
+        # Texts may share their beginnings, and sequences with images those of one prompt.
+        alone = [not self.shares(len(path)) for path in paths]
+        sets: list[Hashable] = [(s,) if alone[s] else keys[s] if have_images[s] else None for s in range(len(paths))]
+        for some in _equal(sets):
             found = find_branches([paths[s] for s in some], [prompts[s] for s in some], self.minimum_shared)
             trees += [Branch(branch.shared, [some[s] for s in branch.sequences]) for branch in found]
 
@@ -312,6 +313,14 @@ def _paths(sequences: Sequence[Tokens]) -> tuple[list[NDArray[np.int64]], list[i
     prompts = {key: np.array(split_key(key)[1], np.int64) for key in dict.fromkeys(prompt for prompt, _ in sequences)}
     paths = [np.concatenate([prompts[prompt], np.array(completion, np.int64)]) for prompt, completion in sequences]
     return paths, [len(prompts[prompt]) for prompt, _ in sequences]
+
+
+def _equal(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Returns the places of equal keys, in the order of their first occurrence."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return [*groups.values()]
 
 
 def _index_pairs(

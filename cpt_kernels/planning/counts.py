@@ -10,18 +10,22 @@ from functools import reduce
 from operator import add
 from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from ..data.batches import BatchSampler
 from ..data.collate import PackedCollator
 from ..data.images import ImageId, ids_of
 from ..data.loader import EpochLoader
-from ..data.packing import GroupLengths
+from ..data.packing import GroupLengths, Span, lay_out
 from ..reference.missing import iter_sequences
 from .peer import Sides, reads_all_rows
-from .work import Work, packed_groups, padded_sequences
+from .work import Work, packed_groups, packed_row, padded_sequences
 
 _Prompt = tuple[int, dict[int, int]]  # tokens of a prompt; hash of each different completion -> its tokens
+# Tokens, those of the prompt, its hash, whether it has images, and the mask of the completion.
+_Path = tuple[NDArray[np.int32], int, int, bool, NDArray[np.bool_] | None]
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,19 @@ class RowLengths:
         self.prompts: list[dict[int, _Prompt]] = [{} for _ in range(len(dataset))]
         lengths: list[dict[int, tuple[int, int]]] = [{} for _ in range(len(dataset))]  # by position in the row
         self.images: list[dict[ImageId, float]] = [{} for _ in range(len(dataset))]  # tokens of each row's images
+        # With trees, the different sequences of each row by the hashes of prompt and completion.
+        self.paths: list[dict[tuple[int, int], _Path]] = [{} for _ in range(len(dataset))]
+        self._works: dict[tuple[int, ...], Work] = {}  # of micro-batches whose trees have been counted
         for chunk in iter_sequences(dataset, collator.max_length, collator.truncation_mode):
-            for row, position, prompt, completion, words, _ in chunk:
+            for row, position, prompt, completion, words, scored in chunk:
                 key = hash((prompt.tobytes(), words.tobytes()))
                 of_row = self.prompts[row].setdefault(key, (len(prompt), {}))
                 of_row[1][hash(completion.tobytes())] = len(completion)
+                if collator.minimum_shared is not None:
+                    path = np.concatenate([prompt, completion]).astype(np.int32)
+                    mask = b"" if scored is None else scored.tobytes()
+                    path_of = (path, len(prompt), key, len(words) > 0, scored)
+                    self.paths[row][key, hash((completion.tobytes(), mask))] = path_of
                 lengths[row][position] = (len(prompt), len(completion))
                 if collator.images is not None and len(words):
                     tokens, images = (prompt == collator.images.feature_token).sum(), ids_of(words.tolist())
@@ -117,13 +129,31 @@ class RowLengths:
 
     def work(self, rows: Sequence[int], share: bool = True) -> Work:
         """Returns the work of a micro-batch."""
-        groups, images = self.groups(rows, share), self.image_tokens(rows)
+        images = self.image_tokens(rows)
+        if share and self.collator.minimum_shared is not None and rows:
+            if (key := tuple(rows)) not in self._works:
+                self._works[key] = replace(self._work_of_trees(rows), image_tokens=images)
+            return self._works[key]
+        groups = self.groups(rows, share)
         if not self.collator.padded:
             return replace(packed_groups(groups), image_tokens=images)
         sequences = sum(len(group.completions) for group in groups)
         longest = max(group.prompt + max(group.completions) for group in groups)
         work = padded_sequences(sequences, longest, sum(sum(group.completions) for group in groups), head_gemms=3)
         return replace(work, image_tokens=images)
+
+    def _work_of_trees(self, rows: Sequence[int]) -> Work:
+        merged: dict[tuple[int, int], _Path] = {}
+        for row in rows:
+            merged |= self.paths[row]
+        paths, prompts, keys, have_images, masks = zip(*merged.values())
+        branches = self.collator.branches(paths, prompts, keys, have_images)
+        ends = [len(paths[branch.sequences[-1]]) for branch in branches]
+        segments = [(end - branch.shared, end) for end, branch in zip(ends, branches)]
+        spans = [Span(g, prompts[s], len(paths[s])) for g, branch in enumerate(branches) for s in branch.sequences]
+        ordered = [masks[s] for branch in branches for s in branch.sequences]
+        layout = lay_out(segments, spans, ordered if any(mask is not None for mask in masks) else None)
+        return packed_row(segments, len(layout.predictor_index))
 
     def image_tokens(self, rows: Iterable[int]) -> float:
         """Returns the tokens of the different images of a micro-batch, each of which is encoded once."""

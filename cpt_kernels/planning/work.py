@@ -142,6 +142,12 @@ def packed_groups(groups: Iterable[GroupLengths]) -> Work:
     return Work(tokens, attended, rows, head_gemms=3)
 
 
+def packed_row(segments: Sequence[tuple[int, int]], head_rows: int) -> Work:
+    """Returns the work of a packed row with segments of (queries, keys)."""
+    attended = sum(queries * (keys - queries) + _causal(queries) for queries, keys in segments)
+    return Work(sum(queries for queries, _ in segments), attended, head_rows, head_gemms=3)
+
+
 def attended_pairs(group: GroupLengths) -> int:
     """Returns the number of attended (query, key) pairs of a prompt group."""
     prompts = 1 if group.share else len(group.completions)

@@ -64,6 +64,7 @@ class PackedLoop(CheckpointLoop):
     loss_is_scaled_for_ga = False  # transformers divides by the step's micro-batches, as it does for TRL
     current_gradient_accumulation_steps = 1  # until transformers sets it in every step
     _trained_pairs = 0  # of this rank in this call of train()
+    _run_tokens, _pair_tokens = 0, 0  # likewise: that ran, and of the sides of all pairs
     _evaluated_batches = 0  # of this rank in the last evaluation
     num_tokens = 0  # of this rank since count_tokens was called last
     eval_tokens_per_pair: float | None = None  # of the evaluation, for a loss that averages over tokens
@@ -165,7 +166,8 @@ class PackedLoop(CheckpointLoop):
                 output = super().train(checkpoint, *args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
-        run, whole = self._sum(self._shared.to(self.args.device)).tolist()
+        tokens = torch.tensor([self._run_tokens, self._pair_tokens], device=self.args.device)
+        run, whole = self._sum(tokens).tolist()
         if 0 < run < whole:
             log_on_main([f"{run:,} tokens ran for the {whole:,} of the sides of all pairs ({run / whole:.0%})"])
         # A stream's drops are known only after reading. The report is missing if _prepare_dataset is overridden.
@@ -205,7 +207,8 @@ class PackedLoop(CheckpointLoop):
         if self.place_metrics is not None:
             self.place_metrics.add(inputs)
         self.num_tokens += inputs["num_sequence_tokens"]
-        self._shared += torch.tensor([inputs["input_ids"].numel(), inputs["num_sequence_tokens"]])
+        self._run_tokens += inputs["input_ids"].numel()
+        self._pair_tokens += inputs["num_sequence_tokens"]
         self._trained_pairs += inputs["num_pairs"]
         if self._first_step is None:
             self._first_step = self.state.global_step
@@ -241,7 +244,7 @@ class PackedLoop(CheckpointLoop):
 
     def _reset_counts(self) -> None:
         self.num_tokens, self._trained_pairs, self._first_step = 0, 0, None
-        self._shared = torch.zeros(2, dtype=torch.int64)  # tokens that ran, and those of the sides of all pairs
+        self._run_tokens, self._pair_tokens = 0, 0
         self.metrics["train"].reset()
         if self.place_metrics is not None:
             self.place_metrics.reset()

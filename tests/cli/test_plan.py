@@ -56,6 +56,7 @@ def planned(home: Path, tmp_path: Path, options: dict) -> dict:
         MANY,
         MANY | {"share_prompts": "false"},
         MANY | {"packing": "false"},
+        {"sharing": "tree", "per_device_train_batch_size": 9},
         MANY | {"max_length": 10, "truncation_mode": "keep_end"},
         MANY | {"curriculum": {"column": "gap", "levels": 3}},
         {"loss_type": "sft", "max_steps": 5, "per_device_train_batch_size": 7},
