@@ -34,10 +34,11 @@ from ..evaluation.outputs import Comparisons
 from ..evaluation.report import arms_of_study, difference_lines, draw_lines, draw_pairs, win_rate_table, write_page
 from ..evaluation.win_rate import Bootstrap
 from ..files import stored_json, write_text
+from ..losses.functions import LOSSES, loss_options
 from ..pairs.order import parse_order
 from .console import print_results
 from .evaluate import JUDGE_MODEL_DEFAULTS, add_judge_options, make_judge
-from .parsing import Help, Parser, parse, read_options
+from .parsing import Help, Parser, make_options, read_options
 
 if TYPE_CHECKING:
     from ..evaluation.pair_metrics import PairEvaluation
@@ -52,10 +53,14 @@ _LIMITS = (
     "Intervals are bootstrap intervals over held-out prompts. Each arm was trained once, so they do not cover how"
     " trainings differ; repeat the study with another --seed and --output. Rewards are against the start."
 )
+_PAIRS = "pairs.jsonl"
+_OF_LOSS = {loss: {*loss_options(loss)} for loss in ("sft", "slic", "sigmoid")}  # options of the losses of the arms
+_OF_LOSSES = {name for loss in LOSSES for name in loss_options(loss)}
 _KEEP = 0.6  # share of the pairs that the arm `selected` keeps, the easiest
 # Options of cpt-train that the study sets itself.
 _SET = (
     *("dataset_name", "model_name_or_path", "loss_type", "curriculum", "max_steps", "num_train_epochs", "output_dir"),
+    *("ref_model_name_or_path", "sync_ref_model", "target_column"),
     *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "eval_strategy", "push_to_hub"),
     *(
         "load_best_model_at_end",
@@ -73,7 +78,7 @@ class StudyArm:
     """One way to train the start model: options of cpt-train, and the file and the pairs that it trains on."""
 
     options: dict[str, Any]
-    file: str = "pairs.jsonl"
+    file: str = _PAIRS
     pairs: tuple[str, ...] = ()  # chosen>rejected; none: all rows
     model: str | None = None  # only rows of this model (of the file of single responses)
 
@@ -107,28 +112,31 @@ def main(argv: Sequence[str], prog: str = "cpt study") -> None:
         UserError: data, model or options that cannot be used, or a folder that holds another study.
     """
     own, rest = _study_parser(prog).parse_known_args(argv)
-    own.rest, own.prog, own.output_dir = rest, prog, own.output
-    given = read_options(rest, prog)
-    if taken := [name for name in _SET if name in given]:
+    own.given, own.prog, own.output_dir = read_options(rest, prog), prog, own.output
+    if taken := [name for name in _SET if name in own.given]:
         raise UserError(f"{taken[0]} is set by {prog} itself: leave it out")
+    if unread := [name for name in own.given if name in _OF_LOSSES and not any(name in of for of in _OF_LOSS.values())]:
+        raise UserError(f"{unread[0]} has no effect on the losses of the arms, {', '.join(_OF_LOSS)}: leave it out")
     for name, valid in (("steps", own.steps >= _CURVE), ("prompts", own.prompts >= 0), ("minutes", own.minutes > 0)):
         if not valid:
             raise UserError(f"--{name} {getattr(own, name)} is too small")
-    _check_same(own, given)
+    _check_same(own)
     Study(own).run()
 
 
-def _check_same(own: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Checks that the folder holds no study with other options."""
-    free = {"output", "output_dir", "minutes", "arms", "keep_models", "rest", "prog", "judge", "judge_model"}
-    free |= {"both_orders", *JUDGE_MODEL_DEFAULTS}
-    deciding = {name: value for name, value in vars(own).items() if name not in free} | {"options": given}
-    deciding = json.loads(json.dumps(deciding, default=str))
+def _check_same(own: argparse.Namespace) -> None:
+    """Checks that the folder holds no study with other options; one that has no pairs yet begins anew."""
+    free = {"output", "output_dir", "minutes", "arms", "keep_models", "prog", "judge", "judge_model", "both_orders"}
+    given = {name: value for name, value in vars(own).items() if name not in {*free, *JUDGE_MODEL_DEFAULTS}}
+    deciding = json.loads(json.dumps(given.pop("given") | given, default=str))
+    if not (own.output / _PAIRS).exists():
+        (own.output / "study.json").unlink(missing_ok=True)
     known = stored_json(own.output / "study.json", lambda: deciding)
-    if changed := [name for name in deciding if deciding[name] != known.get(name)]:
+    if changed := [name for name in deciding | known if deciding.get(name) != known.get(name)]:
+        before, now = known.get(changed[0], "its default"), deciding.get(changed[0], "its default")
         raise UserError(
-            f"--output {own.output} holds a study with {changed[0]} {known.get(changed[0])}, not"
-            f" {deciding[changed[0]]}: choose another folder, or the same options"
+            f"--output {own.output} holds a study with {changed[0]} {before}, not {now}: choose another folder, or the"
+            " same options"
         )
 
 
@@ -138,8 +146,6 @@ class Study:
     def __init__(self, own: argparse.Namespace) -> None:
         self.own, self.output = own, own.output
         self.ends = time.monotonic() + 60 * own.minutes
-        order = parse_order(own.order)
-        self.order = sorted(order, key=lambda name: -order[name])
 
     def run(self) -> None:
         """Runs what is missing and reports."""
@@ -174,7 +180,7 @@ class Study:
         from . import pairs
         from .models import load_policy_tokenizer
 
-        path = self.output / "pairs.jsonl"
+        path = self.output / _PAIRS
         if path.exists():
             return
         options = self._options(self.output / "data")
@@ -185,10 +191,11 @@ class Study:
 
     def _arms(self) -> dict[str, StudyArm]:
         """Returns the arms that were asked for."""
-        rank = {name: number for number, name in enumerate(self.order)}
-        rows = {(row["chosen_model"], row["rejected_model"]) for row in _read_rows(self.output / "pairs.jsonl")}
-        pairs = sorted(rows, key=lambda pair: (rank[pair[0]] - rank[pair[1]], rank[pair[0]]))
-        arms = make_arms(self.order, [">".join(pair) for pair in pairs])
+        strength = parse_order(self.own.order)
+        found = {(row["chosen_model"], row["rejected_model"]) for row in _read_rows(self.output / _PAIRS)}
+        pairs = sorted(found, key=lambda pair: (strength[pair[1]] - strength[pair[0]], -strength[pair[0]], *pair))
+        order = sorted({name for pair in pairs for name in pair}, key=lambda name: (-strength[name], name))
+        arms = make_arms(order, [">".join(pair) for pair in pairs])
         if unknown := [name for name in self.own.arms or () if name not in arms]:
             raise UserError(f"--arms {unknown[0]!r} is none of this data: choose of {', '.join(map(repr, arms))}")
         return {name: arm for name, arm in arms.items() if not self.own.arms or name in self.own.arms}
@@ -200,9 +207,10 @@ class Study:
         if arm.file == "scored.jsonl" and not path.exists():
             from . import difficulty
 
-            options = ["--max_steps", str(self.own.steps), "--folds", "2", "--seeds", "1", *self.own.rest]
-            data = self.own.model, str(self.output / "pairs.jsonl")
-            difficulty.main([*data, "--output", str(path), *options], self.own.prog)
+            config = self.output / "difficulty.yaml"  # JSON is YAML, too
+            write_text(config, json.dumps(self._given("sigmoid") | {"max_steps": self.own.steps}) + "\n")
+            data = self.own.model, str(self.output / _PAIRS), "--output", str(path), "--config", str(config)
+            difficulty.main([*data, "--folds", "2", "--seeds", "1"], self.own.prog)
         data = load_data(str(path))
         if arm.model is not None:
             return data.select(np.flatnonzero(np.array(data["model"][:]) == arm.model))
@@ -211,14 +219,17 @@ class Study:
 
     # --- Arms ---
 
-    def _options(self, folder: Path, **more: Any) -> Options:
+    def _given(self, loss: str) -> dict[str, Any]:
+        """Returns the options of cpt-train that were given and have an effect on a loss."""
+        return {name: v for name, v in self.own.given.items() if name not in _OF_LOSSES - _OF_LOSS[loss] - {"beta"}}
+
+    def _options(self, folder: Path, loss_type: str = "sigmoid", **more: Any) -> Options:
         """Returns the options of a run in a folder."""
-        more |= {"model_name_or_path": self.own.model, "dataset_name": self.output / "pairs.jsonl"}
+        more |= {"model_name_or_path": self.own.model, "dataset_name": self.output / _PAIRS, "loss_type": loss_type}
         more |= {"output_dir": folder, "report_to": "none", "max_steps": self.own.steps}
         values = {name: json.dumps(v) if isinstance(v, dict) else str(v) for name, v in more.items()}
-        return parse(
-            [*self.own.rest, *(part for name, v in values.items() for part in (f"--{name}", v))], self.own.prog
-        )
+        flags = [part for name, value in values.items() for part in (f"--{name}", value)]
+        return make_options(self._given(loss_type) | read_options(flags, self.own.prog))
 
     def _start(self) -> None:
         """Scores the held-out pairs by the start model, the reference of all arms, and asks for its answers."""

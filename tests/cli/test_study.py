@@ -54,7 +54,7 @@ def test_arms_of_the_papers_comparison():
 
 
 def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, monkeypatch, capsys):
-    arms = ["--arms", "sft", "curriculum"]
+    arms = ["--arms", "sft", "curriculum", "--slic_delta", "2", "--beta", "0.2", "--label_smoothing", "0.1"]
     assert run("whole", *arms, "--judge", "shorter:prefer") == 2  # there is no such module yet
     (folder / "shorter.py").write_text(
         "def prefer(prompt, one, two):\n    return 1.0 if len(one) < len(two) else 0.0\n"
@@ -107,6 +107,7 @@ def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, mo
         "cache",
     ]
     data = ["--model_name_or_path", "model", "--dataset_name", "large.jsonl", "--learning_rate", "1e-3"]
+    data += ["--beta", "0.2", "--label_smoothing", "0.1"]
     assert main(["train", *data, *options, "--use_cpu", "--disable_tqdm", "--report_to", "none"]) == 0
     held_out = load_data(str(folder / "whole" / "pairs.validation.jsonl"))
     from transformers import AutoTokenizer
@@ -123,7 +124,8 @@ def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, mo
         (["--loss_type", "ipo"], "large > small", "loss_type is set by cpt study itself"),
         (["--arms", "ppo"], "large > medium > small", "'ppo' is none of this data"),
         (["--steps", "3"], "large > small", "--steps 3 is too small"),
-        (["--beta", "0.2"], "large > medium > small", "holds a study with options"),
+        (["--simpo_gamma", "1"], "large > small", "simpo_gamma has no effect on the losses of the arms"),
+        (["--beta", "0.2"], "large > medium > small", "holds a study with beta its default, not 0.2"),
         ([], "large > gpt", "gpt"),
     ],
 )
