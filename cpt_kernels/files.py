@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 
 @contextmanager
@@ -65,8 +68,23 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def check_writable(folder: Path, what: str) -> None:
+    """Makes a folder if it is missing; raises a UserError that begins with ``what`` if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{what} cannot be written to ({error.strerror})") from error
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what this package keeps for the user: ``cpt_kernels`` in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "cpt_kernels"
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path``, atomically."""
+    """Writes ``text`` as UTF-8 to ``path``, atomically."""
     with replacing(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
 
@@ -105,6 +123,13 @@ def create_text(path: Path, text: str) -> bool:
     if os.name != "nt":
         _sync(path.parent)
     return True
+
+
+def update_digest(digest: Any, file: Path) -> None:
+    """Adds the content of a file to a digest, such as one of xxhash."""
+    with file.open("rb") as content:
+        while block := content.read(1 << 22):
+            digest.update(block)
 
 
 def sync_files(folder: Path) -> dict[str, int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .parsing import Help, Parser, unknown_argument
+from .parsing import Parser, number_type, unknown_argument
 
 if TYPE_CHECKING:
     from .cache_dataset import DatasetReference
@@ -30,15 +30,10 @@ _OF_DATASET = {"build": True, "import": True, "info": False, "verify": False}
 
 
 def main(argv: Sequence[str], prog: str = "cpt cache") -> None:
-    """Runs one of the commands.
-
-    Raises:
-        UserError: a command or an option is unknown, or a command fails; the message says why.
-    """
+    """Runs one of the commands."""
     args, rest = _cache_parser(prog).parse_known_args(argv)
     if rest and args.command not in _OF_DATASET:
-        known = ("ref_cache_dir", "reference", "older_than", "max_gb", "dry_run", "yes", "to")
-        raise UserError(unknown_argument(rest[0], known, f"{prog} {args.command}"))
+        raise UserError(unknown_argument(rest[0], vars(args), f"{prog} {args.command}"))
 
     from ..data.stores import local_path, url_of
     from ..reference.cache import default_cache_dir  # imports pyarrow, which --help does not need
@@ -72,10 +67,9 @@ def show_info(args: argparse.Namespace) -> None:
     if args.training:
         with _open_dataset(args) as data:
             for name, missing in data.missing().items():
-                share = missing.found / max(missing.completions, 1)
-                _print_once(
-                    f"{name} data: {missing.found} of {missing.completions} completions are stored ({share:.1%})"
-                )
+                found, completions = missing.found, missing.completions
+                share = found / max(completions, 1)
+                _print_once(f"{name} data: {found} of {completions} completions are stored ({share:.1%})")
         return
     print(args.ref_cache_dir or args.directory)
     for fingerprint in stored_references(args.directory, args.reference):
@@ -91,11 +85,7 @@ def show_info(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Verifies every checksum; with a dataset, scores a random sample again.
-
-    Raises:
-        UserError: a shard is damaged, or a value differs by more than rounding explains.
-    """
+    """Verifies every checksum; with a dataset, scores a random sample again."""
     from ..reference.maintenance import damaged_shards, stored_references
 
     if args.training:
@@ -142,17 +132,12 @@ def prune_files(args: argparse.Namespace) -> None:
     if args.dry_run or not planned.paths:
         print(f"{size} would be deleted")
         return
-    if not args.yes and not _confirm(f"delete these {size}? [y/N] "):
-        raise UserError("nothing was deleted: answer y, or give --yes")
+    if not args.yes:
+        answer = input(f"delete these {size}? [y/N] ") if sys.stdin.isatty() else ""  # without a terminal it is no
+        if answer.strip().lower() not in ("y", "yes"):
+            raise UserError("nothing was deleted: answer y, or give --yes")
     pruned = choice(dry_run=False)
     print(f"{len(pruned.paths)} files, {pruned.nbytes / 1e6:.1f} MB deleted")
-
-
-def _confirm(question: str) -> bool:
-    """Asks in the terminal; without one the answer is no."""
-    if not sys.stdin.isatty():
-        return False
-    return input(question).strip().lower() in ("y", "yes")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -223,10 +208,10 @@ _COMMANDS = {
 
 
 def _cache_parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=__doc__, formatter_class=Help)
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (_, help) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False, formatter_class=Help)
+        command = commands.add_parser(name, help=help, description=help)
         if name in _OF_DATASET:
             command.usage = f"{prog} {name} [--config run.yaml] [--option value ...]"
             command.epilog = "Options of cpt-train name the data and the reference: --config, --dataset_name, ..."
@@ -238,9 +223,10 @@ def _cache_parser(prog: str) -> argparse.ArgumentParser:
         if name in ("info", "verify", "prune", "merge", "export"):
             command.add_argument("--reference", metavar="HEX", help="the first digits of one reference's fingerprint")
         if name in ("verify", "import"):
-            command.add_argument("--sample", type=_count, help="number of completions to score again [64]")
-            command.add_argument("--seed", type=_seed, help="seed of the sample [0]")
-            command.add_argument("--tolerance", type=_tolerance, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]")
+            count, nats = number_type("a number of completions", 1), number_type("a tolerance", 0, float)
+            command.add_argument("--sample", type=count, help="number of completions to score again [64]")
+            command.add_argument("--seed", type=number_type("a seed", 0), help="seed of the sample [0]")
+            command.add_argument("--tolerance", type=nats, help=f"nats per token; bf16 needs 0.1 [{_ROUNDING}]")
         if name == "prune":
             command.add_argument("--older_than", type=float, metavar="DAYS", help="delete shards older than this")
             command.add_argument("--max_gb", type=float, metavar="GB", help="delete the oldest shards beyond this size")
@@ -249,28 +235,6 @@ def _cache_parser(prog: str) -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--to", required=True, metavar="FILE", help="the Parquet file")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of completions: give 1 or more")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a seed: give a whole number, 0 or more")
-    return int(text)
-
-
-def _tolerance(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a tolerance: give a number of nats, 0 or more")
-    return number
 
 
 def _print_once(text: str) -> None:

@@ -167,10 +167,5 @@ def _with_columns(options, trainer: _UnfilledTrainer, columns: Sequence[str]) ->
     data = load_data(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
     if lacking := sorted(set(columns) - set(data.column_names)):
         raise UserError(f"{script.dataset_name} has no column {lacking[0]}: there is nothing to import")
-    return prepare(
-        data,
-        trainer.processing_class,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        keep_columns=columns,
-    )[0]
+    cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode}
+    return prepare(data, trainer.processing_class, **cut, keep_columns=columns)[0]

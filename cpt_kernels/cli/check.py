@@ -53,10 +53,6 @@ def check_run(options: Options) -> None:
     """Runs all checks on all ranks, and prints their results with a decoded row of the data.
 
     Nothing is written to ``output_dir``; reference log-probs of the first step's rows are kept in their cache.
-
-    Raises:
-        UserError: data, model or options that cannot be trained with.
-        SystemExit: a check failed; the exit code is 1.
     """
     args = options.training
     if args.resume_from_checkpoint:
@@ -251,11 +247,7 @@ def _check_saving(trainer: CheckedTrainer, folder: Path, options: Options) -> Ch
 
 
 def _report(trainer: CheckedTrainer, rows: Sequence[dict], checks: Sequence[Check]) -> None:
-    """Prints the checks of all ranks on the main process.
-
-    Raises:
-        SystemExit: a check failed on some rank.
-    """
+    """Prints the checks of all ranks on the main process."""
     of_ranks = list(zip(*gather_object([list(checks)])))
     # A check passes if it does on all ranks; else the first rank that fails explains it.
     checks = [next((check for check in each if not check.passed), each[0]) for each in of_ranks]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ..data.stores import local_folder
 from ..errors import UserError
-from .models import load_named_tokenizer, load_ref_tokenizer, load_weights
+from .models import load_named_tokenizer, load_ref_tokenizer
 from .option_table import option_table
-from .parsing import CONFIG_FILE, parse, unknown_argument
+from .parsing import CONFIG_FILE, convert_file, make_options, read_options, read_yaml, unknown_argument
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..losses import Loss
     from .options import Options
 
@@ -34,12 +29,6 @@ SETTINGS = (
 
 # Options of a training configuration that may hold a folder.
 _MODELS = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name")
-# The options of `cpt eval pairs` itself, which a mistyped option may have meant.
-_OWN_OPTIONS = (
-    *("models", "data", "split", "columns", "reference", "config", "by", "ratio_edges", "length_edges"),
-    *("confidence", "resamples", "seed", "output_dir", "details"),
-)
-
 # Options that name the reference of a run: the first one that is set.
 _REFERENCES = ("ref_model_name_or_path", "adapter_name_or_path", "model_name_or_path")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -52,9 +41,6 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
 
     The name is given by NAME=MODEL, or consists of the last parts of the model's path, as many as make all names
     different.
-
-    Raises:
-        UserError: two models have the same name.
     """
     named = [part.split("=", 1) if re.match(r"[^/=]+=", part) else (None, part) for part in given]
     paths = [path.rstrip("/") for _, path in named]
@@ -71,9 +57,6 @@ def read_configs(models: Sequence[str], config: Path | None) -> Configs:
 
     A model's configuration is in its folder, or for a checkpoint in the folder above. Configurations whose loss has a
     reference come first.
-
-    Raises:
-        UserError: a model does not exist, or a file is not a training configuration.
     """
     for model in models:
         check_model_name(model, "models")
@@ -99,11 +82,7 @@ def find_config(model: str) -> Path | None:
 
 
 def trained_format(model: str) -> tuple[str | None, Path | None]:
-    """Returns the `prompt_format` that a model was trained with, "chat" or "text", and the file that says so.
-
-    Raises:
-        UserError: the file is not a training configuration.
-    """
+    """Returns the `prompt_format` that a model was trained with, "chat" or "text", and the file that says so."""
     file = find_config(model)
     saved = None if file is None else read_config(file).get("prompt_format")
     return (saved, file) if saved in ("chat", "text") else (None, None)
@@ -114,9 +93,6 @@ def choose_reference(given: str | None, configs: Configs, models: Sequence[str])
 
     It is the given one, or else the one that the models were trained against. If their losses have no reference, it is
     the model from which training started.
-
-    Raises:
-        UserError: the configurations name no reference, or several.
     """
     if given is not None:
         return None if given.lower() == "none" else given
@@ -148,11 +124,22 @@ def loss_of(configs: Configs) -> Loss:
 
 
 def training_options(
-    configs: Configs, flags: Sequence[str], *, model: str, data: str, output_dir: Path, reference: str | None, prog: str
+    configs: Configs,
+    flags: Sequence[str],
+    own: Sequence[str] = (),
+    *,
+    model: str,
+    data: str,
+    output_dir: Path,
+    reference: str | None,
+    prog: str,
 ) -> Options:
     """Returns the options of ``cpt-train``: those of the first configuration that affect an evaluation, and the flags.
 
     A flag overrides the configuration.
+
+    Args:
+        own: options of the command itself, which a mistyped flag may have meant.
 
     Raises:
         UserError: a flag is not in ``SETTINGS``, or a value is invalid.
@@ -160,18 +147,14 @@ def training_options(
     for text in flags:
         name = text[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if text.startswith("--") and name not in SETTINGS:
-            raise UserError(unknown_argument(text, (*_OWN_OPTIONS, *SETTINGS), prog))
-    # A flag of the user comes after the same option of the configuration, so it overrides it.
-    values = dict(next(iter(configs.values()), {}))
-    argv = []
-    for name in SETTINGS:
-        if name in values and values[name] != option_table().defaults[name]:
-            argv += [f"--{name}", _as_flag(values[name])]
-    argv += flags
-    if {"--load_in_4bit", "--load_in_8bit"} & {*argv}:
-        argv.append("--use_peft")  # cpt-train requires it for quantized weights; evaluation creates no adapter
-    argv += ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(output_dir)]
-    return parse([*argv, *(["--ref_model_name_or_path", reference] if reference else [])], prog)
+            raise UserError(unknown_argument(text, (*own, *SETTINGS), prog))
+    file, values = next(iter(configs.items()), (None, {}))
+    saved = {name: values[name] for name in SETTINGS if name in values}
+    given = convert_file(saved, file) | read_options(flags, prog)
+    if given.get("load_in_4bit") or given.get("load_in_8bit"):
+        given["use_peft"] = True  # cpt-train requires it for quantized weights; evaluation creates no adapter
+    given |= {"model_name_or_path": model, "dataset_name": data, "output_dir": str(output_dir)}
+    return make_options(given | ({"ref_model_name_or_path": reference} if reference else {}))
 
 
 def load_shared_tokenizer(models: Sequence[str], options: Options, images: bool = False) -> Any:
@@ -206,11 +189,6 @@ def load_shared_tokenizer(models: Sequence[str], options: Options, images: bool 
     return loaded
 
 
-def model_loader(name: str, option: str, options: Options) -> Callable[[], nn.Module]:
-    """Returns a function that loads a model with the dtype and quantization of the options."""
-    return lambda: load_weights(name, option, options.model, options.training)
-
-
 def _has_reference(values: Mapping[str, Any]) -> bool:
     """Returns whether a loss of the configuration needs a reference."""
     from ..losses import LOSSES, loss_names
@@ -219,23 +197,9 @@ def _has_reference(values: Mapping[str, Any]) -> bool:
     return any(loss in LOSSES and LOSSES[loss].needs_reference for loss in losses)
 
 
-def _as_flag(value: Any) -> str:
-    """Returns a value of a YAML file in the form of a command-line value."""
-    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads a training configuration.
-
-    Raises:
-        UserError: the file cannot be read, or is not YAML of options.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected lines of 'option: value', found {type(values).__name__}")
+    """Reads a training configuration."""
+    values = read_yaml(path)
     # Files that were written in another folder, or moved with the models beside them, may hold relative paths.
     for name in _MODELS:
         value = values.get(name)

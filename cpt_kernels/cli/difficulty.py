@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..files import replacing
 from .console import print_results
 from .option_table import option_table
-from .parsing import Help, Parser, parse
+from .parsing import Parser, parse
 from .plan import with_names
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ _CALIBRATION = 3.0  # seconds that the prediction of the time may take
 
 
 def main(argv: Sequence[str], prog: str = "cpt difficulty") -> None:
-    """Parses the options, scores the pairs and writes the rows.
-
-    Raises:
-        UserError: data, model or options that cannot be used.
-    """
+    """Parses the options, scores the pairs and writes the rows."""
     own, rest = _difficulty_parser(prog).parse_known_args(with_names(argv))
     _check_own(own)
     own.rest, own.prog = rest, prog
@@ -146,12 +142,8 @@ class CrossFit:
         named = options.model.ref_model_name_or_path is not None
         reference = (lambda: load_reference(options.model, self.args)) if named else None
         found = evaluate_pairs({"start": model}, data, tokenizer, reference=reference, args=self.args)
-        self.rows, self.prompts, self.lengths, self.logps = (
-            found.rows,
-            found.prompts,
-            found.lengths,
-            found.logps["start"],
-        )
+        self.rows, self.prompts, self.lengths = found.rows, found.prompts, found.lengths
+        self.logps = found.logps["start"]
         self.ref_logps = self.logps if found.ref_logps is None else found.ref_logps
         rows, counts = np.unique(self.rows, return_counts=True)
         if several := rows[counts > 1].tolist():
@@ -219,9 +211,8 @@ class CrossFit:
         from .run import make_trainer
 
         data = self.data.select(self.rows[trained])
-        trainer = make_trainer(
-            _options(self.own), PlannedTrainer, policy=shapes_of, reference=lambda *_: None, data=(data, None)
-        )
+        no_reference = {"policy": shapes_of, "reference": lambda *_: None}
+        trainer = make_trainer(_options(self.own), PlannedTrainer, data=(data, None), **no_reference)
         counts = count_run(trainer.get_train_dataloader(), trainer.train_dataset, trainer.collator, trainer.args)
         text = f"a run trains {counts.steps:,} steps on {len(trained):,} pairs ({counts.work.tokens:,} tokens)"
         try:
@@ -275,7 +266,6 @@ def _difficulty_parser(prog: str) -> Parser:
         usage=f"{prog} MODEL DATA --output FILE [--scorer NAME] [--folds H] [--seeds M] [--option value ...]",
         description=__doc__,
         epilog="All options of cpt-train are allowed; cpt-train --help lists them.",
-        formatter_class=Help,
     )
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FILE", help="the rows with their difficulty: .jsonl or .parquet")

@@ -35,32 +35,38 @@ from ..evaluation.report import (
     win_rate_table,
 )
 from ..evaluation.win_rate import DEFAULT_BOOTSTRAP, DEFAULT_LENGTH_PRIOR, Bootstrap, LengthPrior
-from ..files import replacing, write_text
+from ..files import check_writable, replacing, write_text
 from ..generation.endpoint import ENDPOINT_DEFAULTS, EndpointOptions
 from ..generation.exports import write_alpaca_eval
 from ..generation.prompts import Sampling
-from .checkpoints import SETTINGS
+from .checkpoints import (
+    SETTINGS,
+    check_model_name,
+    choose_reference,
+    load_shared_tokenizer,
+    loss_of,
+    name_models,
+    read_configs,
+    training_options,
+)
 from .console import print_results
-from .parsing import Help, Parser, add_endpoint_options, or_none, unknown_argument
+from .models import load_weights
+from .parsing import Parser, add_endpoint_options, or_none, unknown_argument
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from datasets import Dataset
 
 _JUDGE_FILE = "judged.jsonl"
 _DETAILS = (".jsonl", ".parquet")
 
 
 def main(argv: Sequence[str], prog: str = "cpt eval") -> None:
-    """Runs one of the commands.
-
-    Raises:
-        UserError: a command or option is unknown, or the data, the models or the judge cannot be used.
-    """
+    """Runs one of the commands."""
     args, rest = _evaluate_parser(prog).parse_known_args(argv)
-    args.prog = f"{prog} {args.command}"
-    if rest and args.command != "pairs":
-        raise UserError(unknown_argument(rest[0], [name for name in vars(args) if name != "command"], args.prog))
-    args.training = rest  # options of cpt-train
+    own = [name for name in vars(args) if name != "command"]
+    args.prog, args.own, args.training = f"{prog} {args.command}", own, rest
+    if rest and args.command != "pairs":  # which takes options of cpt-train
+        raise UserError(unknown_argument(rest[0], own, args.prog))
     if args.command != "export":
         args.bootstrap = Bootstrap(args.resamples, args.confidence, args.seed)
         _prepare_output(args)
@@ -74,16 +80,6 @@ def score_pairs(args: argparse.Namespace) -> None:
     from ..data.images import holds_images
     from ..data.sources import load_data, parse_columns
     from ..evaluation.pairs import evaluate_pairs
-    from .checkpoints import (
-        check_model_name,
-        choose_reference,
-        load_shared_tokenizer,
-        loss_of,
-        model_loader,
-        name_models,
-        read_configs,
-        training_options,
-    )
     from .run import quieten
 
     # The models, their reference, and the options that they were trained with.
@@ -94,17 +90,20 @@ def score_pairs(args: argparse.Namespace) -> None:
     if reference is not None:
         check_model_name(reference, "reference")
     given = {"model": names[0], "data": args.data, "output_dir": args.output_dir, "reference": reference}
-    options = training_options(configs, args.training, **given, prog=args.prog)
+    options = training_options(configs, args.training, args.own, **given, prog=args.prog)
     quieten(options.training)
     data, loss = load_data(args.data, split=args.split, columns=parse_columns(args.columns)), loss_of(configs)
     tokenizer = load_shared_tokenizer(names, options, images=holds_images(data))
 
+    def loader(name: str, option: str) -> Callable[[], Any]:
+        return lambda: load_weights(name, option, options.model, options.training)
+
     # Evaluate on all ranks; only the main process reports.
     evaluation = evaluate_pairs(
-        {name: model_loader(model, "models", options) for name, model in models.items()},
+        {name: loader(model, "models") for name, model in models.items()},
         data,
         tokenizer,
-        reference=None if reference is None else model_loader(reference, "reference", options),
+        reference=None if reference is None else loader(reference, "reference"),
         args=options.training,
         per_token=loss.per_token,
         by=args.by,
@@ -137,14 +136,12 @@ def _report_pairs(
     reference, data_report = settings["reference"], [*evaluation.report.notes, *evaluation.report.summary()]
     rewards = f"rewards against {reference}" if reference else "rewards from log-probs alone, without a reference"
     title = f"{args.data}: {rewards}, beta {evaluation.beta:g}"
-    written = [
-        _write_json(
-            args.output_dir / "pairs.json",
-            {"settings": settings, "data": data_report, "summary": summary, "differences": compared, "drift": drifts},
-        ),
-        *draw_pairs(summary, args.output_dir, title),
-        *([_write_details(args.details, evaluation.table())] if args.details else []),
-    ]
+    results = {"settings": settings, "data": data_report, "summary": summary, "differences": compared, "drift": drifts}
+    written = [_write_json(args.output_dir / "pairs.json", results), *draw_pairs(summary, args.output_dir, title)]
+    if args.details:
+        from datasets import Dataset
+
+        written.append(_write_details(args.details, Dataset(evaluation.table())))
     metrics = {"rewards/accuracies": ("accuracy", 100, "+.1f"), "rewards/margins": ("margin", 1, "+.3f")}
     lines = [
         *(f"{model} equals the reference: all its rewards are 0" for model in own_references(summary)),
@@ -164,19 +161,14 @@ def judge_outputs(args: argparse.Namespace) -> None:
     summaries = [evaluation.summary(args.bootstrap, prior) for evaluation in evaluations]
     compared = win_rate_differences(evaluations, args.bootstrap)
     settings = {"outputs": args.outputs, "baseline": args.baseline, "judge": args.judge or args.judge_model}
-    settings["length_prior"] = vars(prior)
-    written = [
-        _write_json(
-            args.output_dir / "win_rate.json",
-            {"settings": settings | vars(args.bootstrap), "models": summaries, "differences": compared},
-        ),
-        *draw_judged(summaries, args.output_dir),
-    ]
+    settings |= {"length_prior": vars(prior), **vars(args.bootstrap)}
+    results = {"settings": settings, "models": summaries, "differences": compared}
+    written = [_write_json(args.output_dir / "win_rate.json", results), *draw_judged(summaries, args.output_dir)]
     if args.details:
-        import pyarrow as pa
+        from datasets import Dataset
 
         rows = [row for evaluation in evaluations for row in evaluation.rows()]
-        written.append(_write_details(args.details, pa.Table.from_pylist(rows)))
+        written.append(_write_details(args.details, Dataset.from_list(rows)))
     lines = [
         *difference_lines(compared, {"win_rate": ("win rate", 100, "+.1f")}),
         *(note for summary in summaries for note in win_rate_notes(summary)),
@@ -242,10 +234,7 @@ def _prepare_output(args: argparse.Namespace) -> None:
     """Creates the output folder before anything is scored, so that a mistake does not cost a run."""
     if args.details and args.details.suffix not in _DETAILS:
         raise UserError(f"details={args.details}: expected a {' or '.join(_DETAILS)} file")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={args.output_dir} cannot be written to ({error.strerror})") from error
+    check_writable(args.output_dir, f"output_dir={args.output_dir}")
 
 
 def _write_json(path: Path, results: dict[str, Any]) -> Path:
@@ -253,15 +242,11 @@ def _write_json(path: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def _write_details(path: Path, table: pa.Table) -> Path:
-    import pyarrow.parquet as pq
+def _write_details(path: Path, rows: Dataset) -> Path:
+    from ..data.rows import write_rows
 
-    with replacing(path) as (temporary,), temporary.open("wb") as file:
-        if path.suffix == ".parquet":
-            pq.write_table(table, file)
-        else:
-            for batch in table.to_batches(max_chunksize=1000):
-                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
+    with replacing(path) as (temporary,):
+        write_rows(rows, temporary, path.suffix)
     return path
 
 
@@ -286,12 +271,9 @@ JUDGE_MODEL_DEFAULTS = {
 
 
 def _evaluate_parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=__doc__, formatter_class=Help)
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    made = {
-        name: commands.add_parser(name, help=help, description=help, allow_abbrev=False, formatter_class=Help)
-        for name, (_, help) in _COMMANDS.items()
-    }
+    made = {name: commands.add_parser(name, help=help, description=help) for name, (_, help) in _COMMANDS.items()}
     _add_pairs_options(made["pairs"])
     _add_win_rate_options(made["win-rate"])
     default = DEFAULT_BOOTSTRAP
@@ -320,30 +302,18 @@ def _add_pairs_options(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="DATA", help="pairs: a file, a folder or a hub name")
     add("--split", metavar="NAME", help="split of the data")
     add("--columns", nargs="+", metavar="NAME", help="columns to read: name, or 'name in the data=name here'")
-    add(
-        "--reference",
-        metavar="MODEL",
-        help="folder or hub name, or none [from the training_config.yaml beside the models]",
-    )
+    of_reference = "folder or hub name, or none [from the training_config.yaml beside the models]"
+    add("--reference", metavar="MODEL", help=of_reference)
     add("--config", type=Path, metavar="FILE", help="training configuration with the options and the reference")
     add = parser.add_argument_group("What training changed, against the reference").add_argument
-    add(
-        "--drift",
-        action="store_true",
-        help="on every token of the responses: KL, likeliest tokens, entropy, perplexity",
-    )
+    measures = "on every token of the responses: KL, likeliest tokens, entropy, perplexity"
+    add("--drift", action="store_true", help=measures)
     add("--text", type=Path, metavar="FILE", help="the same on a file of plain text, which shows what a model lost")
     add = parser.add_argument_group("Groups").add_argument
     add("--by", nargs="+", default=[], metavar="COLUMN", help="columns to group by, besides the models of a pair")
     ratios, lengths = (" ".join(map(str, edges)) for edges in (RATIO_EDGES, LENGTH_EDGES))
-    add(
-        "--ratio_edges",
-        nargs="+",
-        type=float,
-        default=RATIO_EDGES,
-        metavar="X",
-        help=f"chosen / rejected tokens [{ratios}]",
-    )
+    of_ratios = f"chosen / rejected tokens [{ratios}]"
+    add("--ratio_edges", nargs="+", type=float, default=RATIO_EDGES, metavar="X", help=of_ratios)
     add("--length_edges", nargs="+", type=float, default=LENGTH_EDGES, metavar="N", help=f"chosen tokens [{lengths}]")
 
 
@@ -378,24 +348,13 @@ def add_judge_options(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     judge.add_argument("--judge_model", metavar="NAME", help="a model behind an OpenAI-compatible endpoint")
     group.add_argument(
-        "--both_orders",
-        action="store_true",
-        help="also ask with the outputs swapped [always for --judge_model]",
+        "--both_orders", action="store_true", help="also ask with the outputs swapped [always for --judge_model]"
     )
     group = parser.add_argument_group("The judging model")
     add = group.add_argument
-    add(
-        "--judge_file",
-        type=Path,
-        metavar="FILE",
-        help=f"file of its replies, which are reused [{_JUDGE_FILE} in --output_dir]",
-    )
-    add(
-        "--judge_template",
-        type=Path,
-        metavar="FILE",
-        help=f"jinja: prompt, output_1, output_2 [{TEMPLATE.name}]",
-    )
+    of_file = f"file of its replies, which are reused [{_JUDGE_FILE} in --output_dir]"
+    add("--judge_file", type=Path, metavar="FILE", help=of_file)
+    add("--judge_template", type=Path, metavar="FILE", help=f"jinja: prompt, output_1, output_2 [{TEMPLATE.name}]")
     add("--max_new_tokens", type=int, metavar="N", help="[%(default)s]")
     add("--temperature", type=or_none(float), metavar="T", help="none: leave it to the endpoint [%(default)s]")
     add_endpoint_options(group)

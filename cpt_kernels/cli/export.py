@@ -14,21 +14,16 @@ from pathlib import Path
 from ..errors import UserError
 from .console import print_results
 from .merge import check_output
-from .parsing import Parser
+from .parsing import DTYPES, Parser
 
 
 def main(argv: Sequence[str], prog: str = "cpt export") -> None:
-    """Exports a checkpoint, and prints what was written.
-
-    Raises:
-        UserError: the checkpoint or the output folder cannot be used; nothing is written.
-    """
+    """Exports a checkpoint, and prints what was written."""
     parser = Parser(prog=prog, usage=f"{prog} CHECKPOINT --output FOLDER [--dtype TYPE]", description=__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder checkpoint-N of a run under FSDP2 or ZeRO-3")
     add("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the model or adapter")
-    types = ("auto", "bfloat16", "float16", "float32")
-    add("--dtype", choices=types, default="auto", help="type of the saved weights [auto: that of the config]")
+    add("--dtype", choices=DTYPES, default="auto", help="type of the saved weights [auto: that of the config]")
     args = parser.parse_args(argv)
     checkpoint, output = args.checkpoint.expanduser(), args.output.expanduser()
     if not checkpoint.is_dir():

@@ -23,13 +23,14 @@ from xxhash import xxh3_64
 
 from ..data.stores import local_folder
 from ..errors import UserError, user_error
+from ..files import update_digest
 from ..generation.endpoint import ENDPOINT_DEFAULTS, Endpoint, EndpointOptions
 from ..generation.exports import ALPACA_FILE, Exports, write_exports
 from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, read_prompts
 from ..generation.response_file import ResponseFile
 from .checkpoints import trained_format
 from .models import load_named_model, load_named_tokenizer
-from .parsing import Help, Parser, add_endpoint_options, json_object, or_none
+from .parsing import DTYPES, Parser, add_endpoint_options, json_object, or_none
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -41,11 +42,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja")
 
 
 def main(argv: Sequence[str], prog: str = "cpt generate") -> None:
-    """Generates the missing responses and prints a summary.
-
-    Raises:
-        UserError: the options, the data or the model cannot be used, or responses are still missing at the end.
-    """
+    """Generates the missing responses and prints a summary."""
     # Options and prompts; mistakes in them end the command before a model is loaded.
     args = _parse_args(argv, prog)
     from ..data.sources import load_data  # imports datasets, which --help does without
@@ -77,11 +74,7 @@ def main(argv: Sequence[str], prog: str = "cpt generate") -> None:
 
 
 class _Generation:
-    """Answers the requests of a run by its backend, and counts answers, tokens and failures.
-
-    Raises:
-        UserError: the tokenizer, the endpoint or the API key cannot be used, or an option does not fit the prompts.
-    """
+    """Answers the requests of a run by its backend, and counts answers, tokens and failures."""
 
     def __init__(self, args: argparse.Namespace, requests: Sequence[Request]) -> None:
         self.args, self.requests = args, requests
@@ -141,17 +134,15 @@ class _Generation:
 
         answered = {i for i, (prompt, sample) in enumerate(self.requests) if (prompt.key, sample) in file.answered}
         self.skipped = len(answered)
-        if self.skipped < len(self.requests):
-            backend = self._load_backend()
-            started = time.perf_counter()
-            try:
-                # disable=None shows the bar only in a terminal.
-                with tqdm(total=len(self.requests), initial=self.skipped, unit=" responses", disable=None) as bar:
+        backend = self._load_backend() if self.skipped < len(self.requests) else None
+        started = time.perf_counter()
+        try:
+            # disable=None shows the bar only in a terminal.
+            with tqdm(total=len(self.requests), initial=self.skipped, unit=" responses", disable=None) as bar:
+                if backend is not None:
                     backend.answer(self.requests, lambda results: self._record(results, file, bar), answered)
-            finally:
-                self.seconds = time.perf_counter() - started
-                print(self.summary())
-        else:
+        finally:
+            self.seconds = time.perf_counter() - started
             print(self.summary())
 
     def _record(self, results: Sequence[tuple[int, Answer | Failure]], file: ResponseFile, bar: tqdm) -> None:
@@ -244,9 +235,7 @@ def _digest(name: str) -> str | None:
     for folder in folders:
         for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
+            update_digest(digest, path)
     return digest.hexdigest()
 
 
@@ -303,9 +292,8 @@ def _check_device(name: str) -> None:
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = ["cpu"] + [
-        f"{accelerator}:{index}" for index in range(torch.accelerator.device_count() if accelerator else 0)
-    ]
+    count = torch.accelerator.device_count() if accelerator else 0
+    here = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
     with user_error(f"--device {name}", (RuntimeError,)):
         device = torch.device(name)
     if str(device) not in here and name not in (part.split(":")[0] for part in here):
@@ -317,8 +305,6 @@ def _generate_parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         usage=f"{prog} --model_name_or_path MODEL --dataset_name DATA --output FILE [--option value ...]",
         description=__doc__,
-        formatter_class=Help,
-        allow_abbrev=False,
     )
     _add_prompt_options(parser.add_argument_group("Prompts"))
     _add_model_options(parser.add_argument_group("Model"))
@@ -333,11 +319,8 @@ def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
     add("--dataset_name", required=True, metavar="DATA", help="file, folder or hub name")
     add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset_split", metavar="NAME", help="split, such as test or train[:100] [train]")
-    add(
-        "--prompt_column",
-        metavar="NAME",
-        help="column of the prompts [the common start of chosen and rejected, else prompt, instruction or messages]",
-    )
+    start = "column of the prompts [the common start of chosen and rejected, else prompt, instruction or messages]"
+    add("--prompt_column", metavar="NAME", help=start)
     add(
         "--prompt_format",
         choices=("auto", "chat", "text"),
@@ -351,31 +334,16 @@ def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--model_name_or_path",
-        required=True,
-        metavar="MODEL",
-        help="folder or hub name, or name at the endpoint",
-    )
+    add("--model_name_or_path", required=True, metavar="MODEL", help="folder or hub name, or name at the endpoint")
     add("--model_label", metavar="NAME", help="name in the column model [the value of --model_name_or_path]")
     add("--backend", type=_backend, choices=tuple(_OF_BACKENDS), default="transformers", help="[transformers]")
     add("--model_revision", default="main", metavar="NAME", help="branch, tag or commit of a hub model [main]")
     add("--tokenizer_name", metavar="NAME", help="folder or hub name of the tokenizer [the model's]")
-    add(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="dtype of the weights [auto]",
-    )
+    add("--dtype", choices=DTYPES, default="auto", help="dtype of the weights [auto]")
     add("--device", metavar="NAME", help="such as cpu or cuda:1 [the accelerator, if there is one]")
     add("--batch_size", type=_positive, default=16, metavar="N", help="responses generated together [%(default)s]")
-    add(
-        "--model_kwargs",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help='more arguments of from_pretrained, such as {"device_map": "auto"}',
-    )
+    more = 'more arguments of from_pretrained, such as {"device_map": "auto"}'
+    add("--model_kwargs", type=json_object, default={}, metavar="JSON", help=more)
     add("--trust_remote_code", action="store_true", help="run the code of a hub model")
 
 
@@ -383,43 +351,19 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     add, default = group.add_argument, Sampling()
     add("--n", type=_positive, default=1, help="responses per prompt [1]")
     add("--max_new_tokens", type=int, default=default.max_new_tokens, metavar="N", help="[%(default)s]")
-    add(
-        "--temperature",
-        type=or_none(float),
-        default=default.temperature,
-        metavar="T",
-        help="0 is greedy; none: leave it to the endpoint [%(default)s]",
-    )
-    add(
-        "--top_p",
-        type=or_none(float),
-        default=default.top_p,
-        metavar="P",
-        help="none: leave it to the endpoint [%(default)s]",
-    )
+    left = "none: leave it to the endpoint [%(default)s]"
+    add("--temperature", type=or_none(float), default=default.temperature, metavar="T", help=f"0 is greedy; {left}")
+    add("--top_p", type=or_none(float), default=default.top_p, metavar="P", help=left)
     add("--top_k", type=int, default=default.top_k, metavar="K", help="0: all tokens [%(default)s]")
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a response, which leaves them out")
-    add(
-        "--seed",
-        type=or_none(int),
-        default=default.seed,
-        metavar="N",
-        help="none: not reproducible [%(default)s]",
-    )
+    add("--seed", type=or_none(int), default=default.seed, metavar="N", help="none: not reproducible [%(default)s]")
 
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output", type=Path, required=True, metavar="FILE", help="the .jsonl file to append to")
-    add(
-        "--format",
-        choices=("responses", "alpaca_eval"),
-        default="responses",
-        help=f"alpaca_eval: also write {ALPACA_FILE} to the same folder [responses]",
-    )
-    add(
-        "--add_column",
-        metavar="NAME",
-        help="also write the dataset with the responses in a column of this name, such as y_ref",
-    )
+    form = f"alpaca_eval: also write {ALPACA_FILE} to the same folder [responses]"
+    add("--format", choices=("responses", "alpaca_eval"), default="responses", help=form)
+    column = "also write the dataset with the responses in a column of this name, such as y_ref"
+    add("--add_column", metavar="NAME", help=column)
     add("--dataset_output", type=Path, metavar="FILE", help="the .jsonl or .parquet file for that dataset")

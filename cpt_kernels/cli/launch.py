@@ -35,9 +35,6 @@ def split(argv: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[dict[st
 
     Args:
         takes_value: the options of ``accelerate launch``, as `launch_options` returns them.
-
-    Raises:
-        UserError: an option without its value.
     """
     options: dict[str, str | None] = {}
     rest = []

@@ -14,7 +14,6 @@ adapter was trained on are merged, not those before quantization.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,21 +21,18 @@ from typing import Any
 
 from ..data.stores import local_folder
 from ..errors import UserError
+from ..files import check_writable
 from .checkpoints import read_configs
 from .console import print_results
 from .models import find_tokenizer, is_path, load_named_tokenizer, quantization_config
-from .parsing import Parser
+from .parsing import DTYPES, Parser
 
 # Options of cpt-train that decide how the base model was quantized. They are read from the configuration of the run.
 _QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
 
 def main(argv: Sequence[str], prog: str = "cpt merge") -> None:
-    """Merges adapters, and prints how far the merged model differs from the model with adapters.
-
-    Raises:
-        UserError: the adapters or the output folder cannot be used, or the merge is not exact; nothing is written.
-    """
+    """Merges adapters, and prints how far the merged model differs from the model with adapters."""
     args = _parser(prog).parse_args(argv)
     name, output = str(Path(local_folder(args.adapter)).expanduser()), args.output.expanduser()
     if not Path(name).is_dir():
@@ -49,12 +45,12 @@ def main(argv: Sequence[str], prog: str = "cpt merge") -> None:
     from ..model.pretrained import BaseModel, find_base
 
     hub = {"revision": args.model_revision} if args.model_revision else {}
-    kwargs = {"trust_remote_code": args.trust_remote_code, **_quantization(args, name), **hub}
+    trust = {"trust_remote_code": args.trust_remote_code}
+    kwargs = {**trust, **_quantization(args, name), **hub}
     adapters = choose_adapters(name, args.adapters, **hub)
     base = BaseModel(args.base) if args.base else find_base(name, adapters, **hub)
     found = find_tokenizer(name, base.name)
-    trust = args.trust_remote_code
-    tokenizer = None if found is None else load_named_tokenizer(found, "adapter", trust_remote_code=trust)
+    tokenizer = None if found is None else load_named_tokenizer(found, "adapter", **trust)
     merged = merge_and_save(
         name,
         output,
@@ -83,12 +79,7 @@ def check_output(output: Path) -> None:
     """Raises UserError if the folder holds something, or cannot be written to."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already: choose another folder, or delete it")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written to ({error.strerror})") from error
+    check_writable(next(folder for folder in output.absolute().parents if folder.exists()), f"--output {output}")
 
 
 def _quantization(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -123,12 +114,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the merged model")
     add("--adapters", nargs="+", metavar="NAME", help="those of several adapters to merge, together [the active ones]")
     add("--base", metavar="MODEL", help="folder or hub name of the base model [the one that the adapter names]")
-    add(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="type of the saved weights; auto: that of the base model's config [auto]",
-    )
+    saved = "type of the saved weights; auto: that of the base model's config [auto]"
+    add("--dtype", choices=DTYPES, default="auto", help=saved)
     add("--model_revision", metavar="NAME", help="branch, tag or commit of an adapter on the hub")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     group = parser.add_argument_group("Quantized base model [as training_config.yaml of the adapter says]")

@@ -48,7 +48,8 @@ def from_pretrained(load: Callable[..., Any], name: str, option: str, hint: str 
         return load(str(path) if path.exists() else name, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # transformers raises any of them
         if "Unrecognized configuration class" in str(error):
-            kind = _config_class(str(error))
+            found = re.search(r"\w+Config\b", str(error))
+            kind = found[0] if found else "of unknown class"
             raise UserError(
                 f"{option}={name} is not a causal language model ({kind}): only decoders such as Llama or GPT-2 are"
                 " supported"
@@ -71,11 +72,6 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _config_class(message: str) -> str:
-    found = re.search(r"(\w+Config)\b", message)
-    return found[1] if found else "of unknown class"
-
-
 # --- Tokenizers ---
 
 
@@ -86,9 +82,6 @@ def load_named_tokenizer(
 
     Args:
         images: load the processor of a model for prompts with images in place of the tokenizer.
-
-    Raises:
-        UserError: it cannot be loaded. The message names the option.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
@@ -152,42 +145,42 @@ def load_ref_tokenizer(
 
 def load_policy(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
     """Loads the model or adapter to train, or initializes a model from its config where ``from_scratch`` is set."""
-    import torch
-    from transformers import AutoConfig, set_seed
+    from transformers import set_seed
 
-    name, kwargs = model.model_name_or_path, {"revision": model.model_revision}
+    name, revision = model.model_name_or_path, model.model_revision
+    options: dict[str, Any] = {"for_engine": True, "trainable": True}
     if model.adapter_name_or_path is not None:
         from ..model.pretrained import BaseModel
 
-        base = BaseModel(
-            str(Path(name).expanduser()) if Path(name).expanduser().exists() else name, model.model_revision
-        )
-        kwargs = {"trainable": True, "base": base}
-        return load_weights(model.adapter_name_or_path, "adapter_name_or_path", model, args, for_engine=True, **kwargs)
+        folder = Path(name).expanduser()
+        options["base"] = BaseModel(str(folder) if folder.exists() else name, revision)
+        return load_weights(model.adapter_name_or_path, "adapter_name_or_path", model, args, **options)
     if not model.from_scratch:
-        return load_weights(name, "model_name_or_path", model, args, for_engine=True, trainable=True, **kwargs)
-    trust = args.trust_remote_code
-    config = from_pretrained(AutoConfig.from_pretrained, name, "model_name_or_path", trust_remote_code=trust, **kwargs)
+        return load_weights(name, "model_name_or_path", model, args, revision=revision, **options)
     set_seed(args.seed)
-    dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    return model_of(
-        config,
-        name,
-        "model_name_or_path",
-        dtype=dtype,
-        trust_remote_code=trust,
-        attn_implementation=model.attn_implementation,
-    )
+    attention = {"attn_implementation": model.attn_implementation}
+    return random_model(name, "model_name_or_path", revision, model.dtype, args.trust_remote_code, **attention)
 
 
-def model_of(config: Any, name: str, option: str, **kwargs: Any) -> nn.Module:
-    """Makes a language model of a config that the value ``name`` of ``option`` led to, with random weights.
+def random_model(
+    name: str, option: str, revision: str, dtype: str, trust_remote_code: bool, **kwargs: Any
+) -> nn.Module:
+    """Makes the language model whose config the value ``name`` of ``option`` has, with random weights.
 
-    Raises:
-        UserError: there is no such model of this config. The message names the option.
+    Args:
+        dtype: name of the weights' type; ``auto`` is that of the config.
+        kwargs: further arguments of ``from_config``.
     """
+    import torch
+    from transformers import AutoConfig
+
     from ..model.pretrained import auto_class
 
+    kwargs["trust_remote_code"] = trust_remote_code
+    config = from_pretrained(
+        AutoConfig.from_pretrained, name, option, revision=revision, trust_remote_code=trust_remote_code
+    )
+    kwargs["dtype"] = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     return from_pretrained(lambda _, **kwargs: auto_class(config).from_config(config, **kwargs), name, option, **kwargs)
 
 
@@ -238,9 +231,6 @@ def load_weights(
 
     ``kwargs`` are those of :func:`.model.pretrained.load_pretrained`, ``for_engine`` is that of
     :func:`.model.loading.load_model`.
-
-    Raises:
-        UserError: it cannot be loaded. The message names the option.
     """
     from ..model.loading import engine_weights
 
@@ -255,31 +245,18 @@ def load_weights(
 
 
 def load_named_model(name: str, option: str, **kwargs: Any) -> nn.Module:
-    """Loads the model or adapter ``name`` by :func:`.model.pretrained.load_pretrained`.
-
-    Raises:
-        UserError: it cannot be loaded. The message names the option.
-    """
+    """Loads the model or adapter ``name`` by :func:`.model.pretrained.load_pretrained`."""
     from ..model.pretrained import load_pretrained
 
+    def load(place: str, **kwargs: Any) -> nn.Module:
+        return load_pretrained(name if is_remote(name) else place, **kwargs)  # a model has its URL as its name
+
     hint = "to start from random weights set from_scratch=true" if (Path(name) / "config.json").exists() else ""
-    load = partial(_load_model_url, name) if is_remote(name) else load_pretrained
     return from_pretrained(load, name, option, hint, **kwargs)
 
 
-def _load_model_url(url: str, copy: str, **kwargs: Any) -> nn.Module:
-    """Loads a model by its URL, which it then has as its name, and not by the local copy."""
-    from ..model.pretrained import load_pretrained
-
-    return load_pretrained(url, **kwargs)
-
-
 def quantization_config(model: ModelArguments, args: ContrastiveConfig | None = None) -> BitsAndBytesConfig:
-    """Translates ``load_in_4bit``, ``load_in_8bit`` and ``bnb_*`` for transformers; ``args`` have mixed precision.
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
+    """Translates ``load_in_4bit``, ``load_in_8bit`` and ``bnb_*`` for transformers; ``args`` have mixed precision."""
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..files import write_text
+from ..files import cache_folder, write_text
 from .option_types import Option, OptionTable
 
 _PACKAGES = ("cpt-kernels", "transformers", "accelerate", "torch")  # torch decides the default of `optim`
@@ -45,10 +45,9 @@ def option_table() -> OptionTable:
 
 
 def _cache_file() -> Path:
-    """One file for each installation, in `cpt_kernels` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cpt_kernels"
+    """Returns the file of this installation."""
     installation = hashlib.sha256(f"{sys.prefix} {_SOURCE}".encode()).hexdigest()[:16]
-    return folder / f"options-{installation}.json"
+    return cache_folder() / f"options-{installation}.json"
 
 
 def _key() -> str:

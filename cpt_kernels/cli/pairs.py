@@ -35,7 +35,7 @@ from ..files import replacing
 from ..pairs.order import Which, parse_order, parse_which
 from .console import print_results
 from .models import load_named_tokenizer
-from .parsing import Help, Parser
+from .parsing import Parser
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,17 +49,13 @@ _WIN_RATE_COLUMNS = ("length_controlled_winrate", "win_rate")
 
 
 def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
-    """Builds pairs, and writes them, the report and its pictures.
-
-    Raises:
-        UserError: an option or the data cannot be used, or there is no pair; the message says why.
-    """
+    """Builds pairs, and writes them, the report and its pictures."""
     args = _pairs_parser(prog).parse_args(argv)
     files = _check_options(args)
     # Imported after the options are checked, so that --help and mistakes are quick.
     from ..pairs.build import build_pairs, held_out
     from ..pairs.files import is_conversational, load_responses
-    from ..pairs.report import make_report
+    from ..pairs.report import make_report, report_lines, report_table
     from ..pairs.steps import step_pairs
 
     # Read the responses.
@@ -70,7 +66,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
         args.responses,
         config=args.config,
         split=args.split,
-        columns=args.columns,
+        columns=None if args.columns is None else dict(args.columns),
         models=list(ranking or ()),
         rating=args.ratings,
         tokenizer=load_named_tokenizer(args.tokenizer, "tokenizer") if args.tokenizer else None,
@@ -104,7 +100,7 @@ def main(argv: Sequence[str], prog: str = "cpt pairs") -> None:
     }
     report = make_report(responses, pairs, for_validation, "tokens" if args.tokenizer else "characters", about)
     _write_files(args, files, responses, pairs, for_validation, chat, report, cuts=cuts)
-    _print_report(report, files)
+    print_results([report_table(report)], [*report_lines(report), f"written: {', '.join(map(str, files))}"])
 
 
 def _write_files(
@@ -236,76 +232,41 @@ def _choose_ranked(rates: Mapping[str, float], models: Iterable[str], source: st
 
 
 def _pairs_parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=__doc__, formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="a .jsonl or .parquet file; the report is written beside it",
+    parser = Parser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("responses", nargs="+", metavar="SOURCE", help="a file, a folder or a hub dataset of responses")
+    beside = "a .jsonl or .parquet file; the report is written beside it"
+    add("--output", type=Path, required=True, metavar="FILE", help=beside)
+    add = parser.add_argument_group("which response is better (one of these)").add_argument
+    add("--order", metavar="TEXT", help="as 'gpt4 > chatgpt > td003', with = between equal models")
+    add("--ratings", metavar="COLUMN", help="column with the rating of each response; for pairs, without chosen_")
+    add("--win_rates", metavar="FILE", help="table of models and win rates, like AlpacaEval's leaderboard")
+    add("--win_rate_column", metavar="COLUMN", help=f"column of that table [{', else '.join(_WIN_RATE_COLUMNS)}]")
+    add = parser.add_argument_group("which pairs").add_argument
+    add("--pairs", metavar="TEXT", help="all, adjacent, or 'gpt4 > td003, ...' [all]")
+    add("--base", metavar="MODEL", help="only pairs with this model on one side")
+    add("--max_characters", type=int, metavar="N", help="longest prompt and response together")
+    tokens = "the same in tokens, without those of a chat template or of images"
+    add("--max_tokens", type=int, metavar="N", help=tokens)
+    add("--tokenizer", metavar="NAME", help="folder or hub name; the report then gives lengths in tokens")
+    add = parser.add_argument_group("output").add_argument
+    add("--grouped", action="store_true", help="write one row per prompt, with each of its responses once")
+    first_steps = (
+        "pair the answers, of all that each model gave, that begin with the same steps, and write this beginning, the"
+        " next step and the rest; TEXT ends a step [a line break]"
     )
-    group = parser.add_argument_group("which response is better (one of these)")
-    group.add_argument("--order", metavar="TEXT", help="as 'gpt4 > chatgpt > td003', with = between equal models")
-    group.add_argument(
-        "--ratings", metavar="COLUMN", help="column with the rating of each response; for pairs, without chosen_"
-    )
-    group.add_argument(
-        "--win_rates", metavar="FILE", help="table of models and win rates, like AlpacaEval's leaderboard"
-    )
-    group.add_argument(
-        "--win_rate_column", metavar="COLUMN", help=f"column of that table [{', else '.join(_WIN_RATE_COLUMNS)}]"
-    )
-    group = parser.add_argument_group("which pairs")
-    group.add_argument("--pairs", metavar="TEXT", help="all, adjacent, or 'gpt4 > td003, ...' [all]")
-    group.add_argument("--base", metavar="MODEL", help="only pairs with this model on one side")
-    group.add_argument("--max_characters", type=int, metavar="N", help="longest prompt and response together")
-    group.add_argument(
-        "--max_tokens",
-        type=int,
-        metavar="N",
-        help="the same in tokens, without those of a chat template or of images",
-    )
-    group.add_argument(
-        "--tokenizer", metavar="NAME", help="folder or hub name; the report then gives lengths in tokens"
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--grouped", action="store_true", help="write one row per prompt, with each of its responses once"
-    )
-    group.add_argument(
-        "--steps",
-        nargs="?",
-        const="\n",
-        type=lambda text: text.replace("\\n", "\n"),
-        metavar="TEXT",
-        help="pair the answers, of all that each model gave, that begin with the same steps, and write this beginning,"
-        " the next step and the rest; TEXT ends a step [a line break]",
-    )
-    group.add_argument(
-        "--sft", action="store_true", help="also write each chosen response once, to NAME.sft.jsonl or .parquet"
-    )
-    group.add_argument(
-        "--conversational", action="store_true", help="write messages for a chat template, even if the data is text"
-    )
-    group.add_argument(
-        "--validation",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the pairs that goes to a second file, as close as whole prompts allow [0]",
-    )
-    group = parser.add_argument_group("reading")
-    group.add_argument("--columns", type=_rename, action=_Renames, metavar="OLD=NEW", nargs="+", help="rename columns")
-    group.add_argument("--config", metavar="NAME", help="configuration of a hub dataset")
-    group.add_argument("--split", metavar="NAME", help="split of a folder or hub dataset [train]")
-    group.add_argument("--num_proc", type=int, metavar="N", help="number of processes that read")
+    line_break = {"nargs": "?", "const": "\n", "type": lambda text: text.replace("\\n", "\n")}
+    add("--steps", metavar="TEXT", help=first_steps, **line_break)
+    add("--sft", action="store_true", help="also write each chosen response once, to NAME.sft.jsonl or .parquet")
+    add("--conversational", action="store_true", help="write messages for a chat template, even if the data is text")
+    share = "share of the pairs that goes to a second file, as close as whole prompts allow [0]"
+    add("--validation", type=float, default=0.0, metavar="SHARE", help=share)
+    add = parser.add_argument_group("reading").add_argument
+    add("--columns", type=_rename, metavar="OLD=NEW", nargs="+", help="rename columns")
+    add("--config", metavar="NAME", help="configuration of a hub dataset")
+    add("--split", metavar="NAME", help="split of a folder or hub dataset [train]")
+    add("--num_proc", type=int, metavar="N", help="number of processes that read")
     return parser
-
-
-class _Renames(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, dict(values))
 
 
 def _rename(text: str) -> tuple[str, str]:
@@ -313,9 +274,3 @@ def _rename(text: str) -> tuple[str, str]:
     if not (old and equals and new):
         raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
     return old, new
-
-
-def _print_report(report: dict[str, Any], files: Sequence[Path]) -> None:
-    from ..pairs.report import report_lines, report_table
-
-    print_results([report_table(report)], [*report_lines(report), f"written: {', '.join(map(str, files))}"])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .options import Options
 
 CONFIG_FILE = "training_config.yaml"  # the options of a run in its output_dir, as a file for --config
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 _ALIASES = {"streaming": "dataset_streaming"}  # TRL's name in a file with `datasets`
 
 
@@ -45,7 +46,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
-            raise UserError(unknown_argument(rest[0], self.option_names(), self.prog))
+            names = [action.option_strings[0].lstrip("-") for action in self._actions if action.option_strings]
+            raise UserError(unknown_argument(rest[0], names, self.prog))
         return parsed
 
     def parse_known_args(self, args=None, namespace=None):
@@ -54,10 +56,6 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, Path) and re.match(r"[a-z][a-z0-9]+:/", str(value)):
                 raise UserError(f"--{name} {value}: this command uses local files here; give a path, and copy the file")
         return parsed, rest
-
-    def option_names(self) -> list[str]:
-        """Returns the options without dashes, each in its first spelling."""
-        return [a.option_strings[0].lstrip("-") for a in self._actions if a.option_strings]
 
     def error(self, message: str):
         # argparse names every spelling of an option: "argument --max_length/--max-length: expected one argument".
@@ -115,12 +113,21 @@ def or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Parses a JSON object, as the ``type`` of an argument.
+def number_type(what: str, least: int, kind: type = int) -> Callable[[str], Any]:
+    """Returns the ``type`` of an argument that is a finite number, ``least`` or more; ``what`` names it in errors."""
 
-    Raises:
-        ArgumentTypeError: the text is something else.
-    """
+    def convert(text: str) -> Any:
+        number = _read_int(text) if kind is int else _read_float(text)
+        if number is None or number < least:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {what}: give {wanted}, {least} or more")
+        return number
+
+    return convert
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parses a JSON object, as the ``type`` of an argument."""
     try:
         return _read_json(text)
     except UserError as error:
@@ -131,20 +138,15 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str], prog: str = "cpt-train") -> Options:
-    """Reads options from flags, which override the YAML file of ``--config``. ``--help`` prints and exits.
+    """Reads options from flags, which override the YAML file of ``--config``, and checks them together.
 
-    Raises:
-        UserError: an unknown option, a value of the wrong type, or options that exclude each other.
+    ``--help`` prints and exits.
     """
     return make_options(read_options(argv, prog))
 
 
 def make_options(given: dict[str, Any]) -> Options:
-    """Completes the options that flags and file give, and checks them together.
-
-    Raises:
-        UserError: an option that is missing, without effect, or excluded by another.
-    """
+    """Completes the options that flags and file give, and checks them together."""
     given = dict(given)
     if given.get("adapter_name_or_path") and not given.get("model_name_or_path"):
         given["model_name_or_path"] = given.pop("adapter_name_or_path")  # its own base model is loaded
@@ -161,14 +163,10 @@ def make_options(given: dict[str, Any]) -> Options:
 
 
 def read_options(argv: Sequence[str], prog: str) -> dict[str, Any]:
-    """Reads the options that flags and file give, each converted, before they are checked together.
-
-    Raises:
-        UserError: an unknown option, or a value of the wrong type.
-    """
+    """Reads the options that flags and file give, each converted, before they are checked together."""
     flags = _read_flags(argv, prog)
     flags.pop("config", None)
-    return _convert_file(read_file(argv), _file_name(argv)) | flags
+    return convert_file(read_file(argv), _file_name(argv)) | flags
 
 
 # --- Values ---
@@ -245,20 +243,10 @@ def _read_json(text: str) -> dict[str, Any]:
 
 
 def _expected(kinds: dict[str, Any]) -> str:
-    words = {
-        "bool": "true or false",
-        "int": "a whole number",
-        "float": "a number",
-        "dict": "a mapping",
-        "list": "a list",
-    }
-    parts = [words[kind] for kind in words if kind in kinds]
-    choices = kinds.get("str")
-    if choices:
-        parts.append(f"one of {', '.join(choices)}")
-    elif "str" in kinds:
-        parts.append("text")
-    return " or ".join(parts)
+    text = f"one of {', '.join(kinds['str'])}" if kinds.get("str") else "text"
+    words = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+    words |= {"dict": "a mapping", "list": "a list", "str": text}
+    return " or ".join(word for kind, word in words.items() if kind in kinds)
 
 
 def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
@@ -268,12 +256,10 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 def _check_name(name: str, where: str, dashes: str = "") -> None:
     table = option_table()
-    if name in table.removed:
-        raise UserError(f"{where}{dashes}{name} was removed: {table.removed[name]}")
-    if name in table.foreign:
-        raise UserError(f"{where}{dashes}{name} has another name here: {table.foreign[name]}")
-    if name in table.refused:
-        raise UserError(f"{where}{dashes}{name} cannot be set here: {table.refused[name]}")
+    elsewhere = {"was removed": table.removed, "has another name here": table.foreign}
+    for reason, mends in (elsewhere | {"cannot be set here": table.refused}).items():
+        if name in mends:
+            raise UserError(f"{where}{dashes}{name} {reason}: {mends[name]}")
     if name not in table.options:
         raise UserError(f"{where}unknown option {dashes}{name}{_suggest(name, table.options, dashes)}")
 
@@ -308,33 +294,32 @@ _Loader.add_implicit_resolver(
 
 
 def read_file(argv: Sequence[str]) -> dict[str, Any]:
-    """Reads the YAML file of ``--config`` without converting values; empty without ``--config``.
+    """Reads the YAML file of ``--config``, see :func:`read_yaml`; empty without ``--config``."""
+    name = _file_name(argv)
+    return {} if name is None else read_yaml(name)
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Reads a file of options without converting values.
 
     Raises:
         UserError: the file cannot be read, or holds no YAML mapping.
     """
-    name = _file_name(argv)
-    if name is None:
-        return {}
     try:
-        values = yaml.load(Path(name).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
-        raise UserError(f"--config {name} cannot be read ({error.strerror})") from error
+        raise UserError(f"--config {file} cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{name}, line {error.problem_mark.line + 1}: {error.problem}") from error
+        raise UserError(f"{file}, line {error.problem_mark.line + 1}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} is not YAML: {error}") from error
+        raise UserError(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{name}: expected lines of 'option: value', found {type(values).__name__}")
+        raise UserError(f"{file}: expected lines of 'option: value', found {type(values).__name__}")
     return values
 
 
 def environment(values: dict[str, Any]) -> dict[str, str]:
-    """Returns the environment variables that a file sets under ``env``.
-
-    Raises:
-        UserError: ``env`` is not a mapping.
-    """
+    """Returns the environment variables that a file sets under ``env``."""
     variables = values.get("env") or {}
     if not isinstance(variables, dict):
         raise UserError(f"env: expected a mapping of variables, found {type(variables).__name__}")
@@ -347,7 +332,7 @@ def _file_name(argv: Sequence[str]) -> str | None:
     return parser.parse_known_args(argv)[0].config
 
 
-def _convert_file(file: dict[str, Any], name: str | None) -> dict[str, Any]:
+def convert_file(file: dict[str, Any], name: str | Path | None) -> dict[str, Any]:
     """Converts the options in a file; its other entries are for the environment and the launcher."""
     where = f"{name}: "
     aliases = _ALIASES | option_table().aliases
@@ -396,9 +381,9 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
 
 def _add_flag(group: Any, name: str, option: Option) -> None:
     kinds = option.kinds
-    item = {"float": "NUMBER", "dict": "JSON"}
-    item_word = next((word for kind, word in item.items() if kind in kinds.get("list", ())), "NAME")
-    words = {"bool": "BOOL", "int": "INT", "float": "NUMBER", "list": item_word, "dict": "JSON", "str": "TEXT"}
+    of_items = {"float": "NUMBER", "dict": "JSON"}
+    of_list = next((word for kind, word in of_items.items() if kind in kinds.get("list", ())), "NAME")
+    words = {"bool": "BOOL", "int": "INT", "float": "NUMBER", "list": of_list, "dict": "JSON", "str": "TEXT"}
     extra: dict[str, Any] = {"metavar": next(word for kind, word in words.items() if kind in kinds)}
     spellings = [f"--{name}", f"--{name.replace('_', '-')}"]
     spellings += [f"--{alias}" for alias, option_name in option_table().aliases.items() if option_name == name]

@@ -26,11 +26,7 @@ from .parsing import Parser, make_options, read_file, read_options
 
 
 def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
-    """Parses the options, counts the run and prints the plan.
-
-    Raises:
-        UserError: data, model or options that cannot be trained with.
-    """
+    """Parses the options, counts the run and prints the plan."""
     own, options_argv = _plan_parser(prog).parse_known_args(with_names(argv))
     picture = None if own.picture is None else Path(own.picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):

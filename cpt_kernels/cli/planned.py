@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig
 
 from ..config import ContrastiveConfig
 from ..data.loader import micro_batch_tokens
@@ -23,7 +22,7 @@ from ..planning.model_sizes import sizes_of, state_bytes
 from ..trainer import ContrastiveTrainer
 from .console import print_results
 from .decoded import decoded_pair
-from .models import from_pretrained, model_of
+from .models import from_pretrained, random_model
 from .options import ModelArguments, Options
 from .plan_picture import draw_plan
 from .run import check_options, make_trainer, quieten
@@ -49,9 +48,6 @@ def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
 
     Args:
         picture: the file to draw the plan to.
-
-    Raises:
-        UserError: data, model or options that cannot be trained with.
     """
     args = options.training
     if options.script.dataset_streaming:
@@ -83,7 +79,6 @@ def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
 
 def shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
     """Returns the model of a config, with an adapter to train further, on the device "meta", which holds no weights."""
-    trust = args.trust_remote_code
     name, revision, option = model.model_name_or_path, model.model_revision, "model_name_or_path"
     folder = model.adapter_name_or_path or name
     given = model.adapter_name_or_path is not None
@@ -92,12 +87,8 @@ def shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
         raise UserError(f"adapter_name_or_path={folder} holds no adapter ({ADAPTER_CONFIG}): name the folder of one")
     if adapters is not None and not given:
         (name, revision), option = find_base(folder, adapters), f"the base model of {folder}"
-    config = from_pretrained(
-        AutoConfig.from_pretrained, name, option, trust_remote_code=trust, revision=revision or "main"
-    )
-    dtype = config.dtype or torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     with torch.device("meta"):
-        shapes = model_of(config, name, option, dtype=dtype, trust_remote_code=trust)
+        shapes = random_model(name, option, revision or "main", model.dtype, args.trust_remote_code)
         return shapes if adapters is None else _with_adapters(shapes, adapters)
 
 

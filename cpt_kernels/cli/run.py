@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from ..data.mixture import load_mixture, split_rows
 from ..data.sources import is_one_file, load_data, parse_columns
 from ..data.stores import display_name, is_remote, local_path
 from ..errors import UserError
+from ..files import check_writable
 from ..trainer import ContrastiveTrainer
 from ..training.checks import check_columns, check_machine, check_metric
 from ..training.failures import checkpoint_of_restart
@@ -39,9 +39,7 @@ TrainerClass = TypeVar("TrainerClass", bound=ContrastiveTrainer)
 def train(options: Options) -> ContrastiveTrainer:
     """Trains a model, and writes model, tokenizer, options, metrics and curves to ``output_dir``.
 
-    Raises:
-        UserError: data, model, tokenizer or options that cannot be trained with, or an output folder that cannot be
-            written to. Nearly all of these are found before a long computation starts.
+    Nearly everything that cannot be trained with is found before a long computation starts.
     """
     quieten(options.training)
     check_options(options)
@@ -100,9 +98,6 @@ def make_trainer(
     Args:
         policy, reference: load the models.
         data: training and evaluation data; default those that the options name.
-
-    Raises:
-        UserError: one of them cannot be loaded, or cannot be trained with.
     """
     args = options.training
     if (line := describe_adapter(options.model)) is not None:
@@ -149,11 +144,7 @@ def quieten(args: ContrastiveConfig) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Checks the output folder, trackers, optimizer, attention and metric, which needs neither data nor model.
-
-    Raises:
-        UserError: one of them cannot be used.
-    """
+    """Raises UserError if output folder, trackers, optimizer, attention or metric cannot be used; needs no data."""
     args = options.training
     _check_output_folder(Path(args.output_dir), options.model)
     cache = local_path(args.ref_cache_dir or ".")
@@ -169,12 +160,7 @@ def _check_output_folder(output: Path, model: ModelArguments) -> None:
         source = getattr(model, name)
         if source is not None and output.resolve() == Path(source).resolve():
             raise UserError(f"output_dir={output} is also {name}, which would be overwritten: choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir={output} cannot be written to ({error.strerror})") from error
+    check_writable(output, f"output_dir={output}")
 
 
 def _check_earlier_run(output: Path, resumes: bool, overwrites: bool) -> None:
@@ -195,9 +181,8 @@ def _find_checkpoint(args: ContrastiveConfig) -> str | bool | None:
         return None
     if wanted.lower() in ("true", "last"):
         if not checkpoints_in(args.output_dir):
-            raise UserError(
-                f"resume_from_checkpoint={wanted}: there is no checkpoint in {display_name(Path(args.output_dir))}"
-            )
+            folder = display_name(Path(args.output_dir))
+            raise UserError(f"resume_from_checkpoint={wanted}: there is no checkpoint in {folder}")
         return True
     if not is_remote(wanted) and not Path(wanted).is_dir():
         raise UserError(f"resume_from_checkpoint={wanted}: there is no such folder")
@@ -214,31 +199,24 @@ def _is_evaluated(trainer: ContrastiveTrainer, report: RunReport) -> bool:
 
 
 def _load_data(script: ScriptArguments, args: ContrastiveConfig):
+    name, config = script.dataset_name, script.dataset_config
     options: dict[str, Any] = {"streaming": script.dataset_streaming, "columns": parse_columns(script.columns)}
-    test_data = None
     if script.datasets is not None:
-        train_data, test_data = load_mixture(
-            script.datasets, streaming=script.dataset_streaming, test_size=script.test_split_size, seed=args.seed
-        )
+        train_data = load_mixture(script.datasets, streaming=script.dataset_streaming)
     else:
-        train_data = load_data(
-            script.dataset_name, config=script.dataset_config, split=script.dataset_train_split, **options
-        )
-        if script.test_split_size is not None:
-            train_data, test_data = split_rows(train_data, script.test_split_size, args.seed)
+        train_data = load_data(name, config=config, split=script.dataset_train_split, **options)
+    if script.test_split_size is not None:
+        return split_rows(train_data, script.test_split_size, args.seed)
     if script.eval_dataset_name is not None:
         # A file has one split only, so dataset_test_split does not apply.
         split = None if is_one_file(script.eval_dataset_name) else script.dataset_test_split
         return train_data, load_data(script.eval_dataset_name, split=split, **options)
-    if script.datasets is not None or test_data is not None:
-        return train_data, test_data
     asked = args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end
-    if not asked and script.dataset_test_split == ScriptArguments.dataset_test_split:
+    names_split = script.dataset_test_split != ScriptArguments.dataset_test_split
+    if script.datasets is not None or not (asked or names_split):
         return train_data, None
     try:
-        return train_data, load_data(
-            script.dataset_name, config=script.dataset_config, split=script.dataset_test_split, **options
-        )
+        return train_data, load_data(name, config=config, split=script.dataset_test_split, **options)
     except UserError as error:
         raise UserError(f"{error}; to evaluate, set dataset_test_split or eval_dataset_name") from error
 

@@ -14,12 +14,7 @@ from .parsing import environment, make_options, read_file, read_options
 
 
 def main(argv: Sequence[str], prog: str = "cpt-train") -> None:
-    """Parses the options, trains, saves and prints the results; on several processes if the options ask for it.
-
-    Raises:
-        UserError: the user's input cannot be trained with; the message says why.
-        SystemExit: with ``--check``, a check failed.
-    """
+    """Parses the options, trains, saves and prints the results; on several processes if the options ask for it."""
     takes_value = option_table().launch
     flags, argv = launch.split(argv, takes_value)
     file = read_file(argv)

@@ -68,13 +68,12 @@ def read_first_row(
     if prompt_format == "auto" and roles.keys() & {"system", "history"} and template is not None:
         prompt_format = "chat"  # also the rows whose system prompt is empty, so that all rows have one format
     remarks = _say_roles(form, roles)
+    side_columns = [roles[role] for role in FORM_COLUMNS[form]] if form is Form.PREFERENCE else []
     for given in islice(dataset, _TRIED_ROWS):
         row = {name: drop_nulls(value, nulls.get(name)) for name, value in given.items()}
         try:
             example = parse_row(row, form, roles=roles, prompt_format=prompt_format)
-            sides = [
-                read_text_or_messages(name, row.get(name), "images" in roles) for name in _side_columns(form, roles)
-            ]
+            sides = [read_text_or_messages(name, row.get(name), "images" in roles) for name in side_columns]
         except RowError:
             continue  # counted by the filter
         if not example.is_chat and template is not None and prompt_format == "auto":
@@ -90,10 +89,6 @@ def read_first_row(
             )
         return FirstRow(prompt_format, example.is_chat, are_whole([side or "" for side in sides]), remarks)
     return FirstRow(prompt_format, None, False, remarks)
-
-
-def _side_columns(form: Form, roles: Roles) -> list[str]:
-    return [roles[role] for role in FORM_COLUMNS[form]] if form is Form.PREFERENCE else []
 
 
 def _say_roles(form: Form, roles: Roles) -> list[str]:

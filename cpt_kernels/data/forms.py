@@ -111,11 +111,7 @@ def find_roles(columns: Iterable[str]) -> tuple[Form, Roles]:
 
 
 def image_column(columns: Iterable[str]) -> str | None:
-    """Returns the column of a dataset that holds the images of its prompts, or None.
-
-    Raises:
-        UserError: there are two.
-    """
+    """Returns the column of a dataset that holds the images of its prompts, or None."""
     found = [name for name in IMAGE_COLUMNS if name in {*columns}]
     if len(found) > 1:
         raise UserError("the dataset has the columns `images` and `image`: remove one of the two")

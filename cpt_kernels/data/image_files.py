@@ -26,6 +26,7 @@ from xxhash import xxh3_128
 from ..errors import UserError
 from .forms import IMAGE_COLUMNS, image_column
 from .messages import as_list
+from .stores import is_remote
 
 DIGESTS = "digests of the images"  # the column of :func:`with_digests`
 DIGEST_BYTES = 16  # of each image
@@ -80,11 +81,6 @@ def data_url(source: Any) -> str:
     content = read_image(source)
     kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), "png")
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def is_url(source: Any) -> bool:
-    """Whether an image is named by a URL."""
-    return isinstance(source, str) and "://" in source
 
 
 def read_image(source: str | bytes) -> bytes:
@@ -156,10 +152,12 @@ def _absolute_image(value: Any, file: str) -> Any:
         return [_absolute_image(item, file) for item in value]
     if isinstance(value, dict):
         return value if value.get("bytes") else value | {"path": _absolute_image(value.get("path"), file)}
-    is_relative = isinstance(value, str) and value and not value.startswith(("data:", "/", "~"))
-    if not is_relative or is_url(value) or _BASE64.fullmatch(value):
+    is_relative = isinstance(value, str) and value and not value.startswith(("data:", "file://", "/", "~"))
+    if not is_relative or is_remote(value) or _BASE64.fullmatch(value):
         return value
-    return posixpath.join(posixpath.dirname(file), value) if is_url(file) else str(Path(file).absolute().parent / value)
+    if is_remote(file):
+        return posixpath.join(posixpath.dirname(file), value)
+    return str(Path(file).absolute().parent / value)
 
 
 def resolve_columns(dataset: Dataset | IterableDataset, file: str) -> Dataset | IterableDataset:
@@ -202,7 +200,8 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
     def decode(new: tuple[bytes, tuple[int, Any]]) -> None:
         key, (row, source) = new
         with _with_place(f"{name} row {row}"):
-            known[key] = key if is_url(source) else pixel_digest(_decode_file(source))
+            is_of_url = isinstance(source, str) and is_remote(source)
+            known[key] = key if is_of_url else pixel_digest(_decode_file(source))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
         for batch in dataset.select_columns([column]).iter(_AT_ONCE):

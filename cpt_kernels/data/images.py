@@ -81,11 +81,7 @@ class ImageReader:
 
     @cached_property
     def placeholder(self) -> str:
-        """The text that the processor expands to the tokens of an image.
-
-        Raises:
-            UserError: the processor has none.
-        """
+        """The text that the processor expands to the tokens of an image."""
         text = getattr(self.processor, "image_token", None)
         if not isinstance(text, str) or getattr(self.processor, "image_processor", None) is None:
             raise UserError(
@@ -137,9 +133,15 @@ class ImageReader:
 
         Raises:
             RowError: the messages have another number of images than the row, or the template refuses them.
+            UserError: the processor has no chat template.
         """
         if isinstance(example.prompt, str):
             return example.prompt, [str(completion) for completion in example.completions]
+        if getattr(self.processor, "chat_template", None) is None and "chat_template" not in example.template_kwargs:
+            raise UserError(
+                f"rows are conversations, and {type(self.processor).__name__} has no chat template: set"
+                f" processor.chat_template, or give prompts as text, with {self.placeholder} for each image"
+            )
         prompt = with_images(example.prompt, len(example.images))
         wholes = [[*prompt, *with_images(list(turns), 0)] for turns in example.completions]
         options = {"tools": example.tools, **example.template_kwargs, "tokenize": False}

@@ -21,9 +21,7 @@ _TRIED_ROWS = 100  # rows among which the first usable one is sought
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 
 
-def load_mixture(
-    parts: Sequence[Mapping[str, Any]], *, streaming: bool = False, test_size: float | None = None, seed: int = 0
-) -> tuple[Dataset | IterableDataset, Dataset | None]:
+def load_mixture(parts: Sequence[Mapping[str, Any]], *, streaming: bool = False) -> Dataset | IterableDataset:
     """Loads datasets and concatenates them.
 
     Args:
@@ -33,10 +31,6 @@ def load_mixture(
             of each dataset are taken, as many as the shares allow without repeating a row. Either all datasets have a
             fraction or none.
         streaming: read rows as they are needed.
-        test_size: share (below 1) or number of the rows that become a test set, drawn with ``seed``.
-
-    Returns:
-        The dataset, and the test set or None.
 
     Raises:
         UserError: a part is malformed or cannot be loaded; the message names it.
@@ -48,17 +42,12 @@ def load_mixture(
         _check_part(part, f"datasets[{number}]", streaming)
     if len({part.get("fraction") is None for part in parts}) > 1:
         raise UserError("datasets: fraction is set for some datasets only: set it for all, or for none")
-    if streaming and test_size is not None:
-        raise UserError("test_split_size needs the number of rows, and a stream has none: split the data beforehand")
     loaded = [_load_part(part, f"datasets[{number}]", streaming) for number, part in enumerate(parts)]
     _check_alike(loaded, [f"datasets[{number}] ({part['path']})" for number, part in enumerate(parts)])
     if parts[0].get("fraction") is not None:
         loaded = _shares(loaded, [part["fraction"] for part in parts])
     with user_error("datasets cannot be joined, because a column has other types in one than in another"):
-        whole = concatenate_datasets(loaded)
-    if test_size is None:
-        return whole, None
-    return split_rows(whole, test_size, seed)
+        return concatenate_datasets(loaded)
 
 
 def split_rows(dataset: Dataset, test_size: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -271,22 +271,47 @@ class Examined(NamedTuple):
     reader: ImageReader | None = None
 
 
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Options by which the rows of a dataset are read.
+
+    Attributes:
+        max_length, truncation_mode: how the collator will truncate. They decide which rows are dropped.
+        target_column: a third completion of each row: y_ref of SLiC's regularizer.
+        gap_column: by how much chosen is better, in rows of one pair. Ranked rows use their `scores`, or ranks.
+        ranked_pairs: which pairs a ranked row without `pairs` has, see `formats.ranked_pairs`.
+        prompt_format: `auto` renders rows of messages, or with a system prompt or history, by the chat template, and
+            continues text as it is. `chat` also makes turns of text. `text` drops rows that are conversations.
+        weight_column: the weights of the pairs, numbers of at least 0: one for all pairs of a row, or a list of one for
+            each of its `pairs`.
+        assistant_only_loss: score the assistant's turns only, see :mod:`.masks`. Then the completion of a row of
+            `messages` begins with the assistant's first turn.
+        keep_columns: columns to keep as they are.
+    """
+
+    max_length: int | None = None
+    truncation_mode: TruncationMode = "keep_start"
+    target_column: str | None = None
+    gap_column: str | None = None
+    ranked_pairs: RankedPairs = "all"
+    prompt_format: PromptFormat = "auto"
+    weight_column: str | None = None
+    assistant_only_loss: bool = False
+    keep_columns: Sequence[str] = ()
+
+    @property
+    def single_columns(self) -> dict[str, str | None]:
+        """The columns that options name, by option, without ``keep_columns``."""
+        return {name: getattr(self, name) for name in ("target_column", "gap_column", "weight_column")}
+
+
 def examine(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-    *,
-    max_length: int | None = None,
-    truncation_mode: TruncationMode = "keep_start",
-    target_column: str | None = None,
-    gap_column: str | None = None,
-    ranked_pairs: RankedPairs = "all",
-    prompt_format: PromptFormat = "auto",
-    weight_column: str | None = None,
-    assistant_only_loss: bool = False,
-    keep_columns: Sequence[str] = (),
+    reading: ReadingOptions,
     name: str = "train",
 ) -> Examined:
-    """Checks options, columns and the first usable row of a dataset; :func:`prepare` explains the arguments.
+    """Checks options, columns and the first usable row of a dataset; arguments as of :func:`prepare`.
 
     Raises:
         UserError: the columns, an option or the tokenizer cannot be used.
@@ -296,8 +321,8 @@ def examine(
     columns = read_columns(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise UserError(f"the {name} data has no rows")
-    check_truncation(max_length, truncation_mode)
-    check_ranked_pairs(ranked_pairs)
+    check_truncation(reading.max_length, reading.truncation_mode)
+    check_ranked_pairs(reading.ranked_pairs)
     processor: Any = tokenizer
     tokenizer = cast("PreTrainedTokenizerBase", getattr(processor, "tokenizer", processor))
     check_tokenizer(tokenizer)
@@ -307,12 +332,11 @@ def examine(
         reader = _make_reader(processor, form, roles, name)
         dataset, roles = undecoded(dataset, roles["images"]), {**roles, "images": IMAGES}
         columns = [IMAGES if column == "image" else column for column in columns]
-    single = {"target_column": target_column, "gap_column": gap_column, "weight_column": weight_column}
-    keep = _kept_columns(columns, form, single, keep_columns)
-    named = [*filter(None, single.values()), *keep, *((IMAGES,) if IMAGES in columns else ())]
+    keep = _kept_columns(columns, form, reading)
+    named = [*filter(None, reading.single_columns.values()), *keep, *((IMAGES,) if IMAGES in columns else ())]
     nulls = find_null_places(dataset.features, {*read_by(form, roles), *named} if form not in _TOKENIZED else ())
-    first = read_first_row(dataset, form, roles, prompt_format, processor if reader else tokenizer, nulls)
-    if assistant_only_loss and (first.is_chat is False or form in _TOKENIZED):
+    first = read_first_row(dataset, form, roles, reading.prompt_format, processor if reader else tokenizer, nulls)
+    if reading.assistant_only_loss and (first.is_chat is False or form in _TOKENIZED):
         raise UserError(
             f"assistant_only_loss=true finds the assistant's turns in messages, and the {name} data holds"
             f" {'tokens' if form in _TOKENIZED else 'text'}: give messages, set prompt_format=chat, or leave it out"
@@ -322,11 +346,7 @@ def examine(
 
 
 def _make_reader(processor: Any, form: Form, roles: Roles, name: str) -> ImageReader:
-    """Returns the reader of a dataset's images.
-
-    Raises:
-        UserError: there is no processor, or the rows are tokenized without images.
-    """
+    """Returns the reader of a dataset's images."""
     has = f"the {name} data has the column {in_backticks([roles['images']])}"
     if form is Form.TOKENS:
         raise UserError(f"{has}, and its prompts are tokens: give them as messages, or remove the column")
@@ -344,18 +364,10 @@ def prepare(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
-    max_length: int | None = None,
-    truncation_mode: TruncationMode = "keep_start",
-    target_column: str | None = None,
-    gap_column: str | None = None,
-    ranked_pairs: RankedPairs = "all",
-    prompt_format: PromptFormat = "auto",
-    weight_column: str | None = None,
-    assistant_only_loss: bool = False,
-    keep_columns: Sequence[str] = (),
     num_proc: int | None = None,
     batch_size: int = 1000,
     name: str = "train",
+    **options: Any,
 ) -> tuple[Dataset | IterableDataset, PreparationReport]:
     """Tokenizes a dataset of any accepted form, and drops rows that cannot be trained on. Truncation happens later.
 
@@ -376,20 +388,10 @@ def prepare(
             column `images` or `image`, as PIL images, paths, URLs or bytes.
         tokenizer: the model's tokenizer, or its processor, which images need. Its eos token becomes its pad token if it
             has none.
-        max_length, truncation_mode: how the collator will truncate. They decide which rows are dropped.
-        target_column: a third completion of each row: y_ref of SLiC's regularizer.
-        gap_column: by how much chosen is better, in rows of one pair. Ranked rows use their `scores`, or ranks.
-        ranked_pairs: which pairs a ranked row without `pairs` has, see `formats.ranked_pairs`.
-        prompt_format: `auto` renders rows of messages, or with a system prompt or history, by the chat template, and
-            continues text as it is. `chat` also makes turns of text. `text` drops rows that are conversations.
-        weight_column: the weights of the pairs, numbers of at least 0: one for all pairs of a row, or a list of one for
-            each of its `pairs`.
-        assistant_only_loss: score the assistant's turns only, see :mod:`.masks`. Then the completion of a row of
-            `messages` begins with the assistant's first turn.
-        keep_columns: columns to keep as they are.
         num_proc: number of processes that tokenize a map-style dataset. A stream is tokenized where it is read.
         batch_size: number of rows that are tokenized together.
         name: name of the dataset in log lines, progress bars and the report.
+        options: of :class:`ReadingOptions`.
 
     Returns:
         The dataset (a stream is filtered as it is read) with the columns of `tokenize.GROUP_FEATURES` and
@@ -399,33 +401,21 @@ def prepare(
     Raises:
         UserError: the form, an option or the tokenizer cannot be used, or no row is left (the message counts reasons).
     """
-    read = examine(
-        dataset,
-        tokenizer,
-        max_length=max_length,
-        truncation_mode=truncation_mode,
-        target_column=target_column,
-        gap_column=gap_column,
-        ranked_pairs=ranked_pairs,
-        prompt_format=prompt_format,
-        weight_column=weight_column,
-        assistant_only_loss=assistant_only_loss,
-        keep_columns=keep_columns,
-        name=name,
-    )
+    reading = ReadingOptions(**options)
+    read = examine(dataset, tokenizer, reading, name)
     dataset, form, keep, first = read.dataset, read.form, read.keep, read.first
 
     # Tokenize and filter.
     stored = dataset.features if isinstance(dataset, Dataset) else {}
     exact = tuple(column for column in keep if isinstance(stored.get(column), ExactJson))
     tokenization = Tokenization(
-        *(cast("Any", getattr(tokenizer, "tokenizer", tokenizer)), form, target_column, ranked_pairs),
-        *(keep, gap_column, read.nulls, exact),
+        *(cast("Any", getattr(tokenizer, "tokenizer", tokenizer)), form, reading.target_column, reading.ranked_pairs),
+        *(keep, reading.gap_column, read.nulls, exact),
         roles=dict(read.roles),
         prompt_format=first.prompt_format,
         reader=read.reader,
-        weight_column=weight_column,
-        assistant_only_loss=assistant_only_loss,
+        weight_column=reading.weight_column,
+        assistant_only_loss=reading.assistant_only_loss,
     )
     images = (IMAGES,) if IMAGES in read.columns and (read.reader or form is Form.GROUP) else ()
     if images:
@@ -433,11 +423,15 @@ def prepare(
         if isinstance(dataset, IterableDataset):
             tokenization = replace(tokenization, keep=(*keep, *images))
     tokenize = partial(_tokenize, dataset, tokenization, read.columns, batch_size)
-    report = PreparationReport(name, max_length, notes=first.notes(name, read.unused), first_is_chat=first.is_chat)
-    filtration = Filter(max_length, truncation_mode)
+    notes = first.notes(name, read.unused)
+    report = PreparationReport(name, reading.max_length, notes=notes, first_is_chat=first.is_chat)
+    filtration = Filter(reading.max_length, reading.truncation_mode)
     columns = (*GROUP_FEATURES, *keep)
     if isinstance(dataset, IterableDataset):
-        return _filter_stream(tokenize(), filtration, report, (*columns, *images), batch_size), report
+        columns = (*columns, *images)
+        batches = {"with_indices": True, "batched": True, "batch_size": batch_size}
+        stream_filter, given = _StreamFilter(filtration, report, columns), [*columns, *REMARK_FEATURES]
+        return tokenize().map(stream_filter, remove_columns=given, **batches), report
     with _without_garbage_collection():
         tokenized = tokenize(num_proc=num_proc, desc=f"Tokenizing {name} data")
         # Images are not copied into the tokenized dataset.
@@ -525,35 +519,15 @@ def _filter_rows(
     return groups.select_columns([*columns, *(beside.column_names if beside is not None else ())]).select(kept)
 
 
-def _filter_stream(
-    tokenized: IterableDataset,
-    filtration: Filter,
-    report: PreparationReport,
-    columns: tuple[str, ...],
-    batch_size: int,
-) -> IterableDataset:
-    return tokenized.map(
-        _StreamFilter(filtration, report, columns),
-        with_indices=True,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=[*columns, *REMARK_FEATURES],
-    )
-
-
 def _rows(batch: Mapping[str, list], names: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """Returns the rows of a batch of columns."""
     columns = {name: batch[name] for name in names or batch}
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def _kept_columns(
-    columns: Sequence[str],
-    form: Form,
-    single: Mapping[str, str | None],  # option -> the column that it names
-    keep_columns: Sequence[str],
-) -> tuple[str, ...]:
+def _kept_columns(columns: Sequence[str], form: Form, reading: ReadingOptions) -> tuple[str, ...]:
     """Checks the columns that options name, and returns those to keep, including TRL's reference log-probs."""
+    single, keep_columns = reading.single_columns, reading.keep_columns
     target_column, gap_column, weight_column = single.values()
     named = {option: [name] if name else [] for option, name in single.items()} | {"keep_columns": keep_columns}
     for option, names in named.items():

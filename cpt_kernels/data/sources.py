@@ -17,6 +17,7 @@ from huggingface_hub.errors import HTTPError  # of httpx or, from version 2, of 
 from ..errors import UserError, user_error
 from .image_files import as_files, resolve_columns
 from .readers import VERSION, CsvFiles, JsonFiles, file_type
+from .rows import read_columns
 from .stores import folder_copy, is_remote, list_files, shown
 
 # Type of a file -> loader of the `datasets` library.
@@ -51,33 +52,27 @@ def load_data(
         UserError: the data does not exist, is empty or malformed (the message gives the line of a JSON file), or has no
             such split or column. In a stream only the first row is checked; later errors come from `datasets`.
     """
-    name_or_path = str(name_or_path).removeprefix("file://")
-    path = Path(name_or_path).expanduser()
-    if not path.exists() and not is_remote(name_or_path) and _looks_like_path(str(name_or_path)):
-        raise UserError(f"{name_or_path} does not exist (looked for {path.absolute()})")
-    if is_remote(name_or_path):
-        dataset = _load_url(str(name_or_path), config, split, streaming)
+    name = str(name_or_path).removeprefix("file://")
+    path = Path(name).expanduser()
+    if is_remote(name):
+        dataset = _load_url(name, config, split, streaming)
     elif path.is_file():
         dataset = _load_file(path, config, split, streaming)
     elif path.is_dir():
         dataset = _load_folder(path, config, split, streaming)
+    elif file_type(name) in _LOADERS or name.startswith((".", "/", "~")) or ("/" in name and path.parent.exists()):
+        raise UserError(f"{name} does not exist (looked for {path.absolute()})")
     else:
-        dataset = _load_hub(str(name_or_path), config, split, streaming)
-    dataset = _choose_split(dataset, split, name_or_path)
-    if is_one_file(name_or_path) and file_type(name_or_path) == ".parquet":
-        dataset = resolve_columns(dataset, str(name_or_path))
-    return dataset if columns is None else choose_columns(dataset, columns, name_or_path)
+        dataset = _load_hub(name, config, split, streaming)
+    dataset = _choose_split(dataset, split, name)
+    if is_one_file(name) and file_type(name) == ".parquet":
+        dataset = resolve_columns(dataset, name)
+    return dataset if columns is None else choose_columns(dataset, columns, name)
 
 
 def is_one_file(name: str | Path) -> bool:
     """Returns whether a name of data is that of a file or of its URL, which has one split only."""
     return (is_remote(name) and file_type(name) in _LOADERS) or Path(name).expanduser().is_file()
-
-
-def _looks_like_path(name: str) -> bool:
-    return (
-        file_type(name) in _LOADERS or name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.exists())
-    )
 
 
 def _load_url(url: str, config: str | None, split: str | None, streaming: bool):
@@ -136,7 +131,6 @@ def _load_saved(path: Path, split: str | None, streaming: bool):
         own = str(saved.split or "train")
         if split not in (None, own):
             raise UserError(f"{path} was saved as one dataset and has only the split {own!r}, not {split!r}")
-        return saved.to_iterable_dataset() if streaming else saved
     chosen = _choose_split(saved, split, path)
     return chosen.to_iterable_dataset() if streaming else chosen
 
@@ -238,12 +232,8 @@ def parse_columns(names: Sequence[str] | None) -> dict[str, str] | None:
 def choose_columns(
     dataset: Dataset | IterableDataset, columns: Sequence[str] | Mapping[str, str], name: str | Path
 ) -> Dataset | IterableDataset:
-    """Keeps only these columns. A mapping {name in the data: new name} also renames them.
-
-    Raises:
-        UserError: the dataset has no such column.
-    """
-    present = dataset.column_names or list(next(iter(dataset)))
+    """Keeps only these columns. A mapping {name in the data: new name} also renames them."""
+    present = read_columns(dataset)
     if missing := [column for column in columns if column not in present]:
         raise UserError(
             f"columns names {missing}, but {name} has the columns {present}: keep some by --columns NAME, or rename by"

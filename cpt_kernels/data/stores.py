@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..files import replacing, replacing_folder
+from ..files import cache_folder, replacing, replacing_folder
 
 _EXTRAS = {**dict.fromkeys(("s3", "s3a"), "s3"), **dict.fromkeys(("gs", "gcs"), "gs")}
 _EXTRAS |= dict.fromkeys(("az", "abfs", "abfss", "adl"), "az")
@@ -53,8 +53,7 @@ def local_root() -> Path:
     """Returns the folder of all local copies: `$CPT_LOCAL`, else one of this machine in the user's cache folder."""
     if chosen := os.environ.get("CPT_LOCAL"):
         return Path(chosen).expanduser().absolute()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
-    return cache / "cpt_kernels" / "stores" / socket.gethostname()  # nodes may share the user's home
+    return cache_folder() / "stores" / socket.gethostname()  # nodes may share the user's home
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:

@@ -81,18 +81,20 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: Prompt, sampling: Sampling
 ) -> list[int] | Failure:
     """Returns the token ids of a prompt as in training: text is encoded as it is, messages by the chat template."""
+    is_text = isinstance(prompt.content, str) and not sampling.chat
+    template_kwargs = {**sampling.template_kwargs, **prompt.template_kwargs}
+    has_template = getattr(tokenizer, "chat_template", None) is not None or "chat_template" in template_kwargs
+    if not is_text and not has_template:
+        return Failure("no chat template", "the prompt is a conversation, but the tokenizer has no chat template")
     if is_processor(tokenizer):
-        if prompt.images or sampling.chat or not isinstance(prompt.content, str):
+        if prompt.images or not is_text:
             return _encode_images(tokenizer, prompt, sampling)
         tokenizer = tokenizer.tokenizer
-    if isinstance(prompt.content, str) and not sampling.chat:
+    if is_text:
         ids = tokenizer(prompt.content, verbose=False)["input_ids"]
         # Some tokenizers append eos to every text, and a model generates nothing after eos.
         has_eos_added = ids[-1:] == [tokenizer.eos_token_id] and not prompt.content.endswith(tokenizer.eos_token)
         return ids[:-1] if has_eos_added else ids
-    template_kwargs = {**sampling.template_kwargs, **prompt.template_kwargs}
-    if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in template_kwargs:
-        return Failure("no chat template", "the prompt is a conversation, but the tokenizer has no chat template")
     try:
         return tokenizer.apply_chat_template(
             prompt.messages(sampling.system_prompt),
@@ -107,11 +109,7 @@ def encode_prompt(
 
 
 def _render(processor: ProcessorMixin, prompt: Prompt, sampling: Sampling) -> str:
-    """Returns the text of a prompt, in which the chat template puts a placeholder for each image of a conversation.
-
-    Raises:
-        RowError: the chat template refuses it.
-    """
+    """Returns the text of a prompt, in which the chat template puts a placeholder for each image of a conversation."""
     if isinstance(prompt.content, str) and not sampling.chat:
         return prompt.content
     turns = prompt.messages(sampling.system_prompt)

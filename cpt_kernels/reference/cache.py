@@ -35,11 +35,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..data.stores import create_bytes, display_name, local_path, local_root, url_of
 from ..errors import UserError
-from ..files import replacing, write_text
+from ..files import cache_folder, replacing, write_text
 from .index import Index, map_index
 from .keys import Sequences, TokenIds, row_keys
 from .remote import HEAD, RemoteFolder, is_small
-from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, merge_rows, write_shard
+from .shards import KINDS, UNREADABLE, DamagedShardError, Rows, Shard, grouped, merge_rows, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,8 @@ StoredLogps = memoryview | NDArray[np.float32]  # the log-probs of a row, read-o
 
 def default_cache_dir() -> Path:
     """Returns `$CPT_CACHE`, a folder or URL, else `cpt_kernels/reference` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if chosen := os.environ.get("CPT_CACHE"):
-        return local_path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cpt_kernels" / "reference"
+    chosen = os.environ.get("CPT_CACHE")
+    return local_path(chosen) if chosen else cache_folder() / "reference"
 
 
 class ReferenceCache:
@@ -123,11 +122,7 @@ class ReferenceCache:
     # --- Reading ---
 
     def key(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> bytes:
-        """Returns the 16 bytes that identify a completion of a prompt under this reference.
-
-        Raises:
-            UserError: token ids that are not a flat sequence of integers.
-        """
+        """Returns the 16 bytes that identify a completion of a prompt under this reference."""
         return self.keys([(prompt_ids, completion_ids)])[0]
 
     def keys(self, sequences: Sequences) -> list[bytes]:
@@ -158,11 +153,7 @@ class ReferenceCache:
         return self.look_up(self.keys(sequences), [len(completion) for _, completion in sequences])[0]
 
     def get_many(self, sequences: Sequences) -> list[NDArray[np.float32] | None]:
-        """Returns the (len(completion_ids),) log-probs of every (prompt ids, completion ids), None if not stored.
-
-        Raises:
-            UserError: token ids that are not a flat sequence of integers.
-        """
+        """Returns the (len(completion_ids),) log-probs of every (prompt ids, completion ids), None if not stored."""
         lengths = [len(completion) for _, completion in sequences]
         values, found = self.look_up(self.keys(sequences), lengths)
         parts = np.split(values, np.cumsum(lengths))
@@ -253,9 +244,8 @@ class ReferenceCache:
                 self._pending_since = time.monotonic()
             self._pending.add(list(new), list(new.values()))
             # Take in the shard that is being written if it is done, or if the next one has to be started.
-            is_due = (
-                time.monotonic() - self._pending_since >= self.flush_seconds or self._pending.nbytes >= _PENDING_BYTES
-            )
+            age = time.monotonic() - self._pending_since
+            is_due = age >= self.flush_seconds or self._pending.nbytes >= _PENDING_BYTES
             if is_due or (self._writing and self._writing[1].done()):
                 self._finish_writing()
             if is_due:
@@ -344,13 +334,9 @@ class ReferenceCache:
             raise UserError(f"{self._remote.url} is on a store, whose shards are large already: nothing to merge")
         with self._lock:
             for kind in KINDS:
-                group: list[Shard] = []
-                for shard in [shard for shard in self.shards if shard.kind == kind and shard.nbytes < _SMALL]:
-                    if group and sum(member.nbytes for member in group) + shard.nbytes > _LARGEST:
-                        self._merge_group(group, kind)
-                        group = []
-                    group.append(shard)
-                self._merge_group(group, kind)
+                small = [shard for shard in self.shards if shard.kind == kind and shard.nbytes < _SMALL]
+                for group in grouped(small, _LARGEST):
+                    self._merge_group(group, kind)
 
     def _merge_group(self, group: Sequence[Shard], kind: str) -> None:
         rows, damaged = merge_rows(group)
@@ -390,9 +376,6 @@ class ReferenceCache:
 
         For a cache on a store, other nodes' shards are copied to this node first. A damaged shard is ignored, with one
         warning.
-
-        Raises:
-            UserError: the store cannot be read.
         """
         if self._remote is not None:
             self._remote.sync()

@@ -209,14 +209,11 @@ def _tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, list]:
         sharded = [tensor for tensor in unique.values() if is_sharded(tensor)]
         for tensor, digest in zip(sharded, _digest_together(sharded, pool)):
             digests[id(tensor)].update(digest)
-    return {
-        name: [
-            _dtype_name(_loaded_dtype(tensor)),
-            list(getattr(tensor, "ds_shape", tensor.shape)),
-            digests[id(tensor)].hexdigest(),
-        ]
-        for name, tensor in tensors.items()
-    }
+    described = {}
+    for name, tensor in tensors.items():
+        shape = list(getattr(tensor, "ds_shape", tensor.shape))
+        described[name] = [_dtype_name(_loaded_dtype(tensor)), shape, digests[id(tensor)].hexdigest()]
+    return described
 
 
 def _digest_together(tensors: Sequence[Tensor], pool: ThreadPoolExecutor) -> list[bytes]:

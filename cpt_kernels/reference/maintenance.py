@@ -90,9 +90,6 @@ def export_parquet(directory: Path, fingerprint: str, file: str) -> int:
     """Writes one reference's rows to a Parquet file; returns their number.
 
     The columns are ``key`` (16 bytes), ``logps`` (a list of fp32) and ``kind`` (see `shards.KINDS`).
-
-    Raises:
-        UserError: a shard is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

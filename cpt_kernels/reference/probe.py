@@ -130,11 +130,7 @@ def find_folder(directory: Path, fingerprint: str, probe: ReferenceProbe) -> Pro
 
 
 def _claim_on_store(url: str, file: Path, text: str) -> None:
-    """Stores a probe in a reference's folder on a store that has neither a probe nor rows, and copies it from there.
-
-    Raises:
-        UserError: the store cannot be read.
-    """
+    """Stores a probe in a reference's folder on a store that has neither a probe nor rows, and copies it from there."""
     there = stores.list_files(url)
     is_free = PROBE not in there and not any(name.endswith(".list") for name in there)
     if is_free and (file.exists() or not any(file.parent.glob("*.arrow"))):

@@ -24,7 +24,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 
 from ..data import stores
 from ..files import replacing, write_text
-from .shards import BLOCK_BYTES, KINDS, UNREADABLE, DamagedShardError, Shard, merge_rows, write_shard
+from .shards import BLOCK_BYTES, KINDS, UNREADABLE, DamagedShardError, Shard, grouped, merge_rows, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +98,8 @@ class RemoteFolder:
                     with contextlib.suppress(DamagedShardError):  # the cache warns of it
                         small.append(self._opened(path))
                 for kind in KINDS:
-                    batch: list[Shard] = []
-                    for shard in (shard for shard in small if shard.kind == kind):
-                        if batch and sum(member.nbytes for member in batch) + shard.nbytes > OBJECT_BYTES:
-                            self._upload(batch, kind)
-                            batch = []
-                        batch.append(shard)
-                    if batch and everything:
+                    batches = grouped([shard for shard in small if shard.kind == kind], OBJECT_BYTES)
+                    for batch in batches if everything else batches[:-1]:
                         self._upload(batch, kind)
         except Timeout:
             pass  # that process, or the next upload, takes these shards, too
@@ -136,9 +131,6 @@ class RemoteFolder:
         """Makes the shards that were uploaded before this call readable in the local folder.
 
         Processes of one node that call it at the same time share one pass over the store.
-
-        Raises:
-            UserError: the store cannot be read.
         """
         asked = time.time_ns()
         stamp = self.folder / ".synced"
@@ -174,40 +166,38 @@ class RemoteFolder:
                 f" not fit on the disk of {self.folder}: they are read from the store when they are needed; to keep"
                 " them locally, make room or set $CPT_LOCAL to a larger disk"
             )
-        for shard, reason in zip(new, pool.map(self._download if whole else self._download_head, new)):
+        download = self._download if whole else self._download_head
+        for shard, reason in zip(new, pool.map(lambda shard: self._attempt(download, shard), new)):
             if reason is not None:
                 logger.warning(f"{self.url}/{shard.name} is ignored ({reason}). Its rows will be scored again")
 
-    def _download(self, shard: StoredShard) -> str | None:
+    def _attempt(self, download: Callable[[StoredShard], None], shard: StoredShard) -> str | None:
         """Copies a shard; returns why it cannot be used."""
         try:
-            with replacing(self.folder / shard.name) as (temporary,):
-                with stores.access(self.url, "read") as (fs, root):
-                    fs.get_file(f"{root.rstrip('/')}/{shard.name}", str(temporary))
-                self._opened(temporary).verify()
+            download(shard)
         except FileNotFoundError:
             return "it was deleted"
         except DamagedShardError as error:
             return str(error)
         return None
 
-    def _download_head(self, shard: StoredShard) -> str | None:
+    def _download(self, shard: StoredShard) -> None:
+        with replacing(self.folder / shard.name) as (temporary,):
+            with stores.access(self.url, "read") as (fs, root):
+                fs.get_file(f"{root.rstrip('/')}/{shard.name}", str(temporary))
+            self._opened(temporary).verify()
+
+    def _download_head(self, shard: StoredShard) -> None:
         """Copies a shard without its values, which become a hole in a file of the shard's size."""
         url = f"{self.url}/{shard.name}"
-        try:
-            head = stores.read_bytes(url, 0, shard.values_at)
-            tail = stores.read_bytes(url, shard.values_end, shard.nbytes)
-            with replacing((self.folder / shard.name).with_suffix(HEAD)) as (temporary,):
-                with temporary.open("xb") as file:
-                    file.write(head)
-                    file.seek(shard.values_end)
-                    file.write(tail)
-                self._opened(temporary)
-        except FileNotFoundError:
-            return "it was deleted"
-        except DamagedShardError as error:
-            return str(error)
-        return None
+        head = stores.read_bytes(url, 0, shard.values_at)
+        tail = stores.read_bytes(url, shard.values_end, shard.nbytes)
+        with replacing((self.folder / shard.name).with_suffix(HEAD)) as (temporary,):
+            with temporary.open("xb") as file:
+                file.write(head)
+                file.seek(shard.values_end)
+                file.write(tail)
+            self._opened(temporary)
 
     def _opened(self, file: Path) -> Shard:
         try:
@@ -221,9 +211,6 @@ class RemoteFolder:
         """Returns the values of places, (shard, start, stop), in one range for each run of neighboring blocks.
 
         A place of which a block does not match its checksum is None.
-
-        Raises:
-            UserError: the store cannot be read.
         """
         spans = [range(4 * start // BLOCK_BYTES, -(-4 * stop // BLOCK_BYTES)) for _, start, stop in places]
         wanted = {(s.path.name, number): s for (s, *_), span in zip(places, spans) for number in span}
@@ -238,9 +225,8 @@ class RemoteFolder:
         ]
         heads = [wanted[run[0]] for run in runs]
         starts = [head.values_at + run[0][1] * BLOCK_BYTES for head, run in zip(heads, runs)]
-        stops = [
-            head.values_at + min((run[-1][1] + 1) * BLOCK_BYTES, 4 * head.num_values) for head, run in zip(heads, runs)
-        ]
+        ends = [min((run[-1][1] + 1) * BLOCK_BYTES, 4 * head.num_values) for head, run in zip(heads, runs)]
+        stops = [head.values_at + end for head, end in zip(heads, ends)]
         with stores.access(self.url, "read") as (fs, root):
             names = [f"{root.rstrip('/')}/{head.path.with_suffix('.arrow').name}" for head in heads]
             ranges = fs.cat_ranges(names, starts, stops, on_error="raise") if runs else []

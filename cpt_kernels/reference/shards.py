@@ -157,7 +157,7 @@ class Shard:
                 self.verify(first, last + 1)
         return self._values[start:stop]
 
-    def has_digest(self, block: int, data: bytes) -> bool:
+    def has_digest(self, block: int, data: bytes | memoryview) -> bool:
         """Whether bytes are those of a block of values."""
         return xxh3_64_digest(data) == self.block_digests[8 * block : 8 * block + 8]
 
@@ -169,7 +169,7 @@ class Shard:
         """
         for block in range(first, len(self._verified) if stop is None else stop):
             if not self._verified[block]:
-                if _block_digest(self.columns.values, block) != self.block_digests[8 * block : 8 * block + 8]:
+                if not self.has_digest(block, _block(self.columns.values, block)):
                     raise DamagedShardError("its values do not match their checksum")
                 self._verified[block] = 1
 
@@ -189,6 +189,19 @@ class Shard:
         keys, places = self.sorted_keys(), [*zip(self._starts, self._lengths)]
         order = self.columns.starts.argsort(kind="stable").tolist()
         return {keys[i]: self.columns.values[places[i][0] : sum(places[i])] for i in order}
+
+
+def grouped(shards: Sequence[Shard], most_bytes: int) -> list[list[Shard]]:
+    """Divides shards into groups of consecutive ones with at most ``most_bytes`` together, or a single larger one."""
+    groups: list[list[Shard]] = []
+    nbytes = 0  # of the last group
+    for shard in shards:
+        if not groups or nbytes + shard.nbytes > most_bytes:
+            groups.append([])
+            nbytes = 0
+        groups[-1].append(shard)
+        nbytes += shard.nbytes
+    return groups
 
 
 def merge_rows(shards: Sequence[Shard]) -> tuple[Rows, list[tuple[Shard, str]]]:
@@ -263,7 +276,8 @@ class Rows:
 def write_shard(file: BinaryIO, rows: Rows, fingerprint: str, kind: str = "tokens") -> None:
     """Writes rows as a shard of the reference with this fingerprint."""
     columns = rows.sorted_columns()
-    digests = b"".join(_block_digest(columns.values, block) for block in range(_num_blocks(len(columns.values))))
+    blocks = range(_num_blocks(len(columns.values)))
+    digests = b"".join(xxh3_64_digest(_block(columns.values, block)) for block in blocks)
     metadata = {
         "version": VERSION,
         "fingerprint": fingerprint,
@@ -288,5 +302,5 @@ def _num_blocks(num_values: int) -> int:
     return -(-num_values >> _BLOCK_BITS)
 
 
-def _block_digest(values: NDArray[np.float32], block: int) -> bytes:
-    return xxh3_64_digest(values[block << _BLOCK_BITS : (block + 1) << _BLOCK_BITS].data)
+def _block(values: NDArray[np.float32], block: int) -> memoryview:
+    return values[block << _BLOCK_BITS : (block + 1) << _BLOCK_BITS].data

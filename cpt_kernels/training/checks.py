@@ -24,7 +24,7 @@ from ..data.curriculum import Curriculum
 from ..data.forms import Form, detect_form
 from ..data.loader import kept_columns
 from ..data.other_options import REMOVED_OPTIONS
-from ..data.preparation import examine
+from ..data.preparation import ReadingOptions, examine
 from ..data.rows import read_columns, visible_rows
 from ..errors import UserError
 from ..losses import Loss
@@ -444,7 +444,7 @@ def check_columns(
         if isinstance(dataset, Dataset):
             dataset = visible_rows(dataset)
             options = reading_options(args, dataset, is_training=name == "train")
-            form = examine(dataset, tokenizer, **options, name=name).form
+            form = examine(dataset, tokenizer, ReadingOptions(**options), name).form
             if loss.needs_rejected and form in (Form.SUPERVISED, Form.MESSAGES):
                 raise UserError(_NO_PAIRS.format(loss=loss.name, name=name))
 

@@ -33,7 +33,7 @@ from xxhash import xxh3_64
 
 from ..data import stores
 from ..errors import UserError
-from ..files import write_text
+from ..files import update_digest, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -201,9 +201,5 @@ _known: dict[Path, OutputStore] = {}  # by local folder, in this process
 
 def _size_and_checksum(file: Path) -> tuple[int, str]:
     """Returns size and checksum of a file."""
-    digest, size = xxh3_64(), 0
-    with file.open("rb") as content:
-        while block := content.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+    update_digest(digest := xxh3_64(), file)
+    return file.stat().st_size, digest.hexdigest()

@@ -196,11 +196,7 @@ def write_record(folder: Path, run: Run, read: RowsRead | None, more: Mapping[st
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Returns the record of a run in a folder; None if there is none.
-
-    Raises:
-        UserError: the record is damaged.
-    """
+    """Returns the record of a run in a folder; None if there is none."""
     file = folder / RECORD
     return read_object(file) if file.is_file() else None
 

@@ -102,11 +102,7 @@ def _use(trainer: Any, budget: StepBudget) -> Any:
 
 
 def _choose_tokens(trainer: Any, step_rows: int, rank_rows: int) -> None:
-    """Chooses the budget that the estimate permits, and lowers it until a probe of its largest micro-batch runs.
-
-    Raises:
-        UserError: the longest row alone does not fit.
-    """
+    """Chooses the budget that the estimate permits, and lowers it until a probe of its largest micro-batch runs."""
     args = trainer.args
     tokens, sequences = micro_batch_tokens(trainer.train_dataset, trainer.collator)
     sizes = tokens if sequences is None else tokens * sequences

@@ -63,7 +63,10 @@ def test_training_options_saved_with_models(tmp_path):
         with pytest.raises(ValueError, match="there is no such folder"):
             read_configs([model], None)
     broken = tmp_path / "broken.yaml"
-    for text, message in (("a: [", "cannot be read"), ("- a", "expected lines of 'option: value', found list")):
+    for text, message in (
+        ("a: [", "broken.yaml, line 1: expected the node content"),
+        ("- a", "expected lines of 'option: value', found list"),
+    ):
         broken.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_configs(models, broken)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import load_dataset
 
-from cpt_kernels.data.mixture import load_mixture
+from cpt_kernels.data.mixture import load_mixture, split_rows
 from tests.helpers.command import write_rows
 
 ANSWER = [{"role": "assistant", "content": "y"}]
@@ -30,8 +30,8 @@ def test_datasets_are_concatenated(folder, streaming):
         {"path": str(folder / "a.jsonl")},
         {"path": "json", "data_files": str(folder / "b.jsonl"), "columns": ["prompt"]},
     ]
-    whole, test = load_mixture(parts, streaming=streaming)
-    assert prompts(whole) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(30)] and test is None
+    whole = load_mixture(parts, streaming=streaming)
+    assert prompts(whole) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(30)]
 
 
 def test_fractions_are_shares_of_the_mixture_as_in_trl(folder):
@@ -39,7 +39,7 @@ def test_fractions_are_shares_of_the_mixture_as_in_trl(folder):
         {"path": "json", "data_files": str(folder / f"{name}.jsonl"), "fraction": share}
         for name, share in (("a", 2), ("b", 3))
     ]
-    whole, _ = load_mixture(parts)
+    whole = load_mixture(parts)
     assert prompts(whole) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(15)]  # a limits the mixture
     trl = pytest.importorskip("trl.scripts.utils")
     theirs = trl.get_dataset(trl.DatasetMixtureConfig(datasets=[trl.DatasetConfig(**part) for part in parts]))
@@ -47,7 +47,7 @@ def test_fractions_are_shares_of_the_mixture_as_in_trl(folder):
 
 
 def test_a_test_set_is_split_off_reproducibly(folder):
-    train, test = load_mixture([{"path": str(folder / "b.jsonl")}], test_size=0.2, seed=7)
+    train, test = split_rows(load_mixture([{"path": str(folder / "b.jsonl")}]), 0.2, seed=7)
     assert len(test) == 6 and sorted(prompts(train) + prompts(test)) == sorted(f"b{i}" for i in range(30))
     again = load_dataset("json", data_files=str(folder / "b.jsonl"), split="train").train_test_split(0.2, seed=7)
     assert prompts(test) == prompts(again["test"])
@@ -56,7 +56,7 @@ def test_a_test_set_is_split_off_reproducibly(folder):
 def test_columns_are_chosen_and_renamed_however_a_part_is_read(folder):
     columns = {"prompt": "prompt", "chosen": "completion"}
     for part in ({"path": str(folder / "a.jsonl")}, {"path": "json", "data_files": str(folder / "a.jsonl")}):
-        whole, _ = load_mixture([{**part, "columns": columns}])
+        whole = load_mixture([{**part, "columns": columns}])
         assert whole[0] == {"prompt": "a0", "completion": "x"}
 
 
@@ -85,7 +85,6 @@ def test_parts_that_cannot_be_loaded(folder, monkeypatch, part, message):
         ({"path": "b.jsonl", "fraction": 1}, {}, "fraction is set for some datasets only"),
         ({"path": "b.jsonl", "fraction": -1}, {}, r"datasets\[1\]: fraction is -1; expected a number above 0"),
         ({"path": "b.jsonl", "fraction": 1}, {"streaming": True}, r"datasets\[1\]: fraction needs the number of rows"),
-        ({"path": "b.jsonl"}, {"streaming": True, "test_size": 0.1}, "test_split_size needs the number of rows"),
     ],
 )
 def test_bad_parts(second, options, message):
@@ -117,5 +116,5 @@ def test_parts_of_different_forms_name_the_part_and_the_mend(folder):
         with pytest.raises(ValueError, match=message):
             load_mixture([a, {"path": str(folder / f"{name}.jsonl")}])
     columns = {"instruction": "prompt", "chosen_response": "chosen", "rejected_response": "rejected"}
-    whole, _ = load_mixture([a, {"path": str(folder / "argilla.jsonl"), "columns": columns}])
+    whole = load_mixture([a, {"path": str(folder / "argilla.jsonl"), "columns": columns}])
     assert prompts(whole)[-1] == "x"
