@@ -58,7 +58,7 @@ class Shape:
         matrices += (3 * PATCH**2 + 2 * self.hidden) * self.hidden  # of patches, and the projector
         return 2 * matrices + 4 * self.layers * self.hidden * self.image
 
-    image_backward = 2  # see planning.work.ImageShape
+    image_backward = 2  # see planning.model_sizes.ModelSizes
 
     @property
     def parameters(self) -> int:

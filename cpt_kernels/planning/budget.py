@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..model.packed_model import PackedModel, base_model
 from .memory import StepMemory, measure_step
-from .model_sizes import state_bytes
+from .model_sizes import most_moments, state_bytes
 
 SHARE = 0.9  # of the free memory that a step may take; the rest is for fragments and what operations need inside
 MOST = 2**17  # a search for larger budgets would take minutes where a small model could take all rows at once
@@ -168,10 +168,8 @@ def without_checkpointing(run: PlannedRun, free: int, has_weights: bool) -> tupl
 def _room(run: PlannedRun, free: int, has_weights: bool) -> int:
     """Returns the bytes that a micro-batch with its gradients may take beside all else that training allocates."""
     state = state_bytes(run.packed.model, run.args)
-    # Optimizers whose state is not known keep less than AdamW.
-    moments = 2 * state["gradients"] if state["optimizer"] is None else state["optimizer"]
     buckets = state["gradients"] if run.args.world_size > 1 else 0  # DDP's
-    return int(SHARE * free) - moments - buckets - (0 if has_weights else state["weights"])
+    return int(SHARE * free) - most_moments(state) - buckets - (0 if has_weights else state["weights"])
 
 
 def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None = None) -> int | None:

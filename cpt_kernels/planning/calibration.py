@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..reference.scorer import scoring_budget
 from .budget import free_memory
 from .counts import Counts
-from .model_sizes import ModelSizes, sizes_of, state_bytes
+from .model_sizes import ModelSizes, most_moments, sizes_of, state_bytes
 from .peer import Sides, peer_tile_bytes
 from .sample import Sample, truncated
 from .work import Work
@@ -143,7 +143,12 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         few = sorted({shape.fewest, min(2 * shape.fewest, shape.sizes.layers)})
         share = min(1.0, _PILOT_TOKENS / counts.largest.tokens)
         pilots = {kinds: _tasks(trainer, counts, share, few, kinds[:1])[:1] for kinds in (_PEER, _OURS)}
-        _check_memory(trainer, shape, [task for tasks in pilots.values() for task in tasks])
+        needed = needed_bytes(trainer, shape, shape.fewest, [task for tasks in pilots.values() for task in tasks])
+        if needed > (free := free_bytes(trainer.args.device)):
+            raise TooLargeError(
+                f"one layer and the head of this model take about {needed / 2**30:.1f} GiB in training, and"
+                f" {free / 2**30:.1f} GiB can be used on {trainer.args.device}"
+            )
         sample = Sample(trainer, few[-1])
         for _ in range(2):
             for tasks in pilots.values():
@@ -151,9 +156,8 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
 
         # As many rows and layers as the time and the memory allow, half of the time for either trainer.
         left = (budget - (clock() - started)) / 2 / _ROUNDS
-        chosen = [
-            _affordable(trainer, counts, shape, kinds, Speed.of(tasks, shape), left) for kinds, tasks in pilots.items()
-        ]
+        speeds = {kinds: Speed.of(tasks, shape) for kinds, tasks in pilots.items()}
+        chosen = [_affordable(trainer, counts, shape, kinds, speed, left) for kinds, speed in speeds.items()]
         tasks = [task for found in chosen for task in found.tasks]
         if (layers := max(found.layers[-1] for found in chosen)) > few[-1]:
             sample = Sample(trainer, layers)
@@ -253,14 +257,13 @@ class Speed(NamedTuple):
 
     @classmethod
     def of(cls, tasks: Sequence[Task], shape: Shape) -> Speed:
-        fewest, seconds = shape.fewest, {}
-        for layers in tasks[0].layers:
-            seconds[layers] = sum(task.seconds[layers][-1] for task in tasks)  # the first round warmed up
+        # The first round warmed up.
+        seconds = {layers: sum(task.seconds[layers][-1] for task in tasks) for layers in tasks[0].layers}
         few, more = min(seconds), max(seconds)
         layer = seconds[few] / few
         if more > few:  # noise may not make a layer free
             layer = min(max((seconds[more] - seconds[few]) / (more - few), 0.1 * layer), layer)
-        return cls(_flops(tasks, shape), layer, seconds[few] - fewest * layer)
+        return cls(_flops(tasks, shape), layer, seconds[few] - shape.fewest * layer)
 
     def seconds(self, tasks: Sequence[Task], shape: Shape, layers: Sequence[int]) -> float:
         """Returns the estimated seconds of tasks with each number of layers."""
@@ -304,7 +307,7 @@ def needed_bytes(trainer: Any, shape: Shape, layers: int, tasks: Sequence[Task])
     """Returns a rough upper bound of the bytes that the micro-batches take with so many layers."""
     model, args = trainer.packed.model, trainer.args
     state = state_bytes(truncated(model, layers)[0], args)
-    held = state["weights"] + (state["optimizer"] or 2 * state["gradients"]) + state["gradients"]
+    held = state["weights"] + most_moments(state) + state["gradients"]
     # The inputs of all products of a token: about three values for each row of the layers' matrices.
     values = 3 * shape.sizes.layer_parameters / shape.sizes.layers / shape.sizes.hidden
     kept = values + layers * shape.sizes.hidden if shape.checkpointing else layers * values
@@ -315,15 +318,6 @@ def needed_bytes(trainer: Any, shape: Shape, layers: int, tasks: Sequence[Task])
 def free_bytes(device: torch.device) -> float:
     """Returns the bytes that a calibration may take on a device."""
     return _SHARE_OF_MEMORY * free_memory(device)
-
-
-def _check_memory(trainer: Any, shape: Shape, tasks: Sequence[Task]) -> None:
-    needed = needed_bytes(trainer, shape, shape.fewest, tasks)
-    if needed > (free := free_bytes(trainer.args.device)):
-        raise TooLargeError(
-            f"one layer and the head of this model take about {needed / 2**30:.1f} GiB in training, and"
-            f" {free / 2**30:.1f} GiB can be used on {trainer.args.device}"
-        )
 
 
 def trained_parameters(model: nn.Module) -> int:

@@ -25,7 +25,8 @@ class ModelSizes:
     Attributes:
         layer_parameters: in the matrices of all layers; of experts, the share that a token is sent to.
         attention_layers: layers whose operations grow with the square of the length.
-        image_flops, image_backward: see :class:`.work.ImageShape`.
+        image_flops: of a forward of the vision tower, for each token of an image.
+        image_backward: 2 if the tower is trained, 1 if only its adapters are, else 0.
     """
 
     layer_parameters: int
@@ -109,3 +110,8 @@ def state_bytes(model: nn.Module, args: Any) -> dict[str, int | None]:
         "gradients": gradients,
         "optimizer": None if moments is None else moments * gradients,
     }
+
+
+def most_moments(state: Mapping[str, int | None]) -> int:
+    """Returns the bytes of :func:`state_bytes` for the optimizer; one that is not known keeps less than AdamW."""
+    return 2 * state["gradients"] if state["optimizer"] is None else state["optimizer"]

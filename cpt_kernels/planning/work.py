@@ -18,35 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ..data.packing import GroupLengths
 
-
-class ModelShape(Protocol):
-    """The sizes of a model that its operations depend on."""
-
-    @property
-    def layer_parameters(self) -> int: ...  # in the matrices of all layers
-    @property
-    def attention_layers(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def vocab(self) -> int: ...
-
-
-class ImageShape(ModelShape, Protocol):
-    """The sizes of an image-text model, read where images are encoded."""
-
-    @property
-    def image_flops(self) -> float: ...  # of a forward of the vision tower, per token of an image
-    @property
-    def image_backward(self) -> int: ...  # 2 if the tower is trained, 1 if only its adapters are, else 0
+if TYPE_CHECKING:
+    from .model_sizes import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -60,7 +37,7 @@ class Work:
     image_tokens: float = 0  # tokens of the images that are encoded, each as often as it is
 
     def flops(
-        self, shape: ModelShape | ImageShape, gradient_checkpointing: bool = False, adapters: bool = False
+        self, shape: ModelSizes, gradient_checkpointing: bool = False, adapters: bool = False
     ) -> dict[str, float]:
         """Returns floating-point operations by part and their ``total``. With ``adapters``, only those are trained."""
         again = 1 if gradient_checkpointing else 0
@@ -73,7 +50,7 @@ class Work:
             parts["images"] = passes * shape.image_flops * self.image_tokens
         return {**parts, "total": sum(parts.values())}
 
-    def forward_flops(self, shape: ModelShape | ImageShape) -> dict[str, float]:
+    def forward_flops(self, shape: ModelSizes) -> dict[str, float]:
         """Returns floating-point operations of a forward alone by part, and their ``total``."""
         layers = 2 * shape.layer_parameters * self.tokens
         attention = 4 * shape.attention_layers * shape.heads * shape.head_size * self.attended

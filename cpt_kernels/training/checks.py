@@ -114,11 +114,7 @@ def checked_config(
 
 
 def check_machine(args: ContrastiveConfig) -> None:
-    """Checks that this machine has the trackers, the optimizer and the attention that a run names.
-
-    Raises:
-        UserError: one of them is not installed, or the attention does not run on this device.
-    """
+    """Raises UserError if a tracker or the optimizer is not installed, or the attention does not run on this device."""
     installed = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -131,14 +127,12 @@ def check_machine(args: ContrastiveConfig) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
         if "pass a model" not in str(error):  # GaLore, APOLLO and LOMO are made for a model, which is not there yet
-            raise UserError(
-                f"optim={getattr(args.optim, 'value', args.optim)}: {str(error).splitlines()[0]}"
-            ) from error
+            optimizer = getattr(args.optim, "value", args.optim)
+            raise UserError(f"optim={optimizer}: {str(error).splitlines()[0]}") from error
     describe_backend(args.attention_backend, args.device.type)
-    if args.torch_compile and args.torch_compile_backend not in (backends := torch._dynamo.list_backends(None)):
-        raise UserError(
-            f"torch_compile_backend={args.torch_compile_backend} is unknown: choose one of {', '.join(backends)}"
-        )
+    backend = args.torch_compile_backend
+    if args.torch_compile and backend not in (backends := torch._dynamo.list_backends(None)):
+        raise UserError(f"torch_compile_backend={backend} is unknown: choose one of {', '.join(backends)}")
 
 
 def check_metric(
@@ -276,10 +270,9 @@ def mend_generation_config(model: nn.Module) -> None:
 
 
 def check_checkpointing(model: nn.Module, args: ContrastiveConfig) -> None:
-    """Checks that the model supports activation checkpointing, and has right gradients if it is re-entrant.
+    """Raises UserError if the model does not support activation checkpointing, or has wrong gradients with it.
 
-    Raises:
-        UserError: it does not support it, or its layers share more than hidden states, such as keys and values.
+    Gradients are wrong if it is re-entrant and layers share more than hidden states, such as keys and values.
     """
     base = base_model(model)
     if args.chooses_checkpointing and not base.supports_gradient_checkpointing:
@@ -299,12 +292,9 @@ def check_checkpointing(model: nn.Module, args: ContrastiveConfig) -> None:
         wrong = bool(getattr(base.config.get_text_config(), "num_kv_shared_layers", 0))
         reason = "its layers share keys and values"
     if wrong:
-        forced = zero_stage(args) == 3 and hasattr(model, "peft_config")
-        mend = (
-            "ZeRO-3 needs it for adapters, so set gradient_checkpointing=false, or use ZeRO-2 or FSDP"
-            if forced
-            else "set use_reentrant=false in gradient_checkpointing_kwargs"
-        )
+        mend = "set use_reentrant=false in gradient_checkpointing_kwargs"
+        if zero_stage(args) == 3 and hasattr(model, "peft_config"):
+            mend = "ZeRO-3 needs it for adapters, so set gradient_checkpointing=false, or use ZeRO-2 or FSDP"
         raise UserError(
             f"re-entrant activation checkpointing gives {type(base).__name__} wrong gradients, because its layers pass"
             f" on more than hidden states ({reason}): {mend}"
@@ -340,10 +330,9 @@ def position_limit(model: nn.Module) -> tuple[int | None, bool]:
 
 
 def check_max_length(model: nn.Module, max_length: int | None) -> None:
-    """Checks an explicit ``max_length`` against the positions of the model; the default is checked on the data.
+    """Raises UserError if an explicit ``max_length`` exceeds the model's table of positions.
 
-    Raises:
-        UserError: the model has a table of fewer positions.
+    The default is checked on the data.
     """
     limit, is_table = position_limit(model)
     default = ContrastiveConfig.__dataclass_fields__["max_length"].default
@@ -356,22 +345,18 @@ def check_max_length(model: nn.Module, max_length: int | None) -> None:
 
 
 def check_positions(model: nn.Module, longest: int, row: int, name: str) -> None:
-    """Checks the longest sequence of a dataset against the positions of the model.
+    """Raises UserError if the longest sequence of a dataset exceeds the model's table of positions.
 
     Args:
         longest: its tokens, after truncation.
         row: the number of its row in the source.
         name: of the dataset, for the message.
-
-    Raises:
-        UserError: the model has a table of fewer positions.
     """
     limit, is_table = position_limit(model)
     if limit is None or longest <= limit:
         return
-    kind = type(base_model(model)).__name__
-    text = f"row {row} of the {name} data has {longest} tokens, and {kind} has {limit} positions"
-    text += " (max_position_embeddings)"
+    has = f"{type(base_model(model)).__name__} has {limit} positions (max_position_embeddings)"
+    text = f"row {row} of the {name} data has {longest} tokens, and {has}"
     if is_table:
         raise UserError(f"{text}: set max_length={limit} or less")
     logger.warning(f"{text}, and was not trained on longer sequences; max_length={limit} would cut them")
@@ -434,10 +419,9 @@ def reading_options(args: ContrastiveConfig, dataset: Any, is_training: bool) ->
 def check_columns(
     args: ContrastiveConfig, loss: Loss, tokenizer: PreTrainedTokenizerBase, train_dataset: Any, eval_dataset: Any
 ) -> None:
-    """Checks the columns and the first usable row of stored data, which needs no model. Streams are left out.
+    """Raises UserError if stored data cannot be trained on with these options, by its columns and first usable row.
 
-    Raises:
-        UserError: the columns cannot be trained on with these options; nearly all such mistakes are found here.
+    Nearly all such mistakes are found here, before a model is loaded. Streams are left out.
     """
     evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evaluation}.items():

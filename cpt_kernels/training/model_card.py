@@ -71,11 +71,8 @@ def write_model_card(
     """Writes a model card with the run's options, last evaluation and package versions.
 
     Args:
-        file: path to write to.
-        name: name of the model.
         base: hub name or folder of the model that training started from; of a folder the card has the last part.
         dataset: hub names or files of the training data; of a file the card has the last part.
-        tags: of the model on the hub.
         args: the run's ``ContrastiveConfig``.
         chat: whether the tokenizer has a chat template.
         log_history: all logs of the trainer; the card shows the last evaluation.

@@ -48,7 +48,7 @@ _NOT_OF_ADAPTER = {
     "runtime_config",
 }
 # Options that the optimizer keeps in its state, so that a resumed run has those of the checkpoint.
-_OF_OPTIMIZER = (*("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),)
+_OF_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # Options that take effect when a run resumes.
 _SETTINGS = (
     *("max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
@@ -148,8 +148,9 @@ class Run:
         micro_batches = args.data_ranks * args.gradient_accumulation_steps
         by_tokens = args.max_tokens_per_batch is not None
         whole = args.dataloader_drop_last and not by_tokens
+        step_rows = micro_batches * self.batch_size if self.budget is None else self.budget.step_rows
         return {
-            "rows a step": None if by_tokens else self._step_rows(),
+            "rows a step": None if by_tokens else step_rows,
             "micro-batches a step": micro_batches if by_tokens else None,
             "max_tokens_per_batch": args.max_tokens_per_batch,
             # The layout decides how many tokens a row takes.
@@ -159,11 +160,6 @@ class Run:
             "train_sampling_strategy": args.train_sampling_strategy,
             "curriculum": None if self.curriculum is None else dataclasses.asdict(self.curriculum),
         }
-
-    def _step_rows(self) -> int:
-        if self.budget is not None:
-            return self.budget.step_rows
-        return self.args.data_ranks * self.args.gradient_accumulation_steps * self.batch_size
 
     def _cut(self) -> dict[str, Any]:
         return {"max_length": self.args.max_length, "truncation_mode": self.args.truncation_mode}
@@ -240,10 +236,8 @@ def check_resume(run: Run, folder: str | Path) -> list[str]:
     _check_state(folder, run, saved or {})
     _check_moving_reference(folder, run.reference)
     if saved is None:
-        return [
-            f"{folder} does not record its run ({RECORD}), so it is unknown whether data, reference, loss and options"
-            " are the same"
-        ]
+        unknown = "so it is unknown whether data, reference, loss and options are the same"
+        return [f"{folder} does not record its run ({RECORD}), {unknown}"]
     return compare_records(folder, saved, run.record(), run.args.ignore_data_skip)
 
 
@@ -299,9 +293,8 @@ def _check_state(folder: Path, run: Run, saved: Mapping[str, Any]) -> None:
     """Raises UserError if a checkpoint lacks a file without which transformers would begin that state anew."""
     args = run.args
     lacking = [TRAINER_STATE_NAME] if not (folder / TRAINER_STATE_NAME).is_file() else []
-    if (
-        run.accelerator.distributed_type != DistributedType.DEEPSPEED
-    ):  # DeepSpeed keeps this state in files of its own, and misses them itself
+    # DeepSpeed keeps this state in files of its own, and misses them itself.
+    if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
         optimizers = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, "optimizer_*")  # the last is FSDP's folder
         if not any(file for pattern in optimizers for file in folder.glob(pattern)):
             lacking.append(OPTIMIZER_NAME)
@@ -372,9 +365,9 @@ def _is_same_reference(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> boo
     if saved.get("fingerprint") == ours.get("fingerprint"):
         return True
     before, now = saved.get(_SAMPLE), ours.get(_SAMPLE)
-    return (
-        bool(before and now) and len(before) == len(now) and all(abs(a - b) <= _ROUNDING for a, b in zip(before, now))
-    )
+    if not before or not now or len(before) != len(now):
+        return False
+    return all(abs(a - b) <= _ROUNDING for a, b in zip(before, now))
 
 
 def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -313,9 +313,8 @@ class CheckpointLoop(Trainer):
             if best.is_dir():
                 state.best_model_checkpoint = str(best)
             else:
-                log_on_main(
-                    [f"the best checkpoint so far, {best}, is missing: the best of the steps to come is chosen"]
-                )
+                line = f"the best checkpoint so far, {best}, is missing: the best of the steps to come is chosen"
+                log_on_main([line])
                 state.best_metric = state.best_global_step = None
         return counts
 

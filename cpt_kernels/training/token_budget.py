@@ -24,7 +24,7 @@ from ..data.loader import StepBudget, micro_batch_tokens
 from ..errors import UserError
 from ..planning.budget import find_budget, free_memory
 from ..planning.memory import set_checkpointing
-from ..planning.model_sizes import state_bytes
+from ..planning.model_sizes import most_moments, state_bytes
 from .resume import read_record
 from .saving import log_on_main
 
@@ -44,11 +44,7 @@ def unpredictable(trainer: Any) -> str | None:
 
 
 def check_can_choose(trainer: Any) -> None:
-    """Checks that the memory of a run can be predicted.
-
-    Raises:
-        UserError: it trains on a stream, or its weights are sharded or quantized.
-    """
+    """Raises UserError if the memory of a run cannot be predicted: of a stream, of sharded or quantized weights."""
     if reason := unpredictable(trainer):
         raise UserError(f"max_tokens_per_batch=auto {reason}: set a number of tokens")
 
@@ -82,12 +78,8 @@ def chosen_budget(trainer: Any, checkpoint: str | None) -> Iterator[None]:
             _use(trainer, StepBudget(saved, step_rows))
         micro_batches = args.gradient_accumulation_steps
         how = "chosen for this device" if saved is None else "as in the checkpoint"
-        log_on_main(
-            [
-                f"max_tokens_per_batch=auto: {trainer.budget.tokens} tokens, {how}; a step has {step_rows} rows in"
-                f" {micro_batches} micro-batch{'es' if micro_batches > 1 else ''} on each device"
-            ]
-        )
+        line = f"max_tokens_per_batch=auto: {trainer.budget.tokens} tokens, {how}; a step has {step_rows} rows in"
+        log_on_main([f"{line} {micro_batches} micro-batch{'es' if micro_batches > 1 else ''} on each device"])
         yield
     finally:
         trainer.budget, args.gradient_accumulation_steps = None, given
@@ -134,11 +126,10 @@ def _fits(trainer: Any, loader: Any) -> bool:
         set_checkpointing(model, args, True)
     model.train()
     state = state_bytes(trainer.packed.model, args)
-    moments = 2 * state["gradients"] if state["optimizer"] is None else state["optimizer"]
     devices = [args.device] if args.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            reserved = torch.empty(moments, dtype=torch.uint8, device=args.device)  # for the optimizer
+            reserved = torch.empty(most_moments(state), dtype=torch.uint8, device=args.device)  # for the optimizer
             batch = loader.collate_fn(loader.dataset.__getitems__(rows))
             for _ in range(min(2, args.gradient_accumulation_steps)):  # the second has gradients beside it
                 with trainer.accelerator.autocast():

@@ -130,6 +130,10 @@ def test_errors_name_the_row_and_the_mend() -> None:
         prepare(Dataset.from_list([row([IMAGE], [image])]), PROCESSOR.tokenizer)
     with pytest.raises(UserError, match="columns `images` and `image`: remove one"):
         prepare(Dataset.from_list([row([IMAGE], [image], image=image)]), PROCESSOR)
+    bare = tiny_processor("llava")
+    bare.chat_template = None
+    with pytest.raises(UserError, match="rows are conversations, and LlavaProcessor has no chat template: set"):
+        prepare(Dataset.from_list([row([IMAGE], [image])]), bare)
     kept, _ = prepare(Dataset.from_list([row([IMAGE], [image])]), PROCESSOR)
     with pytest.raises(UserError, match=r"give PackedCollator\(images=\.\.\.\)"):
         PackedCollator()(kept.to_list())

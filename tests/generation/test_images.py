@@ -15,8 +15,8 @@ from datasets import Dataset, Features, Image, List, Value
 from cpt_kernels import cli
 from cpt_kernels.data.image_files import open_image, pixel_digest
 from cpt_kernels.data.sources import load_data
-from cpt_kernels.generation.local import LocalModel
-from cpt_kernels.generation.prompts import Request, Sampling, read_prompts
+from cpt_kernels.generation.local import LocalModel, encode_prompt
+from cpt_kernels.generation.prompts import Prompt, Request, Sampling, read_prompts
 from tests.helpers.command import write_rows
 from tests.helpers.image_models import FAMILIES, picture, tiny_image_model, tiny_processor
 from tests.helpers.stub_endpoint import StubEndpoint, shorten_waits
@@ -133,6 +133,13 @@ def test_each_response_is_that_of_the_prompt_alone(home, kind):
         assert found[i].prompt_tokens == inputs["input_ids"].shape[1]
         assert found[i].text == processor.tokenizer.decode(ids, skip_special_tokens=True)
     assert len({answer.text for answer in found.values()}) > 1, "images do not matter"
+
+
+def test_a_conversation_needs_a_chat_template():
+    processor = tiny_processor("llava")
+    processor.chat_template = None
+    failure = encode_prompt(processor, Prompt([{"role": "user", "content": "w2"}]), Sampling())
+    assert failure.reason == "no chat template"
 
 
 def test_files_of_responses_to_images(home, capsys):
