@@ -53,9 +53,7 @@ def encode_texts(
 
 
 def encode_groups(
-    tokenizer: PreTrainedTokenizerBase,
-    groups: Sequence[Sequence[str]],
-    add_special_tokens: bool = True,
+    tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]], add_special_tokens: bool = True
 ) -> list[list[list[int]]]:
     """Returns the token ids of each text of each group. Texts that begin with their group's first text save time."""
     # verbose=False: the tokenizer would warn about the model's maximum length, but truncation happens later.

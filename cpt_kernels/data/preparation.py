@@ -155,27 +155,19 @@ class PreparationReport:
         """Returns the report as lines of text, without the counts that are zero."""
         lines = [f"{self.name} data: {self.kept} of {self.rows_in} rows kept, {self.pairs} pairs"]
         lines += [f"dropped, {reason}: {drop}" for reason, drop in self.dropped.items()]
-        if self.pairs_dropped:
-            lines.append(f"{self.pairs_dropped} pairs of kept rows dropped: equal sides, or a side without tokens")
         if self.scored_tokens < self.completion_tokens:
             lines.append(f"{self.scored_tokens / self.completion_tokens:.1%} of the completions' tokens are scored")
-        if self.truncated:
-            lines.append(f"{self.truncated} sequences truncated to max_length={self.max_length}")
-        if self.promptless:
-            lines.append(f"{self.promptless} sequences without a prompt: their first token has no log-prob")
         if self.texts and self.chats:
             lines.append(f"{self.texts} rows are text and {self.chats} are conversations, which have other tokens")
-        if self.repeated:
-            lines.append(
-                f"{self.repeated} rows repeat an earlier row token by token (the first: row {self.first_repeated})"
-            )
-        if self.doubled:
-            lines.append(f"{self.doubled} rows with a bos or eos token twice in succession ({self.doubled_example})")
-        if self.merged:
-            lines.append(
-                f"{self.merged} prompts whose last tokens change when a completion follows ({self.merged_example})"
-            )
-        return lines
+        counts = [
+            (self.pairs_dropped, "pairs of kept rows dropped: equal sides, or a side without tokens"),
+            (self.truncated, f"sequences truncated to max_length={self.max_length}"),
+            (self.promptless, "sequences without a prompt: their first token has no log-prob"),
+            (self.repeated, f"rows repeat an earlier row token by token (the first: row {self.first_repeated})"),
+            (self.doubled, f"rows with a bos or eos token twice in succession ({self.doubled_example})"),
+            (self.merged, f"prompts whose last tokens change when a completion follows ({self.merged_example})"),
+        ]
+        return [*lines, *(f"{count} {text}" for count, text in counts if count)]
 
 
 @dataclass(frozen=True)

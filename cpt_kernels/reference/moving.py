@@ -51,12 +51,7 @@ class MovingReference(TrainerCallback):
     lookup = None  # the collator has no reference log-probs to put into batches
     since = 0  # see Reference
 
-    def __init__(
-        self,
-        policy: PackedModel,
-        ref_model: nn.Module | None,
-        accelerator: Accelerator,
-    ) -> None:
+    def __init__(self, policy: PackedModel, ref_model: nn.Module | None, accelerator: Accelerator) -> None:
         # Refuse what cannot be mixed.
         if hasattr(policy.model, "peft_config"):
             raise UserError("sync_ref_model mixes weights, which is not defined for an adapter: leave out one of them")

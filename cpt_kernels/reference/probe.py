@@ -72,16 +72,16 @@ def measure(packed: PackedModel, compute_dtype: torch.dtype) -> ReferenceProbe:
     limit = min(getattr(config, "max_position_embeddings", None) or _FARTHEST, packed.share_limit or _FARTHEST)
     limit = min(limit, _FARTHEST)
     tokens = token_source(base)(min(_TOKENS, limit))
-    inputs: dict[str, Any] = {"use_cache": False}
-    if "position_ids" in inspect.signature(base.forward).parameters:
-        inputs["position_ids"] = _positions(len(tokens), limit)[None].to(base.device)
+    takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+    positions = _positions(len(tokens), limit)[None].to(base.device)
 
     def run(rows: int) -> Tensor:
+        inputs: dict[str, Any] = {"position_ids": positions.repeat(rows, 1)} if takes_positions else {}
         ids = torch.tensor([tokens] * rows, device=base.device)
         # With a mask, transformers does not take the gaps between positions for borders of sequences.
         mask = torch.ones_like(ids)
         with routing.follow([tokens] * rows, rows=rows):
-            logits = packed.model(input_ids=ids, attention_mask=mask, **_repeated(inputs, rows)).logits[0, :-1]
+            logits = packed.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[0, :-1]
         logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return logps.gather(-1, ids[0, 1:, None])[:, 0].double()
 
@@ -168,7 +168,3 @@ def _positions(count: int, limit: int) -> Tensor:
     positions[third:] += spare // 16
     positions[2 * third :] += spare - spare // 16
     return positions
-
-
-def _repeated(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-    return {name: value.repeat(rows, 1) if isinstance(value, Tensor) else value for name, value in inputs.items()}
