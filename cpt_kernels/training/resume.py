@@ -158,6 +158,8 @@ class Run:
             "rows a micro-batch of all ranks": args.data_ranks * self.batch_size if whole else None,
             "seed": order_seed(args),
             "train_sampling_strategy": args.train_sampling_strategy,
+            # With a budget, what sequences share decides how many trees a micro-batch holds.
+            **({"group_by_prefix": [by_tokens and self.layout.minimum_shared]} if args.group_by_prefix else {}),
             "curriculum": None if self.curriculum is None else dataclasses.asdict(self.curriculum),
         }
 

@@ -78,6 +78,31 @@ def test_log_probs_are_those_of_the_assistants_words(packing, tmp_path):
     )
 
 
+def test_sequences_that_share_tokens_score_their_own(tmp_path):
+    """The same tokens are scored in one completion and not in another, whose prompt or mask is another."""
+    first = {"prompt": [turn("user", "w3")], "train_on": [[1, 0, 1]] * 2}
+    middle, ends = [turn("assistant", "w4 w5"), turn("user", "w6")], ("w7 w8", "w7 w9")
+    whole = {side: [*middle, turn("assistant", end)] for side, end in zip(("chosen", "rejected"), ends)}
+    late = {side: [turn("assistant", end)] for side, end in zip(("chosen", "rejected"), ends)}
+    later = {"prompt": [*first["prompt"], *middle], "train_on": [[1], [1]]}
+    rows = [first | whole, first | whole | {"train_on": [[0, 0, 1], [0, 0, 1]]}, later | late]
+    losses, gradients = [], []
+    for sharing in ("tree", "prompt", "none"):
+        model = tiny_model("llama", torch.float64)
+        trainer = trainer_of(tmp_path, rows, model=model, sharing=sharing, loss_type=["sigmoid_norm"])
+        (batch,) = trainer.get_eval_dataloader(trainer.train_dataset)
+        assert sorted(batch["completion_lengths"]) == [3, 3, 3, 3, 6, 6]
+        assert (batch["token_index"] is not None) == (sharing == "tree")
+        value, scores = trainer.compute_loss(model, trainer._prepare_inputs(batch), return_outputs=True)
+        value.backward()
+        losses.append(sorted(scores.pair_logps.chosen.tolist()))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert scores.pair_logps.chosen_length.tolist().count(3) == 2
+    for other in (1, 2):
+        assert losses[0] == pytest.approx(losses[other], rel=1e-9)
+        torch.testing.assert_close(gradients[0], gradients[other])
+
+
 def test_held_out_pairs_are_scored_alike(tmp_path):
     model, rows = tiny_model("llama", torch.float64), conversations(3)
     tokenizer = word_tokenizer()
