@@ -6,10 +6,12 @@ import math
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from cpt_kernels.data.formats import UNSCORED
 from cpt_kernels.data.preparation import prepare
 from cpt_kernels.errors import UserError
+from tests.helpers.image_models import tiny_processor
 from tests.helpers.toy import CHAT_TEMPLATE, MARKED_TEMPLATE, word_tokenizer
 
 
@@ -94,6 +96,14 @@ def test_a_mask_is_cut_with_its_completion(max_length, scored):
     if max_length == 8:
         with pytest.raises(UserError, match=f"{UNSCORED}: 1 .*when cut to max_length=8"):
             prepared([late], max_length=max_length)
+
+
+def test_answers_to_prompts_with_images():
+    processor = tiny_processor("llava")
+    row = ROW | {"images": [Image.new("RGB", (8, 8))], "chosen": [t for t in ROW["chosen"] if t["role"] != "tool"]}
+    (found,), _ = prepared([row], processor, assistant_only_loss=True)
+    assert processor.tokenizer.decode(found["completion_ids"][0]) == "w11 w12 </s> w0 w13 </s> w1 w15 </s>"
+    assert [int(value) for value in found["scored"][0]] == [1, 1, 1, 0, 0, 0, 0, 1, 1]
 
 
 def test_a_template_whose_turns_do_not_join_is_refused():

@@ -155,14 +155,22 @@ def test_supervised_steps_are_trls(tmp_path):
     assert a == pytest.approx(b, abs=1e-4) and a[-1] < a[0]
 
 
-def test_answers_of_one_turn_train_as_in_trl(tmp_path):
-    """Where all tokens are the assistant's, the option changes nothing; TRL's DPO trainer has no such option."""
-    rows = Dataset.from_list([row | {"rejected": row["rejected"][:1]} for row in conversations(16)[::2]])
-    options = {"max_steps": 2}
-    theirs = run_trl(tmp_path / "trl", rows, **options)
-    assert_same_steps(
-        run_ours(tmp_path / "ours", rows, assistant_only_loss=True, **options), theirs, (*REWARDS, *LOGPS)
-    )
+def test_preference_steps_are_trls_where_both_score_the_same(tmp_path):
+    """TRL's DPO trainer scores all turns, as ours does without the option, which in answers of one turn does nothing."""
+    rows = {
+        "several": conversations(8),
+        "one": [row | {"rejected": row["rejected"][:1]} for row in conversations(16)[::2]],
+    }
+    found = {}
+    for name, given in rows.items():
+        data, options = Dataset.from_list(given), {"max_steps": 1}
+        theirs = run_trl(tmp_path / "trl" / name, data, **options)
+        for alone in (False, True):
+            found[name, alone] = run_ours(tmp_path / "ours", data, assistant_only_loss=alone, **options)
+            if name == "one" or not alone:
+                assert_same_steps(found[name, alone], theirs, (*REWARDS, *LOGPS))
+    everything, alone = (found["several", only].logs[0] for only in (False, True))
+    assert alone["logps/rejected"] > everything["logps/rejected"] + 1  # nats of the turns that are left out
 
 
 def text_rows(weights) -> list[dict]:
