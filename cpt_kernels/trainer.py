@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalPrediction
 from .config import ContrastiveConfig
 from .data.collate import PackedBatch, PackedCollator
 from .data.curriculum import Curriculum, Draws
-from .data.forms import Form, detect_form
+from .data.forms import FORM_COLUMNS, Form
 from .data.images import holds_images, is_processor
 from .data.loader import (
     check_budget,
@@ -287,7 +287,7 @@ class ContrastiveTrainer(PackedLoop):
         if not is_overridden(self, ContrastiveTrainer._prepare_dataset):
             return dataset
         is_plain = not isinstance(dataset, Dataset) or dataset.format["type"] is None
-        if is_plain and detect_form(read_columns(dataset)) is Form.GROUP:
+        if is_plain and {*FORM_COLUMNS[Form.GROUP]} <= {*read_columns(dataset)}:
             return dataset
         return ContrastiveTrainer._prepare_dataset(self, dataset, self._processor, args, name)
 

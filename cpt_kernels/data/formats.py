@@ -44,7 +44,6 @@ NO_PROMPT = "no prompt"
 _RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
 
 
-_SIDES = ("chosen", "rejected")
 # The keys that may hold the rating of an item of `completions`.
 _RATINGS = ("overall_score", "rating", "score", "fine-grained_score")
 
@@ -117,7 +116,7 @@ def parse_row(
         raise RowError(EMPTY, f"{', '.join(empty)} without text")
     beginning, is_open = "", False
     if "initial" in roles:
-        beginning, is_open, sides = _read_steps(row, roles, names, sides)
+        beginning, is_open, sides = _read_steps(row, roles, names, sides, form)
     all_scores = scores
     names, scores = [names[i] for i in filled], [scores[i] for i in filled]
     completions = cast("list[Text]", [sides[i] for i in filled])
@@ -131,7 +130,7 @@ def parse_row(
         if target is None or _is_empty(target):
             raise RowError(EMPTY, f"`{target_column}` without text")
         names.append(target_column)
-        completions.append(target)
+        completions += _after_beginning([target], beginning, row, roles) if "initial" in roles else [target]
         flags.append(None)
     if len({isinstance(completion, str) for completion in completions}) > 1:
         raise RowError(MALFORMED, f"{in_backticks(names)} mix text and messages")
@@ -149,6 +148,8 @@ def parse_row(
         if _is_empty(completion):  # for instance a conversation whose last message has no content
             raise RowError(EMPTY, f"`{name}` without text after the prompt")
     prompt, completions = _in_format(prompt, completions, prompt_format, row, roles)
+    if is_open and any(isinstance(side, list) and len(side) != 1 for side in completions):
+        raise RowError(MALFORMED, f"{in_backticks(names)} hold several turns, so they are no steps of one answer")
     tools, template_kwargs = _read_tools(row, roles), _read_template_kwargs(row)
     return Example(
         *(prompt, completions, scores, target_column is not None, tools, template_kwargs, pairs),
@@ -301,24 +302,32 @@ def _read_sides(row: Mapping[str, Any], form: Form, roles: Roles) -> tuple[list[
 
 
 def _read_steps(
-    row: Mapping[str, Any], roles: Roles, names: list[str], sides: list[Text | None]
+    row: Mapping[str, Any], roles: Roles, names: list[str], sides: list[Text | None], form: Form
 ) -> tuple[str, bool, list[Text | None]]:
     """Returns the beginning of the answers, whether they go on after the given steps, and the answers from their start.
 
     An answer is the beginning, a step, and the rest if the row has one. Without a rest the answer is not finished, so
     no end of the answer follows the step.
     """
-    beginning, rests = row.get(roles["initial"]) or "", [row.get(roles.get(f"{side}_rest", "")) for side in _SIDES]
+    beginning, rests = row.get(roles["initial"]) or "", [None] * len(sides)
+    if form is Form.PREFERENCE:
+        rests = [row.get(roles.get(f"{side}_rest", "")) for side in ("chosen", "rejected")]
     if not all(isinstance(text, str) for text in (beginning, *(rest or "" for rest in rests))) or "images" in roles:
         raise RowError(MALFORMED, f"`{roles['initial']}` and the rests of answers must be text, in rows without images")
     if any(isinstance(side, list) for side in sides):
         raise RowError(MALFORMED, f"{in_backticks(names)} must be text, because they continue `{roles['initial']}`")
-    if (rests[0] is None) != (rests[1] is None):
+    if len({rest is None for rest in rests}) > 1:
         raise RowError(MALFORMED, "one of `chosen_rest` and `rejected_rest` is null: give both, or none")
-    whole: list = [side and f"{beginning}{side}{rest or ''}" for side, rest in zip(sides, rests)]
-    if not isinstance(row.get(_column(roles, "prompt")), (str, type(None))):  # the prompt is messages
-        whole = [side and [{"role": "assistant", "content": side}] for side in whole]
-    return beginning, rests[0] is None, whole
+    whole = [side and f"{side}{rest or ''}" for side, rest in zip(sides, rests)]
+    return beginning, None in rests, _after_beginning(whole, beginning, row, roles)
+
+
+def _after_beginning(sides: list, beginning: str, row: Mapping[str, Any], roles: Roles) -> list:
+    """Returns texts, or nulls, behind the beginning of the answer; as messages if the prompt is not text."""
+    whole = [side and f"{beginning}{side}" for side in sides]
+    if isinstance(row.get(_column(roles, "prompt")), (str, type(None))):
+        return whole
+    return [side and [{"role": "assistant", "content": side}] for side in whole]
 
 
 def _read_ranked_sides(row: Mapping[str, Any], roles: Roles) -> tuple[list[str], list[Text | None], list[float]]:

@@ -150,7 +150,7 @@ def find_prompt(columns: Collection[str], form: Form | None = None) -> dict[str,
     if form is Form.MESSAGES:
         return roles
     prompt = _first_name((*PROMPT_NAMES[:-1], *(() if form is Form.SUPERVISED else _CONVERSATIONS), "input"), columns)
-    if form is Form.PREFERENCE:
+    if form is not None:
         roles |= {role: name for role, names in _AROUND_STEP.items() if (name := _first_name(names, columns))}
     if prompt is not None:
         roles["prompt"] = prompt

@@ -97,7 +97,10 @@ def _check_alike(loaded: Sequence[Dataset | IterableDataset], names: Sequence[st
     """Raises UserError if two datasets have responses in different columns, or one has text and another messages."""
     first: tuple[str, Form, Roles, str | None] | None = None
     for name, dataset in zip(names, loaded):
-        if (found := match_roles(read_columns(dataset))) is None:
+        columns = read_columns(dataset)
+        if (found := match_roles(columns)) is None and len(loaded) > 1 and (several := {"turns", "paths"} & {*columns}):
+            raise UserError(f"{name} has rows of several pairs ({in_backticks(several)}): train on this dataset alone")
+        if found is None:
             continue
         form, roles = found
         kind = _kind_of_rows(dataset, form, roles)

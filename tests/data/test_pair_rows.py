@@ -134,3 +134,13 @@ def test_trees_need_stored_rows_that_share(tmp_path):
         make_trainer(tmp_path, train_dataset=stream, **given).get_train_dataloader()
     with pytest.raises(UserError, match="group_by_prefix=true has no effect here"):
         make_trainer(tmp_path, train_dataset=Dataset.from_list(rows), packing="false", **given).get_train_dataloader()
+
+
+def test_steps_of_ranked_rows_and_a_target():
+    ranked = {"prompt": "w20 ", "initial_steps": "w21 ", "completions": ["w22", "w23"]}
+    assert decoded([ranked]) == [("w20 w21", "w22", "w23")]
+    tokenizer = word_tokenizer()
+    row = {"prompt": "w20 ", "initial_steps": "w21 ", "chosen_step": "w22", "rejected_step": "w23", "other": "w24 w25"}
+    (found,), _ = prepare(Dataset.from_list([row]), tokenizer, target_column="other")
+    assert tokenizer.decode(found["prompt_ids"]) == "w20 w21"
+    assert [*map(tokenizer.decode, found["completion_ids"])] == ["w22", "w23", "w24 w25"] and found["targets"] == [2]

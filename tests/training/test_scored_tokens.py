@@ -156,7 +156,7 @@ def test_supervised_steps_are_trls(tmp_path):
 
 
 def test_preference_steps_are_trls_where_both_score_the_same(tmp_path):
-    """TRL's DPO trainer scores all turns, as ours does without the option, which in answers of one turn does nothing."""
+    """TRL scores all turns, as ours does without the option, which changes nothing in answers of one turn."""
     rows = {
         "several": conversations(8),
         "one": [row | {"rejected": row["rejected"][:1]} for row in conversations(16)[::2]],
