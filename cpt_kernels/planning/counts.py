@@ -92,6 +92,7 @@ class RowLengths:
         self.prompts: list[dict[int, _Prompt]] = [{} for _ in range(len(dataset))]
         lengths: list[dict[int, tuple[int, int]]] = [{} for _ in range(len(dataset))]  # by position in the row
         self.images: list[dict[ImageId, float]] = [{} for _ in range(len(dataset))]  # tokens of each row's images
+        self.unscored = [0] * len(dataset)  # tokens of each row's completions that are not scored
         # With trees, the different sequences of each row by the hashes of prompt and completion.
         self.paths: list[dict[tuple[int, int], _Path]] = [{} for _ in range(len(dataset))]
         self._works: dict[tuple[int, ...], Work] = {}  # of micro-batches whose trees have been counted
@@ -106,6 +107,7 @@ class RowLengths:
                     path_of = (path, len(prompt), key, len(words) > 0, scored)
                     self.paths[row][key, hash((completion.tobytes(), mask))] = path_of
                 lengths[row][position] = (len(prompt), len(completion))
+                self.unscored[row] += 0 if scored is None else int((~scored).sum())
                 if collator.images is not None and len(words):
                     tokens, images = (prompt == collator.images.feature_token).sum(), ids_of(words.tolist())
                     self.images[row] = dict.fromkeys(images, float(tokens) / len(images))
@@ -134,13 +136,14 @@ class RowLengths:
             if (key := tuple(rows)) not in self._works:
                 self._works[key] = replace(self._work_of_trees(rows), image_tokens=images)
             return self._works[key]
-        groups = self.groups(rows, share)
+        groups, unscored = self.groups(rows, share), sum(self.unscored[row] for row in rows)
         if not self.collator.padded:
-            return replace(packed_groups(groups), image_tokens=images)
+            work = packed_groups(groups)
+            return replace(work, image_tokens=images, head_rows=work.head_rows - unscored)
         sequences = sum(len(group.completions) for group in groups)
         longest = max(group.prompt + max(group.completions) for group in groups)
         work = padded_sequences(sequences, longest, sum(sum(group.completions) for group in groups), head_gemms=3)
-        return replace(work, image_tokens=images)
+        return replace(work, image_tokens=images, head_rows=work.head_rows - unscored)
 
     def _work_of_trees(self, rows: Sequence[int]) -> Work:
         merged: dict[tuple[int, int], _Path] = {}

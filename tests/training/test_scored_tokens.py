@@ -13,6 +13,7 @@ from cpt_kernels.errors import UserError
 from cpt_kernels.evaluation.pairs import evaluate_pairs
 from cpt_kernels.losses import LOSSES, build_loss
 from cpt_kernels.ops.linear_preference import Pairs, linear_preference_loss
+from cpt_kernels.planning.counts import RowLengths
 from tests.helpers.architectures import tiny_model
 from tests.helpers.toy import CHAT_TEMPLATE, MARKED_TEMPLATE, config, make_trainer, word_tokenizer
 from tests.helpers.trl_runs import LOGPS, REWARDS, assert_same_steps, run_ours, run_trl
@@ -101,6 +102,14 @@ def test_sequences_that_share_tokens_score_their_own(tmp_path):
     for other in (1, 2):
         assert losses[0] == pytest.approx(losses[other], rel=1e-9)
         torch.testing.assert_close(gradients[0], gradients[other])
+
+
+@pytest.mark.parametrize("options", [{"sharing": "prompt"}, {"packing": "false"}], ids=str)
+def test_a_plan_counts_the_rows_of_the_head(options, tmp_path):
+    trainer = trainer_of(tmp_path, assistant_only_loss=True, loss_type=["simpo"], **options)
+    batch = trainer.collator(trainer.train_dataset.to_list())
+    work = RowLengths(trainer.train_dataset, trainer.collator).work(range(6))
+    assert (work.head_rows, work.tokens) == (len(batch["targets"]), batch["input_ids"].numel())
 
 
 def test_held_out_pairs_are_scored_alike(tmp_path):
