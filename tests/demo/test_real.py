@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from cpt_kernels import cli
+from cpt_kernels.demo.real import REAL_ARM_NAMES
 from cpt_kernels.demo.real.experiment import REAL_ARMS
 from cpt_kernels.demo.real.instructions import RULES, TOPICS, UNSEEN, Instruction, make_instructions
 from cpt_kernels.demo.teachers import TEACHERS, Teacher
@@ -95,10 +96,10 @@ def _process_settings():
     transformers.utils.logging.enable_progress_bar()
 
 
-def check_run(folder, printed):
+def check_run(folder, printed, arms):
     """Checks the files and the output of a quick run."""
     results = json.loads((folder / "results.json").read_text())
-    assert list(results["results"]) == ["chat", "start", *REAL_ARMS]
+    assert list(results["results"]) == ["chat", "start", *arms]
     for name, row in results["results"].items():
         assert (
             0 <= row["passed"]["low"] <= row["passed"]["rate"] <= row["passed"]["high"] <= 1 and row["title"] in printed
@@ -113,7 +114,7 @@ def check_run(folder, printed):
     assert len(outputs) == 8 * len(results["results"])
     assert not {row["prompt"] for row in outputs} & {row["prompt"][0]["content"] for row in scored}
     html = (folder / "report.html").read_text()
-    assert "What it does not show" in html and all(arm.title in html for arm in REAL_ARMS.values())
+    assert "What it does not show" in html and all(REAL_ARMS[arm].title in html for arm in arms)
 
 
 @pytest.mark.usefixtures("_process_settings")
@@ -125,12 +126,13 @@ def test_quick_run_on_a_tiny_chat_model(tmp_path, capsys):
     set_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     argv = ["demo-real", "--quick", "--model", str(folder), "--output", str(tmp_path / "run")]
-    assert cli.main(argv) == 0
-    check_run(tmp_path / "run", capsys.readouterr().out)
+    assert cli.main([*argv, "--arms", "selected"]) == 0
+    check_run(tmp_path / "run", capsys.readouterr().out, ["selected"])
     assert cli.main(argv) == 2 and "is there already" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
+    assert tuple(REAL_ARMS) == REAL_ARM_NAMES
     write_model(tmp_path / "base", bpe_tokenizer(["a"]))
     for argv, message in (
         (["--model", str(tmp_path / "base")], "has no chat template"),
@@ -144,7 +146,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 @pytest.mark.usefixtures("smollm2", "_process_settings")
 def test_quick_run_on_smollm2(tmp_path, capsys):
     assert cli.main(["demo-real", "--quick", "--output", str(tmp_path / "run")]) == 0
-    check_run(tmp_path / "run", capsys.readouterr().out)
+    check_run(tmp_path / "run", capsys.readouterr().out, REAL_ARMS)
     chat = tmp_path / "run" / "chat"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(chat), AutoTokenizer.from_pretrained(chat)
     assert not hasattr(model.config, "quantization_config") and model.num_parameters() == 134_515_008

@@ -12,10 +12,15 @@ import logging
 import resource
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+from ...cli.console import print_results
 from ...cli.parsing import Parser
 from ...errors import UserError
+
+# The keys of `experiment.REAL_ARMS`, here as well because --help must not import transformers.
+REAL_ARM_NAMES = ("sft-continued", "slic", "dpo", "curriculum", "selected")
 
 
 def main(argv: Sequence[str], prog: str = "cpt demo-real") -> None:
@@ -30,6 +35,14 @@ def main(argv: Sequence[str], prog: str = "cpt demo-real") -> None:
         "--output", type=Path, metavar="DIR", default=folder, help="new folder to write to [%(default)s]"
     )
     parser.add_argument("--model", metavar="MODEL", help="folder or name of another chat model to train")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=REAL_ARM_NAMES,
+        default=REAL_ARM_NAMES,
+        metavar="ARM",
+        help=", ".join(REAL_ARM_NAMES),
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     parser.add_argument("--quick", action="store_true", help="two steps of every stage, which teach nothing")
     options = parser.parse_args(argv)
@@ -37,10 +50,11 @@ def main(argv: Sequence[str], prog: str = "cpt demo-real") -> None:
         raise UserError(f"--seed {options.seed}: must be at least 0 and below 2**32")
     if options.output.exists():
         raise UserError(f"--output {options.output} is there already: remove it, or choose another folder")
+    if find_spec("peft") is None:
+        raise UserError("the demo trains LoRA adapters, which need PEFT: pip install 'peft>=0.19'")
 
     import datasets
     import transformers
-    from rich.console import Console
 
     from . import report
     from .experiment import REAL_FULL, REAL_QUICK, RealExperiment, convert_model
@@ -48,11 +62,10 @@ def main(argv: Sequence[str], prog: str = "cpt demo-real") -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("cpt_kernels").setLevel(logging.ERROR)  # the demo makes its own data: its warnings help nobody
-    console = Console(soft_wrap=True, highlight=False)
     began = time.perf_counter()
 
     def progress(line: str) -> None:
-        console.print(f"{time.perf_counter() - began:6.0f} s  {line}", markup=False)
+        print(f"{time.perf_counter() - began:6.0f} s  {line}", flush=True)
 
     if (model := options.model) is None:
         model = str(options.output / "chat")
@@ -61,7 +74,7 @@ def main(argv: Sequence[str], prog: str = "cpt demo-real") -> None:
         convert_model(Path(model))
     size = REAL_QUICK if options.quick else REAL_FULL
     experiment = RealExperiment(model, options.seed, size, options.output, progress)
-    found = report.Report(experiment.run(), size, experiment.dtype)
+    found = report.Report(experiment.run(options.arms), size, experiment.dtype)
     found.about = {
         "command": " ".join([prog, *argv]),
         "model": options.model or "SmolLM2-135M-Instruct",
@@ -70,9 +83,5 @@ def main(argv: Sequence[str], prog: str = "cpt demo-real") -> None:
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
     }
     found.write(options.output)
-    console.print(found.table())
-    for sentence in found.sentences():
-        console.print(sentence, markup=False)
-    console.print(
-        f"Responses side by side, and what this does not show: {options.output / 'report.html'}", markup=False
-    )
+    page = f"Responses side by side, and what this does not show: {options.output / 'report.html'}"
+    print_results([found.table()], [*found.sentences(), page])

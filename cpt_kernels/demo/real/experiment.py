@@ -137,8 +137,8 @@ class RealExperiment:
         self.options = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_steps": 0.1, "max_length": 256}
         self.options |= {"bf16": is_fast, "ref_cache_dir": str(folder / "reference"), "seed": seed}
 
-    def run(self) -> RealResult:
-        """Fine-tunes the chat model, trains all arms from there on the same prompts, and examines each model."""
+    def run(self, arms: Sequence[str]) -> RealResult:
+        """Fine-tunes the chat model, trains arms of ``REAL_ARMS`` from there, and examines each model."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress(f"the chat model answers {len(self.held_out)} held-out instructions, in {self.dtype}")
         chat = self._load(self.model)
@@ -158,9 +158,9 @@ class RealExperiment:
         own = self._generate(self._load(start), self.instructions)
         responses += [_response(instruction, _OWN, text) for instruction, text in zip(self.instructions, own)]
         pairs = self._make_pairs(responses)
-        self.progress("difficulty of the pairs")
-        scored = self._score(start)
-        for name, arm in REAL_ARMS.items():
+        scored = self._score(start) if "selected" in arms else []
+        for name in dict.fromkeys(arms):
+            arm = REAL_ARMS[name]
             rows = completions if not arm.pairs else scored if name == "selected" else pairs
             examined[name] = self._run_arm(name, arm, start, rows, chat)
         self._write("outputs.jsonl", [row for name, each in examined.items() for row in self._outputs(name, each)])
@@ -196,6 +196,7 @@ class RealExperiment:
 
     def _score(self, model: str) -> list[dict[str, Any]]:
         """Returns the pairs with their difficulty: a short run on each half of the prompts scores the other half."""
+        self.progress("difficulty of the pairs")
         options = self.options | _DPO | {"max_steps": max(1, self.size.steps // 2)}
         options |= {"output_dir": self.folder / "halves", "per_device_train_batch_size": BATCH // 2}
         options |= {"gradient_checkpointing": "false", "use_cpu": "true", "disable_tqdm": "true", "seeds": 1}

@@ -32,12 +32,12 @@ _COMPARED = (
 _TOGETHER = Bootstrap(confidence=1 - 0.05 / len(_COMPARED))
 _EXAMPLES = 8
 _MEASURES = (
-    "A response passes if its content is right and it follows all rules of its instruction. Wins are against SFT: a right"
-    " response beats a wrong one, and then the number of rules decides. New rules are in no training prompt. Words (mean"
-    " number) and rules show gains of form alone. Distinct: different pairs of consecutive words among equally many. KL"
-    " per token, the share of equal likeliest tokens and the change of the entropy are against the chat model before any"
-    " training, on responses of each model. The perplexity is of paragraphs of the manual that comes with Python, divided"
-    " by the chat model's."
+    "A response passes if its content is right and it follows all rules of the instruction. Wins are against SFT: a"
+    " right one beats a wrong one, and then the number of rules decides. New rules are in no training prompt. Words"
+    " (mean number) and rules show gains of form alone. Distinct: different pairs of consecutive words among equally"
+    " many. KL per token, the share of equal likeliest tokens and the change of the entropy are against the chat model"
+    " before any training, on responses of each model. The perplexity is of paragraphs of the manual that comes with"
+    " Python, divided by the chat model's."
 )
 _LIMITS = (
     "That the model became more helpful: the checks are of form and of a few facts, and no person read a response.",
@@ -86,7 +86,7 @@ class Report:
     def differences(self) -> list[dict[str, Any]]:
         """The comparisons of `_COMPARED`, on the same instructions."""
         found, rows = self.result.examined, []
-        for model, other in _COMPARED:
+        for model, other in (pair for pair in _COMPARED if {*pair} <= found.keys()):
             measures = {"passed": ModelAnswers.passed.fget, "right": _right, "rules": _rules}
             row: dict[str, Any] = {"model": model, "minus": other}
             for name, measure in measures.items():
@@ -174,9 +174,10 @@ class Report:
             *("# What this run shows", *self.sentences()),
             "Differences are on the same instructions; their intervals hold together with 95 % (Bonferroni).",
             *(self.table(), _MEASURES, kinds, "# What it does not show", *_LIMITS),
-            *("# Responses, side by side", [("instruction", "model", "response", ""), *examples]),
+            "# Responses side by side",
+            [("instruction", "model", "response", ""), *examples],
             "# Data and settings",
-            "Teachers are programs: each ignores a rule, adds a phrase, or answers about another topic at its own rates."
+            "Teachers are programs: each ignores a rule, adds a phrase, or mistakes the topic, at rates of its own."
             " Pairs follow the order of strength, never the checks. The weakest, model, is the SFT model itself. Topics"
             f" are never in both parts. New rules: {' '.join(sorted(UNSEEN))}",
             pairs,
