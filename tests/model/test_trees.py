@@ -136,8 +136,8 @@ def test_the_proof_runs_a_tree(fault, monkeypatch):
     """A model that runs prompt groups exactly and deeper trees not is proven for prompt groups alone."""
     lay_out = collate.lay_out
 
-    def broken(segments, completions):
-        layout = lay_out(segments, completions)
+    def broken(segments, completions, *masks):
+        layout = lay_out(segments, completions, *masks)
         prompts = {0, *(span.start for span in completions)}
         deep = [i for i, (queries, keys) in enumerate(segments) if keys - queries not in prompts]
         for i in deep:
