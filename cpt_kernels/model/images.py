@@ -47,7 +47,7 @@ def image_reader(model: PreTrainedModel, processor: Any) -> ImageReader:
 def image_probe(model: PreTrainedModel, reader: ImageReader) -> Probe:
     """Returns the tokens and images of a proof of prompts with images.
 
-    The first prompt has two completions and one image, the second one completion and both images.
+    The first prompt has one image and two completions that begin alike, the second one completion and both images.
     """
     import PIL.Image
 
@@ -58,7 +58,8 @@ def image_probe(model: PreTrainedModel, reader: ImageReader) -> Probe:
     ids = [reader.image_id(picture) for picture in pictures]
     first: tuple[int, ...] = (*ids[0], *draw(3), *spelled[0], *draw(4))
     second: tuple[int, ...] = (*ids[1], *ids[0], *draw(2), *spelled[1], *draw(1), *spelled[0], *draw(2))
-    sequences: list[Tokens] = [(first, draw(5)), (first, draw(7)), (second, draw(4))]
+    one, two = draw(5), draw(7)
+    sequences: list[Tokens] = [(first, one), (first, one[:2] + two[2:]), (second, draw(4))]
     return replace(Probe.of(model), sequences=sequences, images=dict(zip(ids, pictures)))
 
 

@@ -491,12 +491,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def _weigh(tokens: VocabScore, batch: PackedBatch, loss: Loss | None, tokens_per_pair: Tensor | float) -> Scores:
     """Computes the loss from differentiable log-probs of all predictions, by autograd."""
-    tokens = completion_tokens(tokens, _shared_tokens(batch))
+    rows, tokens = len(tokens.logps), completion_tokens(tokens, _shared_tokens(batch))
     completion_logps = segment_sum(tokens.logps, batch["cu_completions"])
     if loss is None:
         return Scores(tokens, completion_logps)
     pairs = _pairs(batch, tokens_per_pair)
-    pairs.check(loss, completion_logps.device, len(tokens.logps))
+    pairs.check(loss, completion_logps.device, rows)
     pair_logps = pairs.pair_logps(completion_logps, loss=loss, tokens=tokens)
     losses = pairs.losses(loss, pair_logps)
     return Scores(tokens, completion_logps, losses.sum(), losses.detach(), pair_logps=pair_logps)

@@ -29,6 +29,7 @@ from tests.helpers.exactness import (
     run_packed,
 )
 from tests.helpers.forked import run_ranks
+from tests.helpers.trees import tree_rows
 
 UNEVEN = "llama-6-3"  # heads that no number of ranks divides into even groups
 CONFIGS[UNEVEN] = _config("Llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
@@ -46,6 +47,8 @@ def joined(size: int) -> SequenceGroup:
 def rows_of(case: dict[str, Any]) -> list[dict]:
     if case.get("short"):  # fewer tokens than ranks
         return [{"prompt_ids": [5, 9], "completion_ids": [[6]], "chosen": [0], "rejected": [], "targets": [0]}]
+    if case.get("tree"):
+        return tree_rows(0)
     return make_rows(case.get("loss", "slic"), long=case["name"] in LENGTH_DEPENDENT, seed=case.get("seed", 0))
 
 
@@ -72,7 +75,9 @@ def compare(size: int, cases: list[dict[str, Any]]) -> None:
             for layer in model.model.layers:
                 fully_shard(layer, mesh=init_device_mesh("cpu", (size,)))
             fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
-        found = run_packed(packed, rows, loss, share=case.get("share", True), general=case.get("general", False))
+        how = {"share_prompts": case.get("share", True), "minimum_shared": 1 if case.get("tree") else None}
+        batch = make_batch(rows, packed, **how)
+        found = run_packed(packed, rows, loss, batch=batch, general=case.get("general", False))
         if case.get("fsdp"):
             found.grads = {name: grad.full_tensor() for name, grad in found.grads.items()}
         else:  # the mean of the gradients over the ranks, as DDP computes it
@@ -93,7 +98,7 @@ CASES = [
     dict(name="gpt_oss"),  # sinks, experts
     dict(name="llama-tied", loss="sigmoid", checkpointing=True, general=True),
     dict(name="phi3-longrope", seed=1),
-    dict(name="gpt2"),
+    dict(name="gpt2", tree=True, loss="sigmoid"),
     dict(name="qwen3", fsdp=True),
 ]
 
