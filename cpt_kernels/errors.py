@@ -25,6 +25,15 @@ def describe_failure(error: Exception) -> str:
 
 
 @contextmanager
+def at_place(where: str, types: tuple[type[Exception], ...] = (UserError,)) -> Iterator[None]:
+    """Puts a place, such as a row or a file, in front of the message of a :class:`UserError`, or of other ``types``."""
+    try:
+        yield
+    except types as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+@contextmanager
 def user_error(
     what: str | None = None, types: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
 ) -> Iterator[None]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, at_place
 from .option_table import option_table
 from .option_types import Option
 
@@ -267,10 +267,8 @@ def _check_name(name: str, where: str, dashes: str = "") -> None:
 def _convert_named(name: str, value: Any, where: str) -> Any:
     if name == "columns" and isinstance(value, dict):
         value = [f"{theirs}={ours}" for theirs, ours in value.items()]
-    try:
+    with at_place(f"{where}{name}"):
         return convert(value, option_table().options[name].kinds)
-    except UserError as error:
-        raise UserError(f"{where}{name}: {error}") from None
 
 
 # --- YAML ---

@@ -12,9 +12,8 @@ import binascii
 import io
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -23,7 +22,7 @@ import fsspec
 from datasets import Dataset, Image, IterableDataset, List, Value
 from xxhash import xxh3_128
 
-from ..errors import UserError
+from ..errors import UserError, at_place
 from .forms import IMAGE_COLUMNS, image_column
 from .messages import as_list
 from .stores import is_remote
@@ -199,7 +198,7 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
 
     def decode(new: tuple[bytes, tuple[int, Any]]) -> None:
         key, (row, source) = new
-        with _with_place(f"{name} row {row}"):
+        with at_place(f"{name} row {row}"):
             is_of_url = isinstance(source, str) and is_remote(source)
             known[key] = key if is_of_url else pixel_digest(_decode_file(source))
 
@@ -207,7 +206,7 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
         for batch in dataset.select_columns([column]).iter(_AT_ONCE):
             rows, sources = [], dict[bytes, tuple[int, Any]]()
             for number, value in enumerate(batch[column], len(found)):
-                with _with_place(f"{name} row {number}"):
+                with at_place(f"{name} row {number}"):
                     given = [image_source(image) for image in as_list(value)]
                 rows.append([_source_key(source) for source in given])
                 sources |= {key: (number, source) for key, source in zip(rows[-1], given) if key not in sources}
@@ -215,14 +214,6 @@ def with_digests(dataset: Dataset, name: str) -> Dataset:
                 pass  # raises the first error
             found += [b"".join(known[key] for key in keys) or None for keys in rows]
     return dataset.add_column(DIGESTS, found)
-
-
-@contextmanager
-def _with_place(where: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def _source_key(source: Any) -> bytes:

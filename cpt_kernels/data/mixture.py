@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from ..errors import UserError, user_error
+from ..errors import UserError, at_place, user_error
 from .formats import parse_row
 from .forms import FORM_COLUMNS, Form, Roles, in_backticks, match_roles
 from .messages import RowError
@@ -84,13 +84,11 @@ def _load_part(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset 
     path, name, columns = part["path"], part.get("name"), part.get("columns")
     options = {"split": part.get("split", "train"), "streaming": streaming}
     files = {key: part[key] for key in ("data_dir", "data_files") if part.get(key) is not None}
-    try:
+    with at_place(where, (ValueError, FileNotFoundError)):
         if not files:
             return load_data(path, config=name, columns=columns, **options)
         dataset = load_files(path, name, **files, **options)
         return dataset if columns is None else choose_columns(dataset, columns, path)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def _check_alike(loaded: Sequence[Dataset | IterableDataset], names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from typing import IO, Any
 import pyarrow as pa
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, List, SplitGenerator, Value
 
-from ..errors import UserError
+from ..errors import UserError, at_place
 from .image_files import resolve_images
 from .rows import ExactJson
 
@@ -242,18 +242,15 @@ class _Files(ArrowBasedBuilder):
 
     def _rows(self, path: str, name: str) -> Iterator[FileRow]:
         """Yields the rows of a file, which error messages call ``name``."""
-        try:
-            # For a stream, `datasets` replaces the `open` of this module by one that reads remote files.
-            with open(path, "rb") as file:
-                for number, row in enumerate(self._parse(_decompressed(file, name), name)):
-                    if self.info.features and (unknown := row.keys() - self.info.features.keys()):
-                        raise UserError(
-                            f"row {number} has the column `{min(unknown)}`, which the stream's first {_HEAD} rows lack:"
-                            " add it to the first row with the value null, or read the data without streaming"
-                        )
-                    yield resolve_images(row, name)
-        except (UserError, pa.ArrowException) as error:
-            raise UserError(f"{name}: {error}") from error
+        # For a stream, `datasets` replaces the `open` of this module by one that reads remote files.
+        with at_place(name, (UserError, pa.ArrowException)), open(path, "rb") as file:
+            for number, row in enumerate(self._parse(_decompressed(file, name), name)):
+                if self.info.features and (unknown := row.keys() - self.info.features.keys()):
+                    raise UserError(
+                        f"row {number} has the column `{min(unknown)}`, which the stream's first {_HEAD} rows lack:"
+                        " add it to the first row with the value null, or read the data without streaming"
+                    )
+                yield resolve_images(row, name)
 
 
 class JsonFiles(_Files):

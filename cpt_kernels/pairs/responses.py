@@ -29,7 +29,7 @@ from ..data.image_files import DIGEST_BYTES, DIGESTS, with_digests
 from ..data.messages import MALFORMED, RowError, Text, has_images, read_text_or_messages, text_as_turns, with_images
 from ..data.response_columns import MODEL_NAMES, RESPONSE_NAMES
 from ..data.rows import ExactJson, NullPlaces, drop_nulls, find_null_places, visible_rows
-from ..errors import UserError
+from ..errors import UserError, at_place
 from .build import DropReason, prompt_key
 
 if TYPE_CHECKING:
@@ -222,10 +222,8 @@ def read_responses(
     """
     dataset = with_digests(visible_rows(dataset), name)
     dataset = dataset.remove_columns([column for column in IMAGE_COLUMNS if column in dataset.column_names])
-    try:
+    with at_place(name, (ValueError,)):
         readings = find_readings(describe_columns(dataset), models, rating)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
     return dataset.map(
         ReadResponses(readings, find_null_places(dataset.features, dataset.column_names), tokenizer),
         with_indices=True,

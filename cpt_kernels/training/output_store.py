@@ -201,5 +201,6 @@ _known: dict[Path, OutputStore] = {}  # by local folder, in this process
 
 def _size_and_checksum(file: Path) -> tuple[int, str]:
     """Returns size and checksum of a file."""
-    update_digest(digest := xxh3_64(), file)
+    digest = xxh3_64()
+    update_digest(digest, file)
     return file.stat().st_size, digest.hexdigest()
