@@ -26,19 +26,13 @@ _TRIED_ROWS = 100  # rows among which the first usable one is sought
 
 @dataclass(frozen=True)
 class FirstRow:
-    """What the first usable row tells.
+    """What the first usable row tells."""
 
-    Attributes:
-        prompt_format: the format in which all rows are read: "auto" became "chat" if a column makes rows conversations.
-        is_chat: the row is a conversation; None if no row is usable, or rows are tokenized already.
-        is_whole: the responses are whole conversations, which begin with their prompt.
-        remarks: sentences for the user.
-    """
-
+    # the format in which all rows are read: "auto" became "chat" if a column makes rows conversations
     prompt_format: PromptFormat
-    is_chat: bool | None
-    is_whole: bool
-    remarks: Sequence[str]
+    is_chat: bool | None  # the row is a conversation; None if no row is usable, or rows are tokenized already
+    is_whole: bool  # the responses are whole conversations, which begin with their prompt
+    remarks: Sequence[str]  # sentences for the user
 
     def notes(self, name: str, unused: Sequence[str]) -> list[str]:
         """Returns the sentences about a dataset called ``name`` with these unused columns."""

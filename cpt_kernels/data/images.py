@@ -44,16 +44,11 @@ _WORD = (1 << 63) - 1
 
 
 class ImageInputs(NamedTuple):
-    """The model's inputs for U different images.
+    """The model's inputs for U different images."""
 
-    Attributes:
-        inputs: keyword arguments of the model, such as ``pixel_values``.
-        tokens: (U,) number of the tokens that each image's features take.
-        token_types: names of the model's arguments that mark the tokens of images, see ``ImageReader.mark``.
-    """
-
-    inputs: dict[str, Tensor]
-    tokens: list[int]
+    inputs: dict[str, Tensor]  # keyword arguments of the model, such as ``pixel_values``
+    tokens: list[int]  # (U,) number of the tokens that each image's features take
+    # names of the model's arguments that mark the tokens of images, see ``ImageReader.mark``
     token_types: tuple[str, ...]
 
 
@@ -69,14 +64,10 @@ class PlacedImages(TypedDict):
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads the images of prompts with a model's processor.
+    """Reads the images of prompts with a model's processor."""
 
-    Args:
-        processor: a processor of transformers, with an image processor and a tokenizer.
-        token_id: the token whose embeddings the model replaces by an image's features; default the processor's own.
-    """
-
-    processor: ProcessorMixin
+    processor: ProcessorMixin  # a processor of transformers, with an image processor and a tokenizer
+    # the token whose embeddings the model replaces by an image's features; default the processor's own
     token_id: int | None = None
 
     @cached_property

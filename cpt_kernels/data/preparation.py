@@ -241,26 +241,17 @@ class _StreamFilter:
 
 
 class Examined(NamedTuple):
-    """How the rows of a dataset are read.
+    """How the rows of a dataset are read."""
 
-    Attributes:
-        dataset: its visible rows.
-        columns: all of them.
-        keep: the columns that stay as they are.
-        nulls: where Arrow may have inserted nulls.
-        reader: reads the images of the column `images`, if there is one.
-        unused: the columns that nothing reads.
-    """
-
-    dataset: Dataset | IterableDataset
-    columns: list[str]
+    dataset: Dataset | IterableDataset  # its visible rows
+    columns: list[str]  # all of them
     form: Form
     roles: Roles
-    keep: tuple[str, ...]
-    nulls: Mapping[str, NullPlaces]
+    keep: tuple[str, ...]  # the columns that stay as they are
+    nulls: Mapping[str, NullPlaces]  # where Arrow may have inserted nulls
     first: FirstRow
-    unused: list[str]
-    reader: ImageReader | None = None
+    unused: list[str]  # the columns that nothing reads
+    reader: ImageReader | None = None  # reads the images of the column `images`, if there is one
 
 
 @dataclass(frozen=True)

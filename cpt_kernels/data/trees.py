@@ -16,15 +16,10 @@ MINIMUM_SHARED = 64
 
 
 class Branch(NamedTuple):
-    """A segment of a packed row.
+    """A segment of a packed row."""
 
-    Attributes:
-        shared: tokens at the beginning of its path that the branch before it has as well, and that are not run again.
-        sequences: that end in this segment, in the order of their ends; the last one is the whole path.
-    """
-
-    shared: int
-    sequences: list[int]
+    shared: int  # tokens at the beginning of its path that the branch before it has as well, and that are not run again
+    sequences: list[int]  # that end in this segment, in the order of their ends; the last one is the whole path
 
 
 def find_branches(

@@ -43,18 +43,14 @@ _PREFERENCES = {"1": 1.0, "2": 0.0, "tie": 0.5}
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Preferences for a model's output over the baseline's, for n comparisons.
+    """Preferences for a model's output over the baseline's, for n comparisons."""
 
-    Attributes:
-        orders: (n, 1) or (n, 2) preference in each order that was asked. In column 0 the model's output stands first,
-            in column 1 second. NaN means that there is no verdict.
-        failures: reason -> number of verdicts that are missing for this reason.
-        identical: number of comparisons of equal outputs. They count as ties, and no judge is asked.
-    """
-
+    # (n, 1) or (n, 2) preference in each order that was asked. In column 0 the model's output stands first, in
+    # column 1 second. NaN means that there is no verdict.
     orders: NDArray[np.float64]
+    # reason -> number of verdicts that are missing for this reason
     failures: Mapping[str, int] = field(default_factory=dict)
-    identical: int = 0
+    identical: int = 0  # number of comparisons of equal outputs. They count as ties, and no judge is asked.
 
     @property
     def preferences(self) -> NDArray[np.float64]:

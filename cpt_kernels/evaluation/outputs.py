@@ -22,16 +22,11 @@ _SHOWN = 60  # characters of a prompt in a message
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """The outputs of one model.
-
-    Attributes:
-        responses: prompt -> responses to it, in the order of the file.
-        conversations: the prompts of several turns; their text is JSON.
-    """
+    """The outputs of one model."""
 
     model: str
-    responses: Mapping[str, list[str]]
-    conversations: frozenset[str] = frozenset()
+    responses: Mapping[str, list[str]]  # prompt -> responses to it, in the order of the file
+    conversations: frozenset[str] = frozenset()  # the prompts of several turns; their text is JSON
 
     def __len__(self) -> int:
         return sum(map(len, self.responses.values()))
@@ -39,22 +34,15 @@ class ModelOutputs:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """n pairs of outputs to the same prompt, one of a model and one of the baseline.
+    """n pairs of outputs to the same prompt, one of a model and one of the baseline."""
 
-    Attributes:
-        model, baseline: names of the two.
-        prompts, outputs, baseline_outputs: n texts each. A prompt with several responses occurs several times.
-        without_baseline: number of prompts that only the model answered.
-        without_output: number of prompts that only the baseline answered.
-    """
-
-    model: str
-    baseline: str
-    prompts: list[str]
-    outputs: list[str]
-    baseline_outputs: list[str]
-    without_baseline: int
-    without_output: int
+    model: str  # name
+    baseline: str  # name
+    prompts: list[str]  # n texts each. A prompt with several responses occurs several times.
+    outputs: list[str]  # likewise
+    baseline_outputs: list[str]  # likewise
+    without_baseline: int  # number of prompts that only the model answered
+    without_output: int  # number of prompts that only the baseline answered
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -36,33 +36,21 @@ class Grouping:
 
 @dataclass(frozen=True)
 class PairEvaluation:
-    """P pairs scored by one or several models.
+    """P pairs scored by one or several models."""
 
-    Attributes:
-        rows: (P,) row of each pair in the given data.
-        completions: (P, 2) positions of chosen and rejected among the completions of the row; 0 and 1 except in ranked
-            rows.
-        prompts: (P,) hash of the prompt of each pair; intervals resample prompts.
-        lengths: (P, 2) tokens of chosen and rejected after truncation.
-        groupings: by models, by length, and by the requested columns.
-        logps: model -> (P, 2) summed log-probs of chosen and rejected, in nats.
-        ref_logps: (P, 2) the same for the reference, or None without a reference.
-        beta: factor of the rewards.
-        per_token: rewards are of log-probs per token, as those of the loss that the models were trained with.
-        report: which rows of the data were used, truncated and dropped.
-        drifts: "responses" or "text" -> model -> what training changed on their tokens, as far as it was measured.
-    """
-
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int64]  # (P,) row of each pair in the given data
+    # (P, 2) positions of chosen and rejected among the completions of the row; 0 and 1 except in ranked rows
     completions: NDArray[np.int64]
-    prompts: NDArray[np.uint64]
-    lengths: NDArray[np.int64]
-    groupings: list[Grouping]
-    logps: dict[str, NDArray[np.float64]]
-    ref_logps: NDArray[np.float64] | None
-    beta: float
-    report: PreparationReport
+    prompts: NDArray[np.uint64]  # (P,) hash of the prompt of each pair; intervals resample prompts
+    lengths: NDArray[np.int64]  # (P, 2) tokens of chosen and rejected after truncation
+    groupings: list[Grouping]  # by models, by length, and by the requested columns
+    logps: dict[str, NDArray[np.float64]]  # model -> (P, 2) summed log-probs of chosen and rejected, in nats
+    ref_logps: NDArray[np.float64] | None  # (P, 2) the same for the reference, or None without a reference
+    beta: float  # factor of the rewards
+    report: PreparationReport  # which rows of the data were used, truncated and dropped
+    # rewards are of log-probs per token, as those of the loss that the models were trained with
     per_token: bool = False
+    # "responses" or "text" -> model -> what training changed on their tokens, as far as it was measured
     drifts: dict[str, dict[str, Drift]] = field(default_factory=dict)
 
     def metrics(self, model: str) -> dict[str, NDArray[np.float64]]:

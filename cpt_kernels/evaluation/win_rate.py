@@ -30,18 +30,13 @@ _EQUAL = 1e-12  # means of prompts that differ by less are the same up to roundi
 class Bootstrap:
     """How confidence intervals are computed.
 
-    Attributes:
-        resamples: number of bootstrap resamples of the prompts.
-        confidence: probability mass between the two ends of an interval, in (0, 1).
-        seed: seed of the resampling.
-
     Raises:
         UserError: a value is out of range.
     """
 
-    resamples: int = 2000
-    confidence: float = 0.95
-    seed: int = 0
+    resamples: int = 2000  # number of bootstrap resamples of the prompts
+    confidence: float = 0.95  # probability mass between the two ends of an interval, in (0, 1)
+    seed: int = 0  # seed of the resampling
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1 or self.resamples < 1:

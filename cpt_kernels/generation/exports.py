@@ -21,17 +21,11 @@ ALPACA_FILE = "model_outputs.json"
 
 @dataclass(frozen=True)
 class Exports:
-    """What is written besides the file of responses.
+    """What is written besides the file of responses."""
 
-    Attributes:
-        column: name of a new column of the dataset that gets the responses, or None.
-        dataset_output: .jsonl or .parquet file for the dataset with that column.
-        alpaca_eval: also write ``model_outputs.json`` beside the file of responses.
-    """
-
-    column: str | None = None
-    dataset_output: Path | None = None
-    alpaca_eval: bool = False
+    column: str | None = None  # name of a new column of the dataset that gets the responses, or None
+    dataset_output: Path | None = None  # .jsonl or .parquet file for the dataset with that column
+    alpaca_eval: bool = False  # also write ``model_outputs.json`` beside the file of responses
 
     def check_paths(self, output: Path, dataset_name: str, n: int) -> None:
         """Raises UserError if an option contradicts another one or names a file that cannot be used."""

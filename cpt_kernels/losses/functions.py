@@ -33,29 +33,19 @@ from .logps import PairLogps
 
 @dataclass(frozen=True)
 class Builtin:
-    """An entry of the table of losses.
+    """An entry of the table of losses."""
 
-    Attributes:
-        function: ``(PairLogps, **options) -> (P,)``.
-        equation: the loss of a pair, in the notation of this module.
-        source: the paper.
-        trl: the loss's name in TRL 1.16, or ``None``.
-        needs_reference, needs_rejected, needs_gap, separable: see :class:`Loss`.
-        uses_target: the log-prob of y_ref is read, the column that ``target_column`` names.
-        per_token: the loss compares log-probs per token, and so do the rewards that are logged: ``β·lw/nw``.
-        of_difference: log-ratios enter as ``Δw - Δl`` only, so another f-divergence can replace the KL divergence.
-    """
-
-    function: Callable[..., Tensor]
-    equation: str
-    source: str
-    trl: str | None = None
-    needs_reference: bool = True
-    needs_rejected: bool = True
-    needs_gap: bool = False
-    uses_target: bool = False
-    separable: bool = True
-    per_token: bool = False
+    function: Callable[..., Tensor]  # ``(PairLogps, **options) -> (P,)``
+    equation: str  # the loss of a pair, in the notation of this module
+    source: str  # the paper
+    trl: str | None = None  # the loss's name in TRL 1.16, or ``None``
+    needs_reference: bool = True  # see :class:`Loss`
+    needs_rejected: bool = True  # likewise
+    needs_gap: bool = False  # likewise
+    uses_target: bool = False  # the log-prob of y_ref is read, the column that ``target_column`` names
+    separable: bool = True  # see :class:`Loss`
+    per_token: bool = False  # the loss compares log-probs per token, and so do the rewards that are logged: ``β·lw/nw``
+    # log-ratios enter as ``Δw - Δl`` only, so another f-divergence can replace the KL divergence
     of_difference: bool = False
 
 

@@ -45,26 +45,16 @@ _ROUNDING = 128  # rounding moves a logit by up to so many epsilons of its size,
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did.
+    """What a merge did."""
 
-    Attributes:
-        base: the base model.
-        adapters: names of the merged adapters.
-        untied: whether the head got a weight of its own, because it differs from the embedding now.
-        difference: largest difference of a logit of the probe between the model with adapters and the merged one,
-            both in fp32.
-        bound: the largest difference that rounding explains.
-        dtype: of the saved weights.
-        rounding: the same difference for the saved model, in its dtype.
-    """
-
-    base: BaseModel
-    adapters: Sequence[str]
-    untied: bool
+    base: BaseModel  # the base model
+    adapters: Sequence[str]  # names of the merged adapters
+    untied: bool  # whether the head got a weight of its own, because it differs from the embedding now
+    # largest difference of a logit of the probe between the model with adapters and the merged one, both in fp32
     difference: float
-    bound: float
-    dtype: torch.dtype
-    rounding: float
+    bound: float  # the largest difference that rounding explains
+    dtype: torch.dtype  # of the saved weights
+    rounding: float  # the same difference for the saved model, in its dtype
 
 
 def merge_and_save(

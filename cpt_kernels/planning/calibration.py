@@ -107,21 +107,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration measured.
+    """What a calibration measured."""
 
-    Attributes:
-        rates: by kind of micro-batch: "train", "reference", "peer", "peer_reference".
-        optimizer: seconds of an optimizer step of the whole model.
-        layers: how many of the model's layers ran, by kind.
-        shares: of the rows of each micro-batch that ran, by kind.
-        rounds: how often each micro-batch was timed.
-    """
-
-    rates: dict[str, Rate]
-    optimizer: float
-    layers: dict[str, int]
-    shares: dict[str, float]
-    rounds: int
+    rates: dict[str, Rate]  # by kind of micro-batch: "train", "reference", "peer", "peer_reference"
+    optimizer: float  # seconds of an optimizer step of the whole model
+    layers: dict[str, int]  # how many of the model's layers ran, by kind
+    shares: dict[str, float]  # of the rows of each micro-batch that ran, by kind
+    rounds: int  # how often each micro-batch was timed
 
 
 def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter, budget: float = 10.0) -> Calibration:

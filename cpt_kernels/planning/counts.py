@@ -30,38 +30,23 @@ _Path = tuple[NDArray[np.int32], int, int, bool, NDArray[np.bool_] | None]
 
 @dataclass(frozen=True)
 class Counts:
-    """What a run does on one process.
+    """What a run does on one process."""
 
-    Attributes:
-        steps, micro_batches: of the whole run.
-        pairs: pairs of all steps; a pair counts once for every epoch.
-        work: of all steps, without recomputation.
-        unshared: the same with a copy of the prompt for each completion.
-        peer: the same in batches of as many pairs, each side padded to the longest of the batch, as TRL runs them.
-        peer_pairs: pairs of such a batch.
-        largest: of the micro-batch with the most tokens.
-        fill: tokens of the first epoch as a share of the token budget; 1 without a budget.
-        reference: work of scoring every different completion once, without a backward.
-        batches: rows of every micro-batch, as indices into the prepared dataset.
-        peer_batches: (prompt, completion) tokens of both sides of every pair in every batch of ``peer``.
-        lengths: of the prepared dataset.
-        peer_reads_all_rows: whether the peer's head reads the rows of prompts and pads, too.
-    """
-
-    steps: int
-    micro_batches: int
-    pairs: int
-    work: Work
-    unshared: Work
-    peer: Work
-    peer_pairs: int
-    largest: Work
-    fill: float
-    reference: Work
-    batches: list[list[int]]
+    steps: int  # of the whole run
+    micro_batches: int  # likewise
+    pairs: int  # pairs of all steps; a pair counts once for every epoch
+    work: Work  # of all steps, without recomputation
+    unshared: Work  # the same with a copy of the prompt for each completion
+    peer: Work  # the same in batches of as many pairs, each side padded to the longest of the batch, as TRL runs them
+    peer_pairs: int  # pairs of such a batch
+    largest: Work  # of the micro-batch with the most tokens
+    fill: float  # tokens of the first epoch as a share of the token budget; 1 without a budget
+    reference: Work  # work of scoring every different completion once, without a backward
+    batches: list[list[int]]  # rows of every micro-batch, as indices into the prepared dataset
+    # (prompt, completion) tokens of both sides of every pair in every batch of ``peer``
     peer_batches: list[list[Sides]]
-    lengths: RowLengths
-    peer_reads_all_rows: bool
+    lengths: RowLengths  # of the prepared dataset
+    peer_reads_all_rows: bool  # whether the peer's head reads the rows of prompts and pads, too
 
     def asdict(self) -> dict[str, Any]:
         """Returns the counts of the whole run as plain data."""

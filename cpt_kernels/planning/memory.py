@@ -37,17 +37,11 @@ _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, Unsu
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that forward and backward of a step need beside weights and optimizer state.
+    """Bytes that forward and backward of a step need beside weights and optimizer state."""
 
-    Attributes:
-        activations: alive when the head starts.
-        head: the most that the head's forward adds to them.
-        peak: the most that is alive at a time, with gradients.
-    """
-
-    activations: int
-    head: int
-    peak: int
+    activations: int  # alive when the head starts
+    head: int  # the most that the head's forward adds to them
+    peak: int  # the most that is alive at a time, with gradients
 
 
 def measure_step(

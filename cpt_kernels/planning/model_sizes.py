@@ -20,24 +20,17 @@ _LINEAR = {"linear_attention", "conv", "mlp", "moe"}
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model that :meth:`.work.Work.flops` reads.
+    """The sizes of a model that :meth:`.work.Work.flops` reads."""
 
-    Attributes:
-        layer_parameters: in the matrices of all layers; of experts, the share that a token is sent to.
-        attention_layers: layers whose operations grow with the square of the length.
-        image_flops: of a forward of the vision tower, for each token of an image.
-        image_backward: 2 if the tower is trained, 1 if only its adapters are, else 0.
-    """
-
-    layer_parameters: int
+    layer_parameters: int  # in the matrices of all layers; of experts, the share that a token is sent to
     layers: int
-    attention_layers: int
+    attention_layers: int  # layers whose operations grow with the square of the length
     heads: int
     head_size: int
     hidden: int
     vocab: int
-    image_flops: float = 0
-    image_backward: int = 0
+    image_flops: float = 0  # of a forward of the vision tower, for each token of an image
+    image_backward: int = 0  # 2 if the tower is trained, 1 if only its adapters are, else 0
 
 
 def sizes_of(model: nn.Module, images: PackedBatch | None = None) -> ModelSizes:

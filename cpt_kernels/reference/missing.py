@@ -47,27 +47,18 @@ class DatasetCompletion(NamedTuple):
 
 @dataclass(frozen=True)
 class Missing:
-    """The n different completions of a dataset that have no reference log-probs. There may be millions, so arrays.
+    """The n different completions of a dataset that have no reference log-probs. There may be millions, so arrays."""
 
-    Attributes:
-        keys: (n,) 16 bytes, keys in the cache.
-        prompts: (n,) 16 bytes, equal for equal truncated prompts.
-        beginnings: (n, 9) digests of the first 64, 128, ... tokens of prompt + completion, 0 beyond its end.
-        rows, positions: (n,) where the dataset has the completion, see `DatasetCompletion`.
-        prompt_lengths, lengths: (n,) tokens of prompt and completion after truncation.
-        completions: number of completions in the dataset, including repetitions and those that are stored.
-        found: number of them that are stored.
-    """
-
-    keys: NDArray[np.void]
-    prompts: NDArray[np.void]
+    keys: NDArray[np.void]  # (n,) 16 bytes, keys in the cache
+    prompts: NDArray[np.void]  # (n,) 16 bytes, equal for equal truncated prompts
+    # (n, 9) digests of the first 64, 128, ... tokens of prompt + completion, 0 beyond its end.
     beginnings: NDArray[np.uint64]
-    rows: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    prompt_lengths: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    completions: int
-    found: int
+    rows: NDArray[np.int64]  # (n,) where the dataset has the completion, see `DatasetCompletion`
+    positions: NDArray[np.int64]  # (n,) its position among the row's completions
+    prompt_lengths: NDArray[np.int64]  # (n,) tokens of the prompt after truncation
+    lengths: NDArray[np.int64]  # (n,) of the completion alone
+    completions: int  # number of completions in the dataset, including repetitions and those that are stored
+    found: int  # number of them that are stored
 
     def __len__(self) -> int:
         return len(self.keys)

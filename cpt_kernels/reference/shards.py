@@ -57,24 +57,15 @@ class Columns(NamedTuple):
 
 @dataclass(eq=False)
 class Shard:
-    """A memory-mapped shard of n rows and m values. The arrays stay readable after the file is deleted.
-
-    Attributes:
-        columns: rows, sorted by key.
-        kind: one of `KINDS`.
-        block_digests: checksums of the blocks of values, 8 bytes each.
-        nbytes: size of the file.
-        values_at: the byte of the file at which the values begin.
-        trusted: False once damage has been found; the cache then ignores the shard.
-    """
+    """A memory-mapped shard of n rows and m values. The arrays stay readable after the file is deleted."""
 
     path: Path
-    columns: Columns
-    kind: str
-    block_digests: bytes
-    nbytes: int
-    values_at: int
-    trusted: bool = True
+    columns: Columns  # rows, sorted by key
+    kind: str  # one of `KINDS`
+    block_digests: bytes  # checksums of the blocks of values, 8 bytes each
+    nbytes: int  # size of the file
+    values_at: int  # the byte of the file at which the values begin
+    trusted: bool = True  # False once damage has been found; the cache then ignores the shard
     _verified: bytearray = field(init=False)  # 1 for every block of values whose checksum was found right
 
     def __post_init__(self) -> None:

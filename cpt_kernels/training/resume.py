@@ -76,28 +76,20 @@ _SKIPPED_DATA = ("data", "order of pairs")  # parts that ignore_data_skip permit
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, as far as it decides whether it may continue from a checkpoint.
-
-    Attributes:
-        has_own_loss: the user passed the loss in place of ``args.loss_type``.
-        data: the prepared training data.
-        data_digest: of stored data, see :func:`.data.digest.digest_rows`.
-        batch_size: rows of a micro-batch.
-        budget: that ``max_tokens_per_batch=auto`` chose for this run.
-    """
+    """A training run, as far as it decides whether it may continue from a checkpoint."""
 
     args: ContrastiveConfig
     accelerator: Accelerator
     model: nn.Module
     reference: Reference | MovingReference | None
     loss_name: str
-    has_own_loss: bool
-    data: Dataset | IterableDataset
-    data_digest: str | None
+    has_own_loss: bool  # the user passed the loss in place of ``args.loss_type``
+    data: Dataset | IterableDataset  # the prepared training data
+    data_digest: str | None  # of stored data, see :func:`.data.digest.digest_rows`
     layout: PackedCollator
     curriculum: Curriculum | None
-    batch_size: int
-    budget: StepBudget | None = None
+    batch_size: int  # rows of a micro-batch
+    budget: StepBudget | None = None  # that ``max_tokens_per_batch=auto`` chose for this run
 
     def record(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the run, as plain JSON data: part -> values by name."""
