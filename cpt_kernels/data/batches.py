@@ -31,42 +31,32 @@ _AHEAD = 4
 class BatchSampler:
     """Batch sampler of a DataLoader: yields the micro-batches of one rank as lists of row indices.
 
-    Args:
-        tokens: (rows,) tokens that each row takes in a packed batch.
-        batch_size: rows per micro-batch, if ``max_tokens`` is not given.
-        max_tokens: budget of a micro-batch in tokens. Whole rows are packed to fill it.
-        shuffle, seed: order the rows anew every epoch, equally on every rank. Resuming needs only the epoch.
-        world_size, rank: this rank takes every ``world_size``-th micro-batch.
-        micro_batches: micro-batches of an optimizer step on this rank. With a budget, the plan depends only on the
-            number of micro-batches of a step on all ranks together, so a run can resume on another number of ranks.
-        drop_last: leave out rows that do not fill a micro-batch on every rank (only without a budget).
-        draws: the curriculum's rows of each epoch in order, instead of all rows shuffled.
-        sequences: (rows,) number of completions of each row if they run in padded rows; ``tokens`` are then those of
-            the row's longest sequence, and rows of similar length share a micro-batch.
-        trees: (rows,) code of the tree of each row. Rows of a tree stay together, and trees are shuffled. With a budget
-            and no curriculum, a micro-batch holds whole trees, unless a tree alone exceeds the budget.
-        tree_tokens: (trees,) tokens that the rows of each tree take in one micro-batch.
-        step_rows: rows of a step on all ranks. With ``max_tokens``, these rows fill as few micro-batches as possible;
-            ``micro_batches`` becomes the number that every step needs.
-
     Raises:
         UserError: a row is longer than the budget.
     """
 
-    tokens: NDArray[np.int64]
-    batch_size: int = 1
-    max_tokens: int | None = None
-    shuffle: bool = True
-    seed: int = 0
-    world_size: int = 1
-    rank: int = 0
+    tokens: NDArray[np.int64]  # (rows,) tokens that each row takes in a packed batch
+    batch_size: int = 1  # rows per micro-batch, if ``max_tokens`` is not given
+    max_tokens: int | None = None  # budget of a micro-batch in tokens. Whole rows are packed to fill it.
+    shuffle: bool = True  # order the rows anew every epoch, equally on every rank. Resuming needs only the epoch.
+    seed: int = 0  # of that order
+    world_size: int = 1  # number of ranks; each takes every ``world_size``-th micro-batch
+    rank: int = 0  # this rank
+    # micro-batches of an optimizer step on this rank. With a budget, the plan depends only on the number of
+    # micro-batches of a step on all ranks together, so a run can resume on another number of ranks.
     micro_batches: int = 1
-    drop_last: bool = False
-    draws: Draws | None = None
+    drop_last: bool = False  # leave out rows that do not fill a micro-batch on every rank (only without a budget)
+    draws: Draws | None = None  # the curriculum's rows of each epoch in order, instead of all rows shuffled
+    # (rows,) number of completions of each row if they run in padded rows; ``tokens`` are then those of the row's
+    # longest sequence, and rows of similar length share a micro-batch
     sequences: NDArray[np.int64] | None = None
+    # rows of a step on all ranks. With ``max_tokens``, these rows fill as few micro-batches as possible;
+    # ``micro_batches`` becomes the number that every step needs.
     step_rows: int | None = None
+    # (rows,) code of the tree of each row. Rows of a tree stay together, and trees are shuffled. With a budget and
+    # no curriculum, a micro-batch holds whole trees, unless a tree alone exceeds the budget.
     trees: NDArray[np.int64] | None = None
-    tree_tokens: NDArray[np.int64] | None = None
+    tree_tokens: NDArray[np.int64] | None = None  # (trees,) tokens that the rows of each tree take in one micro-batch
     epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

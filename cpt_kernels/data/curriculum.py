@@ -234,17 +234,11 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels found in data.
+    """The levels found in data."""
 
-    Attributes:
-        names: (L,) from easy to hard.
-        pairs: model pair -> level, if levels are model pairs.
-        cuts: (L-1,) largest difficulty in each level but the last, if a column determines the levels.
-    """
-
-    names: tuple[str, ...]
-    pairs: Mapping[str, int]
-    cuts: NDArray[np.float64]
+    names: tuple[str, ...]  # (L,) from easy to hard
+    pairs: Mapping[str, int]  # model pair -> level, if levels are model pairs
+    cuts: NDArray[np.float64]  # (L-1,) largest difficulty in each level but the last, if a column determines the levels
 
     def of(self, keys: Keys) -> NDArray[np.int64]:
         """Returns (rows,) the level of each row, ``NO_LEVEL`` for model pairs that are in no level."""

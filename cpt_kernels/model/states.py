@@ -85,12 +85,9 @@ class StateLayout:
 
     A trunk starts without a state: the root of a tree, or a sequence that shares nothing. Every other node starts with
     the state behind its parent: a branch is a leaf, and a fork has children.
-
-    Args:
-        segment_lengths: (queries, keys) of the attention's segments, see ``data.packing``.
     """
 
-    segment_lengths: Sequence[tuple[int, int]]
+    segment_lengths: Sequence[tuple[int, int]]  # (queries, keys) of the attention's segments, see ``data.packing``
     device: torch.device
     trunks: list[tuple[int, int]] = field(init=False)  # (start, stop) of each in the packed row
     # (start, stop, parent) in the order in which they run: parents are numbered through trunks, forks and branches.

@@ -34,16 +34,11 @@ _NOT_BUILT = f"backend 'cuda' needs the compiled extension cpt_kernels._C; {BUIL
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an operator.
+    """One implementation of an operator."""
 
-    Attributes:
-        function: where it is, ``"module:name"``. It is imported when it first runs, so that kernels stay lazy.
-        dtypes: those that the operator's first tensor may have; ``None`` for any.
-        check: raises ``UnavailableError``, with the mend, if a package, a build or a device is missing for a tensor.
-    """
-
-    function: str
-    dtypes: tuple[torch.dtype, ...] | None = None
+    function: str  # where it is, ``"module:name"``. It is imported when it first runs, so that kernels stay lazy.
+    dtypes: tuple[torch.dtype, ...] | None = None  # those that the operator's first tensor may have; ``None`` for any
+    # raises ``UnavailableError``, with the mend, if a package, a build or a device is missing for a tensor
     check: Callable[[Tensor], None] | None = None
 
     def load(self) -> Callable[..., Any]:

@@ -24,25 +24,17 @@ _ANY_CALL = Call(torch.empty(0), torch.empty(0), 0, 0, 1.0)
 
 @dataclass(frozen=True)
 class FlashKernel:
-    """``flash_attn_varlen_func`` of one generation of flash attention.
-
-    Attributes:
-        function: the public function.
-        inner: the forward and the backward that it calls, for sinks; ``None`` for one that the package lacks.
-        no_window: its value for a window without limit: -1, or ``None`` in generation 4.
-        limits: abilities that do not show in signatures.
-        is_trusted: see :class:`varlen.Kernel`.
-        abilities: ``limits`` and what the signatures show.
-    """
+    """``flash_attn_varlen_func`` of one generation of flash attention."""
 
     name: str
     version: str
-    function: Callable
+    function: Callable  # the public function
+    # the forward and the backward that it calls, for sinks; ``None`` for one that the package lacks
     inner: tuple[Callable | None, ...]
-    no_window: int | None
-    limits: Abilities
-    is_trusted: bool = True
-    abilities: Abilities = field(init=False)
+    no_window: int | None  # its value for a window without limit: -1, or ``None`` in generation 4
+    limits: Abilities  # abilities that do not show in signatures
+    is_trusted: bool = True  # see :class:`varlen.Kernel`
+    abilities: Abilities = field(init=False)  # ``limits`` and what the signatures show
 
     def __post_init__(self) -> None:
         if missing := {"cu_seqlens_q", "causal", "window_size", "deterministic"} - set(_parameters(self.function)):

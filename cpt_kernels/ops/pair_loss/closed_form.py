@@ -18,15 +18,10 @@ from .reference import PairLossInput, PairLossOutput, completion_sums
 
 @dataclass(frozen=True)
 class KernelLoss:
-    """A loss that the kernels know, with every option of all such losses; see ``cpt_kernels.losses`` for the options.
+    """A loss that the kernels know, with the options of all such losses, which ``cpt_kernels.losses`` explains."""
 
-    Attributes:
-        name: a key of ``KERNEL_LOSSES``.
-        tokens_per_pair: the normaliser of ``sft``; a tensor only in eager PyTorch.
-    """
-
-    name: str
-    tokens_per_pair: Tensor | float
+    name: str  # a key of ``KERNEL_LOSSES``
+    tokens_per_pair: Tensor | float  # the normaliser of ``sft``; a tensor only in eager PyTorch
     beta: float
     label_smoothing: float
     slic_delta: float

@@ -28,23 +28,15 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class TileOptions:
-    """How a tile of raw logits is read, and what is computed from it.
+    """How a tile of raw logits is read, and what is computed from it."""
 
-    Attributes:
-        bias: (V,), added to the logits.
-        logit_scale: factor on logits + bias.
-        softcap: logits become ``softcap * tanh(logits / softcap)``, after the scale.
-        vocab_size: columns from here on are padding, with probability 0. ``None``: all columns are vocabulary.
-        statistics: also compute entropy, mean logit, top-1 and log sum p^2.
-        score: overwrite the tile with ``d log p / d logits``.
-    """
-
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    bias: Tensor | None = None  # (V,), added to the logits
+    logit_scale: float = 1.0  # factor on logits + bias
+    softcap: float | None = None  # logits become ``softcap * tanh(logits / softcap)``, after the scale
+    # columns from here on are padding, with probability 0. ``None``: all columns are vocabulary.
     vocab_size: int | None = None
-    statistics: bool = False
-    score: bool = False
+    statistics: bool = False  # also compute entropy, mean logit, top-1 and log sum p^2
+    score: bool = False  # overwrite the tile with ``d log p / d logits``
 
     def vocabulary(self, columns: int) -> int:
         """Number of columns that are vocabulary, not padding."""
