@@ -346,13 +346,15 @@ def _predictions(layout: Layout, place: NDArray[np.int64] | None, input_ids: Ten
         place: where the tokens of the packed row lie in the (flattened) input_ids; None: where they are.
     """
     found = layout.predictor_index if place is None else place[layout.predictor_index]
-    targets = _ints(layout.target_index if place is None else place[layout.target_index]).to(input_ids.device)
+    targets = layout.target_index if place is None else place[layout.target_index]
+    ids = input_ids.flatten()
     index, order, offsets = _token_arrays(layout.token_index)
     return {
         "predictor_index": _ints(found),
         "predictor_rounds": _rounds(found, input_ids.numel()),
         "predictors": layout.predictor_index,
-        "targets": input_ids.flatten()[targets],
+        # numpy is faster on the host, and does not start threads for it.
+        "targets": _ints(ids.numpy()[targets]) if ids.device.type == "cpu" else ids[_ints(targets).to(ids.device)],
         "cu_completions": _ints(layout.cu_completions),
         "completion_lengths": np.diff(layout.cu_completions).tolist(),
         "token_index": index,
