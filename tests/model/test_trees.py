@@ -11,11 +11,13 @@ from cpt_kernels.data import collate
 from cpt_kernels.model.packed_model import PackedModel
 from tests.helpers.architectures import CONFIGS, STATES, tiny_model
 from tests.helpers.exactness import (
+    BATCHES,
     FLOOR,
     FLOORS,
     LOSSES,
     Result,
     WithoutFp32,
+    assert_as_exact,
     assert_equal,
     freeze_head,
     make_batch,
@@ -150,3 +152,23 @@ def test_the_proof_runs_a_tree(fault, monkeypatch):
     monkeypatch.setattr(collate, "lay_out", broken)
     packed = PackedModel(tiny_model("llama"), packing="true")
     assert not packed.trees and not packed.padded and "log-probs differ" in packed.tree_failure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", _HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_low_precision_by_the_one_rule(name, dtype, head):
+    """Pooled over six batches, as prompt groups are in ``test_packed_model.py``."""
+    found, eager, reference = [], [], []
+    for seed in range(BATCHES):
+        rows = tree_rows(seed)
+        for results, kind in ((reference, torch.float64), (eager, dtype)):
+            results.append(run_alone(tiny_model(name, kind, weights=dtype), rows, LOSSES["sigmoid"]))
+        model = tiny_model(name, dtype)
+        if head == "frozen":
+            freeze_head(model)
+        packed = PackedModel(model)
+        batch = make_batch(rows, packed, minimum_shared=1)
+        found.append(run_packed(packed, rows, LOSSES["sigmoid"], batch=batch, general=head == "general"))
+    assert_as_exact(found, eager, reference, torch.finfo(dtype).eps)
