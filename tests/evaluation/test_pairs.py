@@ -73,7 +73,9 @@ def test_every_number_against_eager(tmp_path):
     assert [found.prompts[kept.index(i)] == found.prompts[kept.index(i + 12)] for i in (1, 2, 11)] == [True] * 3
 
 
-@pytest.mark.parametrize("options", [{}, {"max_length": 12, "truncation_mode": "keep_end"}, {"share_prompts": "false"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_length": 12, "truncation_mode": "keep_end"}, {"sharing": "none"}, {"sharing": "tree"}]
+)
 def test_agrees_with_the_trainers_evaluation(tmp_path, options):
     data, tokenizer = Dataset.from_list(rows()), word_tokenizer()
     reference, policy = models()
