@@ -246,7 +246,10 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
 
         # Checks of what was given, before transformers changes values.
         self._check_values()
-        self._check_reference(self.check_loss())
+        loss = self.check_loss()
+        self._check_reference(loss)
+        if self.weight_column is not None:
+            loss.check_weights()
         self._check_batches()
         self._check_parallelism()
         self._check_keywords()

@@ -372,7 +372,7 @@ def _read_pairs(
     if form is not Form.RANKED or (pairs := row.get("pairs")) is None:
         return None, read_weight(weight, str(weight_column))
     given, position = range(len(row[column])), {name: i for i, name in enumerate(names)}
-    if not isinstance(pairs, list) or not pairs or not all(_is_edge(pair, given) for pair in pairs):
+    if not isinstance(pairs, list) or not pairs or not all(is_edge(pair, given) for pair in pairs):
         raise RowError(MALFORMED, f"`pairs` is not a list of [better, worse] positions in the {len(given)} completions")
     found = [(position.get(f"{column}[{better}]"), position.get(f"{column}[{worse}]")) for better, worse in pairs]
     if isinstance(weight, list) and len(weight) != len(pairs):
@@ -418,7 +418,8 @@ def _first_scored(messages: Text, flags: Sequence[bool] | None, all_turns: bool)
     return next((i for i, flag in enumerate(flags) if flag), None)
 
 
-def _is_edge(pair: Any, given: range) -> bool:
+def is_edge(pair: Any, given: range) -> bool:
+    """Returns whether a value is a list of two different numbers of ``given``."""
     inside = isinstance(pair, list) and all(type(i) is int and i in given for i in pair)
     return inside and len(pair) == 2 and pair[0] != pair[1]
 

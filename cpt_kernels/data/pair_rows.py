@@ -11,13 +11,14 @@ of a row are messages, or texts that are the steps of an answer. `pairs` holds [
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 
 from ..errors import UserError
-from .formats import ranked_pairs
+from .formats import is_edge, ranked_pairs, read_number
 from .forms import match_roles
 from .messages import RowError, Text, read_text_or_messages
 from .rows import ExactJson, drop_nulls, find_null_places, read_columns
@@ -28,8 +29,10 @@ _WRITTEN = {"turns": ("prompt", "chosen", "rejected"), "paths": ("prompt", "chos
 _BATCH = 200  # rows that are split together
 
 
-def one_pair_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def one_pair_rows(dataset: Dataset | IterableDataset, weight_column: str | None = None) -> Dataset | IterableDataset:
     """Returns the dataset with a row for each pair, in order, and all other columns; other datasets as they are.
+
+    A list in ``weight_column`` holds the weight of each pair of its row.
 
     Raises:
         UserError: a row cannot be split; the message names it.
@@ -42,8 +45,8 @@ def one_pair_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
     written = _WRITTEN[form]
     kept = [name for name in columns if name not in (*read, *written)]
     if form == "paths":  # all rows have nodes of the first row's kind
-        first = dict(next(iter(dataset), {})).get("paths")
-        is_text = first is not None and bool(first) and bool(first[0]) and isinstance(first[0][0], str)
+        nodes = (node for row in dataset for path in dict(row).get("paths") or () for node in path or ())
+        is_text = isinstance(next(nodes, None), str)
         written = ("prompt", *_STEPS) if is_text else written[:3]
 
     def split(batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
@@ -60,12 +63,17 @@ def one_pair_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
             for name in written:
                 output[name] += [pair[name] for pair in found]
             for name in kept:
-                output[name] += [batch[name][i]] * len(found)
+                value, is_each = batch[name][i], name == weight_column and isinstance(batch[name][i], list)
+                if is_each and len(value) != len(found):
+                    raise UserError(f"row {index}: `{name}` holds {len(value)} weights for {len(found)} pairs")
+                output[name] += value if is_each else [value] * len(found)
         return output | {name: list(map(ExactJson().encode_example, output[name])) for name in exact}
 
     features, exact = None, []
     if isinstance(dataset, Dataset):
         features = Features({**{name: dataset.features[name] for name in kept}, **dict.fromkeys(written, ExactJson())})
+        if weight_column in kept and not isinstance(features[weight_column], Value):
+            features[weight_column] = ExactJson()
         exact = [name for name in features if isinstance(features[name], ExactJson)]
     options: dict[str, Any] = {"desc": "Splitting rows into pairs"} if isinstance(dataset, Dataset) else {}
     options |= {"batched": True, "with_indices": True, "batch_size": _BATCH, "features": features}
@@ -76,6 +84,8 @@ def one_pair_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
 
 
 def _split_turns(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if not isinstance(row["turns"], list) or not all(isinstance(turn, dict) for turn in row["turns"]):
+        raise TypeError("expected a list of objects")
     so_far = _messages("prompt", row.get("prompt"), "user")
     for number, turn in enumerate(row["turns"]):
         name = f"turns[{number}]"
@@ -90,15 +100,18 @@ def _split_turns(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _split_paths(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     paths, pairs = row["paths"], row.get("pairs")
+    if not isinstance(paths, list) or not all(isinstance(path, list) for path in paths):
+        raise TypeError("expected a list of lists")
     if pairs is None:
-        scores = row["scores"]
-        if len(scores) != len(paths):
-            raise TypeError(f"{len(scores)} scores for {len(paths)} paths")
+        numbers = map(read_number, row["scores"])
+        scores = [number for number in numbers if number is not None and math.isfinite(number)]
+        if not len(scores) == len(row["scores"]) == len(paths):
+            raise TypeError(f"`scores` is {row['scores']}; expected a finite number for each of the {len(paths)} paths")
         order = sorted(range(len(paths)), key=lambda i: -scores[i])
         pairs = [(order[i], order[j]) for i, j in ranked_pairs([scores[i] for i in order], "all")]
+    elif not isinstance(pairs, list) or not all(is_edge(pair, range(len(paths))) for pair in pairs):
+        raise TypeError(f"`pairs` is {pairs}; expected [better, worse] positions in the {len(paths)} paths")
     for better, worse in pairs:
-        if not (0 <= better < len(paths) and 0 <= worse < len(paths)):
-            raise TypeError(f"the pair [{better}, {worse}] names a path beyond the {len(paths)}")
         one, other = paths[better], paths[worse]
         cut = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
         if one and isinstance(one[0], str):

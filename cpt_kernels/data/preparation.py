@@ -300,7 +300,7 @@ def examine(
         UserError: the columns, an option or the tokenizer cannot be used.
     """
     _check_type(dataset, name)
-    dataset = one_pair_rows(visible_rows(dataset))
+    dataset = one_pair_rows(visible_rows(dataset), reading.weight_column)
     columns = read_columns(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise UserError(f"the {name} data has no rows")

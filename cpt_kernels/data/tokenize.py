@@ -159,6 +159,9 @@ class Tokenization:
     # --- Rows that are tokenized already ---
 
     def _read_group(self, row: dict[str, Any]) -> dict[str, list]:
+        if row.get("train_on") is not None:
+            mend = "give `completion_mask`, a 0 or a 1 per token"
+            raise RowError(MALFORMED, f"`train_on` is for turns of messages, and the row is tokenized: {mend}")
         prompt_ids = _token_list(row["prompt_ids"], "prompt_ids")
         if self.form is Form.TOKENS:
             names = ["chosen_ids", "rejected_ids"] + ([self.target_column] if self.target_column else [])
@@ -531,9 +534,9 @@ def _group_by_template_arguments(examples: dict[int, Example]) -> list[dict[int,
 def _read_masks(row: Mapping[str, Any], completions: Sequence[Sequence[int]], column: str = "completion_mask") -> list:
     """Returns which tokens of each completion are scored, by a column of 0 and 1; empty without it, or if all are."""
     masks = row.get(column)
-    if not masks:
+    if masks is None or (not masks and column == "scored"):  # prepared rows have [] for all tokens
         return []
-    lengths = [len(mask) if isinstance(mask, list) else -1 for mask in masks]
+    lengths = [len(mask) if isinstance(mask, list) else -1 for mask in masks] if isinstance(masks, list) else []
     if lengths != [len(ids) for ids in completions] or any(value not in (0, 1) for mask in masks for value in mask):
         raise RowError(MALFORMED, f"`{column}` does not hold a list of 0 and 1 per completion, with one for each token")
     return [] if all(map(all, masks)) else [[bool(value) for value in mask] for mask in masks]

@@ -103,6 +103,18 @@ class Loss:
                 " pair, shape (8,), without a mean or sum over pairs"
             )
 
+    def check_weights(self) -> None:
+        """Checks that weights of pairs are defined.
+
+        Raises:
+            UserError: the losses are not known to be those of single pairs; for instance ``aot`` sorts them.
+        """
+        if not self.separable:
+            raise UserError(
+                f"loss '{self.name}' has no weights of pairs, because it is not known to be one of single pairs: leave"
+                " out weight_column, take another loss, or declare yours by user_loss(..., separable=True)"
+            )
+
     def averages_over_tokens(self) -> bool:
         """Whether the losses of pairs may depend on ``tokens_per_pair``; measured for separable losses."""
         if not self.separable:

@@ -451,7 +451,7 @@ def check_ranked_pairs_apply(dataset: Dataset | IterableDataset, ranked_pairs: s
 
 
 def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
-    """Raises UserError if a prepared dataset lacks the pairs or the gaps that a loss needs.
+    """Raises UserError if a prepared dataset lacks the pairs or the gaps that a loss needs, or has weights without use.
 
     Args:
         pairs: number of pairs in the dataset.
@@ -459,6 +459,8 @@ def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
     """
     if loss.needs_rejected and not pairs:
         raise UserError(_NO_PAIRS.format(loss=loss.name, name=name))
+    if not loss.separable and any(dataset["weights"]):
+        loss.check_weights()
     if loss.needs_gap and not all(dataset["scores"]):
         row = next(row["row"] for row in dataset if not row["scores"])
         raise UserError(

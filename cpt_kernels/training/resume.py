@@ -151,7 +151,7 @@ class Run:
             "seed": order_seed(args),
             "train_sampling_strategy": args.train_sampling_strategy,
             # With a budget, what sequences share decides how many trees a micro-batch holds.
-            **({"group_by_prefix": [by_tokens and self.layout.minimum_shared]} if args.group_by_prefix else {}),
+            "group_by_prefix": [by_tokens and self.layout.minimum_shared] if args.group_by_prefix else None,
             "curriculum": None if self.curriculum is None else dataclasses.asdict(self.curriculum),
         }
 

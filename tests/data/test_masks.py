@@ -80,10 +80,12 @@ def test_turns_that_a_row_names():
 
 def test_masks_of_tokens():
     tokens = {"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
-    masks = ([[0, 1, 1], [0, 1]], [[1, 1, 1], [1, 1]], [[0, 1], [0, 1]], [[0, 0, 0], [0, 1]])
+    masks = ([[0, 1, 1], [0, 1]], [[1, 1, 1], [1, 1]], [[0, 1], [0, 1]], [[0, 0, 0], [0, 1]], [])
     data, report = prepared([tokens | {"completion_mask": mask} for mask in masks])
     assert data["scored"][:] == [[[False, True, True], [False, True]], []]
-    assert report.dropped["malformed row"].count == report.dropped[UNSCORED].count == 1
+    assert (report.dropped["malformed row"].count, report.dropped[UNSCORED].count) == (2, 1)
+    with pytest.raises(UserError, match="`train_on` is for turns of messages, and the row is tokenized"):
+        prepared([tokens | {"train_on": [[1], [1]]}])
     again, _ = prepare(data, word_tokenizer())
     assert again["scored"][:] == data["scored"][:] and again["chosen"][:] == data["chosen"][:]
 

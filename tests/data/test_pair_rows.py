@@ -91,8 +91,15 @@ def test_paths_of_steps():
     ("row", "message"),
     [
         ({"turns": [{"prompt": "w1", "rejected": "w2"}]}, "row 0: `turns` cannot be read: lacks 'chosen'"),
-        ({"paths": PATHS, "pairs": [[0, 3]]}, "names a path beyond the 3"),
-        ({"paths": PATHS, "scores": [1.0]}, "1 scores for 3 paths"),
+        ({"paths": PATHS, "pairs": [[0, 3]]}, "`pairs` is [[0, 3]]; expected [better, worse] positions in the 3 paths"),
+        ({"paths": PATHS, "pairs": [[0, 1, 2]]}, "`pairs` is [[0, 1, 2]]; expected"),
+        ({"paths": PATHS, "pairs": [[1, 1]]}, "`pairs` is [[1, 1]]; expected"),
+        ({"paths": PATHS, "scores": [1.0]}, "`scores` is [1.0]; expected a finite number for each of the 3 paths"),
+        ({"paths": PATHS, "scores": [1.0, 2.0, float("nan")]}, "expected a finite number for each of the 3 paths"),
+        (
+            {"turns": None, "paths": PATHS, "pairs": [[0, 1]]},
+            "row 0: `turns` cannot be read: expected a list",
+        ),
         ({"turns": [{"prompt": "w1", "chosen": "w2"}]}, "no row of `turns` has a pair"),
     ],
 )
@@ -134,6 +141,19 @@ def test_trees_need_stored_rows_that_share(tmp_path):
         make_trainer(tmp_path, train_dataset=stream, **given).get_train_dataloader()
     with pytest.raises(UserError, match="group_by_prefix=true has no effect here"):
         make_trainer(tmp_path, train_dataset=Dataset.from_list(rows), packing="false", **given).get_train_dataloader()
+
+
+def test_each_pair_of_a_row_has_a_weight():
+    turns = [{"prompt": f"w{p}", "chosen": "w11", "rejected": r} for p, r in ((10, "w12"), (13, None), (15, "w17"))]
+    for rows in ([{"turns": turns}], [{"paths": [], "pairs": []}, {"paths": PATHS, "pairs": [[1, 0], [1, 2]]}]):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+        weights = [*[[] for _ in rows[1:]], [2.0, 0.5]]
+        data = Dataset.from_list([row | {"weight": weight} for row, weight in zip(rows, weights)])
+        found, _ = prepare(data, tokenizer, weight_column="weight")
+        assert [row["weights"] for row in found] == [[2.0], [0.5]]
+        with pytest.raises(UserError, match=r"row [01]: `weight` holds 1 weights for 2 pairs"):
+            prepare(data.map(lambda row: {"weight": row["weight"][1:]}), tokenizer, weight_column="weight")
 
 
 def test_steps_of_ranked_rows_and_a_target():

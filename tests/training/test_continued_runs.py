@@ -213,6 +213,10 @@ REFUSED = {
     ),
     "order": ({"train_sampling_strategy": "sequential"}, "another order of pairs"),
     "curriculum": ({"curriculum": {"levels": ["a>b", "a>c"]}}, "another order of pairs: it was saved with curriculum"),
+    "trees": (
+        {"group_by_prefix": True},
+        r"another order of pairs: it was saved with group_by_prefix None, now \[False\]",
+    ),
     "stream": ({"train_dataset": lambda: preference_data(20).to_iterable_dataset()}, "another data: .*kind rows, now"),
     "frozen": ({"model": lambda: frozen()}, "another trained parameters: it was saved with .*number 21, now 20"),
 }

@@ -189,7 +189,7 @@ def text_rows(weights) -> list[dict]:
     return [row | {"weight": weight, "gap": 1.0 + i} for i, (row, weight) in enumerate(zip(texts, weights))]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [name for name, entry in LOSSES.items() if entry.separable])
 def test_a_weight_multiplies_the_loss_of_its_pair(loss):
     """In every mode of the head: frozen, trained and general."""
     generator = torch.Generator().manual_seed(0)
@@ -216,6 +216,16 @@ def test_a_weight_multiplies_the_loss_of_its_pair(loss):
         torch.testing.assert_close(out.losses, losses)
         torch.testing.assert_close(out.loss, losses.sum())
         torch.testing.assert_close(gradients, expected[: len(gradients)])
+
+
+def test_a_loss_that_sorts_the_pairs_has_no_weights(tmp_path):
+    with pytest.raises(UserError, match="loss 'aot' has no weights of pairs"):
+        trainer_of(tmp_path, text_rows([1.0]), weight_column="weight", loss_type=["aot"])
+    prepared = trainer_of(tmp_path, text_rows([1.0, 2.0]), weight_column="weight").train_dataset
+    for data in (prepared, prepared.to_iterable_dataset()):
+        with pytest.raises(UserError, match=r"loss 'sigmoid [+] aot_unpaired' has no weights of pairs"):
+            trainer = make_trainer(tmp_path, train_dataset=data, loss_type=["sigmoid", "aot_unpaired"], max_steps=1)
+            trainer.train()
 
 
 def test_metrics_are_weighted_means(tmp_path):

@@ -119,6 +119,8 @@ class Pairs:
             raise UserError(f"loss '{loss.name}' with ld_alpha needs the reference log-prob of every token")
         if loss.needs_gap and self.gaps is None:
             raise UserError(f"loss '{loss.name}' needs the gap of every pair")
+        if self.weights is not None:
+            loss.check_weights()
         check_pairs(device, self.cu_completions, self.chosen, self.rejected, self.sft_targets, self.ref_logps)
         tokens = rows if self.token_map is None else len(self.token_map.row)
         of_pairs = dict.fromkeys(("gaps", "hard", "weights"), len(self.chosen))
