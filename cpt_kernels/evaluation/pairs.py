@@ -37,15 +37,7 @@ from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.missing import iter_sequences
 from ..reference.scorer import Reference
 from .drift import TEXT, Model, dataset_sequences, measure_drift, text_sequences
-from .pair_metrics import (
-    CHOSEN_LENGTH,
-    LENGTH_EDGES,
-    LENGTH_RATIO,
-    MODEL_PAIR,
-    RATIO_EDGES,
-    Grouping,
-    PairEvaluation,
-)
+from .pair_metrics import CHOSEN_LENGTH, LENGTH_EDGES, LENGTH_RATIO, MODEL_PAIR, RATIO_EDGES, Grouping, PairEvaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
