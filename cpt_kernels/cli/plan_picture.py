@@ -13,12 +13,8 @@ from ..planning.counts import Counts
 _BARS = 30  # of a histogram
 
 
-def draw_plan(plan: dict[str, Any], counts: Counts, budget: int | None, file: Path) -> None:
-    """Writes the picture of a plan to ``file``, as PNG or SVG by its ending.
-
-    Args:
-        budget: ``max_tokens_per_batch``.
-    """
+def draw_plan(plan: dict[str, Any], counts: Counts, max_tokens: int | None, file: Path) -> None:
+    """Writes the picture of a plan to ``file``, as PNG or SVG by its ending."""
     from matplotlib.figure import Figure  # imported here because it takes half a second
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -36,8 +32,8 @@ def draw_plan(plan: dict[str, Any], counts: Counts, budget: int | None, file: Pa
     # Tokens of the micro-batches, and the budget.
     tokens = [counts.lengths.work(rows).tokens for rows in counts.batches]
     fill.hist(tokens, _BARS)
-    if budget is not None:
-        fill.axvline(budget, color="black", linestyle="--", linewidth=1, label="max_tokens_per_batch")
+    if max_tokens is not None:
+        fill.axvline(max_tokens, color="black", linestyle="--", linewidth=1, label="max_tokens_per_batch")
         fill.legend(fontsize="small")
     fill.set(title=f"{len(tokens):,} micro-batches", xlabel="tokens of a micro-batch", ylabel="micro-batches")
 

@@ -44,11 +44,7 @@ class PlannedTrainer(ContrastiveTrainer):
 
 
 def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
-    """Prints the plan of a run, with a decoded pair, and returns it as plain data for JSON.
-
-    Args:
-        picture: the file to draw the plan to.
-    """
+    """Prints the plan of a run, with a decoded pair, draws it to ``picture``, and returns it as plain data for JSON."""
     args = options.training
     if options.script.dataset_streaming:
         raise UserError("dataset_streaming=true: the rows of a stream are not known before training; leave it out")

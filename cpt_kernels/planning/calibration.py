@@ -121,8 +121,6 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
 
     Args:
         trainer: a ``ContrastiveTrainer`` whose model has shapes but no weights.
-        counts: what the run does.
-        clock: returns seconds.
         budget: of the calibration in seconds. One row of each kind is timed, however long that takes.
 
     Raises:

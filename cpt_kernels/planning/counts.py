@@ -149,12 +149,7 @@ class RowLengths:
 
 
 def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, args: Any) -> Counts:
-    """Counts a run from its training loader.
-
-    Args:
-        collator: the run's packed collator.
-        args: the run's ``ContrastiveConfig``.
-    """
+    """Counts a run from its training loader; ``args`` is its ``ContrastiveConfig``."""
     sampler = cast("BatchSampler", loader.batch_sampler)
     rows = RowLengths(dataset, collator)
     steps = args.max_steps

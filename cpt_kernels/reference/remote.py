@@ -61,13 +61,7 @@ class StoredShard(NamedTuple):
 
 
 class RemoteFolder:
-    """The shards of one reference on a store, and their copies in a local folder.
-
-    Args:
-        url: of the reference on the store.
-        folder: the local folder, which all processes of a node share.
-        fingerprint: of the reference.
-    """
+    """The shards of one reference on a store, and their copies in a local folder that all processes of a node share."""
 
     def __init__(self, url: str, folder: Path, fingerprint: str) -> None:
         self.url, self.folder, self.fingerprint = url, folder, fingerprint

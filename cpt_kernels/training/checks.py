@@ -451,12 +451,7 @@ def check_ranked_pairs_apply(dataset: Dataset | IterableDataset, ranked_pairs: s
 
 
 def check_data(loss: Loss, dataset: Dataset, pairs: int, name: str) -> None:
-    """Raises UserError if a prepared dataset lacks the pairs or the gaps that a loss needs, or has weights without use.
-
-    Args:
-        pairs: number of pairs in the dataset.
-        name: of the dataset, for the message.
-    """
+    """Raises UserError if a prepared dataset of so many pairs lacks what a loss needs, or has weights without use."""
     if loss.needs_rejected and not pairs:
         raise UserError(_NO_PAIRS.format(loss=loss.name, name=name))
     if not loss.separable and any(dataset["weights"]):

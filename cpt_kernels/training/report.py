@@ -50,10 +50,6 @@ class RunReport(TrainerCallback):
     from its checkpoint: later logs of the earlier run are removed, so no step occurs twice. Only the main process
     writes.
 
-    Args:
-        folder: of the files; created if it is missing.
-        title: heading of the curves.
-
     Attributes:
         records: all logs, as in the file.
         files: the curves that were drawn.

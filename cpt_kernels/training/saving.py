@@ -131,10 +131,7 @@ class CheckpointLoop(Trainer):
 
     @contextmanager
     def _on_all_ranks(self, path: Path) -> Iterator[None]:
-        """Runs a part of a save; if it fails on one rank it fails on all, so that no rank waits for another.
-
-        Args:
-            path: what is saved, for the message.
+        """Runs a part of a save of ``path``. If it fails on one rank it fails on all, so no rank waits for another.
 
         Raises:
             UserError: a file could not be written on some rank, for example because its disk is full.
