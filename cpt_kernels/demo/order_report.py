@@ -143,26 +143,26 @@ def rates_table(results: Sequence[CellResult]) -> Table:
 
 
 def draw_map(outcomes: Outcomes, folder: Path) -> list[Path]:
-    """Draws the differences from random-all: a row for each arm, a column for each setting."""
+    """Draws the differences from random-all: a row for each arm, a column for each setting that has results."""
     arms = [arm for arm in ORDER_ARMS if arm != BASELINE]
-    found = [[outcomes.difference(setting, arm, BASELINE) for setting in _SETTINGS] for arm in arms]
+    settings = [setting for setting in _SETTINGS if any(outcomes.difference(setting, arm, BASELINE) for arm in arms)]
+    found = [[outcomes.difference(setting, arm, BASELINE) for setting in settings] for arm in arms]
     values = np.array([[np.nan if each is None else 100 * each.mean for each in row] for row in found])
     most = max(1.0, float(np.nanmax(np.abs(values), initial=0)))
-    figure = new_figure(9, 5.5)
+    figure = new_figure(3 + 1.4 * len(settings), 5.5)
     axis = figure.subplots()
-    image = axis.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    axis.imshow(values.reshape(len(arms), -1), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     for row, of_arm in enumerate(found):
         for column, each in enumerate(of_arm):
             if each is not None:
                 text = f"{100 * each.mean:+.1f}{'*' if each.is_found else ''}"
                 color = "white" if abs(100 * each.mean) > 0.6 * most else "black"
                 axis.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
-    names = [_setting_name(setting).replace(", ", "\n") for setting in _SETTINGS]
+    names = [_setting_name(setting).replace(", ", "\n") for setting in settings]
     axis.set_xticks(range(len(names)), names, fontsize="small")
     axis.set_yticks(range(len(arms)), arms)
-    mark = f"* the interval corrected for {len(COMPARISONS)} comparisons excludes 0"
-    axis.set_title(f"win rate minus {BASELINE}, points; {mark}", fontsize="medium")
-    figure.colorbar(image, ax=axis)
+    mark = f"* corrected for {len(COMPARISONS)} comparisons, the interval excludes 0"
+    figure.suptitle(f"win rate minus {BASELINE}, points\n{mark}", fontsize="medium")
     return save_figure(figure, *(folder / f"map.{kind}" for kind in ("png", "svg")))
 
 

@@ -192,24 +192,25 @@ def arms_of_study(
 
 
 def draw_lines(
-    panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path, x: str = "step", bold: str = ""
+    panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path, title: str = "", bold: str = ""
 ) -> list[Path]:
-    """Draws curves, and returns the files.
+    """Draws curves over steps under one legend, and returns the files.
 
     Args:
-        panels: label of a panel -> name of a curve -> its points.
+        panels: label of a panel -> name of a curve -> its points; a name has one color in all panels.
         path: of the files, without suffix.
         bold: the name of a curve that is drawn in bold.
     """
-    figure = new_figure(6.5 * len(panels), 4.8)
+    figure = new_figure(max(8, 6 * len(panels)), 5)
     short = distinct(name for curves in panels.values() for name in curves)
-    for axis, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for number, (name, points) in enumerate(curves.items()):
-            width = 3 if name == bold else 1.3
-            axis.plot(*zip(*points), marker="o", label=short[name], color=color_of(number), linewidth=width)
-        axis.set(xlabel=x, ylabel=label)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, curves) in zip(axes, panels.items()):
+        for name, points in curves.items():
+            style = {"color": color_of([*short].index(name)), "linewidth": 3 if name == bold else 1.3}
+            axis.plot(*zip(*points), marker="o", label=short[name], **style)
+        axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        legend_above(axis, 6)
+    head_figure(figure, title, axes[0])
     return save_figure(figure, *(path.with_name(f"{path.name}.{format}") for format in _FORMATS))
 
 
