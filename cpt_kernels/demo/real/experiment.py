@@ -128,8 +128,8 @@ class RealExperiment:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
         if self.tokenizer.chat_template is None:
             raise UserError(f"--model {model} has no chat template, so it is no chat model: name another")
-        # On a CPU without instructions for it, bf16 is slower than fp32.
-        is_fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        # Without instructions for bf16 a CPU is faster in fp32.
+        is_fast = torch.cpu._is_avx512_bf16_supported()
         self.dtype = "bfloat16" if is_fast else "float32"
         self.rng = random.Random(seed)
         made = make_instructions({"train": size.prompts, "held out": size.held_out}, self.rng)
@@ -178,6 +178,7 @@ class RealExperiment:
             *(model, self.tokenizer, rows, folder, arm.title, lambda: None), peft_config=LoraConfig(**LORA), **options
         )
         seconds = time.perf_counter() - began
+        del model  # before others are loaded
         return self._examine(self._load(str(folder)), chat)._replace(training=trained, seconds=seconds)
 
     # --- Data ---
