@@ -132,7 +132,8 @@ def write_rows(file: Path, lengths: str, count: int) -> int:
             zero, one = (_cut([1] * rows, pa.array([side] * rows, pa.int32())) for side in (0, 1))
             scores = _cut([0] * rows, pa.array([], pa.float32()))
             images = _cut([0] * rows, pa.array([], pa.int64()))
-            columns = [prompt, images, pairs, zero, one, zero, scores, pa.array(range(start, cut.stop))]
+            masks, numbers = _cut([0] * rows, pa.array([], pa.list_(pa.bool_()))), pa.array(range(start, cut.stop))
+            columns = [prompt, images, pairs, masks, zero, one, zero, scores, scores, numbers, numbers]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     return int(sides.sum())
 
