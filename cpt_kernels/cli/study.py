@@ -165,6 +165,7 @@ class Study:
             except _TimeIsUp:
                 print(f"{self.own.minutes:g} minutes are over: start the command again to continue with {name}")
                 break
+            shutil.rmtree(self._file(name).with_suffix(""), ignore_errors=True)  # once the result is on disk
             if name not in done:
                 print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
         if results:
@@ -239,7 +240,7 @@ class Study:
         if options.training.world_size > 1:
             raise UserError("a study runs in one process: start the command without a launcher")
         tokenizer = load_policy_tokenizer(options.model, options.training)
-        model = load_policy(options.model, options.training).to(options.training.device)
+        model = load_policy(options.model, options.training)  # evaluate_pairs moves it to its device
         found = self._score(model, tokenizer, options.training)
         self.held_out = replace(found, logps={}, ref_logps=found.logps["model"])
         self.answers = stored_json(self._file("start"), lambda: self._answer(model, tokenizer))
@@ -271,7 +272,7 @@ class Study:
         from ..training.run_folder import checkpoints_in
         from .run import make_trainer, quieten, use_progress_lines
 
-        folder, every = self.output / "arms" / _arm_file(name), -(-self.own.steps // _CURVE)
+        folder, every = self._file(name).with_suffix(""), -(-self.own.steps // _CURVE)
         more = {"save_strategy": "steps", "save_steps": every, "save_total_limit": 2} | arm.options
         if name == BASE_ARM and self.own.sft_learning_rate is not None:
             more["learning_rate"] = self.own.sft_learning_rate
@@ -301,7 +302,6 @@ class Study:
         answers = self._answer(trainer.model, trainer.processing_class)
         if self.own.keep_models:
             trainer.save_model(str(self.output / "models" / _arm_file(name)))
-        shutil.rmtree(folder)
         return {"curve": curve.points, "logps": held_out.logps["model"].tolist(), "answers": answers}
 
     # --- Report ---
@@ -385,7 +385,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _arm_file(arm: str) -> str:
     """Returns a name for the files of an arm, with a digest if the arm's own name has other characters."""
-    plain = re.sub(r"[^\w.-]+", "-", arm)
+    plain = re.sub(r"[^\w-]+", "-", arm)
     return plain if plain == arm else f"{plain[:80]}-{xxh3_64_hexdigest(arm.encode())[:8]}"
 
 
