@@ -165,7 +165,13 @@ def plan(file: Path, ranks: int, group: int, budget: int | None, rows: int, max_
     world, layout = ranks // group, PackedCollator(max_length)
     args = SimpleNamespace(
         **dict(max_tokens_per_batch=budget and budget * group, max_length=max_length, data_ranks=world, data_rank=0),
-        **dict(gradient_accumulation_steps=1, train_sampling_strategy="random", seed=0, data_seed=None),
+        **dict(
+            gradient_accumulation_steps=1,
+            train_sampling_strategy="random",
+            seed=0,
+            data_seed=None,
+            group_by_prefix=False,
+        ),
         **dict(dataloader_drop_last=False, max_steps=-1, num_train_epochs=1, device=SimpleNamespace(type="cpu")),
         **dict(dataloader_num_workers=0, dataloader_pin_memory=False, dataloader_persistent_workers=False),
         **dict(dataloader_prefetch_factor=None, dataloader_multiprocessing_context=None, dataloader_in_order=True),
