@@ -63,7 +63,7 @@ def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, mo
     whole = results(folder, "whole")
     assert [point["step"] for point in whole["curriculum"]["curve"]] == [1, 2, 3, 4]
 
-    # A study that is stopped after a point of the second arm, then by its budget, and continued.
+    # A study that is stopped after a point of its arm, then by its budget, and continued.
     on_step_end, stops = Curve.on_step_end, []
 
     def stopping(self, args, state, control, **given):
@@ -73,12 +73,13 @@ def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, mo
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Curve, "on_step_end", stopping)
+    arms.remove("sft")
     assert run("parts", *arms) == 130 and stops == [3]
-    assert {*results(folder, "parts")} == {"sft", "start"}
+    assert {*results(folder, "parts")} == {"start"}
     assert run("parts", *arms, "--minutes", "1e-9") == 0
     assert "start the command again to continue with curriculum" in capsys.readouterr().out
     assert run("parts", *arms) == 0
-    assert results(folder, "parts") == whole
+    assert results(folder, "parts") == {name: whole[name] for name in ("curriculum", "start")}
 
     # The report.
     found = json.loads((folder / "whole" / "results.json").read_text())
