@@ -117,8 +117,8 @@ class Report:
             names = f"{_TITLES[row['model']]} against {_TITLES[row['minus']]}"
             verdict = "more" if passed["low"] > 0 else "fewer" if passed["high"] < 0 else "no difference that shows"
             text = f"{names}: {_gain(passed)} of responses that pass: {verdict}."
-            if passed["low"] > 0 and not right["low"] > 0:
-                text += f" The gain is in form (rules {_gain(rules)}), not in content ({_gain(right)})."
+            if rules["low"] > 0 and not right["low"] > 0:
+                text += f" The gain is in form alone: rules {_gain(rules)}, content {_gain(right)}."
             found.append(text)
         return found
 
