@@ -84,12 +84,15 @@ def _options(own: argparse.Namespace, *more: str) -> Options:
 
 
 def _load_rows(options: Options) -> Dataset:
+    """Returns the rows to score, a row for each pair of `turns` and `paths`."""
+    from ..data.pair_rows import one_pair_rows
     from ..data.rows import visible_rows
     from ..data.sources import load_data, parse_columns
 
     script = options.script
     where = {"config": script.dataset_config, "split": script.dataset_train_split}
     data = visible_rows(load_data(script.dataset_name, **where, columns=parse_columns(script.columns)))
+    data = one_pair_rows(data, options.training.weight_column)
     if taken := [name for name in _COLUMNS if name in data.column_names]:
         raise UserError(f"{script.dataset_name} has a column {taken[0]} already: rename or remove it")
     return data

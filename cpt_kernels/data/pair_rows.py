@@ -67,6 +67,8 @@ def one_pair_rows(dataset: Dataset | IterableDataset, weight_column: str | None 
                 if is_each and len(value) != len(found):
                     raise UserError(f"row {index}: `{name}` holds {len(value)} weights for {len(found)} pairs")
                 output[name] += value if is_each else [value] * len(found)
+        # Later rows of a stream may have columns that its first one lacks.
+        output |= {name: [None] * len(output[written[0]]) for name in batch if name not in columns}
         return output | {name: list(map(ExactJson().encode_example, output[name])) for name in exact}
 
     features, exact = None, []
@@ -102,6 +104,8 @@ def _split_paths(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     paths, pairs = row["paths"], row.get("pairs")
     if not isinstance(paths, list) or not all(isinstance(path, list) for path in paths):
         raise TypeError("expected a list of lists")
+    if pairs is None and row.get("scores") is None:
+        raise TypeError("`pairs` and `scores` are null")
     if pairs is None:
         numbers = map(read_number, row["scores"])
         scores = [number for number in numbers if number is not None and math.isfinite(number)]

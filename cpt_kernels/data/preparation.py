@@ -236,7 +236,9 @@ class _StreamFilter:
         for index, decision in zip(indices, _rows(decisions)):
             self.report.add_once(index, decision)
         kept = [i for i, reason in enumerate(decisions["reason"]) if not reason]
-        columns = {name: batch[name] for name in self.columns} | {name: decisions[name] for name in _EDGES}
+        # `map` keeps columns that the first row of the stream lacks, so they need as many values as the others.
+        names = [name for name in batch if name in self.columns or name not in REMARK_FEATURES]
+        columns = {name: batch[name] for name in names} | {name: decisions[name] for name in _EDGES}
         return {name: [values[i] for i in kept] for name, values in columns.items()}
 
 

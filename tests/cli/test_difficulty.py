@@ -145,6 +145,20 @@ def test_scorers_that_train_nothing(home, tmp_path):
         assert "difficulty_std" not in rows[0] and not (tmp_path / "scored.difficulty").exists()
 
 
+def test_rows_of_several_pairs_become_a_row_for_each(home, tmp_path):
+    pairs = [json.loads(line) for line in (home / "pairs.jsonl").open(encoding="utf-8")][:2]
+    paths = [
+        {"prompt": row["prompt"], "paths": [[row["rejected"]], [row["chosen"]]], "pairs": [[1, 0]]} for row in pairs
+    ]
+    write_rows(tmp_path / "paths.jsonl", [paths[0] | {"pairs": [[1, 0], [0, 1]]}, paths[1]])
+    argv = ["--output", str(tmp_path / "scored.jsonl"), "--scorer", "reference-margin", "--use_cpu"]
+    assert cli.main(["difficulty", str(home / "start"), str(tmp_path / "paths.jsonl"), *argv]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").open(encoding="utf-8")]
+    values = logps(home / "start", pairs)[..., 0]
+    expected = [values[0, 1] - values[0, 0], values[0, 0] - values[0, 1], values[1, 1] - values[1, 0]]
+    np.testing.assert_allclose([row["difficulty"] for row in rows], expected, atol=1e-4)
+
+
 def test_folds_hold_whole_prompts():
     prompts = np.random.default_rng(0).integers(0, 40, 200).astype(np.uint64)
     folds = split_folds(prompts, 3, 5)

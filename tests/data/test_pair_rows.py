@@ -79,6 +79,13 @@ def test_paths_of_messages(named):
     ]
 
 
+def test_columns_that_the_first_row_of_a_stream_lacks():
+    rows = [{"paths": PATHS, "pairs": [[1, 0], [1, 2]]}, {"paths": PATHS, "scores": [1.0, 0.0, 0.0], "id": 5}]
+    assert len(decoded(rows, stream=True)) == 4
+    rows = [STEP, STEP | {"id": 5}, STEP | {"id": 6, "rejected": "w22"}]  # the last one is dropped
+    assert decoded(rows, stream=True) == [("w20 w21", "w22", "w23")] * 2
+
+
 def test_paths_of_steps():
     row = {"prompt": "w20 ", "paths": [["w21 ", "w22 ", "w24"], ["w21 ", "w23"]], "pairs": [[0, 1]], "id": 5}
     assert decoded([row]) == [("w20 w21", "w22 w24 </s>", "w23 </s>")]
@@ -94,6 +101,7 @@ def test_paths_of_steps():
         ({"paths": PATHS, "pairs": [[0, 3]]}, "`pairs` is [[0, 3]]; expected [better, worse] positions in the 3 paths"),
         ({"paths": PATHS, "pairs": [[0, 1, 2]]}, "`pairs` is [[0, 1, 2]]; expected"),
         ({"paths": PATHS, "pairs": [[1, 1]]}, "`pairs` is [[1, 1]]; expected"),
+        ({"paths": PATHS, "scores": None}, "row 0: `paths` cannot be read: `pairs` and `scores` are null"),
         ({"paths": PATHS, "scores": [1.0]}, "`scores` is [1.0]; expected a finite number for each of the 3 paths"),
         ({"paths": PATHS, "scores": [1.0, 2.0, float("nan")]}, "expected a finite number for each of the 3 paths"),
         (
