@@ -40,8 +40,12 @@ IMAGE_CUT = "max_length would cut an image"
 NO_ASSISTANT = "no assistant turn"
 NO_PROMPT = "no prompt"
 
-# Arguments that tokenize.py passes to the chat template itself. A row must not change them.
-_RESERVED_TEMPLATE_KWARGS = {"conversation", "add_generation_prompt", "tokenize", "return_dict"}
+# Arguments of `apply_chat_template` that do not reach the template, or that tokenize.py gives. A row must not set them.
+_RESERVED_TEMPLATE_KWARGS = {
+    *("conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens"),
+    "tokenizer_kwargs",
+}
 
 
 # The keys that may hold the rating of an item of `completions`.

@@ -266,6 +266,7 @@ def test_detect_form_prefers_preferences():
         (chat(tools="{not JSON"), "`tools` is text that is not JSON"),
         (chat(tools={"name": "weather"}), "`tools` is dict"),
         (chat(chat_template_kwargs={"add_generation_prompt": True}), "may not set `add_generation_prompt`"),
+        (chat(chat_template_kwargs={"tools": [], "padding": True}), "may not set `padding`, `tools`"),
     ],
 )
 def test_malformed_rows_name_the_field(row, message):
