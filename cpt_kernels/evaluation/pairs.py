@@ -7,7 +7,6 @@ and the log-probs that training cached are reused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -122,7 +121,7 @@ def evaluate_pairs(
     return PairEvaluation(
         rows=places[:, 0],
         completions=places[:, 1:],
-        prompts=_prompt_hashes(data, dataset)[scorer.rows],
+        prompts=_prompt_hashes(dataset)[scorer.rows],
         lengths=lengths,
         groupings=groupings,
         ref_logps=None if reference is None else scorer.score("reference", reference)[scorer.members],
@@ -296,28 +295,18 @@ def _places(dataset: Dataset, scorer: _Scorer) -> NDArray[np.int64]:
     return np.stack([table[name].to_numpy() for name in _ORIGIN], axis=1)[scorer.rows]
 
 
-def _prompt_hashes(data: Dataset, dataset: Dataset) -> NDArray[np.uint64]:
-    """Returns a hash of the prompt of every row of the prepared dataset.
+def _prompt_hashes(dataset: Dataset) -> NDArray[np.uint64]:
+    """Returns a hash of the prompt of every row of the prepared dataset, (rows,).
 
-    The hash is taken from the prompt in the given data if there is one, because the last tokens of a tokenized prompt
-    may depend on the completion. Prompts with different images are different.
+    Turns of one conversation count as one prompt, and so do steps of one answer, because what is found of them is not
+    independent. Prompts with different images are different.
     """
-    hashes: list[int | None] = [None] * len(dataset)
-    if "prompt" in data.column_names and "prompt_ids" not in data.column_names:
-        parts = data.select_columns(["prompt"]).iter(1000)
-        prompts = (prompt for part in parts for prompt in part["prompt"])
-        given = [None if prompt is None else xxh3_64_intdigest(json.dumps(prompt).encode()) for prompt in prompts]
-        hashes = [given[row] for row in dataset.with_format("arrow").select_columns(["row"])[:]["row"].to_pylist()]
-    if None in hashes:  # the prompt is the common start of the completions
-        parts = dataset.with_format("numpy", columns=["prompt_ids"]).iter(1000)
-        of_tokens = (xxh3_64_intdigest(ids.tobytes()) for part in parts for ids in part["prompt_ids"])
-        hashes = [tokens if known is None else known for tokens, known in zip(of_tokens, hashes)]
+    trees = dataset.with_format("arrow").select_columns(["tree"])[:]["tree"].to_numpy().astype(np.uint64)
     if IMAGES in dataset.column_names:
         images = dataset.select_columns(["image_ids"])["image_ids"]
-        hashes = [
-            xxh3_64_intdigest(f"{prompt} {ids}".encode()) if ids else prompt for prompt, ids in zip(hashes, images)
-        ]
-    return np.array(hashes, np.uint64)
+        with_images = [xxh3_64_intdigest(f"{tree} {ids}".encode()) if ids else tree for tree, ids in zip(trees, images)]
+        trees = np.array(with_images, np.uint64)
+    return trees
 
 
 def _column_groupings(dataset: Dataset, by: Sequence[str], row_of_pair: NDArray) -> Iterator[Grouping]:

@@ -207,7 +207,7 @@ def test_ranked_rows_have_several_pairs(tmp_path):
 
 
 def test_a_prompt_counts_once_however_it_is_tokenized(tmp_path):
-    """A prompt's last tokens may depend on the completion. Without a prompt column, only tokens identify it."""
+    """A prompt's last tokens may depend on the completion."""
     tokenizer = make_tokenizer()
     made = [pair("the sk", "y is blue", "y"), pair("the sk", " is", "!"), pair("the sun", " is", "!")]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -217,11 +217,21 @@ def test_a_prompt_counts_once_however_it_is_tokenized(tmp_path):
     assert found.prompts[0] == found.prompts[1] != found.prompts[2]
     prepared, _ = prepare(Dataset.from_list(made), tokenizer)
     tokens = evaluate_pairs({"m": model}, prepared, tokenizer, args=config(tmp_path))
-    assert len(set(tokens.prompts.tolist())) == 3
+    np.testing.assert_array_equal(tokens.prompts, found.prompts)
     np.testing.assert_array_equal(tokens.logps["m"], found.logps["m"])
     implicit = [{"chosen": f"{start} is", "rejected": f"{start}!"} for start in ("the sun", "the sky", "the sun")]
     some = evaluate_pairs({"m": model}, Dataset.from_list(implicit), tokenizer, args=config(tmp_path))
     assert some.prompts[0] == some.prompts[2] != some.prompts[1]
+
+
+def test_turns_of_a_conversation_count_as_one_prompt(tmp_path):
+    turns = [{"prompt": f"{word} w2", "chosen": "w3 w4", "rejected": "w5"} for word in ("w6", "w7", "w8")]
+    rows = [{"turns": turns}, {"turns": turns[1:]}]
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' </s> ' }}{% endfor %}"
+    found = evaluate_pairs({"m": tiny_model("llama")}, Dataset.from_list(rows), tokenizer, args=config(tmp_path))
+    assert len(found.prompts) == 5
+    assert np.unique(found.prompts, return_counts=True)[1].tolist() in ([2, 3], [3, 2])
 
 
 def test_grouped_rows_are_evaluated_as_their_pairs(tmp_path):
