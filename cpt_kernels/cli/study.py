@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import logging
 import re
@@ -31,7 +32,15 @@ from xxhash import xxh3_64_hexdigest
 from ..errors import UserError
 from ..evaluation.judged import OutputEvaluation, win_rate_differences
 from ..evaluation.outputs import Comparisons
-from ..evaluation.report import arms_of_study, difference_lines, draw_lines, draw_pairs, win_rate_table, write_page
+from ..evaluation.report import (
+    arms_of_study,
+    difference_lines,
+    draw_lines,
+    draw_pairs,
+    drift_tables,
+    win_rate_table,
+    write_page,
+)
 from ..evaluation.win_rate import Bootstrap
 from ..files import stored_json, write_text
 from ..losses.functions import LOSSES, loss_options
@@ -245,13 +254,14 @@ class Study:
         self.held_out = replace(found, logps={}, ref_logps=found.logps["model"])
         self.answers = stored_json(self._file("start"), lambda: self._answer(model, tokenizer))
 
-    def _score(self, model: Any, tokenizer: Any, args: Any) -> PairEvaluation:
+    def _score(self, model: Any, tokenizer: Any, args: Any, reference: Any = None) -> PairEvaluation:
+        """Scores the held-out pairs; with a reference, also measures what training changed."""
         from ..data.sources import load_data
         from ..evaluation.pairs import evaluate_pairs
 
-        return evaluate_pairs(
-            {"model": model}, load_data(str(self.output / "pairs.validation.jsonl")), tokenizer, args=args
-        )
+        data = load_data(str(self.output / "pairs.validation.jsonl"))
+        drift = reference is not None
+        return evaluate_pairs({"model": model}, data, tokenizer, reference=reference, args=args, drift=drift)
 
     def _answer(self, model: Any, tokenizer: Any) -> list[str]:
         """Returns a response of the model to each of the first held-out prompts."""
@@ -270,6 +280,7 @@ class Study:
         """Trains an arm, from its checkpoint if it has one, and returns its curve, log-probs and answers."""
         from ..training.report import Curve
         from ..training.run_folder import checkpoints_in
+        from .models import load_policy
         from .run import make_trainer, quieten, use_progress_lines
 
         folder, every = self._file(name).with_suffix(""), -(-self.own.steps // _CURVE)
@@ -298,11 +309,13 @@ class Study:
         trainer.train(resume_from_checkpoint=bool(checkpoints_in(folder)) or None)
         if trainer.state.global_step < self.own.steps:
             raise _TimeIsUp
-        held_out = self._score(trainer.model, trainer.processing_class, scoring)
+        start = functools.partial(load_policy, options.model, scoring)
+        held_out = self._score(trainer.model, trainer.processing_class, scoring, start)
         answers = self._answer(trainer.model, trainer.processing_class)
         if self.own.keep_models:
             trainer.save_model(str(self.output / "models" / _arm_file(name)))
-        return {"curve": curve.points, "logps": held_out.logps["model"].tolist(), "answers": answers}
+        logps, drift = held_out.logps["model"].tolist(), held_out.drift_summary()
+        return {"curve": curve.points, "logps": logps, "drift": drift, "answers": answers}
 
     # --- Report ---
 
@@ -317,7 +330,8 @@ class Study:
         differences = [held_out.differences(bootstrap) for bootstrap in intervals]
         answers = {"start": self.answers, **{name: each["answers"] for name, each in arms.items()}}
         lengths = {name: float(np.mean([*map(len, texts)] or [0])) for name, texts in answers.items()}
-        tables = [arms_of_study(summary, differences, lengths)]
+        drifts = [row | {"model": name} for name, each in arms.items() for row in each["drift"]]
+        tables = [arms_of_study(summary, differences, lengths), *drift_tables(drifts)]
         judged = self._judge(arms, intervals)
         lines = []
         if judged:
@@ -334,6 +348,7 @@ class Study:
             "arms": list(arms),
             "summary": summary,
             "differences": differences,
+            "drift": drifts,
             "lengths": lengths,
             "judged": judged,
         }

@@ -35,13 +35,11 @@ _METRICS = {
 }
 # Measure of `Drift.summary` -> (title, factor, format).
 DRIFT = {
-    "kl": ("KL from the reference, nats per token", 1, ".4f"),
+    "kl": ("KL per token, nats", 1, ".4f"),
     "agreement": ("same likeliest token, %", 100, ".1f"),
-    "entropy": ("entropy, nats per token", 1, ".3f"),
-    "start_entropy": ("entropy of the reference", 1, ".3f"),
+    "entropy": ("entropy, nats", 1, ".2f"),
     "perplexity": ("perplexity", 1, ".2f"),
-    "start_perplexity": ("perplexity of the reference", 1, ".2f"),
-    "perplexity_ratio": ("perplexity / that of the reference", 1, ".3f"),
+    "perplexity_ratio": ("/ the reference's", 1, ".3f"),
 }
 
 
@@ -73,11 +71,13 @@ def drift_tables(drifts: Sequence[SummaryRow]) -> list[Table]:
     for on in dict.fromkeys(row["on"] for row in drifts):
         rows = [row for row in drifts if row["on"] == on]
         table = _table(f"Against the reference, on {rows[0]['tokens']:,} tokens of {on}")
-        table.add_column("", no_wrap=True)
+        table.add_column("model", no_wrap=True)
+        for title, *_ in DRIFT.values():
+            table.add_column(title, justify="right", no_wrap=True)
         for row in rows:
-            table.add_column(escape(row["model"]), justify="right", no_wrap=True)
-        for measure, (title, factor, format) in DRIFT.items():
-            table.add_row(title, *(_with_ends(row[measure], factor, format) for row in rows))
+            table.add_row(escape(row["model"]), *(_with_ends(row[name], *how) for name, (_, *how) in DRIFT.items()))
+        own = {name: _with_ends(rows[0][f"start_{name}"], *DRIFT[name][1:]) for name in ("entropy", "perplexity")}
+        table.add_row("reference", *(own.get(name, "") for name in DRIFT))
         tables.append(table)
     return tables
 

@@ -91,7 +91,7 @@ def test_two_ranks_give_the_results_of_one(home):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("By model pair") == 1, "only one rank prints"
-    assert re.search(r"Against the reference, on \d+ tokens of responses[^A]+KL .+ 0.0000 \[", done.stdout)
+    assert re.search(r"Against the reference, on \d+ tokens of responses[^A]+KL[^A]+ sft +0.0000 \[", done.stdout)
     main([*map(str, argv), "--ref_cache_dir", "one", "--output_dir", "one"][1:])
     found = [json.loads(Path(folder, "pairs.json").read_text()) for folder in ("two", "one")]
     two, one = ([*each["summary"], *each["drift"]] for each in found)

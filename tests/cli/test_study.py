@@ -84,10 +84,12 @@ def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, mo
     # The report.
     found = json.loads((folder / "whole" / "results.json").read_text())
     assert found["arms"] == ["sft", "curriculum"] and found["judged"]["models"][1]["prompts"] == 2
+    drifts = {row["model"]: row["kl"]["mean"] for row in found["drift"]}
+    assert list(drifts) == ["sft", "curriculum"] and all(kl > 1e-6 for kl in drifts.values())
     plain, corrected = ([row["rewards/margins"] for row in rows] for rows in found["differences"])
     assert len(plain) == 1 and plain[0]["mean"] == corrected[0]["mean"]
     page = (folder / "whole" / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 2 and "win rate, %" in page
+    assert page.count("data:image/svg+xml;base64,") == 2 and "win rate, %" in page and "KL" in page
 
     # The same arm by cpt-train, which evaluates nothing on its way.
     curriculum = json.dumps(
