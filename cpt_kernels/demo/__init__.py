@@ -113,6 +113,7 @@ def main(argv: Sequence[str], prog: str = "cpt demo") -> None:
 
 def run_order_study(seeds: Sequence[int], quick: bool, output: Path, console: Console) -> None:
     """Runs what is missing of the study of the order of pairs, and reports on it after each block."""
+    from ..cli.console import print_results
     from .order import FULL_ORDER, QUICK_ORDER, OrderStudy
     from .order_report import write_order_report
 
@@ -121,9 +122,7 @@ def run_order_study(seeds: Sequence[int], quick: bool, output: Path, console: Co
     for block in study.run():
         tables = write_order_report(output)
         console.print(f"complete: {block}")
-    for table in tables:
-        console.print(table)
-    console.print(f"Tables, figures and a page: {output / 'report.html'}")
+    print_results(tables, [f"Tables, figures and a page: {output / 'report.html'}"])
 
 
 @contextmanager
