@@ -131,6 +131,7 @@ def test_quick_run_on_a_tiny_chat_model(tmp_path, capsys):
     assert cli.main(argv) == 2 and "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_process_settings")
 def test_mistakes_are_one_line(tmp_path, capsys):
     assert tuple(REAL_ARMS) == REAL_ARM_NAMES
     write_model(tmp_path / "base", bpe_tokenizer(["a"]))
