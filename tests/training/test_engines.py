@@ -33,7 +33,7 @@ SLOW = {
     "checkpointing": {"model": "llama", "gradient_checkpointing": True},
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-OF_ENGINE = {"fsdp2": {"ACCELERATE_USE_CPU": "true"}, "zero3": {"DS_ACCELERATOR": "cpu"}}
+OF_ENGINE = {"fsdp2": {}, "zero3": {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}}
 
 
 def runs_of(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> list:
