@@ -207,9 +207,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
         classes = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = [
-            name for name in getattr(model, "_no_split_modules", None) or () if name in classes
-        ]
+        names = [name for name in getattr(model, "_no_split_modules", None) or () if name in classes]
+        plugin.transformer_cls_names_to_wrap = names or None  # without any, accelerate says which it does not find
     is_efficient = plugin.cpu_ram_efficient_loading
     if slices:
         plugin.cpu_ram_efficient_loading = False  # it would broadcast rank 0's weights
