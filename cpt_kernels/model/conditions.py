@@ -60,6 +60,9 @@ def magnified(model: nn.Module) -> Iterator[None]:
     Both can be undone exactly: bf16 and fp16 are subsets of fp32, and 4 is a power of two. Sharded weights keep their
     dtype, because their engine holds them by their storage.
     """
+    _reshard(
+        model
+    )  # FSDP2 keeps the head gathered after a forward, in the compute dtype and without its slice's changes
     whole = [p for p in model.parameters() if type(p) is nn.Parameter and not is_sharded(p)]
     dtypes = {p: p.dtype for p in whole if p.dtype in _HALF}
     # Quantized weights have classes or dtypes of their own.
@@ -118,9 +121,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def _gather(parameters: Sequence[Any]) -> list[Any]:

@@ -36,7 +36,7 @@ _SYNCING_CHECKS = [
 ]
 # Read where the model builds its masks. Activation checkpointing recomputes layers only, so never that part.
 _in_packed_forward = ContextVar("in_packed_forward", default=False)
-_FIRST_STAND_IN = 70000.0  # of `Windows`: no value of a mask
+_FIRST_STAND_IN = 2.0**16  # of `Windows`, divided by powers of two: exact in bf16 and fp16, and no value of a mask
 # What a packed forward asks of attention, while `recorded_windows` is active.
 _windows: ContextVar[Windows | None] = ContextVar("windows", default=None)
 # Tensors that transformers passes to attention functions and that do not change a packed row's attention.
@@ -62,17 +62,18 @@ class Windows:
         if mask_function is not None and not _is_window(mask_function, local_size, q_length):
             self.other_masks.append(len(self.masks))
         self.masks.append(local_size)
-        return torch.full((1, 1, 1, 1), _FIRST_STAND_IN + len(self.masks) - 1.0)
+        return torch.full((1, 1, 1, 1), _FIRST_STAND_IN * 2.0 ** -len(self.masks))
 
     def add(self, module: nn.Module, window: int | None, mask: Tensor | None) -> Tensor | None:
         """Notes an attention call. Returns its mask if that is the model's own, None for a stand-in."""
         self.layers.append((getattr(module, "layer_idx", None), window))
         if mask is None:
             return None
-        number = mask.flatten()[0].item() - _FIRST_STAND_IN if mask.numel() == 1 else -1
-        if number not in range(len(self.masks)):
+        stand_ins = [_FIRST_STAND_IN * 2.0 ** -(number + 1) for number in range(len(self.masks))]
+        if mask.numel() != 1 or mask.item() not in stand_ins:
             return mask
-        self.differing += number in self.other_masks or self.masks[int(number)] != window
+        number = stand_ins.index(mask.item())
+        self.differing += number in self.other_masks or self.masks[number] != window
         return None
 
 

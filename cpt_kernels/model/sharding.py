@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,8 +43,12 @@ def uses_fsdp(args: ContrastiveConfig) -> bool:
     return asked and args.world_size > 1
 
 
-def enable_on_cpu(accelerator: Accelerator, args: ContrastiveConfig) -> None:
-    """Makes accelerate shard on CPUs as on GPUs, where it would replace FSDP by DDP without a word."""
+def settle_engine(accelerator: Accelerator, args: ContrastiveConfig) -> None:
+    """Makes accelerate shard on CPUs as on GPUs, where it would replace FSDP by DDP without a word.
+
+    Under FSDP2 autocast is off: FSDP2 itself casts weights and inputs, and transformers trains without autocast, so a
+    reference pass with it would compute other numbers.
+    """
     state = accelerator.state
     return_freed_memory(args)
     if uses_fsdp(args) and state.distributed_type == DistributedType.MULTI_CPU:
@@ -52,6 +56,8 @@ def enable_on_cpu(accelerator: Accelerator, args: ContrastiveConfig) -> None:
         if accelerator.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if accelerator.is_fsdp2:
+        accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
 
 def return_freed_memory(args: ContrastiveConfig) -> None:

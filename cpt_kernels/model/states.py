@@ -202,6 +202,9 @@ class StateLayout:
         return _Gather.of(places[None, :-1], len(row), self.device)
 
 
+del StateLayout.__dataclass_fields__  # FSDP2 would copy a dataclass among the inputs of every layer
+
+
 def _find_nodes(segment_lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """Returns (start, stop, parent) of the nodes in the order of the row; the parent of a trunk is -1."""
     ends: list[set[int]] = []  # of each segment, the lengths of its path at which nodes end

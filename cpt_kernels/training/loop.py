@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..model.frozen import rounded_weights
 from ..model.layers import offloaded_activations
 from ..model.packed_model import Scores
-from ..model.sharding import enable_on_cpu
+from ..model.sharding import settle_engine
 from .failures import named_hanging_ranks, passed
 from .metrics import Metrics, PlaceMetrics
 from .output_store import OutputStore
@@ -119,7 +119,7 @@ class PackedLoop(CheckpointLoop):
         """Makes the accelerator once: ContrastiveTrainer needs it before transformers' constructor does."""
         if "accelerator" not in vars(self):
             super().create_accelerator_and_postprocess()
-            enable_on_cpu(self.accelerator, self.args)
+            settle_engine(self.accelerator, self.args)
             self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

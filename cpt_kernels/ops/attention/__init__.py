@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -73,7 +73,10 @@ class AttentionLayout:
     @classmethod
     def of(cls, batch: Mapping[str, Any], group: SequenceGroup | None = None) -> AttentionLayout:
         """Returns the layout of a ``PackedBatch``."""
-        return cls(**{field.name: batch[field.name] for field in fields(cls) if field.name in batch}, group=group)
+        return cls(**{name: batch[name] for name in cls.__annotations__ if name in batch}, group=group)
+
+
+del AttentionLayout.__dataclass_fields__  # FSDP2 would copy a dataclass among the inputs of every layer
 
 
 def shared_prompt_attention(
