@@ -267,6 +267,8 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             super().__post_init__()
         self.chooses_checkpointing = is_auto or (self.chooses_checkpointing and self.device.type == "cuda")
         self._renamed_agree = True
+        if self._asks_fsdp_for_checkpointing():
+            self.gradient_checkpointing = True
 
         # Checks that need the device or transformers' objects.
         if self.sp_size > 1 and self.world_size % self.sp_size:
@@ -409,6 +411,12 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = True
         return "auto" in values
+
+    def _asks_fsdp_for_checkpointing(self) -> bool:
+        given = self.fsdp_config if self.fsdp and isinstance(self.fsdp_config, dict) else {}
+        variables = [os.environ.get(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")]
+        is_asked = [str(value).lower() == "true" for value in (given.get("activation_checkpointing"), *variables)]
+        return is_asked[0] or all(is_asked[1:])
 
     def _read_sharing(self) -> None:
         """Sets ``sharing`` to what ``share_prompts`` says, if that is given."""

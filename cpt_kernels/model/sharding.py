@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType, ParallelismConfig, PartialState
 from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
@@ -36,11 +37,63 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal")  # of LoRA, which read no
 # Options of LoRA that read or copy weights of the model.
 _OF_WEIGHTS = ("use_dora", "target_parameters", "layer_replication", "trainable_token_indices", "modules_to_save")
 
+# Keys of fsdp_config; those of FSDP1 without use in FSDP2; PyTorch/XLA's, which transformers adds; accelerate's names.
+_FSDP_KEYS = {"version", "reshard_after_forward", "cpu_offload", "auto_wrap_policy", "transformer_layer_cls_to_wrap"}
+_FSDP_KEYS |= {"min_num_params", "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing"}
+_FSDP1_KEYS = {"forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers"}
+_XLA_KEYS = {"xla", "xla_fsdp_v2", "xla_fsdp_settings", "xla_fsdp_grad_ckpt"}
+_FSDP_NAMES = {
+    "offload_params": "transformers calls it cpu_offload",
+    "transformer_cls_names_to_wrap": "transformers calls it transformer_layer_cls_to_wrap",
+    "sharding_strategy": "set reshard_after_forward; for replicas of shards dp_replicate_size in parallelism_config",
+}
+
 
 def uses_fsdp(args: ContrastiveConfig) -> bool:
     """Whether a run of several processes asks for FSDP, by ``fsdp`` or by accelerate's environment."""
     asked = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return asked and args.world_size > 1
+
+
+def check_fsdp(args: ContrastiveConfig) -> None:
+    """Checks the configuration of FSDP before a model is loaded, in ``fsdp_config`` or accelerate's environment.
+
+    Raises:
+        UserError: it asks for FSDP1 or what FSDP2 cannot do, or has an unknown key, which transformers would ignore.
+    """
+    is_launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if not (args.fsdp or is_launched):
+        return
+    given = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    version = given.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", 1)
+    if int(version) == 1:
+        raise UserError("FSDP1 is not supported: set fsdp_version to 2 in accelerate's file, or version in fsdp_config")
+    if unknown := sorted(given.keys() - _FSDP_KEYS - _FSDP1_KEYS - _XLA_KEYS):
+        mend = _FSDP_NAMES.get(unknown[0]) or f"its keys are {', '.join(sorted(_FSDP_KEYS))}"
+        raise UserError(f"fsdp_config has no key {unknown[0]!r}: {mend}")
+    if given.get("xla"):
+        raise UserError("fsdp_config: xla is not supported; leave it out")
+    if "SIZE_BASED_WRAP" in (given.get("auto_wrap_policy"), os.environ.get("FSDP_AUTO_WRAP_POLICY")):
+        raise UserError(
+            "auto_wrap_policy=SIZE_BASED_WRAP would wrap lists of layers, which FSDP2 does not support: set"
+            " TRANSFORMER_BASED_WRAP"
+        )
+    if (unused := sorted(given.keys() & _FSDP1_KEYS)) and PartialState().is_main_process:
+        logger.warning("fsdp_config: %s of FSDP1 has no effect in FSDP2", ", ".join(unused))
+
+
+@contextlib.contextmanager
+def meshes_on_cpu(args: ContrastiveConfig) -> Iterator[None]:
+    """Makes accelerate accept ``parallelism_config`` with FSDP on CPUs; :func:`settle_engine` has it checked."""
+    if not (uses_fsdp(args) and args.device.type == "cpu"):
+        yield
+        return
+    original = ParallelismConfig._validate_accelerator
+    ParallelismConfig._validate_accelerator = lambda *_: None
+    try:
+        yield
+    finally:
+        ParallelismConfig._validate_accelerator = original
 
 
 def settle_engine(accelerator: Accelerator, args: ContrastiveConfig) -> None:
@@ -56,8 +109,42 @@ def settle_engine(accelerator: Accelerator, args: ContrastiveConfig) -> None:
         if accelerator.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if accelerator.parallelism_config is not None:
+            accelerator.parallelism_config._validate_accelerator(accelerator)
+        if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning needs a GPU
     if accelerator.is_fsdp2:
         accelerator.autocast_handler = AutocastKwargs(enabled=False)
+        # The config turned it into gradient_checkpointing, which does the same; accelerate would wrap sharded layers.
+        state.fsdp_plugin.activation_checkpointing = False
+
+
+def check_optimizer(optimizer: type[torch.optim.Optimizer], kwargs: dict[str, Any], accelerator: Accelerator) -> None:
+    """Takes two steps on a small weight, whole and sharded. All processes must call it; without FSDP it does nothing.
+
+    Raises:
+        UserError: the optimizer does not take the same steps on a sharded weight.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    whole = torch.linspace(-1, 1, 8192, device=accelerator.device).view(64, 128)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    both = nn.Parameter(whole.clone()), nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    fault = None
+    try:
+        for parameter in both:
+            steps = optimizer([parameter], **kwargs)
+            for _ in range(2):
+                parameter.grad = parameter.detach().sin()
+                steps.step()
+        if not torch.allclose(both[1].detach().full_tensor(), both[0], rtol=1e-4, atol=1e-7):
+            fault = "its steps depend on how a weight is sharded"
+    except Exception as error:  # whatever an optimizer raises that does not know sharded weights
+        fault = f"{type(error).__name__}: {error}"
+    if fault is not None:
+        raise UserError(
+            f"optim: {optimizer.__name__} does not work under FSDP2 ({fault}); choose another, as adamw_torch"
+        )
 
 
 def return_freed_memory(args: ContrastiveConfig) -> None:
@@ -211,10 +298,15 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
             module._parameters[name] = empty[id(parameter)]
     # FSDP2 wraps the layers. An image model may name layers of a vision model that it does not have.
     plugin = accelerator.state.fsdp_plugin
+    classes = {type(module).__name__ for module in model.modules()}
+    layers = [name for name in getattr(model, "_no_split_modules", None) or () if name in classes]
     if plugin.transformer_cls_names_to_wrap is None:
-        classes = {type(module).__name__ for module in model.modules()}
-        names = [name for name in getattr(model, "_no_split_modules", None) or () if name in classes]
-        plugin.transformer_cls_names_to_wrap = names or None  # without any, accelerate says which it does not find
+        plugin.transformer_cls_names_to_wrap = layers or None  # without any, accelerate says which it does not find
+    elif unknown := [name for name in plugin.transformer_cls_names_to_wrap if name not in classes]:
+        raise UserError(
+            f"transformer_layer_cls_to_wrap names {unknown[0]}, and {type(model).__name__} has no such layer:"
+            f" leave it out, or name {' or '.join(layers) or 'the class of its layers'}"
+        )
     is_efficient = plugin.cpu_ram_efficient_loading
     if slices:
         plugin.cpu_ram_efficient_loading = False  # it would broadcast rank 0's weights
@@ -223,7 +315,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     finally:
         plugin.cpu_ram_efficient_loading = is_efficient
     # The slices take their places again.
-    _take_over(slices, keeps_on_cpu=plugin.cpu_offload is not None and "CPU" in type(plugin.cpu_offload).__name__)
+    _take_over(slices, keeps_on_cpu=isinstance(plugin.cpu_offload, CPUOffloadPolicy))
     for (module, name, _), dtype in zip(places, dtypes):
         module._parameters[name].loaded_dtype = dtype
 
@@ -249,6 +341,4 @@ def _take_over(slices: dict[tuple[nn.Module, str], DTensor], keeps_on_cpu: bool)
 
 def _redistributed(part: DTensor, like: DTensor) -> DTensor:
     """Returns the slice that a mesh of several dimensions gives this process (replicas of shards)."""
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(part.full_tensor(), like.device_mesh, like.placements, src_data_rank=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from ..losses import Loss
 from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import unsaved_parameters
+from ..model.sharding import check_fsdp, check_optimizer
 from ..model.trials import auxiliary_loss, can_run, checkpointing_error, disable_config_dropout, dropout, is_random
 from ..ops.attention.select import describe_backend
 from .metrics import METRIC_NAMES, PREFERENCE_METRICS
@@ -114,7 +115,8 @@ def checked_config(
 
 
 def check_machine(args: ContrastiveConfig) -> None:
-    """Raises UserError if a tracker or the optimizer is not installed, or the attention does not run on this device."""
+    """Raises UserError if FSDP is asked for what it cannot do, something is not installed, or does not run here."""
+    check_fsdp(args)
     installed = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -172,14 +174,17 @@ def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def check_engine(args: ContrastiveConfig, accelerator: Accelerator) -> None:
-    """Raises UserError for FSDP1, and for several GPUs in one process (DataParallel)."""
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
-        raise UserError("FSDP1 is not supported: set fsdp_version to 2 in accelerate's file, or version in fsdp_config")
+    """Raises UserError for several GPUs in one process (DataParallel), or an optimizer that FSDP2 cannot use."""
     if args.n_gpu > 1:
         raise UserError(
             f"one process sees {args.n_gpu} GPUs, and DataParallel is not supported: start with accelerate launch or"
             " torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
         )
+    try:
+        optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError:  # of those that are made for a model, see check_machine
+        return
+    check_optimizer(*optimizer, accelerator)
 
 
 # --- Models ---

@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..model.frozen import rounded_weights
 from ..model.layers import offloaded_activations
 from ..model.packed_model import Scores
-from ..model.sharding import settle_engine
+from ..model.sharding import meshes_on_cpu, settle_engine
 from .failures import named_hanging_ranks, passed
 from .metrics import Metrics, PlaceMetrics
 from .output_store import OutputStore
@@ -118,7 +118,8 @@ class PackedLoop(CheckpointLoop):
     def create_accelerator_and_postprocess(self) -> None:
         """Makes the accelerator once: ContrastiveTrainer needs it before transformers' constructor does."""
         if "accelerator" not in vars(self):
-            super().create_accelerator_and_postprocess()
+            with meshes_on_cpu(self.args):
+                super().create_accelerator_and_postprocess()
             settle_engine(self.accelerator, self.args)
             self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
-from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 
 from cpt_kernels.config import ContrastiveConfig
-from cpt_kernels.training.checks import check_engine, check_reference_model
+from cpt_kernels.model.sharding import check_fsdp
+from cpt_kernels.training.checks import check_reference_model
 from tests.helpers.architectures import tiny_model
 from tests.helpers.toy import config
 from tests.helpers.trl_runs import make_trainer
@@ -25,13 +23,29 @@ def test_a_reference_with_the_policys_weights(wrap):
     check_reference_model(policy, tiny_model("llama"))
 
 
-def test_fsdp1_is_refused(tmp_path):
-    plugin = SimpleNamespace(fsdp_version=1)
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"version": 1}, "FSDP1 is not supported: set fsdp_version to 2"),
+        ({"fsdp_offload_params": True}, "no key 'offload_params': transformers calls it cpu_offload"),
+        ({"no_such": 1}, "no key 'no_such': its keys are activation_checkpointing, "),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 9}, "set TRANSFORMER_BASED_WRAP"),
+        ({"xla": True}, "xla is not supported"),
+    ],
+)
+def test_what_fsdp2_cannot_do_is_refused_before_models_are_loaded(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model="no-such-model", fsdp=True, fsdp_config=given)
+
+
+def test_fsdp1_of_a_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP1 is not supported: set fsdp_version to 2"):
-        check_engine(config(tmp_path), accelerator)
-    plugin.fsdp_version = 2
-    check_engine(config(tmp_path), accelerator)
+        check_fsdp(config(tmp_path))
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_fsdp(config(tmp_path))
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    assert config(tmp_path, gradient_checkpointing=False).gradient_checkpointing is True
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

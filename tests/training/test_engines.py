@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from cpt_kernels.errors import UserError
 from tests.helpers.architectures import CONFIGS, tiny_model
-from tests.helpers.engine_run import run_all, run_rank
+from tests.helpers.engine_run import run, run_all, run_rank
 from tests.helpers.forked import run_ranks
 from tests.helpers.toy import word_tokenizer
 
@@ -32,6 +34,20 @@ SLOW = {
     "adapter stream": {"model": "llama", "stream": True, "lora": {"r": 2}},
     "checkpointing": {"model": "llama", "gradient_checkpointing": True},
 }
+# Configurations of FSDP2: what is told to the run of one process only in part, see `runs_of`.
+CONFIGURED = {
+    "bf16": {"model": "llama", "bf16": True},
+    "bf16 adapter": {"model": "llama", "bf16": True, "lora": {"r": 2}},
+    "offload": {"model": "llama", "fsdp_config": {"version": 2, "cpu_offload": True}},
+    "recomputed": {"model": "llama", "fsdp_config": {"version": 2, "activation_checkpointing": True}},
+}
+REPLICAS = {"dp_replicate_size": 2, "dp_shard_size": 2}
+CONFIGURED_OF_FOUR = {
+    "replicas": {"model": "llama", "parallelism_config": REPLICAS},
+    "replicas adapter": {"model": "llama-tied", "parallelism_config": REPLICAS, "lora": {"r": 2}},
+    "bf16 replicas": {"model": "llama-tied", "parallelism_config": REPLICAS, "bf16": True},
+}
+OF_FSDP = ("fsdp_config", "parallelism_config")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 OF_ENGINE = {"fsdp2": {}, "zero3": {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}}
 
@@ -41,9 +57,9 @@ def runs_of(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> li
     for name, options in cases.items():
         models = {key: str(folder / value) for key, value in options.items() if key in ("model", "ref_model")}
         common = {"max_steps": 10, "learning_rate": 1e-3, "train_sampling_strategy": "sequential"}
-        runs.append(
-            [f"{name} {engine}", engine, {**common, "per_device_train_batch_size": 6 // ranks, **options, **models}]
-        )
+        common["per_device_train_batch_size"] = (6 if ranks < 4 else 4) // ranks
+        own = {key: value for key, value in options.items() if engine == "fsdp2" or key not in OF_FSDP}
+        runs.append([f"{name} {engine}", engine, {**common, **own, **models}])
     return runs
 
 
@@ -78,6 +94,46 @@ def compare(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> No
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_two_ranks_take_the_steps_and_find_the_reference_of_one(folder, engine):
     compare(folder, engine, QUICK, 2)
+
+
+def compare_configured(folder: Path, cases: dict[str, dict], ranks: int) -> None:
+    exact = {f"exact {name}": {**options, "bf16": False} for name, options in cases.items()}
+    alone = [
+        [name, engine, {**options, "per_device_train_batch_size": options["per_device_train_batch_size"] * ranks}]
+        for name, engine, options in runs_of(folder, "alone", exact | cases, ranks)
+    ]
+    run_all(folder, alone)
+    run_ranks(folder, ranks, run_rank, folder, runs_of(folder, "fsdp2", cases, ranks), timeout=900)
+    for name in cases:
+        texts = (
+            (folder / f"{each}.json").read_text() for each in (f"exact {name} alone", f"{name} alone", f"{name} fsdp2")
+        )
+        exact, one, many = map(json.loads, texts)
+        assert many["fingerprint"] == one["fingerprint"] and many["sharded"] > 0 and not many["padded"], name
+        assert many["losses"][0] == pytest.approx(math.log(2), abs=1e-6)  # the reference is scored as the policy is
+        eager, ours = (max(abs(a - b) for a, b in zip(each["losses"], exact["losses"])) for each in (one, many))
+        assert ours <= 2 * eager + (2**-7 * max(exact["losses"]) if "bf16" in name else 1e-6), name
+
+
+def test_fsdp2_computes_in_bf16_and_offloads(folder):
+    compare_configured(folder, CONFIGURED, 2)
+
+
+@pytest.mark.slow
+def test_replicas_of_shards(folder):
+    compare_configured(folder, CONFIGURED_OF_FOUR, 4)
+
+
+def refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="optim: Adafactor does not work under FSDP2"):
+        run(folder, "adafactor", "fsdp2", {"model": "llama", "optim": "adafactor"})
+    unknown = {"version": 2, "transformer_layer_cls_to_wrap": ["NoSuchLayer"]}
+    with pytest.raises(UserError, match="names NoSuchLayer, and .* has no such layer: .* name LlamaDecoderLayer"):
+        run(folder, "unknown", "fsdp2", {"model": "llama", "fsdp_config": unknown})
+
+
+def test_what_does_not_know_sharded_weights_is_refused(folder):
+    run_ranks(folder, 2, refused, folder)
 
 
 @pytest.mark.slow
