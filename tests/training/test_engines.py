@@ -128,7 +128,7 @@ def refused(folder: Path) -> None:
     with pytest.raises(UserError, match="optim: Adafactor does not work under FSDP2"):
         run(folder, "adafactor", "fsdp2", {"model": "llama", "optim": "adafactor"})
     unknown = {"version": 2, "transformer_layer_cls_to_wrap": ["NoSuchLayer"]}
-    with pytest.raises(UserError, match="names NoSuchLayer, and .* has no such layer: .* name LlamaDecoderLayer"):
+    with pytest.raises(UserError, match=r"names NoSuchLayer, and .* has no such layer: .* name LlamaDecoderLayer"):
         run(folder, "unknown", "fsdp2", {"model": "llama", "fsdp_config": unknown})
 
 
