@@ -42,7 +42,7 @@ from .losses import Loss, user_loss
 from .model.images import image_reader
 from .model.layers import not_compiled_whole, prepared_layers
 from .model.loading import engine_weights, load_models, prepare_model, tokenizer_of
-from .model.packed_model import PackedModel, Scores, base_model, embedding_rows
+from .model.packed_model import PackedModel, Scores, base_model, embedding_rows, weighted_reference
 from .model.pretrained import sample_base
 from .model.sequence_groups import join_group
 from .model.sharding import shard
@@ -406,11 +406,11 @@ class ContrastiveTrainer(PackedLoop):
             The loss, (); with ``return_outputs`` the loss and :class:`Scores`.
         """
         if num_items_in_batch is None:
-            pairs, tokens = (max(inputs[name], 1) for name in ("num_pairs", "num_chosen_tokens"))
+            pairs, tokens = (inputs[name] or 1 for name in ("num_pairs", "num_chosen_tokens"))
             tokens_per_pair = self.eval_tokens_per_pair or tokens / pairs
             batches = 1
         else:
-            pairs, tokens = num_items_in_batch.clamp(min=1)
+            pairs, tokens = num_items_in_batch.where(num_items_in_batch > 0, 1)
             tokens_per_pair = tokens / pairs
             batches = self.args.data_ranks * self.current_gradient_accumulation_steps
         scores = self.score(model, inputs, tokens_per_pair)
@@ -445,7 +445,7 @@ class ContrastiveTrainer(PackedLoop):
         Users may override it, as in TRL. An override is called for every batch, and its values are not cached.
         """
         self.reference.complete(inputs)
-        sums = segment_sum(inputs["ref_token_logps"], inputs["cu_completions"])
+        sums = segment_sum(weighted_reference(inputs), inputs["cu_completions"])
         return sums[inputs["chosen"]], sums[inputs["rejected"]]
 
     def _complete_reference(self, model: nn.Module, inputs: PackedBatch) -> None:
@@ -453,10 +453,10 @@ class ContrastiveTrainer(PackedLoop):
         if not is_overridden(self, ContrastiveTrainer.compute_ref_log_probs):
             self.reference.complete(inputs)
             return
-        if self.loss.needs_tails:
+        if self.loss.needs_tails or inputs["token_weights"] is not None:
             raise UserError(
-                "ld_alpha needs token log-probs, but the overridden compute_ref_log_probs returns sums: set only one of"
-                " the two"
+                f"{'ld_alpha needs' if self.loss.needs_tails else 'weights of tokens need'} token log-probs, but the"
+                " overridden compute_ref_log_probs returns sums: set only one of the two"
             )
         put_sums(inputs, *self.compute_ref_log_probs(model, inputs))
 

@@ -23,7 +23,7 @@ def decoded_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, col
     """Returns the first pair of a prepared row as lines, with a colour and a word for each kind of tokens.
 
     A prompt conditions the completion, but its tokens have no log-prob in the loss, and neither have the tokens of a
-    completion that a mask leaves out.
+    completion that a mask leaves out. Weights of tokens other than 0 and 1 follow them.
     """
     lines = [Text(f"row {row['row']} of the data as the model sees it:")]
     shown: list[Sequence[int]] = []
@@ -33,7 +33,7 @@ def decoded_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, col
         whole = [*row["prompt_ids"], *row["completion_ids"][row[side][0]]]
         number, how = row[side][0], (collator.max_length, collator.truncation_mode)
         prompt, completion = truncate(row["prompt_ids"], row["completion_ids"][number], *how)
-        masks = row.get("scored") or [[True] * len(ids) for ids in row["completion_ids"]]
+        masks = row.get("scored") or [[1] * len(ids) for ids in row["completion_ids"]]
         _, mask = truncate(row["prompt_ids"], masks[number], *how)
         kept = len(prompt) + len(completion)
         cut = whole[kept:] if collator.truncation_mode == "keep_start" else whole[: len(whole) - kept]
@@ -41,11 +41,17 @@ def decoded_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, col
             lines.append(_decoded_line("prompt", [(prompt, "prompt")], tokenizer))
             shown.append(list(prompt))
         runs = [(list(run), mark) for mark, run in groupby(range(len(mask)), key=mask.__getitem__)]
-        parts = [([completion[i] for i in run], "scored" if mark else "not scored") for run, mark in runs]
-        lines.append(_decoded_line(f"{side} ({'scored' if all(mask) else f'{sum(mask)} scored'})", parts, tokenizer))
+        parts = [([completion[i] for i in run], _kind(mark)) for run, mark in runs]
+        scored = sum(weight > 0 for weight in mask)
+        what = f"{side} ({'scored' if scored == len(mask) else f'{scored} scored'})"
+        lines.append(_decoded_line(what, parts, tokenizer))
         if cut:
             lines.append(_decoded_line(f"{side}, cut by max_length (not scored)", [(cut, "cut")], tokenizer))
     return lines
+
+
+def _kind(weight: float) -> str:
+    return "not scored" if weight == 0 else "scored" if weight == 1 else f"scored x {weight:g}"
 
 
 def _decoded_line(what: str, parts: Sequence[tuple[Sequence[int], str]], tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -54,5 +60,8 @@ def _decoded_line(what: str, parts: Sequence[tuple[Sequence[int], str]], tokeniz
     for ids, kind in parts:
         text = tokenizer.decode(list(ids)).replace("\n", "\u21b5\n    ")  # decodes special tokens, too
         text = _REPEATED.sub(lambda run: f"{run[1]} x {run[0].count(run[1])}", text)  # such as the tokens of an image
-        line.append(f"[{text}]" if kind == "not scored" else text, _STYLES[kind])
+        style, _, weight = kind.partition(" x ")
+        line.append(
+            f"[{text}]" if kind == "not scored" else f"{text}{{x {weight}}}" if weight else text, _STYLES[style]
+        )
     return line

@@ -100,7 +100,7 @@ def _load_rows(options: Options) -> Dataset:
 
 def _gaps(data: Dataset) -> NDArray[np.float64]:
     """Returns minus the values of the column ``gap``, NaN where it is null."""
-    from ..data.formats import read_number
+    from ..data.weights import read_number
 
     if "gap" not in data.column_names:
         raise UserError("the data has no column gap, which the scorer gap reads: rename the column that holds gaps")

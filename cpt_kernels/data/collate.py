@@ -27,8 +27,9 @@ from .truncation import TruncationMode, truncate
 ReferenceLookup = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], "NDArray[np.float32]"]
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # prompt key (see :mod:`.images`), completion
-# A completion with a mask is another one than the same tokens with another mask, or without.
-ScoredTokens = tuple[tuple[int, ...], ...]  # prompt key, completion and, unless all of it is scored, its mask
+# A completion with weights of its tokens is another one than the same tokens with other weights, or without. A mask is
+# weights of 0 and 1: a token with weight 0 is not scored.
+ScoredTokens = tuple[tuple[Any, ...], ...]  # prompt key, completion and, unless each is 1, the weights of its tokens
 
 
 class Predictions(TypedDict):
@@ -45,6 +46,7 @@ class Predictions(TypedDict):
     token_order: Tensor | None  # (M,) int64, completion tokens sorted by their prediction
     token_offsets: Tensor | None  # (N+1,) int64, where those of each prediction begin in token_order
     prediction_lengths: list[int]  # S, predictions of each completion that no completion before it has
+    token_weights: Tensor | None  # (M,) fp32 above 0, factors of the completion tokens' log-probs; None if each is 1
 
 
 class PackedBatch(Predictions):
@@ -91,7 +93,7 @@ class PackedBatch(Predictions):
     ref_missing: list[tuple[int, tuple[int, ...], tuple[int, ...]]]  # (completion, prompt ids, completion ids)
     order: list[int]  # S, the number of each completion among the different ones in the order of the rows
     num_pairs: int
-    num_chosen_tokens: int  # a completion counts once per pair in which it is chosen
+    num_chosen_tokens: float  # or their weights; a completion counts once per pair in which it is chosen
     num_sequence_tokens: int  # prompt and completion tokens, once per side of every pair
     places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without a curriculum
     shared: bool  # some tokens run once for several completions
@@ -166,7 +168,7 @@ class PackedCollator:
         """Packs sequences and their pairs into one batch.
 
         Args:
-            sequences: (prompt key, completion ids) and, if not all of it is scored, its mask; repeated or not.
+            sequences: (prompt key, completion ids) and, unless each is 1, the tokens' weights; repeated or not.
             edges: the sequences of each pair: chosen, target of SLiC's regularizer, and rejected if there is one.
             gaps: one per pair, see :func:`gap_of`.
             places: see :class:`PackedBatch`.
@@ -189,7 +191,9 @@ class PackedCollator:
         segment_lengths = [(end - branch.shared, end) for end, branch in zip(ends, branches)]
         spans = [Span(g, prompts[s], len(paths[s])) for g, branch in enumerate(branches) for s in branch.sequences]
         masks: list[Any] = [sequence[2] if len(sequence) > 2 else None for sequence in unique]
-        scored = concatenate_masks(spans, masks) if any(masks) else None
+        every = concatenate_masks(spans, masks) if any(masks) else None
+        scored = None if every is None or (every > 0).all() else every > 0
+        token_weights = None if every is None or np.isin(every, (0, 1)).all() else every[every > 0]
         layout = lay_out(segment_lengths, spans, masks if any(masks) else None)
 
         # Pairs are sorted so that each block's are consecutive.
@@ -202,7 +206,9 @@ class PackedCollator:
 
         # Counts, and everything as tensors.
         row = np.concatenate([paths[branch.sequences[-1]][branch.shared :] for branch in branches])
-        completion_lengths = np.diff(layout.cu_completions)
+        counted = np.diff(layout.cu_completions)
+        if token_weights is not None:
+            counted = np.add.reduceat(token_weights, layout.cu_completions[:-1], dtype=np.float64)
         input_ids, attention_mask, place = _ints(row)[None], None, None
         if self.padded:
             place, attention_mask = _padded_places(np.diff(layout.cu_seqlens_q))
@@ -221,7 +227,7 @@ class PackedCollator:
             kv_index=_ints(layout.kv_index),
             kv_rounds=_rounds(layout.kv_index, len(row)),
             segment_lengths=segment_lengths,
-            **_predictions(layout, place, input_ids),
+            **_predictions(layout, place, input_ids, token_weights),
             spans=np.array(spans, np.int64),
             scored=scored,
             chosen=_ints(chosen),
@@ -235,7 +241,7 @@ class PackedCollator:
             ref_missing=ref_missing,
             order=order,
             num_pairs=len(pairs),
-            num_chosen_tokens=int(completion_lengths[chosen].sum()),
+            num_chosen_tokens=counted[chosen].sum().item(),
             num_sequence_tokens=sum(spans[s].stop for chosen, _, *rejected in pairs for s in (chosen, *rejected)),
             places=places,
             shared=any(branch.shared for branch in branches),
@@ -262,12 +268,12 @@ class PackedCollator:
         return [((*words, *prompt), tuple(completion)) for prompt, completion in cut]
 
     def _masked(self, row: Mapping[str, Any], cut: list[Tokens]) -> Sequence[ScoredTokens]:
-        """Returns a row's truncated completions with their masks."""
+        """Returns a row's truncated completions with the weights of their tokens."""
         if not row.get("scored"):
             return cut
         how = (self.max_length, self.truncation_mode, bool(row.get("image_ids")))
         masks = [tuple(truncate(row["prompt_ids"], mask, *how)[1]) for mask in row["scored"]]
-        return [tokens if all(mask) else (*tokens, mask) for tokens, mask in zip(cut, masks)]
+        return [tokens if {*mask} <= {1} else (*tokens, mask) for tokens, mask in zip(cut, masks)]
 
     def branches(
         self,
@@ -339,7 +345,12 @@ def _index_pairs(
     return pairs, order, list(zip(np.diff(boundaries).tolist(), np.diff(pairs_below).tolist()))
 
 
-def _predictions(layout: Layout, place: NDArray[np.int64] | None, input_ids: Tensor) -> Predictions:
+def _predictions(
+    layout: Layout,
+    place: NDArray[np.int64] | None,
+    input_ids: Tensor,
+    token_weights: NDArray[np.float32] | None = None,  # (M,)
+) -> Predictions:
     """Returns the fields of a batch that say which tokens are predicted, and from where.
 
     Args:
@@ -361,6 +372,7 @@ def _predictions(layout: Layout, place: NDArray[np.int64] | None, input_ids: Ten
         "token_order": order,
         "token_offsets": offsets,
         "prediction_lengths": layout.prediction_lengths.tolist(),
+        "token_weights": None if token_weights is None else torch.from_numpy(token_weights),
     }
 
 

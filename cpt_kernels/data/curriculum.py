@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .formats import read_number
+from .weights import read_number
 
 SCHEDULES = ("linear", "reversed", "constant", "staged", "none", "sqrt", "sorted")
 PAIR_COLUMNS = ("chosen_model", "rejected_model")

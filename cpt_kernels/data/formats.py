@@ -26,6 +26,7 @@ from .messages import (
     type_name,
 )
 from .response_columns import RESPONSE_NAMES
+from .weights import first_scored, read_number, read_train_on, read_weight, take_weights
 
 RankedPairs = Literal["all", "adjacent", "extremes"]
 PromptFormat = Literal["auto", "chat", "text"]  # chat: text becomes turns of the chat template; text: no conversations
@@ -37,7 +38,6 @@ IDENTICAL = "identical sides"
 UNSCORED = "completion without a scored token"
 TIED = "tied scores"
 IMAGE_CUT = "max_length would cut an image"
-NO_ASSISTANT = "no assistant turn"
 NO_PROMPT = "no prompt"
 
 # Arguments of `apply_chat_template` that do not reach the template, or that tokenize.py gives. A row must not set them.
@@ -65,8 +65,8 @@ class Example:
     pairs: list[tuple[int, int]] | None = None  # (better, worse) completions; None leaves the choice to `ranked_pairs`
     images: list = field(default_factory=list)  # of the prompt, as the row holds them
     asked: list = field(default_factory=list)  # `pairs` if given, else `scores`, before empty completions were removed
-    # For each completion which of its turns are scored, None for those of the assistant; None: no row says so
-    train_on: list[list[bool] | None] | None = None
+    # For each completion the weights of its turns, None for 1 on the assistant's; None: the row does not say so
+    train_on: list[list[float] | None] | None = None
     weights: list[float] | float = 1.0  # of all pairs, or of each of `pairs`
     beginning: str = ""  # the text with which all completions begin, which belongs to the prompt
     is_open: bool = False  # the completions are steps, after which an answer goes on
@@ -97,7 +97,7 @@ def parse_row(
     With `gap_column`, the ratings of a pair are that column's value and 0. `roles` names the columns that do not have
     our names. A row with a system prompt or a history is a conversation; see `PromptFormat` for other rows. With
     `all_turns`, the completion of a row of MESSAGES begins with the assistant's first turn, else with its last. With
-    `train_on`, it begins with the first turn that is scored.
+    `train_on`, or a `weight` in a message, it begins with the first turn that is scored.
 
     Raises:
         RowError: the row cannot be used; its reason and detail say why.
@@ -108,7 +108,11 @@ def parse_row(
         mend = "give token ids (`prompt_ids`, ...), or `train_on`, a 0 or a 1 per turn of messages"
         raise RowError(MALFORMED, f"`completion_mask` is for tokens, and the row is not tokenized: {mend}")
     names, sides, scores = _read_sides(row, form, roles)
-    train_on = _read_train_on(row, form, names, sides)
+    train_on = read_train_on(row, form, names, sides)
+    sides, in_messages = take_weights(names, sides)
+    if train_on is not None and in_messages is not None:
+        raise RowError(MALFORMED, "`train_on` and a `weight` in messages both say which turns are scored: give one")
+    train_on = in_messages if train_on is None else train_on
     if gap_column is not None:
         scores = [read_gap(row, gap_column), 0.0]
     filled = [i for i, side in enumerate(sides) if not _is_empty(side)]
@@ -133,9 +137,11 @@ def parse_row(
         target = read_text_or_messages(target_column, row.get(target_column), "images" in roles)
         if target is None or _is_empty(target):
             raise RowError(EMPTY, f"`{target_column}` without text")
+        ([target], of_target) = cast("Any", take_weights([target_column], [target]))
         names.append(target_column)
         completions += _after_beginning([target], beginning, row, roles) if "initial" in roles else [target]
-        flags.append(None)
+        flags += of_target or [None]
+        train_on = flags if of_target else train_on
     if len({isinstance(completion, str) for completion in completions}) > 1:
         raise RowError(MALFORMED, f"{in_backticks(names)} mix text and messages")
 
@@ -145,7 +151,8 @@ def parse_row(
         column = _column(roles, "prompt")
         if form is not Form.PREFERENCE or (column in row and not are_whole(completions)):
             raise RowError(NO_PROMPT, f"`{column}` is null")
-    first = _first_scored(completions[0], flags[0], all_turns) if form is Form.MESSAGES else None
+    is_whole = form is Form.MESSAGES
+    first = first_scored(completions[0], flags[0], all_turns, names[0]) if is_whole else None
     prompt, completions = _split_prompt(given, names, completions, ranked=len(scores), cut=first)
     flags = [turns if turns is None else turns[-len(side) :] for turns, side in zip(flags, completions)]
     for name, completion in zip(names, completions):
@@ -241,18 +248,6 @@ def one_turn_as_text(text: Text, role: str) -> Text:
     return content if isinstance(content, str) and turns[0] == {"role": role, "content": content} else turns
 
 
-def read_number(value: Any) -> float | None:
-    """Returns a number, or one that is given as text because CSV files hold nothing else; None for other values."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    if isinstance(value, str) and "_" in value:  # Python reads "1_2" as 12
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
-
-
 def read_gap(row: Mapping[str, Any], column: str) -> float:
     """Returns by how much the chosen side of a row's pair is better than the rejected one.
 
@@ -264,18 +259,6 @@ def read_gap(row: Mapping[str, Any], column: str) -> float:
         given = row.get(column)
         raise RowError(MALFORMED, f"`{column}` is {given!r}; expected a number above 0: by how much chosen is better")
     return gap
-
-
-def read_weight(value: Any, column: str) -> float:
-    """Returns the weight of a pair.
-
-    Raises:
-        RowError: the value is not a finite number of at least 0.
-    """
-    weight = read_number(value)
-    if weight is None or not 0 <= weight < math.inf:
-        raise RowError(MALFORMED, f"`{column}` is {value!r}; expected a weight: a finite number of at least 0")
-    return weight
 
 
 def _column(roles: Roles, role: str) -> str:
@@ -299,9 +282,7 @@ def _read_sides(row: Mapping[str, Any], form: Form, roles: Roles) -> tuple[list[
         messages = read_text_or_messages(name, row.get(name), "images" in roles)
         if isinstance(messages, str):
             raise RowError(MALFORMED, f"`{name}` is str; expected a list of {{role, content}} messages")
-        if not messages or messages[-1]["role"] != "assistant":
-            raise RowError(NO_ASSISTANT, f"`{name}` does not end with an assistant turn")
-        return [name], [messages], [0.0]  # `_split_prompt` cuts before the last turn
+        return [name], [messages], [0.0]  # `_split_prompt` cuts before a turn
     return _read_ranked_sides(row, roles)
 
 
@@ -389,39 +370,6 @@ def _read_pairs(
     return [(better, worse) for better, worse, _ in left], [weight for *_, weight in left]
 
 
-def _read_train_on(
-    row: Mapping[str, Any], form: Form, names: list[str], sides: Sequence[Text | None]
-) -> list[list[bool]] | None:
-    """Returns which turns of each side are scored, by the row's `train_on`; None without it.
-
-    `train_on` holds a list of 0 and 1 for each side, in the order of the row, one number per turn; a row with one side
-    may hold the numbers themselves.
-    """
-    if (given := row.get("train_on")) is None:
-        return None
-    if len(sides) == 1 and isinstance(given, list) and not any(isinstance(flags, list) for flags in given):
-        given = [given]
-    if not isinstance(given, list) or len(given) != len(sides):
-        raise RowError(MALFORMED, f"`train_on` is not a list of {len(sides)} lists, one for each of the completions")
-    if form is Form.RANKED:  # the sides are sorted
-        given = [given[int(name.rpartition("[")[2][:-1])] for name in names]
-    for name, flags, side in zip(names, given, sides):
-        if isinstance(side, str):
-            raise RowError(MALFORMED, f"`train_on` names turns of messages, and `{name}` is text")
-        if not isinstance(flags, list) or len(flags) != len(side or ()) or any(flag not in (0, 1) for flag in flags):
-            raise RowError(
-                MALFORMED, f"`train_on` does not hold a 0 or a 1 for each of the {len(side or ())} turns of `{name}`"
-            )
-    return [[bool(flag) for flag in flags] for flags in given]
-
-
-def _first_scored(messages: Text, flags: Sequence[bool] | None, all_turns: bool) -> int | None:
-    """Returns the first turn of a conversation that is scored; None for the last turn."""
-    if flags is None:
-        flags = [isinstance(turn, dict) and turn["role"] == "assistant" for turn in messages] if all_turns else []
-    return next((i for i, flag in enumerate(flags) if flag), None)
-
-
 def is_edge(pair: Any, given: range) -> bool:
     """Returns whether a value is a list of two different numbers of ``given``."""
     inside = isinstance(pair, list) and all(type(i) is int and i in given for i in pair)
@@ -434,7 +382,7 @@ def _read_prompt(row: Mapping[str, Any], roles: Roles) -> Text | None:
     value = row.get(column)
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         value = value["messages"]  # OpenAI's `input`
-    prompt = read_text_or_messages(column, value, "images" in roles)
+    ([prompt], _) = take_weights([column], [read_text_or_messages(column, value, "images" in roles)])
     more = row.get(roles["input"]) if "input" in roles else None
     if not more:
         return prompt

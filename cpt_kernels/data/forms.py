@@ -69,7 +69,7 @@ _AROUND_STEP = {  # role -> columns, of rows that compare two steps of an answer
 
 IMAGE_COLUMNS = ("images", "image")  # TRL's: a list of images, or one
 # Columns that are read under these names.
-_READ = ("pairs", "tools", "chat_template_kwargs", "row", "image_ids", "completion_mask", "train_on")
+_READ = ("pairs", "tools", "chat_template_kwargs", "row", "image_ids", "completion_mask", "token_weights", "train_on")
 REFERENCE_SUMS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's, which `cpt cache import` reads
 _UNPAIRED = ("label", "kto_tag")
 _SIDES = {name for form, names in _FORMS if form is Form.PREFERENCE for name in names} - {"messages", "response"}

@@ -1,4 +1,4 @@
-"""Finds which tokens of a completion are scored where that is not all: those of some turns of a conversation.
+"""Finds the weights of a completion's tokens where some turns of a conversation are not scored, or have weights.
 
 As in TRL's SFT trainer, a chat template may mark what the assistant writes by ``{% generation %}``. Other templates are
 rendered turn by turn: a turn begins where the text of the turns before it ends, with the header that asks the assistant
@@ -28,8 +28,8 @@ def scored_tokens(
     tokenizer: PreTrainedTokenizerBase,
     example: Example,
     sequences: Sequence[Sequence[int]],  # token ids of the prompt with each completion
-) -> list[list[bool]]:
-    """Returns for every token of each sequence whether it belongs to a turn that is scored.
+) -> list[list[float]]:
+    """Returns the weight of every token of each sequence: that of its turn, 0 for turns that are not scored.
 
     Raises:
         RowError: the row is text, or (with the reason UNJOINED) the turns do not join to the whole conversation.
@@ -43,7 +43,7 @@ def scored_tokens(
             found: Any = tokenizer.apply_chat_template(
                 whole, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
             )
-            encoded, mask = found["input_ids"], [value > 0 for value in found["assistant_masks"]]
+            encoded, mask = found["input_ids"], [float(value) for value in found["assistant_masks"]]
         else:
             render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **options)
             spans = turn_spans(render, example, i, str(render(whole)))
@@ -55,10 +55,10 @@ def scored_tokens(
 
 def turn_spans(
     render: Callable[..., Any], example: Example, completion: int, whole: str, prompt: list | None = None
-) -> list[tuple[int, int]]:
-    """Returns which characters of a rendered conversation belong to the scored turns of a completion.
+) -> list[tuple[int, int, float]]:
+    """Returns the scored turns of a completion as (start, end, weight) in the characters of the whole text.
 
-    These are the turns that the row's ``train_on`` names, or else those of the assistant.
+    The weights are those of the row's ``train_on``, or else 1 for the assistant's turns.
 
     Args:
         render: renders messages; takes ``add_generation_prompt``.
@@ -76,7 +76,8 @@ def turn_spans(
     spans = []
     for i, turn in enumerate(turns):
         is_assistant = turn["role"] == "assistant"
-        if not (is_assistant if flags is None else flags[i]):
+        weight = float(is_assistant) if flags is None else flags[i]
+        if not weight:
             continue
         before = [*(prompt or example.prompt), *turns[:i]]
         start = render(before, add_generation_prompt=is_assistant)
@@ -90,18 +91,21 @@ def turn_spans(
                 " differently when other turns follow: mark what the assistant writes in the template by"
                 " {% generation %} and {% endgeneration %}, or set assistant_only_loss=false and remove `train_on`",
             )
-        spans.append((len(start), len(end)))
+        spans.append((len(start), len(end), weight))
     return spans
 
 
 def text_mask(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: Iterable[tuple[int, int]]
-) -> tuple[list[int], list[bool]]:
-    """Returns the token ids of a text, and whether a part of each token lies in one of the spans of characters."""
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Iterable[tuple[int, int, float]]
+) -> tuple[list[int], list[float]]:
+    """Returns the token ids of a text, and their weights: the largest of the spans that hold a part of the token."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = list(spans)
     offsets: Any = found["offset_mapping"]
-    return found["input_ids"], [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
+    return found["input_ids"], [
+        max((weight for start, stop, weight in spans if first < stop and last > start), default=0.0)
+        for first, last in offsets
+    ]
 
 
 def _is_marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:

@@ -157,7 +157,8 @@ def _as_parts(content: Any) -> Any:
 
 def _read_turn(field: str, turn: dict, images: bool) -> dict:
     if not isinstance(turn.get("role"), str):
-        turn = _read_sharegpt(field, turn)
+        weight = {"weight": turn["weight"]} if "weight" in turn else {}
+        turn = _read_sharegpt(field, turn) | weight
     parts = turn.get("content")
     if not isinstance(parts, list):
         return turn

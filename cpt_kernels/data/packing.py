@@ -88,14 +88,15 @@ def pack(groups: Sequence[GroupLengths]) -> Layout:
 def lay_out(
     segments: Sequence[tuple[int, int]],
     completions: Sequence[Span],
-    masks: Sequence[Sequence[bool] | None] | None = None,
+    masks: Sequence[Sequence[float] | None] | None = None,
 ) -> Layout:
     """Lays out a row.
 
     Args:
         segments: (queries, keys).
         completions: in the order of their segments; those of one segment are in the order of their ends.
-        masks: which tokens of each completion are scored, at least one; None for all. Others are in no array of M or N.
+        masks: weights of each completion's tokens, one or more above 0; None: 1 each. Tokens of weight 0 are in no
+            array of M or N.
     """
     paths = paths_of(segments)
     queries, keys = zip(*segments)
@@ -104,7 +105,7 @@ def lay_out(
     predictors = np.concatenate([paths[segment][start - 1 : stop - 1] for segment, start, stop in completions])
     cu_completions = starts_of([stop - start for _, start, stop in completions])
     if masks is not None:
-        scored = concatenate_masks(completions, masks)
+        scored = concatenate_masks(completions, masks) > 0
         targets, predictors = targets[scored], predictors[scored]
         cu_completions = starts_of(np.add.reduceat(scored, cu_completions[:-1], dtype=np.int64))
     token_index, prediction_lengths = None, np.diff(cu_completions)
@@ -128,12 +129,13 @@ def lay_out(
     )
 
 
-def concatenate_masks(completions: Sequence[Span], masks: Sequence[Sequence[bool] | None]) -> NDArray[np.bool_]:
-    """Returns whether each token of all completions, one after another, is scored."""
+def concatenate_masks(completions: Sequence[Span], masks: Sequence[Sequence[float] | None]) -> NDArray[np.float32]:
+    """Returns the weight of each token of all completions, one after another."""
     parts = (
-        np.ones(stop - start, bool) if mask is None else mask for (_, start, stop), mask in zip(completions, masks)
+        np.ones(stop - start, np.float32) if mask is None else mask
+        for (_, start, stop), mask in zip(completions, masks)
     )
-    return np.concatenate([np.asarray(part, bool) for part in parts])
+    return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
 def paths_of(segments: Sequence[tuple[int, int]]) -> list[NDArray[np.int64]]:

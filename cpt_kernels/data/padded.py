@@ -65,8 +65,8 @@ def _pair_examples(row: Mapping[str, Any]) -> list[dict]:
         )
     if row.get("scored"):
         raise UserError(
-            f"row {row['row']} has tokens that are not scored, which a data_collator for padded batches does not know:"
-            " leave data_collator out, or set assistant_only_loss=false and remove the column of masks"
+            f"row {row['row']} has tokens with weights or that are not scored, which a data_collator for padded batches"
+            " does not know: leave data_collator out, or set assistant_only_loss=false and remove the masks and weights"
         )
     if not row["rejected"] or row["targets"] != row["chosen"]:
         raise UserError(

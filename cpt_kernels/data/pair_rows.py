@@ -18,10 +18,11 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 
 from ..errors import UserError
-from .formats import is_edge, ranked_pairs, read_number
+from .formats import is_edge, ranked_pairs
 from .forms import match_roles
 from .messages import RowError, Text, read_text_or_messages
 from .rows import ExactJson, drop_nulls, find_null_places, read_columns
+from .weights import read_number
 
 _READ = {"turns": ("turns", "prompt"), "paths": ("paths", "prompt", "pairs", "scores")}
 _STEPS = ("initial_steps", "chosen_step", "rejected_step", "chosen_rest", "rejected_rest")

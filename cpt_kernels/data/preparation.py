@@ -179,7 +179,7 @@ class Filter:
 
     max_length: int | None
     truncation_mode: TruncationMode
-    version: int = 3
+    version: int = 4
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         decisions = [self._decide(row) for row in _rows(batch, [*GROUP_FEATURES, *REMARK_FEATURES])]
@@ -188,13 +188,14 @@ class Filter:
     def _decide(self, row: dict[str, Any]) -> dict[str, Any]:
         prompt_ids, completions, masks = row["prompt_ids"], row["completion_ids"], row["scored"]
         lengths = [len(prompt_ids) + len(ids) for ids in completions]
+        flags = [weight > 0 for mask in masks for weight in mask] if masks else [True] * sum(map(len, completions))
         decision = {
             **{name: row[name] for name in (*_EDGES, *REMARK_FEATURES, "row")},
             "truncated": sum(self.max_length is not None and length > self.max_length for length in lengths),
             "promptless": sum(self._loses_prompt(prompt_ids, ids) for ids in completions),
             "max_token_id": max((max(ids) for ids in (prompt_ids, *completions) if ids), default=-1),
             "completion_tokens": sum(map(len, completions)),
-            "scored_tokens": sum(map(sum, masks)) if masks else sum(map(len, completions)),
+            "scored_tokens": sum(flags),
         }
         if row["reason"] or (prompt_ids and not decision["truncated"] and not masks):
             return decision  # dropped already, or nothing to cut
@@ -367,7 +368,8 @@ def prepare(
             - `prompt_ids, chosen_ids, rejected_ids`;
             - the output of this function.
             Rows of tokens may have `completion_mask`, a list for each completion of a 0 or a 1 per token: the tokens
-            that are scored. Rows of messages may have `train_on`, the same per turn.
+            that are scored; or `token_weights`, of numbers of at least 0. Rows of messages may have `train_on`, numbers
+            per turn, or a `weight` in messages.
             Rows of text or messages may have `tools` (a list or its JSON) and `chat_template_kwargs`. :mod:`.forms`
             lists the forms of other trainers that are read, too. Prompts of text or messages may have images, in a
             column `images` or `image`, as PIL images, paths, URLs or bytes.

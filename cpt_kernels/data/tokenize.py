@@ -6,7 +6,8 @@ A prompt group is the row that the filter, the packer and the collator work on:
     completion_ids      list[list[int]]  K different completions, each used by some pair
     chosen, rejected    list[int]        P pairs, as indices into completion_ids; a supervised row has no `rejected`
     targets             list[int]        P completions for SLiC's regularizer (y_ref): the target column, else `chosen`
-    scored              list[list[bool]] K masks, which tokens of each completion are scored; empty if all of them are
+    scored              list[list[float]]  weights of the tokens of each of K completions, 0 for those that are not
+                                         scored; empty if each is 1
     weights             list[float]      P weights of the pairs' losses; empty if each is 1
     image_ids           list[int]        identities of the prompt's images, see `images.ImageReader.image_id`
     scores              list[float]      K ratings whose differences are the gaps. Ranked rows have them (without a
@@ -44,14 +45,14 @@ from .formats import (
     parse_row,
     ranked_pairs,
     read_gap,
-    read_weight,
 )
-from .forms import Form, Roles, read_by
+from .forms import Form, Roles, in_backticks, read_by
 from .image_files import open_image
 from .images import ImageReader
 from .masks import UNJOINED, scored_tokens, text_mask, turn_spans
 from .messages import MALFORMED, RowError, has_images, with_images
 from .rows import ExactJson, NullPlaces, drop_nulls
+from .weights import read_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ GROUP_FEATURES = Features(
         "prompt_ids": List(Value("int32")),
         "image_ids": List(Value("int64")),
         "completion_ids": List(List(Value("int32"))),
-        "scored": List(List(Value("bool"))),
+        "scored": List(List(Value("float32"))),
         "chosen": _INDICES,
         "rejected": _INDICES,
         "targets": _INDICES,
@@ -121,7 +122,7 @@ class Tokenization:
     reader: ImageReader | None = None  # of a dataset with a column of images
     weight_column: str | None = None
     assistant_only_loss: bool = False
-    version: int = 9
+    version: int = 10
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         read = read_by(self.form, self.roles).union(
@@ -168,7 +169,7 @@ class Tokenization:
             completions = [_token_list(row[name], name) for name in names]
             scores = [1.0 if self.gap_column is None else read_gap(row, self.gap_column), 0.0]
             weights = 1.0 if self.weight_column is None else read_weight(row[self.weight_column], self.weight_column)
-            has_target, masks = self.target_column is not None, _read_masks(row, completions)
+            has_target, masks = self.target_column is not None, _read_token_weights(row, completions)
             return self._build_group(prompt_ids, completions, scores, has_target, scored=masks, weights=weights)
         group = {name: row[name] for name in _GROUP_LISTS if name not in _OPTIONAL}
         group |= {name: row.get(name) or [] for name in _OPTIONAL}
@@ -187,9 +188,7 @@ class Tokenization:
             raise RowError(MALFORMED, f"`scores` holds {len(group['scores'])} for {len(valid)} completions")
         if group["scores"] and not _has_gaps(group["scores"], zip(group["chosen"], group["rejected"])):
             group["scores"] = []
-        group["scored"] = _read_masks(row, group["completion_ids"], "scored") or _read_masks(
-            row, group["completion_ids"]
-        )
+        group["scored"] = _read_token_weights(row, group["completion_ids"])
         group["weights"] = [read_weight(weight, "weights") for weight in group["weights"]]
         if len(group["weights"]) not in (0, len(group["chosen"])):
             raise RowError(MALFORMED, f"`weights` holds {len(group['weights'])} for {len(group['chosen'])} pairs")
@@ -230,8 +229,8 @@ class Tokenization:
         group["image_ids"] = [word for image in images for word in self.reader.image_id(image)]
         return group | {"pairs_given": example.count_pairs(self.ranked_pairs), "is_chat": example.is_chat}
 
-    def _image_masks(self, example: Example, prompt: str, completions: list[str]) -> list[list[bool]]:
-        """Returns the masks of completions that were rendered with images in their prompt; empty without masks."""
+    def _image_masks(self, example: Example, prompt: str, completions: list[str]) -> list[list[float]]:
+        """Returns the weights of tokens of completions whose prompt was rendered with images; empty if each is 1."""
         if not self.assistant_only_loss and example.train_on is None:
             return []
         assert self.reader is not None
@@ -244,7 +243,7 @@ class Tokenization:
         masks = []
         for i, text in enumerate(completions):
             spans = turn_spans(render, example, i, prompt + text, messages)
-            inside = [(max(0, start - len(prompt)), stop - len(prompt)) for start, stop in spans]
+            inside = [(max(0, start - len(prompt)), stop - len(prompt), weight) for start, stop, weight in spans]
             masks.append(text_mask(self.tokenizer, text, inside)[1])
         return masks
 
@@ -331,7 +330,7 @@ class Tokenization:
         length = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
         seam = repr(self.tokenizer.decode(prompt_ids[length:])) if length < len(prompt_ids) else ""
         completions = [whole[length:] for whole in wholes]
-        masks: list[list[bool]] = []
+        masks: list[list[float]] = []
         if (self.assistant_only_loss and not (example.is_chat and example.is_open)) or example.train_on is not None:
             if not has_own_backend(self.tokenizer):
                 raise UserError("scoring some turns needs a tokenizer of transformers with a Rust backend: use one")
@@ -360,7 +359,7 @@ class Tokenization:
         has_target: bool,
         pairs: list[tuple[int, int]] | None = None,
         *,
-        scored: list[list[bool]],
+        scored: list[list[float]],
         weights: list[float] | float,
     ) -> dict[str, Any]:
         """Builds a prompt group from completions with descending ratings, then the target if there is one.
@@ -375,10 +374,10 @@ class Tokenization:
         sides = [tuple(ids) for ids in completions]
         index_of: dict[tuple[int, ...], int] = {}
         ranked_scores: list[float] = []
-        masks: dict[tuple[int, ...], list[bool]] = {}
+        masks: dict[tuple[int, ...], list[float]] = {}
         for ids, mask in zip(sides, scored):
             if masks.setdefault(ids, mask) != mask:
-                raise RowError(MALFORMED, "two completions have the same tokens, but not the same scored tokens")
+                raise RowError(MALFORMED, "two completions have the same tokens, but not the same weights of tokens")
         for ids, score in zip(sides, scores):
             if ids and ids not in index_of:
                 index_of[ids] = len(index_of)
@@ -422,7 +421,7 @@ class Tokenization:
             "completion_ids": [list(tokens[i]) for i in used],
         }
         found["scored"] = [masks[tokens[i]] for i in used] if masks else []
-        if all(map(all, found["scored"])):
+        if _are_ones(found["scored"]):
             found["scored"] = []
         each = weights if isinstance(weights, list) else [weights] * len(edges)
         found["weights"] = [] if all(weight == 1 for weight in each) else each
@@ -531,15 +530,31 @@ def _group_by_template_arguments(examples: dict[int, Example]) -> list[dict[int,
     return list(groups.values())
 
 
-def _read_masks(row: Mapping[str, Any], completions: Sequence[Sequence[int]], column: str = "completion_mask") -> list:
-    """Returns which tokens of each completion are scored, by a column of 0 and 1; empty without it, or if all are."""
-    masks = row.get(column)
-    if masks is None or (not masks and column == "scored"):  # prepared rows have [] for all tokens
+def _read_token_weights(row: Mapping[str, Any], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Returns the weights of each completion's tokens, by one of three columns; empty without them, or if each is 1.
+
+    ``completion_mask`` holds weights of 0 and 1, ``token_weights`` any, and ``scored`` those of a prepared row.
+    """
+    given = {name: row[name] for name in ("scored", "completion_mask", "token_weights") if row.get(name) is not None}
+    given = {name: value for name, value in given.items() if name != "scored" or value != []}
+    if len(given) > 1:
+        raise RowError(MALFORMED, f"{in_backticks(given)} all say which tokens are scored: give one of them")
+    if not given:
         return []
+    ((column, masks),) = given.items()
     lengths = [len(mask) if isinstance(mask, list) else -1 for mask in masks] if isinstance(masks, list) else []
-    if lengths != [len(ids) for ids in completions] or any(value not in (0, 1) for mask in masks for value in mask):
-        raise RowError(MALFORMED, f"`{column}` does not hold a list of 0 and 1 per completion, with one for each token")
-    return [] if all(map(all, masks)) else [[bool(value) for value in mask] for mask in masks]
+    if lengths != [len(ids) for ids in completions]:
+        raise RowError(MALFORMED, f"`{column}` does not hold a list per completion, with a number for each token")
+    if column == "completion_mask" and any(value not in (0, 1) for mask in masks for value in mask):
+        mend = "weights go into a column `token_weights`"
+        raise RowError(MALFORMED, f"`{column}` holds a value that is not 0 or 1: {mend}")
+    weights = [[read_weight(float(w) if w is True or w is False else w, column) for w in mask] for mask in masks]
+    return [] if _are_ones(weights) else weights
+
+
+def _are_ones(masks: Iterable[Iterable[float]]) -> bool:
+    """Returns whether all tokens have weight 1."""
+    return all({*mask} <= {1} for mask in masks)
 
 
 def _token_list(value: Any, field: str) -> list[int]:

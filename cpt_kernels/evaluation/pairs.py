@@ -176,7 +176,8 @@ class _Scorer:
     """Scores the C completions of a prepared dataset, to which P pairs refer.
 
     Attributes:
-        lengths: (C,) scored tokens of each completion, in the order of `iter_sequences`.
+        lengths: (C,) sums of the weights of each completion's tokens, in the order of `iter_sequences`; without weights
+            the numbers of scored tokens.
         rows: (P,) row of each pair in the prepared dataset.
         sides: (P, 2) positions of chosen and rejected among the completions of that row.
         members: (P, 2) positions of chosen and rejected among the C completions.
@@ -196,10 +197,16 @@ class _Scorer:
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=args.mixed_precision)
         completions = (each for part in iter_sequences(dataset, *self.cut) for each in part)
         found = [
-            (each.row, each.position, len(each.completion_ids) if each.scored is None else each.scored.sum())
+            (
+                each.row,
+                each.position,
+                len(each.completion_ids) if each.weights is None else each.weights.sum(dtype=float),
+            )
             for each in completions
         ]
-        rows, positions, self.lengths = np.array(found, np.int64).T
+        rows, positions, lengths = zip(*found)
+        rows, positions, sums = np.array(rows), np.array(positions), np.array(lengths, np.float64)
+        self.lengths = sums if (sums % 1).any() else sums.astype(np.int64)
         edges = dataset.with_format("arrow").select_columns(["chosen", "rejected", "row"])[:]
         self.source = edges["row"].to_numpy()
         chosen, rejected = (edges[name].combine_chunks() for name in ("chosen", "rejected"))
@@ -240,12 +247,14 @@ class _Scorer:
             found = cache.get_many([each.ids for each in sequences])
             if any(values is None for values in found):
                 raise UserError(f"log-probs have disappeared from {cache.folder} during the run: start it again")
-            if any(each.scored is not None for each in sequences) and cache.imported_keys:
+            if any(each.weights is not None for each in sequences) and cache.imported_keys:
                 raise UserError(
-                    f"{cache.folder} holds imported sums, and not all tokens are scored: choose another one"
+                    f"{cache.folder} holds imported sums, and tokens have masks or weights: choose another one"
                 )
-            masks = [slice(None) if each.scored is None else each.scored for each in sequences]
-            yield np.array([values[mask].sum(dtype=np.float64) for values, mask in zip(found, masks)])
+            weighed = (
+                v if each.weights is None else v * each.weights.astype(float) for v, each in zip(found, sequences)
+            )
+            yield np.array([values.sum(dtype=np.float64) for values in weighed])
 
 
 def _split_groups(data: Dataset) -> Dataset:

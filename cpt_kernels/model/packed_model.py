@@ -66,7 +66,7 @@ class Scores(NamedTuple):
     """Result of :meth:`PackedModel.__call__`, for S completions of M tokens and P pairs of the batch."""
 
     tokens: VocabScore  # (M,) each
-    completion_logps: Tensor  # (S,)
+    completion_logps: Tensor  # (S,) sums of token log-probs, each times its weight
     loss: Tensor | None = None  # () sum over the pairs; its gradient flows through the model's output
     losses: Tensor | None = None  # (P,) without gradient
     aux_loss: Tensor | None = None  # () load-balancing loss of a mixture of experts, over the packed row's tokens
@@ -466,7 +466,7 @@ class PackedModel:
         pairs = _pairs(batch, tokens_per_pair)
         out = linear_preference_loss(rows, weight, batch["targets"], pairs, loss, bias, options, general=general)
         with torch.no_grad():
-            pair_logps = pairs.pair_logps(out.completion_logps, loss=loss, tokens=out.tokens)
+            pair_logps = pairs.pair_logps(out.completion_logps, loss=loss, tokens=pairs.weigh(out.tokens))
         return Scores(out.tokens, out.completion_logps, out.loss, out.losses, pair_logps=pair_logps)
 
     def _score_logits(
@@ -492,12 +492,14 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def _weigh(tokens: VocabScore, batch: PackedBatch, loss: Loss | None, tokens_per_pair: Tensor | float) -> Scores:
     """Computes the loss from differentiable log-probs of all predictions, by autograd."""
     rows, tokens = len(tokens.logps), completion_tokens(tokens, _shared_tokens(batch))
-    completion_logps = segment_sum(tokens.logps, batch["cu_completions"])
+    weights = batch["token_weights"]
+    logps = tokens.logps if weights is None else tokens.logps * weights
+    completion_logps = segment_sum(logps, batch["cu_completions"])
     if loss is None:
         return Scores(tokens, completion_logps)
     pairs = _pairs(batch, tokens_per_pair)
     pairs.check(loss, completion_logps.device, rows)
-    pair_logps = pairs.pair_logps(completion_logps, loss=loss, tokens=tokens)
+    pair_logps = pairs.pair_logps(completion_logps, loss=loss, tokens=pairs.weigh(tokens))
     losses = pairs.losses(loss, pair_logps)
     return Scores(tokens, completion_logps, losses.sum(), losses.detach(), pair_logps=pair_logps)
 
@@ -510,7 +512,7 @@ def embedding_rows(model: nn.Module) -> int:
 
 def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
     """Returns the pairs of a batch, with reference log-probs summed by completion."""
-    ref = batch["ref_token_logps"]
+    ref = weighted_reference(batch)
     return Pairs(
         cu_completions=batch["cu_completions"],
         completion_lengths=batch["completion_lengths"],
@@ -524,9 +526,16 @@ def _pairs(batch: PackedBatch, tokens_per_pair: Tensor | float) -> Pairs:
         gaps=batch["gaps"],
         hard=batch["hard"],
         weights=batch["weights"],
+        token_weights=batch["token_weights"],
         token_map=_shared_tokens(batch),
         prediction_lengths=batch["prediction_lengths"],
     )
+
+
+def weighted_reference(batch: PackedBatch) -> Tensor | None:
+    """Returns the reference log-probs of a batch's scored tokens, each times its weight, (M,); None without them."""
+    ref, weights = batch["ref_token_logps"], batch["token_weights"]
+    return ref if ref is None or weights is None else ref * weights
 
 
 def _shared_tokens(batch: PackedBatch) -> TokenMap | None:

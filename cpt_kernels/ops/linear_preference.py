@@ -5,9 +5,9 @@ log-probs ``logp_s``,
 
     dX = diag(g) (G W),   dW = G^T (diag(g) X).
 
-``g_i = dL/dlogp_i`` belongs to token i. It is ``dL/dlogp_s`` of the token's completion s, unless the loss weighs the
-tokens of a completion (ld_alpha). ``g`` scales rows of X or of G W and never the vocabulary-sized tile, so each tile of
-logits is turned into G in place and used while it is there:
+``g_i = dL/dlogp_i`` belongs to token i. It is ``dL/dlogp_s`` of the token's completion s, unless the tokens of a
+completion have weights (ld_alpha, ``Pairs.token_weights``). ``g`` scales rows of X or of G W and never the
+vocabulary-sized tile, so each tile of logits is turned into G in place and used while it is there:
 
     no gradient wanted       1 GEMM    logits
     head frozen              2 GEMMs   logits, G W (kept unscaled, (N, H)); the backward scales its rows; any loss
@@ -121,12 +121,13 @@ def linear_preference_loss(
     if wanted.head and loss.separable and not general:
         run = _run_preference
         if torch.compiler.is_compiling():
-            run = compiled_preference if has_kernel(loss) and pairs.weights is None else _outside_graph
+            run = compiled_preference if has_kernel(loss) and not pairs.has_weights else _outside_graph
         return run(operands, wanted, pairs, loss, options)
     # Other modes: differentiable log-probs, and autograd for the loss.
     tokens = completion_tokens(linear_logprobs(hidden, weight, targets, bias, options), pairs.token_map)
-    completion_logps = segment_sum(tokens.logps, pairs.cu_completions)
-    losses = pairs.losses(loss, pairs.pair_logps(completion_logps, loss=loss, tokens=tokens))
+    weighed = pairs.weigh(tokens)
+    completion_logps = segment_sum(weighed.logps, pairs.cu_completions)
+    losses = pairs.losses(loss, pairs.pair_logps(completion_logps, loss=loss, tokens=weighed))
     return PreferenceOutput(losses.sum(), losses.detach(), completion_logps, tokens)
 
 
@@ -139,7 +140,7 @@ def _run_preference(
 def _outside_graph(
     operands: Operands, wanted: Wanted, pairs: Pairs, loss: Loss, options: HeadOptions
 ) -> PreferenceOutput:
-    """Breaks the graph once for weighted pairs and losses without an operator; Dynamo would break it at many lines."""
+    """Breaks the graph once for weights and for losses without an operator; Dynamo would break it at many lines."""
     # Disabled here and not by a decorator, which would import Dynamo with this module.
     return torch.compiler.disable(_run_preference)(operands, wanted, pairs, loss, options)
 

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import Dataset, Features, Json, Value
 
-from ..data.formats import one_turn_as_text, read_number, whole_prompt, without_nulls
+from ..data.formats import one_turn_as_text, whole_prompt, without_nulls
 from ..data.forms import IMAGE_COLUMNS, Roles, find_prompt
 from ..data.image_files import DIGEST_BYTES, DIGESTS, with_digests
 from ..data.messages import MALFORMED, RowError, Text, has_images, read_text_or_messages, text_as_turns, with_images
 from ..data.response_columns import MODEL_NAMES, RESPONSE_NAMES
 from ..data.rows import ExactJson, NullPlaces, drop_nulls, find_null_places, visible_rows
+from ..data.weights import read_number
 from ..errors import UserError, at_place
 from .build import DropReason, prompt_key
 

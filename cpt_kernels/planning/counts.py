@@ -82,7 +82,7 @@ class RowLengths:
         self.paths: list[dict[tuple[int, int], _Path]] = [{} for _ in range(len(dataset))]
         self._works: dict[tuple[int, ...], Work] = {}  # of micro-batches whose trees have been counted
         for chunk in iter_sequences(dataset, collator.max_length, collator.truncation_mode):
-            for row, position, prompt, completion, words, scored in chunk:
+            for row, position, prompt, completion, words, scored, _ in chunk:
                 key = hash((prompt.tobytes(), words.tobytes()))
                 of_row = self.prompts[row].setdefault(key, (len(prompt), {}))
                 of_row[1][hash(completion.tobytes())] = len(completion)

@@ -37,6 +37,7 @@ class DatasetCompletion(NamedTuple):
     completion_ids: NDArray[np.int64]
     image_ids: NDArray[np.int64]  # identities of the prompt's images, see `data.images`
     scored: NDArray[np.bool_] | None = None  # which of the completion's tokens are scored; None for all
+    weights: NDArray[np.float32] | None = None  # of the completion's tokens; None: 1 each
 
     @property
     def ids(self) -> tuple[TokenIds, TokenIds]:
@@ -85,13 +86,13 @@ def iter_sequences(
             for row, (prompt, count, words) in enumerate(zip(prompts, counts.tolist(), images))
             for position in range(count)
         ]
-        if "scored" in names and len(masks := _list_items(pc.list_flatten(table["scored"]))):
+        if "scored" in names and len(masks := _list_items(pc.list_flatten(table["scored"]), np.float32)):
             has_mask = np.repeat(pc.list_value_length(table["scored"]).to_numpy() > 0, counts)
             for i, mask in zip(np.flatnonzero(has_mask).tolist(), masks):
                 each = sequences[i]
                 prompt = prompts[each.row - start]
-                kept = _truncate_arrays(prompt, mask, *cut, len(each.image_ids))[1]
-                sequences[i] = each._replace(scored=kept.astype(bool))
+                kept = cast("NDArray[np.float32]", _truncate_arrays(prompt, mask, *cut, len(each.image_ids))[1])
+                sequences[i] = each._replace(scored=None if kept.all() else kept > 0, weights=kept)
         yield [sequence for sequence in sequences if len(sequence.completion_ids)]
         start += len(prompts)
 
@@ -210,10 +211,10 @@ def read_sequences(
     return [stored[row][position] for row, position in places], images_of(rows)
 
 
-def _list_items(lists: pa.ChunkedArray | pa.Array) -> list[NDArray[np.int64]]:
-    """Returns the items of a list column; views of its memory if they are int64, else copies."""
+def _list_items(lists: pa.ChunkedArray | pa.Array, dtype: type = np.int64) -> list[NDArray[Any]]:
+    """Returns the items of a list column in a dtype; views of its memory if they have it, else copies."""
     lengths = pc.list_value_length(lists).to_numpy()
-    flat = pc.list_flatten(lists).to_numpy().astype(np.int64, copy=False)
+    flat = pc.list_flatten(lists).to_numpy().astype(dtype, copy=False)
     stops = np.cumsum(lengths)
     return [flat[start:stop] for start, stop in zip((stops - lengths).tolist(), stops.tolist())]
 

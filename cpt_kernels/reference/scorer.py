@@ -27,7 +27,7 @@ from ..data.stores import display_name, local_path
 from ..errors import UserError
 from ..model.conditions import gathered, is_sharded
 from ..model.loading import whole_weights, zero_stage
-from ..model.packed_model import PackedModel, base_model, why_not_finite
+from ..model.packed_model import PackedModel, base_model, weighted_reference, why_not_finite
 from ..model.pretrained import load_whole
 from ..model.sharding import shard
 from ..ops.gather import segment_sum
@@ -381,7 +381,7 @@ class Reference:
         Args:
             completion_logps: (S,) log-probs under the policy.
         """
-        ref_token_logps = batch["ref_token_logps"]
+        ref_token_logps = weighted_reference(batch)
         if self._start_is_checked or not batch["num_pairs"] or ref_token_logps is None:
             return
         self._start_is_checked = True

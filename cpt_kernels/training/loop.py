@@ -390,7 +390,7 @@ class PackedLoop(CheckpointLoop):
         is_stream = isinstance(dataloader.dataset, TorchIterableDataset)
         batches = list(dataloader) if is_stream else dataloader  # a stream may not come twice
         counts = self._counts(batches, self.args.device)
-        pairs, tokens = counts.clamp(min=1).tolist()
+        pairs, tokens = (count or 1 for count in counts.tolist())
         return batches, tokens / pairs
 
     def _counts(self, batches: Iterable[PackedBatch], device: torch.device) -> Tensor:

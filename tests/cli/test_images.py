@@ -145,6 +145,10 @@ def test_tokens_that_are_not_scored_are_in_brackets():
         "  chosen (1 scored), 2 tokens: w1[w2]",
         "  chosen, cut by max_length (not scored), 1 tokens: w3",
     ]
+    row["scored"] = [[0.5, 0, 2], [1, 1]]
+    assert "  chosen (2 scored), 3 tokens: w1{x 0.5}[w2]w3{x 2}" in [
+        line.plain for line in decoded_pair(row, tokenizer, PackedCollator())
+    ]
 
 
 def test_images_need_a_processor(home, tmp_path, capsys):

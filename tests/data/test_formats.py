@@ -109,9 +109,9 @@ def test_messages_without_an_answer(tokenizer):
     kept, report = prepared([{"messages": messages} for messages in rows], tokenizer)
     assert [row["row"] for row in kept] == [0]
     assert reasons(report) == {
-        "no assistant turn": (2, [1, 2]),
+        "no assistant turn": (1, [1]),
         "malformed row": (1, [3]),
-        "empty completion": (1, [4]),
+        "empty completion": (2, [2, 4]),
     }
 
 

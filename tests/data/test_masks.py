@@ -9,7 +9,9 @@ from datasets import Dataset
 from PIL import Image
 
 from cpt_kernels.data.formats import UNSCORED
+from cpt_kernels.data.forms import Form
 from cpt_kernels.data.preparation import prepare
+from cpt_kernels.data.tokenize import Tokenization
 from cpt_kernels.errors import UserError
 from tests.helpers.image_models import tiny_processor
 from tests.helpers.toy import CHAT_TEMPLATE, MARKED_TEMPLATE, word_tokenizer
@@ -75,7 +77,7 @@ def test_turns_that_a_row_names():
     assert [int(scored) for scored in data[0]["scored"][0]] == [0] * 10 + [1, 1]
     assert report.dropped[UNSCORED].count == 1 and report.dropped["malformed row"].count == 1
     (row,), _ = prepared([{"messages": [*ROW["prompt"], *ROW["chosen"]], "train_on": [0, 1, 0, 0, 0]}])
-    assert [int(scored) for scored in row["scored"][0]] == [1, 1, 1] + [0] * 9
+    assert row["scored"] == [[1, 1, 1] + [0] * 9]
 
 
 def test_masks_of_tokens():
@@ -88,6 +90,77 @@ def test_masks_of_tokens():
         prepared([tokens | {"train_on": [[1], [1]]}])
     again, _ = prepare(data, word_tokenizer())
     assert again["scored"][:] == data["scored"][:] and again["chosen"][:] == data["chosen"][:]
+
+
+def test_weights_of_tokens():
+    tokens = {"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
+    usable = [[[0.0, 0.5, 2.0], [1, 0.25]], [[1, 1.0, 1], [1, 1]], [["0.5", 1, 1], [1, 1]]]
+    unusable = [
+        *([[-1.0, 1, 1], [1, 1]], [[math.nan, 1, 1], [1, 1]], [[math.inf, 1, 1], [1, 1]], [[None, 1, 1], [1, 1]]),
+        *([[1.0, 1], [1, 1]], [[1.0, 1, 1, 1], [1, 1]], [[1.0, 1, 1]], [], [[1.0, 1, 1], None], [1.0, 1.0], 0.5),
+    ]
+    given = [tokens | {"token_weights": value} for value in usable[:2]]
+    data, report = prepared([*given, tokens | {"token_weights": [[0.0] * 3, [1, 1]]}])
+    assert data["scored"][:] == [usable[0], []] and report.dropped[UNSCORED].count == 1
+    assert (report.scored_tokens, report.completion_tokens) == (9, 10)
+    tokenize = Tokenization(word_tokenizer(), Form.TOKENS)
+    batch = [tokens | {"token_weights": value, "completion_mask": None} for value in [*usable, *unusable]]
+    batch.append(tokens | {"token_weights": usable[0], "completion_mask": [[0, 1, 1], [1, 1]]})
+    found = tokenize({name: [row[name] for row in batch] for name in batch[0]}, range(len(batch)))
+    assert found["scored"][:3] == [usable[0], [], [[0.5, 1, 1], [1, 1]]]
+    assert found["reason"] == [""] * 3 + ["malformed row"] * (len(unusable) + 1), found["detail"]
+    assert "`completion_mask`, `token_weights` all say which tokens are scored" in found["detail"][-1]
+    again, _ = prepare(data, word_tokenizer())
+    assert again["scored"][:] == data["scored"][:]
+    with pytest.raises(UserError, match=r"`completion_mask` holds a value that is not 0 or 1: .*`token_weights`"):
+        prepared([tokens | {"completion_mask": [[0.5, 1, 1], [1, 1]]}])
+
+
+def weighed(*weights, name: str = "chosen") -> dict:
+    return {name: [t if w is None else t | {"weight": w} for t, w in zip(ROW[name], weights)]}
+
+
+def test_weights_in_messages(tokenizer):
+    """As in OpenAI's format: 1 for the assistant's turns without a weight, in rows that have one anywhere."""
+    rows = [ROW | weighed(0, None, None, None), ROW | weighed(0.5, None, None, 2), ROW | weighed(None, 1, None, None)]
+    data, report = prepared([*rows, ROW, ROW | weighed(0, None, None, 0), ROW | weighed(-1, None, None, 0)], tokenizer)
+    assert data["scored"][:] == [
+        [[0] * 10 + [1, 1], [1, 1]],
+        [[0.5] * 3 + [0] * 7 + [2, 2], [1, 1]],
+        [[1] * 6 + [0] * 4 + [1, 1], [1, 1]],  # a turn of the user has its header
+        [],
+    ]
+    assert report.dropped[UNSCORED].count == 1 and "chosen: weight" in report.dropped["malformed row"].detail
+    with pytest.raises(UserError, match="`train_on` and a `weight` in messages both say"):
+        prepared([rows[0] | {"train_on": [[0, 0, 0, 1], [1]]}], tokenizer)
+
+
+def test_weights_in_conversations(tokenizer):
+    messages = [*ROW["prompt"], *weighed(0, None, None, 0.5)["chosen"]]
+    sharegpt = [
+        {"from": {"user": "human", "assistant": "gpt"}.get(t["role"], "tool"), "value": t["content"]} for t in messages
+    ]
+    sharegpt = [turn | ({"weight": t["weight"]} if "weight" in t else {}) for turn, t in zip(sharegpt, messages)]
+    for name, value in (("messages", messages), ("conversations", sharegpt)):
+        (row,), _ = prepared([{name: value}], tokenizer)
+        assert tokenizer.decode(row["completion_ids"][0]) == "w15 </s>" and row["scored"] == [[0.5, 0.5]]
+    # Whole conversations as sides: the weights do not change where the sides part.
+    sides = {
+        name: [*ROW["prompt"], *turns]
+        for name, turns in (weighed(0, None, None, 1) | weighed(2, name="rejected")).items()
+    }
+    (row,), _ = prepared([sides], tokenizer)
+    assert row["scored"] == [[0] * 10 + [1, 1], [2, 2]] and tokenizer.decode(row["prompt_ids"]) == "w0 w10 </s> w1"
+
+
+def test_conversations_that_end_with_the_user(tokenizer):
+    """TRL's SFT trainer scores the assistant's turns wherever they are."""
+    messages = [*ROW["prompt"], *ROW["chosen"], turn("user", "w20")]
+    (row,), report = prepared([{"messages": messages}, {"messages": messages[:1]}], tokenizer, assistant_only_loss=True)
+    assert row["scored"] == [[*CHOSEN_MASK, 0, 0, 0]]
+    assert report.dropped["no assistant turn"].count == 1
+    with pytest.raises(UserError, match=r"no assistant turn: 1 .*`messages` does not end with an assistant turn"):
+        prepared([{"messages": messages}], tokenizer)
 
 
 @pytest.mark.parametrize(("max_length", "scored"), [(16, CHOSEN_MASK), (8, [1, 1, 1, 0])])

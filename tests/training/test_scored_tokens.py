@@ -182,6 +182,142 @@ def test_preference_steps_are_trls_where_both_score_the_same(tmp_path):
     assert alone["logps/rejected"] > everything["logps/rejected"] + 1  # nats of the turns that are left out
 
 
+def token_rows() -> list[dict]:
+    """Returns pairs of tokens: those of the first row have weights, a mask is in the second, nothing in the third."""
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [7, 10]},
+        {"prompt_ids": [5], "chosen_ids": [6, 7, 8, 9, 3], "rejected_ids": [11, 12]},
+        {"prompt_ids": [14, 6], "chosen_ids": [17, 8], "rejected_ids": [7, 10, 20, 22]},
+    ]
+    weights = [[[2.0, 0.5, 0.0], [0.25, 1.0]], [[0, 1, 1, 1, 0], [1, 1]], None]
+    return [row | {"token_weights": each} for row, each in zip(rows, weights)]
+
+
+def weighted_sums(model, row: dict, side: str) -> tuple[torch.Tensor, float]:
+    """Returns the sum of w_t logp_t of one completion, run alone behind its prompt, and the sum of w_t."""
+    ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+    logps = F.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])[:, 0]
+    given = row["token_weights"] and row["token_weights"][side == "rejected"]
+    weights = torch.tensor(given or [1.0] * len(row[f"{side}_ids"])).double()
+    return (weights * logps[len(row["prompt_ids"]) - 1 :]).sum(), weights.sum().item()
+
+
+@pytest.mark.parametrize("head_mode", ["auto", "general"])
+@pytest.mark.parametrize(
+    "options",
+    [{"sharing": "tree"}, {"sharing": "none"}, {"packing": "false"}, {"head_memory_mb": 1e-4}, {"freeze": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "sft"])
+def test_a_weight_multiplies_the_log_prob_of_its_token(loss, options, head_mode, tmp_path):
+    """Losses and all gradients in fp64; with trees, two completions weigh a token that they share differently."""
+    rows, options = token_rows(), {"loss_type": [loss], **options}
+    model, plain = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
+    frozen = options.pop("freeze", False)
+    model.get_output_embeddings().requires_grad_(not frozen)
+    trainer = trainer_of(tmp_path, rows, model=model, head_mode=head_mode, **options)
+    (batch,) = trainer.get_eval_dataloader(trainer.train_dataset)
+    assert (batch["token_index"] is not None) == (options.get("sharing") == "tree")
+    value, scores = trainer.compute_loss(model, trainer._prepare_inputs(batch), return_outputs=True)
+    value.backward()
+    # The reference has the policy's weights: a difference of log-ratios is 0, and its gradient the policy's.
+    sides = [[weighted_sums(plain, row, side) for side in ("chosen", "rejected")] for row in rows]
+    if loss == "sft":
+        expected = -sum(chosen for (chosen, _), _ in sides) / sum(length for (_, length), _ in sides)
+    else:
+        values = [[logp / length if loss == "sigmoid_norm" else logp for logp, length in pair] for pair in sides]
+        margins = torch.stack([chosen - rejected for chosen, rejected in values])
+        expected = -F.logsigmoid(trainer.args.beta * (margins - margins.detach())).mean()
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+    found = sorted(scores.pair_logps.chosen_length.tolist())
+    assert found == sorted(length for (_, length), _ in sides) == [2.0, 2.5, 3.0]
+    for (name, one), other in zip(model.named_parameters(), plain.parameters()):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.25}, {"use_weighting": True}], ids=str)
+def test_token_weights_in_tails_and_wpo(options, tmp_path):
+    """A tail sums the weighted tokens beyond the other side's number of scored ones; WPO's mean is the weighted one."""
+    rows = token_rows()
+    model = tiny_model("llama", torch.float64)
+    trainer = trainer_of(tmp_path, rows, model=model, **options)
+    (batch,) = trainer.get_eval_dataloader(trainer.train_dataset)
+    with torch.no_grad():
+        scores = trainer.score(model, trainer._prepare_inputs(batch))
+    first = scores.pair_logps.chosen_length.tolist().index(2.5)  # two scored tokens on each side
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        log_p = F.log_softmax(model(ids).logits[0, 1:3], -1)
+    weights = torch.tensor([2.0, 0.5]).double()
+    if "ld_alpha" in options:
+        assert scores.pair_logps.chosen_tail[first] == scores.pair_logps.rejected_tail[first] == 0
+        tokens = weighted_sums(model, rows[1] | {"token_weights": [[0, 0, 0, 1, 0], [1, 1]]}, "chosen")[0]
+        second = scores.pair_logps.chosen_length.tolist().index(3.0)
+        assert scores.pair_logps.chosen_tail[second].item() == pytest.approx(tokens.item())
+    else:
+        expected = (weights * (2 * log_p).logsumexp(-1)).sum()
+        assert scores.pair_logps.chosen_log_sum_sq[first].item() == pytest.approx(expected.item())
+
+
+def test_token_weights_of_1_and_0_are_masks_bit_for_bit(tmp_path):
+    """So are the same weights in a stream, in micro-batches of a token budget, and in a resumed run."""
+    rows = [row for row in token_rows() if row["token_weights"]] * 3
+    masks = [[[1, 1, 0], [0, 1]], [[0, 1, 1, 1, 0], [1, 1]]] * 3
+    named = [
+        [{k: v for k, v in row.items() if k != "token_weights"} | {name: mask} for row, mask in zip(rows, masks)]
+        for name in ("completion_mask", "token_weights")
+    ]
+    given = {"train_sampling_strategy": "sequential", "max_steps": 3, "logging_steps": 1, "num_train_epochs": 9}
+    logs = []
+    for i, each in enumerate(named):
+        trainer = trainer_of(tmp_path / str(i), each, **given)
+        trainer.train()
+        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert logs[0] == logs[1]
+
+
+def test_runs_with_token_weights_resume(tmp_path):
+    rows = token_rows() * 4
+    given = {"max_steps": 4, "logging_steps": 1, "save_steps": 2, "save_strategy": "steps", "max_tokens_per_batch": 24}
+    losses = []
+    for folder in ("whole", "resumed"):
+        trainer = trainer_of(tmp_path / folder, rows, **given)
+        if folder == "whole":
+            trainer.train()
+        else:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    streamed = trainer_of(tmp_path / "stream", stream, train_sampling_strategy="sequential", max_steps=2)
+    stored = trainer_of(tmp_path / "stored", rows, train_sampling_strategy="sequential", max_steps=2)
+    for trainer in (streamed, stored):
+        trainer.train()
+    a, b = (trainer.state.log_history[0] for trainer in (streamed, stored))
+    assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+
+
+def test_held_out_pairs_with_token_weights(tmp_path):
+    model, rows = tiny_model("llama", torch.float64), token_rows()
+    found = evaluate_pairs({"model": model}, Dataset.from_list(rows), word_tokenizer(), args=config(tmp_path))
+    for side, name in enumerate(("chosen", "rejected")):
+        expected = [weighted_sums(model, row, name) for row in rows]
+        assert found.lengths[:, side].tolist() == [length for _, length in expected]
+        assert found.logps["model"][:, side] == pytest.approx([logp.item() for logp, _ in expected], abs=1e-4)
+
+
+def test_overridden_reference_sums_have_no_token_weights(tmp_path):
+    class Own(type(trainer_of(tmp_path))):
+        def compute_ref_log_probs(self, model, inputs):
+            return super().compute_ref_log_probs(model, inputs)
+
+    trainer = make_trainer(tmp_path, Own, train_dataset=Dataset.from_list(token_rows()))
+    with pytest.raises(UserError, match="weights of tokens need token log-probs"):
+        trainer.evaluate(trainer.train_dataset)
+
+
 def text_rows(weights) -> list[dict]:
     texts = [
         {"prompt": f"w{i + 3} ", "chosen": f"w{10 + i} w{i}", "rejected": f"w{20 + i}"} for i in range(len(weights))
@@ -243,6 +379,8 @@ def test_a_padding_collator_knows_no_masks(tmp_path):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     collator = DataCollatorForPreference(pad_token_id=0)
-    with pytest.raises(UserError, match="has tokens that are not scored, which a data_collator for padded batches"):
+    with pytest.raises(
+        UserError, match="tokens with weights or that are not scored, which a data_collator for padded batches"
+    ):
         trainer = trainer_of(tmp_path, assistant_only_loss=True, data_collator=collator)
         next(iter(trainer.get_train_dataloader()))

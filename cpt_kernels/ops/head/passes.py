@@ -320,7 +320,7 @@ def _weigh_tile(
 ) -> WeighedTile:
     offsets = pairs.cu_completions[tile.first[0] : tile.last[0] + 1] - tile.tokens.start
     token_map = None if pairs.token_map is None else pairs.token_map.part(tile.rows, tile.tokens)
-    if pair_loss.has_kernel(loss) and pairs.weights is None:
+    if pair_loss.has_kernel(loss) and not pairs.has_weights:
         logps = token_values(tokens.logps, token_map)
         sums, losses, weights = _weigh_closed_form(tile, logps, offsets, pairs, loss, backend)
         g = weights.repeat_interleave(offsets.diff(), output_size=len(logps))
@@ -328,7 +328,7 @@ def _weigh_tile(
     # A loss without a kernel: autograd over the log-probs, which are few. Passes run without grad, so it is enabled.
     with torch.enable_grad():
         rows = tokens.logps.detach().requires_grad_()
-        tokens = completion_tokens(tokens._replace(logps=rows), token_map)
+        tokens = pairs.weigh(completion_tokens(tokens._replace(logps=rows), token_map), tile.tokens)
         sums = segment_sum(tokens.logps, offsets)
         losses = pairs.losses(loss, pairs.pair_logps(sums, tile.first, tile.last, loss, tokens), tile.pairs)
         (g,) = torch.autograd.grad(losses.sum(), rows)

@@ -91,19 +91,33 @@ class Pairs:
     sft_targets: Tensor  # (P,)
     # (completions, pairs) per block: the smallest consecutive completions containing both sides of all their pairs
     pair_blocks: Sequence[tuple[int, int]]
-    ref_logps: Tensor | None = None  # (S,) reference log-probs
+    ref_logps: Tensor | None = None  # (S,) reference log-probs, sums of weighted tokens like the policy's
     tokens_per_pair: Tensor | float = 1.0
-    ref_token_logps: Tensor | None = None  # (M,) for losses with needs_tails
+    ref_token_logps: Tensor | None = None  # (M,) times the tokens' weights, for losses with needs_tails
     gaps: Tensor | None = None  # (P,) for losses with needs_gap
     hard: Tensor | None = None  # (P,) bool, for losses with needs_hard; None: no pair is hard
     token_map: TokenMap | None = None  # the row of each of the M tokens; completions of one row are in one block
     prediction_lengths: Sequence[int] | None = None  # S, rows of each completion that none before it has; with the map
     weights: Tensor | None = None  # (P,) fp32, factors of the pairs' losses; None: 1 each
+    token_weights: Tensor | None = None  # (M,) fp32 above 0, factors of the tokens' log-probs; None: 1 each
 
     @property
     def row_lengths(self) -> Sequence[int]:
         """Rows of each completion that none before it has."""
         return self.completion_lengths if self.prediction_lengths is None else self.prediction_lengths
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether pairs or tokens have weights, which no kernel of a loss takes."""
+        return self.weights is not None or self.token_weights is not None
+
+    def weigh(self, tokens: VocabScore, some: slice = slice(None)) -> VocabScore:
+        """Returns some of the M tokens with what a completion sums over them, times the tokens' weights."""
+        if self.token_weights is None:
+            return tokens
+        weights, squares = self.token_weights[some], tokens.log_sum_sq
+        squares = None if squares is None else squares * weights
+        return tokens._replace(logps=tokens.logps * weights, log_sum_sq=squares)
 
     def check(self, loss: Loss, device: torch.device, rows: int) -> None:
         """Checks that the pairs match the number of hidden rows and the device, and have what the loss needs.
@@ -124,7 +138,7 @@ class Pairs:
         check_pairs(device, self.cu_completions, self.chosen, self.rejected, self.sft_targets, self.ref_logps)
         tokens = rows if self.token_map is None else len(self.token_map.row)
         of_pairs = dict.fromkeys(("gaps", "hard", "weights"), len(self.chosen))
-        for name, length in {"ref_token_logps": tokens, **of_pairs}.items():
+        for name, length in {"ref_token_logps": tokens, "token_weights": tokens, **of_pairs}.items():
             values = getattr(self, name)
             if values is not None and (values.shape != (length,) or values.device != device):
                 raise UserError(
@@ -178,14 +192,17 @@ class Pairs:
         first: tuple[int, int] = (0, 0),
         last: tuple[int, int] | None = None,
         loss: Loss | None = None,
-        tokens: VocabScore | None = None,  # (M,) of the same completions
+        tokens: VocabScore | None = None,  # (M,) of the same completions, see :meth:`weigh`
     ) -> PairLogps:
         """Returns what a loss sees of the pairs from ``first`` to ``last``, each a (completion, pair).
 
         With ``loss`` and ``tokens`` the result also has what this loss needs besides sums of log-probs.
         """
         last = last or (len(self.completion_lengths), len(self.chosen))
-        lengths = self.cu_completions.diff().to(logps.dtype)
+        lengths = self.cu_completions.diff()
+        if self.token_weights is not None:
+            lengths = segment_sum(self.token_weights, self.cu_completions)
+        lengths = lengths.to(logps.dtype)
         some = slice(first[1], last[1])
 
         def select(index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
