@@ -41,7 +41,7 @@ def decoded_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, col
             lines.append(_decoded_line("prompt", [(prompt, "prompt")], tokenizer))
             shown.append(list(prompt))
         runs = [(list(run), mark) for mark, run in groupby(range(len(mask)), key=mask.__getitem__)]
-        parts = [([completion[i] for i in run], _label(mark)) for run, mark in runs]
+        parts = [([completion[i] for i in run], _scored_kind(mark)) for run, mark in runs]
         scored = sum(weight > 0 for weight in mask)
         what = f"{side} ({'scored' if scored == len(mask) else f'{scored} scored'})"
         lines.append(_decoded_line(what, parts, tokenizer))
@@ -50,7 +50,7 @@ def decoded_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, col
     return lines
 
 
-def _label(weight: float) -> str:
+def _scored_kind(weight: float) -> str:
     return "not scored" if weight == 0 else "scored" if weight == 1 else f"scored x {weight:g}"
 
 

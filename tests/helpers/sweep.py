@@ -137,7 +137,10 @@ def _gradients(value: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]
 
 def make_trainer(model: PreTrainedModel, folder: Path) -> ContrastiveTrainer:
     """A trainer with gradient checkpointing where the class has it, and the auxiliary loss of a mixture on."""
-    is_mixture = aux_loss_coef(model, None) > 0
+    try:
+        is_mixture = aux_loss_coef(model, None) > 0
+    except AttributeError:  # Llama 4 with images does not run on token ids alone, so the trainer refuses it
+        is_mixture = False
     args = ContrastiveConfig(
         output_dir=str(folder / "out"),
         ref_cache_dir=str(folder / "ref"),
