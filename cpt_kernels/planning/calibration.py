@@ -10,10 +10,11 @@ t(L) = t(n) + (L - n) (t(n) - t(1)) / (n - 1).
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from ..reference.scorer import scoring_budget
 from .budget import free_memory
 from .counts import Counts
 from .model_sizes import ModelSizes, most_moments, sizes_of, state_bytes
-from .peer import Sides, peer_tile_bytes
+from .peer import Sides, peer_tile_bytes, tile_bytes
 from .sample import Sample, truncated
 from .work import Work
 
@@ -34,6 +35,9 @@ _ROUNDS = 3  # that must fit into the time; the first one warms up
 _MOST_ROUNDS = 15
 _PILOT_TOKENS = 512
 _OURS, _PEER = ("train", "reference"), ("peer", "peer_reference")
+# Below so many bytes a tile of logits is memory that malloc used before. Above, its pages are new, and the CPU clears
+# them, which takes a third of TRL's time. So a smaller part of a micro-batch does not tell the time of the whole.
+_MAPPED_BYTES = 2**25
 _SHARE_OF_MEMORY = 0.8  # of the free memory, that a calibration may take
 
 
@@ -211,15 +215,15 @@ class Timed(NamedTuple):
     tasks: list[Task]
 
 
-def _tasks(trainer: Any, counts: Counts, share: float, layers: Sequence[int], kinds: Collection[str]) -> list[Task]:
+def _tasks(
+    trainer: Any, counts: Counts, share: float, layers: Sequence[int], kinds: Collection[str], only_median: bool = False
+) -> list[Task]:
     """Returns the micro-batches to time, each with a share of its rows, but one at least; "train" comes last."""
-
-    def cut(items: Sequence[Any]) -> Sequence[Any]:
-        return items[: max(1, round(share * len(items)))]
 
     def median_and_largest(batches: Sequence[Any], work: Callable[[Any], Work]) -> list[Any]:
         ordered = sorted(batches, key=lambda batch: work(batch).tokens)
-        return [cut(ordered[len(ordered) // 2]), cut(ordered[-1])]
+        chosen = [ordered[len(ordered) // 2], ordered[-1]][: 1 if only_median else 2]
+        return [batch[: max(1, round(share * len(batch)))] for batch in chosen]
 
     lengths, tasks = counts.lengths, []
     for pairs in median_and_largest(counts.peer_batches, counts.peer_work):
@@ -267,18 +271,38 @@ def _flops(tasks: Sequence[Task], shape: Shape) -> float:
 def _affordable(
     trainer: Any, counts: Counts, shape: Shape, kinds: Collection[str], speed: Speed, seconds: float
 ) -> Timed:
-    """Returns the largest share of the rows, then the most layers, that the time and the memory allow."""
+    """Returns the largest share of the rows, then the most layers, that the time and the memory allow.
+
+    A share too small for a tile of :data:`_MAPPED_BYTES` is taken only if the median micro-batch alone, timed once
+    after a run to warm up, takes too long as well.
+
+    Args:
+        seconds: of a round; there is time for :data:`_ROUNDS`.
+    """
     free, depth, fewest = free_bytes(trainer.args.device), shape.sizes.layers, shape.fewest
     # All layers, or two numbers of them, whose difference tells the time of a layer.
     layer_counts = [[depth], *([fewest, depth >> i] for i in range(1, depth.bit_length()) if depth >> i > fewest)]
-    choices = [(2.0**-i, layers, seconds) for i in range(8) for layers in layer_counts]
+    choices = [(2.0**-i, layers) for i in range(8) for layers in layer_counts]
+    found = functools.cache(lambda share, only_median: _tasks(trainer, counts, share, (), kinds, only_median))
+    large = [choice for choice in choices if _tile_bytes(trainer, shape, found(choice[0], False)) >= _MAPPED_BYTES]
+    tries = [(*choice, False, seconds) for choice in large]
+    tries += [(*choice, True, seconds * _ROUNDS / 2) for choice in large]
+    tries += [(*choice, False, seconds) for choice in choices]
     # If one row takes too long, it runs all the same; if it does not fit, with the fewest layers.
-    for share, layers, limit in [*choices, (*choices[-1][:2], float("inf")), (choices[-1][0], [fewest], float("inf"))]:
-        tasks = _tasks(trainer, counts, share, layers, kinds)
+    tries += [(*choices[-1], False, float("inf")), (choices[-1][0], [fewest], False, float("inf"))]
+    for share, layers, only_median, limit in tries:
+        tasks = [replace(task, layers=layers, seconds={}) for task in found(share, only_median)]
         needed = needed_bytes(trainer, shape, layers[-1], tasks)
         if speed.seconds(tasks, shape, layers) <= limit and needed <= free:
             break
     return Timed(share, layers, tasks)
+
+
+def _tile_bytes(trainer: Any, shape: Shape, tasks: Sequence[Task]) -> int:
+    """Returns the bytes of the smallest tile of the imitation's logits on a CPU, 0 for other tasks."""
+    device = trainer.args.device
+    tokens = [task.work.tokens for task in tasks if task.kind == "peer" and device.type == "cpu"]
+    return min((tile_bytes(count, shape.sizes.vocab) for count in tokens), default=0)
 
 
 def _of_all_layers(task: Task, shape: Shape) -> float:

@@ -11,6 +11,7 @@ from operator import add
 from typing import Any, cast
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
@@ -159,10 +160,9 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     batches = [batch for step in step_batches(sampler, args.gradient_accumulation_steps, steps) for batch in step]
     works = [rows.work(batch) for batch in batches]
     largest = max(range(len(works)), key=lambda number: works[number].tokens)
-    # A peer runs the same pairs in the same order, as many in a batch as ours on average.
-    pairs = [pair for batch in batches for row in batch for pair in rows.pairs[row]]
-    per_batch = max(1, round(len(pairs) / len(batches)))
-    peer_batches = [pairs[i : i + per_batch] for i in range(0, len(pairs), per_batch)]
+    total = sum(len(rows.pairs[row]) for batch in batches for row in batch)
+    per_batch = max(1, round(total / len(batches)))
+    peer_batches = _peer_batches(rows, batches, per_batch, args, sampler)
     reads_all = reads_all_rows(args.device)
     peer = reduce(add, (_padded(batch, reads_all) for batch in peer_batches))
     # The peer encodes the images of a row for each side of each of its pairs.
@@ -172,7 +172,7 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     return Counts(
         steps=steps,
         micro_batches=len(batches),
-        pairs=len(pairs),
+        pairs=total,
         work=reduce(add, works),
         unshared=reduce(add, (rows.work(batch, share=False) for batch in batches)),
         peer=peer,
@@ -185,6 +185,25 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
         lengths=rows,
         peer_reads_all_rows=reads_all,
     )
+
+
+def _peer_batches(
+    rows: RowLengths, batches: Sequence[Sequence[int]], size: int, args: Any, sampler: BatchSampler
+) -> list[list[Sides]]:
+    """Returns batches of as many pairs as ours have in total, in the peer's order; a curriculum's in our order."""
+    if sampler.draws is not None or not sampler.shuffle:
+        pairs = [pair for batch in batches for row in batch for pair in rows.pairs[row]]
+        return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    pairs = [pair for of_row in rows.pairs for pair in of_row]
+    left, found = sum(len(rows.pairs[row]) for batch in batches for row in batch), []
+    for epoch in itertools.count():
+        # accelerate's SeedableRandomSampler, which transformers takes.
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed + epoch)).tolist()[:left]
+        found += [[pairs[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+        left -= len(order)
+        if left == 0:
+            return found
 
 
 def step_batches(sampler: BatchSampler, micro_batches: int, steps: int) -> Iterator[list[list[int]]]:

@@ -27,9 +27,14 @@ def reads_all_rows(device: torch.device) -> bool:
     return device.type not in ("cuda", "xpu")
 
 
+def tile_bytes(tokens: int, vocab: int) -> int:
+    """Returns the bytes of a tile of logits in fp32."""
+    return 4 * min(tokens, _ROWS) * min(vocab, _COLUMNS)
+
+
 def peer_tile_bytes(tokens: int, vocab: int, device: torch.device) -> int:
     """Returns the bytes that a tile of logits takes with the results of its operations."""
-    return 4 * min(tokens, _ROWS) * min(vocab, _COLUMNS) * (8 if reads_all_rows(device) else 1)
+    return tile_bytes(tokens, vocab) * (8 if reads_all_rows(device) else 1)
 
 
 def run_peer(model: nn.Module, wrapped: Callable[..., Any], sides: Sides, device: torch.device) -> Tensor:

@@ -132,6 +132,30 @@ def test_seconds_are_those_of_the_machine(tmp_path, monkeypatch, options, short,
     assert seconds == pytest.approx(expected, rel=0.02)
 
 
+def test_a_part_of_a_micro_batch_keeps_tiles_that_malloc_maps(tmp_path, monkeypatch):
+    trainer = planned(tmp_path, per_device_train_batch_size=8)
+    counts = counts_of(trainer)
+    machine = Machine(monkeypatch, trainer, counts)
+    tokens = sorted(counts.peer_work(pairs).tokens for pairs in counts.peer_batches)[1]
+    for mapped in (0, peer.tile_bytes(tokens, SIZES["vocab_size"]) // 5):
+        monkeypatch.setattr(calibration, "_MAPPED_BYTES", mapped)
+        shares = calibrate(trainer, counts, clock=machine.clock, budget=machine.now + 14).shares
+        assert (shares["peer"] >= 0.25) == (mapped > 0), shares
+
+
+def test_the_peers_batches_are_those_of_transformers(tmp_path):
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from torch.utils.data import DataLoader, RandomSampler
+
+    trainer = planned(tmp_path, per_device_train_batch_size=5, num_train_epochs=2, seed=7)
+    counts = counts_of(trainer)
+    torch.manual_seed(7)
+    pairs = [pair for of_row in counts.lengths.pairs for pair in of_row]
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    loader = accelerator.prepare(DataLoader(pairs, 5, sampler=RandomSampler(pairs), collate_fn=list))
+    assert counts.peer_batches == [batch for _ in range(2) for batch in loader]
+
+
 def test_a_line_through_two_points_has_no_negative_part():
     assert Rate.through([(10, 3.0), (20, 5.0)]) == pytest.approx((1.0, 0.2))
     assert Rate.through([(10, 3.0), (20, 7.0)]) == pytest.approx((0.0, 1 / 3))
