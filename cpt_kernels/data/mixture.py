@@ -94,10 +94,15 @@ def _load_part(part: Mapping[str, Any], where: str, streaming: bool) -> Dataset 
 def _check_alike(loaded: Sequence[Dataset | IterableDataset], names: Sequence[str]) -> None:
     """Raises UserError if two datasets have responses in different columns, or one has text and another messages."""
     first: tuple[str, Form, Roles, str | None] | None = None
-    for name, dataset in zip(names, loaded):
-        columns = read_columns(dataset)
-        if (found := match_roles(columns)) is None and len(loaded) > 1 and (several := {"turns", "paths"} & {*columns}):
-            raise UserError(f"{name} has rows of several pairs ({in_backticks(several)}): train on this dataset alone")
+    forms = [(match_roles(columns), {*columns}) for columns in map(read_columns, loaded)]
+    several = [None if found else min({"turns", "paths"} & columns, default=None) for found, columns in forms]
+    if len({*several}) > 1:
+        number = next(i for i, column in enumerate(several) if column is not None)
+        raise UserError(
+            f"{names[number]} has rows of several pairs (`{several[number]}`), and other datasets have none: train on"
+            " it alone, or give all datasets this column"
+        )
+    for name, dataset, (found, _) in zip(names, loaded, forms):
         if found is None:
             continue
         form, roles = found

@@ -92,6 +92,10 @@ def _split_turns(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     so_far = _messages("prompt", row.get("prompt"), "user")
     for number, turn in enumerate(row["turns"]):
         name = f"turns[{number}]"
+        if unread := [key for key, value in turn.items() if key not in _WRITTEN["turns"] and value is not None]:
+            raise TypeError(
+                f"`{name}` has the key `{unread[0]}`, and only prompt, chosen and rejected are read: remove it"
+            )
         so_far = [*so_far, *_messages(f"{name}.prompt", turn.get("prompt"), "user")]
         chosen = _messages(f"{name}.chosen", turn["chosen"], "assistant")
         rejected = turn.get("rejected")

@@ -167,6 +167,8 @@ def _tokenize_pairs(
             num_proc=args.dataset_num_proc,
             name="held-out",
         )
+    if args.weight_column is not None:
+        report.notes.append("every pair counts once, whatever its weight: results of other weights stay comparable")
     if not report.pairs:
         raise UserError("the held-out data has no pairs: give rows with chosen and rejected")
     return dataset, report

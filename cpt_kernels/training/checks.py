@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from ..config import ContrastiveConfig
 from ..data.curriculum import Curriculum
-from ..data.forms import Form, detect_form
+from ..data.forms import FORM_COLUMNS, Form, detect_form
 from ..data.loader import kept_columns
 from ..data.other_options import REMOVED_OPTIONS
 from ..data.preparation import ReadingOptions, examine
@@ -418,6 +418,10 @@ def reading_options(args: ContrastiveConfig, dataset: Any, is_training: bool) ->
     names = ("max_length", "truncation_mode", "target_column", "gap_column", "prompt_format", "weight_column")
     names += ("assistant_only_loss",)
     options = {name: getattr(args, name) for name in names}
+    is_data = isinstance(dataset, (Dataset, IterableDataset))  # `prepare` says what is wrong with it
+    if is_data and not is_training and {*FORM_COLUMNS[Form.GROUP]} <= {*read_columns(dataset)}:
+        # Prepared rows, such as trainer.train_dataset, hold what these options say already.
+        options |= {"target_column": None, "gap_column": None, "weight_column": None, "assistant_only_loss": False}
     return {**options, "ranked_pairs": args.ranked_pairs or "all", "keep_columns": kept_columns(curriculum, dataset)}
 
 

@@ -6,6 +6,8 @@ import pytest
 from datasets import load_dataset
 
 from cpt_kernels.data.mixture import load_mixture, split_rows
+from cpt_kernels.data.pair_rows import one_pair_rows
+from cpt_kernels.errors import UserError
 from tests.helpers.command import write_rows
 
 ANSWER = [{"role": "assistant", "content": "y"}]
@@ -95,6 +97,24 @@ def test_bad_parts(second, options, message):
 def test_no_parts():
     with pytest.raises(ValueError, match="datasets is empty"):
         load_mixture([])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_several_pairs_are_mixed_with_their_like(folder, streaming):
+    """Rows stay whole until they are tokenized, so a test set shares no conversation with the training data."""
+    for name in "cd":
+        turns = [{"prompt": f"{name}{i}", "chosen": "x", "rejected": "y"} for i in range(2)]
+        write_rows(folder / f"{name}.jsonl", [{"turns": turns}])
+    parts = [{"path": str(folder / f"{name}.jsonl")} for name in "cda"]
+    whole = load_mixture(parts[:2], streaming=streaming)
+    found = [row["prompt"][-1]["content"] for row in one_pair_rows(whole)]
+    assert found == ["c0", "c1", "d0", "d1"] and len([*whole]) == 2
+    write_rows(folder / "e.jsonl", [{"prompt": "p", "paths": [["x"], ["y"]], "pairs": [[0, 1]]}])
+    for other in (parts[2], {"path": str(folder / "e.jsonl")}):
+        with pytest.raises(
+            UserError, match=r"datasets\[.\] .* has rows of several pairs \(`(turns|paths)`\), and other"
+        ):
+            load_mixture([other, *parts[:1]], streaming=streaming)
 
 
 def test_parts_of_different_forms_name_the_part_and_the_mend(folder):

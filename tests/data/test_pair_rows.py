@@ -37,6 +37,12 @@ def test_a_preference_at_several_turns(stream):
     ]
 
 
+def test_a_key_of_a_turn_that_nothing_reads():
+    turn = {"prompt": "w10", "chosen": "w11", "rejected": "w12"}
+    with pytest.raises(UserError, match=r"row 1: `turns` cannot be read: `turns\[0\]` has the key `rejcted`"):
+        decoded([{"turns": [turn | {"rejcted": None}]}, {"turns": [turn | {"rejected": None, "rejcted": "w13"}]}])
+
+
 def test_turns_after_a_prompt_with_several_rejected_answers():
     row = {
         "prompt": [user("w9"), assistant("w8")],

@@ -364,6 +364,20 @@ def test_a_loss_that_sorts_the_pairs_has_no_weights(tmp_path):
             trainer.train()
 
 
+def test_prepared_rows_are_evaluated_as_they_are(tmp_path):
+    """They have their masks and weights, so the options that name columns or need messages are not applied again."""
+    for i, (rows, options) in enumerate(
+        [(text_rows([1.0, 3.0]), {"weight_column": "weight"}), (conversations(), {"assistant_only_loss": True})]
+    ):
+        trainer = trainer_of(tmp_path / str(i), rows, eval_dataset=Dataset.from_list(rows), **options)
+        assert trainer.evaluate(trainer.train_dataset)["eval_logps/chosen"] == trainer.evaluate()["eval_logps/chosen"]
+    with pytest.raises(UserError, match="data is list"):
+        trainer.evaluate([1])
+    args = config(tmp_path, weight_column="weight")
+    found = evaluate_pairs({"m": tiny_model("llama")}, Dataset.from_list(text_rows([1.0])), word_tokenizer(), args=args)
+    assert any("every pair counts once" in note for note in found.report.notes)
+
+
 def test_metrics_are_weighted_means(tmp_path):
     rows = text_rows([1.0, 0.0, 3.0])
     trainer = trainer_of(tmp_path, rows, weight_column="weight", eval_dataset=Dataset.from_list(rows))
