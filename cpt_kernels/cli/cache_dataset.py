@@ -90,6 +90,10 @@ class DatasetReference:
         sums: dict[_Ids, float] = {}
         for sequence in (sequence for chunk in iter_sequences(self.raw, *self.truncation) for sequence in chunk):
             row = self.raw[sequence.row]
+            if sequence.weights is not None:
+                raise UserError(
+                    f"row {row['row']} has masks or weights of tokens, and a sum cannot be divided among them"
+                )
             for side, column in zip(("chosen", "rejected"), columns):
                 if sequence.position in row[side]:
                     sums[_as_tuples(sequence)] = row[column]
@@ -167,5 +171,8 @@ def _with_columns(options, trainer: _UnfilledTrainer, columns: Sequence[str]) ->
     data = load_data(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
     if lacking := sorted(set(columns) - set(data.column_names)):
         raise UserError(f"{script.dataset_name} has no column {lacking[0]}: there is nothing to import")
-    cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode}
-    return prepare(data, trainer.processing_class, **cut, keep_columns=columns)[0]
+    if args.assistant_only_loss:
+        raise UserError("assistant_only_loss needs the log-prob of every token, and imports are sums: leave it out")
+    names = ("max_length", "truncation_mode", "prompt_format")
+    how = {name: getattr(args, name) for name in names}
+    return prepare(data, trainer.processing_class, **how, keep_columns=columns)[0]

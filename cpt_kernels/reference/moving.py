@@ -133,6 +133,8 @@ class StagedReference(Reference):
 
     def complete(self, batch: PackedBatch) -> None:
         """Puts the log-probs of a batch into it; a completion that the stage's reference did not score is an error."""
+        if batch["scored"] is not None or batch["token_weights"] is not None:
+            self.check_tokens("masks and weights of tokens need")
         if missing := batch["ref_missing"]:
             logps = self.cache.log_probs([(prompt, ids) for _, prompt, ids in missing])
             if np.isnan(logps).any():

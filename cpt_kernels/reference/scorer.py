@@ -259,8 +259,8 @@ class Reference:
     def complete(self, batch: PackedBatch) -> None:
         """Scores the completions whose log-probs a batch lacks, and puts these into the batch and into the cache."""
         missing, group = batch["ref_missing"], self.policy.group
-        if batch["scored"] is not None:
-            self.check_tokens("tokens that are not scored need")
+        if batch["scored"] is not None or batch["token_weights"] is not None:
+            self.check_tokens("masks and weights of tokens need")
         if batch["num_pairs"]:
             self.found += len(batch["completion_lengths"]) - len(missing)
         is_missing = bool(missing)

@@ -230,6 +230,15 @@ def test_import_of_sums(home, tmp_path, capsys, caplog):
     assert "all 24 reference log-probs were cached" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["completion_mask", "token_weights"])
+def test_sums_of_completions_with_masks_are_not_imported(home, tmp_path, name):
+    row = {"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [8], name: [[0, 1], [1]]}
+    row |= {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    (home / "masked.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="row 0 has masks or weights of tokens"):
+        main(["import", *options(home, tmp_path / "cache", "masked.jsonl")])
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     for argv, message in (
         (["build"], "needs a model and a dataset"),

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.model.conditions import is_sharded
 from tests.helpers.toy import losses, make_trainer, preference_data
+from tests.training.test_trees import conversations
 
 ENGINES: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -83,7 +84,7 @@ def run(folder: Path, name: str, engine: str, options: dict[str, Any]) -> None:
     checkpoint = options.pop("resume", None)
     if lora := options.pop("lora", None):
         options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora)
-    data = preference_data(18)
+    data = conversations(6) if options.pop("trees", False) else preference_data(18)
     meter = Meter() if options.pop("measure", False) else None
     if options.pop("stream", False):
         data = data.to_iterable_dataset()

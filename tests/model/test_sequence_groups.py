@@ -48,8 +48,16 @@ def rows_of(case: dict[str, Any]) -> list[dict]:
     if case.get("short"):  # fewer tokens than ranks
         return [{"prompt_ids": [5, 9], "completion_ids": [[6]], "chosen": [0], "rejected": [], "targets": [0]}]
     if case.get("tree"):
-        return tree_rows(0)
+        rows = tree_rows(0)
+        return [row | {"scored": weights_of(row)} for row in rows] if case.get("weights") else rows
     return make_rows(case.get("loss", "slic"), long=case["name"] in LENGTH_DEPENDENT, seed=case.get("seed", 0))
+
+
+def weights_of(row: dict) -> list[list[float]]:
+    """Returns weights of the tokens of each completion, of which some are 0."""
+    random = np.random.default_rng(row["prompt_ids"])
+    weights = [random.choice([0.0, 0.5, 1.0, 3.0], len(ids)).tolist() for ids in row["completion_ids"]]
+    return [[*mask[:-1], mask[-1] or 2.0] for mask in weights]
 
 
 def model_of(case: dict[str, Any]) -> torch.nn.Module:
@@ -83,7 +91,11 @@ def compare(size: int, cases: list[dict[str, Any]]) -> None:
         else:  # the mean of the gradients over the ranks, as DDP computes it
             found.grads = {name: group.sum(grad) / size for name, grad in found.grads.items()}
         if group.rank == 0:
-            expected = run_alone(model_of(case), rows, loss)
+            if case.get("weights"):
+                one = PackedModel(model_of(case))
+                expected = run_packed(one, rows, loss, batch=make_batch(rows, one, **how))
+            else:
+                expected = run_alone(model_of(case), rows, loss)
             try:
                 assert_equal(found, expected, FLOORS.get(case["name"], FLOOR))
             except AssertionError as error:
@@ -100,6 +112,8 @@ CASES = [
     dict(name="phi3-longrope", seed=1),
     dict(name="gpt2", tree=True, loss="sigmoid"),
     dict(name="qwen3", fsdp=True),
+    dict(name="llama", weights=True, tree=True, loss="sigmoid"),
+    dict(name="qwen3", fsdp=True, weights=True, tree=True, loss="sigmoid"),
 ]
 
 

@@ -20,6 +20,7 @@ from tests.helpers.toy import word_tokenizer
 QUICK = {
     "whole": {"model": "llama", "ref_model": "other"},
     "adapter": {"model": "llama-tied", "lora": {"r": 2}},
+    "trees": {"model": "llama", "sharing": "tree", "trees": True},
 }
 SLOW = {
     "tied": {"model": "llama-tied"},

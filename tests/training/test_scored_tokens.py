@@ -308,6 +308,14 @@ def test_held_out_pairs_with_token_weights(tmp_path):
         assert found.logps["model"][:, side] == pytest.approx([logp.item() for logp, _ in expected], abs=1e-4)
 
 
+def test_imported_sums_have_no_token_weights(tmp_path, monkeypatch):
+    rows = [token_rows()[0] | {"token_weights": [[2.0, 0.5, 1.0], [0.25, 1.0]]}]  # all tokens are scored
+    trainer = trainer_of(tmp_path, rows)
+    monkeypatch.setattr(type(trainer.reference.cache), "imported_keys", {b"key"})
+    with pytest.raises(UserError, match="masks and weights of tokens need the reference log-prob of every token"):
+        trainer.evaluate(trainer.train_dataset)
+
+
 def test_overridden_reference_sums_have_no_token_weights(tmp_path):
     class Own(type(trainer_of(tmp_path))):
         def compute_ref_log_probs(self, model, inputs):
