@@ -103,7 +103,9 @@ class PackedBatch(Predictions):
     image_index: list[int]  # the image at each place of an image in input_ids, in order
     # Of every prompt with images: [first token, token after it, end of its completions] in the packed row; its images.
     image_prompts: list[tuple[list[int], list[int]]]
-    token_types: dict[str, Tensor]  # like input_ids: 1 at tokens of images, under the names that the model has for it
+    # Like input_ids, under the names that the model has for it: 1 at tokens of images; or, for models whose prompts
+    # attend in both directions, 0 at tokens of prompts and 1 at others.
+    token_types: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,12 @@ class PackedCollator:
         if self.minimum_shared is None or not self.shares(0):
             return by_prompt
         trees = []
-        # Texts may share their beginnings, and sequences with images those of one prompt.
+        # Texts may share their beginnings, and sequences with images those of one prompt. A prompt that attends in both
+        # directions is shared whole.
         alone = [not self.shares(len(path)) for path in paths]
-        sets: list[Hashable] = [(s,) if alone[s] else keys[s] if have_images[s] else None for s in range(len(paths))]
+        whole = self.images is not None and self.images.marks_prompts
+        some_prompt = [keys[s] if have_images[s] or whole else None for s in range(len(paths))]
+        sets: list[Hashable] = [(s,) if alone[s] else some_prompt[s] for s in range(len(paths))]
         for some in _equal(sets):
             found = find_branches([paths[s] for s in some], [prompts[s] for s in some], self.minimum_shared)
             trees += [Branch(branch.shared, [some[s] for s in branch.sequences]) for branch in found]

@@ -7,6 +7,7 @@ its pixels and the processor's configuration, and then the token ids, which are 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ IMAGES = "images"  # the column of prepared rows with images
 WORDS = 2  # numbers of an image's identity
 # What processors return for each token, and not for each image.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-_OF_TEXT = ("input_ids", "attention_mask", *TOKEN_TYPES)
+_OF_TEXT = ("input_ids", "attention_mask", "labels", *TOKEN_TYPES)
 _WORD = (1 << 63) - 1
 
 
@@ -93,8 +94,16 @@ class ImageReader:
 
     @property
     def marks_blocks(self) -> bool:
-        """Whether the model is told the tokens of images, whose attention may then go in both directions."""
+        """Whether the model is told tokens whose attention may go in both directions: of images, or of prompts."""
         return "token_type_ids" in self.blank.token_types
+
+    @cached_property
+    def marks_prompts(self) -> bool:
+        """Whether all tokens of a prompt attend to each other (PaliGemma): the processor marks them by 0, answers by 1.
+
+        Only such a processor takes the text of an answer, as ``suffix``.
+        """
+        return "suffix" in inspect.signature(type(self.processor).__call__).parameters
 
     @cached_property
     def blank(self) -> ImageInputs:
@@ -145,9 +154,16 @@ class ImageReader:
         return text, [whole[len(text) :] for whole in texts]
 
     def encode(self, text: str, images: Sequence[Picture]) -> list[int]:
-        """Returns the token ids of a text in which each image has its placeholder, with the tokens of images."""
+        """Returns the token ids of a text in which each image has its placeholder, with the tokens of images.
+
+        Raises:
+            RowError: the processor refuses the text or an image.
+        """
         given: dict[str, Any] = {"images": [list(images)]} if images else {}
-        return list(self.processor(text=[text], **given, add_special_tokens=False)["input_ids"][0])
+        try:
+            return list(self.processor(text=[text], **given, add_special_tokens=False)["input_ids"][0])
+        except ValueError as error:
+            raise RowError(MALFORMED, f"{type(self.processor).__name__} refuses it: {error}") from error
 
     def inputs(self, images: Sequence[Picture]) -> ImageInputs:
         """Returns the model's inputs for images, each processed as in a prompt of its own.
@@ -163,7 +179,8 @@ class ImageReader:
             padding=True,
         )
         ids, types = output["input_ids"], tuple(name for name in TOKEN_TYPES if name in output)
-        if any(not torch.equal(output[name] == 1, self.mark(ids) == 1) for name in types):
+        expected = torch.zeros_like(ids) if self.marks_prompts else self.mark(ids)
+        if any(not torch.equal(output[name] == 1, expected == 1) for name in types):
             kind = type(self.processor).__name__
             raise UserError(f"{kind} returns {', '.join(types)} of a kind that is not supported: remove the images")
         inputs = {name: value for name, value in output.items() if name not in _OF_TEXT and isinstance(value, Tensor)}
@@ -172,6 +189,19 @@ class ImageReader:
     def mark(self, ids: Tensor) -> Tensor:
         """Returns 1 for tokens of images and 0 for others."""
         return torch.isin(ids, torch.tensor(self.token_ids, device=ids.device)).to(ids.dtype)
+
+    def token_types(self, ids: Tensor, prompts: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+        """Returns what marks the tokens ``ids`` (B, L) for the model.
+
+        Args:
+            prompts: (row of ``ids``, first token, token after the last one) of each prompt.
+        """
+        if not self.marks_prompts:
+            return dict.fromkeys(self.blank.token_types, self.mark(ids))
+        types = torch.ones_like(ids)
+        for row, start, end in prompts:
+            types[row, start:end] = 0
+        return dict.fromkeys(self.blank.token_types, types)
 
 
 def undecoded(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
@@ -250,8 +280,14 @@ def place_images(
         if words:
             places.append((ids_of(words), tokens, [start, start + len(tokens), end]))
     different = list(dict.fromkeys(image for each, *_ in places for image in each))
+    types: dict[str, Tensor] = {}
+    if reader is not None and (different or always or reader.marks_prompts):
+        is_padded = len(input_ids) > 1  # then each tree is a row
+        starts = [(row, 0) if is_padded else (0, start) for row, (_, (start, _)) in enumerate(trees)]
+        ends = [start + len(split_key(key)[1]) for (_, start), (key, _) in zip(starts, trees)]
+        types = reader.token_types(input_ids, [(*at, end) for at, end in zip(starts, ends)])
     if not different and (reader is None or not always):
-        return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
+        return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types=types)
     if reader is None:
         raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")
     if not all(image in images for image in different):
@@ -274,5 +310,5 @@ def place_images(
         image_tokens=found.tokens,
         image_index=[number[image] for each, *_ in places for image in each],
         image_prompts=[(span, [number[image] for image in each]) for each, _, span in places],
-        token_types=dict.fromkeys(found.token_types, reader.mark(input_ids)),
+        token_types=types,
     )

@@ -72,36 +72,39 @@ def own_inputs(
         images: by identity.
         rows: token ids of some of the sequences, (B, L).
     """
-    keys = {tuple(tokens): words for words, tokens in (split_key(prompt) for prompt, _ in sequences) if words}
-    pictures = []
-    for row in map(tuple, rows.tolist()):
+    prompts = [split_key(prompt) for prompt, _ in sequences]
+    keys = {tuple(tokens): words for words, tokens in prompts if words}
+    pictures, spans = [], []
+    for number, row in enumerate(map(tuple, rows.tolist())):
+        lengths = [len(tokens) for _, tokens in prompts if row[: len(tokens)] == tuple(tokens)]
+        spans.append((number, 0, max(lengths, default=0)))
         at = 0
         while at < len(row):  # a row may hold several prompts
             prompt = next((tokens for tokens in keys if row[at : at + len(tokens)] == tokens), None)
             pictures += [] if prompt is None else [open_image(images[image]) for image in ids_of(keys[prompt])]
             at += 1 if prompt is None else len(prompt)
-    if not pictures:
-        return {}
-    found = reader.inputs(pictures)
-    inputs = found.inputs | dict.fromkeys(found.token_types, reader.mark(rows))
+    inputs = reader.inputs(pictures).inputs if pictures else {}
+    if pictures or reader.marks_prompts:
+        inputs |= reader.token_types(rows, spans)
     return {name: value.to(rows.device) for name, value in inputs.items()}
 
 
 def image_inputs(batch: PackedBatch, padded: bool) -> dict[str, Tensor]:
     """Returns the keyword arguments of a model's forward for the images of a batch."""
     inputs = dict(batch["images"])
-    if padded and inputs:
+    if padded:
         index = torch.tensor(batch["image_index"], dtype=torch.int64, device=batch["input_ids"].device)
         inputs |= {name: inputs[name][index] for name in _PER_PLACE if name in inputs} | batch["token_types"]
     return inputs
 
 
-def image_blocks(batch: PackedBatch) -> list[tuple[int, int]]:
-    """Returns (first, end) of the consecutive tokens of images in a packed row."""
+def image_blocks(batch: PackedBatch, reader: ImageReader) -> list[tuple[int, int]]:
+    """Returns (first, end) of tokens in a packed row that attend to each other: of images in a row, or of a prompt."""
     types = batch["token_types"].get("token_type_ids")
     if types is None:
         return []
-    edges = np.flatnonzero(np.diff(types[0].cpu().numpy() == 1, prepend=False, append=False))
+    inside = types[0].cpu().numpy() == (0 if reader.marks_prompts else 1)
+    edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
 

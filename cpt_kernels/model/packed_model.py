@@ -90,7 +90,8 @@ class PackedModel:
     Attributes:
         padded: whether completions run in padded rows. The collator must agree: ``PackedCollator(padded=...)``.
         trees: whether sequences may share other beginnings than prompts in a packed row; `tree_failure` says why not.
-        bidirectional: whether the tokens of an image attend to each other in both directions in a packed row.
+        bidirectional: whether the tokens of an image, or of a prompt, attend to each other in both directions in a
+            packed row.
         has_gradient: whether a trained parameter changes log-probs, as far as the proof has compared gradients.
         noisy: whether the model adds noise to itself in training mode; the trainer measures and sets it.
         share_limit: sequences longer than this must not share their prompt; None without a limit. See
@@ -187,11 +188,11 @@ class PackedModel:
         self.trees = all(each[3] for each in proven)
         self._check_group(base)
         if not self.is_proven and not self.padded:
-            base.set_attn_implementation(attention_over(base.config._attn_implementation))
+            base.set_attn_implementation(attention_over(base.config.get_text_config()._attn_implementation))
 
     def _prove(self, base: PreTrainedModel) -> None:
         """Takes the first way of running completions whose log-probs are those of the model's own forward."""
-        name, attention = type(base).__name__, base.config._attn_implementation
+        name, attention = type(base).__name__, base.config.get_text_config()._attn_implementation
         asked = self.attention_backend
         try:
             # A kernel that was asked for may need a GPU, where the model is not yet, and half precision.
@@ -412,8 +413,8 @@ class PackedModel:
                 stack.enter_context(rope_per_sequence(self.rotaries, self.share_limit, segments, positions, group))
                 inputs["position_ids"] = own(positions)
                 layout = AttentionLayout.of(batch, group)
-                if self.bidirectional:
-                    layout.blocks = image_blocks(batch)
+                if self.bidirectional and self.images is not None:
+                    layout.blocks = image_blocks(batch, self.images)
                 inputs |= {"layout": layout, "attention_backend": self.attention_backend}
                 if self.state_layers:
                     inputs["state_layout"] = StateLayout(segments, batch["input_ids"].device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers as hf
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -22,6 +22,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -211,6 +212,23 @@ def _mistral3_processor(tokenizer: Any) -> ProcessorMixin:
     return PixtralProcessor(images, tokenizer)
 
 
+def _paligemma(ids: dict[str, int]) -> Any:
+    text = {**_TEXT, "vocab_size": len(ids) + 2000, "sliding_window": 6, "query_pre_attn_scalar": 8}
+    text |= {"model_type": "gemma2", "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {**_VISION, "patch_size": 14, "vision_use_head": False}
+    return hf.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=32, hidden_size=32, image_token_index=ids["<image>"]
+    )
+
+
+def _paligemma_processor(tokenizer: Any) -> ProcessorMixin:
+    images = SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    pair = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = pair
+    return hf.PaliGemmaProcessor(images, tokenizer)
+
+
 _INTERNVL = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -259,6 +277,9 @@ FAMILIES: dict[str, Family] = {
         _idefics_processor(SmolVLMImageProcessorPil),
     ),
     "internvl": Family("InternVLForConditionalGeneration", _INTERNVL, _internvl, _internvl_processor),
+    "paligemma": Family(  # PaliGemma 2, with sliding windows
+        "PaliGemmaForConditionalGeneration", {"image_token": "<image>"}, _paligemma, _paligemma_processor
+    ),
     "mistral3": Family(
         "Mistral3ForConditionalGeneration", ["[IMG]", "[IMG_BREAK]", "[IMG_END]"], _mistral3, _mistral3_processor
     ),

@@ -36,7 +36,7 @@ _GROUPS: list[tuple[list[tuple[int, int]], int, int, list[int]]] = [
 def make_rows(processor: Any) -> list[dict]:
     """Returns prepared rows of all groups, each with a pair of its first two completions."""
     reader, rng = model_images.ImageReader(processor), random.Random(0)
-    rows = []
+    rows, tokens = [], processor.tokenizer.encode
     for sizes, before, after, lengths in _GROUPS:
         pictures = [picture(*size) for size in sizes]
         text = [
@@ -49,7 +49,8 @@ def make_rows(processor: Any) -> list[dict]:
         several = len(lengths) > 1
         rows.append(
             {
-                "prompt_ids": reader.encode(" ".join(text), pictures),
+                # PaliGemma's processor refuses text without images.
+                "prompt_ids": reader.encode(" ".join(text), pictures) if pictures else tokens(" ".join(text)),
                 "image_ids": [word for each in pictures for word in reader.image_id(each)],
                 "images": pictures,
                 "completion_ids": completions,
@@ -61,18 +62,20 @@ def make_rows(processor: Any) -> list[dict]:
 
 def run_alone(model: nn.Module, processor: Any, rows: list[dict]) -> tuple[torch.Tensor, dict]:
     """Runs every completion alone behind its prompt; returns log-probs and the gradients of a projection of them."""
-    reader, logps = model_images.ImageReader(processor), []
+    reader, logps, is_prefix = model_images.ImageReader(processor), [], "PaliGemma" in type(processor).__name__
     for row in rows:
         inputs: dict[str, Any] = {}
         if row["images"]:
             text = " ".join([reader.placeholder] * len(row["images"]))
             output = processor(text=[text], images=[row["images"]], return_tensors="pt")
-            inputs = {name: output[name] for name in output if name not in ("input_ids", "attention_mask")}
+            inputs = {name: output[name] for name in output if name not in ("input_ids", "attention_mask", "labels")}
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         start = len(row["prompt_ids"]) - 1
         for completion in row["completion_ids"]:
             ids = torch.tensor([row["prompt_ids"] + completion])
             types = {name: reader.mark(ids) for name in inputs if "token_type_ids" in name}
+            if is_prefix:
+                types = {"token_type_ids": torch.tensor([[0] * (start + 1) + [1] * len(completion)])}
             logits = model(input_ids=ids, use_cache=False, **{**inputs, **types}).logits[0, start:-1]
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             logps.append(log_p.gather(1, torch.tensor(completion)[:, None])[:, 0])
@@ -92,7 +95,9 @@ def compare(kind: str, packing: str = "auto", **collate: Any) -> None:
     expected, gradients = run_alone(model, processor, rows)
     reader = image_reader(model, processor)
     packed = PackedModel(model, packing=packing, images=reader)
-    assert packed.padded == (packing == "false") and packed.bidirectional == (kind == "gemma3" and not packed.padded)
+    assert packed.padded == (packing == "false") and packed.bidirectional == (
+        kind in ("gemma3", "paligemma") and not packed.padded
+    )
     batch = PackedCollator(padded=packed.padded, images=reader, **collate)(rows)
     with calls(model) as encoded:
         logps = packed(batch).tokens.logps
@@ -120,8 +125,26 @@ def test_rows_equal_each_completion_alone(kind: str) -> None:
     compare(kind)
 
 
+def test_a_prompt_that_attends_in_both_directions() -> None:
+    """The marks are those of the processor, and beginnings that are shorter than prompts are not shared."""
+    model, processor = tiny_image_model("paligemma"), tiny_processor("paligemma")
+    reader, image = image_reader(model, processor), picture(40, 60)
+    own = processor(text=["<image> w3 w4"], images=[[image]], suffix=["w5 w6"], return_tensors="pt")
+    prompt = reader.encode("<image> w3 w4", [image])
+    assert own["input_ids"].tolist()[0][:-1] == prompt + processor.tokenizer.encode("w5 w6")  # then the end
+    types = reader.token_types(own["input_ids"], [(0, 0, len(prompt))])
+    assert types["token_type_ids"].tolist() == own["token_type_ids"].tolist()
+    rows = make_rows(processor)
+    rows[4]["prompt_ids"] = [*rows[1]["prompt_ids"], 7]  # begins as another prompt
+    expected, _ = run_alone(model, processor, rows)
+    packed = PackedModel(model, images=reader)
+    with torch.no_grad():
+        logps = packed(PackedCollator(images=reader, minimum_shared=1)(rows)).tokens.logps
+    torch.testing.assert_close(logps, expected, rtol=FLOOR, atol=FLOOR)
+
+
 @pytest.mark.parametrize(
-    "kind", ["gemma3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen3_vl", "idefics3"))]
+    "kind", ["gemma3", "paligemma", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen3_vl", "idefics3"))]
 )
 def test_unshared_and_padded_rows_too(kind: str) -> None:
     compare(kind, share_prompts=False)
@@ -183,12 +206,18 @@ def test_features_in_the_wrong_places_are_noticed(monkeypatch) -> None:
     _expect_fault(monkeypatch, model_images, "_at_places", wrong)
 
 
-def _expect_fault(monkeypatch, module: Any, name: str, fault: Any) -> None:
-    model, processor = tiny_image_model("qwen2_5_vl"), tiny_processor("qwen2_5_vl")
+def test_prompts_that_attend_backwards_alone_are_noticed(monkeypatch) -> None:
+    _expect_fault(monkeypatch, packed_model, "image_blocks", lambda *_: [], "paligemma", where="")
+
+
+def _expect_fault(
+    monkeypatch, module: Any, name: str, fault: Any, kind: str = "qwen2_5_vl", where: str = " with images"
+) -> None:
+    model, processor = tiny_image_model(kind), tiny_processor(kind)
     reader = image_reader(model, processor)
     PackedModel(model, packing="true", images=reader)
     monkeypatch.setattr(module, name, fault)
-    with pytest.raises(UserError, match="in a packed row with images log-probs differ"):
+    with pytest.raises(UserError, match=f"in a packed row{where} log-probs differ"):
         PackedModel(model, packing="true", images=reader)
 
 
