@@ -104,9 +104,9 @@ def parse_row(
     """
     # The ranked completions. `names` are what errors call them.
     roles = roles or {}
-    if row.get("completion_mask") is not None:
-        mend = "give token ids (`prompt_ids`, ...), or `train_on`, a 0 or a 1 per turn of messages"
-        raise RowError(MALFORMED, f"`completion_mask` is for tokens, and the row is not tokenized: {mend}")
+    if of_tokens := [name for name in ("completion_mask", "token_weights") if row.get(name) is not None]:
+        mend = "give token ids (`prompt_ids`, ...), or `train_on`, a number per turn of messages"
+        raise RowError(MALFORMED, f"`{of_tokens[0]}` is for tokens, and the row is not tokenized: {mend}")
     names, sides, scores = _read_sides(row, form, roles)
     train_on = read_train_on(row, form, names, sides)
     sides, in_messages = take_weights(names, sides)

@@ -161,7 +161,7 @@ class Tokenization:
 
     def _read_group(self, row: dict[str, Any]) -> dict[str, list]:
         if row.get("train_on") is not None:
-            mend = "give `completion_mask`, a 0 or a 1 per token"
+            mend = "give `completion_mask`, a 0 or a 1 per token, or `token_weights`"
             raise RowError(MALFORMED, f"`train_on` is for turns of messages, and the row is tokenized: {mend}")
         prompt_ids = _token_list(row["prompt_ids"], "prompt_ids")
         if self.form is Form.TOKENS:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .forms import Form
 from .messages import MALFORMED, RowError, Text
 
+_LARGEST = (2 - 2**-23) * 2.0**127  # the largest number of fp32
 NO_ASSISTANT = "no assistant turn"  # a reason to drop a row; the others are in formats.py
 
 
@@ -28,10 +28,10 @@ def read_weight(value: Any, column: str) -> float:
     """Returns the weight of a pair.
 
     Raises:
-        RowError: the value is not a finite number of at least 0.
+        RowError: the value is not a finite number of at least 0, in fp32, in which weights are stored.
     """
     weight = read_number(value)
-    if weight is None or not 0 <= weight < math.inf:
+    if weight is None or not 0 <= weight <= _LARGEST:
         raise RowError(MALFORMED, f"`{column}` is {value!r}; expected a weight: a finite number of at least 0")
     return weight
 

@@ -96,7 +96,7 @@ def test_weights_of_tokens():
     tokens = {"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
     usable = [[[0.0, 0.5, 2.0], [1, 0.25]], [[1, 1.0, 1], [1, 1]], [["0.5", 1, 1], [1, 1]]]
     unusable = [
-        *([[-1.0, 1, 1], [1, 1]], [[math.nan, 1, 1], [1, 1]], [[math.inf, 1, 1], [1, 1]], [[None, 1, 1], [1, 1]]),
+        *([[-1.0, 1, 1], [1, 1]], [[math.nan, 1, 1], [1, 1]], [[1e300, 1, 1], [1, 1]], [[None, 1, 1], [1, 1]]),
         *([[1.0, 1], [1, 1]], [[1.0, 1, 1, 1], [1, 1]], [[1.0, 1, 1]], [], [[1.0, 1, 1], None], [1.0, 1.0], 0.5),
     ]
     given = [tokens | {"token_weights": value} for value in usable[:2]]
@@ -114,6 +114,12 @@ def test_weights_of_tokens():
     assert again["scored"][:] == data["scored"][:]
     with pytest.raises(UserError, match=r"`completion_mask` holds a value that is not 0 or 1: .*`token_weights`"):
         prepared([tokens | {"completion_mask": [[0.5, 1, 1], [1, 1]]}])
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "token_weights"])
+def test_text_has_no_masks_of_tokens(name):
+    with pytest.raises(UserError, match=f"`{name}` is for tokens, and the row is not tokenized: .*`train_on`"):
+        prepared([{"prompt": "w1 ", "chosen": "w2", "rejected": "w3", name: [[1], [1]]}])
 
 
 def weighed(*weights, name: str = "chosen") -> dict:
@@ -204,7 +210,7 @@ def test_rows_without_turns_are_refused(row):
         assert found["scored"] == []
 
 
-@pytest.mark.parametrize("weight", [-0.5, math.nan, math.inf, None, "heavy"])
+@pytest.mark.parametrize("weight", [-0.5, math.nan, math.inf, 1e39, None, "heavy"])
 def test_weights_that_are_none(weight):
     text = {"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}
     weights = [2.0, weight] if not isinstance(weight, str) else ["2", weight]
