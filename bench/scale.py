@@ -11,6 +11,7 @@ of them for every number of ranks. Each part runs in a process of its own. The r
                 of an 8B model, which count attention
     worst       idle share of the worst turn
     planning    CPU seconds from the stored dataset to the first micro-batch of a rank, and the peak of its memory
+                without mapped files
     preparation rows tokenized per CPU second, and the growth of memory without mapped files
     cache       files, requests and bytes of the reference log-probs: the files of a build of --rate tokens a second and
                 rank by arithmetic, the index and its look-ups measured
@@ -47,7 +48,7 @@ from cpt_kernels.reference.cache import ReferenceCache
 
 from .lengths import HELP, draw_groups, train_bpe
 from .shapes import SHAPES
-from .timing import MIB, add_output_options, finish, peak_mib, reset_peak, resident_mib, table
+from .timing import MIB, add_output_options, finish, resident_mib, table
 
 _STEP = 1000  # rows of a record batch, as `datasets` writes them
 _VOCAB = 32_000
@@ -177,16 +178,16 @@ def plan(file: Path, ranks: int, group: int, budget: int | None, rows: int, max_
         **dict(dataloader_prefetch_factor=None, dataloader_multiprocessing_context=None, dataloader_in_order=True),
     )
     resident_mib()  # returns unused memory
-    reset_peak()
-    began = time.process_time()
-    longest_sequence(dataset, max_length)  # the trainer checks it against the model's positions
-    sampler = make_loader(dataset, lambda rows: rows, args, layout, True, batch_size=rows).batch_sampler
-    next(iter(sampler))
-    seconds, peak = time.process_time() - began, peak_mib()
+    with _anonymous_peak() as memory:
+        began = time.process_time()
+        longest_sequence(dataset, max_length)  # the trainer checks it against the model's positions
+        sampler = make_loader(dataset, lambda rows: rows, args, layout, True, batch_size=rows).batch_sampler
+        next(iter(sampler))
+        seconds = time.process_time() - began
     turns = sampler._epoch(0)
     return {
         **dict(ranks=ranks, group=group, budget=budget, turns=len(turns) // world),
-        **dict(seconds=round(seconds, 2), peak_mib=round(peak)),
+        **dict(seconds=round(seconds, 2), peak_mib=round(memory["peak"])),
         **_idle(turns, world, group, sampler.tokens, _operations(dataset, kept, max_length)),
     }
 
@@ -249,17 +250,19 @@ def measure_preparation(rows: int, folder: str) -> dict[str, Any]:
 
 @contextmanager
 def _anonymous_peak() -> Iterator[dict[str, float]]:
-    """Yields a dictionary that holds the growth of this process's anonymous memory in MiB at its end, by a sampler."""
+    """Yields a dictionary with the peak of this process's anonymous memory and its growth in MiB, by a sampler."""
 
     def anonymous() -> float:
         statm = Path("/proc/self/statm").read_text().split()
         return (int(statm[1]) - int(statm[2])) * os.sysconf("SC_PAGE_SIZE") / MIB
 
-    done, start, found = threading.Event(), anonymous(), {"mib": 0.0}
+    done, start = threading.Event(), anonymous()
+    found = {"mib": 0.0, "peak": start}
 
     def sample() -> None:
         while not done.wait(0.02):
-            found["mib"] = max(found["mib"], anonymous() - start)
+            found["peak"] = max(found["peak"], anonymous())
+            found["mib"] = found["peak"] - start
 
     thread = threading.Thread(target=sample)
     thread.start()

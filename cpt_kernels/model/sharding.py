@@ -28,6 +28,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from ..config import ContrastiveConfig
 from ..errors import UserError
+from .conditions import whole_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -120,31 +121,44 @@ def settle_engine(accelerator: Accelerator, args: ContrastiveConfig) -> None:
 
 
 def check_optimizer(optimizer: type[torch.optim.Optimizer], kwargs: dict[str, Any], accelerator: Accelerator) -> None:
-    """Takes two steps on a small weight, whole and sharded. All processes must call it; without FSDP it does nothing.
+    """Takes two steps on a small weight, whole and sharded as the engine does it. All processes must call it.
 
     Raises:
-        UserError: the optimizer does not take the same steps on a sharded weight.
+        UserError: the optimizer does not take the same steps on a weight that FSDP2 shards. ZeRO trains flat parts of
+            weights by design, so there a difference is a warning.
     """
-    if not accelerator.is_fsdp2:
+    plugin = accelerator.state.deepspeed_plugin
+    is_zero = plugin is not None and plugin.zero_stage > 0
+    if not (accelerator.is_fsdp2 or is_zero):
         return
     whole = torch.linspace(-1, 1, 8192, device=accelerator.device).view(64, 128)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    both = nn.Parameter(whole.clone()), nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    if is_zero:
+        parts = list(whole.clone().flatten().chunk(2))
+    else:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        parts = [distribute_tensor(whole, mesh, [Shard(0)])]
     fault = None
     try:
-        for parameter in both:
-            steps = optimizer([parameter], **kwargs)
-            for _ in range(2):
-                parameter.grad = parameter.detach().sin()
-                steps.step()
-        if not torch.allclose(both[1].detach().full_tensor(), both[0], rtol=1e-4, atol=1e-7):
+        whole, *parts = (_two_steps(optimizer, kwargs, values) for values in (whole.clone(), *parts))
+        both = whole.flatten(), torch.cat([whole_tensor(part).flatten() for part in parts])
+        if not torch.allclose(*both, rtol=1e-4, atol=1e-7):
             fault = "its steps depend on how a weight is sharded"
     except Exception as error:  # whatever an optimizer raises that does not know sharded weights
         fault = f"{type(error).__name__}: {error}"
-    if fault is not None:
-        raise UserError(
-            f"optim: {optimizer.__name__} does not work under FSDP2 ({fault}); choose another, as adamw_torch"
-        )
+    name = optimizer.__name__
+    if fault is not None and is_zero and accelerator.is_main_process:
+        logger.warning("optim: %s does not take the steps of one process under ZeRO (%s)", name, fault)
+    elif fault is not None and not is_zero:
+        raise UserError(f"optim: {name} does not work under FSDP2 ({fault}); choose another, as adamw_torch")
+
+
+def _two_steps(optimizer: type[torch.optim.Optimizer], kwargs: dict[str, Any], values: Tensor) -> Tensor:
+    parameter = nn.Parameter(values)
+    steps = optimizer([parameter], **kwargs)
+    for _ in range(2):
+        parameter.grad = parameter.detach().sin()
+        steps.step()
+    return parameter.detach()
 
 
 def return_freed_memory(args: ContrastiveConfig) -> None:

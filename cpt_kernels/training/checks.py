@@ -117,6 +117,9 @@ def checked_config(
 def check_machine(args: ContrastiveConfig) -> None:
     """Raises UserError if FSDP is asked for what it cannot do, something is not installed, or does not run here."""
     check_fsdp(args)
+    if mismatches := getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", None):
+        found = "; ".join(text.removeprefix("- ") for text in mismatches)
+        raise UserError(f"deepspeed: its values contradict the run's options ({found}): set them to auto")
     installed = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -174,7 +177,7 @@ def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def check_engine(args: ContrastiveConfig, accelerator: Accelerator) -> None:
-    """Raises UserError for several GPUs in one process (DataParallel), or an optimizer that FSDP2 cannot use."""
+    """Raises UserError for several GPUs in one process (DataParallel), or an optimizer that the engine cannot use."""
     if args.n_gpu > 1:
         raise UserError(
             f"one process sees {args.n_gpu} GPUs, and DataParallel is not supported: start with accelerate launch or"

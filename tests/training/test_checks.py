@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Adafactor
 
 from cpt_kernels.config import ContrastiveConfig
-from cpt_kernels.model.sharding import check_fsdp
-from cpt_kernels.training.checks import check_reference_model
+from cpt_kernels.model.sharding import check_fsdp, check_optimizer
+from cpt_kernels.training.checks import check_machine, check_reference_model
 from tests.helpers.architectures import tiny_model
 from tests.helpers.toy import config
 from tests.helpers.trl_runs import make_trainer
@@ -46,6 +50,23 @@ def test_fsdp1_of_a_launcher_is_refused(tmp_path, monkeypatch):
     check_fsdp(config(tmp_path))
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     assert config(tmp_path, gradient_checkpointing=False).gradient_checkpointing is True
+
+
+def test_values_of_deepspeed_that_contradict_options(tmp_path):
+    args = config(tmp_path)
+    args.hf_deepspeed_config = SimpleNamespace(mismatches=["- ds zero=1 vs hf one=2", "- ds a=1 vs hf b=2"])
+    with pytest.raises(ValueError, match=r"\(ds zero=1 vs hf one=2; ds a=1 vs hf b=2\): set them to auto"):
+        check_machine(args)
+
+
+def test_zero_says_which_optimizers_take_other_steps(caplog):
+    """Adafactor's statistics are those of rows and columns, and ZeRO trains flat parts of weights."""
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    accelerator = SimpleNamespace(state=state, is_fsdp2=False, is_main_process=True, device="cpu")
+    check_optimizer(torch.optim.AdamW, {"lr": 1e-2}, accelerator)
+    assert not caplog.records
+    check_optimizer(Adafactor, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}, accelerator)
+    assert "Adafactor does not take the steps of one process under ZeRO" in caplog.text
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -125,6 +125,26 @@ def test_replicas_of_shards(folder):
     compare_configured(folder, CONFIGURED_OF_FOUR, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 3)])
+@pytest.mark.parametrize("engine", ["fsdp2", "alone"])
+def test_a_run_goes_on_with_another_number_of_ranks(folder, engine, before, after):
+    """The engine "alone" is DDP where there are several ranks."""
+
+    def run_on(name: str, ranks: int, engine: str, **options) -> list[float]:
+        common = {"model": str(folder / "llama"), "lora": {"r": 2}, "learning_rate": 1e-2, "max_steps": 10, **options}
+        common |= {"per_device_train_batch_size": 12 // ranks, "save_strategy": "steps", "save_steps": 4}
+        run_ranks(folder, ranks, run_rank, folder, [[name, engine, common]], timeout=600)
+        return json.loads((folder / f"{name}.json").read_text())["losses"]
+
+    name = f"{engine} on {before} for {after}"
+    whole = run_on("whole", 1, "alone")
+    first = run_on(name, before, engine)
+    assert len(whole) == 10 and first == pytest.approx(whole, abs=1e-4)
+    resumed = run_on(f"{name}, on", after, engine, resume=str(folder / name / "out/checkpoint-4"))
+    assert resumed == pytest.approx(whole, abs=1e-4)
+
+
 def refused(folder: Path) -> None:
     with pytest.raises(UserError, match="optim: Adafactor does not work under FSDP2"):
         run(folder, "adafactor", "fsdp2", {"model": "llama", "optim": "adafactor"})
