@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +119,21 @@ def settle_engine(accelerator: Accelerator, args: ContrastiveConfig) -> None:
         accelerator.autocast_handler = AutocastKwargs(enabled=False)
         # The config turned it into gradient_checkpointing, which does the same; accelerate would wrap sharded layers.
         state.fsdp_plugin.activation_checkpointing = False
+        accelerator._prepare_fsdp2 = functools.partial(_prepare_sharded, accelerator._prepare_fsdp2)
+
+
+def _prepare_sharded(prepare: Callable[..., tuple], *args: Any) -> tuple:
+    """Prepares a sharded model and its optimizer with accelerate's ``prepare``; the optimizer keeps its parameters.
+
+    accelerate finds them again by the addresses of their slices, which are 0 for all slices without rows, so that the
+    optimizer would hold one of these parameters many times and the others not at all.
+    """
+    optimizers = [each for each in args if isinstance(each, torch.optim.Optimizer)]
+    parameters = [[*group["params"]] for optimizer in optimizers for group in optimizer.param_groups]
+    result = prepare(*args)
+    for group, own in zip((group for optimizer in optimizers for group in optimizer.param_groups), parameters):
+        group["params"] = own
+    return result
 
 
 def check_optimizer(optimizer: type[torch.optim.Optimizer], kwargs: dict[str, Any], accelerator: Accelerator) -> None:
