@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,17 @@ from tests.helpers import ROOT
 from tests.helpers.command import bpe_tokenizer, read_metrics, word_pairs, write_model, write_options, write_rows
 from tests.helpers.failing_run import RANK, STEP
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "--max-restarts"]
+FSDP2 = ["-m", "accelerate.commands.launch", f"--config_file={ROOT}/cpt_kernels/cli/accelerate_configs/fsdp2.yaml"]
+FSDP2 += ["--num_processes=4", "--main_process_port=0", "--max_restarts"]
 
-def launch(folder: Path, failure: str, restarts: int = 0, ranks: int = 4, **options) -> subprocess.CompletedProcess:
+
+def launch(
+    folder: Path, failure: str, restarts: int = 0, launcher: Sequence[str] = TORCHRUN, **options
+) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = [f"--max-restarts={restarts}", "-m", "tests.helpers.failing_run", str(folder), failure]
-    command = [sys.executable, *torchrun, *script, json.dumps(options)]
+    script = [str(restarts), "-m", "tests.helpers.failing_run", str(folder), failure]
+    command = [sys.executable, *launcher, *script, json.dumps(options)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -40,8 +46,9 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path):
-    done = launch(tmp_path / "killed", "kill", restarts=1)
+@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP2], ids=["torchrun", "accelerate launch, FSDP2"])
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path, launcher):
+    done = launch(tmp_path / "killed", "kill", 2, launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search("restarted after a process failed: the run goes on from .*checkpoint-6", done.stderr)
     whole = launch(tmp_path / "whole", "none")
