@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
+import pickle
 import shutil
 
 import pytest
@@ -13,6 +15,8 @@ from transformers import TrainerCallback
 
 from cpt_kernels.training.stages import stage_starts
 from tests.helpers.architectures import tiny_model
+from tests.helpers.forked import run_ranks
+from tests.helpers.killed_stages import run_killed
 from tests.helpers.toy import losses, make_trainer, preference_data
 from tests.training.test_distributed import run
 
@@ -94,6 +98,25 @@ def test_a_run_resumes_in_every_stage(whole, tmp_path, checkpoint):
     resumed.train(resume_from_checkpoint=str(folder / f"out/checkpoint-{checkpoint}"))
     assert losses(resumed) == losses(trainer) and same(resumed.model, trainer.model)
     assert set((tmp_path / "ref").rglob("*.arrow")) == shards
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_in_a_stage_resumes_bit_by_bit(tmp_path):
+    """It scores every completion once for each reference, as the run that nothing interrupts."""
+    points: dict = {"whole": None}
+    for start, end in itertools.pairwise([*STARTS, 10]):
+        points |= {f"before {start}": ("fills", start, 1), f"scoring {start}": ("scores", start, 3)}
+        points |= {f"training {start}": ("trains", start + 1, 2), f"end {start}": ("saved", end, 1)}
+    run_ranks(tmp_path, 1, run_killed, tmp_path, points, OPTIONS)
+    logs, weights = pickle.loads((tmp_path / "whole/result").read_bytes())
+    scored = sorted((tmp_path / "whole/scored").read_text().splitlines())
+    assert len(logs) == 11 and len(set(scored)) == len(scored)
+    assert len({line.split()[0] for line in scored}) == 3
+    for case in points:
+        found, resumed = pickle.loads((tmp_path / case / "result").read_bytes())
+        assert found == logs, case
+        assert all(map(torch.equal, resumed.values(), weights.values())), case
+        assert sorted((tmp_path / case / "scored").read_text().splitlines()) == scored, case
 
 
 def test_a_resumed_run_without_its_stage_is_one_clear_error(whole, tmp_path):
