@@ -159,6 +159,10 @@ def _named_tensors(base: nn.Module, configs: Mapping[str, Any], active: Sequence
     an adapter changes no log-prob.
     """
     state = base.state_dict(keep_vars=True)
+    for prefix, layer in base.named_modules():  # scales of 4-bit weights, which FSDP2 takes off the weights
+        if getattr(layer, "quant_state", None) is not None and is_sharded(layer.weight):
+            scales = layer.quant_state.as_dict(packed=True)
+            state |= {f"{prefix}.weight.{name}": value for name, value in scales.items()}
     paths = {name: [part for part in name.split(".") if part not in _TRANSPARENT] for name in state}
     wrappers = {tuple(path[:i]) for path in paths.values() for i, part in enumerate(path) if part in _WRAPPED}
     named: dict[str, Tensor] = {}

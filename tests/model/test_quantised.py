@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.reference.fingerprint import fingerprint
 from tests.helpers.architectures import tiny_model
 from tests.helpers.command import bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_rows
+from tests.helpers.engine_run import run_rank
 from tests.helpers.exactness import make_batch, make_rows
+from tests.helpers.forked import run_ranks
 from tests.helpers.toy import config, losses, preference_data, word_tokenizer
 from tests.helpers.trl_runs import LOGPS, PAIRS, REWARDS, assert_same_steps, one_thread, run_ours, run_trl
 from tests.trl.test_parity import tokenised_pairs
@@ -58,6 +61,28 @@ def never_packed(folder: Path, **kind):
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+# --- FSDP2 ---
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=["whole", "sharded"])
+def test_two_ranks_of_fsdp2_take_the_steps_of_one(folder, tmp_path, storage):
+    """4-bit weights in bytes stay whole on every process; those stored as floats are sharded."""
+    kind = BitsAndBytesConfig(**_NF4, bnb_4bit_quant_storage=storage)
+    common = {
+        "model": str(folder),
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lora": {"r": 2},
+        "quantization_config": kind,
+    }
+    for ranks, engine in ((1, "alone"), (2, "fsdp2")):
+        runs = [[engine, engine, {**common, "per_device_train_batch_size": 6 // ranks}]]
+        run_ranks(tmp_path, ranks, run_rank, tmp_path, runs)
+    one, two = (json.loads((tmp_path / f"{engine}.json").read_text()) for engine in ("alone", "fsdp2"))
+    assert two["fingerprint"] == one["fingerprint"] and two["sharded"] > 0
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
 
 
 # --- Comparison with TRL ---
