@@ -67,8 +67,11 @@ def never_packed(folder: Path, **kind):
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=["whole", "sharded"])
-def test_two_ranks_of_fsdp2_take_the_steps_of_one(folder, tmp_path, storage):
-    """4-bit weights in bytes stay whole on every process; those stored as floats are sharded."""
+def test_fsdp2_takes_the_steps_of_ddp(folder, tmp_path, storage):
+    """4-bit weights in bytes stay whole on every process; those stored as floats are sharded.
+
+    One process would add up gradients in another order, which bf16 adapters show.
+    """
     kind = BitsAndBytesConfig(**_NF4, bnb_4bit_quant_storage=storage)
     common = {
         "model": str(folder),
@@ -77,12 +80,12 @@ def test_two_ranks_of_fsdp2_take_the_steps_of_one(folder, tmp_path, storage):
         "lora": {"r": 2},
         "quantization_config": kind,
     }
-    for ranks, engine in ((1, "alone"), (2, "fsdp2")):
-        runs = [[engine, engine, {**common, "per_device_train_batch_size": 6 // ranks}]]
-        run_ranks(tmp_path, ranks, run_rank, tmp_path, runs)
-    one, two = (json.loads((tmp_path / f"{engine}.json").read_text()) for engine in ("alone", "fsdp2"))
-    assert two["fingerprint"] == one["fingerprint"] and two["sharded"] > 0
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    runs = [[engine, engine, {**common, "per_device_train_batch_size": 3}] for engine in ("alone", "fsdp2")]
+    run_ranks(tmp_path, 2, run_rank, tmp_path, runs[:1])
+    run_ranks(tmp_path, 2, run_rank, tmp_path, runs[1:])
+    ddp, fsdp = (json.loads((tmp_path / f"{engine}.json").read_text()) for engine in ("alone", "fsdp2"))
+    assert fsdp["fingerprint"] == ddp["fingerprint"] and fsdp["sharded"] > ddp["sharded"] == 0
+    assert len(ddp["losses"]) == 4 and fsdp["losses"] == pytest.approx(ddp["losses"], abs=1e-6)
 
 
 # --- Comparison with TRL ---
