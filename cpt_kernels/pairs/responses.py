@@ -102,6 +102,11 @@ def find_readings(columns: ColumnKeys, models: Sequence[str] = (), rating: str |
         UserError: there is no prompt, no response or no such rating; the message names the columns found.
     """
     there = ", ".join(f"`{name}`" for name in columns)
+    if several := {"turns", "paths"} & columns.keys() - {*models}:
+        raise UserError(
+            f"rows of `{min(several)}` hold pairs and name no model of a response, so no order of models makes pairs of"
+            " them: train on these rows as they are"
+        )
     prompt = find_prompt([name for name in columns if name not in models])
     if DIGESTS in columns:
         prompt["images"] = DIGESTS

@@ -159,6 +159,7 @@ def test_tokens_are_counted():
 @pytest.mark.parametrize(
     ("row", "rating", "message"),
     [
+        ({"turns": "t", "model": "a"}, None, "data: rows of `turns` hold pairs and name no model of a response"),
         ({"text": "p", "model": "a"}, None, "data: there is no column `prompt` or `instruction`, but `text`, `model`"),
         ({"prompt": "p", "x": "yes"}, None, "nor columns for the models a, b: rename columns"),
         (
