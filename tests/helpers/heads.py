@@ -50,6 +50,7 @@ class Head:
     trained: tuple[str, ...] = _GRADS
     scale: float = 1.0  # factor of the hidden rows
     shared: bool = False  # completions of a block have up to two first tokens in common
+    weighted: bool = False  # tokens have weights
     near: bool = False  # reference log-probs are a few nats from those of a uniform policy
     upstream: float = 1.0  # upstream gradient of the loss
     seed: int = 0
@@ -84,6 +85,9 @@ class Head:
         self.ref_token_logps = -torch.rand(tokens, generator=generator).mul(64).round().div(16)
         self.gaps = torch.rand(len(edges), generator=generator).mul(64).round().add(1).div(16)
         self.hard = torch.arange(len(edges)) % 3 == 0
+        self.token_weights = torch.ones(tokens)
+        if self.weighted:
+            self.token_weights = torch.rand(tokens, generator=generator).mul(16).round().add(1).div(8)
 
     def shapes(self, rows: int) -> list[tuple[int, ...]]:
         return [(rows, self.width), (self.columns, self.width), (self.columns,)]
@@ -106,6 +110,7 @@ class Head:
             cumulative, self.lengths, self.chosen, self.rejected, self.sft_targets, pair_blocks, self.ref_logps,
             self.tokens_per_pair, self.ref_token_logps, self.gaps, self.hard, shared,
             [stop - start for start, stop in pairwise(ends)] if self.shared else None,
+            token_weights=self.token_weights if self.weighted else None,
         )  # fmt: skip
 
     def leaves(self, dtype: torch.dtype, rounded: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -137,16 +142,19 @@ class Head:
             logits = torch.tanh(logits / options.softcap) * options.softcap
         log_softmax = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)[self.index]
         logps = log_softmax.gather(1, self.targets[self.index, None])[:, 0]
-        completion_logps = torch.stack([part.sum() for part in logps.split(self.lengths)])
-        lengths = torch.tensor(self.lengths).to(logps.dtype)
+        weights = self.token_weights.to(logps.dtype)
+        weighed = weights * logps
+        completion_logps = torch.stack([part.sum() for part in weighed.split(self.lengths)])
+        lengths = torch.stack([part.sum() for part in weights.split(self.lengths)])
         ref = self.ref_logps.to(logps.dtype)
         w, y, x = self.chosen, self.sft_targets, self.rejected
-        log_sum_sq = torch.stack([part.sum() for part in (2 * log_softmax).logsumexp(-1).split(self.lengths)])
+        log_sum_sq = weights * (2 * log_softmax).logsumexp(-1)
+        log_sum_sq = torch.stack([part.sum() for part in log_sum_sq.split(self.lengths)])
         losses = self.loss(
             PairLogps(
                 completion_logps[w], completion_logps[x], completion_logps[y], lengths[w], lengths[x], lengths[y],
                 ref[w], ref[x], self.tokens_per_pair,
-                self._tails(logps, w, x), self._tails(logps, x, w),
+                self._tails(weighed, w, x), self._tails(weighed, x, w),
                 self._tails(self.ref_token_logps.to(logps.dtype), w, x),
                 self._tails(self.ref_token_logps.to(logps.dtype), x, w),
                 log_sum_sq[w], log_sum_sq[x], self.gaps.to(logps.dtype), self.hard,

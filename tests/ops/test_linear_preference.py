@@ -10,7 +10,7 @@ import torch
 from cpt_kernels.losses import PairLogps, build_loss, user_loss
 from cpt_kernels.losses.build import with_hard_pairs
 from cpt_kernels.ops.head import tiles
-from cpt_kernels.ops.linear_preference import HeadOptions, linear_logprobs, linear_preference_loss
+from cpt_kernels.ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from tests.helpers.heads import BLOCKS, FROZEN, FUSED, GENERAL, CountProducts, Head, check, in_mode
 from tests.numerics import assert_close
 
@@ -40,6 +40,38 @@ def test_completions_that_have_tokens_in_common(mode, rows, loss):
     assert len(head.targets) < len(head.index)
     check(replace(head, bias=True).tile(rows, 8), mode, FP64)
     check(head.tile(rows, 4), mode, FP32)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_with_weights(mode, shared):
+    """A token of several completions has a weight in each; lengths are sums of weights."""
+    losses = [build_loss("sigmoid_norm", beta=3.0), build_loss("sigmoid", ld_alpha=0.5), build_loss("aot", beta=0.3)]
+    losses += [build_loss("sigmoid", use_weighting=True, beta=0.3), build_loss("slic", slic_delta=20.0)]
+    for loss in losses:
+        check(Head(loss, weighted=True, shared=shared, near=True).tile(25, 8), mode, FP64)
+    for dtype in (FP32, BF16, FP16):
+        check(Head(losses[0], weighted=True, shared=shared, near=True).tile(7, dtype.itemsize), mode, dtype)
+
+
+def test_a_weighted_log_prob_by_hand():
+    """Logits log 1, log 2, log 3, log 2: p = 1/8, 2/8, 3/8, 2/8. Weights 2 and 1/2 against weights 1/4 and 1."""
+    weight = torch.tensor([1.0, 2.0, 3.0, 2.0]).log()[:, None].double()
+    hidden = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
+    given = (torch.tensor([0, 2, 4]), [2, 2], *torch.tensor([[0], [1], [0]]), [(2, 1)])
+    pairs = Pairs(*given, token_weights=torch.tensor([2.0, 0.5, 0.25, 1.0]))
+    loss = build_loss("simpo", beta=1.0, simpo_gamma=0.0)
+    out = linear_preference_loss(hidden, weight, torch.tensor([0, 1, 2, 3]), pairs, loss)
+    p = torch.tensor([1, 2, 3, 2]).double() / 8
+    chosen, rejected = 2 * p[0].log() + p[1].log() / 2, p[2].log() / 4 + p[3].log()
+    torch.testing.assert_close(out.completion_logps.detach(), torch.stack([chosen, rejected]))
+    margin = chosen / 2.5 - rejected / 1.25
+    torch.testing.assert_close(out.loss.detach(), (1 + (-margin).exp()).log())
+    # d loss / d hidden row = d loss / d margin * w_t / sum w * (its own logit - the mean logit)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    shares = torch.tensor([2.0 / 2.5, 0.5 / 2.5, -0.25 / 1.25, -1.0 / 1.25]).double()
+    logits = weight[:, 0]
+    torch.testing.assert_close(grad[:, 0], -torch.sigmoid(-margin) * shares * (logits - (p * logits).sum()))
 
 
 @pytest.mark.parametrize("few_rows", [0, 1000], ids=["whole", "pieces"])
@@ -139,6 +171,7 @@ _MARGINS = {
     "small": [30.0] * 6,
     "growing": [34.0, 26.0, 10.0, 0.0, -10.0, -30.0],
     "from zero": [400.0, 400.0, 30.0, 30.0, 10.0, 30.0],
+    "from almost zero": [165.0, 165.0, 10.0, 10.0, 10.0, 10.0],  # weights of 1e-36, below any unit but the first
     "falling": [-10.0, 0.0, 5.0, 0.0, 10.0, 10.0],
 }
 

@@ -54,8 +54,8 @@ def in_unit(
 ) -> Tensor:
     """Returns ``g`` in the unit of the sums, which grows if ``g x`` would leave the range of fp16."""
     needed = unit_for(x, g)
-    grown = torch.where(needed > _HEADROOM * unit, needed, unit)
-    # Sums in the smallest unit are zero and need no pass.
+    # Sums in the smallest unit are zero and need no pass. The first weight that is not 0, however small, ends it.
+    grown = torch.where((needed > _HEADROOM * unit) | (unit == _SMALLEST), needed, unit)
     factor = torch.where(unit == _SMALLEST, 1.0, unit / grown)
     for tensor in sums:
         if tensor is not None:
