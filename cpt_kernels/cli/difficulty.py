@@ -131,6 +131,7 @@ class CrossFit:
     """
 
     def __init__(self, own: argparse.Namespace, data: Dataset, options: Options) -> None:
+        from ..data.images import holds_images
         from ..evaluation.pairs import evaluate_pairs
         from ..reference.fingerprint import fingerprint
         from .models import load_policy, load_policy_tokenizer, load_reference
@@ -140,7 +141,7 @@ class CrossFit:
         quieten(self.args)
         if self.args.world_size > 1:
             raise UserError("the scores are computed in one process: start the command without a launcher")
-        tokenizer = load_policy_tokenizer(options.model, self.args)
+        tokenizer = load_policy_tokenizer(options.model, self.args, images=holds_images(data))
         model = load_policy(options.model, self.args)
         named = options.model.ref_model_name_or_path is not None
         reference = (lambda: load_reference(options.model, self.args)) if named else None
@@ -208,7 +209,7 @@ class CrossFit:
 
     def _costs(self, trained: NDArray[np.int64], runs: int) -> str:
         """Returns a line that predicts, as ``cpt plan``, what ``runs`` runs that train on so many pairs cost."""
-        from ..planning.calibration import TooLargeError, calibrate, predict_seconds
+        from ..planning.calibration import NotTimedError, calibrate, predict_seconds
         from ..planning.counts import count_run
         from .planned import PlannedTrainer, shapes_of
         from .run import make_trainer
@@ -220,7 +221,7 @@ class CrossFit:
         text = f"a run trains {counts.steps:,} steps on {len(trained):,} pairs ({counts.work.tokens:,} tokens)"
         try:
             found = predict_seconds(trainer, counts, calibrate(trainer, counts, budget=_CALIBRATION))
-        except TooLargeError as error:
+        except NotTimedError as error:
             return f"{text}; seconds are not predicted: {error}"
         seconds = found["training"] + found.get("reference pass", 0.0) / (self.own.folds - 1)
         return f"{text} and scores the others, in about {seconds:,.0f} s; {runs} runs: {runs * seconds:,.0f} s"

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..model.loading import wrap_in_adapter
 from ..model.pretrained import ADAPTER_CONFIG, SavedAdapters, find_adapters, find_base, local_adapters
 from ..planning.budget import MOST, expected_memory, find_budget, free_memory, without_checkpointing
-from ..planning.calibration import TooLargeError, calibrate, predict_seconds, ratios
+from ..planning.calibration import NotTimedError, calibrate, predict_seconds, ratios
 from ..planning.counts import Counts, count_run
 from ..planning.model_sizes import sizes_of, state_bytes
 from ..trainer import ContrastiveTrainer
@@ -131,11 +131,9 @@ def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
 
 def _time(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
     """Returns the predicted seconds, or the reason why there are none."""
-    if any(counts.lengths.images):
-        return {"unknown": "rows have images"}
     try:
         found = calibrate(trainer, counts)
-    except TooLargeError as error:
+    except NotTimedError as error:
         return {"unknown": str(error)}
     seconds = predict_seconds(trainer, counts, found)
     return {

@@ -12,6 +12,7 @@ import binascii
 import io
 import posixpath
 import re
+import reprlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,7 @@ def image_source(value: Any) -> Any:
             raise UserError(f"an image is not valid base64: {error}") from error
     if (isinstance(value, (str, bytes)) and value) or hasattr(value, "getexif"):
         return value
-    raise UserError(f"an image is {value!r}: expected a path, a URL, base64 text, or the bytes of a file")
+    raise UserError(f"an image is {reprlib.repr(value)}: expected a path, a URL, base64 text, or the bytes of a file")
 
 
 def image_file(value: Any) -> dict[str, Any]:

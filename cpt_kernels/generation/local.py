@@ -126,7 +126,7 @@ def _encode_images(processor: ProcessorMixin, prompt: Prompt, sampling: Sampling
     try:
         return ImageReader(processor).encode(text, [*map(open_image, prompt.images)])
     except ValueError as error:  # of ours, or of a processor that finds no placeholders for the images
-        return Failure("images", str(error))
+        return Failure("images", getattr(error, "detail", str(error)))
 
 
 def _encode_all(

@@ -64,8 +64,8 @@ class Rate(NamedTuple):
         return self.fixed * micro_batches + self.per_flop * flops
 
 
-class TooLargeError(UserError):
-    """The memory of this machine does not suffice to run one layer of the model."""
+class NotTimedError(UserError):
+    """A run cannot be timed: this machine has too little memory for one layer of the model, or rows have images."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,13 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         budget: of the calibration in seconds. One row of each kind is timed, however long that takes.
 
     Raises:
-        TooLargeError: the memory of this machine does not suffice.
+        NotTimedError: the memory of this machine does not suffice, or rows have images.
     """
+    if any(counts.lengths.images):
+        raise NotTimedError(
+            "rows have images, and a few layers of text do not tell the time that images take to be decoded,"
+            " preprocessed and encoded; a run of some steps logs its tokens per second"
+        )
     started, model = clock(), trainer.packed.model
     shape = Shape.of(model, trainer.args)
     try:
@@ -139,7 +144,7 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         pilots = {kinds: _tasks(trainer, counts, share, few, kinds[:1])[:1] for kinds in (_PEER, _OURS)}
         needed = needed_bytes(trainer, shape, shape.fewest, [task for tasks in pilots.values() for task in tasks])
         if needed > (free := free_bytes(trainer.args.device)):
-            raise TooLargeError(
+            raise NotTimedError(
                 f"one layer and the head of this model take about {needed / 2**30:.1f} GiB in training, and"
                 f" {free / 2**30:.1f} GiB can be used on {trainer.args.device}"
             )
@@ -164,7 +169,7 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         while not steps or (len(steps) < _MOST_ROUNDS and clock() - started < budget):
             steps.append(_time_round(sample, tasks, clock))
     except torch.OutOfMemoryError as error:
-        raise TooLargeError(f"timing this run needs more memory than {trainer.args.device} has") from error
+        raise NotTimedError(f"timing this run needs more memory than {trainer.args.device} has") from error
 
     points: dict[str, list[tuple[float, float]]] = {}
     for task in tasks:

@@ -121,6 +121,15 @@ def test_a_run_continues_and_is_checked(home, tmp_path, capsys):
     assert "FAILED" not in capsys.readouterr().out
 
 
+def test_pairs_with_images_have_a_difficulty(home, tmp_path, capsys):
+    options = {"output": tmp_path / "scored.jsonl", "seeds": 1, "max_steps": 1}
+    assert run(home, "difficulty", **options) == 0
+    assert "seconds are not predicted: rows have images" in capsys.readouterr().out
+    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [len(row["images"]) for row in scored] == [len(row["images"]) for row in image_rows(ROWS)[:ROWS]]
+    assert len({row["difficulty"] for row in scored}) == ROWS
+
+
 def test_the_tokens_of_an_image_are_shown_once():
     processor = tiny_processor("llava")
     prompt = processor.tokenizer("w0 w1")["input_ids"] + [processor.image_token_id] * 9

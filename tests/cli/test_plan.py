@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from bench.shapes import Shape
 from cpt_kernels import ContrastiveTrainer, cli
 from cpt_kernels.cli import planned as planned_module
-from cpt_kernels.planning.calibration import TooLargeError
+from cpt_kernels.planning.calibration import NotTimedError
 from cpt_kernels.planning.work import Work
 from tests.helpers.command import bpe_tokenizer, run, word_pairs, write_model, write_options, write_rows
 
@@ -37,7 +37,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def no_calibration(*_) -> None:
-    raise TooLargeError("a layer is too large")
+    raise NotTimedError("a layer is too large")
 
 
 def planned(home: Path, tmp_path: Path, options: dict) -> dict:

@@ -17,9 +17,9 @@ from cpt_kernels import ContrastiveConfig
 from cpt_kernels.cli.planned import PlannedTrainer
 from cpt_kernels.planning import calibration, peer
 from cpt_kernels.planning.calibration import (
+    NotTimedError,
     Rate,
     Shape,
-    TooLargeError,
     calibrate,
     predict_seconds,
     ratios,
@@ -190,7 +190,7 @@ def test_every_kind_of_model_runs(tmp_path, kind):
 def test_a_machine_that_is_too_small_is_named(tmp_path, monkeypatch):
     trainer = planned(tmp_path)
     monkeypatch.setattr(calibration, "free_bytes", lambda device: 1e3)
-    with pytest.raises(TooLargeError, match="one layer and the head of this model take about"):
+    with pytest.raises(NotTimedError, match="one layer and the head of this model take about"):
         calibrate(trainer, counts_of(trainer))
 
 
