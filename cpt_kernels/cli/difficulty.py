@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..files import replacing
 from .console import print_results
 from .option_table import option_table
-from .parsing import Parser, parse
+from .parsing import Parser, number_type, parse
 from .plan import with_names
 
 if TYPE_CHECKING:
@@ -255,9 +255,6 @@ class CrossFit:
 def _check_own(own: argparse.Namespace) -> None:
     if own.output.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {own.output}: its name must end in .jsonl or .parquet")
-    for name, least in (("folds", 2), ("seeds", 1)):
-        if getattr(own, name) < least:
-            raise UserError(f"--{name} {getattr(own, name)}: must be {least} or more")
     defaults = {"folds": 2, "seeds": 2, "measure": "loss", "output_dir": None}
     given = [name for name, default in defaults.items() if getattr(own, name) != default]
     if given and own.scorer != "cross-fit":
@@ -275,7 +272,8 @@ def _difficulty_parser(prog: str) -> Parser:
     add("--output", required=True, type=Path, metavar="FILE", help="the rows with their difficulty: .jsonl or .parquet")
     add("--scorer", choices=_SCORERS, default="cross-fit", help="[%(default)s]")
     add("--measure", choices=_MEASURES, default="loss", help="what a held-out pair is scored by [%(default)s]")
-    add("--folds", type=int, default=2, metavar="H", help="parts of the data, by prompt [%(default)s]")
-    add("--seeds", type=int, default=2, metavar="M", help="splits and runs to average over [%(default)s]")
+    folds, seeds = number_type("a number of folds", 2), number_type("a number of seeds", 1)
+    add("--folds", type=folds, default=2, metavar="H", help="parts of the data, by prompt [%(default)s]")
+    add("--seeds", type=seeds, default=2, metavar="M", help="splits and runs to average over [%(default)s]")
     add("--output_dir", type=Path, metavar="FOLDER", help="keeps the scores of runs that are done [FILE.difficulty]")
     return parser

@@ -30,7 +30,7 @@ from ..generation.prompts import Answer, Failure, Prompt, Request, Sampling, rea
 from ..generation.response_file import ResponseFile
 from .checkpoints import trained_format
 from .models import load_named_model, load_named_tokenizer
-from .parsing import DTYPES, Parser, add_endpoint_options, json_object, or_none
+from .parsing import DTYPES, Parser, add_endpoint_options, json_object, number_type, or_none
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -250,12 +250,6 @@ def _backend(text: str) -> str:
     return text
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
 # Options that only one backend uses.
 _OF_BACKENDS = {
     "transformers": (
@@ -341,7 +335,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--tokenizer_name", metavar="NAME", help="folder or hub name of the tokenizer [the model's]")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the weights [auto]")
     add("--device", metavar="NAME", help="such as cpu or cuda:1 [the accelerator, if there is one]")
-    add("--batch_size", type=_positive, default=16, metavar="N", help="responses generated together [%(default)s]")
+    batch = number_type("a batch size", 1)
+    add("--batch_size", type=batch, default=16, metavar="N", help="responses generated together [%(default)s]")
     more = 'more arguments of from_pretrained, such as {"device_map": "auto"}'
     add("--model_kwargs", type=json_object, default={}, metavar="JSON", help=more)
     add("--trust_remote_code", action="store_true", help="run the code of a hub model")
@@ -349,7 +344,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     add, default = group.add_argument, Sampling()
-    add("--n", type=_positive, default=1, help="responses per prompt [1]")
+    add("--n", type=number_type("a number of responses", 1), default=1, help="responses per prompt [1]")
     add("--max_new_tokens", type=int, default=default.max_new_tokens, metavar="N", help="[%(default)s]")
     left = "none: leave it to the endpoint [%(default)s]"
     add("--temperature", type=or_none(float), default=default.temperature, metavar="T", help=f"0 is greedy; {left}")

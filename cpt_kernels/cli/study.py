@@ -47,7 +47,7 @@ from ..losses.functions import LOSSES, loss_options
 from ..pairs.order import parse_order
 from .console import print_results
 from .evaluate import JUDGE_MODEL_DEFAULTS, add_judge_options, make_judge
-from .parsing import Help, Parser, make_options, read_options
+from .parsing import Help, Parser, make_options, number_type, read_options
 
 if TYPE_CHECKING:
     from ..evaluation.pair_metrics import PairEvaluation
@@ -71,14 +71,8 @@ _SET = (
     *("dataset_name", "model_name_or_path", "loss_type", "curriculum", "max_steps", "num_train_epochs", "output_dir"),
     *("ref_model_name_or_path", "sync_ref_model", "target_column"),
     *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "eval_strategy", "push_to_hub"),
-    *(
-        "load_best_model_at_end",
-        "datasets",
-        "dataset_streaming",
-        "eval_dataset_name",
-        "test_split_size",
-        "from_scratch",
-    ),
+    *("load_best_model_at_end", "datasets", "dataset_streaming", "eval_dataset_name", "test_split_size"),
+    "from_scratch",
 )
 
 
@@ -126,9 +120,8 @@ def main(argv: Sequence[str], prog: str = "cpt study") -> None:
         raise UserError(f"{taken[0]} is set by {prog} itself: leave it out")
     if unread := [name for name in own.given if name in _OF_LOSSES and not any(name in of for of in _OF_LOSS.values())]:
         raise UserError(f"{unread[0]} has no effect on the losses of the arms, {', '.join(_OF_LOSS)}: leave it out")
-    for name, valid in (("steps", own.steps >= _CURVE), ("prompts", own.prompts >= 0), ("minutes", own.minutes > 0)):
-        if not valid:
-            raise UserError(f"--{name} {getattr(own, name)} is too small")
+    if not 0 < own.validation < 1:
+        raise UserError(f"--validation {own.validation}: give a share of the pairs, above 0 and below 1")
     _check_same(own)
     Study(own).run()
 
@@ -162,10 +155,8 @@ class Study:
         arms = self._arms()
         self._start()
         done = [name for name in arms if self._file(name).exists()]
-        print(
-            f"{len(arms)} arms of {self.own.steps} steps, {len(done)} done; the first shows how long one takes",
-            flush=True,
-        )
+        about = f"{len(arms)} arms of {self.own.steps} steps, {len(done)} done; the first shows how long one takes"
+        print(about, flush=True)
         results: dict[str, Any] = {}
         for name, arm in arms.items():
             started = time.perf_counter()
@@ -261,7 +252,9 @@ class Study:
 
         data = load_data(str(self.output / "pairs.validation.jsonl"))
         drift = reference is not None
-        return evaluate_pairs({"model": model}, data, tokenizer, reference=reference, args=args, drift=drift)
+        known = self.held_out.ref_logps if drift else None
+        given = {"reference": reference, "ref_logps": known, "drift": drift}
+        return evaluate_pairs({"model": model}, data, tokenizer, args=args, **given)
 
     def _answer(self, model: Any, tokenizer: Any) -> list[str]:
         """Returns a response of the model to each of the first held-out prompts."""
@@ -298,7 +291,8 @@ class Study:
             _LOGGER.setLevel(logging.ERROR)  # a line on every use of the folder of log-probs
             logps = self._score(model, trainer.processing_class, scoring).logps
             _LOGGER.setLevel(level)
-            shutil.rmtree(folder / "log-probs")
+            if step < self.own.steps:  # at the end they serve again, beside the drift
+                shutil.rmtree(folder / "log-probs")
             metrics = replace(self.held_out, logps=logps).metrics("model")
             return {metric: float(values.mean()) for metric, values in metrics.items()}
 
@@ -344,14 +338,8 @@ class Study:
             for metric in ("rewards/accuracies", "rewards/margins")
         }
         figures = [*draw_lines(curves, self.output / "curves"), *draw_pairs(summary, self.output, "held-out pairs")]
-        found = {
-            "arms": list(arms),
-            "summary": summary,
-            "differences": differences,
-            "drift": drifts,
-            "lengths": lengths,
-            "judged": judged,
-        }
+        found = {"arms": list(arms), "summary": summary, "differences": differences, "drift": drifts}
+        found |= {"lengths": lengths, "judged": judged}
         write_text(self.output / "results.json", json.dumps(found, indent=1) + "\n")
         texts = [("prompt", "model", "response")]
         for number, prompt in enumerate(self._prompts()[:_SHOWN]):
@@ -430,15 +418,18 @@ def _study_parser(prog: str) -> Parser:
     add("--arms", nargs="+", metavar="ARM", help="only these [all]")
     add("--keep_models", action="store_true", help="keep the model of every arm in OUTPUT/models")
     add = parser.add_argument_group("Budget").add_argument
-    add("--steps", type=int, default=100, metavar="N", help="optimizer steps of every arm [%(default)s]")
-    add(
-        "--minutes", type=float, default=float("inf"), metavar="M", help="stop then; the same command continues [never]"
-    )
-    add("--sft_learning_rate", type=float, metavar="X", help="of the arm sft [that of the other arms]")
+    count, number = functools.partial(number_type, least=1), functools.partial(number_type, least=0, kind=float)
+    steps, minutes = number_type("a number of steps", _CURVE), number("a number of minutes")
+    add("--steps", type=steps, default=100, metavar="N", help="optimizer steps of every arm [%(default)s]")
+    add("--minutes", type=minutes, default=np.inf, metavar="M", help="stop then; the same command continues [never]")
+    rate = number("a learning rate")
+    add("--sft_learning_rate", type=rate, metavar="X", help="of the arm sft [that of the other arms]")
     add = parser.add_argument_group("Answers").add_argument
-    add("--prompts", type=int, default=100, metavar="N", help="held-out prompts that the arms answer [%(default)s]")
-    add("--response_tokens", type=int, default=256, metavar="N", help="most tokens of an answer [%(default)s]")
-    add("--response_temperature", type=float, default=1.0, metavar="T", help="0: greedy [%(default)s]")
-    add("--batch_size", type=int, default=16, metavar="N", help="answers that are generated together [%(default)s]")
+    prompts, tokens, batch = number_type("a number of prompts", 0), count("a number of tokens"), count("a batch size")
+    add("--prompts", type=prompts, default=100, metavar="N", help="held-out prompts that the arms answer [%(default)s]")
+    add("--response_tokens", type=tokens, default=256, metavar="N", help="most tokens of an answer [%(default)s]")
+    heat = number("a temperature")
+    add("--response_temperature", type=heat, default=1.0, metavar="T", help="0: greedy [%(default)s]")
+    add("--batch_size", type=batch, default=16, metavar="N", help="answers that are generated together [%(default)s]")
     add_judge_options(parser, required=False)
     return parser

@@ -101,17 +101,8 @@ def _setting_name(setting: Setting) -> str:
 def comparisons_table(outcomes: Outcomes) -> Table:
     """Returns all comparisons that have run: the difference in win rate with both intervals, and other measures."""
     first, *others = MEASURES_OF_ARMS
-    names = (
-        "setting",
-        "arm",
-        f"{first}, %",
-        "minus",
-        "seeds",
-        "difference",
-        f"corrected for {len(COMPARISONS)}",
-        *others,
-    )
-    table = new_table("Differences in points [95 %]", *names, "characters")
+    names = ("setting", "arm", f"{first}, %", "minus", "seeds", "difference", f"corrected for {len(COMPARISONS)}")
+    table = new_table("Differences in points [95 %]", *names, *others, "characters")
     for setting, arm, minus in COMPARISONS:
         if (found := outcomes.difference(setting, arm, minus)) is not None:
             ends = [result["curve"][-1] for result in outcomes.of(setting, arm).values()]

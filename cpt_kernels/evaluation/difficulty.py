@@ -38,7 +38,8 @@ def split_folds(prompts: NDArray[np.uint64], folds: int, seed: int) -> NDArray[n
     """
     unique, codes = np.unique(prompts, return_inverse=True)
     if len(unique) < folds:
-        raise UserError(f"folds={folds} needs as many different prompts, but the data has {len(unique)}: lower it")
+        few = f"folds={folds} needs as many different prompts, but the data has {len(unique)}"
+        raise UserError(f"{few}: add prompts or lower it")
     return np.random.default_rng(seed).permutation(len(unique))[codes.reshape(-1)] * folds // len(unique)
 
 

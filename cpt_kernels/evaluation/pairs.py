@@ -55,6 +55,7 @@ def evaluate_pairs(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     reference: Model | None = None,
+    ref_logps: NDArray[np.float64] | None = None,
     args: ContrastiveConfig | None = None,
     per_token: bool | None = None,
     by: Sequence[str] = (),
@@ -76,6 +77,8 @@ def evaluate_pairs(
             ``pairs``.
         tokenizer: the tokenizer of all models, or the processor if prompts have images.
         reference: without a reference, the rewards are computed from the log-probs alone.
+        ref_logps: (P, 2) its summed log-probs of chosen and rejected if they are known, as an earlier evaluation of the
+            same data found them; the reference then scores nothing.
         args: default ``ContrastiveConfig()``.
         per_token: compute rewards of log-probs per token. Default: as the loss of ``args`` does.
         by: further columns to group by.
@@ -117,6 +120,8 @@ def evaluate_pairs(
     drifts = measure_drift(models, reference, cut, args) if cut else {}
 
     # Score every completion once per model, and gather the two sides of each pair.
+    if ref_logps is None and reference is not None:
+        ref_logps = scorer.score("reference", reference)[scorer.members]
     places = _places(dataset, scorer)
     return PairEvaluation(
         rows=places[:, 0],
@@ -124,7 +129,7 @@ def evaluate_pairs(
         prompts=_prompt_hashes(dataset)[scorer.rows],
         lengths=lengths,
         groupings=groupings,
-        ref_logps=None if reference is None else scorer.score("reference", reference)[scorer.members],
+        ref_logps=ref_logps,
         logps={name: scorer.score(name, model)[scorer.members] for name, model in models.items()},
         beta=args.beta,
         per_token=args.build_loss().per_token if per_token is None else per_token,

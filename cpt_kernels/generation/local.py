@@ -203,6 +203,8 @@ class LocalModel:
     ) -> None:
         if None in (sampling.temperature, sampling.top_p):
             raise UserError("temperature and top_p can be left to an endpoint only: give a local model numbers")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
         self.processor: Any = tokenizer  # or the tokenizer again
         tokenizer = tokenizer.tokenizer if is_processor(tokenizer) else tokenizer
         self.model, self.tokenizer, self.sampling, self.batch_size = model, tokenizer, sampling, batch_size

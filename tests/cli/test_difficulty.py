@@ -184,8 +184,8 @@ def test_rank_correlation():
     ("argv", "message"),
     [
         (("--output", "scored.csv"), "--output scored.csv: its name must end in .jsonl or .parquet"),
-        (("--folds", "1"), "--folds 1: must be 2 or more"),
-        (("--seeds", "0"), "--seeds 0: must be 1 or more"),
+        (("--folds", "1"), "--folds: 1 is not a number of folds: give a whole number, 2 or more"),
+        (("--seeds", "0"), "--seeds: 0 is not a number of seeds"),
         (("--folds", "16"), "folds=16 needs as many different prompts, but the data has 14"),
         (("--scorer", "gap", "--folds", "3"), "--folds has no effect with --scorer gap"),
         (("--scorer", "gap", "--dataset_name", "ranked.jsonl"), "the data has no column gap"),

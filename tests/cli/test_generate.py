@@ -317,7 +317,7 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
     column = {"add_column": "y_ref", "dataset_output": "x.jsonl"}
     for options, message in (
         ({"temperature": -1}, "temperature=-1.0 must be 0 (greedy) or more"),
-        ({"n": 0}, "0 is less than 1"),
+        ({"n": 0}, "0 is not a number of responses"),
         ({"n": 2, "temperature": 0}, "would give the same response 2 times"),
         ({"top_p": "none"}, "--top_p none leaves the value to an endpoint"),
         ({"concurrency": 3}, "--concurrency has no effect with --backend transformers, only with openai"),

@@ -14,6 +14,7 @@ from cpt_kernels.config import ContrastiveConfig
 from cpt_kernels.data.sources import load_data
 from cpt_kernels.demo.quickstart import write_quickstart
 from cpt_kernels.evaluation.pairs import evaluate_pairs
+from cpt_kernels.reference.scorer import Reference
 from cpt_kernels.training.report import Curve
 
 STEPS = 4
@@ -54,6 +55,13 @@ def test_arms_of_the_papers_comparison():
 
 
 def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, monkeypatch, capsys):
+    score, scored = Reference.score, []
+
+    def counted(self, sequences, *given):
+        scored.extend((self.cache.fingerprint, self.cache.key(*each)) for each in sequences)
+        return score(self, sequences, *given)
+
+    monkeypatch.setattr(Reference, "score", counted)
     arms = ["--arms", "sft", "curriculum", "--slic_delta", "2", "--beta", "0.2", "--label_smoothing", "0.1"]
     assert run("whole", *arms, "--judge", "shorter:prefer") == 2  # there is no such module yet
     (folder / "shorter.py").write_text(
@@ -62,6 +70,10 @@ def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, mo
     assert run("whole", *arms, "--judge", "shorter:prefer") == 0
     whole = results(folder, "whole")
     assert [point["step"] for point in whole["curriculum"]["curve"]] == [1, 2, 3, 4]
+
+    # Every completion was scored once by each model, also where the drift compares it with the start.
+    assert scored and len(set(scored)) == len(scored)
+    monkeypatch.setattr(Reference, "score", score)
 
     # A study that is stopped after a point of its arm, then by its budget, and continued.
     on_step_end, stops = Curve.on_step_end, []
@@ -126,7 +138,11 @@ def test_a_stopped_study_continues_and_its_arms_are_runs_of_cpt_train(folder, mo
     [
         (["--loss_type", "ipo"], "large > small", "loss_type is set by cpt study itself"),
         (["--arms", "ppo"], "large > medium > small", "'ppo' is none of this data"),
-        (["--steps", "3"], "large > small", "--steps 3 is too small"),
+        (["--steps", "3"], "large > small", "--steps: 3 is not a number of steps: give a whole number, 4 or more"),
+        (["--batch_size", "0"], "large > small", "--batch_size: 0 is not a batch size"),
+        (["--sft_learning_rate", "nan"], "large > small", "--sft_learning_rate: nan is not a learning rate"),
+        (["--response_temperature", "-1"], "large > small", "-1 is not a temperature"),
+        (["--validation", "0"], "large > small", "--validation 0.0: give a share of the pairs, above 0 and below 1"),
         (["--simpo_gamma", "1"], "large > small", "simpo_gamma has no effect on the losses of the arms"),
         (["--beta", "0.2"], "large > medium > small", "holds a study with beta its default, not 0.2"),
         ([], "large > gpt", "gpt"),

@@ -389,7 +389,7 @@ _WRONG_COMMANDS = {
     f"{_GENERATE} --top_p 2": "top_p",
     f"{_GENERATE} --top_k -1": "top_k",
     f"{_GENERATE} --max_new_tokens 0": "max_new_tokens",
-    f"{_GENERATE} --batch_size 0": "0 is less than 1",
+    f"{_GENERATE} --batch_size 0": "0 is not a batch size: give a whole number, 1 or more",
     f"{_GENERATE} --batch_size many": "--batch_size",
     f"{_GENERATE} --n 2 --temperature 0": "--n 2 needs --temperature above 0",
     f"{_GENERATE} --backend vllm": "vllm was removed",

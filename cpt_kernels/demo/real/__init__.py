@@ -31,20 +31,12 @@ def main(argv: Sequence[str], prog: str = "cpt demo-real") -> None:
     """
     parser = Parser(prog=prog, description=(__doc__ or "").replace("``", ""))
     folder = Path("runs/demo-real")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=folder, help="new folder to write to [%(default)s]"
-    )
-    parser.add_argument("--model", metavar="MODEL", help="folder or name of another chat model to train")
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=REAL_ARM_NAMES,
-        default=REAL_ARM_NAMES,
-        metavar="ARM",
-        help=", ".join(REAL_ARM_NAMES),
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
-    parser.add_argument("--quick", action="store_true", help="two steps of every stage, which teach nothing")
+    add, arms = parser.add_argument, REAL_ARM_NAMES
+    add("--output", type=Path, metavar="DIR", default=folder, help="new folder to write to [%(default)s]")
+    add("--model", metavar="MODEL", help="folder or name of another chat model to train")
+    add("--arms", nargs="+", choices=arms, default=arms, metavar="ARM", help=", ".join(arms))
+    add("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    add("--quick", action="store_true", help="two steps of every stage, which teach nothing")
     options = parser.parse_args(argv)
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: must be at least 0 and below 2**32")

@@ -124,19 +124,8 @@ class Report:
 
     def table(self) -> Table:
         """Returns the table of all models, in percent."""
-        names = (
-            "passed",
-            "wins",
-            "right",
-            "rules",
-            "new rules",
-            "words",
-            "distinct",
-            "KL",
-            "same",
-            "entropy",
-            "perplexity",
-        )
+        names = ("passed", "wins", "right", "rules", "new rules", "words", "distinct")
+        names += ("KL", "same", "entropy", "perplexity")
         table = _titled(f"{len(self.result.instructions)} held-out instructions, %", names)
         for row in self.rows.values():
             moved = [""] * 4
