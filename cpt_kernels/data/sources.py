@@ -18,7 +18,7 @@ from ..errors import UserError, user_error
 from .image_files import as_files, resolve_columns
 from .readers import VERSION, CsvFiles, JsonFiles, file_type
 from .rows import read_columns
-from .stores import folder_copy, is_remote, list_files, shown
+from .stores import filesystem, folder_copy, is_remote, list_files, shown
 
 # Type of a file -> loader of the `datasets` library.
 _LOADERS = {
@@ -55,6 +55,7 @@ def load_data(
     name = str(name_or_path).removeprefix("file://")
     path = Path(name).expanduser()
     if is_remote(name):
+        filesystem(name)  # names the package of a store that is not installed
         dataset = _load_url(name, config, split, streaming)
     elif path.is_file():
         dataset = _load_file(path, config, split, streaming)

@@ -1,8 +1,10 @@
 """Tests loading datasets from files, folders and the hub: data/sources.py."""
 
 import json
+import sys
 
 import datasets
+import fsspec
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -188,3 +190,11 @@ def test_parse_columns(folder):
     columns = parse_columns(["prompt", "chosen=completion"])
     assert columns == {"prompt": "prompt", "chosen": "completion"} and parse_columns(["a=b=c"]) == {"a": "b=c"}
     assert load_data(write_rows(folder / "a.jsonl"), columns=columns).column_names == ["prompt", "completion"]
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("az", "adlfs"), ("s3", "s3fs")])
+def test_data_on_a_store_whose_package_is_not_installed(monkeypatch, scheme, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    fsspec.registry._registry.pop(scheme, None)  # fsspec keeps what it has imported
+    with pytest.raises(ValueError, match=rf"{scheme}://bucket/x.jsonl needs another package .*cpt-kernels\[{scheme}\]"):
+        load_data(f"{scheme}://bucket/x.jsonl")
