@@ -4,7 +4,6 @@ import json
 import sys
 
 import datasets
-import fsspec
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -195,6 +194,7 @@ def test_parse_columns(folder):
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("az", "adlfs"), ("s3", "s3fs")])
 def test_data_on_a_store_whose_package_is_not_installed(monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, package, None)
-    fsspec.registry._registry.pop(scheme, None)  # fsspec keeps what it has imported
+    known = sys.modules["fsspec.registry"]._registry  # fsspec keeps what it has imported
+    monkeypatch.delitem(known, scheme, raising=False)
     with pytest.raises(ValueError, match=rf"{scheme}://bucket/x.jsonl needs another package .*cpt-kernels\[{scheme}\]"):
         load_data(f"{scheme}://bucket/x.jsonl")
