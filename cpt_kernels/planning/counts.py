@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..data.batches import BatchSampler
 from ..data.collate import PackedCollator
+from ..data.curriculum import Curriculum
 from ..data.images import ImageId, ids_of
 from ..data.loader import EpochLoader
 from ..data.packing import GroupLengths, Span, lay_out
@@ -42,7 +43,7 @@ class Counts:
     peer_pairs: int  # pairs of such a batch
     largest: Work  # of the micro-batch with the most tokens
     fill: float  # tokens of the first epoch as a share of the token budget; 1 without a budget
-    reference: Work  # work of scoring every different completion once, without a backward
+    reference: Work  # of scoring every different completion once, and again in later stages, without a backward
     batches: list[list[int]]  # rows of every micro-batch, as indices into the prepared dataset
     # (prompt, completion) tokens of both sides of every pair in every batch of ``peer``
     peer_batches: list[list[Sides]]
@@ -168,7 +169,6 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     # The peer encodes the images of a row for each side of each of its pairs.
     sides = [(row, sum(map(len, rows.pairs[row]))) for batch in batches for row in batch]
     peer = replace(peer, image_tokens=sum(count * rows.image_tokens([row]) for row, count in sides))
-    everything = range(len(dataset))
     return Counts(
         steps=steps,
         micro_batches=len(batches),
@@ -179,11 +179,24 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
         peer_pairs=per_batch,
         largest=works[largest],
         fill=fill,
-        reference=replace(packed_groups(rows.groups(everything)), image_tokens=rows.image_tokens(everything)),
+        reference=_reference_work(rows, sampler, args, steps),
         batches=batches,
         peer_batches=peer_batches,
         lengths=rows,
         peer_reads_all_rows=reads_all,
+    )
+
+
+def _reference_work(rows: RowLengths, sampler: BatchSampler, args: Any, steps: int) -> Work:
+    """Returns the work of all reference passes of a run: over all rows, and over those of every later stage."""
+    passes: list[Sequence[int]] = [range(len(rows.pairs))]
+    curriculum = None if args.curriculum is None else Curriculum.parse(args.curriculum)
+    if curriculum is not None and curriculum.refresh_reference:
+        ends = [math.ceil(i * steps / curriculum.stages) for i in range(1, curriculum.stages + 1)]
+        drawn = [sampler.count_draws(end, args.gradient_accumulation_steps) for end in ends]
+        passes += [np.flatnonzero(after > before).tolist() for before, after in itertools.pairwise(drawn)]
+    return reduce(
+        add, (replace(packed_groups(rows.groups(one)), image_tokens=rows.image_tokens(one)) for one in passes)
     )
 
 

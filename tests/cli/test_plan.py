@@ -14,7 +14,9 @@ from bench.shapes import Shape
 from cpt_kernels import ContrastiveTrainer, cli
 from cpt_kernels.cli import planned as planned_module
 from cpt_kernels.planning.calibration import NotTimedError
-from cpt_kernels.planning.work import Work
+from cpt_kernels.planning.counts import RowLengths
+from cpt_kernels.planning.work import Work, packed_groups
+from cpt_kernels.reference.moving import StagedReference
 from tests.helpers.command import bpe_tokenizer, run, word_pairs, write_model, write_options, write_rows
 
 MANY = {"max_tokens_per_batch": 96, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
@@ -148,6 +150,23 @@ def test_a_picture_is_drawn_and_a_machine_that_is_too_small_is_named(home, tmp_p
 def test_the_reference_pass_scores_every_different_completion_once(home, tmp_path, monkeypatch):
     plan = planned(home, tmp_path, {})
     assert plan["run"]["reference"]["head_rows"] < plan["run"]["work"]["head_rows"] / 3  # of three epochs
+
+
+def test_the_reference_passes_of_all_stages_are_counted(home, tmp_path, monkeypatch):
+    """Against the rows that the trainer scores."""
+    monkeypatch.setattr(planned_module, "calibrate", no_calibration)
+    curriculum = {"column": "gap", "levels": 3, "stages": 3, "refresh_reference": True}
+    found = planned(home, tmp_path, {"curriculum": curriculum, "num_train_epochs": 2})["run"]["reference"]
+    scored, fill = [], StagedReference.fill
+
+    def recorded(reference, dataset, collator, *args):
+        scored.append(packed_groups(RowLengths(dataset, collator).groups(range(len(dataset)))))
+        fill(reference, dataset, collator, *args)
+
+    monkeypatch.setattr(StagedReference, "fill", recorded)
+    flags = ["--model_name_or_path", home / "start", "--dataset_name", home / "train.jsonl", "--from_scratch"]
+    assert run("--config", tmp_path / "plan.yaml", *flags, "--output_dir", tmp_path / "out") == 0
+    assert len(scored) == 3 and found["tokens"] == sum(work.tokens for work in scored)
 
 
 @pytest.mark.parametrize(
