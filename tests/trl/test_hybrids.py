@@ -25,7 +25,9 @@ def test_every_step_is_trls(kind: str, adapter: bool, ahead: bool, tmp_path) -> 
     rows = tokenised_pairs(STEPS // 4 * PAIRS)
     options = {"max_steps": STEPS, "router_aux_loss_coef": 0.0, "precompute_ref_log_probs": ahead}
     if adapter:
-        options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        # By name: PEFT 0.19 takes "all-linear" apart into letters where experts are joined (Qwen3-Next).
+        targets = ["q_proj", "v_proj", "in_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "o_proj"]
+        options["peft_config"] = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
 
     def model() -> torch.nn.Module:
         return tiny_causal_lm(kind, vocab_size=VOCAB, **SHALLOW.get(kind, {})).to(torch.float32)

@@ -43,7 +43,7 @@ define("sub sub.rn", NUMBER, np.subtract)
 define("add.rz", "f32", a.add_toward_zero)
 define("mul mul.rn", FLOAT, np.multiply)
 define("mul.lo", INTEGER, np.multiply)
-for kind, wide in (("s32", "s64"), ("u32", "u64")):
+for kind, wide in (("s16", "s32"), ("u16", "u32"), ("s32", "s64"), ("u32", "u64")):
     define("mul.wide", kind, lambda x, y, t=TYPES[wide]: np.multiply(x, y, dtype=t), result=wide)
     define("mad.wide", kind, lambda x, y, z: np.multiply(x, y, dtype=z.dtype) + z, f"* * {wide}", wide)
 define("mad.lo", INTEGER, lambda x, y, z: x * y + z, "* * *")
