@@ -180,7 +180,11 @@ class CrossFit:
         self._measured(measure, self.logps)  # raises what the loss does not permit
         seeds = range(self.args.seed, self.args.seed + own.seeds)
         fold_of = np.stack([split_folds(self.prompts, own.folds, seed) for seed in seeds])
-        deciding = json.dumps([digest_rows(self.data), own.folds, self.deciding], default=str, sort_keys=True)
+        rows = [
+            digest_rows(self.data),
+            self.prompts.tolist(),
+        ]  # the digest leaves out images, the prompts' hashes do not
+        deciding = json.dumps([rows, own.folds, self.deciding], default=str, sort_keys=True)
         digest = xxh3_64_hexdigest(deciding.encode())
         files = {
             (number, fold): own.output_dir / f"{digest}-seed-{seed}-fold-{fold + 1}-of-{own.folds}.npz"

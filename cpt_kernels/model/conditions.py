@@ -60,9 +60,8 @@ def magnified(model: nn.Module) -> Iterator[None]:
     Both can be undone exactly: bf16 and fp16 are subsets of fp32, and 4 is a power of two. Sharded weights keep their
     dtype, because their engine holds them by their storage.
     """
-    _reshard(
-        model
-    )  # FSDP2 keeps the head gathered after a forward, in the compute dtype and without its slice's changes
+    # FSDP2 keeps the head gathered after a forward, in the compute dtype. A change of its slice would not reach it.
+    _reshard(model)
     whole = [p for p in model.parameters() if type(p) is nn.Parameter and not is_sharded(p)]
     dtypes = {p: p.dtype for p in whole if p.dtype in _HALF}
     # Quantized weights have classes or dtypes of their own.

@@ -110,7 +110,9 @@ def compare_configured(folder: Path, cases: dict[str, dict], ranks: int) -> None
             (folder / f"{each}.json").read_text() for each in (f"exact {name} alone", f"{name} alone", f"{name} fsdp2")
         )
         exact, one, many = map(json.loads, texts)
-        assert many["fingerprint"] == one["fingerprint"] and many["sharded"] > 0 and not many["padded"], name
+        assert many["sharded"] > 0 and not many["padded"], name
+        # FSDP2's mixed precision rounds other operands than autocast does.
+        assert (many["fingerprint"] == one["fingerprint"]) == ("bf16" not in name), name
         assert many["losses"][0] == pytest.approx(math.log(2), abs=1e-6)  # the reference is scored as the policy is
         eager, ours = (max(abs(a - b) for a, b in zip(each["losses"], exact["losses"])) for each in (one, many))
         assert ours <= 2 * eager + (2**-7 * max(exact["losses"]) if "bf16" in name else 1e-6), name
