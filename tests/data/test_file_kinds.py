@@ -60,7 +60,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load_data(tmp_path / "rows.jsonl.zst")
     for url, message in (
         ("memory://none/rows.jsonl", "memory://none/rows.jsonl cannot be read: Unable to find"),
-        ("unknown://x/rows.jsonl", "unknown://x/rows.jsonl cannot be read: Protocol not known"),
+        ("unknown://x/rows.jsonl", "unknown://x/rows.jsonl: Protocol not known"),
         ("https://x/rows.txt", r"https://x/rows.txt is not a .json, .jsonl, .ndjson, .csv, .tsv, .parquet file"),
     ):
         with pytest.raises(ValueError, match=message):

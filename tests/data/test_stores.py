@@ -60,7 +60,7 @@ def test_credentials_are_not_shown(url, monkeypatch):
     with pytest.raises(UserError, match="403 for https://host/x") as raised:
         stores.read_bytes(f"{url}/x?sig=secret")
     assert "secret" not in str(raised.value)
-    with pytest.raises(UserError, match=r"host/x.jsonl cannot be read") as raised:
+    with pytest.raises(UserError, match=r"host/x.jsonl: Protocol not known") as raised:
         load_data("nothing://host/x.jsonl?sig=secret")
     assert "secret" not in str(raised.value)
 
