@@ -1,8 +1,11 @@
 """Tests that files of every kind, compressed or not, and URLs are read alike: data/sources.py and data/readers.py."""
 
 import bz2
+import functools
 import gzip
+import http.server
 import json
+import threading
 
 import datasets
 import fsspec
@@ -10,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from cpt_kernels.data.sources import load_data
+from cpt_kernels.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,19 @@ def test_kinds_of_files(name, streaming, tmp_path):
     assert list(load_data(f"memory://{tmp_path.name}/{name}", streaming=streaming, columns=["prompt"])) == [
         {"prompt": row["prompt"]} for row in ROWS
     ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_an_http_server(streaming, tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert list(load_data(f"{url}/rows.jsonl.gz", streaming=streaming)) == ROWS
+        with pytest.raises(UserError, match=r"/none.jsonl cannot be read"):
+            load_data(f"{url}/none.jsonl", streaming=streaming)
+        server.shutdown()
 
 
 def test_files_that_cannot_be_read(tmp_path):
