@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from cpt_kernels.model.packed_model import PackedModel
 from cpt_kernels.reference.cache import ReferenceCache
 from tests.helpers.architectures import tiny_model
 from tests.helpers.command import bpe_tokenizer, one_error, run, word_pairs, write_model, write_rows
+from tests.helpers.forked import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +128,22 @@ def test_a_wrong_layout_differs_by_more_than_rounding_explains():
     with magnified(packed.model):  # small random weights hardly see positions
         difference, bound = compare_rows(packed, sequences, _WrongPositions())
     assert difference > 10 * bound
+
+
+def _code_and_output(argv: list) -> tuple[int, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return run(*argv), printed.getvalue()
+
+
+@pytest.mark.slow
+def test_a_run_whose_weights_are_sharded(argv, tmp_path):
+    """Two processes of FSDP2 check the run as one does."""
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
+    environment |= {"CPT_CACHE": str(tmp_path / "reference"), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    found = run_ranks(tmp_path, 2, _code_and_output, argv, environment=environment)
+    assert [code for code, _ in found] == [0, 0]
+    assert "rewards start at 0" in found[0][1] and "FAILED" not in found[0][1]
