@@ -413,10 +413,11 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
         return "auto" in values
 
     def _asks_fsdp_for_checkpointing(self) -> bool:
+        """Whether ``fsdp_config``, or the environment that accelerate's launcher sets, asks for it."""
         given = self.fsdp_config if self.fsdp and isinstance(self.fsdp_config, dict) else {}
-        variables = [os.environ.get(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")]
-        is_asked = [str(value).lower() == "true" for value in (given.get("activation_checkpointing"), *variables)]
-        return is_asked[0] or all(is_asked[1:])
+        variables = ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
+        by_launcher = all(os.environ.get(name, "").lower() == "true" for name in variables)
+        return by_launcher or str(given.get("activation_checkpointing")).lower() == "true"
 
     def _read_sharing(self) -> None:
         """Sets ``sharing`` to what ``share_prompts`` says, if that is given."""

@@ -180,10 +180,8 @@ class CrossFit:
         self._measured(measure, self.logps)  # raises what the loss does not permit
         seeds = range(self.args.seed, self.args.seed + own.seeds)
         fold_of = np.stack([split_folds(self.prompts, own.folds, seed) for seed in seeds])
-        rows = [
-            digest_rows(self.data),
-            self.prompts.tolist(),
-        ]  # the digest leaves out images, the prompts' hashes do not
+        # The digest of the rows leaves images out. The hashes of the prompts have them.
+        rows = [digest_rows(self.data), self.prompts.tolist()]
         deciding = json.dumps([rows, own.folds, self.deciding], default=str, sort_keys=True)
         digest = xxh3_64_hexdigest(deciding.encode())
         files = {
