@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from ..data.collate import PackedBatch, ReferenceLookup
 from ..errors import UserError
+from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel
 from .cache import ReferenceCache
 from .keys import Sequences
@@ -55,7 +56,8 @@ class MovingReference(TrainerCallback):
         # Refuse what cannot be mixed.
         if hasattr(policy.model, "peft_config"):
             raise UserError("sync_ref_model mixes weights, which is not defined for an adapter: leave out one of them")
-        check_whole_weights(accelerator, "sync_ref_model")
+        if accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator.state) == 3:
+            raise UserError("sync_ref_model needs whole weights on every rank: use DDP or ZeRO-1/2, not FSDP or ZeRO-3")
         model = copy.deepcopy(policy.model) if ref_model is None else ref_model
         shapes = [[(name, p.shape) for name, p in m.named_parameters()] for m in (policy.model, model)]
         if shapes[0] != shapes[1]:
@@ -118,14 +120,7 @@ class StagedReference(Reference):
     Its log-probs are on disk, under the fingerprint of the policy at that time. Batches get them when a step runs, and
     not when a DataLoader worker collates them, which may be before the stage begins. A checkpoint records the
     fingerprint of its stage, so that a resumed run finds the log-probs again.
-
-    Raises:
-        UserError: the weights are sharded over ranks.
     """
-
-    def __init__(self, *args: Any, **options: Any) -> None:  # of Reference
-        check_whole_weights(options["accelerator"], "curriculum: refresh_reference")
-        super().__init__(*args, **options)
 
     @property
     def lookup(self) -> ReferenceLookup:
@@ -151,6 +146,9 @@ class StagedReference(Reference):
         """Makes the policy, as it is before ``step``, the reference. The caller then fills the cache, and ends it."""
         self.packed, self.owned, self.live = self.policy, False, False
         self.adapters_off, self._start = False, {}
+        # FSDP2 trains bf16 weights in fp32. Policies of two stages may be equal in bf16, so all bits count from now on.
+        for parameter in self.policy.model.parameters():
+            vars(parameter).pop("loaded_dtype", None)
         self._identify(self.cache.directory)
         self.since, self._start_is_checked = step, False
 
@@ -167,13 +165,6 @@ class StagedReference(Reference):
     def stage(self) -> dict[str, Any]:
         """The step at which the reference became the policy, and its fingerprint, as plain data."""
         return {"step": self.since, "fingerprint": self.cache.fingerprint}
-
-
-def check_whole_weights(accelerator: Accelerator, option: str) -> None:
-    """Raises a UserError if the weights are sharded over ranks."""
-    plugin = accelerator.state.deepspeed_plugin
-    if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
-        raise UserError(f"{option} needs whole weights on every rank: use DDP or ZeRO-1/2, not FSDP or ZeRO-3")
 
 
 def _unknown(sequences: Sequences) -> NDArray[np.float32]:

@@ -21,6 +21,10 @@ QUICK = {
     "whole": {"model": "llama", "ref_model": "other"},
     "adapter": {"model": "llama-tied", "lora": {"r": 2}},
     "trees": {"model": "llama", "sharing": "tree", "trees": True},
+    "stages": {
+        **{"model": "llama", "train_sampling_strategy": "random"},
+        "curriculum": {"column": "gap", "schedule": "sorted", "stages": 3, "refresh_reference": True},
+    },
 }
 SLOW = {
     "tied": {"model": "llama-tied"},
