@@ -75,6 +75,12 @@ _RENAMED = {
     if f"activation_{name}" in TrainingArguments.__dataclass_fields__
 }
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+_REPLICAS = "for replicas of shards leave it out, and set dp_replicate_size and dp_shard_size in parallelism_config"
+_FSDP1_STRATEGIES = {
+    "no_shard": "leave out fsdp, which is DDP",
+    "hybrid_shard": _REPLICAS,
+    "hybrid_shard_zero2": _REPLICAS,
+}
 _OTHER_NAME = {**_RENAMED, **{new: old for old, new in _RENAMED.items()}}
 
 
@@ -263,6 +269,9 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
             if getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         _use_fresh_store()
+        asked = self.fsdp.split() if isinstance(self.fsdp, str) else self.fsdp if isinstance(self.fsdp, list) else []
+        if found := [word for word in asked if word in _FSDP1_STRATEGIES]:
+            raise UserError(f"fsdp={found[0]} is of FSDP1, which is not supported: {_FSDP1_STRATEGIES[found[0]]}")
         with user_error():
             super().__post_init__()
         self.chooses_checkpointing = is_auto or (self.chooses_checkpointing and self.device.type == "cuda")

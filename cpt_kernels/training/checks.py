@@ -183,6 +183,12 @@ def check_engine(args: ContrastiveConfig, accelerator: Accelerator) -> None:
             f"one process sees {args.n_gpu} GPUs, and DataParallel is not supported: start with accelerate launch or"
             " torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
         )
+    plugin = accelerator.state.deepspeed_plugin
+    if own := plugin and plugin.deepspeed_config.get("optimizer"):  # used in place of optim
+        kind: Any = getattr(torch.optim, own["type"], None)
+        if kind is not None:  # else an optimizer of DeepSpeed, which refuses those that ZeRO cannot use
+            check_optimizer(kind, {k: v for k, v in own.get("params", {}).items() if v != "auto"}, accelerator)
+        return
     try:
         optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
     except ValueError:  # of those that are made for a model, see check_machine

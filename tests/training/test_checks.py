@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import Adafactor
 
 from cpt_kernels.config import ContrastiveConfig
 from cpt_kernels.model.sharding import check_fsdp, check_optimizer
-from cpt_kernels.training.checks import check_machine, check_reference_model
+from cpt_kernels.training.checks import check_engine, check_machine, check_reference_model
 from tests.helpers.architectures import tiny_model
 from tests.helpers.toy import config
 from tests.helpers.trl_runs import make_trainer
@@ -42,6 +43,13 @@ def test_what_fsdp2_cannot_do_is_refused_before_models_are_loaded(tmp_path, give
         make_trainer(tmp_path, model="no-such-model", fsdp=True, fsdp_config=given)
 
 
+@pytest.mark.parametrize(("word", "mend"), [("hybrid_shard", "dp_replicate_size and dp_shard"), ("no_shard", "is DDP")])
+def test_strategies_of_fsdp1_are_refused(tmp_path, word, mend):
+    for fsdp in (f"{word} auto_wrap", ["auto_wrap", word]):
+        with pytest.raises(ValueError, match=f"fsdp={word} is of FSDP1, which is not supported: .*{mend}"):
+            config(tmp_path, fsdp=fsdp)
+
+
 def test_fsdp1_of_a_launcher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP1 is not supported: set fsdp_version to 2"):
@@ -66,6 +74,18 @@ def test_zero_says_which_optimizers_take_other_steps(caplog):
     check_optimizer(torch.optim.AdamW, {"lr": 1e-2}, accelerator)
     assert not caplog.records
     check_optimizer(Adafactor, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}, accelerator)
+    assert "Adafactor does not take the steps of one process under ZeRO" in caplog.text
+
+
+def test_the_optimizer_that_deepspeed_names_is_checked(tmp_path, caplog):
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator: Any = SimpleNamespace(state=state, is_fsdp2=False, is_main_process=True, device="cpu")
+    args = config(tmp_path, optim="adafactor")  # which is not used
+    check_engine(args, accelerator)
+    assert not caplog.records
+    plugin.deepspeed_config["optimizer"] = {"type": "Adafactor", "params": {"lr": 1e-2}}
+    check_engine(args, accelerator)
     assert "Adafactor does not take the steps of one process under ZeRO" in caplog.text
 
 
