@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .curriculum import HARD, PLACE
-from .images import ImageId, ImageReader, images_of, place_images, split_key
+from .images import WORDS, ImageId, ImageReader, ImageRows, ids_of, images_of, place_images, split_key
 from .packing import Layout, Span, concatenate_masks, lay_out, pair_block_boundaries, scatter_rounds, starts_of
 from .trees import Branch, find_branches
 from .truncation import TruncationMode, truncate
@@ -97,6 +97,9 @@ class PackedBatch(Predictions):
     num_sequence_tokens: int  # prompt and completion tokens, once per side of every pair
     places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without a curriculum
     shared: bool  # some tokens run once for several completions
+    image_rows: list[
+        ImageRows
+    ]  # all rows, by the number of their images, if the model takes images by rows; else empty
     # Of U different images of the batch: what the model takes, {} without images; and (U,) tokens of their features.
     images: dict[str, Tensor]
     image_tokens: list[int]
@@ -180,6 +183,9 @@ class PackedCollator:
         """
         if not sequences:  # a rank without rows runs one token, to take part in every collective
             sequences = [((self.pad_token_id,), (self.pad_token_id,))]
+            if self.always_images and self.images is not None and self.images.by_rows:
+                key, image = self.images.blank_prompt
+                sequences, images = [(key, (self.pad_token_id,))], {ids_of(key[:WORDS])[0]: image}
         # Completions are numbered in packed order.
         # Truncation may leave no token of a completion, or none that is scored; then no pair has it.
         different = list(dict.fromkeys(each for each in sequences if each[1] and all(map(any, each[2:]))))

@@ -7,6 +7,7 @@ its pixels and the processor's configuration, and then the token ids, which are 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -30,7 +31,7 @@ from .rows import read_columns, visible_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
-    from transformers import ProcessorMixin
+    from transformers import BatchEncoding, ProcessorMixin
 
     from .formats import Example
 
@@ -53,9 +54,21 @@ class ImageInputs(NamedTuple):
     token_types: tuple[str, ...]
 
 
+class ImageRows(TypedDict):
+    """R rows of a padded batch that have equally many images, for a model whose own forward takes images by rows."""
+
+    rows: list[int]  # (R,) of the batch
+    prompts: Tensor  # (R,) int64, the prompt of each row, of U different ones
+    different: int  # U
+    inputs: dict[
+        str, Tensor
+    ]  # arguments of the model: (R, L, ...) for tokens, (U, ...) or (U * images, ...) for images
+
+
 class PlacedImages(TypedDict):
     """The images of a batch; fields as in ``collate.PackedBatch``."""
 
+    image_rows: list[ImageRows]
     images: dict[str, Tensor]
     image_tokens: list[int]
     image_index: list[int]
@@ -70,6 +83,7 @@ class ImageReader:
     processor: ProcessorMixin  # a processor of transformers, with an image processor and a tokenizer
     # the token whose embeddings the model replaces by an image's features; default the processor's own
     token_id: int | None = None
+    by_rows: bool = False  # the model has no separate call that encodes images: it takes those of each row
 
     @cached_property
     def placeholder(self) -> str:
@@ -108,9 +122,36 @@ class ImageReader:
     @cached_property
     def blank(self) -> ImageInputs:
         """The model's inputs for a grey image."""
+        return self.inputs([self.blank_prompt[1]])
+
+    @cached_property
+    def blank_prompt(self) -> tuple[tuple[int, ...], Picture]:
+        """The key of a prompt that is a grey image alone, and the image."""
         import PIL.Image
 
-        return self.inputs([PIL.Image.new("RGB", (64, 64), (128, 128, 128))])
+        image = PIL.Image.new("RGB", (64, 64), (128, 128, 128))
+        return (*self.image_id(image), *self.encode(self.placeholder, [image])), image
+
+    @cached_property
+    def row_names(self) -> dict[str, bool]:
+        """The model's arguments by rows, and whether each has a value for every token.
+
+        Raises:
+            UserError: the processor derives some of them from other texts than the tokens' own.
+        """
+        image = self.blank_prompt[1]
+        names: dict[str, list[Tensor]] = {}
+        for text in (f"a {self.placeholder} b", f"{self.placeholder} a b c d e f g"):
+            own = self.processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
+            given = self.row_inputs(own["input_ids"].tolist(), [[image]])
+            if not all(torch.equal(value, own[name]) for name, value in given.items()):
+                raise UserError(
+                    f"{type(self.processor).__name__} derives more of a text than its tokens, so its images cannot be"
+                    " trained on: remove the images, or use a model of another family"
+                )
+            for name, value in given.items():
+                names.setdefault(name, []).append(value)
+        return {name: one.shape != other.shape for name, (one, other) in names.items()}
 
     @cached_property
     def _salt(self) -> bytes:
@@ -186,6 +227,17 @@ class ImageReader:
         inputs = {name: value for name, value in output.items() if name not in _OF_TEXT and isinstance(value, Tensor)}
         return ImageInputs(inputs, (ids == self.feature_token).sum(1).tolist(), types)
 
+    def row_inputs(self, rows: Sequence[Sequence[int]], images: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
+        """Returns the model's inputs beside token ids for rows of tokens, each with its images, as the processor does.
+
+        The processor is given tokens in place of text, so that what it derives from text fits the tokens of the rows.
+        """
+        processor = copy.copy(self.processor)
+        processor.tokenizer = _GivenTokens(processor.tokenizer, rows)
+        text = [self.placeholder * len(each) for each in images]
+        output = processor(text=text, images=list(map(list, images)), add_special_tokens=False, return_tensors="pt")
+        return {name: value for name, value in output.items() if name not in _OF_TEXT and isinstance(value, Tensor)}
+
     def mark(self, ids: Tensor) -> Tensor:
         """Returns 1 for tokens of images and 0 for others."""
         return torch.isin(ids, torch.tensor(self.token_ids, device=ids.device)).to(ids.dtype)
@@ -202,6 +254,24 @@ class ImageReader:
         for row, start, end in prompts:
             types[row, start:end] = 0
         return dict.fromkeys(self.blank.token_types, types)
+
+
+class _GivenTokens:
+    """A tokenizer whose texts have the given rows of tokens, padded on the right; all else is another tokenizer's."""
+
+    def __init__(self, tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
+        self._tokenizer, self._rows = tokenizer, rows
+
+    def __call__(self, *_: Any, **__: Any) -> BatchEncoding:
+        from transformers import BatchEncoding
+
+        longest = max(map(len, self._rows))
+        masks = [[1] * len(row) + [0] * (longest - len(row)) for row in self._rows]
+        ids = [[*row, *[self._tokenizer.pad_token_id or 0] * (longest - len(row))] for row in self._rows]
+        return BatchEncoding({"input_ids": ids, "attention_mask": masks})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def undecoded(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
@@ -280,6 +350,17 @@ def place_images(
         if words:
             places.append((ids_of(words), tokens, [start, start + len(tokens), end]))
     different = list(dict.fromkeys(image for each, *_ in places for image in each))
+    no_images = PlacedImages(
+        image_rows=[], images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={}
+    )
+    if reader is not None and reader.by_rows:
+        pictures = dict(zip(different, _opened(reader, different, images)))
+        rows = _by_rows(reader, [tuple(key) for key, _ in trees], pictures, input_ids.shape[1])
+        if always and not different:
+            key, image = reader.blank_prompt
+            (blank,) = _by_rows(reader, [key], {ids_of(key[:WORDS])[0]: image}, len(key) - WORDS)
+            rows.append({**blank, "rows": [], "inputs": {**blank["inputs"], "input_ids": torch.tensor([key[WORDS:]])}})
+        return {**no_images, "image_rows": rows}
     types: dict[str, Tensor] = {}
     if reader is not None and (different or always or reader.marks_prompts):
         is_padded = len(input_ids) > 1  # then each tree is a row
@@ -287,9 +368,27 @@ def place_images(
         ends = [start + len(split_key(key)[1]) for (_, start), (key, _) in zip(starts, trees)]
         types = reader.token_types(input_ids, [(*at, end) for at, end in zip(starts, ends)])
     if not different and (reader is None or not always):
-        return PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types=types)
+        return {**no_images, "token_types": types}
     if reader is None:
         raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")
+    found = reader.inputs(_opened(reader, different, images)) if different else reader.blank
+    number = {image: u for u, image in enumerate(different)}
+    for each, tokens, _ in places:
+        have = sum(token == reader.feature_token for token in tokens)
+        if have != (need := sum(found.tokens[number[image]] for image in each)):
+            raise UserError(f"a prompt has {have} tokens of images, and its images take {need}: remove the row")
+    return PlacedImages(
+        image_rows=[],
+        images=found.inputs,
+        image_tokens=found.tokens,
+        image_index=[number[image] for each, *_ in places for image in each],
+        image_prompts=[(span, [number[image] for image in each]) for each, _, span in places],
+        token_types=types,
+    )
+
+
+def _opened(reader: ImageReader, different: Sequence[ImageId], images: Mapping[ImageId, Any]) -> list[Picture]:
+    """Returns images by their identities, decoded."""
     if not all(image in images for image in different):
         raise UserError("the images of some prompts are not given: hand on those of `images_of`")
     pictures = [open_image(images[image]) for image in different]
@@ -299,16 +398,31 @@ def place_images(
             "an image has other pixels than when the rows were prepared: give a changed file another name, or remove"
             " the prepared rows with dataset.cleanup_cache_files()"
         )
-    found = reader.inputs(pictures) if pictures else reader.blank
-    number = {image: u for u, image in enumerate(different)}
-    for each, tokens, _ in places:
-        have = sum(token == reader.feature_token for token in tokens)
-        if have != (need := sum(found.tokens[number[image]] for image in each)):
-            raise UserError(f"a prompt has {have} tokens of images, and its images take {need}: remove the row")
-    return PlacedImages(
-        images=found.inputs,
-        image_tokens=found.tokens,
-        image_index=[number[image] for each, *_ in places for image in each],
-        image_prompts=[(span, [number[image] for image in each]) for each, _, span in places],
-        token_types=types,
-    )
+    return pictures
+
+
+def _by_rows(
+    reader: ImageReader, keys: Sequence[tuple[int, ...]], pictures: Mapping[ImageId, Picture], length: int
+) -> list[ImageRows]:
+    """Returns the rows of a batch of ``length`` tokens each, whose prompts have ``keys``, by the number of images.
+
+    Rows with fewer images than others of a forward would have images of padding, which a model may attend to. Tokens of
+    completions have what the processor derives for the last token of their prompt, as in transformers' generation.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(len(split_key(key)[0]), []).append(row)
+    found = []
+    for words, rows in groups.items():
+        different = list(dict.fromkeys(keys[row] for row in rows))
+        prompts, inputs = torch.tensor([different.index(keys[row]) for row in rows]), dict[str, Tensor]()
+        if words:
+            tokens, images = zip(
+                *((key[words:], [pictures[each] for each in ids_of(key[:words])]) for key in different)
+            )
+            inputs = reader.row_inputs(tokens, images)
+            ends = torch.tensor([len(each) - 1 for each in tokens])[prompts, None]
+            places = torch.arange(length).minimum(ends)  # (R, L)
+            inputs |= {name: inputs[name][prompts[:, None], places] for name in inputs if reader.row_names[name]}
+        found.append(ImageRows(rows=rows, prompts=prompts, different=len(different), inputs=inputs))
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 _CHOOSERS = (torch.topk, Tensor.topk, torch.max, Tensor.max)  # that return values and indices
 _ARGMAX = (torch.argmax, Tensor.argmax)
@@ -246,3 +246,15 @@ def is_of_machine(error: BaseException) -> bool:
     """Whether an error says something of the machine (memory, device, other ranks) rather than of the model."""
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError, MemoryError, OSError)
     return isinstance(error, kinds) or any(words in str(error) for words in _OF_MACHINE)
+
+
+def why_not_finite(model: PreTrainedModel) -> str:
+    """Returns the likely cause of log-probs that are NaN or inf, and the mend, for an error message."""
+    tensors = *model.named_parameters(), *model.named_buffers()
+    if broken := [name for name, tensor in tensors if not tensor.float().isfinite().all()]:
+        return (
+            f"{len(broken)} of its weights hold NaN or inf, such as {broken[0]}: its files are damaged, or training"
+            " had diverged when they were saved; load an earlier checkpoint"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"its weights are finite, but its forward overflows in {dtype}; load it with dtype bfloat16 or float32"

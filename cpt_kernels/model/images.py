@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, Tokens
 from ..data.image_files import open_image
-from ..data.images import ImageId, ImageReader, ids_of, split_key
+from ..data.images import ImageId, ImageReader, ImageRows, ids_of, split_key
 from ..errors import UserError
+from ..ops.exchange import SequenceGroup
+from .hooks import noise_per_sequence
 from .proof import Probe, token_source
 
 _OURS = ("layout", "attention_backend", "state_layout")  # keywords of a packed forward, for the layers of text only
@@ -36,12 +39,15 @@ def image_reader(model: PreTrainedModel, processor: Any) -> ImageReader:
         UserError: the model takes no images, or not in the way that transformers' image-text models do.
     """
     token = next((x for n in ("image_token_id", "image_token_index") if (x := getattr(model.config, n, None))), None)
-    if token is None or not hasattr(_encoder(model), "get_image_features"):
-        raise UserError(
-            f"{type(model).__name__} has no get_image_features and image_token_id, so rows with images are not"
-            " supported: remove the images, or use another model"
-        )
-    return ImageReader(processor, token)
+    reader = ImageReader(processor, token, by_rows=not hasattr(_encoder(model), "get_image_features"))
+    if reader.by_rows:
+        names, taken = reader.row_names, inspect.signature(model.forward).parameters
+        if unknown := sorted(name for name in names if name not in taken):
+            raise UserError(
+                f"{type(model).__name__} does not take {', '.join(unknown)}, which {type(processor).__name__} makes of"
+                " images: remove the images, or use the processor's model"
+            )
+    return reader
 
 
 def image_probe(model: PreTrainedModel, reader: ImageReader) -> Probe:
@@ -74,17 +80,22 @@ def own_inputs(
     """
     prompts = [split_key(prompt) for prompt, _ in sequences]
     keys = {tuple(tokens): words for words, tokens in prompts if words}
-    pictures, spans = [], []
+    held: list[list[Any]] = []  # the images of each row
+    spans = []
     for number, row in enumerate(map(tuple, rows.tolist())):
         lengths = [len(tokens) for _, tokens in prompts if row[: len(tokens)] == tuple(tokens)]
         spans.append((number, 0, max(lengths, default=0)))
-        at = 0
+        at, found = 0, []
         while at < len(row):  # a row may hold several prompts
             prompt = next((tokens for tokens in keys if row[at : at + len(tokens)] == tokens), None)
-            pictures += [] if prompt is None else [open_image(images[image]) for image in ids_of(keys[prompt])]
+            found += [] if prompt is None else [open_image(images[image]) for image in ids_of(keys[prompt])]
             at += 1 if prompt is None else len(prompt)
-    inputs = reader.inputs(pictures).inputs if pictures else {}
-    if pictures or reader.marks_prompts:
+        held.append(found)
+    if pictures := [picture for each in held for picture in each]:
+        inputs = reader.row_inputs(rows.tolist(), held) if reader.by_rows else reader.inputs(pictures).inputs
+    else:
+        inputs = {}
+    if (pictures and not reader.by_rows) or reader.marks_prompts:
         inputs |= reader.token_types(rows, spans)
     return {name: value.to(rows.device) for name, value in inputs.items()}
 
@@ -96,6 +107,71 @@ def image_inputs(batch: PackedBatch, padded: bool) -> dict[str, Tensor]:
         index = torch.tensor(batch["image_index"], dtype=torch.int64, device=batch["input_ids"].device)
         inputs |= {name: inputs[name][index] for name in _PER_PLACE if name in inputs} | batch["token_types"]
     return inputs
+
+
+def run_forwards(
+    base: PreTrainedModel,
+    model: nn.Module,
+    wrapped: nn.Module | None,
+    batch: PackedBatch,
+    inputs: Mapping[str, Any],
+    group: SequenceGroup | None,
+) -> list[Any]:
+    """Runs a batch in one forward or, if the model takes images by rows, in one for each number of images of a row.
+
+    The vision tower then runs on the images of each different prompt once.
+
+    Args:
+        base, model: the transformers model, and the PEFT model around it or the same.
+        wrapped: the model as an engine wrapped it; its forward is the last one. DDP synchronizes buffers there, so
+            every rank must call it equally often.
+        inputs: of all rows.
+        group: ranks over which the packed row is cut.
+
+    Returns:
+        The model's output of each forward.
+    """
+    segments, last = batch["segment_lengths"], model if wrapped is None else wrapped
+    embeddings = base.get_input_embeddings()
+    if not batch["image_rows"]:
+        with noise_per_sequence(embeddings, segments, group):
+            return [last(**inputs)]
+    outputs = []
+    for rows in batch["image_rows"]:
+        given = {name: value[rows["rows"]] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        lengths = [segments[row] for row in rows["rows"]] or [(1, 1)]
+        called = last if rows is batch["image_rows"][-1] else model
+        with _at_rows(base, rows), noise_per_sequence(embeddings, lengths, group):
+            outputs.append(called(**(given | rows["inputs"])))
+    return outputs
+
+
+@contextlib.contextmanager
+def _at_rows(model: PreTrainedModel, rows: ImageRows) -> Iterator[None]:
+    """Context in which what the vision tower returns for the images of different prompts is repeated for the rows."""
+
+    def repeat(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        shape = (rows["different"], -1)
+        return tree_map_only(Tensor, lambda of: of.unflatten(0, shape)[rows["prompts"]].flatten(0, 1), output)
+
+    kind = type(getattr(model.config, "vision_config", None))
+    tower = next(module for module in model.modules() if type(getattr(module, "config", None)) is kind)
+    handle = tower.register_forward_hook(repeat)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def whole_rows(batch: PackedBatch, parts: Sequence[Tensor]) -> Tensor:
+    """Returns what the forwards of a batch give for each token, (R, L, ...) each, in the order of the batch's tokens."""
+    groups = batch["image_rows"]
+    if len(parts) == 1:
+        return parts[0].flatten(0, 1)
+    order = np.argsort([row for group in groups for row in group["rows"]])
+    found = torch.cat([part for part, group in zip(parts, groups) if group["rows"]])[order].flatten(0, 1)
+    # Of an image in no row nothing is left but a gradient of zero, which DDP needs on every rank.
+    return torch.cat([found, *(part.flatten(0, 1)[:0] for part, group in zip(parts, groups) if not group["rows"])])
 
 
 def image_blocks(batch: PackedBatch, reader: ImageReader) -> list[tuple[int, int]]:

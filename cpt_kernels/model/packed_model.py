@@ -36,7 +36,16 @@ from ..ops.head.tiles import completion_tokens
 from ..ops.linear_preference import HeadOptions, Pairs, linear_logprobs, linear_preference_loss
 from ..ops.vocab_score import VocabScore
 from .adapters import check_adapters, invocations, marked_tokens
-from .conditions import PinnedRouting, gathered, is_of_machine, is_sharded, magnified, perturbed, undisturbed
+from .conditions import (
+    PinnedRouting,
+    gathered,
+    is_of_machine,
+    is_sharded,
+    magnified,
+    perturbed,
+    undisturbed,
+    why_not_finite,
+)
 from .heads import find_head_options, head_operands, head_options, logits_logps
 from .hooks import (
     attention_over,
@@ -44,7 +53,6 @@ from .hooks import (
     in_training_mode,
     lacks_window,
     length_dependent_rotaries,
-    noise_per_sequence,
     packed_forward,
     recorded_windows,
     replaced_forward,
@@ -52,7 +60,16 @@ from .hooks import (
     rope_per_sequence,
     set_attention,
 )
-from .images import image_blocks, image_inputs, image_probe, own_inputs, packed_positions, shared_features
+from .images import (
+    image_blocks,
+    image_inputs,
+    image_probe,
+    own_inputs,
+    packed_positions,
+    run_forwards,
+    shared_features,
+    whole_rows,
+)
 from .proof import Probe, Truth, find_truth, in_given_order, projected_gradients, run_parts
 from .sequence_groups import OwnRows, whole_router_logits
 from .states import StateLayout, prepare_state_layers, unpackable_layers
@@ -60,6 +77,8 @@ from .states import StateLayout, prepare_state_layers, unpackable_layers
 logger = logging.getLogger(__name__)
 
 Packing = Literal["auto", "true", "false"]
+
+_BY_ROWS = "has no separate call that encodes images, so its forward takes the images of each row"
 
 
 class Scores(NamedTuple):
@@ -130,7 +149,10 @@ class PackedModel:
         self.options = head_options(base, self.head_memory_mb)
         self.state_layers = prepare_state_layers(base)
         self._check_group(base)
-        unpackable = bool(unpackable_layers(base))
+        self.image_rows = self.images is not None and self.images.by_rows
+        if self.image_rows and self.packing == "true":
+            raise UserError(f"{type(base).__name__} {_BY_ROWS}: set packing=auto")
+        unpackable = bool(unpackable_layers(base)) or self.image_rows
         self.padded = self.packing == "false" or (self.packing == "auto" and unpackable)
         self.trees = not self.padded
         # Ranks of a group run the proof together, which shows that the model can be cut. A rank with weights that has
@@ -256,11 +278,11 @@ class PackedModel:
         # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
         options = find_head_options(base, head_options(base, self.head_memory_mb), own, probes[0])
         marks = self.images is not None and self.images.marks_blocks
-        blocks = [*([True] if marks else []), False] if self.packing != "false" else []
+        blocks = [*([True] if marks else []), False] if self.packing != "false" and not self.image_rows else []
         ways = [(False, options, both, trees) for both in blocks for trees in (True, False)]
         if self.packing != "true" and self.group is None:
             ways += [(True, options, False, False)] + [(True, None, False, False)] * (options is not None)
-        failures: list[str] = []
+        failures = [_BY_ROWS] if self.image_rows else []
         for self.padded, self.options, self.bidirectional, self.trees in ways:
             set_attention(base, runnable if self.padded else attention_over(runnable))
             tries = (self._try(base, *each, parameters) for each in zip(probes, routings, truths))
@@ -377,9 +399,14 @@ class PackedModel:
         base = base_model(self.model)
         head, group = base.get_output_embeddings(), self.group
         scores: list[Scores] = []  # head_forward leaves its result here, because the model returns only logits
+        parts: list[Tensor] = []  # hidden rows of each forward
 
-        def head_forward(hidden: Tensor, *_, **__) -> Tensor:
-            result = self._run_head(head, hidden.flatten(0, -2), batch, loss, general, statistics, tokens_per_pair)
+        def head_forward(part: Tensor, *_, **__) -> Tensor:
+            parts.append(part)
+            if len(parts) < len(batch["image_rows"]):
+                return part.new_zeros(1, 1, 1)
+            hidden = whole_rows(batch, parts)
+            result = self._run_head(head, hidden, batch, loss, general, statistics, tokens_per_pair)
             scores.append(result)
             if result.loss is None:
                 return result.tokens.logps.new_zeros(1, 1, 1)
@@ -406,7 +433,6 @@ class PackedModel:
             inputs |= image_inputs(batch, self.padded)
             stack.enter_context(shared_features(base, batch))
             segments = batch["segment_lengths"]
-            stack.enter_context(noise_per_sequence(base.get_input_embeddings(), segments, group))
             if not self.padded:
                 stack.enter_context(packed_forward())
                 positions = cast("Tensor", packed_positions(base, batch))
@@ -418,15 +444,16 @@ class PackedModel:
                 inputs |= {"layout": layout, "attention_backend": self.attention_backend}
                 if self.state_layers:
                     inputs["state_layout"] = StateLayout(segments, batch["input_ids"].device)
-            outputs = (self.model if wrapped is None else wrapped)(**inputs)
+            outputs = run_forwards(base, self.model, wrapped, batch, inputs, group)
         if self.options is None:
-            result = self._score_logits(outputs.logits, batch, loss, statistics, tokens_per_pair)
-            return result._replace(aux_loss=_aux_loss(outputs, result.completion_logps) if aux_loss else None)
+            logits = whole_rows(batch, [each.logits for each in outputs])
+            result = self._score_logits(logits, batch, loss, statistics, tokens_per_pair)
+            return result._replace(aux_loss=_aux_loss(outputs[-1], result.completion_logps) if aux_loss else None)
         (result,) = scores
         if result.loss is not None:
             # The value of the loss, with the gradient that arrives through the wrapped model's output.
-            result = result._replace(loss=result.loss.detach() + outputs.logits.sum())
-        return result._replace(aux_loss=_aux_loss(outputs, result.completion_logps) if aux_loss else None)
+            result = result._replace(loss=result.loss.detach() + outputs[-1].logits.sum())
+        return result._replace(aux_loss=_aux_loss(outputs[-1], result.completion_logps) if aux_loss else None)
 
     def _without_invocations_in_pads(self, batch: PackedBatch) -> Tensor:
         """Returns the token ids with pads of a token that is in no invocation, because PEFT searches the pads, too."""
@@ -472,14 +499,14 @@ class PackedModel:
 
     def _score_logits(
         self,
-        logits: Tensor,  # (S, L, V)
+        logits: Tensor,  # (S * L, V)
         batch: PackedBatch,
         loss: Loss | None,
         statistics: bool,
         tokens_per_pair: Tensor | float,
     ) -> Scores:
         """Computes log-probs and loss by autograd from the model's own logits; arguments as of :meth:`__call__`."""
-        rows = gather_rows(logits.flatten(0, -2), batch["predictor_index"], batch["predictor_rounds"])
+        rows = gather_rows(logits, batch["predictor_index"], batch["predictor_rounds"])
         statistics = statistics or (loss is not None and loss.needs_log_sum_sq)
         return _weigh(logits_logps(rows, batch["targets"], statistics), batch, loss, tokens_per_pair)
 
@@ -566,15 +593,3 @@ def _check_architecture(model: PreTrainedModel) -> None:
             " runs on one device: leave device_map out, and for several GPUs start a process on each (accelerate"
             " launch, torchrun)"
         )
-
-
-def why_not_finite(model: PreTrainedModel) -> str:
-    """Returns the likely cause of log-probs that are NaN or inf, and the mend, for an error message."""
-    tensors = *model.named_parameters(), *model.named_buffers()
-    if broken := [name for name, tensor in tensors if not tensor.float().isfinite().all()]:
-        return (
-            f"{len(broken)} of its weights hold NaN or inf, such as {broken[0]}: its files are damaged, or training"
-            " had diverged when they were saved; load an earlier checkpoint"
-        )
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"its weights are finite, but its forward overflows in {dtype}; load it with dtype bfloat16 or float32"

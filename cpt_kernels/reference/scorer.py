@@ -25,9 +25,9 @@ from ..data.collate import PackedBatch, PackedCollator, ReferenceLookup, Tokens,
 from ..data.images import ImageId
 from ..data.stores import display_name, local_path
 from ..errors import UserError
-from ..model.conditions import gathered, is_sharded
+from ..model.conditions import gathered, is_sharded, why_not_finite
 from ..model.loading import whole_weights, zero_stage
-from ..model.packed_model import PackedModel, base_model, weighted_reference, why_not_finite
+from ..model.packed_model import PackedModel, base_model, weighted_reference
 from ..model.pretrained import load_whole
 from ..model.sharding import shard
 from ..ops.gather import segment_sum

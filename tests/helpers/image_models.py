@@ -20,6 +20,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -212,6 +213,19 @@ def _mistral3_processor(tokenizer: Any) -> ProcessorMixin:
     return PixtralProcessor(images, tokenizer)
 
 
+def _mllama(ids: dict[str, int]) -> Any:
+    text = {**_TEXT, "vocab_size": ids["<|image|>"], "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    text.pop("head_dim")
+    vision = {**_VISION, "patch_size": 14, "num_global_layers": 1, "vision_output_dim": 48, "attention_heads": 2}
+    vision |= {"intermediate_layers_indices": [0, 1]}
+    vision.pop("num_attention_heads")
+    return hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=ids["<|image|>"])
+
+
+def _mllama_processor(tokenizer: Any) -> ProcessorMixin:
+    return hf.MllamaProcessor(MllamaImageProcessorPil(size={"height": 28, "width": 28}), tokenizer)
+
+
 def _paligemma(ids: dict[str, int]) -> Any:
     text = {**_TEXT, "vocab_size": len(ids) + 2000, "sliding_window": 6, "query_pre_attn_scalar": 8}
     text |= {"model_type": "gemma2", "layer_types": ["sliding_attention", "full_attention"]}
@@ -280,6 +294,7 @@ FAMILIES: dict[str, Family] = {
     "paligemma": Family(  # PaliGemma 2, with sliding windows
         "PaliGemmaForConditionalGeneration", {"image_token": "<image>"}, _paligemma, _paligemma_processor
     ),
+    "mllama": Family("MllamaForConditionalGeneration", ["<|image|>"], _mllama, _mllama_processor),
     "mistral3": Family(
         "Mistral3ForConditionalGeneration", ["[IMG]", "[IMG_BREAK]", "[IMG_END]"], _mistral3, _mistral3_processor
     ),
@@ -307,8 +322,8 @@ def tiny_image_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
-            elif "bias" in name:
-                parameter.normal_(std=0.1)
+            elif "bias" in name or "gate" in name:
+                parameter.normal_(std=0.1 if "bias" in name else 0.5)
     model.generation_config.pad_token_id = 0
     return model.to(dtype).eval()
 
