@@ -60,6 +60,7 @@ from .training.checks import (
     check_columns,
     check_data,
     check_engine,
+    check_image_counts,
     check_max_length,
     check_metric,
     check_overrides,
@@ -276,6 +277,7 @@ class ContrastiveTrainer(PackedLoop):
     def _prepared(self, dataset: Any, args: ContrastiveConfig, name: str) -> Data:
         """Prepares a dataset, and checks the lengths of its rows against the model and the micro-batches."""
         dataset = self._call_prepare(dataset, args, name)
+        check_image_counts(self.packed, dataset, name)
         if isinstance(dataset, Dataset) and "completion_ids" in dataset.column_names:
             check_positions(self.packed.model, *longest_sequence(dataset, args.max_length), name)
             check_budget(dataset, self.collator, args.max_tokens_per_batch, name)

@@ -164,10 +164,10 @@ def _at_rows(model: PreTrainedModel, rows: ImageRows) -> Iterator[None]:
 
 
 def whole_rows(batch: PackedBatch, parts: Sequence[Tensor]) -> Tensor:
-    """Returns what the forwards of a batch give for each token, (R, L, ...) each, in the order of the batch's tokens."""
+    """Returns what the forwards of a batch give, (R, L, X) each, for all tokens in the order of the batch, (T, X)."""
     groups = batch["image_rows"]
     if len(parts) == 1:
-        return parts[0].flatten(0, 1)
+        return parts[0].flatten(0, -2)
     order = np.argsort([row for group in groups for row in group["rows"]])
     found = torch.cat([part for part, group in zip(parts, groups) if group["rows"]])[order].flatten(0, 1)
     # Of an image in no row nothing is left but a gradient of zero, which DDP needs on every rank.

@@ -419,6 +419,8 @@ class PackedModel:
         inputs: dict[str, Any] = {"input_ids": own(batch["input_ids"]), "use_cache": False}
         with contextlib.ExitStack() as stack:
             if aux_loss:
+                if self.image_rows:
+                    raise UserError(f"{type(base).__name__} {_BY_ROWS}: set router_aux_loss_coef=0")
                 inputs["output_router_logits"] = True
                 stack.enter_context(whole_router_logits(base, group, batch["input_ids"].shape[1]))
             stack.enter_context(in_training_mode(self.quantized))

@@ -28,6 +28,7 @@ from ..data.preparation import ReadingOptions, examine
 from ..data.rows import read_columns, visible_rows
 from ..errors import UserError
 from ..losses import Loss
+from ..model.conditions import is_sharded
 from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import unsaved_parameters
@@ -213,6 +214,19 @@ def check_reference_model(model: nn.Module, ref_model: nn.Module | None) -> None
     if any(id(parameter) in ours for parameter in ref_model.parameters()):
         raise UserError(
             "model and ref_model are the same weights: leave ref_model out, then the start weights are the reference"
+        )
+
+
+def check_image_counts(packed: PackedModel, dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raises UserError if ranks that shard a model with images by rows would not run the same modules."""
+    if packed.images is None or not packed.images.by_rows or not any(map(is_sharded, packed.model.parameters())):
+        return
+    words = dataset["image_ids"] if "image_ids" in read_columns(dataset) and isinstance(dataset, Dataset) else [[]]
+    if len(counts := {len(each) for each in words}) > 1 or 0 in counts:
+        raise UserError(
+            f"{type(base_model(packed.model)).__name__} takes images by rows, so under FSDP2 and ZeRO-3 all rows need"
+            f" equally many images, at least one, and no stream; the {name} data has rows with others: keep rows with"
+            " one number of images, or use DDP"
         )
 
 
