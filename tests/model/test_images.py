@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from cpt_kernels.data import images as data_images
 from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.errors import UserError
 from cpt_kernels.model import images as model_images
@@ -234,6 +236,47 @@ def _expect_fault(
     monkeypatch.setattr(module, name, fault)
     with pytest.raises(UserError, match=f"in a packed row{where} log-probs differ"):
         PackedModel(model, packing="true", images=reader)
+
+
+def _completions_see_no_image(rows: dict) -> None:
+    rows["inputs"]["cross_attention_mask"][:, -3:] = 0
+
+
+def _images_of_another_prompt(rows: dict) -> None:
+    rows["inputs"]["pixel_values"] = rows["inputs"]["pixel_values"].flip(-1)
+
+
+@pytest.mark.parametrize("fault", [_completions_see_no_image, _images_of_another_prompt])
+def test_wrong_inputs_by_rows_are_noticed(fault: Any, monkeypatch) -> None:
+    model, own = tiny_image_model("mllama"), data_images._by_rows
+    reader = image_reader(model, tiny_processor("mllama"))
+
+    def faulty(*args: Any) -> list[dict]:
+        found = own(*args)
+        for rows in found:
+            if rows["inputs"]:
+                fault(rows)
+        return found
+
+    monkeypatch.setattr(data_images, "_by_rows", faulty)
+    with pytest.raises(UserError, match="in padded rows with images log-probs differ"):
+        PackedModel(model, images=reader)
+
+
+def test_models_by_rows_say_what_they_cannot_do() -> None:
+    model, processor = tiny_image_model("mllama"), tiny_processor("mllama")
+    with pytest.raises(UserError, match=r"has no separate call that encodes images, so .*: set packing=auto"):
+        PackedModel(model, packing="true", images=image_reader(model, processor))
+    processor.tokenizer = copy.copy(processor.tokenizer)
+    own = type(processor).__call__
+    derived = {"__call__": lambda self, text, **more: own(self, text=text, **more) | {"pixel_mask": _lengths(text)}}
+    processor.__class__ = type("MllamaProcessor", (type(processor),), derived)
+    with pytest.raises(UserError, match="MllamaProcessor derives more of a text than its tokens"):
+        image_reader(model, processor)
+
+
+def _lengths(text: list[str]) -> torch.Tensor:
+    return torch.tensor([list(map(len, text))])
 
 
 # --- Images of real sizes ---
