@@ -160,7 +160,7 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     from cpt_kernels.cli.planned import PlannedTrainer
     from cpt_kernels.planning.budget import expected_memory
     from cpt_kernels.planning.counts import count_run
-    from cpt_kernels.planning.model_sizes import state_bytes
+    from cpt_kernels.planning.engines import state_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(spec, folder, PlannedTrainer, "meta")

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from accelerate import ParallelismConfig
@@ -210,6 +210,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "curriculum", "model_init_kwargs"]  # noqa: RUF012
 
     finds_budget = False  # whether max_tokens_per_batch was auto; it is None then
+    planned: ClassVar[Any] = None  # the Processes of a plan, which runs on one process itself
     chooses_checkpointing = False  # whether gradient_checkpointing is auto; it is True until training begins
     names = MappingProxyType({})  # of the model and the data, which a trainer knows
 
@@ -328,7 +329,7 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
     @property
     def data_ranks(self) -> int:
         """The number of sequence groups: each runs micro-batches of its own."""
-        return self.world_size // self.sp_size
+        return (self.world_size if self.planned is None else self.planned.count) // self.sp_size
 
     @property
     def data_rank(self) -> int:

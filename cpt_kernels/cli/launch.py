@@ -7,12 +7,17 @@ from flags or from the run's file. An option that ``cpt-train`` has under the sa
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UserError, user_error
+
+if TYPE_CHECKING:
+    from ..planning.engines import Processes
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).with_name("accelerate_configs").glob("*.yaml"))}
 _LAUNCHED = "CPT_TRAIN_LAUNCHED"  # an environment variable of the processes that were launched
@@ -75,9 +80,19 @@ def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool
         UserError: an unknown ``accelerate_config``, or a file that accelerate cannot use.
         SystemExit: accelerate refuses an option, or a process failed; either has printed why.
     """
+    from accelerate.commands.launch import launch_command
+
+    arguments = _parsed(options, ["-m", "cpt_kernels.cli", "train", *argv], use_cpu)
+    os.environ |= {_LAUNCHED: "1"} | ({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})
+    with user_error("accelerate launch"):
+        launch_command(arguments)
+
+
+def _parsed(options: Mapping[str, str | None], script: Sequence[str], use_cpu: bool = False) -> argparse.Namespace:
+    """Returns the arguments of ``accelerate launch`` that run ``script``."""
     import torch
     from accelerate.commands.config.config_args import default_config_file
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command_parser
 
     options = dict(options)
     for name in ("num_processes", "num_machines"):
@@ -97,7 +112,58 @@ def launch(options: Mapping[str, str | None], argv: Sequence[str], use_cpu: bool
     flags = [part for name, value in options.items() for part in (f"--{name}", value) if part is not None]
     parser = launch_command_parser()
     parser.error = _raise_usage  # its own prints the usage of accelerate launch, 60 lines
-    arguments = parser.parse_args([*flags, "-m", "cpt_kernels.cli", "train", *argv])
-    os.environ |= {_LAUNCHED: "1"} | ({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})
+    return parser.parse_args([*flags, *script])
+
+
+def planned_processes(options: Mapping[str, str | None], given: dict[str, Any]) -> Processes:
+    """Returns the processes that ``options`` of accelerate launch and the run's own engine ask for.
+
+    The options of the engine, and ``sp_size``, are taken out of ``given``, because a plan runs on one process.
+
+    Raises:
+        UserError: accelerate refuses an option or a file.
+    """
+    from accelerate.commands.launch import _validate_launch_command
+
+    from ..planning.engines import Processes
+
+    fsdp, zero, group = (given.pop(name, None) for name in ("fsdp", "deepspeed", "sp_size"))
+    own = given.pop("fsdp_config", None) if fsdp else None
+    parsed = _parsed(options, ["-"])
     with user_error("accelerate launch"):
-        launch_command(arguments)
+        launched = vars(_validate_launch_command(parsed)[0]) if options else vars(parsed) | {"num_processes": 1}
+
+    # Sizes of groups, by accelerate's parallelism_config too.
+    sizes = [int(launched[f"parallelism_config_{name}_size"]) for name in ("sp", "dp_replicate")]
+    groups = {size for size in (group, sizes[0]) if size not in (None, 1)} or {1}
+    if len(groups) > 1:
+        raise UserError(f"sp_size={group} contradicts sp_size={sizes[0]} of parallelism_config")
+    common = (int(launched["num_processes"]), groups.pop(), sizes[1])
+
+    # The engine. What the run asks for by itself counts before the launcher's.
+    if common[0] > 1 and (fsdp or (launched["use_fsdp"] and not zero)):
+        config = own if isinstance(own, dict) else _engine_file(own)
+        offloads = {str(each).lower() for each in (launched["fsdp_offload_params"], config.get("cpu_offload"))}
+        keeps = {
+            str(each).lower() for each in (launched["fsdp_reshard_after_forward"], config.get("reshard_after_forward"))
+        }
+        return Processes(*common, "FSDP2", *2 * ["true" in offloads], keeps_layers="false" in keeps)
+    if fsdp or not (zero or launched["use_deepspeed"]):
+        return Processes(*common)
+    parts = ("param", "optimizer")
+    if file := zero or launched["deepspeed_config_file"]:
+        content = (file if isinstance(file, dict) else _engine_file(file)).get("zero_optimization", {})
+        stage, devices = (
+            content.get("stage", 0),
+            [(content.get(f"offload_{part}") or {}).get("device") for part in parts],
+        )
+    else:
+        stage, devices = launched["zero_stage"] or 2, [launched[f"offload_{part}_device"] for part in parts]
+    return Processes(
+        *common, f"ZeRO-{stage}" if int(stage) else "DDP", *(device in ("cpu", "nvme") for device in devices)
+    )
+
+
+def _engine_file(file: str | None) -> dict[str, Any]:
+    with user_error(str(file)):
+        return {} if file is None else json.loads(Path(file).read_text())

@@ -17,6 +17,7 @@ from ..data.stores import is_remote, local_folder
 from ..errors import UserError, user_error
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
@@ -257,18 +258,23 @@ def load_named_model(name: str, option: str, **kwargs: Any) -> nn.Module:
 
 def quantization_config(model: ModelArguments, args: ContrastiveConfig | None = None) -> BitsAndBytesConfig:
     """Translates ``load_in_4bit``, ``load_in_8bit`` and ``bnb_*`` for transformers; ``args`` have mixed precision."""
-    import torch
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit and load_in_8bit need the bitsandbytes package: pip install bitsandbytes")
-    given = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    compute = torch.bfloat16 if args and args.bf16 else torch.float16 if args and args.fp16 else given
     return BitsAndBytesConfig(
         load_in_4bit=model.load_in_4bit,
         load_in_8bit=model.load_in_8bit,
         bnb_4bit_quant_type=model.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
         bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=quantized_compute_dtype(model, args),
     )
+
+
+def quantized_compute_dtype(model: ModelArguments, args: ContrastiveConfig | None = None) -> torch.dtype:
+    """Returns the dtype that quantized layers compute with; ``args`` have mixed precision."""
+    import torch
+
+    given = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+    return torch.bfloat16 if args and args.bf16 else torch.float16 if args and args.fp16 else given

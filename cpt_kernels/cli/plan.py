@@ -33,17 +33,15 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
         raise UserError(f"--picture {picture}: its name must end in .png or .svg")
     table = option_table()
     flags, rest = launch.split(options_argv, table.launch)
-    flags |= launch.of_file(read_file(rest), table.launch)
-    if flags:
-        raise UserError(f"{min(flags)}: a plan is of one process; leave the options of the launcher out")
+    flags = launch.of_file(read_file(rest), table.launch) | flags
     with tempfile.TemporaryDirectory(prefix="cpt-plan-") as folder:  # a trainer creates its output folder
         given = read_options([*rest, "--output_dir", folder], prog)
-        if given.get("sp_size", 1) != 1:
-            raise UserError("sp_size: a plan is of one process; leave it out, and divide activations and work by it")
+        processes = launch.planned_processes(flags, given)
         options = make_options(given)
+        options.training.planned, options.training.sp_size = processes, processes.group
         from .planned import show_plan  # imports torch and transformers
 
-        plan = show_plan(options, picture)
+        plan = show_plan(options, picture, own.device_gib)
     if own.json is not None:
         write_text(Path(own.json), json.dumps(plan, indent=1) + "\n")
 
@@ -66,4 +64,6 @@ def _plan_parser(prog: str) -> Parser:
     )
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON, too")
     parser.add_argument("--picture", metavar="FILE", help="draw lengths, micro-batches, memory, seconds: PNG, SVG")
+    text = "memory of the GPU of each process, for a run on another machine; default what is free here"
+    parser.add_argument("--device_gib", metavar="GIB", type=float, help=text)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,28 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..config import ContrastiveConfig
 from ..data.loader import micro_batch_tokens
 from ..errors import UserError
-from ..model.loading import wrap_in_adapter
+from ..model.frozen import rounded_layers
+from ..model.loading import is_quantised, wrap_in_adapter
 from ..model.pretrained import ADAPTER_CONFIG, SavedAdapters, find_adapters, find_base, local_adapters
 from ..planning.budget import MOST, expected_memory, find_budget, free_memory, without_checkpointing
 from ..planning.calibration import NotTimedError, calibrate, predict_seconds, ratios
 from ..planning.counts import Counts, count_run
-from ..planning.model_sizes import sizes_of, state_bytes
+from ..planning.engines import checkpoint_bytes, state_bytes
+from ..planning.memory import LiveBytes, ShapesOnly
+from ..planning.model_sizes import sizes_of
 from ..trainer import ContrastiveTrainer
+from ..training.token_budget import unpredictable
 from .console import print_results
 from .decoded import decoded_pair
-from .models import from_pretrained, random_model
+from .models import from_pretrained, quantized_compute_dtype, random_model
 from .options import ModelArguments, Options
 from .plan_picture import draw_plan
 from .run import check_options, make_trainer, quieten
@@ -43,34 +52,53 @@ class PlannedTrainer(ContrastiveTrainer):
         pass  # there is nothing to move
 
 
-def show_plan(options: Options, picture: Path | None = None) -> dict[str, Any]:
-    """Prints the plan of a run, with a decoded pair, draws it to ``picture``, and returns it as plain data for JSON."""
+def show_plan(options: Options, picture: Path | None = None, device_gib: float | None = None) -> dict[str, Any]:
+    """Prints the plan of a run, with a decoded pair, draws it to ``picture``, and returns it as plain data for JSON.
+
+    Args:
+        device_gib: memory of the device that each process will have; default what is free on this one.
+    """
     args = options.training
+    free = free_memory(args.device) if device_gib is None else int(device_gib * 2**30)
     if options.script.dataset_streaming:
         raise UserError("dataset_streaming=true: the rows of a stream are not known before training; leave it out")
     check_options(options)
     quieten(args)
     args.report_to, args.push_to_hub = [], False
-    if options.model.load_in_4bit or options.model.load_in_8bit:
-        raise UserError("a plan has no weights to quantize: leave out load_in_4bit and load_in_8bit")
     trainer = make_trainer(options, PlannedTrainer, policy=shapes_of, reference=lambda *_: None)
-    if args.chooses_checkpointing:
-        found = without_checkpointing(trainer, free_memory(args.device), has_weights=False)
+    if args.chooses_checkpointing and unpredictable(trainer) is None:
+        found = without_checkpointing(trainer, free, has_weights=False)
         args.gradient_checkpointing = found is None or found[0] > found[1]
     counts = count_run(trainer.get_train_dataloader(), trainer.train_dataset, trainer.collator, args)
-    plan = {
-        "data": {name: _row_counts(report) for name, report in trainer.reports.items()},
-        "run": _run(trainer, counts),
-        "time": _time(trainer, counts),
-    }
-    row = trainer.train_dataset[counts.batches[0][0]]
+    time = _time(trainer, counts)
+    _round_frozen(trainer)
+    data = {name: _row_counts(report) for name, report in trainer.reports.items()}
+    plan = {"data": data, "run": _run(trainer, counts, free), "time": time}
+    plan["run"]["memory"]["device"] = args.device.type if device_gib is None else None
+    row = trainer.train_dataset[counts.largest_rows[0]]
     drops = [line for report in trainer.reports.values() for line in report.summary()]
     memory = _memory_table(plan["run"]["bytes"], plan["run"]["memory"]), _budget_line(plan["run"]["memory"])
-    tables = [_plan_table(plan["run"]), *memory, *_time_tables(plan["time"])]
+    saved = [f"{part} {size / 2**20:,.1f} MiB" for part, size in plan["run"]["checkpoint"].items() if size is not None]
+    tables = [_plan_table(plan["run"]), *memory, f"a checkpoint: {', '.join(saved)}", *_time_tables(plan["time"])]
     print_results([*decoded_pair(row, trainer.processing_class, trainer.collator), *tables], drops)
     if picture is not None:
         draw_plan(plan, counts, args.max_tokens_per_batch, picture)
     return plan
+
+
+def _round_frozen(trainer: PlannedTrainer) -> None:
+    """Gives frozen weights the dtype in which training holds them, see :mod:`.model.frozen`."""
+    args, model = trainer.args, trainer.packed.model
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if dtype is None or args.planned.engine != "DDP" or all(p.requires_grad for p in model.parameters()):
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = ShapesOnly(trainer.packed, LiveBytes(args.device), None)
+    layers = rounded_layers(shapes, dtype)
+    for name, layer in shapes.model.named_modules():
+        if layer in layers:
+            weight = model.get_submodule(name).weight
+            weight.data = weight.data.to(dtype)
 
 
 def shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
@@ -85,7 +113,24 @@ def shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
         (name, revision), option = find_base(folder, adapters), f"the base model of {folder}"
     with torch.device("meta"):
         shapes = random_model(name, option, revision or "main", model.dtype, args.trust_remote_code)
+        if model.load_in_4bit or model.load_in_8bit:
+            _quantize(shapes, model, args)
         return shapes if adapters is None else _with_adapters(shapes, adapters)
+
+
+def _quantize(shapes: Any, model: ModelArguments, args: ContrastiveConfig) -> None:
+    """Gives weights the bytes that bitsandbytes quantizes them to, and the dtype that it computes with."""
+    shapes.is_loaded_in_4bit, shapes.is_loaded_in_8bit = model.load_in_4bit, model.load_in_8bit
+    kept = [*get_keys_to_not_convert(shapes), *(shapes._keep_in_fp32_modules or ())]
+    for name, layer in shapes.named_modules():
+        if type(layer) in (nn.Linear, Conv1D) and should_convert_module(name, kept):
+            size = layer.weight.numel()
+            blocks = math.ceil(size / 64)  # each has a scale in fp32, or in 8 bits with scales of their own
+            scales = blocks + 4 * math.ceil(blocks / 256) if model.use_bnb_nested_quant else 4 * blocks
+            layer.weight = nn.Parameter(layer.weight.to(quantized_compute_dtype(model, args)), requires_grad=False)
+            layer.weight.quantized_bytes = (
+                math.ceil(size / 2) + scales if model.load_in_4bit else size + 4 * len(layer.weight)
+            )
 
 
 def _with_adapters(base: nn.Module, adapters: SavedAdapters) -> nn.Module:
@@ -112,7 +157,7 @@ def _row_counts(report: Any) -> dict[str, Any]:
     return {name: getattr(report, name) for name in names} | {"dropped": dropped}
 
 
-def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
+def _run(trainer: PlannedTrainer, counts: Counts, free: int) -> dict[str, Any]:
     model, args = trainer.packed.model, trainer.args
     with_images = [row for row in counts.largest_rows if counts.lengths.images[row]]
     with_images = with_images or [row for row, images in enumerate(counts.lengths.images) if images][:1]
@@ -120,17 +165,25 @@ def _run(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
     sizes, ways = sizes_of(model, batch), (args.gradient_checkpointing, hasattr(model, "peft_config"))
     operations = {name: getattr(counts, name).flops(sizes, *ways)["total"] for name in ("work", "unshared", "peer")}
     return {
+        "processes": args.planned.count,
+        "engine": args.planned.engine,
+        "sp_size": args.sp_size,
         "layout": "padded" if trainer.packed.padded else "packed",
         "operations": operations,
         "operations of a padded run / ours": operations["peer"] / operations["work"],
         "bytes": state_bytes(model, args),
-        "memory": _memory(trainer, counts),
+        "memory": _memory(trainer, counts, free),
+        "checkpoint": checkpoint_bytes(model, args),
         **counts.asdict(),
     }
 
 
 def _time(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
     """Returns the predicted seconds, or the reason why there are none."""
+    if is_quantised(trainer.packed.model):
+        return {"unknown": "a plan has no weights to quantize"}
+    if trainer.args.planned.count > 1:
+        return {"unknown": "this machine's one process does not tell how long several exchange weights and gradients"}
     try:
         found = calibrate(trainer, counts)
     except NotTimedError as error:
@@ -144,16 +197,14 @@ def _time(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
     }
 
 
-def _memory(trainer: PlannedTrainer, counts: Counts) -> dict[str, Any]:
-    """Returns the expected memory of the largest micro-batch, and the largest budget that fits this device."""
+def _memory(trainer: PlannedTrainer, counts: Counts, free: int) -> dict[str, Any]:
+    """Returns the expected memory of the largest micro-batch, and the largest budget that fits into ``free`` bytes."""
     found = expected_memory(trainer, counts.largest_rows)
-    free = free_memory(trainer.args.device)
     known = found["with checkpointing"] is not None
     tokens, sequences = micro_batch_tokens(trainer.train_dataset, trainer.collator)
     return {
         **found,
         "free": free,
-        "device": trainer.args.device.type,
         "largest max_tokens_per_batch": find_budget(trainer, free, has_weights=False) if known else None,
         "tokens of all rows": int((tokens if sequences is None else tokens * sequences).sum()),
     }
@@ -164,10 +215,18 @@ def _plan_table(run: dict[str, Any]) -> Table:
     work, unshared, peer, reference = (run[name] for name in ("work", "unshared", "peer", "reference"))
     table = Table("", "", title=f"the run, in {run['layout']} rows", title_justify="left", show_header=False)
     table.add_row("optimizer steps", f"{run['steps']:,}")
-    table.add_row("micro-batches", f"{run['micro_batches']:,}, {run['pairs'] / run['micro_batches']:.1f} pairs each")
+    count, group = run["processes"], run["sp_size"]
+    on = "" if count == 1 else " on each process" if group == 1 else f" on each group of {group} processes"
+    if count > 1:
+        table.add_row("processes", f"{count}, {run['engine']}")
+    each = run["pairs"] / (run["micro_batches"] * count // group)
+    table.add_row("micro-batches", f"{run['micro_batches']:,}{on}, {each:.1f} pairs each")
     if run["fill"] < 1:
         table.add_row("fill of max_tokens_per_batch", f"{run['fill']:.1%}")
     table.add_row("tokens", f"{work['tokens']:,}, {work['tokens'] / run['steps']:,.0f} a step")
+    if count > 1:
+        table.add_row("tokens on each process", f"{work['tokens'] / run['steps'] / count:,.0f} a step")
+        table.add_row("processes that wait for others", f"{run['idle']:.1%} of the time, by tokens")
     table.add_row("tokens without shared prompts", f"{unshared['tokens']:,}")
     table.add_row(f"tokens padded, {run['peer_pairs']} pairs a batch", f"{peer['tokens']:,}")
     if work["image_tokens"]:
@@ -210,18 +269,22 @@ def _memory_table(state: dict[str, int | None], memory: dict[str, Any]) -> Table
         table.add_row(part, *("not known" if size is None else f"{size / 2**20:,.1f}" for size in sizes))
 
     for part, size in state.items():
-        row(part, size, size)
+        row({"engine": "gathered and buckets", "host": "on the host"}.get(part, part), size, size)
     for part in ("activations", "head", "peak"):
         row(part, *(None if memory[way] is None else memory[way][part] for way in ways))
     return table
 
 
 def _budget_line(memory: dict[str, Any]) -> str:
-    """Returns what a micro-batch may have at most on this device, in a sentence."""
+    """Returns what a micro-batch takes, and may have at most on its device, in a sentence."""
     budget, free = memory["largest max_tokens_per_batch"], f"{memory['free'] / 2**30:,.1f} GiB"
-    if memory["with checkpointing"] is None:
+    if (step := memory["with checkpointing" if memory["checkpointing"] else "without checkpointing"]) is None:
         return "activations and the largest max_tokens_per_batch are not known: this model's forward depends on values"
+    where = "are free on this " + memory["device"] if memory["device"] else "on each device"
     if budget is None:
-        return f"not even one row fits into the {free} that are free on this {memory['device']}"
+        taken = (
+            "" if step["peak"] is None else f"; the largest micro-batch takes {step['peak'] / 2**30:,.1f} GiB in all"
+        )
+        return f"not even one row fits into nine tenths of the memory ({free} {where}){taken}"
     more = ", all rows at once" if budget >= memory["tokens of all rows"] else " or more" if budget == MOST else ""
-    return f"largest max_tokens_per_batch: {budget:,}{more} ({free} are free on this {memory['device']})"
+    return f"largest max_tokens_per_batch: {budget:,}{more} ({free} {where})"

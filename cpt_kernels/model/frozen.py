@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +34,7 @@ def rounded_weights(packed: PackedModel, dtype: torch.dtype) -> Iterator[str | N
     memory. Outside autocast, as in a callback that generates, layers compute with the exact weights. Adapters cannot be
     merged inside.
     """
-    layers = _rounded_layers(packed, dtype)
+    layers = rounded_layers(packed, dtype)
     weights = {layer.weight: _exact_values(layer.weight, dtype) for layer in layers}
     holders: list[Any] = [m for m in packed.model.modules() if getattr(m, "base_layer", None) in layers]
     try:
@@ -100,19 +101,20 @@ class _Uses(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _rounded_layers(packed: PackedModel, dtype: torch.dtype) -> list[Any]:
+def rounded_layers(packed: PackedModel, dtype: torch.dtype) -> list[Any]:
     """Returns the layers whose weights are read by nothing else than themselves, under autocast.
 
     A few tokens are run as in training. A model may read a weight elsewhere, for example in a kernel that takes several
     of them, or ask for its dtype. Such a weight, and one that these tokens do not reach, stays as it is.
     """
     layers = [layer for layer in packed.model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
-    frozen = {w for layer in layers if type(w := layer.weight) is nn.Parameter and not w.requires_grad}
-    uses = _Uses({w for w in frozen if w.dtype == torch.float32 and not w.is_meta})
+    plain = {w for layer in layers if type(w := layer.weight) in (nn.Parameter, FakeTensor) and not w.requires_grad}
+    uses = _Uses({w for w in plain if w.dtype == torch.float32 and (isinstance(w, FakeTensor) or not w.is_meta)})
     if not uses.weights:
         return []
+    is_fake = any(isinstance(weight, FakeTensor) for weight in uses.weights)  # a plan's, without values to restore
     with (
-        undisturbed(packed.model),
+        contextlib.nullcontext() if is_fake else undisturbed(packed.model),
         in_training_mode(packed.quantized),
         torch.no_grad(),
         torch.autocast(base_model(packed.model).device.type, dtype),

@@ -28,10 +28,12 @@ _BALANCE = "load_balancing_loss_func"  # in transformers' modules
 def join_group(args: ContrastiveConfig) -> SequenceGroup | None:
     """Returns the group of ``args.sp_size`` consecutive ranks that this process is in; None for groups of one.
 
-    All ranks must call it.
+    All ranks must call it. The group of a plan, which is of one process, exchanges nothing.
     """
     if args.sp_size == 1:
         return None
+    if args.planned is not None:
+        return SequenceGroup(None, 0, args.sp_size)
     timeout = timedelta(seconds=args.ddp_timeout)
     process_group, _ = dist.new_subgroups(group_size=args.sp_size, timeout=timeout)
     return SequenceGroup(process_group, dist.get_rank(process_group), args.sp_size)

@@ -29,7 +29,7 @@ from ..errors import UserError
 class SequenceGroup:
     """Ranks that run one packed row together, as one of them sees it."""
 
-    process_group: dist.ProcessGroup
+    process_group: dist.ProcessGroup | None
     rank: int  # within the group
     size: int
 

@@ -16,11 +16,13 @@ from ..data.loader import micro_batch_tokens
 from ..errors import UserError
 from ..losses import Loss
 from ..model.packed_model import PackedModel, base_model
+from .engines import most_moments, state_bytes
 from .memory import StepMemory, measure_step
-from .model_sizes import most_moments, state_bytes
+from .model_sizes import layer_stack
 
 SHARE = 0.9  # of the free memory that a step may take; the rest is for fragments and what operations need inside
 MOST = 2**17  # a search for larger budgets would take minutes where a small model could take all rows at once
+_DEEP, _FEW = 16, 2  # layers of a model that is measured by some of its layers, and how many these are, or twice that
 _CLOSE = 0.02  # a budget this close to the largest one is good enough
 _CGROUPS = Path("/sys/fs/cgroup")
 # Files of a cgroup, by version: limit, usage, and the line of memory.stat with the files that can be dropped.
@@ -119,9 +121,25 @@ class PlannedRun(Protocol):
 
 
 def measure_rows(run: PlannedRun, rows: Sequence[int], *, checkpointing: bool, accumulates: bool) -> StepMemory | None:
-    """Returns the memory of a micro-batch of rows, see :func:`.memory.measure_step`."""
-    batch = run.collator(run.train_dataset.select(rows).to_list())
-    return measure_step(run.packed, batch, run.args, run.loss, checkpointing=checkpointing, accumulates=accumulates)
+    """Returns the memory of a micro-batch of rows, see :func:`.memory.measure_step`.
+
+    Memory is linear in the number of equal layers, so that of a deep model follows from few layers. With ``sp_size`` it
+    is that of a process, which holds a part of the activations.
+    """
+
+    def measure(layers: int | None) -> StepMemory | None:
+        batch = run.collator(run.train_dataset.select(rows).to_list())
+        how = {"checkpointing": checkpointing, "accumulates": accumulates}
+        return measure_step(run.packed, batch, run.args, run.loss, layers=layers, **how)
+
+    stack = layer_stack(base_model(run.packed.model))
+    if stack is None or len(stack) < _DEEP:
+        step = measure(None)
+    else:
+        step = measure(_FEW)
+        more = None if step is None else measure(2 * _FEW)
+        step = None if step is None or more is None else step.extended(more, (len(stack) - _FEW) / _FEW, accumulates)
+    return step if step is None or run.args.sp_size == 1 else step.cut(run.args.sp_size)
 
 
 def expected_memory(run: PlannedRun, rows: Sequence[int]) -> dict[str, Any]:
@@ -138,7 +156,7 @@ def expected_memory(run: PlannedRun, rows: Sequence[int]) -> dict[str, Any]:
         if step is None:
             return found | {"with checkpointing": None, "without checkpointing": None}
         known = state["optimizer"] is not None
-        peak = state["weights"] + state["optimizer"] + step.peak if known else None
+        peak = state["weights"] + state["optimizer"] + state.get("engine", 0) + step.peak if known else None
         found[name] = {"activations": step.activations, "head": step.head, "peak": peak}
     return found
 
@@ -168,8 +186,7 @@ def without_checkpointing(run: PlannedRun, free: int, has_weights: bool) -> tupl
 def _room(run: PlannedRun, free: int, has_weights: bool) -> int:
     """Returns the bytes that a micro-batch with its gradients may take beside all else that training allocates."""
     state = state_bytes(run.packed.model, run.args)
-    buckets = state["gradients"] if run.args.world_size > 1 else 0  # DDP's
-    return int(SHARE * free) - most_moments(state) - buckets - (0 if has_weights else state["weights"])
+    return int(SHARE * free) - most_moments(state) - state.get("engine", 0) - (0 if has_weights else state["weights"])
 
 
 def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None = None) -> int | None:

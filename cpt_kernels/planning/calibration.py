@@ -24,7 +24,8 @@ from ..errors import UserError
 from ..reference.scorer import scoring_budget
 from .budget import free_memory
 from .counts import Counts
-from .model_sizes import ModelSizes, most_moments, sizes_of, state_bytes
+from .engines import most_moments, state_bytes
+from .model_sizes import ModelSizes, sizes_of
 from .peer import Sides, peer_tile_bytes, tile_bytes
 from .sample import Sample, truncated
 from .work import Work

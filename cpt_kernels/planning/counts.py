@@ -32,10 +32,11 @@ _Path = tuple[NDArray[np.int32], int, int, bool, NDArray[np.bool_] | None]
 
 @dataclass(frozen=True)
 class Counts:
-    """What a run does on one process."""
+    """What a run does, on all its processes unless said otherwise."""
 
-    steps: int  # of the whole run
-    micro_batches: int  # likewise
+    steps: int
+    micro_batches: int  # of one process, or of one sequence group
+    idle: float  # share of the tokens' time that processes wait for the one with the most tokens
     pairs: int  # pairs of all steps; a pair counts once for every epoch
     work: Work  # of all steps, without recomputation
     unshared: Work  # the same with a copy of the prompt for each completion
@@ -44,7 +45,7 @@ class Counts:
     largest: Work  # of the micro-batch with the most tokens
     fill: float  # tokens of the first epoch as a share of the token budget; 1 without a budget
     reference: Work  # of scoring every different completion once, and again in later stages, without a backward
-    batches: list[list[int]]  # rows of every micro-batch, as indices into the prepared dataset
+    batches: list[list[int]]  # rows of every micro-batch in turns of all processes, as indices into the dataset
     # (prompt, completion) tokens of both sides of every pair in every batch of ``peer``
     peer_batches: list[list[Sides]]
     lengths: RowLengths  # of the prepared dataset
@@ -52,7 +53,7 @@ class Counts:
 
     def asdict(self) -> dict[str, Any]:
         """Returns the counts of the whole run as plain data."""
-        whole = ("steps", "micro_batches", "pairs", "peer_pairs", "fill")
+        whole = ("steps", "micro_batches", "idle", "pairs", "peer_pairs", "fill")
         works = ("work", "unshared", "peer", "largest", "reference")
         return {name: getattr(self, name) for name in whole} | {name: getattr(self, name).asdict() for name in works}
 
@@ -161,6 +162,7 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     batches = [batch for step in step_batches(sampler, args.gradient_accumulation_steps, steps) for batch in step]
     works = [rows.work(batch) for batch in batches]
     largest = max(range(len(works)), key=lambda number: works[number].tokens)
+    turns = np.array([work.tokens for work in works]).reshape(-1, sampler.world_size)
     total = sum(len(rows.pairs[row]) for batch in batches for row in batch)
     per_batch = max(1, round(total / len(batches)))
     peer_batches = _peer_batches(rows, batches, per_batch, args, sampler)
@@ -171,7 +173,8 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     peer = replace(peer, image_tokens=sum(count * rows.image_tokens([row]) for row, count in sides))
     return Counts(
         steps=steps,
-        micro_batches=len(batches),
+        micro_batches=len(turns),
+        idle=1 - turns.mean() / turns.max(axis=1).mean(),
         pairs=total,
         work=reduce(add, works),
         unshared=reduce(add, (rows.work(batch, share=False) for batch in batches)),
@@ -220,18 +223,17 @@ def _peer_batches(
 
 
 def step_batches(sampler: BatchSampler, micro_batches: int, steps: int) -> Iterator[list[list[int]]]:
-    """Yields the micro-batches of every step of a run, as lists of rows.
+    """Yields the micro-batches of every step of a run on all its ranks, as lists of rows; ranks take turns.
 
     Args:
-        micro_batches: of a step; the last step of an epoch may have fewer.
+        micro_batches: of a step on a rank; the last step of an epoch may have fewer.
     """
     for epoch in itertools.count():
-        sampler.set_epoch(epoch)
-        batches = list(sampler)
-        for start in range(0, len(batches), micro_batches):
+        batches = sampler._epoch(epoch)
+        for start in range(0, len(batches), of_step := micro_batches * sampler.world_size):
             if steps == 0:
                 return
-            yield batches[start : start + micro_batches]
+            yield batches[start : start + of_step]
             steps -= 1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from ..losses import Loss
 from ..model.hooks import attention_over, length_dependent_rotaries, set_attention
 from ..model.layers import offloaded_activations
 from ..model.packed_model import PackedModel, Scores, base_model
+from .engines import Processes, trained_width
+from .model_sizes import layer_stack
 
 # Raised where an operation needs the values of a fake tensor, such as the choice of experts in some models.
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
@@ -42,6 +44,23 @@ class StepMemory:
     activations: int  # alive when the head starts
     head: int  # the most that the head's forward adds to them
     peak: int  # the most that is alive at a time, with gradients
+    gradients: int  # alive after the last backward
+
+    def extended(self, more: StepMemory, times: float, accumulates: bool) -> StepMemory:
+        """Returns the memory with ``times`` as many more layers as ``more`` has more than this.
+
+        The peak lies at the start of the backward, where it grows by the activations of a layer, or at its end, where
+        it grows by the gradients; the larger of both is an upper bound.
+        """
+        grown = {part.name: getattr(more, part.name) - getattr(self, part.name) for part in fields(self)}
+        values = {name: round(getattr(self, name) + times * growth) for name, growth in grown.items()}
+        values["peak"] = round(more.peak + (times - 1) * (grown["peak"] if accumulates else max(grown.values())))
+        return StepMemory(**values)
+
+    def cut(self, parts: int) -> StepMemory:
+        """Returns the memory of a process that holds one of ``parts`` parts of the activations."""
+        spared = self.activations - self.activations // parts
+        return replace(self, activations=self.activations - spared, peak=self.peak - spared)
 
 
 def measure_step(
@@ -52,21 +71,30 @@ def measure_step(
     *,
     checkpointing: bool,
     accumulates: bool,
+    layers: int | None = None,
 ) -> StepMemory | None:
     """Returns the memory of a micro-batch; None if the model's forward depends on values, which fake tensors lack.
+
+    In a planned run whose engine shards weights or casts them, weights have the dtype that layers compute with, and a
+    gradient is reduced to a shard as soon as it is there.
 
     Args:
         packed: its weights may be on any device; they are not read.
         batch: tensors on the CPU. Its reference log-probs are replaced by zeros.
         checkpointing: recompute activations in the backward.
         accumulates: the step has several micro-batches, so gradients are alive from the start.
+        layers: how many of the last layers run; default all.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     live = LiveBytes(args.device)
     dtype = torch.bfloat16 if args.bf16 else torch.float16
+    is_mixed, engine = bool(args.bf16 or args.fp16), args.planned or Processes()
+    is_cast = is_mixed and engine.engine != "DDP"
     with mode:
-        shapes = ShapesOnly(packed, live)
+        shapes = ShapesOnly(packed, live, dtype if is_cast else None, layers)
     live.exclude(shapes.model)
+    if engine.shards("gradients"):
+        _reduce_gradients(shapes.model, engine, trained_width(packed.model, args))
     if loss.needs_reference:
         batch["ref_token_logps"] = torch.zeros(sum(batch["completion_lengths"]))
     # Random numbers have no state here that a recomputation would restore.
@@ -79,7 +107,7 @@ def measure_step(
                 moved = {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 moved["targets"] = mode.from_tensor(moved["targets"])  # their values would be checked
                 with (
-                    torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)),
+                    torch.autocast(args.device.type, dtype, enabled=is_mixed and not is_cast),
                     offloaded_activations(args.activation_offloading),
                 ):
                     scores = shapes(moved, loss, general=args.head_mode == "general", statistics=True)
@@ -87,7 +115,22 @@ def measure_step(
                 del scores, moved
     except _NEEDS_VALUES:
         return None
-    return StepMemory(shapes.activations - gradients, shapes.head, live.peak)
+    return StepMemory(shapes.activations - gradients, shapes.head, live.peak, live.live)
+
+
+def _reduce_gradients(model: nn.Module, engine: Processes, width: int | None) -> None:
+    """Makes every gradient disappear as soon as it is accumulated; its shard stays, unless the host's memory has it."""
+    shards: dict[nn.Parameter, Tensor] = {}
+
+    def reduce(parameter: nn.Parameter) -> None:
+        parameter.grad = None
+        if parameter not in shards and not engine.offloads_optimizer:
+            size = engine.share("gradients", [parameter], width)
+            shards[parameter] = torch.empty(size, dtype=torch.uint8, device=parameter.device)
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(reduce)
 
 
 def set_checkpointing(model: nn.Module, args: ContrastiveConfig, on: bool, **more: Any) -> None:
@@ -157,10 +200,13 @@ class ShapesOnly(PackedModel):
         activations, head: as in :class:`StepMemory`, of the last forward.
     """
 
-    def __init__(self, packed: PackedModel, live: LiveBytes) -> None:
-        model = _fake_copy(packed.model, live.device)
+    def __init__(
+        self, packed: PackedModel, live: LiveBytes, dtype: torch.dtype | None, layers: int | None = None
+    ) -> None:
+        model = _fake_copy(packed.model, live.device, dtype, layers)
         base = base_model(model)
-        vars(self).update(vars(packed), model=model, rotaries=length_dependent_rotaries(base), quantized=[])
+        own = {"model": model, "rotaries": length_dependent_rotaries(base), "quantized": [], "group": None}
+        vars(self).update(vars(packed) | own)
         if not self.padded:
             set_attention(base, attention_over(base.config._attn_implementation))
         self.live = live
@@ -181,10 +227,24 @@ class ShapesOnly(PackedModel):
         return scores
 
 
-def _fake_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """Returns a copy of a model whose parameters and buffers are fake tensors on ``device``."""
-    memo: dict[int, Any] = {}
+def _fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None, layers: int | None) -> nn.Module:
+    """Returns a copy of a model whose parameters and buffers are fake tensors on ``device``.
+
+    Args:
+        dtype: of all parameters; None: their own.
+        layers: how many of the last layers are kept; None: all.
+    """
+    stack = None if layers is None else layer_stack(base_model(model))
+    dropped = [] if stack is None else [*stack][: len(stack) - layers]
+    memo: dict[int, Any] = {id(layer): nn.Identity() for layer in dropped}
+    outside = {id(t) for layer in dropped for t in (*layer.parameters(), *layer.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
-        fake = torch.empty_like(tensor, device=device)
+        if id(tensor) in outside:
+            continue
+        is_cast = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        fake = torch.empty_like(tensor, device=device, dtype=dtype if is_cast else None)
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    if stack is not None:
+        del layer_stack(base_model(copied))[: len(dropped)]
+    return copied

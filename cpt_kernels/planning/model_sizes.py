@@ -1,4 +1,4 @@
-"""Sizes of a model that decide its operations and the memory of its training state; shapes suffice, no weights."""
+"""Sizes of a model that decide its operations; shapes suffice, no weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..data.collate import PackedBatch
 from ..model.packed_model import base_model
+from ..model.states import state_layers
 
-# Values that an optimizer keeps for each value that it trains, in the same dtype.
-_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2}
 # Kinds of layers without attention, or with one whose operations grow with the length.
 _LINEAR = {"linear_attention", "conv", "mlp", "moe"}
 
@@ -93,18 +92,13 @@ def _encoding_flops(parameters: int, vision: Any, inputs: Mapping[str, Tensor]) 
     return sum(2.0 * parameters * n + 4.0 * layers * hidden * n * n for n in patches)
 
 
-def state_bytes(model: nn.Module, args: Any) -> dict[str, int | None]:
-    """Returns the bytes of weights, gradients and optimizer state of one unsharded process; None if it is not known."""
-    weights = [*model.parameters(), *model.buffers()]
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    moments = _MOMENTS.get(getattr(args.optim, "value", args.optim))
-    return {
-        "weights": sum(tensor.numel() * tensor.element_size() for tensor in weights),
-        "gradients": gradients,
-        "optimizer": None if moments is None else moments * gradients,
-    }
+def layer_stack(base: nn.Module) -> nn.ModuleList | None:
+    """Returns the list of a model's layers; None without a list of as many modules as its config has layers.
 
-
-def most_moments(state: Mapping[str, int | None]) -> int:
-    """Returns the bytes of :func:`state_bytes` for the optimizer; one that is not known keeps less than AdamW."""
-    return 2 * state["gradients"] if state["optimizer"] is None else state["optimizer"]
+    It is also None for layers that differ: those of a hybrid, and those that take keys from earlier layers.
+    """
+    config: Any = base.config.get_text_config()
+    if state_layers(base) or getattr(config, "num_kv_shared_layers", 0):
+        return None
+    lists = (m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+    return next(lists, None)

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..model.hooks import attention_over, length_dependent_rotaries, set_attention
 from ..model.packed_model import base_model
-from ..model.states import state_layers
 from .memory import set_checkpointing
+from .model_sizes import layer_stack
 from .peer import Sides, run_peer
 
 
@@ -110,18 +110,13 @@ class Sample:
 def truncated(model: nn.Module, layers: int) -> tuple[nn.Module, nn.ModuleList | None]:
     """Returns a copy of a model that keeps only its last layers, and their list.
 
-    The list is None, and the copy is whole, for a model without a list of as many modules as its config has layers, and
-    for a hybrid, whose layers differ. The last layers are kept, because the first ones of some mixtures of experts
-    differ from all others.
+    The list is None, and the copy whole, where :func:`.model_sizes.layer_stack` finds none. The last layers are kept,
+    because the first ones of some mixtures of experts differ from all others.
     """
     copied = copy.deepcopy(model)
-    base = base_model(copied)
-    depth = base.config.get_text_config().num_hidden_layers
-    stack = next((m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
-    if state_layers(base):
-        stack = None
+    stack = layer_stack(base_model(copied))
     if stack is not None:
-        del stack[: depth - layers]
+        del stack[: len(stack) - layers]
     return copied, stack
 
 

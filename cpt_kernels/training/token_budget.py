@@ -22,9 +22,10 @@ from datasets import Dataset
 
 from ..data.loader import StepBudget, micro_batch_tokens
 from ..errors import UserError
+from ..model.loading import is_quantised
 from ..planning.budget import find_budget, free_memory
+from ..planning.engines import most_moments, state_bytes
 from ..planning.memory import set_checkpointing
-from ..planning.model_sizes import most_moments, state_bytes
 from .resume import read_record
 from .saving import log_on_main
 
@@ -33,14 +34,16 @@ _SHRINK = 0.8  # of a budget whose probe ran out of memory
 
 def unpredictable(trainer: Any) -> str | None:
     """Returns why the memory of a run cannot be predicted, as the end of a sentence; None if it can be."""
-    engine = trainer.accelerator.distributed_type
+    engine, planned = trainer.accelerator.distributed_type, trainer.args.planned
     if trainer.args.sp_size > 1:
         return "does not know the memory of rows that sp_size cuts"
     if not isinstance(trainer.train_dataset, Dataset):
         return "needs the lengths of all rows, and a stream does not tell them"
     if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return f"does not know the memory of weights that {engine.value} shards"
-    return "does not know the memory of quantized layers" if trainer.packed.quantized else None
+    if planned is not None and planned.engine != "DDP":
+        return f"does not know the memory of weights that {planned.engine} shards"
+    return "does not know the memory of quantized layers" if is_quantised(trainer.packed.model) else None
 
 
 def check_can_choose(trainer: Any) -> None:
