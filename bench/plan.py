@@ -2,7 +2,7 @@
 
     python -m bench plan --record
 
-Six settings differ in lengths, pairs, what is trained, and checkpointing. A round calibrates, trains with
+Settings differ in lengths, pairs, what is trained, checkpointing, and images. A round calibrates, trains with
 ``ContrastiveTrainer`` (the reference pass included), and trains with TRL's ``DPOTrainer`` as installed, which runs its
 reference in every step. Rounds repeat; the table has medians. Seconds are of CPU time with one thread, so that other
 work on the machine counts little. Steps and tokens must be equal.
@@ -72,6 +72,13 @@ SETTINGS = [
         Shape(hidden=256, layers=24, heads=4, kv_heads=2, intermediate=1024, vocab=4000),
         options={"per_device_train_batch_size": 4},
     ),
+    Setting(
+        "images",
+        "long-prompt",
+        12,
+        dataclasses.replace(_SMALL, image=64),
+        options={"per_device_train_batch_size": 2},
+    ),
 ]
 
 
@@ -84,7 +91,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smoke test: a toy model, one round of two settings")
     add_output_options(parser)
     options = parser.parse_args(arguments)
-    numbers = [int(number) for number in options.settings.split(",")] if options.settings else range(1, 7)
+    numbers = (
+        [int(number) for number in options.settings.split(",")] if options.settings else range(1, len(SETTINGS) + 1)
+    )
     options.chosen = [SETTINGS[number - 1] for number in numbers]
     if options.quick:
         options.rounds = 1
@@ -188,19 +197,22 @@ def _arguments(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 def _rows(spec: dict[str, Any]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list(preference_rows(spec["lengths"], spec["pairs"], spec["shape"]["vocab"]))
+    from .trainers import image_rows
+
+    shape, rows = Shape(**spec["shape"]), preference_rows(spec["lengths"], spec["pairs"], spec["shape"]["vocab"])
+    return Dataset.from_list(image_rows(rows, shape) if shape.image else rows)
 
 
 def _trainer(spec: dict[str, Any], folder: str, cls: Any, device: str) -> Any:
     """Returns our trainer, or one that only plans, on a model with or without weights."""
     from cpt_kernels import ContrastiveConfig
 
-    from .trainers import adapter, build_model, tokenizer
+    from .trainers import adapter, build_model, processing_class
 
     args = ContrastiveConfig(**_arguments(spec, folder), ref_cache_dir=f"{folder}/cache", **spec["ours"])
     shape = Shape(**spec["shape"])
     model = build_model(shape, device=device)
-    words = tokenizer(shape.vocab)
+    words = processing_class(spec)
     return cls(model, None, args, train_dataset=_rows(spec), processing_class=words, peft_config=adapter(spec))
 
 
@@ -254,7 +266,7 @@ def _train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 def _train_trl(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
-    from .trainers import adapter, build_model, tokenizer
+    from .trainers import adapter, build_model, processing_class
 
     class Tokenized(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -263,10 +275,9 @@ def _train_trl(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     shape = Shape(**spec["shape"])
     models = {"model": build_model(shape)} | ({} if spec["lora_rank"] else {"ref_model": build_model(shape)})
     args = DPOConfig(**_arguments(spec, folder))
-    words = tokenizer(shape.vocab)
-    trainer = Tokenized(
-        **models, args=args, train_dataset=_rows(spec), processing_class=words, peft_config=adapter(spec)
-    )
+    words = processing_class(spec)
+    cls = DPOTrainer if shape.image else Tokenized
+    trainer = cls(**models, args=args, train_dataset=_rows(spec), processing_class=words, peft_config=adapter(spec))
     return {"training": _timed_training(trainer), "counts": {"steps": trainer.state.global_step}}
 
 

@@ -71,6 +71,8 @@ def _draw_seconds(axis: Any, seconds: dict[str, float]) -> None:
     reference = seconds.get("reference pass", 0.0)
     runs = {"ours": (seconds["training"], reference), "ours, reference\ncached": (seconds["training"], 0.0)}
     for part in ("reference in every step", "reference before training"):
+        if f"TRL, {part}" not in seconds:  # with images
+            continue
         runs[part.replace("reference ", "TRL, reference\n")] = (
             seconds["TRL, training"],
             seconds.get(f"TRL, {part}", 0.0),

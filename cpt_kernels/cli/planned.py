@@ -229,7 +229,8 @@ def _plan_table(run: dict[str, Any]) -> Table:
         table.add_row("processes that wait for others", f"{run['idle']:.1%} of the time, by tokens")
     table.add_row("tokens without shared prompts", f"{unshared['tokens']:,}")
     table.add_row(f"tokens padded, {run['peer_pairs']} pairs a batch", f"{peer['tokens']:,}")
-    if work["image_tokens"]:
+    if work["images"]:
+        table.add_row("images, encoded", f"{work['images']:,}; padded {peer['images']:,}")
         table.add_row("tokens of images, encoded", f"{work['image_tokens']:,.0f}; padded {peer['image_tokens']:,.0f}")
     table.add_row("operations", f"{run['operations']['work']:.3g}")
     table.add_row("operations padded / ours", f"{run['operations of a padded run / ours']:.2f}")

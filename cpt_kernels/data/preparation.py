@@ -333,13 +333,13 @@ def examine(
 
 def _make_reader(processor: Any, form: Form, roles: Roles, name: str) -> ImageReader:
     """Returns the reader of a dataset's images."""
-    has = f"the {name} data has the column {in_backticks([roles['images']])}"
+    has = f"the {name} data is vision-related (column {in_backticks([roles['images']])})"
     if form is Form.TOKENS:
         raise UserError(f"{has}, and its prompts are tokens: give them as messages, or remove the column")
     if not is_processor(processor):
         raise UserError(
-            f"{has}, and {type(processor).__name__} reads no images: give the model's processor as processing_class"
-            " (transformers.AutoProcessor), or remove the column"
+            f"{has}, and {type(processor).__name__} reads no images: give the processor of a vision-language model as"
+            " processing_class (transformers.AutoProcessor), or remove the column"
         )
     reader = ImageReader(processor)
     assert reader.placeholder  # raises for a processor without one

@@ -207,6 +207,14 @@ def packed_positions(model: PreTrainedModel, batch: PackedBatch) -> Tensor | Non
     return positions
 
 
+def encode_images(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Returns the features of images, as one tensor or several, from the inputs that the processor makes of them."""
+    forward = _encoder(model).get_image_features
+    names = inspect.signature(forward).parameters
+    features = forward(**{name: value for name, value in inputs.items() if name in names}).pooler_output
+    return [features] if isinstance(features, Tensor) else [*features]
+
+
 @contextlib.contextmanager
 def shared_features(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
     """Context of a forward in which each different image of a batch is encoded once, for all its places."""

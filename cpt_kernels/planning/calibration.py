@@ -66,7 +66,7 @@ class Rate(NamedTuple):
 
 
 class NotTimedError(UserError):
-    """A run cannot be timed: this machine has too little memory for one layer of the model, or rows have images."""
+    """A run cannot be timed: this machine has too little memory for one layer of the model."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ class Calibration:
     optimizer: float  # seconds of an optimizer step of the whole model
     layers: dict[str, int]  # how many of the model's layers ran, by kind
     shares: dict[str, float]  # of the rows of each micro-batch that ran, by kind
+    # Seconds to "read", "encode" (forward) and "train" (forward and backward) images, for each of their tokens.
+    images: dict[str, float]
     rounds: int  # how often each micro-batch was timed
 
 
@@ -129,13 +131,8 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         budget: of the calibration in seconds. One row of each kind is timed, however long that takes.
 
     Raises:
-        NotTimedError: the memory of this machine does not suffice, or rows have images.
+        NotTimedError: the memory of this machine does not suffice.
     """
-    if any(counts.lengths.images):
-        raise NotTimedError(
-            "rows have images, and a few layers of text do not tell the time that images take to be decoded,"
-            " preprocessed and encoded; a run of some steps logs its tokens per second"
-        )
     started, model = clock(), trainer.packed.model
     shape = Shape.of(model, trainer.args)
     try:
@@ -163,12 +160,13 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
             sample = Sample(trainer, layers)
 
         # Rounds: one to warm up, then those that count.
-        _time_round(sample, tasks, clock)
+        rows = _rows_with_images(counts, chosen[-1].share)
+        _time_round(sample, tasks, clock, rows)
         for task in tasks:
             task.seconds.clear()
-        steps: list[float] = []
-        while not steps or (len(steps) < _MOST_ROUNDS and clock() - started < budget):
-            steps.append(_time_round(sample, tasks, clock))
+        rounds: list[Round] = []
+        while not rounds or (len(rounds) < _MOST_ROUNDS and clock() - started < budget):
+            rounds.append(_time_round(sample, tasks, clock, rows))
     except torch.OutOfMemoryError as error:
         raise NotTimedError(f"timing this run needs more memory than {trainer.args.device} has") from error
 
@@ -179,15 +177,26 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         grown = trained_parameters(model) / trained_parameters(sample.model)
     return Calibration(
         rates={kind: Rate.through(found) for kind, found in points.items()},
-        optimizer=statistics.median(steps) * grown,
+        optimizer=statistics.median(one.step for one in rounds) * grown,
         layers={task.kind: task.layers[-1] for task in tasks},
         shares={task.kind: found.share for found in chosen for task in found.tasks},
-        rounds=len(steps),
+        images={
+            part: statistics.median(one.images[part] for one in rounds) / counts.lengths.work(rows).image_tokens
+            for part in rounds[0].images
+        },
+        rounds=len(rounds),
     )
 
 
-def _time_round(sample: Sample, tasks: Sequence[Task], clock: Clock) -> float:
-    """Times every task with each of its numbers of layers, and returns the seconds of an optimizer step at the end."""
+class Round(NamedTuple):
+    """Seconds of an optimizer step, and of the parts of :attr:`Calibration.images`."""
+
+    step: float
+    images: dict[str, float]
+
+
+def _time_round(sample: Sample, tasks: Sequence[Task], clock: Clock, rows: Sequence[int] = ()) -> Round:
+    """Times every task with each of its numbers of layers, then the images of some rows and an optimizer step."""
     run: dict[str, Callable[[Any], None]] = {"train": sample.train, "reference": sample.score}
     run |= {"peer": sample.train_peer, "peer_reference": sample.score_peer}
     accumulates = sample.trainer.args.gradient_accumulation_steps > 1
@@ -198,7 +207,23 @@ def _time_round(sample: Sample, tasks: Sequence[Task], clock: Clock) -> float:
             with sample.only(layers):
                 seconds = _timed(clock, sample.device, run[task.kind], task.rows or task.sides)
             task.seconds.setdefault(layers, []).append(seconds)
-    return _timed(clock, sample.device, sample.step)
+    images: dict[str, float] = {}
+    if rows:
+        images["read"] = _timed(clock, sample.device, sample.read, rows)
+        images["encode"] = _timed(clock, sample.device, sample.encode, rows)
+        images["train"] = _timed(clock, sample.device, sample.encode, rows, True)
+    return Round(_timed(clock, sample.device, sample.step), images)
+
+
+def _rows_with_images(counts: Counts, share: float) -> list[int]:
+    """Returns a share of the rows of the micro-batch with the most tokens of images, those with the most first."""
+
+    def tokens(rows: Sequence[int]) -> float:
+        return counts.lengths.work(rows).image_tokens
+
+    batch = max(counts.batches, key=tokens)
+    rows = sorted(batch, key=lambda row: -tokens([row]))[: max(1, round(share * len(batch)))]
+    return rows if tokens(rows) else []
 
 
 def _timed(clock: Clock, device: torch.device, run: Callable[..., Any], *arguments: Any) -> float:
@@ -351,9 +376,9 @@ def trained_parameters(model: nn.Module) -> int:
 def predict_seconds(trainer: Any, counts: Counts, calibration: Calibration) -> dict[str, float]:
     """Returns the seconds of the parts of a run and of TRL's run at the same settings on the same pairs.
 
-    TRL either runs its reference in every step, or once over the dataset before training.
+    TRL either runs its reference in every step, or once over the dataset before training; with images in every step.
     """
-    shape, rates = Shape.of(trainer.packed.model, trainer.args), calibration.rates
+    shape, rates, images = Shape.of(trainer.packed.model, trainer.args), calibration.rates, calibration.images
     steps = counts.steps * calibration.optimizer
     batches = len(counts.peer_batches)
     seconds = {
@@ -367,6 +392,17 @@ def predict_seconds(trainer: Any, counts: Counts, calibration: Calibration) -> d
             "TRL, reference in every step": live,
             "TRL, reference before training": live * counts.dataset_pairs / counts.pairs,
         }
+    if images:
+        training = images["read"] + images["train"]
+        of_token = {"training": training, "TRL, training": training}
+        of_token |= {
+            "reference pass": images["read"] + images["encode"],
+            "TRL, reference in every step": images["encode"],
+        }
+        for part in of_token.keys() & seconds.keys():
+            work = counts.peer if "TRL" in part else counts.reference if part == "reference pass" else counts.work
+            seconds[part] += of_token[part] * work.image_tokens
+        seconds.pop("TRL, reference before training", None)
     return seconds
 
 
@@ -381,5 +417,6 @@ def ratios(seconds: dict[str, float]) -> dict[str, float]:
     return {
         f"{run}, {when}": (trl + seconds[f"TRL, {when}"]) / ours_whole
         for when in ("reference in every step", "reference before training")
+        if f"TRL, {when}" in seconds
         for run, ours_whole in (("first run", ours + reference), ("reference cached", ours))
     }

@@ -119,19 +119,19 @@ class RowLengths:
 
     def work(self, rows: Sequence[int], share: bool = True) -> Work:
         """Returns the work of a micro-batch."""
-        images = self.image_tokens(rows)
+        images = self.encoded(rows)
         if share and self.collator.minimum_shared is not None and rows:
             if (key := tuple(rows)) not in self._works:
-                self._works[key] = replace(self._work_of_trees(rows), image_tokens=images)
+                self._works[key] = replace(self._work_of_trees(rows), **images)
             return self._works[key]
         groups, unscored = self.groups(rows, share), sum(self.unscored[row] for row in rows)
         if not self.collator.padded:
             work = packed_groups(groups)
-            return replace(work, image_tokens=images, head_rows=work.head_rows - unscored)
+            return replace(work, **images, head_rows=work.head_rows - unscored)
         sequences = sum(len(group.completions) for group in groups)
         longest = max(group.prompt + max(group.completions) for group in groups)
         work = padded_sequences(sequences, longest, sum(sum(group.completions) for group in groups), head_gemms=3)
-        return replace(work, image_tokens=images, head_rows=work.head_rows - unscored)
+        return replace(work, **images, head_rows=work.head_rows - unscored)
 
     def _work_of_trees(self, rows: Sequence[int]) -> Work:
         merged: dict[tuple[int, int], _Path] = {}
@@ -146,9 +146,10 @@ class RowLengths:
         layout = lay_out(segments, spans, ordered if any(mask is not None for mask in masks) else None)
         return packed_row(segments, len(layout.predictor_index))
 
-    def image_tokens(self, rows: Iterable[int]) -> float:
-        """Returns the tokens of the different images of a micro-batch, each of which is encoded once."""
-        return sum({image: n for row in rows for image, n in self.images[row].items()}.values())
+    def encoded(self, rows: Iterable[int]) -> dict[str, Any]:
+        """Returns fields of the work of a micro-batch: its different images, each encoded once, and their tokens."""
+        different = {image: tokens for row in rows for image, tokens in self.images[row].items()}
+        return {"images": len(different), "image_tokens": sum(different.values())}
 
 
 def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, args: Any) -> Counts:
@@ -170,7 +171,8 @@ def count_run(loader: EpochLoader, dataset: Dataset, collator: PackedCollator, a
     peer = reduce(add, (_padded(batch, reads_all) for batch in peer_batches))
     # The peer encodes the images of a row for each side of each of its pairs.
     sides = [(row, sum(map(len, rows.pairs[row]))) for batch in batches for row in batch]
-    peer = replace(peer, image_tokens=sum(count * rows.image_tokens([row]) for row, count in sides))
+    fields = [{name: count * n for name, n in rows.encoded([row]).items()} for row, count in sides]
+    peer = replace(peer, **{name: sum(each[name] for each in fields) for name in ("images", "image_tokens")})
     return Counts(
         steps=steps,
         micro_batches=len(turns),
@@ -198,9 +200,7 @@ def _reference_work(rows: RowLengths, sampler: BatchSampler, args: Any, steps: i
         ends = [math.ceil(i * steps / curriculum.stages) for i in range(1, curriculum.stages + 1)]
         drawn = [sampler.count_draws(end, args.gradient_accumulation_steps) for end in ends]
         passes += [np.flatnonzero(after > before).tolist() for before, after in itertools.pairwise(drawn)]
-    return reduce(
-        add, (replace(packed_groups(rows.groups(one)), image_tokens=rows.image_tokens(one)) for one in passes)
-    )
+    return reduce(add, (replace(packed_groups(rows.groups(one)), **rows.encoded(one)) for one in passes))
 
 
 def _peer_batches(

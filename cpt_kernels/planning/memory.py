@@ -208,7 +208,7 @@ class ShapesOnly(PackedModel):
         own = {"model": model, "rotaries": length_dependent_rotaries(base), "quantized": [], "group": None}
         vars(self).update(vars(packed) | own)
         if not self.padded:
-            set_attention(base, attention_over(base.config._attn_implementation))
+            set_attention(base, attention_over(base.config.get_text_config()._attn_implementation))
         self.live = live
         self.activations = self.head = 0
 

@@ -100,5 +100,6 @@ def layer_stack(base: nn.Module) -> nn.ModuleList | None:
     config: Any = base.config.get_text_config()
     if state_layers(base) or getattr(config, "num_kv_shared_layers", 0):
         return None
-    lists = (m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+    decoder = base if getattr(base.config, "vision_config", None) is None else base.get_decoder()
+    lists = (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
     return next(lists, None)

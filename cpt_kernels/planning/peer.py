@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.images import ImageReader
 from ..model.hooks import replaced_forward
 from ..model.packed_model import base_model
 from ..ops.linear_preference import HeadOptions, linear_logprobs
@@ -37,19 +38,25 @@ def peer_tile_bytes(tokens: int, vocab: int, device: torch.device) -> int:
     return tile_bytes(tokens, vocab) * (8 if reads_all_rows(device) else 1)
 
 
-def run_peer(model: nn.Module, wrapped: Callable[..., Any], sides: Sides, device: torch.device) -> Tensor:
+def run_peer(model: nn.Module, wrapped: Callable[..., Any], sides: Sides, reader: ImageReader | None = None) -> Tensor:
     """Runs a padded batch of random tokens, and returns a number that depends on all its log-probs.
 
     Args:
         model: a transformers or PEFT model with the attention that it was loaded with.
         wrapped: the model as the trainer calls it, for example under autocast.
+        reader: of the images of a model that marks their tokens; here all tokens are text.
     """
     head = base_model(model).get_output_embeddings()
+    device = head.weight.device
     lengths = torch.tensor([prompt + completion for prompt, completion in sides])
     columns = torch.arange(int(lengths.max()))
     mask = (columns < lengths[:, None]).to(device)
     scored = (columns >= torch.tensor([prompt for prompt, _ in sides])[:, None]).to(device) & mask
     ids = torch.randint(head.weight.shape[0], mask.shape).to(device)
+    types: dict[str, Tensor] = {}
+    if reader is not None:
+        ids[torch.isin(ids, torch.tensor([reader.feature_token, *reader.token_ids], device=device))] = 0
+        types = reader.token_types(ids, [(row, 0, prompt) for row, (prompt, _) in enumerate(sides)])
 
     def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         autocast = torch.is_autocast_enabled(device.type)
@@ -64,7 +71,7 @@ def run_peer(model: nn.Module, wrapped: Callable[..., Any], sides: Sides, device
         return logps.sum().reshape(1, 1, 1)
 
     with replaced_forward(head, head_forward):
-        return wrapped(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits.sum()
+        return wrapped(input_ids=ids, attention_mask=mask.long(), use_cache=False, **types).logits.sum()
 
 
 class _TiledLogps(torch.autograd.Function):

@@ -6,14 +6,17 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ..data.collate import PackedBatch
+from ..data.images import IMAGES, PlacedImages
 from ..model.hooks import attention_over, length_dependent_rotaries, set_attention
+from ..model.images import encode_images
 from ..model.packed_model import base_model
 from .memory import set_checkpointing
 from .model_sizes import layer_stack
@@ -44,35 +47,58 @@ class Sample:
         packed = copy.copy(trainer.packed)
         packed.model, packed.rotaries = self.model, length_dependent_rotaries(base)
         if not packed.padded:
-            set_attention(base, attention_over(base.config._attn_implementation))
+            set_attention(base, attention_over(base.config.get_text_config()._attn_implementation))
         self.packed, self.trainer = packed, copy.copy(trainer)
         self.trainer.packed, self.trainer.model, self.trainer.optimizer = packed, self.model, None
         self.wrapped = trainer.accelerator.prepare_model(self.model)
         self.optimizer = self.trainer.create_optimizer(self.model)
         self.collator = replace(trainer.collator, reference=_no_information if trainer.loss.needs_reference else None)
+        self._read: dict[tuple[int, ...], PackedBatch] = {}  # batches with images, by rows
+
+    def read(self, rows: Sequence[int]) -> None:
+        """Collates a packed micro-batch: decodes and preprocesses its images."""
+        self._read[tuple(rows)] = self.collator(self.dataset.__getitems__(list(rows)))
+
+    def encode(self, rows: Sequence[int], backward: bool = False) -> None:
+        """Runs the forward of the vision tower on the images of a micro-batch that was read, and its backward."""
+        inputs = send_to_device(self._read[tuple(rows)]["images"], self.device)
+        with torch.set_grad_enabled(backward), self.trainer.accelerator.autocast():
+            total = torch.stack([part.float().sum() for part in encode_images(base_model(self.model), inputs)]).sum()
+        if total.requires_grad:  # a part of the tower is trained
+            self.trainer.accelerator.backward(total)
+
+    def _batch(self, rows: Sequence[int]) -> PackedBatch:
+        """Returns a packed micro-batch; tokens of images run as text, because images are timed by themselves."""
+        if not self.dataset.features.keys() & {IMAGES}:
+            return self.collator(self.dataset.__getitems__(list(rows)))
+        if tuple(rows) not in self._read:
+            self.read(rows)
+        nothing = PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
+        batch = self._read[tuple(rows)]
+        return cast("PackedBatch", {**batch, **nothing, "token_types": batch["token_types"]})
 
     def train(self, rows: Sequence[int]) -> None:
         """Runs forward and backward of a packed micro-batch."""
-        batch = self.collator(self.dataset.__getitems__(list(rows)))
+        batch = self._batch(rows)
         self.trainer.training_step(self.wrapped, batch, self.trainer._counts([batch], self.device))
 
     @torch.no_grad()
     def score(self, rows: Sequence[int]) -> None:
         """Runs the reference's forward of a packed micro-batch."""
-        batch = send_to_device(self.collator(self.dataset.__getitems__(list(rows))), self.device)
+        batch = send_to_device(self._batch(rows), self.device)
         with self._as_reference(), self.trainer.accelerator.autocast():
             self.packed(batch).tokens.logps.float().cpu()
 
     def train_peer(self, sides: Sides) -> None:
         """Runs forward and backward of a padded micro-batch."""
         self.model.train()
-        self.trainer.accelerator.backward(run_peer(self.model, self.wrapped, sides, self.device))
+        self.trainer.accelerator.backward(run_peer(self.model, self.wrapped, sides, self.collator.images))
 
     @torch.no_grad()
     def score_peer(self, sides: Sides) -> None:
         """Runs the reference's forward of a padded micro-batch."""
         with self._as_reference():
-            run_peer(self.model, self.wrapped, sides, self.device).item()
+            run_peer(self.model, self.wrapped, sides, self.collator.images).item()
 
     def step(self) -> None:
         """Takes an optimizer step with the gradients that are there."""

@@ -34,7 +34,8 @@ class Work:
     attended: int  # (query, key) pairs
     head_rows: int
     head_gemms: int  # matrix products of the head when its weight is trained
-    image_tokens: float = 0  # tokens of the images that are encoded, each as often as it is
+    images: int = 0  # how often the vision tower encodes an image
+    image_tokens: float = 0  # tokens of these images
 
     def flops(
         self, shape: ModelSizes, gradient_checkpointing: bool = False, adapters: bool = False
@@ -66,6 +67,7 @@ class Work:
             self.attended + other.attended,
             self.head_rows + other.head_rows,
             self.head_gemms,
+            self.images + other.images,
             self.image_tokens + other.image_tokens,
         )
 

@@ -104,7 +104,7 @@ def checked_config(
             installed.
     """
     if train_dataset is None and eval_dataset is None:
-        raise UserError("there is no data: give train_dataset or eval_dataset")
+        raise UserError("there is no data: `train_dataset` is required, or `eval_dataset` to evaluate only")
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return ContrastiveConfig(f"{Path(name).name or 'model'}-CPT")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from transformers import AutoProcessor
 
 from cpt_kernels import cli
+from cpt_kernels.cli import difficulty, planned
 from cpt_kernels.cli.decoded import decoded_pair
 from cpt_kernels.data.collate import PackedCollator
 from cpt_kernels.data.images import ImageReader
+from cpt_kernels.planning.calibration import calibrate
 from cpt_kernels.planning.work import Work
 from tests.helpers.command import write_rows
 from tests.helpers.image_models import image_rows, picture, tiny_image_model, tiny_processor
@@ -44,7 +48,8 @@ def run(home: Path, *argv, **options) -> int:
     return cli.main([*map(str, argv), *(str(text) for name, value in given.items() for text in (f"--{name}", value))])
 
 
-def test_the_plan_counts_tokens_of_images_without_weights(home, tmp_path, capsys):
+def test_the_plan_counts_tokens_of_images_without_weights(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planned, "calibrate", partial(calibrate, budget=0.0))
     (tmp_path / "model").mkdir()
     for file in home.glob("start/*.j*"):
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
@@ -54,7 +59,7 @@ def test_the_plan_counts_tokens_of_images_without_weights(home, tmp_path, capsys
     plan = json.loads((tmp_path / "plan.json").read_text())["run"]
     # Counted by the processor itself.
     processor, rows = AutoProcessor.from_pretrained(home / "start"), image_rows(ROWS)
-    reader, count, peer, different = ImageReader(processor), 0, 0, {}
+    reader, count, peer, sides_images, different = ImageReader(processor), 0, 0, 0, {}
     for i, row in enumerate(rows):
         images = rows[0]["images"] if i == 4 else row["images"]
         text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True)
@@ -64,13 +69,16 @@ def test_the_plan_counts_tokens_of_images_without_weights(home, tmp_path, capsys
         each = prompt.count(reader.feature_token) / max(len(images), 1)
         different |= {reader.image_id(image): each for image in images}
         peer += 2 * each * len(images)
+        sides_images += 2 * len(images)
     assert plan["work"]["tokens"] == count
     assert plan["work"]["image_tokens"] == plan["reference"]["image_tokens"] == sum(different.values())
     assert plan["peer"]["image_tokens"] == peer
+    assert (plan["work"]["images"], plan["peer"]["images"]) == (len(different), sides_images)
     flops = Work(**plan["work"])
     assert plan["operations"]["work"] > 0 and flops.image_tokens
     out = capsys.readouterr().out
-    assert "tokens of images, encoded" in out and "seconds are not predicted: rows have images" in out
+    assert re.search(rf"images, encoded +│ {len(different)}; padded {sides_images}\b", out)
+    assert "TRL / ours, first run, reference in every step" in out
 
 
 def test_the_towers_operations_are_those_of_its_matrices(home):
@@ -121,10 +129,11 @@ def test_a_run_continues_and_is_checked(home, tmp_path, capsys):
     assert "FAILED" not in capsys.readouterr().out
 
 
-def test_pairs_with_images_have_a_difficulty(home, tmp_path, capsys):
+def test_pairs_with_images_have_a_difficulty(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(difficulty, "_CALIBRATION", 0.0)
     options = {"output": tmp_path / "scored.jsonl", "seeds": 1, "max_steps": 1}
     assert run(home, "difficulty", **options) == 0
-    assert "seconds are not predicted: rows have images" in capsys.readouterr().out
+    assert re.search(r"and scores the others, in about \d+ s", capsys.readouterr().out)
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert [len(row["images"]) for row in scored] == [len(row["images"]) for row in image_rows(ROWS)[:ROWS]]
     assert len({row["difficulty"] for row in scored}) == ROWS

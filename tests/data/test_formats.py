@@ -237,7 +237,7 @@ def test_output_is_an_accepted_form(tokenizer):
     ("columns", "message"),
     [
         (["prompt", "chosen"], r"columns `chosen`, `prompt`; expected one of: .*`chosen`, `rejected`"),
-        (["prompt", "chosen", "rejected", "images"], "column `images`, and .* reads no images"),
+        (["prompt", "chosen", "rejected", "images"], "column `images`.*reads no images"),
         (["prompt", "completion", "label"], "unpaired preferences"),
     ],
 )

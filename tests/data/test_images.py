@@ -126,7 +126,10 @@ def test_errors_name_the_row_and_the_mend() -> None:
     data = Dataset.from_list([{**row([IMAGE], [image]), **sides} for sides in (good, bad)])
     with pytest.raises(UserError, match="row 1 has an image in a completion: only prompts may have images"):
         prepare(data, PROCESSOR)
-    with pytest.raises(UserError, match=r"column `images`, and .* reads no images: give the model's processor"):
+    with pytest.raises(
+        UserError,
+        match=r"vision-related .column `images`., and .* reads no images: give the processor of a vision-language",
+    ):
         prepare(Dataset.from_list([row([IMAGE], [image])]), PROCESSOR.tokenizer)
     with pytest.raises(UserError, match="columns `images` and `image`: remove one"):
         prepare(Dataset.from_list([row([IMAGE], [image], image=image)]), PROCESSOR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bench.lengths import preference_rows
 from bench.trainers import tokenizer
 from cpt_kernels import ContrastiveConfig
 from cpt_kernels.cli.planned import PlannedTrainer
+from cpt_kernels.model.packed_model import base_model
 from cpt_kernels.planning import calibration, peer
 from cpt_kernels.planning.calibration import (
     NotTimedError,
@@ -28,6 +30,7 @@ from cpt_kernels.planning.calibration import (
 from cpt_kernels.planning.counts import count_run
 from cpt_kernels.planning.sample import Sample
 from tests.helpers.architectures import STATES
+from tests.helpers.image_models import FAMILIES, image_rows, tiny_image_model, tiny_processor
 
 SIZES = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=50)
 
@@ -204,7 +207,7 @@ def test_the_imitation_of_trl_computes_log_probs(tmp_path, monkeypatch, columns)
     ids = torch.randint(50, (4, 11))
     monkeypatch.setattr(torch, "randint", lambda *_: ids)
     sides = [(3, 4), (3, 8), (1, 2), (2, 5)]
-    value = peer.run_peer(model, model, sides, torch.device("cpu"))
+    value = peer.run_peer(model, model, sides)
     found = torch.autograd.grad(value, [*model.parameters()])
 
     expected = torch.zeros(())
@@ -231,4 +234,70 @@ def test_a_hybrid_runs_whole(tmp_path, name):
     counts = counts_of(trainer)
     found = calibrate(trainer, counts, budget=0.5)
     assert found.layers["train"] == 2
+    assert min(predict_seconds(trainer, counts, found).values()) > 0
+
+
+def planned_with_images(folder, kind: str, lora: bool = False, **options: Any) -> PlannedTrainer:
+    """Returns a trainer of an image-text model without weights; every fourth of 12 rows has no image."""
+    args = ContrastiveConfig(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, bf16=False, **options)
+    with torch.device("meta"):
+        model = tiny_image_model(kind, torch.float32)
+    adapter = None
+    if lora:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows, processor = Dataset.from_list(image_rows(12)), tiny_processor(kind)
+    return PlannedTrainer(model, None, args, adapter, train_dataset=rows, processing_class=processor)
+
+
+def test_seconds_of_images_are_added_to_those_of_text(tmp_path, monkeypatch):
+    trainer = planned_with_images(tmp_path, "llava", per_device_train_batch_size=3)
+    counts = counts_of(trainer)
+    machine = Machine(monkeypatch, trainer, counts)
+    each = {"read": 3e-3, "encode": 1e-3, "train": 5e-3}  # seconds for each token of an image
+
+    def take(part: str, rows: Any) -> None:
+        machine.now += each[part] * counts.lengths.work(rows).image_tokens
+
+    monkeypatch.setattr(Sample, "read", lambda sample, rows: take("read", rows))
+    monkeypatch.setattr(Sample, "encode", lambda _, rows, backward=False: take("train" if backward else "encode", rows))
+    found = calibrate(trainer, counts, clock=machine.clock, budget=1e9)
+    assert found.images == pytest.approx(each)
+    both, text = (predict_seconds(trainer, counts, replace(found, images=images)) for images in (each, {}))
+    assert both.keys() == text.keys() - {"TRL, reference before training"}  # which TRL refuses
+    ours, trl, once = (work.image_tokens for work in (counts.work, counts.peer, counts.reference))
+    assert trl == 2 * ours == 6 * once > 0  # both sides of a pair, and three epochs
+    added = {part: both[part] - text[part] for part in both}
+    expected = {"training": 8e-3 * ours, "TRL, training": 8e-3 * trl}
+    expected |= {"reference pass": 4e-3 * once, "TRL, reference in every step": 1e-3 * trl}
+    assert added == pytest.approx(expected)
+    assert ratios(both).keys() == {"first run, reference in every step", "reference cached, reference in every step"}
+
+
+_OTHERS = [(kind, options) for kind in FAMILIES for options in ({}, {"packing": "false"}, {"lora": True})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llava", {}), *(pytest.param(*each, marks=pytest.mark.slow) for each in _OTHERS if each != ("llava", {}))],
+    ids=str,
+)
+def test_every_image_text_model_runs(tmp_path, kind, options):
+    """Its vision tower has gradients from images alone, because their tokens run as text elsewhere."""
+    trainer = planned_with_images(tmp_path, kind, **options)
+    counts, forward, has_gradient = counts_of(trainer), Sample.encode, []
+
+    def encode(sample: Sample, rows: Any, backward: bool = False) -> None:
+        forward(sample, rows, backward)
+        text = {id(p) for p in base_model(sample.model).get_decoder().parameters()}
+        head = base_model(sample.model).get_output_embeddings()
+        text |= {id(p) for p in head.parameters()}
+        has_gradient.append(any(p.grad is not None for p in sample.model.parameters() if id(p) not in text))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sample, "encode", encode)
+        found = calibrate(trainer, counts, budget=0.0)
+    assert has_gradient == 2 * [False, True]  # forward and backward, to warm up and once
+    assert found.layers["train"] == 2 and min(found.images.values()) > 0
     assert min(predict_seconds(trainer, counts, found).values()) > 0

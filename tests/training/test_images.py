@@ -148,5 +148,7 @@ def test_models_and_collators_that_read_no_images(tmp_path) -> None:
 
     with pytest.raises(UserError, match="LlamaForCausalLM does not take image_grid_thw, pixel_values, which Qwen2_5"):
         make(tmp_path, model=tiny_model("llama"))
-    with pytest.raises(UserError, match="reads no images: give the model's processor as processing_class"):
+    with pytest.raises(
+        UserError, match="reads no images: give the processor of a vision-language model as processing_class"
+    ):
         make(tmp_path, processing_class=tiny_processor("llava").tokenizer)
