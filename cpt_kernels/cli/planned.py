@@ -126,7 +126,7 @@ def _quantize(shapes: Any, model: ModelArguments, args: ContrastiveConfig) -> No
         if type(layer) in (nn.Linear, Conv1D) and should_convert_module(name, kept):
             size = layer.weight.numel()
             blocks = math.ceil(size / 64)  # each has a scale in fp32, or in 8 bits with scales of their own
-            scales = blocks + 4 * math.ceil(blocks / 256) if model.use_bnb_nested_quant else 4 * blocks
+            scales = blocks + 4 * math.ceil(blocks / 256) + 4 if model.use_bnb_nested_quant else 4 * blocks
             layer.weight = nn.Parameter(layer.weight.to(quantized_compute_dtype(model, args)), requires_grad=False)
             layer.weight.quantized_bytes = (
                 math.ceil(size / 2) + scales if model.load_in_4bit else size + 4 * len(layer.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -207,8 +208,8 @@ def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None 
     tokens, sequences = micro_batch_tokens(run.train_dataset, run.collator)
     sizes = tokens if sequences is None else tokens * sequences
 
-    def peak_of(budget: int) -> int:
-        rows = fill_batch(tokens, sequences, budget)
+    @functools.cache
+    def peak_of_rows(rows: tuple[int, ...]) -> int:
         step = measure_rows(run, rows, checkpointing=args.gradient_checkpointing, accumulates=True)
         if step is None:
             raise UserError(
@@ -216,6 +217,9 @@ def find_budget(run: PlannedRun, free: int, has_weights: bool, most: int | None 
                 " depends on values: set max_tokens_per_batch to a number"
             )
         return step.peak
+
+    def peak_of(budget: int) -> int:
+        return peak_of_rows(tuple(fill_batch(tokens, sequences, budget)))
 
     longest = int(sizes.max())
     return largest_budget(peak_of, limit, longest, max(longest, most or min(int(sizes.sum()), MOST)))

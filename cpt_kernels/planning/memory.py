@@ -93,44 +93,51 @@ def measure_step(
     with mode:
         shapes = ShapesOnly(packed, live, dtype if is_cast else None, layers)
     live.exclude(shapes.model)
-    if engine.shards("gradients"):
-        _reduce_gradients(shapes.model, engine, trained_width(packed.model, args))
     if loss.needs_reference:
         batch["ref_token_logps"] = torch.zeros(sum(batch["completion_lengths"]))
     # Random numbers have no state here that a recomputation would restore.
     set_checkpointing(shapes.model, args, checkpointing, preserve_rng_state=False)
     shapes.model.train()
     try:
-        for _ in range(1 + accumulates):
+        with mode, live:
+            _hold_gradients(shapes.model, engine, trained_width(packed.model, args), accumulates)
             gradients = live.live  # of the micro-batch before
-            with mode, live:
-                moved = {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                moved["targets"] = mode.from_tensor(moved["targets"])  # their values would be checked
-                with (
-                    torch.autocast(args.device.type, dtype, enabled=is_mixed and not is_cast),
-                    offloaded_activations(args.activation_offloading),
-                ):
-                    scores = shapes(moved, loss, general=args.head_mode == "general", statistics=True)
-                scores.loss.backward()
-                del scores, moved
+            moved = {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            moved["targets"] = mode.from_tensor(moved["targets"])  # their values would be checked
+            with (
+                torch.autocast(args.device.type, dtype, enabled=is_mixed and not is_cast),
+                offloaded_activations(args.activation_offloading),
+            ):
+                scores = shapes(moved, loss, general=args.head_mode == "general", statistics=True)
+            scores.loss.backward()
+            del scores, moved
     except _NEEDS_VALUES:
         return None
     return StepMemory(shapes.activations - gradients, shapes.head, live.peak, live.live)
 
 
-def _reduce_gradients(model: nn.Module, engine: Processes, width: int | None) -> None:
-    """Makes every gradient disappear as soon as it is accumulated; its shard stays, unless the host's memory has it."""
+def _hold_gradients(model: nn.Module, engine: Processes, width: int | None, accumulates: bool) -> None:
+    """Makes gradients, if they are there from the start; makes those that are sharded shrink as soon as they are whole.
+
+    Args:
+        width: bytes of a value of a shard; None: those of the parameter's dtype.
+    """
     shards: dict[nn.Parameter, Tensor] = {}
 
     def reduce(parameter: nn.Parameter) -> None:
         parameter.grad = None
-        if parameter not in shards and not engine.offloads_optimizer:
-            size = engine.share("gradients", [parameter], width)
+        if parameter not in shards:
+            size = 0 if engine.offloads_optimizer else engine.share("gradients", [parameter], width)
             shards[parameter] = torch.empty(size, dtype=torch.uint8, device=parameter.device)
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        if engine.shards("gradients"):
             parameter.register_post_accumulate_grad_hook(reduce)
+        if accumulates:
+            if engine.shards("gradients"):
+                reduce(parameter)
+            else:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def set_checkpointing(model: nn.Module, args: ContrastiveConfig, on: bool, **more: Any) -> None:

@@ -1,7 +1,8 @@
-"""The recipes for 70B: their options train a tiny model for two steps."""
+"""The recipes for 70B: README.md shows what ``cpt plan`` says of them, and they train a tiny model for two steps."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +10,24 @@ import sys
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cpt_kernels import cli
 from tests.helpers import ROOT
-from tests.helpers.command import bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_rows
+from tests.helpers.command import WORDS, bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_rows
 
 RECIPES = ROOT / "examples/70b"
 NAMES = ("full", "lora", "qlora")
+SHAPE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+SHAPE |= {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+PARTS = ("weights", "gradients", "optimizer", "engine", "activations", "head", "peak", "host")
+# The recipe and its engine on so many GPUs of so many GiB.
+PLANS = [
+    ("full", RECIPES / "fsdp2_offload.yaml", 8, 80),
+    ("full", "fsdp2", 64, 80),
+    ("lora", "fsdp2", 8, 80),
+    ("lora", "fsdp2", 64, 80),
+    ("qlora", "multi_gpu", 8, 80),
+    ("qlora", "multi_gpu", 64, 80),
+]
 
 
 @pytest.fixture
@@ -29,6 +43,36 @@ def home(tmp_path):
 
 def options_of(home, model: str) -> list[str]:
     return ["--model_name_or_path", str(home / model), "--dataset_name", str(home / "pairs.jsonl"), "--use_cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "engine", "gpus", "gib"), PLANS)
+def test_the_readme_shows_what_the_plan_says(home, capsys, name, engine, gpus, gib):
+    """Of the longest rows that the recipe permits: a pair whose sides both have ``max_length`` tokens."""
+    text = lambda row, side: "".join(f" {WORDS[row % 14]} {WORDS[row // 14]} {side}" for _ in range(1000))  # noqa: E731
+    rows = [{"prompt": "rain over", "chosen": text(i, "so"), "rejected": text(i, "or")} for i in range(64)]
+    write_rows(home / "longest.jsonl", rows)
+    write_model(home / "big", bpe_tokenizer(rows[0].values()), tie_word_embeddings=False, **SHAPE)
+    argv = [
+        home / "big",
+        home / "longest.jsonl",
+        "--config",
+        RECIPES / f"{name}.yaml",
+        "--use_cpu",
+        "--device_gib",
+        gib,
+    ]
+    argv += ["--num_processes", gpus, "--accelerate_config", engine, "--json", home / "plan.json"]
+    argv += ["--gradient_accumulation_steps", 8 * 8 // gpus]
+    assert cli.main(["plan", *map(str, argv)]) == 0
+    run = json.loads((home / "plan.json").read_text())["run"]
+    sizes = run["bytes"] | run["memory"]["with checkpointing"]
+    saved = sum(run["checkpoint"].values()) / 2**30
+    cells = [name, gpus, *(f"{sizes.get(part, 0) / 2**30:.1f}" for part in PARTS), f"{saved:.1f}"]
+    budget = run["memory"]["largest max_tokens_per_batch"]
+    line = " | ".join(map(str, [*cells, f"{budget:,}"]))
+    assert f"| {line} |" in (RECIPES / "README.md").read_text()
+    assert sizes["peak"] < 0.9 * gib * 2**30 and run["engine"] in capsys.readouterr().out
 
 
 @pytest.mark.slow
