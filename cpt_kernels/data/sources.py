@@ -77,6 +77,8 @@ def is_one_file(name: str | Path) -> bool:
 
 
 def _load_url(url: str, config: str | None, split: str | None, streaming: bool):
+    if not url.startswith("http"):
+        filesystem(url)  # names the package that is missing
     if file_type(url) in _LOADERS or url.startswith("http"):
         return _load_file(url, config, split, streaming)
     files = list_files(url)

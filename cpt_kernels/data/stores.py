@@ -219,15 +219,22 @@ def remove(url: str, names: Sequence[str]) -> None:
 # --- Copies of folders that are only read ---
 
 
-@lru_cache(None)
 def folder_copy(url: str) -> Path:
     """Returns a local copy of a folder on a store, downloaded unless this version of it is here already.
 
-    Folders ``checkpoint-N`` in it are left out. A process sees one version of a folder as long as it lives.
+    Folders ``checkpoint-N`` in it are left out. A process sees one version of a folder as long as the copy is there.
 
     Raises:
         UserError: there are no files, or they cannot be read.
     """
+    if not (copy := _copied(url)).is_dir():  # somebody has deleted it
+        _copied.cache_clear()
+        copy = _copied(url)
+    return copy
+
+
+@lru_cache(None)
+def _copied(url: str) -> Path:
     from filelock import FileLock
 
     target = local_path(url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ Memory: Any = type(fsspec.filesystem("memory"))
 def url(tmp_path, monkeypatch) -> Iterator[str]:
     monkeypatch.setenv("CPT_LOCAL", str(tmp_path / "local"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # else `datasets` reads no URL at all
-    stores.folder_copy.cache_clear()
+    stores._copied.cache_clear()
     yield f"memory://{tmp_path.name}"
     Memory.store.clear()
 
@@ -68,6 +69,8 @@ def test_credentials_are_not_shown(url, monkeypatch):
 def test_a_store_whose_package_is_missing(url):
     with pytest.raises(UserError, match=r"pip install 'cpt-kernels\[gs\]'"):
         stores.list_files("gs://bucket/x")
+    with pytest.raises(UserError, match=r"gs://b/x.jsonl .*pip install 'cpt-kernels\[gs\]'"):
+        load_data("gs://b/x.jsonl")
     with pytest.raises(UserError, match="nothing://x"):
         stores.list_files("nothing://x/y")
 
@@ -112,12 +115,15 @@ def test_a_model_keeps_its_url_as_its_name(url, tmp_path):
     copy = stores.folder_copy(f"{url}/model")
     assert copy.name == "model" and not (copy / "checkpoint-3").exists()
     # It is downloaded again when it has changed, and only then.
-    stores.folder_copy.cache_clear()
+    stores._copied.cache_clear()
     assert stores.folder_copy(f"{url}/model") == copy
     stores.write_bytes(f"{url}/model/new.txt", b"x")
     assert stores.folder_copy(f"{url}/model") == copy, "a process sees one version"
-    stores.folder_copy.cache_clear()
-    assert stores.folder_copy(f"{url}/model") != copy
+    stores._copied.cache_clear()
+    copy = stores.folder_copy(f"{url}/model")
+    assert (copy / "new.txt").exists()
+    shutil.rmtree(stores.local_root() / ".copies")
+    assert stores.folder_copy(f"{url}/model") == copy and (copy / "new.txt").exists(), "downloaded again"
     with pytest.raises(UserError, match="there is no such folder"):
         load_pretrained(f"{url}/nowhere")
 
