@@ -29,7 +29,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from ..config import ContrastiveConfig
 from ..errors import UserError
-from .conditions import whole_tensor
+from .conditions import is_sharded, whole_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -306,11 +306,17 @@ def prepare_for_adapter(model: nn.Module, config: Any) -> None:
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:
-    """Wraps a model for FSDP2 as accelerate does; without FSDP it does nothing. All processes must call it.
+    """Wraps a model for FSDP2 as accelerate does, or casts it for DeepSpeed. All processes must call it.
 
-    A sliced model keeps its slices: FSDP2 wraps it on the meta device, and then takes them over. ``loaded_dtype`` of a
-    parameter is its dtype before accelerate casts trained weights to fp32 for mixed precision.
+    DeepSpeed casts weights when it wraps a model, which would be after the reference has scored with them. A sliced
+    model keeps its slices: FSDP2 wraps it on the meta device, and then takes them over. ``loaded_dtype`` of a parameter
+    is its dtype before accelerate casts trained weights to fp32 for mixed precision.
     """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if accelerator.state.deepspeed_plugin is not None and dtype and not any(map(is_sharded, model.parameters())):
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:  # not the blocks of quantized weights
+                parameter.data = parameter.data.to(dtype)
     if not accelerator.is_fsdp2:
         return
     # Parameters on the meta device take the places of the slices.

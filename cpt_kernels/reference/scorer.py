@@ -147,10 +147,11 @@ class Reference:
         assert self.packed is not None
         model, accelerator = self.packed.model, self.accelerator
         self.compute_dtype = _compute_dtype(model, accelerator)
-        # FSDP2 casts weights and inputs, where autocast casts the operands of some operators: the numbers differ.
-        casts = accelerator.is_fsdp2 and accelerator.mixed_precision != "no"
+        # Engines cast weights and inputs, where autocast casts the operands of some operators: the numbers differ.
+        engine = "FSDP2" if accelerator.is_fsdp2 else "DeepSpeed" if accelerator.state.deepspeed_plugin else ""
+        casts = engine and accelerator.mixed_precision != "no"
         self._identity: dict[str, Any] = {
-            "compute_dtype": f"{self.compute_dtype}, cast by FSDP2" if casts else self.compute_dtype,
+            "compute_dtype": f"{self.compute_dtype}, cast by {engine}" if casts else self.compute_dtype,
             "attention": "shared_prompt",
             "adapters": not self.adapters_off,
         }

@@ -28,6 +28,7 @@ from ..data.stores import folder_copy, is_remote
 from ..errors import UserError
 from ..files import replace_folder
 from ..losses import Loss
+from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import reload_weights, save_adapter_names
 from ..reference.moving import MovingReference, StagedReference
@@ -47,6 +48,7 @@ from .failures import checkpoint_of_restart, launchers
 from .resume import Run, read_object, read_record, rows_to_expect, write_record
 from .run_folder import OutputStore, checkpoints_in, earlier_run, is_finished
 from .stages import check_stage, stage_starts
+from .universal import make_universal, mend_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +274,19 @@ class CheckpointLoop(Trainer):
             self.reference.load(checkpoint)
         if isinstance(self.reference, StagedReference):
             self._reopen_stage(checkpoint, steps)
+        if (plugin := self.accelerator.state.deepspeed_plugin) is not None:
+            options = plugin.deepspeed_config.setdefault("checkpoint", {})
+            options["load_universal"] = self._is_of_other_ranks(Path(checkpoint))
         return checkpoint
+
+    def _is_of_other_ranks(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint of ZeRO is of another number of processes; its universal form is then made."""
+        number = (read_record(checkpoint) or {}).get("processes", {}).get("number", self.args.world_size)
+        is_other = number != self.args.world_size and bool(zero_stage(self.accelerator.state))
+        with self._on_all_ranks(checkpoint):
+            if is_other and self.is_world_process_zero():
+                make_universal(checkpoint)
+        return is_other
 
     def _reopen_stage(self, checkpoint: str, steps: int) -> None:
         """Opens the reference log-probs of the stage in which a checkpoint lies."""
@@ -322,6 +336,11 @@ class CheckpointLoop(Trainer):
         else:
             reload_weights(self.packed.model, resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and zero_stage(self.accelerator.state) == 3 and self.model_wrapped.load_universal_checkpoint():
+            mend_optimizer(self.model_wrapped.optimizer.optimizer, Path(checkpoint))
+
     def _load_best_model(self) -> None:
         """Loads the weights of the best checkpoint as those of a checkpoint to resume from.
 
@@ -335,6 +354,8 @@ class CheckpointLoop(Trainer):
             log_on_main([f"the best checkpoint cannot be loaded: {fault}. The model of the last step is kept instead"])
             self.state.best_model_checkpoint = None
             return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped._config.load_universal_checkpoint = self._is_of_other_ranks(best)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:

@@ -1,4 +1,4 @@
-"""Runs one rank of test_engines.py: the trainer on models in folders, under FSDP2 or ZeRO-3, or alone."""
+"""Runs one rank of test_engines.py: the trainer on models in folders, under FSDP2 or ZeRO, or alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -18,20 +19,31 @@ from cpt_kernels.model.conditions import is_sharded
 from tests.helpers.toy import losses, make_trainer, preference_data
 from tests.training.test_trees import conversations
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "alone": {},
-    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
-    "zero3": {
+
+def zero(**options: Any) -> dict[str, Any]:
+    return {
         "deepspeed": {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": options,
         },
         "use_cpu": False,
         "accelerator_config": {"use_configured_state": True},
-    },
+    }
+
+
+# What ZeRO-3 keeps gathered, and in buffers, is a layer at most.
+SMALL = {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 0, "sub_group_size": 1_000_000}
+SMALL |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+ENGINES: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "zero2": zero(stage=2),
+    "zero3": zero(stage=3, stage3_param_persistence_threshold=0),
+    "zero3 small": zero(stage=3, stage3_param_persistence_threshold=0, **SMALL),
 }
 
 
@@ -92,6 +104,7 @@ def run(folder: Path, name: str, engine: str, options: dict[str, Any]) -> None:
         folder / name,
         CountedTrainer if meter else ContrastiveTrainer,
         train_dataset=data,
+        eval_dataset=data if options.get("load_best_model_at_end") else None,
         **{**ENGINES[engine], **options},
     )
     found = {"fingerprint": trainer.reference.cache.fingerprint, "padded": trainer.packed.padded}
@@ -115,7 +128,8 @@ def run_all(folder: Path, runs: list) -> None:
 
 
 def run_rank(folder: Path, runs: list) -> None:
-    if runs[0][1] == "zero3":
+    if runs[0][1].startswith("zero"):
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # DeepSpeed's CPUs are no use_cpu
         # Without a GPU accelerate would find no backend for DeepSpeed, and each process would be alone.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")

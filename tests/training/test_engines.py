@@ -1,4 +1,4 @@
-"""The trainer under FSDP2 and ZeRO-3 loads slices, scores through the engine, and takes the steps of one process."""
+"""The trainer under FSDP2 and ZeRO loads slices, scores through the engine, and takes the steps of one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,6 @@ CONFIGURED_OF_FOUR = {
 }
 OF_FSDP = ("fsdp_config", "parallelism_config")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-OF_ENGINE = {"fsdp2": {}, "zero3": {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}}
 
 
 def runs_of(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> list:
@@ -78,15 +77,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def compare(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> None:
-    if engine == "zero3" and not HAS_DEEPSPEED:
+def run_many(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> None:
+    is_zero = engine.startswith("zero")
+    if is_zero and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed: make test-zero")
-    run_all(folder, runs_of(folder, "alone", cases, 1))
+    environment = {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"} if is_zero else None
     # accelerate makes one Accelerator for DeepSpeed in a process.
-    parts = [{name: options} for name, options in cases.items()] if engine == "zero3" else [cases]
-    for part in parts:
+    for part in [{name: options} for name, options in cases.items()] if is_zero else [cases]:
         runs = runs_of(folder, engine, part, ranks)
-        run_ranks(folder, ranks, run_rank, folder, runs, environment=OF_ENGINE[engine], timeout=900)
+        run_ranks(folder, ranks, run_rank, folder, runs, environment=environment, timeout=1800)
+
+
+def compare(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> None:
+    run_many(folder, engine, cases, ranks)
+    run_all(folder, runs_of(folder, "alone", cases, 1))
     for name in cases:
         one, many = (json.loads((folder / f"{name} {each}.json").read_text()) for each in ("alone", engine))
         assert many["fingerprint"] == one["fingerprint"], name
@@ -101,21 +105,20 @@ def test_two_ranks_take_the_steps_and_find_the_reference_of_one(folder, engine):
     compare(folder, engine, QUICK, 2)
 
 
-def compare_configured(folder: Path, cases: dict[str, dict], ranks: int) -> None:
+def compare_configured(folder: Path, engine: str, cases: dict[str, dict], ranks: int) -> None:
+    run_many(folder, engine, cases, ranks)
     exact = {f"exact {name}": {**options, "bf16": False} for name, options in cases.items()}
     alone = [
-        [name, engine, {**options, "per_device_train_batch_size": options["per_device_train_batch_size"] * ranks}]
-        for name, engine, options in runs_of(folder, "alone", exact | cases, ranks)
+        [name, "alone", {**options, "per_device_train_batch_size": options["per_device_train_batch_size"] * ranks}]
+        for name, _, options in runs_of(folder, "alone", exact | cases, ranks)
     ]
     run_all(folder, alone)
-    run_ranks(folder, ranks, run_rank, folder, runs_of(folder, "fsdp2", cases, ranks), timeout=900)
     for name in cases:
-        texts = (
-            (folder / f"{each}.json").read_text() for each in (f"exact {name} alone", f"{name} alone", f"{name} fsdp2")
-        )
+        names = (f"exact {name} alone", f"{name} alone", f"{name} {engine}")
+        texts = ((folder / f"{each}.json").read_text() for each in names)
         exact, one, many = map(json.loads, texts)
-        assert many["sharded"] > 0 and not many["padded"], name
-        # FSDP2's mixed precision rounds other operands than autocast does.
+        assert (many["sharded"] > 0) == (engine != "zero2") and not many["padded"], name
+        # Engines' mixed precision rounds other operands than autocast does.
         assert (many["fingerprint"] == one["fingerprint"]) == ("bf16" not in name), name
         assert many["losses"][0] == pytest.approx(math.log(2), abs=1e-6)  # the reference is scored as the policy is
         eager, ours = (max(abs(a - b) for a, b in zip(each["losses"], exact["losses"])) for each in (one, many))
@@ -123,31 +126,36 @@ def compare_configured(folder: Path, cases: dict[str, dict], ranks: int) -> None
 
 
 def test_fsdp2_computes_in_bf16_and_offloads(folder):
-    compare_configured(folder, CONFIGURED, 2)
+    compare_configured(folder, "fsdp2", CONFIGURED, 2)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_zero_computes_in_bf16(folder, engine):
+    compare_configured(folder, engine, {name: CONFIGURED[name] for name in ("bf16", "bf16 adapter")}, 2)
 
 
 @pytest.mark.slow
 def test_replicas_of_shards(folder):
-    compare_configured(folder, CONFIGURED_OF_FOUR, 4)
+    compare_configured(folder, "fsdp2", CONFIGURED_OF_FOUR, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 3)])
-@pytest.mark.parametrize("engine", ["fsdp2", "alone"])
+@pytest.mark.parametrize("engine", ["fsdp2", "alone", "zero2", "zero3"])
 def test_a_run_goes_on_with_another_number_of_ranks(folder, engine, before, after):
-    """The engine "alone" is DDP where there are several ranks."""
+    """The engine "alone" is DDP where there are several ranks. Norms have no weight decay, so that there are groups."""
 
     def run_on(name: str, ranks: int, engine: str, **options) -> list[float]:
-        common = {"model": str(folder / "llama"), "lora": {"r": 2}, "learning_rate": 1e-2, "max_steps": 10, **options}
+        common = {"model": "llama", "learning_rate": 1e-2, "weight_decay": 0.5, **options}
         common |= {"per_device_train_batch_size": 12 // ranks, "save_strategy": "steps", "save_steps": 4}
-        run_ranks(folder, ranks, run_rank, folder, [[name, engine, common]], timeout=600)
-        return json.loads((folder / f"{name}.json").read_text())["losses"]
+        run_many(folder, engine, {name: common}, ranks)
+        return json.loads((folder / f"{name} {engine}.json").read_text())["losses"]
 
-    name = f"{engine} on {before} for {after}"
+    name = f"on {before} for {after}"
     whole = run_on("whole", 1, "alone")
     first = run_on(name, before, engine)
     assert len(whole) == 10 and first == pytest.approx(whole, abs=1e-4)
-    resumed = run_on(f"{name}, on", after, engine, resume=str(folder / name / "out/checkpoint-4"))
+    resumed = run_on(f"{name}, on", after, engine, resume=str(folder / f"{name} {engine}/out/checkpoint-4"))
     assert resumed == pytest.approx(whole, abs=1e-4)
 
 
@@ -170,9 +178,13 @@ def test_models_and_adapters_of_all_kinds_are_sharded(folder, name):
 
 
 @pytest.mark.slow
-def test_no_process_holds_the_model(tmp_path):
-    """FSDP2, a model of 1.5 GB on four processes: anonymous memory beside that of the imports."""
-    engine, ranks, layers = "fsdp2", 4, 52
+@pytest.mark.parametrize(("engine", "shards"), [("fsdp2", 4), ("zero3 small", 5)])
+def test_no_process_holds_the_model(tmp_path, engine, shards):
+    """A model of 1.5 GB on four processes: anonymous memory beside that of the imports.
+
+    DeepSpeed 0.19 keeps two copies of fp32 weights, because it compares a device with the name of one.
+    """
+    ranks, layers = 4, 52
     config = CONFIGS["llama"]()
     config.update(
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 8}
@@ -184,10 +196,9 @@ def test_no_process_holds_the_model(tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "model")
     del model
     cases = {"large": {"model": "model", "max_steps": 1, "measure": True}}
-    runs = runs_of(tmp_path, engine, cases, ranks)
-    run_ranks(tmp_path, ranks, run_rank, tmp_path, runs, environment=OF_ENGINE[engine], timeout=3600)
+    run_many(tmp_path, engine, cases, ranks)
     found = json.loads((tmp_path / f"large {engine}.json").read_text())
     print(engine, {name: round(found[name] / whole, 4) for name in ("loading", "step", "saved")})
     assert found["loading"] <= 0.35 * whole
     # Weights, gradients and both moments; a wrapped layer and its gradient; activations.
-    assert found["step"] <= 4 * whole / ranks + 2 * whole / layers + found["saved"]
+    assert found["step"] <= shards * whole / ranks + 2 * whole / layers + found["saved"]
