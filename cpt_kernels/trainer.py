@@ -203,7 +203,7 @@ class ContrastiveTrainer(PackedLoop):
         sharing = sharing_options(self.packed, args)
         cut = (args.max_length, args.truncation_mode)
         pads = dict(pad_token_id=self._tokenizer.pad_token_id or 0, padded=self.packed.padded)
-        pads |= dict(images=images, always_images=args.world_size > 1)
+        pads |= dict(images=self.packed.images, always_images=args.world_size > 1)
         packing = PackedCollator(*cut, share_limit=self.packed.share_limit, **pads, **sharing)
         data_collator = packed_collator(data_collator, packing)
         self.collator = getattr(data_collator, "packing", data_collator)

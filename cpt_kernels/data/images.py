@@ -11,7 +11,7 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
@@ -55,14 +55,13 @@ class ImageInputs(NamedTuple):
 
 
 class ImageRows(TypedDict):
-    """R rows of a padded batch that have equally many images, for a model whose own forward takes images by rows."""
+    """R rows of a padded batch that run together, for a model whose own forward takes images by rows."""
 
     rows: list[int]  # (R,) of the batch
     prompts: Tensor  # (R,) int64, the prompt of each row, of U different ones
     different: int  # U
-    inputs: dict[
-        str, Tensor
-    ]  # arguments of the model: (R, L, ...) for tokens, (U, ...) or (U * images, ...) for images
+    of_tokens: dict[str, Tensor]  # arguments of the model, (R, L, ...)
+    of_images: dict[str, Tensor]  # (U, ...) or (U * images, ...)
 
 
 class PlacedImages(TypedDict):
@@ -353,20 +352,21 @@ def place_images(
     no_images = PlacedImages(
         image_rows=[], images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={}
     )
-    if reader is not None and reader.by_rows:
-        pictures = dict(zip(different, _opened(reader, different, images)))
-        rows = _by_rows(reader, [tuple(key) for key, _ in trees], pictures, input_ids.shape[1])
-        if always and not different:
-            key, image = reader.blank_prompt
-            (blank,) = _by_rows(reader, [key], {ids_of(key[:WORDS])[0]: image}, len(key) - WORDS)
-            rows.append({**blank, "rows": [], "inputs": {**blank["inputs"], "input_ids": torch.tensor([key[WORDS:]])}})
-        return {**no_images, "image_rows": rows}
     types: dict[str, Tensor] = {}
     if reader is not None and (different or always or reader.marks_prompts):
         is_padded = len(input_ids) > 1  # then each tree is a row
         starts = [(row, 0) if is_padded else (0, start) for row, (_, (start, _)) in enumerate(trees)]
         ends = [start + len(split_key(key)[1]) for (_, start), (key, _) in zip(starts, trees)]
         types = reader.token_types(input_ids, [(*at, end) for at, end in zip(starts, ends)])
+    if reader is not None and reader.by_rows:
+        pictures = dict(zip(different, _opened(reader, different, images)))
+        rows = _by_rows(reader, [tuple(key) for key, _ in trees], pictures, input_ids.shape[1])
+        if always and not different:
+            key, image = reader.blank_prompt
+            (blank,) = _by_rows(reader, [key], {ids_of(key[:WORDS])[0]: image}, len(key) - WORDS)
+            blank["of_tokens"]["input_ids"] = torch.tensor([key[WORDS:]])
+            rows.append({**blank, "rows": []})
+        return {**no_images, "image_rows": rows, "token_types": types}
     if not different and (reader is None or not always):
         return {**no_images, "token_types": types}
     if reader is None:
@@ -404,25 +404,32 @@ def _opened(reader: ImageReader, different: Sequence[ImageId], images: Mapping[I
 def _by_rows(
     reader: ImageReader, keys: Sequence[tuple[int, ...]], pictures: Mapping[ImageId, Picture], length: int
 ) -> list[ImageRows]:
-    """Returns the rows of a batch of ``length`` tokens each, whose prompts have ``keys``, by the number of images.
+    """Returns the rows of a batch of ``length`` tokens each, whose prompts have ``keys``, as they run together.
 
-    Rows with fewer images than others of a forward would have images of padding, which a model may attend to. Tokens of
-    completions have what the processor derives for the last token of their prompt, as in transformers' generation.
+    Those are rows for which the processor makes inputs of the same shapes: others would have images of padding, which a
+    model may attend to. Tokens of completions have what holds for the last token of their prompt, as in transformers'
+    generation.
     """
-    groups: dict[int, list[int]] = {}
+    own: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
-        groups.setdefault(len(split_key(key)[0]), []).append(row)
+        if key not in own:
+            words, tokens = split_key(key)
+            own[key] = reader.row_inputs([tokens], [[pictures[image] for image in ids_of(words)]]) if words else {}
+        shapes = [(name, value.shape[2 * reader.row_names[name] :]) for name, value in own[key].items()]
+        groups.setdefault(tuple(shapes), []).append(row)
     found = []
-    for words, rows in groups.items():
-        different = list(dict.fromkeys(keys[row] for row in rows))
-        prompts, inputs = torch.tensor([different.index(keys[row]) for row in rows]), dict[str, Tensor]()
-        if words:
-            tokens, images = zip(
-                *((key[words:], [pictures[each] for each in ids_of(key[:words])]) for key in different)
-            )
-            inputs = reader.row_inputs(tokens, images)
-            ends = torch.tensor([len(each) - 1 for each in tokens])[prompts, None]
-            places = torch.arange(length).minimum(ends)  # (R, L)
-            inputs |= {name: inputs[name][prompts[:, None], places] for name in inputs if reader.row_names[name]}
-        found.append(ImageRows(rows=rows, prompts=prompts, different=len(different), inputs=inputs))
+    for rows in groups.values():
+        of, of_tokens, of_images = [keys[row] for row in rows], dict[str, Tensor](), dict[str, Tensor]()
+        different = list(dict.fromkeys(of))
+        for name in own[of[0]]:
+            if reader.row_names[name]:
+                values = [own[key][name][0] for key in of]
+                of_tokens[name] = torch.stack([v[torch.arange(length).clamp(max=len(v) - 1)] for v in values])
+            else:
+                of_images[name] = torch.cat([own[key][name] for key in different])
+        prompts = torch.tensor([different.index(key) for key in of])
+        found.append(
+            ImageRows(rows=rows, prompts=prompts, different=len(different), of_tokens=of_tokens, of_images=of_images)
+        )
     return found

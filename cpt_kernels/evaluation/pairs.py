@@ -244,7 +244,7 @@ class _Scorer:
             progress=not args.disable_tqdm,
         )
         sharing = sharing_options(packed, args, training=False)
-        how = {"share_limit": packed.share_limit, "padded": packed.padded, "images": images} | sharing
+        how = {"share_limit": packed.share_limit, "padded": packed.padded, "images": packed.images} | sharing
         collator = PackedCollator(*self.cut, **how)
         reference.fill(self.dataset, collator, args.max_tokens_per_batch, "held-out", name)
         return np.concatenate(list(self._sums(reference.cache)))

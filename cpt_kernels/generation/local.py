@@ -8,7 +8,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -226,9 +226,11 @@ class LocalModel:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         encoded = _encode_all(self.processor, requests, self.sampling, context, record, answered)
         # Prompts with images are batched apart, because the processor makes the model's inputs.
-        parts = [[i for i in encoded if bool(requests[i].prompt.images) == images] for images in (True, False)]
+        parts: dict[Hashable, list[int]] = {}
+        for index in encoded:
+            parts.setdefault(self._images_alike(requests[index].prompt), []).append(index)
         with _generating(self.model, self._generation_config()):
-            for batch in (b for part in parts for b in self._plan({i: encoded[i] for i in part}, answered)):
+            for batch in (b for part in parts.values() for b in self._plan({i: encoded[i] for i in part}, answered)):
                 seeds = [requests[index].seed(self.sampling) for index in batch]
                 prompts = [requests[index].prompt for index in batch]
                 inputs = self._inputs(prompts, [encoded[index] for index in batch])
@@ -236,6 +238,13 @@ class LocalModel:
                 record(
                     [(i, self._to_answer(requests[i].prompt, encoded[i], row)) for i, row in rows if i not in answered]
                 )
+
+    def _images_alike(self, prompt: Prompt) -> Hashable:
+        """Returns what is equal for prompts that may be in one batch: in some models images of padding count."""
+        has_tower = hasattr(self.model.config, "vision_config")
+        if not prompt.images or (has_tower and hasattr(self.model, "get_image_features")):
+            return bool(prompt.images)
+        return len(prompt.images) if has_tower else tuple(open_image(image).size for image in prompt.images)
 
     def _plan(self, encoded: Mapping[int, list[int]], answered: Container[int]) -> list[list[int]]:
         """Returns the batches of requests to run, longest prompts first.

@@ -370,7 +370,9 @@ def noise_per_sequence(
     @torch.compiler.disable  # its graph would be valid for the lengths of one batch only
     def noisy(ids: Tensor) -> Tensor:
         rows = forward(ids)  # (1, tokens, d), or (S, L, d) of padded rows
-        is_padded = len(rows) == len(segments)
+        is_padded = len(rows) == len(segments) and rows.shape[1] >= max(queries)
+        if not is_padded and group is None and rows.shape[:-1].numel() != sum(queries):
+            return rows  # of codes of images, which some models embed as text
         lengths = np.array(keys)[:, None] if is_padded else np.repeat(keys, queries)
         bound = torch.from_numpy(alpha / np.sqrt(lengths * rows.shape[-1]))[..., None]
         if group is not None:

@@ -70,7 +70,11 @@ def image_probe(model: PreTrainedModel, reader: ImageReader) -> Probe:
 
 
 def own_inputs(
-    reader: ImageReader, images: Mapping[ImageId, Any], sequences: Sequence[Tokens], rows: Tensor
+    model: PreTrainedModel,
+    reader: ImageReader,
+    images: Mapping[ImageId, Any],
+    sequences: Sequence[Tokens],
+    rows: Tensor,
 ) -> dict[str, Tensor]:
     """Returns the inputs of a model's own forward for the images in rows of tokens, as its processor makes them.
 
@@ -97,12 +101,17 @@ def own_inputs(
         inputs = {}
     if (pictures and not reader.by_rows) or reader.marks_prompts:
         inputs |= reader.token_types(rows, spans)
-    return {name: value.to(rows.device) for name, value in inputs.items()}
+    return {name: value.to(rows.device) for name, value in in_its_dtype(model, inputs).items()}
 
 
-def image_inputs(batch: PackedBatch, padded: bool) -> dict[str, Tensor]:
+def in_its_dtype(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns inputs with numbers of the dtype of a model's weights: not every vision tower converts pixels itself."""
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def image_inputs(model: PreTrainedModel, batch: PackedBatch, padded: bool) -> dict[str, Tensor]:
     """Returns the keyword arguments of a model's forward for the images of a batch."""
-    inputs = dict(batch["images"])
+    inputs = in_its_dtype(model, batch["images"])
     if padded:
         index = torch.tensor(batch["image_index"], dtype=torch.int64, device=batch["input_ids"].device)
         inputs |= {name: inputs[name][index] for name in _PER_PLACE if name in inputs} | batch["token_types"]
@@ -141,24 +150,29 @@ def run_forwards(
         given = {name: value[rows["rows"]] if isinstance(value, Tensor) else value for name, value in inputs.items()}
         lengths = [segments[row] for row in rows["rows"]] or [(1, 1)]
         called = last if rows is batch["image_rows"][-1] else model
-        with _at_rows(base, rows), noise_per_sequence(embeddings, lengths, group):
-            outputs.append(called(**(given | rows["inputs"])))
+        with _of_prompts(base, rows) as of_images, noise_per_sequence(embeddings, lengths, group):
+            outputs.append(called(**(given | rows["of_tokens"] | of_images)))
     return outputs
 
 
 @contextlib.contextmanager
-def _at_rows(model: PreTrainedModel, rows: ImageRows) -> Iterator[None]:
-    """Context in which what the vision tower returns for the images of different prompts is repeated for the rows."""
+def _of_prompts(model: PreTrainedModel, rows: ImageRows) -> Iterator[dict[str, Tensor]]:
+    """Context in which a model takes the images of U different prompts for R rows; yields its arguments for images.
 
-    def repeat(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        shape = (rows["different"], -1)
-        return tree_map_only(Tensor, lambda of: of.unflatten(0, shape)[rows["prompts"]].flatten(0, 1), output)
+    A vision tower that is a module of its own runs on the U prompts, and its result is repeated for the rows.
+    """
 
-    kind = type(getattr(model.config, "vision_config", None))
-    tower = next(module for module in model.modules() if type(getattr(module, "config", None)) is kind)
-    handle = tower.register_forward_hook(repeat)
+    def repeat(values: Tensor) -> Tensor:
+        return values.unflatten(0, (rows["different"], -1))[rows["prompts"]].flatten(0, 1)
+
+    of_images, kind = in_its_dtype(model, rows["of_images"]), type(getattr(model.config, "vision_config", None))
+    towers = [module for module in model.modules() if type(getattr(module, "config", None)) is kind]
+    if not towers or hasattr(_encoder(model), "get_image_features"):
+        yield {name: repeat(value) for name, value in of_images.items()}
+        return
+    handle = towers[0].register_forward_hook(lambda _module, _args, output: tree_map_only(Tensor, repeat, output))
     try:
-        yield
+        yield of_images
     finally:
         handle.remove()
 
@@ -218,7 +232,8 @@ def encode_images(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[
 @contextlib.contextmanager
 def shared_features(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
     """Context of a forward in which each different image of a batch is encoded once, for all its places."""
-    encoder, images, tokens, index = _encoder(model), batch["images"], batch["image_tokens"], batch["image_index"]
+    images = in_its_dtype(model, batch["images"])
+    encoder, tokens, index = _encoder(model), batch["image_tokens"], batch["image_index"]
     if not images:
         yield
         return

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, PackedCollator
@@ -70,7 +71,7 @@ from .images import (
     shared_features,
     whole_rows,
 )
-from .proof import Probe, Truth, find_truth, in_given_order, projected_gradients, run_parts
+from .proof import Probe, Truth, check_architecture, find_truth, in_given_order, projected_gradients, run_parts
 from .sequence_groups import OwnRows, whole_router_logits
 from .states import StateLayout, prepare_state_layers, unpackable_layers
 
@@ -78,7 +79,7 @@ logger = logging.getLogger(__name__)
 
 Packing = Literal["auto", "true", "false"]
 
-_BY_ROWS = "has no separate call that encodes images, so its forward takes the images of each row"
+_BY_ROWS = "takes the images of each row in its own forward, because no separate call encodes them exactly"
 
 
 class Scores(NamedTuple):
@@ -138,21 +139,22 @@ class PackedModel:
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
-        _check_architecture(base)
+        check_architecture(base)
         check_adapters(self.model)
         if self.attention_backend not in SEGMENTWISE:
             kernels_of(self.attention_backend)  # an unknown name raises here
         self.rotaries = length_dependent_rotaries(base)
         self.quantized = bitsandbytes_layers(base)
         self.invocations = invocations(self.model)
+        self.batch_norms = [module for module in base.modules() if isinstance(module, _BatchNorm)]
         self.share_limit = rope_length_limit(self.rotaries)
         self.options = head_options(base, self.head_memory_mb)
         self.state_layers = prepare_state_layers(base)
         self._check_group(base)
-        self.image_rows = self.images is not None and self.images.by_rows
-        if self.image_rows and self.packing == "true":
+        by_rows = self.images is not None and self.images.by_rows
+        if by_rows and self.packing == "true":
             raise UserError(f"{type(base).__name__} {_BY_ROWS}: set packing=auto")
-        unpackable = bool(unpackable_layers(base)) or self.image_rows
+        unpackable = by_rows or bool(unpackable_layers(base))
         self.padded = self.packing == "false" or (self.packing == "auto" and unpackable)
         self.trees = not self.padded
         # Ranks of a group run the proof together, which shows that the model can be cut. A rank with weights that has
@@ -199,14 +201,22 @@ class PackedModel:
             UserError: no rank has weights to run a proof with.
         """
         base = base_model(self.model)
-        own = (self.padded, self.options, self.bidirectional, self.trees)
+        own = (
+            self.padded,
+            self.options,
+            self.bidirectional,
+            self.trees,
+            self.images is not None and self.images.by_rows,
+        )
         found = gather_object([own if self.is_proven else None])
         proven = [each for each in found if each is not None]
         if not proven:
             raise UserError(
                 f"no process holds the weights of {type(base).__name__}: load them before the model is prepared"
             )
-        self.padded, self.options, self.bidirectional, _ = max(proven, key=lambda each: (each[0], each[1] is None))
+        worst = max(proven, key=lambda each: (each[0], each[4], each[1] is None))
+        self.padded, self.options, self.bidirectional, _, by_rows = worst
+        self.images = None if self.images is None else dataclasses.replace(self.images, by_rows=by_rows)
         self.trees = all(each[3] for each in proven)
         self._check_group(base)
         if not self.is_proven and not self.padded:
@@ -256,7 +266,7 @@ class PackedModel:
 
         def own(ids: Tensor, probe: Probe = probes[0]) -> Tensor:
             try:
-                more = {} if self.images is None else own_inputs(self.images, probe.images, probe.sequences, ids)
+                more = {} if self.images is None else own_inputs(base, self.images, probe.images, probe.sequences, ids)
                 return self.model(input_ids=ids, use_cache=False, **more).logits
             except Exception as error:  # whatever a model raises that needs more inputs
                 if isinstance(error, UserError) or is_of_machine(error):
@@ -277,13 +287,16 @@ class PackedModel:
 
         # Packed rows, padded rows, and padded rows with the model's own logits, as far as they are asked for.
         options = find_head_options(base, head_options(base, self.head_memory_mb), own, probes[0])
-        marks = self.images is not None and self.images.marks_blocks
-        blocks = [*([True] if marks else []), False] if self.packing != "false" and not self.image_rows else []
-        ways = [(False, options, both, trees) for both in blocks for trees in (True, False)]
-        if self.packing != "true" and self.group is None:
-            ways += [(True, options, False, False)] + [(True, None, False, False)] * (options is not None)
-        failures = [_BY_ROWS] if self.image_rows else []
-        for self.padded, self.options, self.bidirectional, self.trees in ways:
+        images, is_padded = self.images, self.packing != "true" and self.group is None
+        by_rows = images is not None and images.by_rows
+        marks = images is not None and images.marks_blocks
+        blocks = [*([True] if marks else []), False] if self.packing != "false" and not by_rows else []
+        ways = [(False, options, both, trees, images) for both in blocks for trees in (True, False)]
+        readers = [images] if images is None or by_rows else [images, dataclasses.replace(images, by_rows=True)]
+        heads = [options] + [None] * (options is not None)
+        ways += [(True, head, False, False, reader) for reader in readers for head in heads if is_padded]
+        failures = [_BY_ROWS] if by_rows else []
+        for self.padded, self.options, self.bidirectional, self.trees, self.images in ways:
             set_attention(base, runnable if self.padded else attention_over(runnable))
             tries = (self._try(base, *each, parameters) for each in zip(probes, routings, truths))
             failure = next(filter(None, tries), None)
@@ -332,8 +345,8 @@ class PackedModel:
             return f"{way} its layers of the kind {', '.join(sorted(kinds))} are not supported"
         if not self.padded and self.invocations:
             return f"{way} an aLoRA adapter would look for its invocation in the row, not in each sequence"
-        batch = self.probe_batch(probe)
         try:
+            batch = self.probe_batch(probe)
             with recorded_windows() as windows, torch.set_grad_enabled(bool(parameters)):
                 rows, cut = len(batch["input_ids"]), self.own_tokens(batch)
                 with routing.follow(*run_parts(batch), rows, cut):
@@ -397,6 +410,8 @@ class PackedModel:
             aux_loss: compute the load-balancing loss of a mixture of experts.
         """
         base = base_model(self.model)
+        for module in self.batch_norms:  # statistics of a micro-batch would depend on its other rows
+            module.eval()
         head, group = base.get_output_embeddings(), self.group
         scores: list[Scores] = []  # head_forward leaves its result here, because the model returns only logits
         parts: list[Tensor] = []  # hidden rows of each forward
@@ -419,7 +434,7 @@ class PackedModel:
         inputs: dict[str, Any] = {"input_ids": own(batch["input_ids"]), "use_cache": False}
         with contextlib.ExitStack() as stack:
             if aux_loss:
-                if self.image_rows:
+                if batch["image_rows"]:
                     raise UserError(f"{type(base).__name__} {_BY_ROWS}: set router_aux_loss_coef=0")
                 inputs["output_router_logits"] = True
                 stack.enter_context(whole_router_logits(base, group, batch["input_ids"].shape[1]))
@@ -432,7 +447,7 @@ class PackedModel:
                 inputs["attention_mask"] = batch["attention_mask"]
             if self.padded and self.invocations:
                 inputs["input_ids"] = self._without_invocations_in_pads(batch)
-            inputs |= image_inputs(batch, self.padded)
+            inputs |= image_inputs(base, batch, self.padded)
             stack.enter_context(shared_features(base, batch))
             segments = batch["segment_lengths"]
             if not self.padded:
@@ -580,18 +595,3 @@ def _aux_loss(outputs: Any, like: Tensor) -> Tensor | None:
     """
     value = getattr(outputs, "aux_loss", None)
     return None if value is None else torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
-
-
-def _check_architecture(model: PreTrainedModel) -> None:
-    """Raises UserError for a model that is refused without running it."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UserError(f"{name} is an encoder-decoder; only causal language models are supported")
-    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
-        raise UserError(f"{name} has no single matrix of token embeddings, so it does not run on rows of text")
-    if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise UserError(
-            f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map, but a packed row"
-            " runs on one device: leave device_map out, and for several GPUs start a process on each (accelerate"
-            " launch, torchrun)"
-        )

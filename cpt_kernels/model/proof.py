@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..data.collate import PackedBatch, Tokens
 from ..data.images import ImageId, split_key
@@ -75,6 +76,8 @@ def token_source(model: Any, without: Collection[int] = ()) -> Callable[[int], t
     size = _vocabulary(model)
     random = torch.Generator().manual_seed(0)
     low = min(5, size // 2)  # special tokens come first
+    # Chameleon gives codes of images no probability at all.
+    without = {*without, *getattr(getattr(model.base_model, "vocabulary_mapping", None), "image_tokens", ())}
 
     def draw(count: int) -> tuple[int, ...]:
         drawn: list[int] = []
@@ -266,3 +269,18 @@ def _logps(logits: Tensor, prompt: Sequence[int], completion: Sequence[int]) -> 
     rows = logits[len(prompt) - 1 : len(prompt) + len(completion) - 1]
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
     return rows.gather(-1, torch.tensor(completion, device=rows.device)[:, None])[:, 0]
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Raises UserError for a model that is refused without running it."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder; only causal language models are supported")
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
+        raise UserError(f"{name} has no single matrix of token embeddings, so it does not run on rows of text")
+    if len(places := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise UserError(
+            f"{name} is spread over devices ({', '.join(sorted(map(str, places)))}) by its device_map, but a packed row"
+            " runs on one device: leave device_map out, and for several GPUs start a process on each (accelerate"
+            " launch, torchrun)"
+        )

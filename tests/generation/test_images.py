@@ -16,7 +16,7 @@ from cpt_kernels import cli
 from cpt_kernels.data.image_files import open_image, pixel_digest
 from cpt_kernels.data.sources import load_data
 from cpt_kernels.generation.local import LocalModel, encode_prompt
-from cpt_kernels.generation.prompts import Prompt, Request, Sampling, read_prompts
+from cpt_kernels.generation.prompts import Answer, Prompt, Request, Sampling, read_prompts
 from tests.helpers.command import write_rows
 from tests.helpers.image_models import FAMILIES, picture, tiny_image_model, tiny_processor
 from tests.helpers.stub_endpoint import StubEndpoint, shorten_waits
@@ -121,6 +121,9 @@ def test_each_response_is_that_of_the_prompt_alone(home, kind):
     LocalModel(model, processor, Sampling(max_new_tokens=6, temperature=0, chat=True), 4).answer(requests, found.update)
     assert len(found) == 4
     for i, (prompt, _) in enumerate(requests):
+        if kind == "paligemma" and not prompt.images:
+            assert found[i].reason == "images"  # its processor refuses text alone
+            continue
         turns = (
             prompt.messages() if prompt.images else [{"role": "user", "content": [{"type": "text", "text": "w2 w3"}]}]
         )
@@ -132,7 +135,8 @@ def test_each_response_is_that_of_the_prompt_alone(home, kind):
         ids = out[0, inputs["input_ids"].shape[1] :].tolist()
         assert found[i].prompt_tokens == inputs["input_ids"].shape[1]
         assert found[i].text == processor.tokenizer.decode(ids, skip_special_tokens=True)
-    assert len({answer.text for answer in found.values()}) > 1, "images do not matter"
+    texts = {answer.text for answer in found.values() if isinstance(answer, Answer)}
+    assert len(texts) > 1, "images do not matter"
 
 
 def test_a_conversation_needs_a_chat_template():

@@ -16,6 +16,8 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -226,6 +228,35 @@ def _mllama_processor(tokenizer: Any) -> ProcessorMixin:
     return hf.MllamaProcessor(MllamaImageProcessorPil(size={"height": 28, "width": 28}), tokenizer)
 
 
+_VQ = dict(base_channels=32, num_res_blocks=1, latent_channels=4, embed_dim=4, attn_resolutions=None)
+_CODES = [f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z" for i in range(16)]
+_EMU3_CODES = [f"<|visual token {i:06}|>" for i in range(16)]
+_EMU3 = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>", "image_wrapper_token": "<wrap>"}
+_EMU3 |= {"eof_token": "<eof>", "eol_token": "<|extra_200|>"}
+
+
+def _chameleon(ids: dict[str, int]) -> Any:
+    text = {name: value for name, value in _TEXT.items() if name != "head_dim"}
+    vq = {**_VQ, "channel_multiplier": [1, 1, 1], "num_embeddings": 16, "resolution": 16}
+    return hf.ChameleonConfig(**text, vocab_size=len(ids), vq_config=vq, vocabulary_map=ids)
+
+
+def _chameleon_processor(tokenizer: Any) -> ProcessorMixin:
+    tokenizer.sep_token = "</s>"  # ends a turn
+    images = ChameleonImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return hf.ChameleonProcessor(images, tokenizer, image_seq_length=16)
+
+
+def _emu3(ids: dict[str, int]) -> Any:
+    text = {name: value for name, value in _TEXT.items() if name != "head_dim"}
+    vq = {**_VQ, "channel_multiplier": [1, 1, 1, 1], "codebook_size": 16, "hidden_size": 32, "attn_resolutions": [3]}
+    return hf.Emu3Config(text_config={**text, "vocab_size": len(ids)}, vq_config=vq, vocabulary_map=ids)
+
+
+def _emu3_processor(tokenizer: Any) -> ProcessorMixin:
+    return hf.Emu3Processor(Emu3ImageProcessor(min_pixels=16 * 16, max_pixels=32 * 32), tokenizer)
+
+
 def _paligemma(ids: dict[str, int]) -> Any:
     text = {**_TEXT, "vocab_size": len(ids) + 2000, "sliding_window": 6, "query_pre_attn_scalar": 8}
     text |= {"model_type": "gemma2", "layer_types": ["sliding_attention", "full_attention"]}
@@ -293,6 +324,15 @@ FAMILIES: dict[str, Family] = {
     "internvl": Family("InternVLForConditionalGeneration", _INTERNVL, _internvl, _internvl_processor),
     "paligemma": Family(  # PaliGemma 2, with sliding windows
         "PaliGemmaForConditionalGeneration", {"image_token": "<image>"}, _paligemma, _paligemma_processor
+    ),
+    "chameleon": Family(
+        "ChameleonForConditionalGeneration",
+        ["<image>", "<racm3:break>", "<eoss>", *_CODES],
+        _chameleon,
+        _chameleon_processor,
+    ),
+    "emu3": Family(
+        "Emu3ForConditionalGeneration", {**_EMU3, **{name: name for name in _EMU3_CODES}}, _emu3, _emu3_processor
     ),
     "mllama": Family("MllamaForConditionalGeneration", ["<|image|>"], _mllama, _mllama_processor),
     "mistral3": Family(
