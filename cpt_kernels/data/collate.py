@@ -7,6 +7,7 @@ longer than their prompt, and those of different prompts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import at_place
 from .curriculum import HARD, PLACE
 from .images import WORDS, ImageId, ImageReader, ImageRows, ids_of, images_of, place_images, split_key
 from .packing import Layout, Span, concatenate_masks, lay_out, pair_block_boundaries, scatter_rounds, starts_of
@@ -157,7 +159,9 @@ class PackedCollator:
             sequences += cut
             weights += row.get("weights") or [1.0] * len(row["chosen"])
         places = [row[PLACE] for row in rows if PLACE in row]
-        return self.pack(sequences, edges, gaps, places, images_of(rows), hard, weights=weights)
+        with_images = [str(row.get("row")) for row in rows if row.get("image_ids")]
+        with at_place(f"rows {', '.join(with_images)}") if with_images else contextlib.nullcontext():
+            return self.pack(sequences, edges, gaps, places, images_of(rows), hard, weights=weights)
 
     def pack(
         self,

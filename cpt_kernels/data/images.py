@@ -141,7 +141,7 @@ class ImageReader:
         image = self.blank_prompt[1]
         names: dict[str, list[Tensor]] = {}
         for text in (f"a {self.placeholder} b", f"{self.placeholder} a b c d e f g"):
-            own = self.processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
+            own = self._run(self.processor, [text], [[image]], return_tensors="pt")
             given = self.row_inputs(own["input_ids"].tolist(), [[image]])
             if not all(torch.equal(value, own[name]) for name, value in given.items()):
                 raise UserError(
@@ -199,32 +199,47 @@ class ImageReader:
         Raises:
             RowError: the processor refuses the text or an image.
         """
-        given: dict[str, Any] = {"images": [list(images)]} if images else {}
         try:
-            return list(self.processor(text=[text], **given, add_special_tokens=False)["input_ids"][0])
-        except ValueError as error:
-            raise RowError(MALFORMED, f"{type(self.processor).__name__} refuses it: {error}") from error
+            ids = list(self._run(self.processor, [text], [images])["input_ids"][0])
+        except UserError as error:
+            raise RowError(MALFORMED, str(error)) from error
+        if ids.count(self.feature_token) < len(images):
+            raise RowError(MALFORMED, f"{self._refuses(images)}: an image has no token")
+        return ids
+
+    def _run(self, processor: Any, text: list[str], images: Sequence[Sequence[Picture]], **options: Any) -> Any:
+        """Returns what a processor makes of texts with images."""
+        given = {"images": list(map(list, images))} if any(images) else {}
+        try:
+            return processor(text=text, **given, add_special_tokens=False, **options)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever it raises for an image that is too small or too thin
+            refuses = self._refuses([image for each in images for image in each])
+            raise UserError(f"{refuses}: {type(error).__name__}: {error}") from error
+
+    def _refuses(self, images: Sequence[Picture]) -> str:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        return f"{type(self.processor).__name__} refuses it" + (f" with images of {sizes} pixels" if images else "")
 
     def inputs(self, images: Sequence[Picture]) -> ImageInputs:
         """Returns the model's inputs for images, each processed as in a prompt of its own.
 
         Raises:
-            UserError: the processor marks the tokens of images in a way that is not known here.
+            UserError: the processor marks the tokens of images in a way that is not known here, or an image has none.
         """
-        output = self.processor(
-            text=[self.placeholder] * len(images),
-            images=[[image] for image in images],
-            add_special_tokens=False,
-            return_tensors="pt",
-            padding=True,
-        )
+        text, each = [self.placeholder] * len(images), [[image] for image in images]
+        output = self._run(self.processor, text, each, return_tensors="pt", padding=True)
         ids, types = output["input_ids"], tuple(name for name in TOKEN_TYPES if name in output)
         expected = torch.zeros_like(ids) if self.marks_prompts else self.mark(ids)
         if any(not torch.equal(output[name] == 1, expected == 1) for name in types):
             kind = type(self.processor).__name__
             raise UserError(f"{kind} returns {', '.join(types)} of a kind that is not supported: remove the images")
         inputs = {name: value for name, value in output.items() if name not in _OF_TEXT and isinstance(value, Tensor)}
-        return ImageInputs(inputs, (ids == self.feature_token).sum(1).tolist(), types)
+        tokens = (ids == self.feature_token).sum(1).tolist()
+        if 0 in tokens:
+            raise UserError(f"{self._refuses(images[tokens.index(0) :][:1])}: it has no token; remove its row")
+        return ImageInputs(inputs, tokens, types)
 
     def row_inputs(self, rows: Sequence[Sequence[int]], images: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
         """Returns the model's inputs beside token ids for rows of tokens, each with its images, as the processor does.
@@ -233,8 +248,7 @@ class ImageReader:
         """
         processor = copy.copy(self.processor)
         processor.tokenizer = _GivenTokens(processor.tokenizer, rows)
-        text = [self.placeholder * len(each) for each in images]
-        output = processor(text=text, images=list(map(list, images)), add_special_tokens=False, return_tensors="pt")
+        output = self._run(processor, [self.placeholder * len(each) for each in images], images, return_tensors="pt")
         return {name: value for name, value in output.items() if name not in _OF_TEXT and isinstance(value, Tensor)}
 
     def mark(self, ids: Tensor) -> Tensor:

@@ -92,6 +92,27 @@ def test_rows_that_cannot_be_used_are_counted() -> None:
     assert report.dropped[reason].rows == [1, 2, 4] and "2 parts" in report.dropped[reason].detail
 
 
+def test_images_that_a_processor_refuses_are_named() -> None:
+    """A row is dropped, unless only the micro-batch shows which of its images is too small."""
+    qwen = tiny_processor("qwen2_5_vl")
+    data = Dataset.from_list([row([IMAGE, text("w3")], [picture(*size)]) for size in ((40, 60), (300, 1))])
+    kept, report = prepare(data, qwen)
+    (dropped,) = report.dropped.values()
+    assert kept["row"] == [0] and dropped.rows == [1]
+    assert "Qwen2_5_VLProcessor refuses it with images of 1 x 300 pixels: ValueError: absolute aspect" in dropped.detail
+    pixtral = tiny_processor("mistral3")
+    pixtral.image_processor.patch_size = {"height": 7, "width": 7}  # of patches that are not merged
+    data = Dataset.from_list([row([IMAGE, IMAGE], [picture(40, 60), picture(*size)]) for size in ((50, 50), (1, 1))])
+    kept, report = prepare(data, pixtral)
+    assert not report.dropped  # the other image has tokens
+    with pytest.raises(
+        UserError, match="rows 0, 1: PixtralProcessor refuses it with images of 1 x 1 pixels: it"
+    ):
+        PackedCollator(images=ImageReader(pixtral))(kept.to_list())
+    kept, report = prepare(Dataset.from_list([data[0], row([IMAGE, text("w3")], [picture(1, 1)])]), pixtral)
+    assert kept["row"] == [0] and "of 1 x 1 pixels: an image has no token" in next(iter(report.dropped.values())).detail
+
+
 def as_file(image: Any) -> Any:
     if isinstance(image, dict):
         return image

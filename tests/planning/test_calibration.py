@@ -28,7 +28,7 @@ from cpt_kernels.planning.calibration import (
     trained_parameters,
 )
 from cpt_kernels.planning.counts import count_run
-from cpt_kernels.planning.sample import Sample
+from cpt_kernels.planning.sample import Sample, truncated
 from tests.helpers.architectures import STATES
 from tests.helpers.image_models import FAMILIES, image_rows, tiny_image_model, tiny_processor
 
@@ -301,3 +301,13 @@ def test_every_image_text_model_runs(tmp_path, kind, options):
     assert has_gradient == 2 * [False, True]  # forward and backward, to warm up and once
     assert found.layers["train"] == 2 and min(found.images.values()) > 0
     assert min(predict_seconds(trainer, counts, found).values()) > 0
+
+
+def test_a_sample_has_the_layers_of_text_not_those_of_a_vision_tower() -> None:
+    """The towers of these models are as deep as their decoders."""
+    for kind, name in (("qwen2_vl", "model.language_model.layers"), ("llava", "model.language_model.layers")):
+        model = tiny_image_model(kind)
+        copied, stack = truncated(model, 1)
+        assert copied.get_submodule(name) is stack and len(stack) == 1
+        assert sum(p.numel() for p in copied.model.parameters()) < sum(p.numel() for p in model.model.parameters())
+    assert truncated(tiny_image_model("mllama"), 1)[1] is None  # layers of two kinds
