@@ -138,8 +138,7 @@ class ImageReader:
         Raises:
             UserError: the processor derives some of them from other texts than the tokens' own.
         """
-        image = self.blank_prompt[1]
-        names: dict[str, list[Tensor]] = {}
+        image, names = self.blank_prompt[1], dict[str, list[Tensor]]()
         for text in (f"a {self.placeholder} b", f"{self.placeholder} a b c d e f g"):
             own = self._run(self.processor, [text], [[image]], return_tensors="pt")
             given = self.row_inputs(own["input_ids"].tolist(), [[image]])
@@ -151,6 +150,12 @@ class ImageReader:
             for name, value in given.items():
                 names.setdefault(name, []).append(value)
         return {name: one.shape != other.shape for name, (one, other) in names.items()}
+
+    def has_one_shape(self) -> bool:
+        """Whether the model's arguments by rows have the same shapes for images of all sizes."""
+        images = self.blank_prompt[1], self.blank_prompt[1].resize((300, 40))
+        one, other = (self.row_inputs([self.encode(self.placeholder, [each])], [[each]]) for each in images)
+        return all(one[name].shape == other[name].shape for name in one if not self.row_names[name])
 
     @cached_property
     def _salt(self) -> bytes:

@@ -95,11 +95,13 @@ def _encoding_flops(parameters: int, vision: Any, inputs: Mapping[str, Tensor]) 
 def layer_stack(base: nn.Module) -> nn.ModuleList | None:
     """Returns the list of a model's layers; None without a list of as many modules as its config has layers.
 
-    It is also None for layers that differ: those of a hybrid, and those that take keys from earlier layers.
+    It is also None for layers that differ: those of a hybrid or of several classes, and those that take keys from
+    earlier layers. A vision tower may be as deep as the decoder, and its layers are not meant.
     """
     config: Any = base.config.get_text_config()
     if state_layers(base) or getattr(config, "num_kv_shared_layers", 0):
         return None
-    decoder = base if getattr(base.config, "vision_config", None) is None else base.get_decoder()
+    decoder: Any = base.get_decoder() if hasattr(base.config, "vision_config") else base
     lists = (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
-    return next(lists, None)
+    stack = next(lists, None)
+    return None if stack is None or len({type(layer) for layer in stack}) > 1 else stack

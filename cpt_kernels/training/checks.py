@@ -222,11 +222,11 @@ def check_image_counts(packed: PackedModel, dataset: Dataset | IterableDataset, 
     if packed.images is None or not packed.images.by_rows or not any(map(is_sharded, packed.model.parameters())):
         return
     words = dataset["image_ids"] if "image_ids" in read_columns(dataset) and isinstance(dataset, Dataset) else [[]]
-    if len(counts := {len(each) for each in words}) > 1 or 0 in counts:
+    if len(counts := {len(each) for each in words}) > 1 or 0 in counts or not packed.images.has_one_shape():
         raise UserError(
             f"{type(base_model(packed.model)).__name__} takes images by rows, so under FSDP2 and ZeRO-3 all rows need"
-            f" equally many images, at least one, and no stream; the {name} data has rows with others: keep rows with"
-            " one number of images, or use DDP"
+            f" equally many images, at least one and of one shape, and no stream; the {name} data has others: use DDP,"
+            " or rows with one number of images"
         )
 
 
