@@ -151,12 +151,6 @@ class ImageReader:
                 names.setdefault(name, []).append(value)
         return {name: one.shape != other.shape for name, (one, other) in names.items()}
 
-    def has_one_shape(self) -> bool:
-        """Whether the model's arguments by rows have the same shapes for images of all sizes."""
-        images = self.blank_prompt[1], self.blank_prompt[1].resize((300, 40))
-        one, other = (self.row_inputs([self.encode(self.placeholder, [each])], [[each]]) for each in images)
-        return all(one[name].shape == other[name].shape for name in one if not self.row_names[name])
-
     @cached_property
     def _salt(self) -> bytes:
         """The configuration of the processor without what does not change pixels, as bytes."""
@@ -225,7 +219,7 @@ class ImageReader:
 
     def _refuses(self, images: Sequence[Picture]) -> str:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-        return f"{type(self.processor).__name__} refuses it" + (f" with images of {sizes} pixels" if images else "")
+        return f"{type(self.processor).__name__} refuses {f'images of {sizes} pixels' if images else 'it'}"
 
     def inputs(self, images: Sequence[Picture]) -> ImageInputs:
         """Returns the model's inputs for images, each processed as in a prompt of its own.
@@ -243,7 +237,7 @@ class ImageReader:
         inputs = {name: value for name, value in output.items() if name not in _OF_TEXT and isinstance(value, Tensor)}
         tokens = (ids == self.feature_token).sum(1).tolist()
         if 0 in tokens:
-            raise UserError(f"{self._refuses(images[tokens.index(0) :][:1])}: it has no token; remove its row")
+            raise UserError(f"{self._refuses(images[tokens.index(0) :][:1])}: it has no token; remove the row")
         return ImageInputs(inputs, tokens, types)
 
     def row_inputs(self, rows: Sequence[Sequence[int]], images: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
@@ -383,8 +377,9 @@ def place_images(
         if always and not different:
             key, image = reader.blank_prompt
             (blank,) = _by_rows(reader, [key], {ids_of(key[:WORDS])[0]: image}, len(key) - WORDS)
-            blank["of_tokens"]["input_ids"] = torch.tensor([key[WORDS:]])
-            rows.append({**blank, "rows": []})
+            ids = torch.tensor([key[WORDS:]])
+            of_tokens = {**blank["of_tokens"], "input_ids": ids, **reader.token_types(ids, [(0, 0, ids.shape[1])])}
+            rows.append({**blank, "rows": [], "of_tokens": of_tokens})
         return {**no_images, "image_rows": rows, "token_types": types}
     if not different and (reader is None or not always):
         return {**no_images, "token_types": types}

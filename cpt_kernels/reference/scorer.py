@@ -362,7 +362,8 @@ class Reference:
         Returns:
             (len(completion_ids),) log-probs of each.
         """
-        collator = replace(collator, reference=None, padded=self._model().padded)
+        model = self._model()
+        collator = replace(collator, reference=None, padded=model.padded, images=model.images)
         batch = send_to_device(collator.pack(sequences, [], [], [], images), self.accelerator.device)
         found = dict(zip(batch["order"], self._score(batch)))
         return [found[s] for s in range(len(sequences))]  # a batch without sequences holds one pad token

@@ -221,12 +221,15 @@ def check_image_counts(packed: PackedModel, dataset: Dataset | IterableDataset, 
     """Raises UserError if ranks that shard a model with images by rows would not run the same modules."""
     if packed.images is None or not packed.images.by_rows or not any(map(is_sharded, packed.model.parameters())):
         return
+    base = base_model(packed.model)
     words = dataset["image_ids"] if "image_ids" in read_columns(dataset) and isinstance(dataset, Dataset) else [[]]
-    if len(counts := {len(each) for each in words}) > 1 or 0 in counts or not packed.images.has_one_shape():
+    counts = {len(each) for each in words}
+    # A model that has the method is one whose inputs by rows differ with the sizes of images.
+    if len(counts) > 1 or 0 in counts or hasattr(base, "get_image_features"):
         raise UserError(
-            f"{type(base_model(packed.model)).__name__} takes images by rows, so under FSDP2 and ZeRO-3 all rows need"
-            f" equally many images, at least one and of one shape, and no stream; the {name} data has others: use DDP,"
-            " or rows with one number of images"
+            f"{type(base).__name__} takes images by rows, so under FSDP2 and ZeRO-3 all rows need equally many images,"
+            f" at least one and of one shape, and no stream; the {name} data has others: use DDP, or keep rows with one"
+            " number of images"
         )
 
 

@@ -99,13 +99,13 @@ def test_images_that_a_processor_refuses_are_named() -> None:
     kept, report = prepare(data, qwen)
     (dropped,) = report.dropped.values()
     assert kept["row"] == [0] and dropped.rows == [1]
-    assert "Qwen2_5_VLProcessor refuses it with images of 1 x 300 pixels: ValueError: absolute aspect" in dropped.detail
+    assert "Qwen2_5_VLProcessor refuses images of 1 x 300 pixels: ValueError: absolute aspect" in dropped.detail
     pixtral = tiny_processor("mistral3")
     pixtral.image_processor.patch_size = {"height": 7, "width": 7}  # of patches that are not merged
     data = Dataset.from_list([row([IMAGE, IMAGE], [picture(40, 60), picture(*size)]) for size in ((50, 50), (1, 1))])
     kept, report = prepare(data, pixtral)
     assert not report.dropped  # the other image has tokens
-    with pytest.raises(UserError, match="rows 0, 1: PixtralProcessor refuses it with images of 1 x 1 pixels: it"):
+    with pytest.raises(UserError, match="rows 0, 1: PixtralProcessor refuses images of 1 x 1 pixels: it"):
         PackedCollator(images=ImageReader(pixtral))(kept.to_list())
     kept, report = prepare(Dataset.from_list([data[0], row([IMAGE, text("w3")], [picture(1, 1)])]), pixtral)
     assert kept["row"] == [0] and "of 1 x 1 pixels: an image has no token" in next(iter(report.dropped.values())).detail
