@@ -87,8 +87,9 @@ class ImageReader:
     @cached_property
     def placeholder(self) -> str:
         """The text that the processor expands to the tokens of an image."""
-        text = getattr(self.processor, "image_token", None)
-        if not isinstance(text, str) or getattr(self.processor, "image_processor", None) is None:
+        names = ("image_token", "image_token_id", "image_processor")
+        text, *others = (getattr(self.processor, name, None) for name in names)
+        if not isinstance(text, str) or None in others:
             raise UserError(
                 f"{type(self.processor).__name__} does not say which text stands for an image (image_token), so its"
                 " images cannot be trained on: remove the images, or use a model of another family"
@@ -362,15 +363,13 @@ def place_images(
         if words:
             places.append((ids_of(words), tokens, [start, start + len(tokens), end]))
     different = list(dict.fromkeys(image for each, *_ in places for image in each))
-    no_images = PlacedImages(
-        image_rows=[], images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={}
-    )
     types: dict[str, Tensor] = {}
     if reader is not None and (different or always or reader.marks_prompts):
         is_padded = len(input_ids) > 1  # then each tree is a row
         starts = [(row, 0) if is_padded else (0, start) for row, (_, (start, _)) in enumerate(trees)]
         ends = [start + len(split_key(key)[1]) for (_, start), (key, _) in zip(starts, trees)]
         types = reader.token_types(input_ids, [(*at, end) for at, end in zip(starts, ends)])
+    none = dict(image_rows=[], images={}, image_tokens=[], image_index=[], image_prompts=[], token_types=types)
     if reader is not None and reader.by_rows:
         pictures = dict(zip(different, _opened(reader, different, images)))
         rows = _by_rows(reader, [tuple(key) for key, _ in trees], pictures, input_ids.shape[1])
@@ -380,9 +379,9 @@ def place_images(
             ids = torch.tensor([key[WORDS:]])
             of_tokens = {**blank["of_tokens"], "input_ids": ids, **reader.token_types(ids, [(0, 0, ids.shape[1])])}
             rows.append({**blank, "rows": [], "of_tokens": of_tokens})
-        return {**no_images, "image_rows": rows, "token_types": types}
+        return cast("PlacedImages", none | {"image_rows": rows})
     if not different and (reader is None or not always):
-        return {**no_images, "token_types": types}
+        return cast("PlacedImages", none)
     if reader is None:
         raise UserError("rows have images, and the collator has none to read them: give PackedCollator(images=...)")
     found = reader.inputs(_opened(reader, different, images)) if different else reader.blank

@@ -40,6 +40,7 @@ def image_reader(model: PreTrainedModel, processor: Any) -> ImageReader:
     """
     token = next((x for n in ("image_token_id", "image_token_index") if (x := getattr(model.config, n, None))), None)
     reader = ImageReader(processor, token, by_rows=not hasattr(_encoder(model), "get_image_features"))
+    assert reader.placeholder  # raises for a processor without one
     if reader.by_rows:
         names, taken = reader.row_names, inspect.signature(model.forward).parameters
         if unknown := sorted(name for name in names if name not in taken):

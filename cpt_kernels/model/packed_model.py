@@ -201,13 +201,8 @@ class PackedModel:
             UserError: no rank has weights to run a proof with.
         """
         base = base_model(self.model)
-        own = (
-            self.padded,
-            self.options,
-            self.bidirectional,
-            self.trees,
-            self.images is not None and self.images.by_rows,
-        )
+        by_rows = self.images is not None and self.images.by_rows
+        own = (self.padded, self.options, self.bidirectional, self.trees, by_rows)
         found = gather_object([own if self.is_proven else None])
         proven = [each for each in found if each is not None]
         if not proven:
