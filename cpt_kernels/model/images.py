@@ -226,7 +226,8 @@ def encode_images(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[
     """Returns the features of images, as one tensor or several, from the inputs that the processor makes of them."""
     forward = _encoder(model).get_image_features
     names = inspect.signature(forward).parameters
-    features = forward(**{name: value for name, value in inputs.items() if name in names}).pooler_output
+    given = {name: value for name, value in in_its_dtype(model, inputs).items() if name in names}
+    features = forward(**given).pooler_output
     return [features] if isinstance(features, Tensor) else [*features]
 
 

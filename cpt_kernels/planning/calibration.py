@@ -131,9 +131,12 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         budget: of the calibration in seconds. One row of each kind is timed, however long that takes.
 
     Raises:
-        NotTimedError: the memory of this machine does not suffice.
+        NotTimedError: the memory of this machine does not suffice, or images run by rows.
     """
     started, model = clock(), trainer.packed.model
+    images = trainer.packed.images
+    if images is not None and images.by_rows and counts.work.images:
+        raise NotTimedError("this model takes images by rows, which are not timed")
     shape = Shape.of(model, trainer.args)
     try:
         # The speed of this machine, from one and two layers and few rows.

@@ -73,7 +73,9 @@ class Sample:
             return self.collator(self.dataset.__getitems__(list(rows)))
         if tuple(rows) not in self._read:
             self.read(rows)
-        nothing = PlacedImages(images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={})
+        nothing = PlacedImages(
+            image_rows=[], images={}, image_tokens=[], image_index=[], image_prompts=[], token_types={}
+        )
         batch = self._read[tuple(rows)]
         return cast("PackedBatch", {**batch, **nothing, "token_types": batch["token_types"]})
 
