@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config import ContrastiveConfig
 from ..errors import UserError
@@ -138,7 +139,7 @@ def _compiled_call(layer: Any, compiled: Callable[[Callable], Callable]) -> Call
     call = compiled(layer._call_impl)
     inside = functools.cache(compiled)
     # transformers before 5.24 checkpoints the call, and so reaches this function inside.
-    is_inside = type(layer).__call__ is not nn.Module.__call__
+    is_inside = "__call__" in vars(GradientCheckpointingLayer)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(_DYNAMO_OPTIONS):

@@ -73,7 +73,7 @@ from .images import (
 )
 from .proof import Probe, Truth, check_architecture, find_truth, in_given_order, projected_gradients, run_parts
 from .sequence_groups import OwnRows, whole_router_logits
-from .states import StateLayout, prepare_state_layers, unpackable_layers
+from .states import StateLayout, prepare_state_layers, state_row, unpackable_layers
 
 logger = logging.getLogger(__name__)
 
@@ -456,6 +456,7 @@ class PackedModel:
                 inputs |= {"layout": layout, "attention_backend": self.attention_backend}
                 if self.state_layers:
                     inputs["state_layout"] = StateLayout(segments, batch["input_ids"].device)
+                    stack.enter_context(state_row(inputs["state_layout"]))
             outputs = run_forwards(base, self.model, wrapped, batch, inputs, group)
         if self.options is None:
             logits = whole_rows(batch, [each.logits for each in outputs])

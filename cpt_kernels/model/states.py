@@ -7,11 +7,12 @@ them run on the packed row as they are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.packing import scatter_rounds
-from ..errors import UserError
 from ..ops.gather import Rounds, gather_rows
 from .hooks import in_packed_forward
 
@@ -231,8 +232,9 @@ def _find_nodes(segment_lengths: Sequence[tuple[int, int]]) -> list[tuple[int, i
     return nodes
 
 
-# The layout of the packed row that the layer at hand runs on.
+# The layout of the packed row that the layer at hand runs on, and of the one that the model runs on.
 _layout: ContextVar[StateLayout | None] = ContextVar("state_layout", default=None)
+_row: ContextVar[StateLayout | None] = ContextVar("state_row", default=None)
 
 
 def state_layers(model: nn.Module) -> list[nn.Module]:
@@ -241,7 +243,7 @@ def state_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def prepare_state_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Makes a model's state-carrying layers run packed rows when they get a ``state_layout``, and returns them."""
+    """Makes a model's state-carrying layers run the packed row of :func:`state_row`, and returns them."""
     layers = state_layers(model)
     for layer in layers:
         module = sys.modules[inspect.unwrap(type(layer).forward).__module__]
@@ -249,10 +251,53 @@ def prepare_state_layers(model: PreTrainedModel) -> list[nn.Module]:
             function = getattr(module, name)
             if not hasattr(function, "outside_packed_rows"):
                 setattr(module, name, _wrapped(name, function))
-        if _enter not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_enter, with_kwargs=True)
-            layer.register_forward_hook(_leave, always_call=True)
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and state_layers(m)]
+    for kind in {type(block) for block in blocks}:
+        _hand_layout_on(kind)
+    inside = {id(layer) for block in blocks for layer in block.modules()}
+    for layer in layers:
+        if id(layer) not in inside and _before_layer not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+            layer.register_forward_hook(_behind_layer, always_call=True)
     return layers
+
+
+@contextlib.contextmanager
+def state_row(layout: StateLayout) -> Iterator[None]:
+    """Context of a model's forward on a packed row of this layout, which the model gets as ``state_layout``, too."""
+    token = _row.set(layout)
+    try:
+        yield
+    finally:
+        _row.reset(token)
+
+
+def _hand_layout_on(block: type[nn.Module]) -> None:
+    """Makes blocks of a class set the layout for the state-carrying layers in them, also when they are recomputed.
+
+    Mamba's model hands no keywords on to its blocks, and Jamba's blocks hand none on to these layers.
+    """
+    call, forward = block.__call__, block.forward
+    if hasattr(forward, "hands_layout_on"):
+        return
+
+    @functools.wraps(call)
+    def given_layout(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (layout := _row.get()) is not None:
+            kwargs["state_layout"] = layout  # activation checkpointing keeps the keywords of a block
+        return call(self, *args, **kwargs)
+
+    @functools.wraps(forward)
+    def handing_on(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = _enter(kwargs.pop("state_layout", None))
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _leave(before)
+
+    handing_on.hands_layout_on = True
+    block.__call__, block.forward = given_layout, handing_on
+    super(block, block).__init_subclass__()  # transformers' checkpointing wraps the forward
 
 
 def unpackable_layers(model: PreTrainedModel) -> set[str]:
@@ -287,16 +332,26 @@ def _functions_of(layer: type[nn.Module]) -> frozenset[str]:
 
 
 @torch.compiler.disable
-def _enter(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    layout = kwargs.get("state_layout")
-    if layout is None and in_packed_forward():
-        raise UserError(f"{type(layer).__name__} is not given the layout of the packed row")
+def _enter(layout: StateLayout | None) -> StateLayout | None:
+    """Sets the layout of the layers that follow, None to keep it, and returns the one before."""
+    before = _layout.get()
+    layout = before if layout is None else layout
+    assert layout is not None or not in_packed_forward()
     _layout.set(layout)
+    return before
 
 
 @torch.compiler.disable
-def _leave(layer: nn.Module, args: Any, output: Any) -> None:
-    _layout.set(None)
+def _leave(before: StateLayout | None) -> None:
+    _layout.set(before)
+
+
+def _before_layer(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    _enter(kwargs.get("state_layout"))
+
+
+def _behind_layer(layer: nn.Module, args: Any, output: Any) -> None:
+    _leave(None)
 
 
 def _wrapped(name: str, own: Callable) -> Callable:

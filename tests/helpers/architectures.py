@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import transformers as tf
-from packaging.version import parse
 from transformers import PretrainedConfig, PreTrainedModel
 
 VOCAB = 61
@@ -110,8 +109,6 @@ STATES: dict[str, Callable[[], PretrainedConfig]] = {
         head_dim=8,
     ),
 }
-if parse(tf.__version__) < parse("5.24"):
-    del STATES["lfm2"]  # its layers do not get the layout
 CONFIGS |= STATES
 # A gated delta net runs chunks of 64 tokens. Chunks of 4 let these sequences have several, as real ones have.
 _delta_rule = inspect.unwrap(tf.models.qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule)

@@ -16,6 +16,7 @@ from tests.helpers.exactness import FLOOR, LOSSES, assert_equal, make_rows, run_
 from tests.helpers.sweep import check_forward
 from tests.helpers.tiny_configs import tiny_causal_lm
 
+SILENT = ["jamba", "mamba", "falcon_mamba", "mamba2"]  # their models or blocks hand no keywords on
 # Prompt 0 1, completions 2 3 and 4; a sequence that shares nothing, 5 6 7.
 SEGMENTS = [(4, 4), (1, 3), (3, 3)]
 T = 8  # stands for zeros
@@ -83,7 +84,17 @@ def test_the_gradient_of_a_prompt_is_the_sum_over_its_completions():
 
 @pytest.mark.parametrize(
     "kind",
-    ["kimi_linear", "granitemoehybrid", "falcon_h1", "nemotron_h", "zamba2", "zamba", "qwen3_5_text", "lfm2_moe"],
+    [
+        "kimi_linear",
+        "granitemoehybrid",
+        "falcon_h1",
+        "nemotron_h",
+        "zamba2",
+        "zamba",
+        "qwen3_5_text",
+        *SILENT,
+        "lfm2_moe",
+    ],
 )
 def test_families_are_packed_and_exact(kind):
     """Six groups with 1 to 4 completions, a one-token prompt and one-token completions, in fp64."""
@@ -146,9 +157,55 @@ def test_a_recurrence_that_is_not_known_is_not_packed(monkeypatch, caplog):
     assert "layers of the kind linear_attention are not supported" in caplog.text
 
 
-def test_a_layer_that_drops_the_layout_runs_in_padded_rows(caplog):
-    assert PackedModel(tiny_causal_lm("mamba2").eval()).padded
-    assert "Mamba2Mixer is not given the layout of the packed row" in caplog.text
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "mamba2", "lfm2"])
+def test_a_recomputed_block_has_the_row_of_its_forward(kind, reentrant):
+    """Another packed row and a plain forward run between forward and backward."""
+    collator = PackedCollator()
+    prompt = (5, 6, 7)
+    batch = collator.pack([(prompt, (8, 9)), (prompt, (3,)), ((5,), (6, 4))], [], [], [])
+    other = collator.pack([((4, 8), (9,)), ((4, 8), (5, 6, 7))], [], [], [])
+    found = []
+    for recompute in (False, True):
+        model = tiny_causal_lm(kind)
+        packed = PackedModel(model, packing="true")
+        model.train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.get_input_embeddings().weight.requires_grad_(True)
+        logps = packed(batch).tokens.logps
+        with torch.no_grad():
+            packed(other)
+            model(batch["input_ids"], use_cache=False)
+        logps.sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+def _runs_on(layout, recurrence, own, args, kwargs):
+    """A recurrence over the packed row as if it were one sequence."""
+    return own(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", SILENT)
+@pytest.mark.parametrize(("function", "fault"), [("_recur", _runs_on), ("_convolve", _sees_neighbours)])
+def test_faults_are_seen_where_no_keywords_are_handed_on(kind, function, fault, monkeypatch, caplog):
+    rows = [(tuple(row["prompt_ids"]), tuple(c)) for row in make_rows("sft") for c in row["completion_ids"]]
+
+    def model() -> torch.nn.Module:
+        made = tiny_causal_lm(kind).eval()
+        for parameter in made.parameters():  # with small weights a state is small
+            parameter.data *= 4 if parameter.dim() > 1 else 1
+        return made
+
+    sound = PackedModel(model(), packing="true")
+    check_forward(sound, model(), rows)
+    monkeypatch.setattr(states, function, fault)
+    with pytest.raises(AssertionError, match="differ"):
+        check_forward(sound, model(), rows)
+    assert PackedModel(model()).padded
+    assert "in a packed row log-probs differ" in caplog.text
 
 
 # --- What a packed row costs, and what stays as it is ---
