@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import timedelta
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,11 @@ from ..model.loading import is_quantised, wrap_in_adapter
 from ..model.pretrained import ADAPTER_CONFIG, SavedAdapters, find_adapters, find_base, local_adapters
 from ..planning.budget import MOST, expected_memory, find_budget, free_memory, without_checkpointing
 from ..planning.calibration import NotTimedError, calibrate, predict_seconds, ratios
-from ..planning.counts import Counts, count_run
+from ..planning.counts import Counts, RowLengths, count_run
 from ..planning.engines import checkpoint_bytes, state_bytes
 from ..planning.memory import LiveBytes, ShapesOnly
 from ..planning.model_sizes import sizes_of
+from ..planning.work import Work
 from ..trainer import ContrastiveTrainer
 from ..training.token_budget import unpredictable
 from .console import print_results
@@ -70,6 +74,7 @@ def show_plan(options: Options, picture: Path | None = None, device_gib: float |
         found = without_checkpointing(trainer, free, has_weights=False)
         args.gradient_checkpointing = found is None or found[0] > found[1]
     counts = count_run(trainer.get_train_dataloader(), trainer.train_dataset, trainer.collator, args)
+    counts = replace(counts, reference=_whole_reference(trainer, counts))
     time = _time(trainer, counts)
     _round_frozen(trainer)
     data = {name: _row_counts(report) for name, report in trainer.reports.items()}
@@ -84,6 +89,14 @@ def show_plan(options: Options, picture: Path | None = None, device_gib: float |
     if picture is not None:
         draw_plan(plan, counts, args.max_tokens_per_batch, picture)
     return plan
+
+
+def _whole_reference(trainer: PlannedTrainer, counts: Counts) -> Work:
+    """Returns the work of the reference, also on evaluation sets; none for a loss without a reference."""
+    if not trainer.loss.needs_reference:
+        return Work(tokens=0, attended=0, head_rows=0, head_gemms=3)
+    lengths = [RowLengths(data, trainer.collator) for name, data in trainer.datasets.items() if name != "train"]
+    return reduce(add, (each.scored_work(range(len(each.pairs))) for each in lengths), counts.reference)
 
 
 def _round_frozen(trainer: PlannedTrainer) -> None:
@@ -236,7 +249,8 @@ def _plan_table(run: dict[str, Any]) -> Table:
     table.add_row("operations padded / ours", f"{run['operations of a padded run / ours']:.2f}")
     table.add_row("scored tokens", f"{work['head_rows']:,}")
     table.add_row("largest micro-batch", f"{run['largest']['tokens']:,} tokens")
-    table.add_row("reference pass, at most", f"{reference['tokens']:,} tokens, a forward each")
+    if reference["tokens"]:
+        table.add_row("reference pass, at most", f"{reference['tokens']:,} tokens, a forward each")
     return table
 
 

@@ -146,6 +146,10 @@ class RowLengths:
         layout = lay_out(segments, spans, ordered if any(mask is not None for mask in masks) else None)
         return packed_row(segments, len(layout.predictor_index))
 
+    def scored_work(self, rows: Sequence[int]) -> Work:
+        """Returns the work of the reference on rows, each of whose different completions it scores once."""
+        return replace(packed_groups(self.groups(rows)), **self.encoded(rows))
+
     def encoded(self, rows: Iterable[int]) -> dict[str, Any]:
         """Returns fields of the work of a micro-batch: its different images, each encoded once, and their tokens."""
         different = {image: tokens for row in rows for image, tokens in self.images[row].items()}
@@ -200,7 +204,7 @@ def _reference_work(rows: RowLengths, sampler: BatchSampler, args: Any, steps: i
         ends = [math.ceil(i * steps / curriculum.stages) for i in range(1, curriculum.stages + 1)]
         drawn = [sampler.count_draws(end, args.gradient_accumulation_steps) for end in ends]
         passes += [np.flatnonzero(after > before).tolist() for before, after in itertools.pairwise(drawn)]
-    return reduce(add, (replace(packed_groups(rows.groups(one)), **rows.encoded(one)) for one in passes))
+    return reduce(add, map(rows.scored_work, passes))
 
 
 def _peer_batches(

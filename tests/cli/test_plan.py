@@ -148,8 +148,13 @@ def test_a_picture_is_drawn_and_a_machine_that_is_too_small_is_named(home, tmp_p
 
 
 def test_the_reference_pass_scores_every_different_completion_once(home, tmp_path, monkeypatch):
-    plan = planned(home, tmp_path, {})
-    assert plan["run"]["reference"]["head_rows"] < plan["run"]["work"]["head_rows"] / 3  # of three epochs
+    monkeypatch.setattr(planned_module, "calibrate", no_calibration)
+    plan = planned(home, tmp_path, {})["run"]
+    assert plan["reference"]["head_rows"] < plan["work"]["head_rows"] / 3  # of three epochs
+    evaluates = {"eval_strategy": "epoch", "eval_dataset_name": str(home / "train.jsonl")}
+    evaluated = planned(home, tmp_path, evaluates)["run"]["reference"]
+    assert evaluated["tokens"] == 2 * plan["reference"]["tokens"]
+    assert planned(home, tmp_path, {"loss_type": "sft"} | evaluates)["run"]["reference"]["tokens"] == 0
 
 
 def test_the_reference_passes_of_all_stages_are_counted(home, tmp_path, monkeypatch):

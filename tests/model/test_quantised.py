@@ -14,7 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, T
 
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.cli import main
+from cpt_kernels.cli.options import ModelArguments
+from cpt_kernels.cli.planned import shapes_of
 from cpt_kernels.model.packed_model import PackedModel
+from cpt_kernels.planning.engines import state_bytes
 from cpt_kernels.reference.fingerprint import fingerprint
 from tests.helpers.architectures import tiny_model
 from tests.helpers.command import bpe_tokenizer, read_metrics, run, word_pairs, write_model, write_rows
@@ -48,6 +51,22 @@ def quantized(folder: Path, **kind):
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**kind)
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_counts_the_bytes_of_quantized_weights(folder, kind):
+    names = {"load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"}
+    names |= {"bnb_4bit_use_double_quant": "use_bnb_nested_quant"}
+    given = {names[name]: value for name, value in KINDS[kind].items() if name in names}
+    args = config(folder)
+    shapes = shapes_of(ModelArguments(model_name_or_path=str(folder), dtype="float32", **given), args)
+    model = quantized(folder, **KINDS[kind])
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            tensors += [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
+        tensors += [getattr(parameter, "SCB", None)] if getattr(parameter, "SCB", None) is not None else []
+    assert state_bytes(shapes, args)["weights"] == sum(tensor.nbytes for tensor in tensors)
 
 
 def lora(**changes) -> LoraConfig:
