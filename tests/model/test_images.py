@@ -125,6 +125,8 @@ def compare(kind: str, packing: str = "auto", **collate: Any) -> None:
         logps = packed(batch).tokens.logps
     # 4 different images are in 6 places; several images may be encoded in one call, if it is a separate one.
     assert len(encoded) == ENCODED.get(kind, 1) and len(batch["image_tokens"]) == (0 if reader.by_rows else 4)
+    if kind == "mllama":  # two prompts with one image and 5 completions, two with two images and 5 completions
+        assert [given["pixel_values"].shape[:2] for _, given in encoded] == [(2, 1), (2, 2)]
     torch.testing.assert_close(logps, expected, rtol=FLOOR, atol=FLOOR)
     for name, found in _gradients(model, logps).items():
         largest = gradients[name].abs().max()
@@ -178,7 +180,7 @@ def test_unshared_and_padded_rows_too(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava", "mllama"])
 def test_low_precision_by_the_one_rule(kind: str, dtype: torch.dtype) -> None:
     """Gradients are scaled by their own size and pooled, because their errors consist of a few shared roundings."""
     processor = tiny_processor(kind)
@@ -186,8 +188,8 @@ def test_low_precision_by_the_one_rule(kind: str, dtype: torch.dtype) -> None:
     exact, exact_gradients = run_alone(tiny_image_model(kind, dtype).double(), processor, rows)
     eager, eager_gradients = run_alone(model, processor, rows)
     packed = PackedModel(model, images=image_reader(model, processor))
-    assert not packed.padded
-    logps = packed(PackedCollator(images=packed.images)(rows)).tokens.logps
+    assert packed.padded == (kind == "mllama")
+    logps = packed(PackedCollator(padded=packed.padded, images=packed.images)(rows)).tokens.logps
     assert_close(logps.detach(), eager, exact, "log-probs", eps=torch.finfo(dtype).eps)
     sizes = {name: values.abs().max() for name, values in exact_gradients.items()}
     largest = max(sizes.values())  # the gradient of a key's bias is rounding alone
