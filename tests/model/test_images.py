@@ -274,6 +274,18 @@ def test_wrong_inputs_by_rows_are_noticed(fault: Any, monkeypatch) -> None:
         PackedModel(model, images=reader)
 
 
+@pytest.mark.parametrize("sequences", [[], [((3, 4), (5,)), ((3, 4), (6, 7))]], ids=["none", "text"])
+def test_a_rank_without_images_has_gradients_of_all_parameters(sequences: list) -> None:
+    model = tiny_image_model("mllama")
+    packed = PackedModel(model, images=image_reader(model, tiny_processor("mllama")))
+    batch = PackedCollator(padded=True, images=packed.images, always_images=True).pack(sequences, [], [], [])
+    logps = packed(batch).tokens.logps
+    if sequences:
+        own = model(input_ids=torch.tensor([[3, 4, 6, 7]])).logits[0, 1:3].log_softmax(-1)
+        torch.testing.assert_close(logps[1:], own[[0, 1], [6, 7]])
+    assert all(g is not None for g in torch.autograd.grad(logps.sum(), list(model.parameters())))
+
+
 def test_models_by_rows_say_what_they_cannot_do() -> None:
     model, processor = tiny_image_model("mllama"), tiny_processor("mllama")
     with pytest.raises(UserError, match=r"takes the images of each row in its own forward, .*: set packing=auto"):
