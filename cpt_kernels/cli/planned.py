@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import reduce
@@ -71,14 +73,15 @@ def show_plan(options: Options, picture: Path | None = None, device_gib: float |
     args.report_to, args.push_to_hub = [], False
     trainer = make_trainer(options, PlannedTrainer, policy=shapes_of, reference=lambda *_: None)
     if args.chooses_checkpointing and unpredictable(trainer) is None:
-        found = without_checkpointing(trainer, free, has_weights=False)
+        with _frozen_rounded(trainer):
+            found = without_checkpointing(trainer, free, has_weights=False)
         args.gradient_checkpointing = found is None or found[0] > found[1]
     counts = count_run(trainer.get_train_dataloader(), trainer.train_dataset, trainer.collator, args)
     counts = replace(counts, reference=_whole_reference(trainer, counts))
     time = _time(trainer, counts)
-    _round_frozen(trainer)
     data = {name: _row_counts(report) for name, report in trainer.reports.items()}
-    plan = {"data": data, "run": _run(trainer, counts, free), "time": time}
+    with _frozen_rounded(trainer):
+        plan = {"data": data, "run": _run(trainer, counts, free), "time": time}
     plan["run"]["memory"]["device"] = args.device.type if device_gib is None else None
     row = trainer.train_dataset[counts.largest_rows[0]]
     drops = [line for report in trainer.reports.values() for line in report.summary()]
@@ -99,19 +102,25 @@ def _whole_reference(trainer: PlannedTrainer, counts: Counts) -> Work:
     return reduce(add, (each.scored_work(range(len(each.pairs))) for each in lengths), counts.reference)
 
 
-def _round_frozen(trainer: PlannedTrainer) -> None:
-    """Gives frozen weights the dtype in which training holds them, see :mod:`.model.frozen`."""
+@contextmanager
+def _frozen_rounded(trainer: PlannedTrainer) -> Iterator[None]:
+    """Context in which frozen weights have the dtype in which training holds them, see :mod:`.model.frozen`."""
     args, model = trainer.args, trainer.packed.model
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    if dtype is None or args.planned.engine != "DDP" or all(p.requires_grad for p in model.parameters()):
-        return
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        shapes = ShapesOnly(trainer.packed, LiveBytes(args.device), None)
-    layers = rounded_layers(shapes, dtype)
-    for name, layer in shapes.model.named_modules():
-        if layer in layers:
-            weight = model.get_submodule(name).weight
-            weight.data = weight.data.to(dtype)
+    held = {}
+    if dtype is not None and args.planned.engine == "DDP" and not all(p.requires_grad for p in model.parameters()):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            shapes = ShapesOnly(trainer.packed, LiveBytes(args.device), None)
+        layers = rounded_layers(shapes, dtype)
+        names = [name for name, layer in shapes.model.named_modules() if layer in layers]
+        held = {weight: weight.data for weight in (model.get_submodule(name).weight for name in names)}
+    for weight in held:
+        weight.data = weight.data.to(dtype)
+    try:
+        yield
+    finally:
+        for weight, data in held.items():
+            weight.data = data
 
 
 def shapes_of(model: ModelArguments, args: ContrastiveConfig) -> nn.Module:
