@@ -131,7 +131,7 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
         budget: of the calibration in seconds. One row of each kind is timed, however long that takes.
 
     Raises:
-        NotTimedError: the memory of this machine does not suffice, or images run by rows.
+        NotTimedError: the memory of this machine does not suffice, images run by rows, or logits are needed whole.
     """
     started, model = clock(), trainer.packed.model
     images = trainer.packed.images
@@ -150,6 +150,8 @@ def calibrate(trainer: Any, counts: Counts, *, clock: Clock = time.perf_counter,
                 f" {free / 2**30:.1f} GiB can be used on {trainer.args.device}"
             )
         sample = Sample(trainer, few[-1])
+        if sample.needs_logits():
+            raise NotTimedError("this model's forward reads columns of its logits, which are not timed")
         for _ in range(2):
             for tasks in pilots.values():
                 _time_round(sample, tasks, clock)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.collate import PackedBatch
 from ..data.images import IMAGES, PlacedImages
-from ..model.hooks import attention_over, length_dependent_rotaries, set_attention
+from ..model.hooks import attention_over, length_dependent_rotaries, replaced_forward, set_attention
 from ..model.images import encode_images
 from ..model.packed_model import base_model
 from .memory import set_checkpointing
@@ -54,6 +54,17 @@ class Sample:
         self.optimizer = self.trainer.create_optimizer(self.model)
         self.collator = replace(trainer.collator, reference=_no_information if trainer.loss.needs_reference else None)
         self._read: dict[tuple[int, ...], PackedBatch] = {}  # batches with images, by rows
+
+    def needs_logits(self) -> bool:
+        """Whether the model's forward reads columns of its logits, which are never whole here, as Chameleon's does."""
+        base, token = base_model(self.model), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        head = base.get_output_embeddings()
+        try:
+            with torch.no_grad(), self._as_reference(), replaced_forward(head, lambda *_, **__: torch.zeros(1, 1, 1)):
+                base(input_ids=token, use_cache=False)
+        except IndexError:
+            return True
+        return False
 
     def read(self, rows: Sequence[int]) -> None:
         """Collates a packed micro-batch: decodes and preprocesses its images."""

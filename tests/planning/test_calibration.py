@@ -309,3 +309,9 @@ def test_images_by_rows_are_not_timed(tmp_path):
     assert truncated(trainer.packed.model, 1)[1] is None, "its layers are of two kinds"
     with pytest.raises(NotTimedError, match="this model takes images by rows, which are not timed"):
         calibrate(trainer, counts_of(trainer))
+
+
+def test_a_model_that_reads_its_logits_is_not_timed(tmp_path):
+    trainer = planned_with_images(tmp_path, "chameleon")
+    with pytest.raises(NotTimedError, match="reads columns of its logits"):
+        calibrate(trainer, counts_of(trainer))
