@@ -87,9 +87,9 @@ class ImageReader:
     @cached_property
     def placeholder(self) -> str:
         """The text that the processor expands to the tokens of an image."""
-        names = ("image_token", "image_token_id", "image_processor")
-        text, *others = (getattr(self.processor, name, None) for name in names)
-        if not isinstance(text, str) or None in others:
+        text, images = (getattr(self.processor, name, None) for name in ("image_token", "image_processor"))
+        # Kosmos 2.5 spells the tokens of an image as its bos token, and puts them before the text itself.
+        if not isinstance(text, str) or images is None or text == self.processor.tokenizer.bos_token:
             raise UserError(
                 f"{type(self.processor).__name__} does not say which text stands for an image (image_token), so its"
                 " images cannot be trained on: remove the images, or use a model of another family"
@@ -99,12 +99,13 @@ class ImageReader:
     @cached_property
     def token_ids(self) -> list[int]:
         """The tokens that occur only in images."""
-        return [token for token in self.processor.image_token_ids if token is not None]
+        return [token for token in self.processor.image_token_ids if token is not None] or [self.feature_token]
 
     @property
     def feature_token(self) -> int:
         """The token in whose places the model puts an image's features."""
-        return cast("Any", self.processor).image_token_id if self.token_id is None else self.token_id
+        own = getattr(self.processor, "image_token_id", None) if self.token_id is None else self.token_id
+        return self.processor.tokenizer.convert_tokens_to_ids(self.placeholder) if own is None else own
 
     @property
     def marks_blocks(self) -> bool:

@@ -17,10 +17,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
@@ -340,10 +343,91 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# --- Families of text, vision and processor as those above, for the exactness of packed rows alone ---
+
+
+def _siglip(patch: int) -> Any:
+    return hf.SiglipVisionConfig(**_VISION, patch_size=patch, vision_use_head=False)
+
+
+def _vipllava(ids: dict[str, int]) -> Any:
+    vision = hf.CLIPVisionConfig(**_VISION, patch_size=14, projection_dim=16)
+    text = hf.LlamaConfig(**_TEXT, vocab_size=len(ids))
+    return hf.VipLlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=ids["<image>"], vision_feature_layers=[-1, -2]
+    )
+
+
+def _idefics2(ids: dict[str, int]) -> Any:
+    perceiver = dict(resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=8)
+    return hf.Idefics2Config(
+        text_config=hf.MistralConfig(**_TEXT, vocab_size=len(ids)),
+        vision_config={**_VISION, "patch_size": 7},
+        perceiver_config={**perceiver, "num_key_value_heads": 1, "hidden_size": 32},
+        image_token_id=ids["<image>"],
+    )
+
+
+def _idefics2_processor(tokenizer: Any) -> ProcessorMixin:
+    images = Idefics2ImageProcessorPil(size={"shortest_edge": 28, "longest_edge": 28}, do_image_splitting=False)
+    return hf.Idefics2Processor(images, tokenizer, image_seq_len=4)
+
+
+def _aya(ids: dict[str, int]) -> Any:
+    text = hf.Cohere2Config(**_TEXT, vocab_size=len(ids))
+    return hf.AyaVisionConfig(
+        vision_config=_siglip(7), text_config=text, image_token_index=ids["<|IMG_PATCH|>"], downsample_factor=2
+    )
+
+
+def _aya_processor(tokenizer: Any) -> ProcessorMixin:
+    size = {"height": 28, "width": 28}
+    images = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    return hf.AyaVisionProcessor(images, tokenizer, patch_size=7, img_size=28, downsample_factor=2)
+
+
+def _deepseek_vl(ids: dict[str, int]) -> Any:
+    text = hf.LlamaConfig(**_TEXT, vocab_size=len(ids))
+    return hf.DeepseekVLConfig(text_config=text, vision_config=_siglip(14), image_token_id=ids["<image>"])
+
+
+def _janus(ids: dict[str, int]) -> Any:
+    vision = {**_VISION, "patch_size": 14, "mlp_ratio": 2.0, "projection_dim": 32, "depth": 2, "num_image_tokens": 4}
+    vision.pop("intermediate_size")
+    vq = dict(base_channels=32, num_res_blocks=1, latent_channels=32, embed_dim=4, num_embeddings=16, num_patches=4)
+    vq |= {"channel_multiplier": [1, 1], "projection_dim": 32, "image_token_embed_dim": 32}
+    text = hf.LlamaConfig(**_TEXT, vocab_size=len(ids))
+    return hf.JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=ids["<image>"])
+
+
+_IMAGE = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+_AYA = ["<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE", "TILE_GLOBAL", "<image>"]
+_AYA += [f"TILE_{i}" for i in range(1, 9)]
+_JANUS_SIZE = {"size": {"height": 28, "width": 28}, "min_size": 14}
+MORE: dict[str, Family] = {
+    "vipllava": Family("VipLlavaForConditionalGeneration", ["<image>"], _vipllava, _llava_processor),
+    "idefics2": Family("Idefics2ForConditionalGeneration", _IDEFICS[:2], _idefics2, _idefics2_processor),
+    "aya_vision": Family("AyaVisionForConditionalGeneration", _AYA, _aya, _aya_processor),
+    "deepseek_vl": Family(
+        "DeepseekVLForConditionalGeneration",
+        _IMAGE,
+        _deepseek_vl,
+        lambda tokenizer: hf.DeepseekVLProcessor(
+            DeepseekVLImageProcessorPil(**_JANUS_SIZE), tokenizer, num_image_tokens=4
+        ),
+    ),
+    "janus": Family(
+        "JanusForConditionalGeneration",
+        _IMAGE,
+        _janus,
+        lambda tokenizer: hf.JanusProcessor(JanusImageProcessorPil(**_JANUS_SIZE), tokenizer, num_image_tokens=4),
+    ),
+}
+
 
 def tiny_processor(kind: str) -> ProcessorMixin:
     """Returns a processor of a family, with a word-level tokenizer and a chat template."""
-    family = FAMILIES[kind]
+    family = (FAMILIES | MORE)[kind]
     tokenizer = _tokenizer(family.tokens)
     processor = family.processor(tokenizer)
     spelled = f"<|vision_start|> {processor.image_token} <|vision_end|>" if "qwen" in kind else processor.image_token
@@ -354,7 +438,7 @@ def tiny_processor(kind: str) -> ProcessorMixin:
 
 def tiny_image_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """Returns a random model of a family, in eval mode."""
-    family = FAMILIES[kind]
+    family = (FAMILIES | MORE)[kind]
     torch.manual_seed(seed)
     ids = _tokenizer(family.tokens).get_vocab()
     model = getattr(hf, family.model)(family.config(ids))

@@ -20,7 +20,7 @@ from cpt_kernels.model import images as model_images
 from cpt_kernels.model import packed_model
 from cpt_kernels.model.images import image_reader
 from cpt_kernels.model.packed_model import PackedModel
-from tests.helpers.image_models import FAMILIES, WORDS, picture, tiny_image_model, tiny_processor
+from tests.helpers.image_models import FAMILIES, MORE, WORDS, picture, tiny_image_model, tiny_processor
 from tests.numerics import assert_close
 
 FLOOR = 2e-6  # transformers keeps RMSNorm, RoPE and softmax in fp32
@@ -148,7 +148,7 @@ def calls(model: nn.Module) -> Iterator[list]:
     handle.remove()
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, *MORE])
 def test_rows_equal_each_completion_alone(kind: str) -> None:
     compare(kind)
 
