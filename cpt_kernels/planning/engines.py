@@ -113,7 +113,7 @@ def checkpoint_bytes(model: nn.Module, args: Any) -> dict[str, int | None]:
     own, is_adapted = trained_width(model, args), hasattr(model, "peft_config")
     named = model.named_parameters(remove_duplicate=args.planned.engine != "FSDP2")
     saved = [p for _, p in named if p.requires_grad or not is_adapted]
-    whole = state_bytes(model, args, replace(args.planned, count=1, replicas=1, offloads_optimizer=False))
+    whole = state_bytes(model, args, replace(args.planned, count=1, group=1, replicas=1, offloads_optimizer=False))
     optimizer = 0 if args.save_only_model else whole["optimizer"]
     return {"weights": sum(p.numel() * (own or p.element_size()) for p in saved), "optimizer": optimizer}
 

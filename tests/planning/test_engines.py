@@ -154,3 +154,15 @@ def test_bytes_are_those_of_the_shards_and_tokens_those_of_the_ranks(home, runs)
         assert plan["idle"] == pytest.approx(float(1 - tokens.double().mean() / tokens.double().amax(0).mean()))
         if "save_steps" in runs[name]:
             assert stored(home / f"out {name}" / "checkpoint-2") == plan["checkpoint"], name
+
+
+def test_a_sequence_group_shares_the_activations_of_a_micro_batch(home):
+    alone, group = (planned(home, "full", "--num_processes", "4", "--sp_size", size) for size in ("1", "2"))
+    assert group["bytes"] == alone["bytes"] and group["checkpoint"] == alone["checkpoint"]
+    assert (
+        group["largest"] == alone["largest"] and group["pairs"] == 2 * 2 * 2 * 3
+    )  # groups, steps, micro-batches, rows
+    way = "with checkpointing"
+    whole, part = (run["memory"][way] for run in (alone, group))
+    assert part["activations"] == whole["activations"] // 2
+    assert whole["peak"] - part["peak"] == whole["activations"] - part["activations"]
