@@ -253,5 +253,5 @@ def _fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     copied = copy.deepcopy(model, memo)
     if stack is not None:
-        del layer_stack(base_model(copied))[: len(dropped)]
+        del memo[id(stack)][: len(dropped)]  # of the copy
     return copied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_a_step_allocates_what_is_predicted(tmp_path, peft, checkpointing, optio
             del scores, moved
     assert found.peak == pytest.approx(live.peak, rel=0.02)
     assert 0 < found.activations < found.peak and 0 < found.head < found.peak
+
+
+@pytest.mark.parametrize(("peft", "accumulates"), [(False, False), (True, True)])
+def test_a_deep_model_is_measured_by_a_few_of_its_layers(tmp_path, peft, accumulates):
+    args = ContrastiveConfig(tmp_path, use_cpu=True, report_to=[], bf16=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": 18}))
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear")) if peft else model
+    run = SimpleNamespace(
+        packed=PackedModel(model, 0.5), collator=PackedCollator(), args=args, loss=build_loss("sigmoid")
+    )
+    run.train_dataset = Dataset.from_list(rows(8))
+    how = {"checkpointing": True, "accumulates": accumulates}
+    whole = measure_step(run.packed, run.collator(rows(8)), args, run.loss, **how)
+    found = budget.measure_rows(run, range(8), **how)
+    assert replace(found, peak=0) == replace(whole, peak=0)
+    assert whole.peak <= found.peak <= 1.05 * whole.peak
 
 
 def test_gradients_of_an_earlier_micro_batch_are_no_activations(tmp_path):
