@@ -99,9 +99,7 @@ class PackedBatch(Predictions):
     num_sequence_tokens: int  # prompt and completion tokens, once per side of every pair
     places: list[float]  # of the rows in a curriculum, see curriculum.Curriculum.places; empty without a curriculum
     shared: bool  # some tokens run once for several completions
-    image_rows: list[
-        ImageRows
-    ]  # all rows, by the number of their images, if the model takes images by rows; else empty
+    image_rows: list[ImageRows]  # rows that run together, if the model takes images by rows; else empty
     # Of U different images of the batch: what the model takes, {} without images; and (U,) tokens of their features.
     images: dict[str, Tensor]
     image_tokens: list[int]

@@ -425,7 +425,7 @@ def _by_rows(
     generation.
     """
     own: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[tuple[Hashable, ...], list[int]] = {}
     for row, key in enumerate(keys):
         if key not in own:
             words, tokens = split_key(key)
@@ -433,7 +433,8 @@ def _by_rows(
         shapes = [(name, value.shape[2 * reader.row_names[name] :]) for name, value in own[key].items()]
         groups.setdefault(tuple(shapes), []).append(row)
     found = []
-    for rows in groups.values():
+    # Rows with images run last, because DDP sees the last forward alone, and it must run all modules.
+    for _, rows in sorted(groups.items(), key=lambda group: len(group[0])):
         of, of_tokens, of_images = [keys[row] for row in rows], dict[str, Tensor](), dict[str, Tensor]()
         different = list(dict.fromkeys(of))
         for name in own[of[0]]:

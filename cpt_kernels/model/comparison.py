@@ -43,11 +43,9 @@ def compare_rows(
     def alone(prompt: Sequence[int], completion: Sequence[int], rows: int = 1) -> Tensor:
         ids = [(*split_key(prompt)[1], *completion)] * rows
         row = torch.tensor(ids, device=device)
-        more = (
-            {}
-            if packed.images is None
-            else own_inputs(base_model(model), packed.images, images or {}, [(prompt, ())], row)
-        )
+        more: dict[str, Tensor] = {}
+        if packed.images is not None:
+            more = own_inputs(base_model(model), packed.images, images or {}, [(prompt, ())], row)
         with routing.follow(ids, rows=rows):
             logits = model(input_ids=row, use_cache=False, **more).logits
         own = logits[0, -1 - len(completion) : -1]

@@ -283,7 +283,8 @@ def _hand_layout_on(block: type[nn.Module]) -> None:
 
     @functools.wraps(call)
     def given_layout(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (layout := _row.get()) is not None:
+        # Inside a block that is recomputed, only that block's own layout is set.
+        if (layout := _row.get() or _layout.get()) is not None:
             kwargs["state_layout"] = layout  # activation checkpointing keeps the keywords of a block
         return call(self, *args, **kwargs)
 

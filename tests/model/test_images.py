@@ -298,6 +298,14 @@ def test_models_by_rows_say_what_they_cannot_do() -> None:
         image_reader(model, processor)
 
 
+def test_the_last_forward_has_images() -> None:
+    """DDP sees the last forward alone, and cross-attention that it does not run would count as unused."""
+    processor = tiny_processor("mllama")
+    reader = model_images.ImageReader(processor, by_rows=True)
+    batch = PackedCollator(padded=True, images=reader)(make_rows(processor)[:2])
+    assert [bool(rows["of_images"]) for rows in batch["image_rows"]] == [False, True]
+
+
 def _lengths(text: list[str]) -> torch.Tensor:
     return torch.tensor([list(map(len, text))])
 

@@ -158,7 +158,7 @@ def test_a_recurrence_that_is_not_known_is_not_packed(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["mamba", "jamba", "mamba2", "lfm2"])
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "mamba2", "lfm2", "zamba2"])
 def test_a_recomputed_block_has_the_row_of_its_forward(kind, reentrant):
     """Another packed row and a plain forward run between forward and backward."""
     collator = PackedCollator()
