@@ -21,7 +21,7 @@ _LATEST = "latest_universal"  # DeepSpeed's file with the name of the folder
 def make_universal(checkpoint: Path) -> None:
     """Adds DeepSpeed's universal form to a checkpoint of ZeRO, whose own files are those of one number of processes.
 
-    DeepSpeed's converter runs in a process of its own. It reads all states, one process's after the other.
+    DeepSpeed's converter runs in a process of its own, with workers that read the states of all processes.
 
     Raises:
         UserError: the conversion fails.
