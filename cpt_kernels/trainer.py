@@ -197,7 +197,7 @@ class ContrastiveTrainer(PackedLoop):
         self.packed = PackedModel(model, args.head_memory_mb, *how)
         if args.world_size > 1:
             self.packed.agree()
-        check_checkpointing(model, args)
+        check_checkpointing(model, args, images)
         self.router_aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
         self.packed.noisy = is_noisy(model, args)
         sharing = sharing_options(self.packed, args)

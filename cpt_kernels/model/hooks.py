@@ -379,12 +379,12 @@ def noise_per_sequence(
             bound = group.take(bound)
         return rows + torch.empty_like(rows).uniform_(-1, 1) * bound.to(rows.device, rows.dtype, non_blocking=True)
 
-    embeddings.neftune_noise_alpha = 0.0
+    embeddings.training = False  # transformers' hook acts in training mode only, and fails on codes of images
     try:
         with replaced_forward(embeddings, noisy):
             yield
     finally:
-        embeddings.neftune_noise_alpha = alpha
+        embeddings.training = True
 
 
 @contextlib.contextmanager

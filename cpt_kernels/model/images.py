@@ -39,7 +39,7 @@ def image_reader(model: PreTrainedModel, processor: Any) -> ImageReader:
         UserError: the model takes no images, or not in the way that transformers' image-text models do.
     """
     token = next((x for n in ("image_token_id", "image_token_index") if (x := getattr(model.config, n, None))), None)
-    reader = ImageReader(processor, token, by_rows=not hasattr(_encoder(model), "get_image_features"))
+    reader = ImageReader(processor, token, by_rows=not hasattr(image_encoder(model), "get_image_features"))
     assert reader.placeholder  # raises for a processor without one
     if reader.by_rows:
         names, taken = reader.row_names, inspect.signature(model.forward).parameters
@@ -168,7 +168,7 @@ def _of_prompts(model: PreTrainedModel, rows: ImageRows) -> Iterator[dict[str, T
 
     of_images, kind = in_its_dtype(model, rows["of_images"]), type(getattr(model.config, "vision_config", None))
     towers = [module for module in model.modules() if type(getattr(module, "config", None)) is kind]
-    if not towers or hasattr(_encoder(model), "get_image_features"):
+    if not towers or hasattr(image_encoder(model), "get_image_features"):
         yield {name: repeat(value) for name, value in of_images.items()}
         return
     handle = towers[0].register_forward_hook(lambda _module, _args, output: tree_map_only(Tensor, repeat, output))
@@ -204,7 +204,7 @@ def packed_positions(model: PreTrainedModel, batch: PackedBatch) -> Tensor | Non
 
     The model computes the positions of each prompt alone, and completions continue after the largest one.
     """
-    positions, encoder = batch["position_ids"], _encoder(model)
+    positions, encoder = batch["position_ids"], image_encoder(model)
     if not batch["image_prompts"] or not hasattr(encoder, "get_rope_index"):
         return positions
     assert positions is not None, "the row is packed"
@@ -224,7 +224,7 @@ def packed_positions(model: PreTrainedModel, batch: PackedBatch) -> Tensor | Non
 
 def encode_images(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Returns the features of images, as one tensor or several, from the inputs that the processor makes of them."""
-    forward = _encoder(model).get_image_features
+    forward = image_encoder(model).get_image_features
     names = inspect.signature(forward).parameters
     given = {name: value for name, value in in_its_dtype(model, inputs).items() if name in names}
     features = forward(**given).pooler_output
@@ -235,7 +235,7 @@ def encode_images(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[
 def shared_features(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
     """Context of a forward in which each different image of a batch is encoded once, for all its places."""
     images = in_its_dtype(model, batch["images"])
-    encoder, tokens, index = _encoder(model), batch["image_tokens"], batch["image_index"]
+    encoder, tokens, index = image_encoder(model), batch["image_tokens"], batch["image_index"]
     if not images:
         yield
         return
@@ -267,7 +267,7 @@ def _without_features(_module: nn.Module, _args: tuple, output: Any) -> Any:
     return type(output)(**{name: value for name, value in output.items() if not name.startswith("image_")})
 
 
-def _encoder(model: PreTrainedModel) -> Any:
+def image_encoder(model: PreTrainedModel) -> Any:
     """Returns the module whose forward encodes images: the model without its head, if that has the method."""
     inner = model.base_model
     return inner if hasattr(inner, "get_image_features") else model

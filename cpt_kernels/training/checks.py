@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from ..config import ContrastiveConfig
 from ..data.curriculum import Curriculum
 from ..data.forms import FORM_COLUMNS, Form, detect_form
+from ..data.images import ImageReader
 from ..data.loader import kept_columns
 from ..data.other_options import REMOVED_OPTIONS
 from ..data.preparation import ReadingOptions, examine
@@ -29,6 +30,7 @@ from ..data.rows import read_columns, visible_rows
 from ..errors import UserError
 from ..losses import Loss
 from ..model.conditions import is_sharded
+from ..model.images import image_encoder
 from ..model.loading import zero_stage
 from ..model.packed_model import PackedModel, base_model
 from ..model.pretrained import unsaved_parameters
@@ -300,10 +302,11 @@ def mend_generation_config(model: nn.Module) -> None:
     )
 
 
-def check_checkpointing(model: nn.Module, args: ContrastiveConfig) -> None:
+def check_checkpointing(model: nn.Module, args: ContrastiveConfig, images: ImageReader | None = None) -> None:
     """Raises UserError if the model does not support activation checkpointing, or has wrong gradients with it.
 
-    Gradients are wrong if it is re-entrant and layers share more than hidden states, such as keys and values.
+    Gradients are wrong if it is re-entrant and layers share more than hidden states, such as keys and values, or what a
+    vision tower gives to all of them.
     """
     base = base_model(model)
     if args.chooses_checkpointing and not base.supports_gradient_checkpointing:
@@ -315,7 +318,9 @@ def check_checkpointing(model: nn.Module, args: ContrastiveConfig) -> None:
     options = _checkpointing_options(base, args)
     if options is None or not options.get("use_reentrant", True):
         return
-    if can_run(model):
+    if images is not None and not hasattr(image_encoder(base), "get_image_features"):
+        wrong, reason = True, "the features of images"
+    elif can_run(model):
         error = checkpointing_error(model, options)
         wrong = not error <= math.sqrt(torch.finfo(base.dtype).eps)
         reason = f"the gradient by its embeddings is off by {error:.2g}"

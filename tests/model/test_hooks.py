@@ -158,12 +158,13 @@ def test_noise_is_scaled_by_the_length_of_each_sequence():
     clean = torch.nn.functional.embedding(ids, embeddings.weight)
     with noise_per_sequence(embeddings, segments):
         noise = (embeddings(ids) - clean)[0].split([queries for queries, _ in segments])
+        assert torch.equal(embeddings(ids[0, :7]), clean[0, :7])  # codes of images
     for part, (_, keys) in zip(noise, segments):
         assert part.abs().max().item() == pytest.approx(5 / (keys * 4096) ** 0.5, rel=1e-2)
         assert abs(part.mean().item()) < 1e-3 and part.std().item() == pytest.approx(
             part.abs().max().item() / 3**0.5, rel=0.02
         )
-    assert embeddings.neftune_noise_alpha == 5.0 and "forward" not in vars(embeddings)
+    assert embeddings.training and "forward" not in vars(embeddings)
     padded = [(60, 60), (7, 7)]
     with noise_per_sequence(embeddings, padded):
         noise = embeddings(ids.expand(2, -1)) - clean

@@ -145,6 +145,12 @@ def test_two_ranks_take_the_steps_of_one(kind: str, engine: str, tmp_path) -> No
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_features_of_images_that_layers_share_are_not_checkpointed_re_entrantly(tmp_path) -> None:
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(UserError, match=r"\(the features of images\): set use_reentrant=false"):
+        make(tmp_path, kind="mllama", **options)
+
+
 def test_models_and_collators_that_read_no_images(tmp_path) -> None:
     from tests.helpers.architectures import tiny_model
 
