@@ -82,7 +82,7 @@ class ImageReader:
     processor: ProcessorMixin  # a processor of transformers, with an image processor and a tokenizer
     # the token whose embeddings the model replaces by an image's features; default the processor's own
     token_id: int | None = None
-    by_rows: bool = False  # the model has no separate call that encodes images: it takes those of each row
+    by_rows: bool = False  # the model takes the images of each row in its own forward
 
     @cached_property
     def placeholder(self) -> str:

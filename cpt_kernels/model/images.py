@@ -127,7 +127,7 @@ def run_forwards(
     inputs: Mapping[str, Any],
     group: SequenceGroup | None,
 ) -> list[Any]:
-    """Runs a batch in one forward or, if the model takes images by rows, in one for each number of images of a row.
+    """Runs a batch in one forward or, if the model takes images by rows, in one for all rows that can run together.
 
     The vision tower then runs on the images of each different prompt once.
 

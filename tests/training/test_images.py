@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from cpt_kernels import ContrastiveTrainer
 from cpt_kernels.errors import UserError
 from cpt_kernels.model.conditions import is_sharded
+from cpt_kernels.training import checks
 from tests.helpers.forked import run_ranks
 from tests.helpers.image_models import image_rows, picture, tiny_image_model, tiny_processor
 from tests.helpers.toy import config, losses
@@ -149,6 +152,16 @@ def test_features_of_images_that_layers_share_are_not_checkpointed_re_entrantly(
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(UserError, match=r"\(the features of images\): set use_reentrant=false"):
         make(tmp_path, kind="mllama", **options)
+
+
+@pytest.mark.parametrize(("kind", "is_refused"), [("mllama", False), ("emu3", True)])
+def test_ranks_that_shard_a_model_run_the_same_modules(kind: str, is_refused: bool, monkeypatch) -> None:
+    """Emu3 runs images of different sizes in forwards of their own, so the ranks would wait for each other forever."""
+    monkeypatch.setattr(checks, "is_sharded", lambda _: True)
+    packed: Any = SimpleNamespace(images=SimpleNamespace(by_rows=True), model=tiny_image_model(kind))
+    found = pytest.raises(UserError, match="and of one shape") if is_refused else contextlib.nullcontext()
+    with found:
+        checks.check_image_counts(packed, Dataset.from_dict({"image_ids": [[-1, -2], [-3, -4]]}), "train")
 
 
 def test_models_and_collators_that_read_no_images(tmp_path) -> None:
