@@ -166,8 +166,8 @@ def _of_prompts(model: PreTrainedModel, rows: ImageRows) -> Iterator[dict[str, T
     def repeat(values: Tensor) -> Tensor:
         return values.unflatten(0, (rows["different"], -1))[rows["prompts"]].flatten(0, 1)
 
-    of_images, kind = in_its_dtype(model, rows["of_images"]), type(getattr(model.config, "vision_config", None))
-    towers = [module for module in model.modules() if type(getattr(module, "config", None)) is kind]
+    of_images, vision = in_its_dtype(model, rows["of_images"]), getattr(model.config, "vision_config", None)
+    towers = [] if vision is None else [m for m in model.modules() if type(getattr(m, "config", None)) is type(vision)]
     if not towers or hasattr(image_encoder(model), "get_image_features"):
         yield {name: repeat(value) for name, value in of_images.items()}
         return

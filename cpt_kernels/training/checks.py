@@ -226,7 +226,7 @@ def check_image_counts(packed: PackedModel, dataset: Dataset | IterableDataset, 
     base = base_model(packed.model)
     words = dataset["image_ids"] if "image_ids" in read_columns(dataset) and isinstance(dataset, Dataset) else [[]]
     counts = {len(each) for each in words}
-    # A model that has the method is one whose inputs by rows differ with the sizes of images.
+    # A model with this method runs by rows because its inputs differ with the sizes of images.
     if len(counts) > 1 or 0 in counts or hasattr(image_encoder(base), "get_image_features"):
         raise UserError(
             f"{type(base).__name__} takes images by rows, so under FSDP2 and ZeRO-3 all rows need equally many images,"
