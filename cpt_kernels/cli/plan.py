@@ -14,6 +14,7 @@ an imitation of its padded step, so that TRL need not be installed.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
     picture = None if own.picture is None else Path(own.picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):
         raise UserError(f"--picture {picture}: its name must end in .png or .svg")
+    if own.device_gib is not None and not 0 < own.device_gib < math.inf:
+        raise UserError(f"--device_gib {own.device_gib}: must be a positive number of GiB")
     table = option_table()
     flags, rest = launch.split(options_argv, table.launch)
     flags = launch.of_file(read_file(rest), table.launch) | flags

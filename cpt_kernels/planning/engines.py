@@ -33,6 +33,8 @@ class Processes:
 
     def __post_init__(self) -> None:
         for name, size in (("sp_size", self.group), ("dp_replicate_size", self.replicas)):
+            if size < 1:
+                raise UserError(f"{name}={size} must be at least 1")
             if self.count % size:
                 raise UserError(
                     f"{name}={size} needs a multiple of {size} processes, and num_processes is {self.count}"
@@ -138,7 +140,7 @@ def _engine_bytes(model: nn.Module, trained: list[nn.Parameter], processes: Proc
     # bitsandbytes computes with the values of one quantized weight at a time.
     dequantized = max((2 * p.numel() for p in model.parameters() if hasattr(p, "quantized_bytes")), default=0)
     if processes.engine == "DDP":
-        return dequantized + (size(trained, math.inf) if processes.count > 1 else 0)
+        return dequantized + (size(trained) if processes.count > 1 else 0)
     if processes.engine != "FSDP2":
         gathered = size(model.parameters(), _GATHERED) if processes.shards("weights") else 0
         return dequantized + gathered + size(trained, _BUCKET)

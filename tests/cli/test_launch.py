@@ -14,6 +14,7 @@ from accelerate.commands.config import config_args
 
 from cpt_kernels.cli import launch
 from cpt_kernels.cli.option_table import option_table
+from cpt_kernels.errors import UserError
 from tests.helpers import ROOT
 from tests.helpers.command import (
     bpe_tokenizer,
@@ -71,12 +72,19 @@ def test_an_unknown_configuration(tmp_path, capsys):
     assert "accelerate_config=fsdp3 is no file: give a file, or one of fsdp2, multi_gpu" in one_error(capsys)
 
 
+@pytest.mark.parametrize(("text", "message"), [("a: [1", "mine.yaml: while parsing"), ("[1]", "mine.yaml must hold")])
+def test_a_broken_configuration(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        launch.launch({"accelerate_config": str(tmp_path / "mine.yaml")}, [])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"num_processes": "2"}, True),
         ({"accelerate_config": "multi_gpu"}, False),
-        ({"config_file": "mine.yaml"}, False),
+        ({"config_file": str(launch.CONFIGS["multi_gpu"])}, False),
     ],
 )
 def test_accelerate_gets_its_defaults_unless_a_file_has_them(tmp_path, monkeypatch, options, said):

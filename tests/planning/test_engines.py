@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cpt_kernels import ContrastiveTrainer, cli
 from cpt_kernels.cli import launch
+from cpt_kernels.errors import UserError
 from cpt_kernels.planning.engines import Processes
 from tests.helpers.command import bpe_tokenizer, run, word_pairs, write_model, write_options, write_rows
 from tests.helpers.forked import run_ranks
@@ -123,13 +125,21 @@ REPLICATED |= {"parallelism_config_dp_replicate_size": "2", "parallelism_config_
         ({}, {}, Processes()),
         ({"num_processes": "3"}, {}, Processes(3)),
         ({"num_processes": "4"}, {"sp_size": 2}, Processes(4, 2)),
-        ({"num_processes": "3", "use_fsdp": None}, {}, Processes(3, engine="FSDP2")),
+        ({"num_processes": "3", "use_fsdp": None, "fsdp_version": "2"}, {}, Processes(3, engine="FSDP2")),
         (OFFLOADED, {}, Processes(3, 1, 1, "FSDP2", True, True)),
         (REPLICATED, {}, Processes(8, 4, 2, "FSDP2")),
         ({"num_processes": "2", "accelerate_config": "zero1"}, {}, Processes(2, engine="ZeRO-1")),
         ({"num_processes": "2", "accelerate_config": "zero3"}, {}, Processes(2, engine="ZeRO-3")),
         ({"num_processes": "2"}, {"deepspeed": ZERO}, Processes(2, 1, 1, "ZeRO-2", False, True)),
         ({"num_processes": "2"}, {"fsdp": "full_shard"}, Processes(2, engine="FSDP2")),
+        ({"num_processes": "2"}, {"fsdp": "shard_grad_op offload"}, Processes(2, 1, 1, "FSDP2", True, True, True)),
+        (
+            {"num_processes": "2"},
+            {"fsdp": True, "fsdp_config": {"fsdp_reshard_after_forward": False}},
+            Processes(2, engine="FSDP2", keeps_layers=True),
+        ),
+        # accelerate reads sizes only with use_parallelism_config, which a file without them unsets.
+        ({"num_processes": "4", "parallelism_config_dp_replicate_size": "2"}, {}, Processes(4)),
         (
             {"num_processes": "2"},
             {"fsdp": True, "fsdp_config": {"reshard_after_forward": False, "cpu_offload": True}},
@@ -139,6 +149,34 @@ REPLICATED |= {"parallelism_config_dp_replicate_size": "2", "parallelism_config_
 )
 def test_processes_are_read_where_the_launcher_reads_them(options, given, expected):
     assert launch.planned_processes(options, given) == expected and not given
+
+
+def test_the_launcher_s_mixed_precision_is_that_of_the_run():
+    given: dict = {}
+    launch.planned_processes({"num_processes": "2", "mixed_precision": "bf16"}, given)
+    assert given == {"bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"use_fsdp": None}, {}, "FSDP1 is not supported"),
+        ({}, {"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1 is not supported"),
+        ({}, {"fsdp": True, "fsdp_config": {"offload_params": True}}, "transformers calls it cpu_offload"),
+        ({}, {"fsdp": "hybrid_shard"}, "fsdp=hybrid_shard is not supported"),
+        ({}, {"fsdp": True, "deepspeed": ZERO}, "exclude each other"),
+        ({}, {"deepspeed": {"zero_optimization": {"stage": "auto"}}}, "stage='auto' of zero_optimization must be"),
+        ({}, {"deepspeed": {"zero_optimization": {"stage": 7}}}, "stage=7 of zero_optimization must be"),
+        ({}, {"deepspeed": {"zero_optimization": []}}, "must be JSON objects"),
+        ({}, {"deepspeed": {"zero_optimization": {"offload_param": "cpu"}}}, "must be JSON objects"),
+        ({}, {"deepspeed": {"gradient_accumulation_steps": 4}}, "contradicts gradient_accumulation_steps=1"),
+        ({}, {"sp_size": 0}, "sp_size=0 must be at least 1"),
+        ({"num_machines": "3"}, {}, "num_machines=3 must divide it"),
+    ],
+)
+def test_a_launch_that_training_would_refuse(options, given, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        launch.planned_processes({"num_processes": "2", **options}, given)
 
 
 @pytest.mark.parametrize("runs", [RUNS, DDP], ids=["fsdp2", "ddp"])
