@@ -158,8 +158,10 @@ def _small(kind: str, **changes) -> tf.PreTrainedModel:
     return tf.AutoModelForCausalLM.from_config(config)
 
 
-def _mamba() -> nn.Module:
-    return _small("Mamba", state_size=4)
+def _minimax() -> nn.Module:
+    kinds = ["linear_attention", "full_attention"]
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    return _small("MiniMax", num_local_experts=2, layer_types=kinds, **heads)
 
 
 def _llama4() -> nn.Module:
@@ -180,7 +182,7 @@ def _t5() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (_mamba, "is not given the layout"),
+        (_minimax, "linear_attention"),
         (_llama4, "chunked_attention"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
