@@ -477,6 +477,12 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
                 )
         if given is not None and given.sp_size > 1:
             self._take_sp_size(given, from_launcher)
+        self.check_sp_size()
+        if self.deepspeed and find_spec("deepspeed") is None:
+            raise UserError("deepspeed needs the deepspeed package: pip install deepspeed")
+
+    def check_sp_size(self) -> None:
+        """Raises :class:`UserError` for options that exclude ``sp_size``."""
         if self.sp_size > 1 and self.packing == "false":
             raise UserError(f"sp_size={self.sp_size} cuts packed rows: leave out packing=false")
         if self.sp_size > 1 and self.finds_budget:
@@ -484,8 +490,6 @@ class ContrastiveConfig(LossOptions, TrainingArguments):
                 f"max_tokens_per_batch=auto does not know the memory of rows that sp_size={self.sp_size} cuts: set a"
                 " number of tokens"
             )
-        if self.deepspeed and find_spec("deepspeed") is None:
-            raise UserError("deepspeed needs the deepspeed package: pip install deepspeed")
 
     def _take_sp_size(self, given: ParallelismConfig, from_launcher: bool) -> None:
         """Takes ``sp_size`` out of accelerate's configuration, whose own back end for it would need another loader.

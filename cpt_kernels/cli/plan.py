@@ -42,6 +42,7 @@ def main(argv: Sequence[str], prog: str = "cpt plan") -> None:
         processes = launch.planned_processes(flags, given)
         options = make_options(given)
         options.training.planned, options.training.sp_size = processes, processes.group
+        options.training.check_sp_size()
         from .planned import show_plan  # imports torch and transformers
 
         plan = show_plan(options, picture, own.device_gib)

@@ -149,6 +149,7 @@ def _engine_bytes(model: nn.Module, trained: list[nn.Parameter], processes: Proc
     base = base_model(model)
     names = {*(getattr(base, "_no_split_modules", None) or ())}
     layers = [[*m.parameters()] for m in model.modules() if type(m).__name__ in names]
+    layers = layers or [[*model.parameters()]]  # without names of layers FSDP2 gathers the model as one
     wrapped = {id(p) for layer in layers for p in layer}
     outside = [p for p in model.parameters() if id(p) not in wrapped]
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()

@@ -462,6 +462,7 @@ _WRONG_COMMANDS = {
     f"{_PLAN} --beta 0": "beta=0",
     f"{_PLAN} --jsn x": "--jsn",
     f"{_PLAN} --num_processes 3 --sp_size 2": "sp_size=2 needs a multiple of 2 processes",
+    f"{_PLAN} --num_processes 2 --sp_size 2 --packing false": "cuts packed rows: leave out packing=false",
     f"{_PLAN} --load_in_4bit": "load_in_4bit needs use_peft=true",
     f"{_PLAN} --device_gib nan": "--device_gib nan: must be a positive number",
     f"{_PLAN} --dataset_streaming --max_steps 2": "the rows of a stream are not known before training",
