@@ -140,7 +140,7 @@ def _engine_bytes(model: nn.Module, trained: list[nn.Parameter], processes: Proc
     # bitsandbytes computes with the values of one quantized weight at a time.
     dequantized = max((2 * p.numel() for p in model.parameters() if hasattr(p, "quantized_bytes")), default=0)
     if processes.engine == "DDP":
-        return dequantized + (size(trained) if processes.count > 1 else 0)
+        return dequantized + (sum(p.nbytes for p in trained) if processes.count > 1 else 0)  # in the gradients' dtype
     if processes.engine != "FSDP2":
         gathered = size(model.parameters(), _GATHERED) if processes.shards("weights") else 0
         return dequantized + gathered + size(trained, _BUCKET)

@@ -186,6 +186,8 @@ def test_bytes_are_those_of_the_shards_and_tokens_those_of_the_ranks(home, runs)
         plan = planned(home, name, "--num_processes", str(RANKS))
         found = [rank[name] for rank in ranks]
         assert {part: plan["bytes"][part] for part in ("weights", "gradients", "optimizer")} == found[0]["bytes"], name
+        if runs is DDP:
+            assert plan["bytes"]["engine"] == plan["bytes"]["gradients"]  # buckets
         tokens = torch.tensor([rank["tokens"] for rank in found])
         assert plan["steps"] == 2 and plan["micro_batches"] == tokens.shape[1] and plan["processes"] == RANKS
         assert plan["work"]["tokens"] == tokens.sum() and plan["largest"]["tokens"] == tokens.max()
